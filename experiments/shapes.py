@@ -1,0 +1,165 @@
+"""HiAR on the shapes world, every stage from an empty directory to a measured long video, on two CPU cores.
+
+    python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes         # the main job
+    python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
+    python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
+
+The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
+as shapes_self_forcing.py does.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(variant: str = "main") -> config_dict.ConfigDict:
+  c = config_dict.ConfigDict()
+  c.seed = 0
+  c.stages_from = ""  # a workdir whose data, teacher, trajectories and causal init are used instead of made
+
+  c.data = config_dict.ConfigDict()
+  c.data.source = "shapes"  # or "videos": the clips in data.folder
+  c.data.frames = 9  # three blocks of three, the shortest clip in which history matters twice
+  c.data.size = 32
+  c.data.seed = 0
+  c.data.difficulty = "plain"  # or "textured": two shapes that cross on a texture
+  c.data.clips = 8192
+  c.data.folder = ""
+  c.data.fps = 8.0
+
+  c.codec = config_dict.ConfigDict()  # stands for the VAE
+  c.codec.patch = 8
+  c.codec.channels = 32  # numbers a token: well under the width, each carries its noise through the residual stream
+  c.codec.whitening = 0.5
+
+  c.text = config_dict.ConfigDict()  # stands for UMT5
+  c.text.length = 24
+  c.text.dim = 64
+
+  c.model = config_dict.ConfigDict()  # Wan2.1's DiT
+  c.model.dim = 128
+  c.model.ffn_dim = 384
+  c.model.num_heads = 4
+  c.model.num_layers = 4
+  c.model.patch = (1, 1, 1)
+  c.model.freq_dim = 128
+  c.model.dtype = "float32"
+  c.model.remat = "none"  # "dots" or "full" trade time for memory
+  c.model.attention = "xla"
+
+  c.student = config_dict.ConfigDict()
+  c.student.timesteps = (1000, 750, 500, 250)  # HiAR, section 4.1
+  c.student.shift = 5.0  # HiAR's published configs
+
+  c.history = config_dict.ConfigDict()  # HiAR's row of history.py
+  c.history.block = 3  # HiAR, section 4.1
+  c.history.order = "step_first"  # Algorithm 1
+  c.history.level = "output"  # Eq. 9
+  c.history.gradient = "detached"
+  c.history.window = 9  # the training length, as HiAR's 21 frames are its
+  c.history.sink = 0
+  c.history.sink_level = "history"
+  c.history.renoise = "fresh"  # published code; the paper's Eq. 3 is "euler"
+
+  c.teacher = training(steps=2500, batch=16, lr=1e-3)
+  c.teacher.schedule = "cosine"
+  c.teacher.clip = 1.0
+  c.teacher.ema_decay = 0.998
+  c.teacher.shift = 5.0  # the student's
+  c.teacher.caption_dropout = 0.1
+
+  c.trajectories = config_dict.ConfigDict()
+  c.trajectories.count = 1024
+  c.trajectories.batch = 64
+  c.trajectories.steps = 48  # HiAR's published script
+  c.trajectories.guidance = 1.0
+  c.trajectories.dtype = "float32"
+
+  c.causal_init = training(steps=500, batch=16, lr=5e-4)
+  c.causal_init.schedule = "cosine"
+  c.causal_init.clip = 1.0
+  c.causal_init.ema_decay = 0.99
+  c.causal_init.shows = "noisy"  # a level for each block of its own, as CausVid and Self-Forcing start
+
+  c.distill = training(steps=750, batch=16, lr=3e-5)
+  c.distill.b1 = 0.0  # HiAR's published config
+  c.distill.ema_decay = 0.99  # HiAR's published config, from update 200 there
+  c.distill.ema_start = 20
+  c.distill.critic_lr = 1e-4
+  c.distill.critic_updates = 5  # HiAR, section 4.1: 5 : 1
+  c.distill.critic_warmup = 0
+  c.distill.guidance = 1.0
+  c.distill.score_shift = 5.0  # HiAR's published config
+  c.distill.score_low = 0.02
+  c.distill.score_high = 0.98
+  c.distill.forward_kl = config_dict.ConfigDict()
+  c.distill.forward_kl.weight = 0.1  # HiAR, section 4.1
+  c.distill.forward_kl.steps = 1  # K
+  c.distill.forward_kl.attention = "bidirectional"  # the paper's; the published code is "causal"
+  c.distill.forward_kl.target = "velocity"  # Eq. 10
+
+  c.sample = config_dict.ConfigDict()
+  c.sample.prompts = "held_out"  # or a file, one prompt a line
+  c.sample.count = 8
+  c.sample.length = 4.0  # training lengths
+  c.sample.seed = 0
+  c.sample.fps = 8.0
+  c.sample.scale = 8
+  c.sample.batch = 27
+  c.sample.measure = 54  # every held-out prompt twice
+
+  c.mesh = config_dict.ConfigDict()
+  c.mesh.data = -1  # all devices
+  c.mesh.fsdp = 1
+  c.mesh.mapping = "jit"  # or "pmap"
+  c.mesh.min_shard = 2**20
+
+  c.log = config_dict.ConfigDict()
+  c.log.every = 20
+  c.log.preview_every = 1000
+  c.log.checkpoint_every = 250
+  c.log.keep = 2
+
+  return VARIANTS[variant](c)
+
+
+def training(*, steps: int, batch: int, lr: float) -> config_dict.ConfigDict:
+  """The settings that every trained stage has."""
+  t = config_dict.ConfigDict()
+  t.steps, t.batch, t.lr = steps, batch, lr
+  t.warmup = 50
+  t.schedule = "constant"
+  t.b1, t.b2 = 0.9, 0.999
+  t.weight_decay = 0.01  # HiAR's published config
+  t.clip = 10.0  # HiAR's published config
+  t.ema_decay, t.ema_start = 0.99, 0
+  t.accumulate = 1
+  return t
+
+
+def main(c):
+  return c
+
+
+def full(c):
+  """Trained longer."""
+  c.teacher.steps = 6000
+  c.trajectories.count = 2048
+  c.causal_init.steps = 1500
+  c.distill.steps = 1500
+  return c
+
+
+def smoke(c):
+  """Every stage in a minute: the networks learn nothing, everything runs."""
+  c.data.clips = 64
+  c.model.dim, c.model.ffn_dim, c.model.num_layers, c.model.num_heads = 32, 64, 2, 2
+  c.teacher.steps, c.teacher.batch = 20, 8
+  c.trajectories.count, c.trajectories.batch, c.trajectories.steps = 16, 8, 8
+  c.causal_init.steps, c.causal_init.batch = 10, 8
+  c.distill.steps, c.distill.batch = 10, 8
+  c.sample.count, c.sample.measure, c.sample.batch = 2, 4, 4
+  c.log.every, c.log.preview_every, c.log.checkpoint_every = 5, 10, 5
+  return c
+
+
+VARIANTS = {"main": main, "full": full, "smoke": smoke}

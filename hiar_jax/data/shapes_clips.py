@@ -1,0 +1,87 @@
+"""The shapes world as a TFDS data set: captioned clips with their true state."""
+
+from collections.abc import Iterator
+import dataclasses
+import os
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from hiar_jax.data import store
+from hiar_jax.data import world as world_lib
+from hiar_jax.data.world import WorldConfig
+from hiar_jax.errors import UserError
+
+
+@dataclasses.dataclass
+class ShapesClipsConfig(tfds.core.BuilderConfig):
+  """What a data set is made of; clip i depends on (seed, i) and the world alone."""
+
+  world: WorldConfig = WorldConfig()
+  clips: int = 1
+  seed: int = 0
+
+
+class ShapesClips(store.SequentialBuilder):
+  """video uint8 [f, H, W, 3], caption, and the state of n shapes: position and velocity float32 [f, n, 2] (x y, pixels,
+  pixels per frame), colour, shape int32 [n] and background int32 [] as indices into `world`'s lists."""
+
+  @property
+  def count(self) -> int:
+    return self.builder_config.clips
+
+  @property
+  def example_bytes(self) -> int:
+    world = self.builder_config.world
+    return world.frames * world.size**2 * 3
+
+  def features(self) -> dict[str, Any]:
+    world = self.builder_config.world
+    f, n = world.frames, world.shapes_per_clip
+    return {
+        "video": store.tensor((f, world.size, world.size, 3), np.uint8),
+        "caption": tfds.features.Text(),
+        "position": store.tensor((f, n, 2), np.float32),
+        "velocity": store.tensor((f, n, 2), np.float32),
+        "colour": store.tensor((n,), np.int32),
+        "shape": store.tensor((n,), np.int32),
+        "background": store.tensor((), np.int32),
+    }
+
+  def examples(self) -> Iterator[dict[str, Any]]:
+    config = self.builder_config
+    for index in range(config.clips):
+      yield make_clip(config.world, config.seed, index)
+
+
+def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -> dict[str, Any]:
+  """Clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
+  scene = world_lib.sample_scene(np.random.default_rng((seed, index)), world, split)
+  states = world_lib.simulate(scene, world.frames)
+  return {
+      "video": world_lib.render(states, world_lib.background_image(scene.background, world), world),
+      "caption": world_lib.caption(scene),
+      "position": states.position.astype(np.float32),
+      "velocity": states.velocity.astype(np.float32),
+      "colour": states.colour,
+      "shape": states.shape,
+      "background": np.int32(states.background),
+  }
+
+
+def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: int) -> None:
+  """Writes `clips` clips of the train split. Returns at once where they are complete; starts over where they are not.
+
+  Raises:
+    UserError: no clips asked for, or the directory holds clips of another world, count or seed.
+  """
+  if clips < 1:
+    raise UserError(f"data of {clips} clips asked for; use at least 1")
+  recipe = {"kind": "shapes clips", **dataclasses.asdict(world), "clips": clips, "seed": seed}
+  store.check_recipe(directory, recipe)
+  if store.is_complete(directory):
+    return
+  store.write_recipe(directory, recipe)
+  config = ShapesClipsConfig(name=world.difficulty, world=world, clips=clips, seed=seed)
+  store.build(ShapesClips, config, directory)

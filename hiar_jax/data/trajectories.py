@@ -1,0 +1,173 @@
+"""Teacher ODE trajectories: computed in parts that survive a stop, then one TFDS data set.
+
+A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first; causal init
+regresses on it. Parts may be computed by several hosts over a shared file system; one of them then calls `finish`.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import io
+import os
+import pathlib
+import shutil
+from typing import Any
+import zipfile
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from hiar_jax.data import store
+from hiar_jax.errors import UserError
+
+_PARTS = "parts"
+
+
+@dataclasses.dataclass
+class TrajectoriesConfig(tfds.core.BuilderConfig):
+  parts: tuple[pathlib.Path, ...] = ()
+  total: int = 0
+  shape: tuple[int, ...] = ()
+  dtype: str = "float32"
+
+
+class Trajectories(store.SequentialBuilder):
+  """trajectory [s, f, h, w, c] (s noise levels) and caption, in the order of the parts."""
+
+  @property
+  def count(self) -> int:
+    return self.builder_config.total
+
+  @property
+  def example_bytes(self) -> int:
+    return int(np.prod(self.builder_config.shape)) * np.dtype(self.builder_config.dtype).itemsize
+
+  def features(self) -> dict[str, Any]:
+    config = self.builder_config
+    return {"trajectory": store.tensor(config.shape, np.dtype(config.dtype)), "caption": tfds.features.Text()}
+
+  def examples(self) -> Iterator[dict[str, Any]]:
+    for path in self.builder_config.parts:
+      latents, captions = _read_part(path)
+      for trajectory, caption in zip(latents, captions, strict=True):
+        yield {"trajectory": trajectory, "caption": caption}
+
+
+class TrajectoryWriter:
+  """Collects `total` trajectories at `sigmas` (noisiest first) in parts of `part_size`, the last one shorter.
+
+  `recipe` is whatever else the trajectories depend on (guidance, seed, teacher step): JSON values, kept and compared.
+
+  Raises:
+    UserError: counts below 1, a dtype that can't store latents, or the directory holds trajectories made otherwise.
+  """
+
+  def __init__(
+      self,
+      directory: str | os.PathLike,
+      sigmas: Sequence[float],
+      total: int,
+      part_size: int,
+      dtype: str = "float32",
+      recipe: dict[str, Any] | None = None,
+  ):
+    if total < 1 or part_size < 1:
+      raise UserError(f"{total} trajectories in parts of {part_size} asked for; both must be at least 1")
+    if dtype not in ("float32", "float16"):
+      raise UserError(f"trajectories stored as {dtype!r} asked for; use 'float32' or 'float16'")
+    self.directory = pathlib.Path(directory)
+    self.sigmas = [float(s) for s in sigmas]
+    self.total, self.part_size, self.dtype = total, part_size, dtype
+    self.parts = -(-total // part_size)
+    fields = {"kind": "trajectories", "sigmas": self.sigmas, "total": total, "part_size": part_size, "dtype": dtype}
+    fields |= recipe or {}
+    store.check_recipe(directory, fields)
+    if store.read_recipe(directory) is None:
+      store.write_recipe(directory, fields)
+
+  @property
+  def complete(self) -> bool:
+    """True once `finish` has built the data set."""
+    return store.is_complete(self.directory)
+
+  def rows(self, index: int) -> range:
+    """Which of the `total` trajectories part `index` holds."""
+    return range(index * self.part_size, min(self.total, (index + 1) * self.part_size))
+
+  def missing_parts(self, process_index: int = 0, process_count: int = 1) -> list[int]:
+    """Parts that this process has still to compute, in order; none once complete."""
+    if self.complete:
+      return []
+    return [i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()]
+
+  def write_part(self, index: int, latents: np.ndarray, captions: Sequence[str]) -> None:
+    """Keeps part `index` for good: latents [m, s, f, h, w, c] and m captions, m = len(rows(index)). Atomic.
+
+    Raises:
+      ValueError: shapes that don't fit the part (a bug of the caller).
+      UserError: values that are not finite in the storage dtype.
+    """
+    expected = (len(self.rows(index)), len(self.sigmas))
+    if latents.ndim != 6 or latents.shape[:2] != expected or len(captions) != expected[0]:
+      raise ValueError(f"part {index} needs latents {expected} + [f, h, w, c] and {expected[0]} captions, got "
+                       f"{latents.shape} and {len(captions)}")
+    with np.errstate(over="ignore"):  # said below
+      latents = np.asarray(latents).astype(self.dtype)
+    if not np.isfinite(latents).all():
+      raise UserError(f"the teacher's trajectories {self.rows(index)} are not finite as {self.dtype}; the teacher has "
+                      "diverged, or its latents need float32")
+    content = io.BytesIO()
+    np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_))
+    store.write_atomically(self._part(index), content.getvalue())
+
+  def finish(self) -> None:
+    """Builds the data set from all parts, then removes them. Killed anywhere, calling it again completes it.
+
+    Raises:
+      ValueError: parts are missing.
+      UserError: a part is damaged (it is removed, so that the next run computes it anew), or the disk is full.
+    """
+    if not self.complete:
+      if missing := self.missing_parts():
+        raise ValueError(f"trajectory parts {missing} are missing")
+      paths = tuple(self._part(i) for i in range(self.parts))
+      shape = _read_part(paths[0])[0].shape[1:]
+      config = TrajectoriesConfig(name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype)
+      store.build(Trajectories, config, self.directory)
+    shutil.rmtree(self.directory / _PARTS, ignore_errors=True)
+
+  def _part(self, index: int) -> pathlib.Path:
+    return self.directory / _PARTS / f"part-{index:05d}-of-{self.parts:05d}.npz"
+
+
+def read_sigmas(directory: str | os.PathLike) -> list[float]:
+  """The noise levels of the trajectories in a directory, noisiest first.
+
+  Raises:
+    UserError: no trajectories there.
+  """
+  recipe = store.read_recipe(directory) or {}
+  if recipe.get("kind") != "trajectories":
+    raise UserError(f"{directory} holds no trajectories; run the trajectories stage first")
+  return recipe["sigmas"]
+
+
+def check_sigmas(directory: str | os.PathLike, sigmas: Sequence[float]) -> None:
+  """Ensures that the stored trajectories are at the noise levels that the student uses.
+
+  Raises:
+    UserError: other levels, or no trajectories there.
+  """
+  stored = read_sigmas(directory)
+  if len(stored) != len(sigmas) or not np.allclose(stored, np.asarray(sigmas, np.float64), rtol=0, atol=1e-6):
+    there, wanted = (", ".join(f"{s:.4f}" for s in levels) for levels in (stored, sigmas))
+    raise UserError(f"{directory} holds trajectories at sigmas {there}, but the student uses {wanted}; make them anew "
+                    "in another directory")
+
+
+def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+  try:
+    with open(path, "rb") as file, np.load(file) as part:
+      return part["latents"], part["captions"]
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    path.unlink(missing_ok=True)
+    raise UserError(f"{path} is damaged ({error}) and was removed; run again to compute it anew") from error

@@ -1,0 +1,323 @@
+"""The shapes world: coloured shapes that move and bounce, rendered exactly, described in words.
+
+Everything is known: `Scene` is the full state at t = 0, `simulate` gives the state of any frame in closed form,
+`render` draws it with sub-pixel accurate edges. So what a model drew can be measured against what its prompt asked for.
+
+Units: pixels and pixels per frame; x to the right, y down; pixel (i, j) covers [j, j+1] x [i, i+1]; images in [0, 1]
+unless they say uint8. Lengths and speeds scale with the image: they are quoted here for 32 x 32.
+"""
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from hiar_jax.errors import UserError
+
+COLOURS = {
+    "red": (0.92, 0.16, 0.16),
+    "green": (0.16, 0.76, 0.24),
+    "blue": (0.20, 0.32, 0.96),
+    "yellow": (0.96, 0.86, 0.18),
+    "magenta": (0.90, 0.24, 0.86),
+    "cyan": (0.20, 0.84, 0.90),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SPEEDS = {"slowly": 1.0, "": 1.6, "quickly": 2.4}
+BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "gradient")
+VOCABULARY = ("a", "and", "on", "moving", "background", *COLOURS, *SHAPES, *DIRECTIONS, *filter(None, SPEEDS),
+              *BACKGROUNDS[1:])
+SPLITS = ("train", "held_out")
+
+_REFERENCE_SIZE = 32
+_FREE_FRAMES = 5  # frames before the first bounce: more than half of a 9-frame clip moves as the caption says
+_CROSSING_TRIES = 8  # scenes drawn until the two shapes of a textured clip meet
+_SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldConfig:
+  """One difficulty of the world. `plain`: one shape on dark grey; `textured`: two shapes that cross on a texture.
+
+  Raises:
+    UserError: an unknown difficulty, or an image or clip too small to show a shape move.
+  """
+
+  size: int = 32
+  frames: int = 9
+  difficulty: str = "plain"
+
+  def __post_init__(self):
+    if self.difficulty not in ("plain", "textured"):
+      raise UserError(f"world difficulty {self.difficulty!r} is unknown; choose 'plain' or 'textured'")
+    if self.size < 16 or self.frames < 1:
+      raise UserError(f"world of {self.frames} frames of {self.size} px is too small; use size >= 16 and frames >= 1")
+
+  @property
+  def scale(self) -> float:
+    return self.size / _REFERENCE_SIZE
+
+  @property
+  def radius(self) -> float:
+    """Half the box around any shape, pixels."""
+    return 5.5 * self.scale
+
+  @property
+  def shapes_per_clip(self) -> int:
+    return 2 if self.difficulty == "textured" else 1
+
+  def speed(self, word: str) -> float:
+    """Pixels per frame of an adverb ('' for none)."""
+    return SPEEDS[word] * self.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """One shape at t = 0, in words and in numbers."""
+
+  colour: str
+  shape: str
+  direction: str
+  speed: str  # the adverb, '' for none
+  position: tuple[float, float]  # centre, x y
+  velocity: tuple[float, float]
+  radius: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """The whole truth at t = 0. Later shapes lie in front of earlier ones."""
+
+  shapes: tuple[Shape, ...]
+  background: str
+  size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+  """The truth of every frame: n shapes, ids as indices into COLOURS, SHAPES and BACKGROUNDS."""
+
+  position: np.ndarray  # float64 [f, n, 2], centre, x y
+  velocity: np.ndarray  # float64 [f, n, 2]
+  radius: np.ndarray  # float64 [n]
+  colour: np.ndarray  # int32 [n]
+  shape: np.ndarray  # int32 [n]
+  background: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedShape:
+  """What a prompt asks of one shape; None where it does not say. A missing adverb is the speed ''."""
+
+  colour: str | None = None
+  shape: str | None = None
+  direction: str | None = None
+  speed: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParsedCaption:
+  """What a prompt asks for. `background` is None where it names no texture; `unknown` lists words outside the world."""
+
+  shapes: tuple[ParsedShape, ...]
+  background: str | None
+  unknown: tuple[str, ...]
+
+
+# Words
+
+
+def caption(scene: Scene) -> str:
+  """'a red circle moving left slowly', joined by 'and', then 'on a striped background' unless it is plain."""
+  phrases = [_phrase(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
+  return _sentence(phrases, scene.background)
+
+
+def parse_caption(text: str) -> ParsedCaption | None:
+  """Reads a prompt back, tolerantly: whatever it recognises, in order. None where it recognises nothing."""
+  shapes: list[dict] = []
+  background, unknown = None, []
+  kinds = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS}
+  for word in re.findall(r"[^\W_]+", text.lower()):
+    kind = next((k for k, words in kinds.items() if word in words), None)
+    if kind:
+      # A colour, or a second word of the same kind, starts the next shape.
+      if not shapes or kind in shapes[-1] or (kind == "colour" and "shape" in shapes[-1]):
+        shapes.append({})
+      shapes[-1][kind] = word
+    elif word in BACKGROUNDS:
+      background = word
+    elif word not in VOCABULARY:
+      unknown.append(word)
+  if not shapes and background is None:
+    return None
+  return ParsedCaption(tuple(ParsedShape(**s) for s in shapes), background, tuple(unknown))
+
+
+def held_out(colour: str, shape: str, direction: str) -> bool:
+  """True for the 9 of 72 triples that training never shows; every pair of their words is still seen in training."""
+  i, j, d = list(COLOURS).index(colour), SHAPES.index(shape), list(DIRECTIONS).index(direction)
+  return (i + j) % 2 == 0 and d == (i // 2 + j) % 4
+
+
+@functools.lru_cache
+def triples(split: str) -> tuple[tuple[str, str, str], ...]:
+  """(colour, shape, direction) of a split, in a fixed order.
+
+  Raises:
+    UserError: an unknown split.
+  """
+  if split not in SPLITS:
+    raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLITS)}")
+  every = ((c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS)
+  return tuple(t for t in every if held_out(*t) == (split == "held_out"))
+
+
+def prompts(split: str, config: WorldConfig) -> list[str]:
+  """Distinct prompts of a split. Plain: every triple at every speed. Textured: every pair of triples of two colours,
+  with speeds and textures that rotate along the list (all of their products would be a hundred thousand)."""
+  if config.difficulty == "plain":
+    return [_sentence([_phrase(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
+  pairs = [(a, b) for a in triples(split) for b in triples(split) if a[0] != b[0]]
+  speeds, textures = list(SPEEDS), BACKGROUNDS[1:]
+  return [
+      _sentence([_phrase(*a, speeds[i % 3]), _phrase(*b, speeds[i // 3 % 3])], textures[i % len(textures)])
+      for i, (a, b) in enumerate(pairs)
+  ]
+
+
+def _phrase(colour: str, shape: str, direction: str, speed: str) -> str:
+  return f"a {colour} {shape} moving {direction} {speed}".strip()
+
+
+def _sentence(phrases: list[str], background: str) -> str:
+  where = "" if background == "plain" else f" on a {background} background"
+  return " and ".join(phrases) + where
+
+
+# States
+
+
+def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "train") -> Scene:
+  """Draws a scene of a split. Two shapes have two colours, start apart and mostly meet within the clip."""
+  tries = 0
+  while True:
+    scene = _draw_scene(rng, config, split)
+    if config.shapes_per_clip == 1:
+      return scene
+    centres = simulate(scene, config.frames).position
+    gaps = np.abs(centres[:, 0] - centres[:, 1]).max(-1) / config.radius  # 2 = boxes touch, 0 = one hides the other
+    tries += gaps[0] > 1.5  # a shape hidden from the start would belie its caption
+    if gaps[0] > 1.5 and (gaps.min() < 1 or tries >= _CROSSING_TRIES):
+      return scene
+
+
+def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
+  options, shapes = triples(split), []
+  while len(shapes) < config.shapes_per_clip:
+    triple = options[rng.integers(len(options))]
+    if all(triple[0] != s.colour for s in shapes):
+      shapes.append(_draw_shape(rng, config, triple))
+  textured = config.difficulty == "textured"
+  background = BACKGROUNDS[rng.integers(1, len(BACKGROUNDS))] if textured else "plain"
+  return Scene(tuple(shapes), background, config.size)
+
+
+def _draw_shape(rng: np.random.Generator, config: WorldConfig, triple: tuple[str, str, str]) -> Shape:
+  colour, shape, direction = triple
+  word = list(SPEEDS)[rng.integers(len(SPEEDS))]
+  velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
+  low, high = config.radius, config.size - config.radius
+  run = velocity * _FREE_FRAMES
+  position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
+  return Shape(colour, shape, direction, word, tuple(position.tolist()), tuple(velocity.tolist()), config.radius)
+
+
+def simulate(scene: Scene, frames: int) -> States:
+  """The state of frames 0 .. frames-1: straight motion and elastic bounces of the centre within [radius, size-radius].
+
+  In closed form (a triangle wave of the unfolded path), so that frame 10,000 is as exact as frame 1.
+  """
+  start = np.array([s.position for s in scene.shapes])
+  speed = np.array([s.velocity for s in scene.shapes])
+  radius = np.array([s.radius for s in scene.shapes])
+  room = (scene.size - 2 * radius)[:, None]
+  low = radius[:, None]
+  path = np.mod(start - low + np.arange(frames)[:, None, None] * speed, 2 * room)
+  back = path > room
+  return States(
+      position=low + np.where(back, 2 * room - path, path),
+      velocity=np.where(back, -speed, speed),
+      radius=radius,
+      colour=np.array([list(COLOURS).index(s.colour) for s in scene.shapes], np.int32),
+      shape=np.array([SHAPES.index(s.shape) for s in scene.shapes], np.int32),
+      background=BACKGROUNDS.index(scene.background),
+  )
+
+
+# Images
+
+
+def render(states: States, background: np.ndarray, config: WorldConfig) -> np.ndarray:
+  """Draws every frame over `background` (float32 [H, W, 3] in [0, 1]). Returns uint8 [f, H, W, 3]."""
+  image = np.broadcast_to(background, (len(states.position), config.size, config.size, 3))
+  for n, (colour, shape) in enumerate(zip(states.colour, states.shape, strict=True)):
+    rgb = np.array(list(COLOURS.values())[colour], np.float32)
+    alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)[..., None]
+    image = image + alpha * (rgb - image)
+  return np.rint(255 * image).astype(np.uint8)
+
+
+def alpha_mask(shape: str, xy: np.ndarray, radius: float, size: int) -> np.ndarray:
+  """Share of each pixel that the shape covers. `xy` is [..., 2], any leading axes. Returns float32 [..., size, size].
+
+  All shapes are one symmetric interval per scan line, so coverage along a line is exact. The lines of a pixel row are
+  spread over the part of the row that the shape's box touches, so horizontal edges are exact too.
+  """
+  xy = np.asarray(xy, np.float64)[..., None, None]
+  x, y = xy[..., 0, :, :], xy[..., 1, :, :]  # [..., 1, 1]: rows, columns
+  reach = _BOX[shape] * radius
+  edge = np.arange(size, dtype=np.float64)
+  top = np.clip(edge[:, None], y - reach, y + reach)
+  bottom = np.clip(edge[:, None] + 1, y - reach, y + reach)
+  alpha = np.zeros(np.broadcast_shapes(x.shape, (size, size)))
+  for line in range(_SUBLINES):
+    height = top + (bottom - top) * (line + 0.5) / _SUBLINES - y
+    half = _half_width(shape, height, radius)
+    alpha += np.clip(np.minimum(edge + 1, x + half) - np.maximum(edge, x - half), 0, 1)
+  return (alpha * (bottom - top) / _SUBLINES).astype(np.float32)
+
+
+_BOX = {"circle": 1.0, "square": 0.9, "triangle": 1.0}  # half height / radius; areas 3.1, 3.2 and 2 radius^2
+
+
+def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
+  """Half the width of the shape at a height below its centre (within its box)."""
+  if shape == "circle":
+    return np.sqrt(np.maximum(radius**2 - height**2, 0))
+  if shape == "square":
+    return np.full_like(height, _BOX["square"] * radius)
+  return (height + radius) / 2  # triangle: apex at the top, the base as wide as the box
+
+
+def background_image(name: str, config: WorldConfig) -> np.ndarray:
+  """The one exact picture that a background's name stands for: greys that no shape wears. float32 [H, W, 3]."""
+  return _background(name, config.size).copy()
+
+
+@functools.lru_cache
+def _background(name: str, size: int) -> np.ndarray:
+  fine = 8  # supersampling
+  axis = (np.arange(size * fine) + 0.5) / fine * _REFERENCE_SIZE / size
+  x, y = axis[None, :], axis[:, None]
+  light = {
+      "plain": lambda: 0 * (x + y),
+      "striped": lambda: (x + y) % 9 < 4.5,
+      "checkered": lambda: (x // 4 + y // 4) % 2,
+      "dotted": lambda: (x % 6.4 - 3.2) ** 2 + (y % 6.4 - 3.2) ** 2 < 1.7**2,
+      "gradient": lambda: (0 * x + y) / _REFERENCE_SIZE * 1.5,
+  }[name]().astype(np.float32)
+  grey = 0.12 + 0.2 * light.reshape(size, fine, size, fine).mean((1, 3))
+  return np.repeat(grey[..., None], 3, -1).astype(np.float32)

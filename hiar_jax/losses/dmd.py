@@ -1,0 +1,39 @@
+"""Distribution matching: move the student's samples along the difference of two scores.
+
+HiAR Eq. 5, with the normalisation of the published code (from DMD2):
+
+    x_t  = add_noise(x, eps, sigma)
+    real = x0_real(x_t | text) + g (x0_real(x_t | text) - x0_real(x_t | negative text))
+    grad = (x0_fake(x_t | text) - real) / mean |x - real|          per sample
+    loss = 1/2 mean |x - stop(x - grad)|^2                         so that dloss/dx = grad / size
+
+g = 3 as published is what others call guidance scale 4.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import flow
+from hiar_jax.types import Video
+
+
+def score_x0(forward, x_t: Video, sigma) -> Video:
+  """x0 prediction of a bidirectional network."""
+  v, _ = forward(x_t, sigma, jnp.arange(x_t.shape[1], dtype=jnp.int32))
+  return flow.x0_from_velocity(x_t, v, sigma)
+
+
+def dmd_gradient(fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float) -> Video:
+  """See the module's docstring. fake, real: forwards with the text; real_negative: with the negative text (unused where guidance is 0)."""
+  x_t = flow.add_noise(x, eps, sigma)
+  x0_real = score_x0(real, x_t, sigma)
+  if guidance:
+    x0_real = flow.guide(x0_real, score_x0(real_negative, x_t, sigma), guidance)
+  scale = jnp.mean(jnp.abs(x - x0_real), axis=range(1, x.ndim), keepdims=True)
+  return jnp.nan_to_num((score_x0(fake, x_t, sigma) - x0_real) / scale)
+
+
+def dmd(x: Video, gradient: Video) -> jax.Array:
+  """The surrogate whose gradient in x is `gradient` / (elements of a sample): [b]. No gradient reaches the scores."""
+  target = jax.lax.stop_gradient(flow.wide(x) - flow.wide(gradient))
+  return 0.5 * jnp.mean((flow.wide(x) - target) ** 2, axis=range(1, x.ndim))

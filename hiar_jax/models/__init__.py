@@ -1,0 +1,1 @@
+"""Networks: the DiT, the text encoders and the autoencoders."""

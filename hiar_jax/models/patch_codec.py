@@ -1,0 +1,77 @@
+"""The small worlds' autoencoder: principal components of image patches. Linear, frozen, fitted once on the data.
+
+A frame is cut into patches of `patch` x `patch` pixels; each becomes `channels` numbers: its leading principal components, divided by
+`scale` so that latents have the size that the noise has. It stands where Wan's VAE stands (one latent frame per frame here).
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.types import Video
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchCodecConfig:
+  """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1 makes them all equal."""
+
+  patch: int = 8
+  channels: int = 32
+  whitening: float = 0.5
+
+
+@flax.struct.dataclass
+class PatchCodec:
+  """mean [p], basis [p, c] orthonormal, scale [c] with p = patch * patch * 3."""
+
+  mean: jax.Array
+  basis: jax.Array
+  scale: jax.Array
+  patch: int = flax.struct.field(pytree_node=False, default=8)
+
+
+def patches(video: jax.Array, patch: int) -> jax.Array:
+  """[b f H W 3] -> [b f h w p]."""
+  b, f, height, width, c = video.shape
+  grid = video.reshape(b, f, height // patch, patch, width // patch, patch, c)
+  return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, f, height // patch, width // patch, -1)
+
+
+def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
+  """Principal components of the patches of videos [n f H W 3] in [-1, 1]; float64 inside, signs fixed."""
+  rows = patches(videos, config.patch).reshape(-1, config.patch**2 * 3).astype(np.float64)
+  mean = rows.mean(0)
+  covariance = (rows - mean).T @ (rows - mean) / len(rows)
+  variances, vectors = np.linalg.eigh(covariance)
+  variances, basis = variances[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
+  basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
+  scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
+  scale = scale * np.sqrt((variances / scale**2).mean())  # mean variance of a latent number: 1
+  return PatchCodec(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
+
+
+def encode(codec: PatchCodec, video: jax.Array) -> Video:
+  """Pixels [b f H W 3] in [-1, 1] -> latents [b f h w c]."""
+  rows = patches(video, codec.patch)
+  return (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
+
+
+def decode(codec: PatchCodec, latents: Video) -> jax.Array:
+  """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
+  b, f, h, w, _ = latents.shape
+  rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(1, 1, 1, 1, -1)
+  grid = rows.reshape(b, f, h, w, codec.patch, codec.patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
+  return grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
+
+
+def to_unit(video: jax.Array) -> jax.Array:
+  """uint8 -> [-1, 1]."""
+  return video.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(video) -> np.ndarray:
+  """[-1, 1] -> uint8, rounded and clipped."""
+  return np.clip(np.rint((np.asarray(video) + 1) * 127.5), 0, 255).astype(np.uint8)

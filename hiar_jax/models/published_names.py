@@ -1,0 +1,141 @@
+"""Published tensor names <-> parameter trees, as a table of rules: one rule per published tensor.
+
+A model's rules are data: `Rule(name, shape, path, kind, layer)`. The same table converts in both directions, lists the
+names and shapes to be expected in a file, and says what is missing or left over. `named` may be any mapping, also one
+that reads a file lazily: each tensor is asked for once, in the order of the rules.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from hiar_jax.errors import UserError
+
+LISTED = 4  # how many names an error message spells out
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """One published tensor and the place of its numbers in the parameter tree.
+
+  kind says how the array is laid out here:
+    same       as published
+    linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise convolutions) are dropped
+    conv       [out, in, *kernel] -> [*kernel, in, out]
+    vector     [c, 1, ...] -> [c]
+  layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the tensor itself.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  path: tuple[str, ...]
+  kind: str = "same"
+  layer: int | None = None
+
+
+def _inward(array: np.ndarray, kind: str) -> np.ndarray:
+  if kind == "linear":
+    return array.reshape(array.shape[:2]).T
+  if kind == "conv":
+    return np.moveaxis(array, (0, 1), (-1, -2))
+  return array.reshape(-1) if kind == "vector" else array
+
+
+def _outward(array: np.ndarray, rule: Rule) -> np.ndarray:
+  if rule.kind == "conv":
+    array = np.moveaxis(array, (-1, -2), (0, 1))
+  elif rule.kind == "linear":
+    array = array.T
+  return np.ascontiguousarray(array).reshape(rule.shape)
+
+
+def shape_here(rule: Rule) -> tuple[int, ...]:
+  """Shape of the rule's tensor in the parameter tree, without the axis of stacked layers."""
+  return _inward(np.broadcast_to(np.zeros((), np.int8), rule.shape), rule.kind).shape
+
+
+def _some(names: Sequence[str]) -> str:
+  names = sorted(names)
+  return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
+  """Raises UserError that lists what is missing and what is left over, compared with the rules of the model `what`."""
+  given, expected = set(names), {rule.name for rule in rules}
+  problems = []
+  if expected - given:
+    problems.append(f"{len(expected - given)} missing ({_some(expected - given)})")
+  if given - expected:
+    problems.append(f"{len(given - expected)} left over ({_some(given - expected)})")
+  if problems:
+    raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' config.")
+
+
+def _checked(array: Any, rule: Rule, what: str) -> np.ndarray:
+  if tuple(array.shape) != rule.shape:
+    raise UserError(
+      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}."
+      " Use the config of these weights."
+    )
+  return np.asarray(array)
+
+
+def _place(tree: dict, path: tuple[str, ...], array: np.ndarray) -> None:
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = array
+
+
+def from_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
+  """Parameter tree of numpy arrays, dtypes as given, from tensors under their published names.
+
+  Raises UserError where a name is missing or left over, or a shape differs.
+  """
+  check_names(list(named), rules, what)
+  depth = {rule.path: 0 for rule in rules}
+  for rule in rules:
+    depth[rule.path] += 1
+  tree: dict = {}
+  stacks: dict[tuple[str, ...], np.ndarray] = {}
+  for rule in rules:
+    array = _inward(_checked(named[rule.name], rule, what), rule.kind)
+    if rule.layer is None:
+      _place(tree, rule.path, np.ascontiguousarray(array))
+      continue
+    if rule.path not in stacks:
+      stacks[rule.path] = np.empty((depth[rule.path], *array.shape), array.dtype)
+      _place(tree, rule.path, stacks[rule.path])
+    if stacks[rule.path].dtype != array.dtype:
+      raise UserError(
+        f"{what}: {rule.name} is {array.dtype}, other layers are {stacks[rule.path].dtype};"
+        " expected one dtype. Save the weights in one dtype."
+      )
+    stacks[rule.path][rule.layer] = array
+  return tree
+
+
+def to_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict[str, np.ndarray]:
+  """Published names and layouts from a parameter tree; the exact inverse of `from_published`.
+
+  Raises UserError where the tree holds other leaves than the rules, or other shapes.
+  """
+  leaves = {
+    tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
+  }
+  paths = {rule.path for rule in rules}
+  if set(leaves) != paths:
+    odd = [".".join(path) for path in set(leaves) ^ paths]
+    raise UserError(f"{what}: parameters and config differ at {_some(odd)}. Use the config they were made with.")
+  named = {}
+  for rule in rules:
+    leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
+    if tuple(leaf.shape) != shape_here(rule):
+      raise UserError(
+        f"{what}: {'.'.join(rule.path)} has shape {tuple(leaf.shape)}, the config asks for {shape_here(rule)}."
+        " Use the config they were made with."
+      )
+    named[rule.name] = _outward(np.asarray(leaf), rule)
+  return named

@@ -1,0 +1,79 @@
+"""Rotary positions over (frame, row, column), exact for any frame index.
+
+Wan2.1 splits a head's d / 2 complex pairs into three groups for frame, row and column; pair i of a group of m rotates by
+position * 10000^(-i / m). The published table ends at 1,024 frames. Here a frame index is written in base 1,024 and the three digits'
+rotations, tabulated in float64, are multiplied: every angle is right to float32 rounding up to frame 2^30, where a float32
+product position * frequency would already be wrong by a tenth of a radian at frame 1,000,000.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.types import Positions
+
+THETA = 10_000.0
+BASE = 1_024
+DIGITS = 3
+
+
+def split_pairs(head_dim: int) -> tuple[int, int, int]:
+  """Complex pairs for (frame, row, column), as in Wan2.1: the remainder goes to the frame."""
+  pairs = head_dim // 2
+  return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+
+def frequencies(pairs: int) -> np.ndarray:
+  """Radians per step of position [pairs], float64."""
+  return THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
+
+
+@functools.lru_cache
+def _digit_tables(pairs: int) -> np.ndarray:
+  """exp(i digit BASE^place frequency): complex128 [DIGITS, BASE, pairs]."""
+  digits = np.arange(BASE, dtype=np.float64)[None, :, None]
+  places = float(BASE) ** np.arange(DIGITS)[:, None, None]
+  return np.exp(1j * digits * places * frequencies(pairs))
+
+
+def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin), each [f, pairs] float32, of frame indices in [0, 2^30)."""
+  tables = _digit_tables(pairs)
+  real, imag = tables.real.astype(np.float32), tables.imag.astype(np.float32)
+  cos, sin = jnp.ones((positions.size, pairs)), jnp.zeros((positions.size, pairs))
+  for place in range(DIGITS):
+    digit = (positions // BASE**place) % BASE
+    c, s = jnp.asarray(real[place])[digit], jnp.asarray(imag[place])[digit]
+    cos, sin = cos * c - sin * s, cos * s + sin * c
+  return cos, sin
+
+
+def rotation(positions: Positions, rows: int, columns: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+  """(cos, sin), each [f, rows * columns, 1, head_dim / 2], for `apply`."""
+  pairs_f, pairs_h, pairs_w = split_pairs(head_dim)
+  parts = []
+  for frame, axis in zip(frame_rotation(positions, pairs_f), (np.cos, np.sin), strict=True):
+    row = axis(np.arange(rows)[:, None] * frequencies(pairs_h)).astype(np.float32)
+    column = axis(np.arange(columns)[:, None] * frequencies(pairs_w)).astype(np.float32)
+    grid = (positions.size, rows, columns)
+    part = jnp.concatenate(
+      [
+        jnp.broadcast_to(frame[:, None, None, :], (*grid, pairs_f)),
+        jnp.broadcast_to(row[None, :, None, :], (*grid, pairs_h)),
+        jnp.broadcast_to(column[None, None, :, :], (*grid, pairs_w)),
+      ],
+      axis=-1,
+    )
+    parts.append(part.reshape(positions.size, rows * columns, 1, -1))
+  return parts[0], parts[1]
+
+
+def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates neighbouring pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's dtype."""
+  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+  real, imag = pairs[..., 0], pairs[..., 1]
+  cos, sin = cos[None], sin[None]
+  turned = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
+  return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,55 @@
+"""The small worlds' text encoder: a word-level tokenizer and a frozen random table. It stands where UMT5 stands.
+
+A word's vector and its place in the sentence are fixed random directions; what they mean the DiT learns.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from hiar_jax.types import Text
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+
+
+class WordTokenizer:
+  """Words -> ids, padded with 0 to `length`. Id 1 is any unknown word."""
+
+  def __init__(self, vocabulary: tuple[str, ...], length: int):
+    ids = {word: i for i, word in enumerate((PAD, UNKNOWN, *vocabulary))}
+    self.size, self.length, self._ids = len(ids), length, ids
+    self._tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    self._tokenizer.normalizer = normalizers.Lowercase()
+    self._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), behavior="removed")
+    self._tokenizer.enable_truncation(length)
+    self._tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=length)
+
+  def __call__(self, prompt: str) -> np.ndarray:
+    """[l] int32; what does not fit is cut off."""
+    return np.asarray(self._tokenizer.encode(prompt).ids, np.int32)
+
+  def unknown(self, prompt: str) -> list[str]:
+    """Words of the prompt that the vocabulary lacks, in order."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    return [word for word in dict.fromkeys(words) if word not in self._ids]
+
+
+def vocabulary_of(captions: list[str]) -> tuple[str, ...]:
+  """All words of a data set, sorted: the vocabulary of a world that is not known beforehand."""
+  return tuple(sorted({word for caption in captions for word in re.findall(r"[^\W_]+", caption.lower())}))
+
+
+def word_table(size: int, length: int, dim: int, seed: int = 0) -> jax.Array:
+  """Frozen vectors: [size + length, dim], words then places, unit variance; the same for a seed on every machine."""
+  table = np.random.default_rng(seed).standard_normal((size + length, dim))
+  return jnp.asarray(table, jnp.float32)
+
+
+def encode(table: jax.Array, tokens: jax.Array) -> Text:
+  """tokens [b l] -> [b l d]; padding is zeroed, so the empty prompt is all zeros (the negative prompt)."""
+  length = tokens.shape[1]
+  words, places = table[:-length], table[-length:]
+  return jnp.where(tokens[..., None] > 0, words[tokens] + places[None], 0.0)

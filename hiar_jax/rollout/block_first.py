@@ -1,0 +1,46 @@
+"""Block-first order (Self-Forcing): each block is denoised to the end, then shown clean to its successors."""
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax.history import History
+from hiar_jax.rollout import blocks as prims
+from hiar_jax.rollout.blocks import Forward, Noise, Step
+from hiar_jax.rollout.cache import Cache
+from hiar_jax.types import Video
+
+
+def denoise_block(forward, noise, cache, n, sigmas, history: History, exit_level):
+  """Block n from pure noise down to the step at `exit_level` (may be traced): (its input at that step, its x0 prediction)."""
+  positions = prims.frames_of(n, history)
+
+  def predict(x, level):
+    step = Step(sigmas[level], sigmas[level + 1], positions)
+    v, _ = prims.against_cache(forward, cache, x, step.sigma, positions, history)
+    return prims.renoise(history, x, v, step, lambda: noise(level + 1, n))
+
+  x = jax.lax.fori_loop(0, exit_level, lambda level, x: predict(x, level)[0], noise(0, n))
+  return x, predict(x, exit_level)[1]
+
+
+def sweep(forward: Forward, noise: Noise, cache: Cache, sigmas, history: History, blocks: int, exit_level, *, first=0):
+  """All blocks, each to `exit_level`: (inputs at that level, x0 predictions), each [n b k h w c]."""
+
+  def one(cache, n):
+    x, x0 = denoise_block(forward, noise, cache, n, sigmas, history, exit_level)
+    return prims.show(forward, cache, x0, 0.0, prims.frames_of(n, history), history), (x, x0)
+
+  return jax.lax.scan(one, cache, first + jnp.arange(blocks))[1]
+
+
+def rollout(
+  forward: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int,
+  *, given: Video | None = None,
+) -> Video:  # fmt: skip
+  """As step_first.rollout."""
+  first = 0 if given is None else given.shape[1] // history.block
+  if given is not None:
+    cache = prims.prefill(forward, cache, given, history)
+  _, xs = sweep(forward, noise, cache, sigmas, history, blocks, len(sigmas) - 2, first=first)
+  video = prims.join(xs)
+  return video if given is None else jnp.concatenate([given, video], axis=1)

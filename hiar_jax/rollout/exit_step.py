@@ -1,0 +1,97 @@
+"""The training rollout: down to a random exit level without gradient, then that level's step for all blocks at once with it.
+
+What a block's history shows depends on latents alone, so the differentiated step needs no sequential graph: the history's K/V come from
+one block-causal forward over the shown latents, and all noisy blocks read them in one masked forward. `detached` history stops the gradient
+at those K/V (HiAR, Self-Forcing); `attached` lets it through (SAF; SGF).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import flow
+from hiar_jax.history import History, block_causal_mask, own_block_mask, past_mask
+from hiar_jax.rollout import block_first, step_first
+from hiar_jax.rollout import blocks as prims
+from hiar_jax.rollout.blocks import Forward, Noise
+from hiar_jax.rollout.cache import Cache
+from hiar_jax.types import Video
+
+
+def exit_rollout(
+  forward: Forward, frozen: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int, exit_level
+) -> Video:
+  """x0 of all blocks at `exit_level` (may be traced), differentiable in forward's parameters through that step alone.
+
+  frozen: the same network with parameters that carry no gradient; it does everything before the exit step.
+  """
+  if history.level == "input":
+    return _aligned(forward, frozen, noise, cache, sigmas, history, blocks, exit_level)
+  if history.order == "block_first":
+    noisy, shown = block_first.sweep(frozen, noise, cache, sigmas, history, blocks, exit_level)
+  else:
+    noisy = step_first.levels(frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level)
+    _, shown = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, history)
+  sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
+  context = jax.lax.stop_gradient(prims.join(shown))
+  noisy = jax.lax.stop_gradient(prims.join(noisy))
+  return teacher_forcing(forward, context, history.context_sigma(sigma, sigma_next), noisy, sigma, history)
+
+
+def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Video, sigma, history: History) -> Video:
+  """x0 of `noisy` blocks at `sigma`, block n seeing the `context` blocks < n at `context_sigma`: two parallel forwards.
+
+  sigma, context_sigma: scalar, [b] or [b f]. Equal to one forward over [context | noisy] under history.teacher_forcing_mask, but the
+  context's half needs no backward pass where it is detached.
+  """
+  positions = jnp.arange(noisy.shape[1], dtype=jnp.int32)
+  mask, past = own_block_mask(positions, positions, history), None
+  shown = noisy.shape[1] - history.block  # nobody sees the last block
+  if shown:
+    earlier = positions[:shown]
+    if jnp.ndim(context_sigma) == 2:
+      context_sigma = context_sigma[:, :shown]
+    _, past = forward(context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, history))
+    if history.gradient == "detached":
+      past = jax.lax.stop_gradient(past)
+    mask = jnp.concatenate([past_mask(positions, earlier, history), mask], axis=1)
+  v, _ = forward(noisy, sigma, positions, mask=mask, past=past)
+  return flow.x0_from_velocity(noisy, v, sigma)
+
+
+def _aligned(forward, frozen, noise, cache, sigmas, history: History, blocks: int, exit_level) -> Video:
+  """History at the input level (SAF): blocks read each other as they are, so a level is one block-causal forward."""
+  sink = None
+  if history.clean_sink and history.clean_sink // history.block < blocks:
+    plain = dataclasses.replace(history, sink_level="history")
+    sink = jax.lax.stop_gradient(
+      _aligned(frozen, frozen, noise, cache, sigmas, plain, history.clean_sink // history.block, exit_level)
+    )
+
+  def level(forward, xs, j):
+    return block_causal(forward, prims.join(xs), sigmas[j], history, sink)
+
+  def advance(j, xs):
+    x0 = prims.split(level(frozen, xs, j), history)
+    eps = jax.lax.map(lambda n: noise(j + 1, n), jnp.arange(blocks))
+    x_fresh = flow.add_noise(x0, eps, sigmas[j + 1])
+    if history.renoise == "fresh":
+      return x_fresh
+    return flow.euler(xs, flow.velocity_from_x0(xs, x0, sigmas[j]), sigmas[j], sigmas[j + 1])
+
+  xs = jax.lax.fori_loop(0, exit_level, advance, step_first.start(noise, blocks))
+  return level(forward, jax.lax.stop_gradient(xs), exit_level)
+
+
+def block_causal(forward: Forward, x: Video, sigma, history: History, sink: Video | None = None) -> Video:
+  """x0 of all blocks, each seeing its predecessors at their own level; with a clean `sink`, that in place of the first frames."""
+  positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+  mask, past = block_causal_mask(positions, history), None
+  if sink is not None:
+    first = positions[: sink.shape[1]]
+    _, past = forward(sink, 0.0, first, mask=block_causal_mask(first, history))
+    own_sink = (positions[None, :] < first.size) & (positions[:, None] >= first.size)
+    mask = jnp.concatenate([past_mask(positions, first, history), mask & ~own_sink], axis=1)
+  v, _ = forward(x, sigma, positions, mask=mask, past=past)
+  return flow.x0_from_velocity(x, v, sigma)

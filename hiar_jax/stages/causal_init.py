@@ -1,0 +1,33 @@
+"""Stage 4: the block-causal student, started from the teacher and regressed on its trajectories."""
+
+import jax
+
+from hiar_jax import sharding
+from hiar_jax.data.trajectories import check_sigmas
+from hiar_jax.stages import loop, student, teacher
+from hiar_jax.stages.run import Run
+from hiar_jax.state import create
+from hiar_jax.steps import causal_init
+
+
+def run(run: Run) -> None:
+  """Writes <workdir>/causal_init."""
+  e = run.experiment
+  if e.stages_from or loop.is_done(run, "causal_init", e.causal_init.steps):
+    return
+  sharding.check_batch(e.causal_init.batch, e.causal_init.accumulate, run.mesh, "causal_init")
+  check_sigmas(run.directory("trajectories"), list(map(float, e.student.sigmas)))
+  weights, key = teacher.load(run), jax.random.fold_in(jax.random.key(e.seed), 4)
+  step = causal_init.make_step(e.causal_init, e.dit, run.task, run.sigmas, e.history)
+
+  def update(shardings):
+    mapped = sharding.map_step(step, shardings, run.mesh, e.mesh.mapping)
+    return lambda state, feeds, _: mapped(state, feeds.next("trajectories"))
+
+  loop.train(
+    run, "causal_init", e.causal_init,
+    create=lambda: create(key, weights, e.causal_init.optimizer()),
+    update=update,
+    feeds=loop.Feeds(run, trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4)),
+    preview=student.preview(run, teacher.preview_tokens(run)),
+  )  # fmt: skip

@@ -1,0 +1,31 @@
+"""Stage 1: the data set (the shapes world, or a folder of videos) and the codec fitted on it."""
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from hiar_jax.data import shapes_clips, store, video_folder
+from hiar_jax.models import patch_codec
+from hiar_jax.stages.run import CODEC, Run, save_codec
+
+FIT_CLIPS = 1024  # a few million patches: the components no longer change
+
+
+def run(run: Run) -> None:
+  """Writes <workdir>/data. Only process 0 writes; the others wait."""
+  directory, data = run.directory("data"), run.experiment.data
+  if jax.process_index() == 0 and not run.experiment.stages_from:
+    if data.source == "shapes":
+      shapes_clips.prepare(directory, run.world, data.clips, data.seed)
+    else:
+      video_folder.prepare(directory, data.folder, data.frames, data.size, data.size, data.fps)
+    if not (directory / CODEC).exists():
+      save_codec(directory / CODEC, _fit(run))
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("data")
+
+
+def _fit(run: Run) -> patch_codec.PatchCodec:
+  source = store.open_source(run.directory("data"))
+  clips = np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
+  return patch_codec.fit(clips.astype(np.float32) / 127.5 - 1.0, run.experiment.codec)

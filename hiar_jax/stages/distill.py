@@ -1,0 +1,52 @@
+"""Stage 5: distillation. The student comes from causal init, critic and teacher from the teacher."""
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import sharding
+from hiar_jax.stages import loop, student, teacher
+from hiar_jax.stages.run import Run
+from hiar_jax.state import create
+from hiar_jax.steps import distill
+
+
+def run(run: Run) -> None:
+  """Writes <workdir>/distill."""
+  e, config = run.experiment, run.experiment.distill
+  if loop.is_done(run, "distill", config.steps):
+    return
+  sharding.check_batch(config.batch, config.accumulate, run.mesh, "distill")
+  real, start = teacher.load(run), teacher.load_weights(run, "causal_init")
+  key = jax.random.fold_in(jax.random.key(e.seed), 5)
+  who = distill.Student(e.dit, e.dit, e.history, jnp.asarray(run.sigmas), run.task)
+  feeds = {"prompts": run.clips("data", config.batch, (), salt=5)}
+  if config.forward_kl.weight:
+    feeds["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
+
+  def update(shardings):
+    spread = lambda step: sharding.map_step(step, shardings, run.mesh, e.mesh.mapping)
+    critic = spread(distill.make_critic_step(config, who))
+    generator = spread(distill.make_generator_step(config, who))
+
+    def both(state, feeds, step):
+      """Generator first, when it is its turn; the critic always."""
+      measured = {}
+      if config.updates_generator(step):
+        batch = feeds.next("prompts")
+        if config.forward_kl.weight:
+          held = feeds.next("trajectories")
+          batch |= {"trajectory": held["trajectory"], "trajectory_tokens": held["tokens"]}
+        state, measured = generator(state, batch, real)
+      state, critic_measured = critic(state, feeds.next("prompts"))
+      names = {f"critic_{name}": value for name, value in critic_measured.items()}
+      return state, {"loss": critic_measured["loss"], **names, **{f"generator_{k}": v for k, v in measured.items()}}
+
+    return both
+
+  loop.train(
+    run, "distill", config,
+    create=lambda: create(key, start, config.generator_optimizer(), real, config.critic_optimizer()),
+    update=update,
+    feeds=loop.Feeds(run, **feeds),
+    preview=student.preview(run, teacher.preview_tokens(run)),
+  )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The training loop of every stage: update, log the update before, save, stop when asked."""
+
+from collections.abc import Callable, Mapping
+import sys
+
+import jax
+import numpy as np
+
+from hiar_jax import metrics, sharding
+from hiar_jax.checkpoint import Checkpoints
+from hiar_jax.config import to_json
+from hiar_jax.signals import Preemption
+from hiar_jax.stages.run import Run
+from hiar_jax.state import TrainState, Training
+from hiar_jax.types import Batch, PyTree
+
+
+class Stopped(SystemExit):
+  """The stage saved its state after a signal; the same command goes on from there."""
+
+
+class Feeds:
+  """Several batch iterators that are saved and restored as one."""
+
+  def __init__(self, run: Run, **iterators):
+    self._run, self._iterators = run, iterators
+
+  def next(self, name: str) -> Batch:
+    """The next batch as global arrays, with each example's index in the global batch."""
+    batch = dict(next(self._iterators[name]))
+    local = len(batch["tokens"])
+    batch["index"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
+    return sharding.put_batch(batch, self._run.mesh)
+
+  def get_state(self) -> dict:
+    return {name: iterator.get_state() for name, iterator in self._iterators.items()}
+
+  def set_state(self, state: dict) -> None:
+    for name, iterator in self._iterators.items():
+      iterator.set_state(state[name])
+
+
+def is_done(run: Run, stage: str, steps: int) -> bool:
+  """True where the stage's last checkpoint is there."""
+  directory = run.directory(stage) / "checkpoints"
+  return directory.is_dir() and (directory / str(steps)).is_dir()
+
+
+def train(
+  run: Run, stage: str, training: Training, *, create: Callable[[], TrainState],
+  update: Callable[[PyTree], Callable[[TrainState, Feeds, int], tuple[TrainState, Mapping]]],
+  feeds: Feeds, preview: Callable[[TrainState], np.ndarray] | None = None,
+) -> None:  # fmt: skip
+  """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
+
+  update(shardings) -> (state, feeds, step) -> (state, metrics). preview: state -> clips uint8 [b f H W 3] for the log.
+  Raises Stopped after SIGTERM or SIGINT, with the state saved.
+  """
+  log, shapes = run.experiment.log, jax.eval_shape(create)
+  shardings = sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  config = {"model": to_json(run.experiment.dit), "stage": stage}
+  with Checkpoints(run.directory(stage) / "checkpoints", keep=log.keep, config=config) as checkpoints:
+    restored = checkpoints.restore(abstract, feeds)
+    step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
+    run.writer.resume(stage, step)
+    if not step and metrics.is_writer():
+      print_parameters(stage, shapes.params)
+    advance = update(shardings)
+    pending = None
+    with Preemption() as stop, metrics.progress(stage, training.steps, initial=step) as bar:
+      while step < training.steps:
+        state, measured = advance(state, feeds, step)
+        step += 1
+        pending = _report(run, stage, bar, pending)  # of the step before: fetching this one's would stall the device
+        due = step % log.every == 0 or step == training.steps
+        pending = (step, measured) if due else None
+        if preview and (step % log.preview_every == 0 or step == training.steps):
+          run.writer.video(stage, step, "samples", preview(state))
+        stopping = stop.requested(step)
+        if stopping or step % log.checkpoint_every == 0 or step == training.steps:
+          checkpoints.save(step, state, state.ema, feeds, force=True)
+        if stopping and step < training.steps:
+          _report(run, stage, bar, pending)
+          break
+      else:
+        _report(run, stage, bar, pending)
+    checkpoints.wait()
+  if step < training.steps:
+    print(f"{stage}: stopped and saved at step {step}; the same command goes on from there", file=sys.stderr)
+    raise Stopped(128 + (stop.signal or 15))
+
+
+def _report(run: Run, stage: str, bar: metrics.Progress, pending) -> None:
+  if pending is not None:
+    step, measured = pending
+    values = {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+    run.writer.scalars(stage, step, values)
+    bar.update(step, loss=values["loss"])
+    if not np.isfinite(values["loss"]):
+      raise FloatingPointError(f"{stage}: the loss is {values['loss']} at step {step}; lower the learning rate")
+
+
+def print_parameters(stage: str, params: PyTree) -> None:
+  """The parameter table, as clu prints it."""
+  from clu import parameter_overview  # slow to import, and only a first start needs it
+
+  print(f"\n{stage}\n{parameter_overview.get_parameter_overview(params, include_stats=False)}", file=sys.stderr)

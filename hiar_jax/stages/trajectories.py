@@ -1,0 +1,48 @@
+"""Stage 3: the teacher's ODE trajectories at the student's noise levels, as a data set."""
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from hiar_jax import metrics
+from hiar_jax.data import pipeline
+from hiar_jax.data.trajectories import TrajectoryWriter
+from hiar_jax.stages import teacher
+from hiar_jax.stages.run import Run
+
+
+def run(run: Run) -> None:
+  """Writes <workdir>/trajectories, part by part; parts that are there are kept, so a killed run goes on where it was."""
+  e, config = run.experiment, run.experiment.trajectories
+  if e.stages_from:
+    return
+  writer = TrajectoryWriter(
+    run.directory("trajectories"), list(map(float, e.student.sigmas)), config.count, config.batch, dtype=config.dtype,
+    recipe={"guidance": config.guidance, "steps": config.steps, "seed": e.seed, "teacher_steps": e.teacher.steps},
+  )  # fmt: skip
+  if writer.complete:
+    return
+  captions = pipeline.read_captions(run.directory("data"))
+  params, walk = teacher.load(run), teacher.make_walk(run, jax.random.fold_in(jax.random.key(e.seed), 2))
+  missing = writer.missing_parts(jax.process_index(), jax.process_count())
+  parts = -(-config.count // config.batch)
+  with metrics.progress("trajectories", parts, initial=parts - len(missing)) as bar:
+    for done, part in enumerate(missing, parts - len(missing) + 1):
+      rows = np.asarray(writer.rows(part))
+      chosen = [captions[row % len(captions)] for row in rows]
+      tokens = np.stack([run.tokenizer(caption) for caption in chosen])
+      writer.write_part(part, np.asarray(_padded(walk, params, tokens, rows, config.batch)), chosen)
+      bar.update(done)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("trajectories")
+  if jax.process_index() == 0:
+    writer.finish()
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices("trajectories data set")
+
+
+def _padded(walk, params, tokens: np.ndarray, rows: np.ndarray, batch: int) -> jax.Array:
+  """The last part is shorter: filled up to the batch, so that nothing is compiled twice."""
+  fill = batch - len(rows)
+  tokens, index = np.pad(tokens, ((0, fill), (0, 0))), np.pad(rows, (0, fill))
+  return walk(params, tokens, index)[: len(rows)]

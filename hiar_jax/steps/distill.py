@@ -1,0 +1,167 @@
+"""Distillation: the student rolls itself out; the critic follows its distribution, the generator is moved towards the teacher's.
+
+HiAR: L = L_DMD + lambda L_FKL (Eq. 11), critic : generator updates 5 : 1, exit level uniform over the student's levels.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax.errors import UserError
+from hiar_jax.history import History
+from hiar_jax.losses import critic as critic_loss
+from hiar_jax.losses import dmd as dmd_loss
+from hiar_jax.losses import forward_kl as fkl_loss
+from hiar_jax.losses.flow_matching import sample_sigma
+from hiar_jax.models import dit
+from hiar_jax.rollout.exit_step import exit_rollout
+from hiar_jax.state import Training, TrainState, descend, example_keys, example_normal, update_ema
+from hiar_jax.steps.task import Task, block_noise, empty_cache
+from hiar_jax.types import Batch, Key, Mean, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardKLConfig:
+  """weight: lambda; steps: K, how many first levels it holds; attention, target: see losses.forward_kl."""
+
+  weight: float = 0.1
+  steps: int = 1
+  attention: str = "bidirectional"
+  target: str = "velocity"
+
+  def __post_init__(self):
+    for name, allowed in (("attention", fkl_loss.ATTENTIONS), ("target", fkl_loss.TARGETS)):
+      if getattr(self, name) not in allowed:
+        raise UserError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(Training):
+  """`steps` counts critic updates, as the published code does; the generator takes one every `critic_updates`.
+
+  critic_lr: of the critic. critic_warmup: critic updates before the generator's first.
+  guidance: g of losses.dmd; score_shift, score_low, score_high: the levels at which scores are compared and the critic trained.
+  """
+
+  critic_lr: float
+  critic_updates: int = 5
+  critic_warmup: int = 0
+  guidance: float = 3.0
+  score_shift: float = 5.0
+  score_low: float = 0.02
+  score_high: float = 0.98
+  forward_kl: ForwardKLConfig = ForwardKLConfig()
+
+  def updates_generator(self, step: int) -> bool:
+    """Whether the generator moves before critic update `step`."""
+    return step >= self.critic_warmup and (step - self.critic_warmup) % self.critic_updates == 0
+
+  @property
+  def generator_steps(self) -> int:
+    return -(-max(self.steps - self.critic_warmup, 0) // self.critic_updates)
+
+  def generator_optimizer(self):
+    return self.optimizer(steps=max(self.generator_steps, 1))
+
+  def critic_optimizer(self):
+    return self.optimizer(self.critic_lr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+  """The networks' sizes and the method: everything that a self-rollout needs but the weights."""
+
+  model: dit.DiTConfig
+  teacher_model: dit.DiTConfig
+  history: History
+  sigmas: jax.Array  # [s+1], float32
+  task: Task
+
+  def generate(self, params: Params, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
+    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c]."""
+    k_exit, k_noise = jax.random.split(key)
+    exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
+    text = self.task.embed(tokens)
+    return exit_rollout(
+      dit.bind(self.model, params, text), dit.bind(self.model, frozen, text),
+      block_noise(k_noise, index, self.history, self.task),
+      empty_cache(self.model, self.history, self.task, tokens.shape[0]),
+      self.sigmas, self.history, self.task.frames // self.history.block, exit_level,
+    )  # fmt: skip
+
+
+def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tuple[jax.Array, jax.Array]:
+  """(sigma [b], eps [b f h w c]) at which scores are taken."""
+  keys = jax.vmap(jax.random.split)(example_keys(key, index))
+  sigma = sample_sigma(keys[:, 0], config.score_shift, config.score_low, config.score_high)
+  return sigma, example_normal(keys[:, 1], shape)
+
+
+def make_critic_step(config: DistillConfig, student: Student):
+  """step(state, batch {tokens, index}, mean) -> (state, metrics). Advances state.step."""
+  optimizer = config.critic_optimizer()
+
+  def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+    k_rollout, k_score = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0))
+
+    def loss(critic, part):
+      x = student.generate(state.params, state.params, part["tokens"], part["index"], k_rollout)
+      sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
+      forward = dit.bind(student.teacher_model, critic, student.task.embed(part["tokens"]))
+      return critic_loss.critic(forward, x, eps, sigma).mean(), {}
+
+    critic, opt_state, metrics = descend(
+      loss, state.critic, state.critic_opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+    )
+    return state.replace(step=state.step + 1, critic=critic, critic_opt_state=opt_state), metrics
+
+  return step
+
+
+def make_generator_step(config: DistillConfig, student: Student):
+  """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts generator updates.
+
+  batch {tokens, index, trajectory [b s+1 f h w c], trajectory_tokens}: the last two only with forward-KL. teacher: frozen params.
+  """
+  fkl, optimizer = config.forward_kl, config.generator_optimizer()
+
+  def step(state: TrainState, batch: Batch, teacher: Params, mean: Mean) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+    k_rollout, k_score, k_fkl = jax.random.split(key, 3)
+
+    def loss(params, part):
+      x = student.generate(params, state.params, part["tokens"], part["index"], k_rollout)
+      gradient = _dmd_gradient(config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score)
+      dmd = dmd_loss.dmd(x, gradient).mean()
+      metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2))}
+      if not fkl.weight:
+        return dmd, metrics
+      level = jax.random.randint(k_fkl, (), 0, fkl.steps)
+      forward = dit.bind(student.model, params, student.task.embed(part["trajectory_tokens"]))
+      held = fkl_loss.forward_kl(
+        forward, part["trajectory"].astype(jnp.float32), level, student.sigmas, student.history,
+        attention=fkl.attention, target=fkl.target,
+      ).mean()  # fmt: skip
+      return dmd + fkl.weight * held, {**metrics, "forward_kl": held}
+
+    params, opt_state, metrics = descend(
+      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+    )
+    updates = (state.step - config.critic_warmup) // config.critic_updates
+    averaged = update_ema(state.ema, params, updates, config)
+    return state.replace(params=params, ema=averaged, opt_state=opt_state), metrics
+
+  return step
+
+
+def _dmd_gradient(config, student, critic, teacher, x, part, key):
+  """The score difference at x [b f h w c]; neither score receives gradient."""
+  text = student.task.embed(part["tokens"])
+  sigma, eps = _score_draws(config, key, part["index"], x.shape[1:])
+  score = lambda params, text: dit.bind(student.teacher_model, params, text)
+  return jax.lax.stop_gradient(
+    dmd_loss.dmd_gradient(
+      score(critic, text), score(teacher, text), score(teacher, student.task.negative(text)), x, eps, sigma, config.guidance
+    )
+  )

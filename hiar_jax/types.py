@@ -1,0 +1,38 @@
+"""The glossary of axes and the array aliases that signatures use.
+
+    b  batch                    l  text tokens
+    f  latent frames            d  width of a vector (model width, text width)
+    h  latent height            n  blocks of a video (one block = k latent frames)
+    w  latent width             s  noise levels of the student
+    c  channels                 p  frames held in a KV cache (past frames)
+    k  latent frames a block    t  tokens of one latent frame after patching
+    H W  pixel height, width    a  attention heads
+
+Arrays are channels-last. `sigma` lies in [0, 1], 1 is pure noise, 0 is data; the network is fed `timestep = 1000 * sigma`.
+A latent frame's `position` is its index from the start of the video; it never wraps.
+
+`@typed` checks shapes and dtypes at call (also while tracing), so a wrong axis fails where it enters.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from beartype import beartype
+import jax
+from jaxtyping import Array, Bool, Float, Int, jaxtyped
+
+typed = jaxtyped(typechecker=beartype)
+
+PyTree = Any
+Params = PyTree  # nested dict of arrays: one network's weights
+Key = jax.Array  # a typed random key, jax.random.key
+
+Video = Float[Array, "b f h w c"]  # latents of a clip
+Block = Float[Array, "b k h w c"]  # latents of one block
+Sigma = Float[Array, "b f"]  # one noise level per frame
+Text = Float[Array, "b l d"]  # encoded prompt
+Positions = Int[Array, "f"]  # frame indices
+FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the frame of the column
+
+Batch = dict[str, Any]
+Mean = Callable[[PyTree], PyTree]  # averages over devices (identity unless mapped by pmap)

@@ -1,0 +1,60 @@
+"""The package and its extras. requirements.txt holds the exact versions that the tests ran with."""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def _version() -> str:
+  text = (ROOT / "hiar_jax" / "__init__.py").read_text()
+  return re.search(r'__version__ = "([^"]+)"', text).group(1)
+
+
+def _readme() -> str:
+  path = ROOT / "README.md"
+  return path.read_text() if path.exists() else ""
+
+
+setuptools.setup(
+  name="hiar_jax",
+  version=_version(),
+  description="Long video by hierarchical denoising (HiAR), in JAX",
+  long_description=_readme(),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_namespace_packages(include=["hiar_jax", "hiar_jax.*"]),
+  package_data={"": ["*.json", "*.txt", "py.typed"]},
+  install_requires=[
+    "absl-py>=2.1",
+    "array-record>=0.8",
+    "av>=14",
+    "beartype>=0.21",
+    "clu>=0.0.12",
+    "flax>=0.12",
+    "grain>=0.2.16",
+    "jax>=0.10",
+    "jaxtyping>=0.3.2",
+    "matplotlib>=3.9",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.12",
+    "pillow>=11",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6.4",
+    "tensorflow-datasets>=4.9.10",
+    "tokenizers>=0.21",
+    "tqdm>=4.66",
+  ],
+  extras_require={
+    "test": ["pytest>=8", "pytest-xdist>=3.6"],
+    "convert": ["torch>=2.4"],  # only reading torch's own pickled files needs it; safetensors files do not
+    "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33"],  # live comparisons: pytest -m parity
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
+  },
+)

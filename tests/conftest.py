@@ -1,0 +1,26 @@
+"""Every test sees eight virtual CPU devices and strict array shapes."""
+
+import importlib.util
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from absl import flags  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Worker processes of grain read absl flags, which only `app.run` parses.
+flags.FLAGS.mark_as_parsed()
+
+
+def pytest_collection_modifyitems(items):
+  """Live comparisons need the extra [parity]; where it is not installed they are skipped, and the summary says so."""
+  missing = [name for name in ("torch", "transformers", "diffusers") if importlib.util.find_spec(name) is None]
+  skip = pytest.mark.skip(reason=f"the extra [parity] is not installed ({', '.join(missing)})")
+  for item in items if missing else ():
+    if item.get_closest_marker("parity"):
+      item.add_marker(skip)

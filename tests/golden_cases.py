@@ -1,0 +1,77 @@
+"""Recordings of the published implementation: where they are, and how to read them."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from hiar_jax import convert
+from hiar_jax.history import History
+from hiar_jax.models import dit
+from hiar_jax.rollout import cache as caches
+
+ROOT = pathlib.Path(os.environ.get("HIAR_GOLDEN_DIR", pathlib.Path(__file__).parent / "golden"))
+TOLERANCE = 2e-4  # of the largest value
+
+
+def folders(marker: str) -> list[pathlib.Path]:
+  """Case folders that hold a file named `marker`."""
+  return sorted(path.parent for path in ROOT.glob(f"*/{marker}"))
+
+
+def channels_last(array: np.ndarray) -> np.ndarray:
+  """[..., f, c, h, w] -> [..., f, h, w, c]."""
+  return np.moveaxis(array, -3, -1)
+
+
+def assert_close(actual, expected, what: str = "") -> None:
+  actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+  assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, recorded {expected.shape}"
+  error, largest = np.abs(actual - expected).max(), np.abs(expected).max()
+  assert error <= TOLERANCE * largest, f"{what}: off by {error:.3g}, largest recorded value {largest:.3g}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One folder of a recorded DiT."""
+
+  path: pathlib.Path
+
+  @functools.cached_property
+  def sizes(self) -> dict:
+    return json.loads((self.path / "config.json").read_text())
+
+  @functools.cached_property
+  def config(self) -> dit.DiTConfig:
+    c = self.sizes["config"]
+    assert c["in_dim"] == c["out_dim"] and c["qk_norm"] and c["cross_attn_norm"], "a DiT unlike Wan2.1's"
+    return dit.DiTConfig(
+      dim=c["dim"], ffn_dim=c["ffn_dim"], num_heads=c["num_heads"], num_layers=c["num_layers"],
+      patch=tuple(c["patch_size"]), channels=c["in_dim"], text_dim=c["text_dim"], freq_dim=c["freq_dim"],
+    )  # fmt: skip
+
+  def load(self, name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(self.path / name))
+
+  @functools.cache
+  def params(self, network: str):
+    return convert.params_from_torch(self.load(f"weights_{network}.npz"), self.config)
+
+  def history(self, **changes) -> History:
+    return History(**{"block": self.sizes["config"]["num_frame_per_block"], "window": 0, **changes})
+
+  def forward(self, network: str, text: np.ndarray, params=None):
+    return dit.bind(self.config, self.params(network) if params is None else params, text)
+
+  def cache(self, history: History, frames: int) -> caches.Cache:
+    s = self.sizes
+    return caches.empty(
+      self.config, history, batch=s["batch"], frames=frames, height=s["height"], width=s["width"]
+    )  # fmt: skip
+
+
+def cases() -> list[Case]:
+  return [Case(path) for path in folders("weights_generator.npz")]

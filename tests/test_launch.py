@@ -1,0 +1,83 @@
+"""The launch scripts, as far as they go without a cluster: syntax, usage, and the command that they would run."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+SCRIPTS = ["local.sh", "gpu_node.sh", "tpu_pod.sh"]
+ARGUMENTS = ["--config=experiments/shapes.py:smoke", "--workdir=runs/a run", "--config.distill.levels=(1.0, 0.5)"]
+POD = {"TPU_NAME": "pod", "ZONE": "zone-a"}
+
+
+def launch(script, *arguments, **environment):
+  clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TPU_", "XLA_", "PYTHON"))}
+  return subprocess.run(
+    [str(LAUNCH / script), *arguments], capture_output=True, text=True, env={**clean, **environment}, timeout=60
+  )
+
+
+def dry_run(script, **environment):
+  """-> the command as a list, environment assignments included."""
+  result = launch(script, *ARGUMENTS, "--dry-run", **environment)
+  assert result.returncode == 0, result.stderr
+  return shlex.split(result.stdout)
+
+
+def test_every_script_is_tried_here():
+  assert sorted(path.name for path in LAUNCH.glob("*.sh")) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bash_can_read_it(script):
+  subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_without_arguments_it_tells_its_usage(script):
+  result = launch(script, **POD)
+  assert result.returncode == 2
+  assert result.stderr.startswith("usage:") and len(result.stderr.splitlines()) == 1
+
+
+def test_local_runs_one_python_line():
+  words = dry_run("local.sh", PYTHON="python3.11")
+  assert words[0] == "env"
+  assert words[-6:] == ["python3.11", "-m", "hiar_jax.train", *ARGUMENTS]
+
+
+def test_local_runs_what_the_dry_run_prints(tmp_path):
+  """With an interpreter that prints its arguments in the place of Python."""
+  echo = tmp_path / "echo.sh"
+  echo.write_text('#!/bin/sh\nfor argument in "$@"; do echo "$argument"; done\n')
+  echo.chmod(0o755)
+  result = launch("local.sh", *ARGUMENTS, PYTHON=str(echo))
+  assert result.stdout.splitlines() == ["-m", "hiar_jax.train", *ARGUMENTS]
+
+
+def test_a_node_uses_its_gpus_and_slurm_makes_one_job_of_many():
+  words = dry_run("gpu_node.sh", PYTHON=sys.executable, XLA_FLAGS="--mine=1")
+  assert "JAX_PLATFORMS=cuda" in words and "HIAR_DISTRIBUTED=1" not in words
+  assert [word for word in words if word.startswith("XLA_FLAGS=")][0].endswith(" --mine=1")
+  assert words[-6:] == [sys.executable, "-m", "hiar_jax.train", *ARGUMENTS]
+  assert "HIAR_DISTRIBUTED=1" in dry_run("gpu_node.sh", SLURM_NTASKS="4")
+
+
+def test_a_pod_runs_the_same_line_on_every_host():
+  words = dry_run("tpu_pod.sh", **POD, PROJECT="project")
+  assert words[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod"]
+  assert {"--zone=zone-a", "--project=project", "--worker=all"} <= set(words)
+  (remote,) = [word.removeprefix("--command=") for word in words if word.startswith("--command=")]
+  there = shlex.split(remote)
+  assert there[:3] == ["cd", "~/hiar_jax", "&&"]
+  assert "HIAR_DISTRIBUTED=1" in there
+  assert there[-6:] == ["python3", "-m", "hiar_jax.train", *ARGUMENTS]
+
+
+def test_a_pod_needs_a_name_and_a_zone():
+  result = launch("tpu_pod.sh", *ARGUMENTS, "--dry-run", TPU_NAME="pod")
+  assert result.returncode == 2 and "ZONE=ZONE" in result.stderr
