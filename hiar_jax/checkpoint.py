@@ -280,10 +280,10 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
   """path -> (shape, dtype) of the arrays; random keys as the integers that they are stored as."""
-  flat = ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree, keep_empty_nodes=False), sep="/")
   leaves = {}
-  for path, leaf in flat.items():
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if hasattr(leaf, "shape"):
+      path = jax.tree_util.keystr(keys, simple=True, separator="/")
       if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
       leaves[path] = (tuple(leaf.shape), str(leaf.dtype))

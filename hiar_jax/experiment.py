@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.history import History
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.patch_codec import PatchCodecConfig
@@ -34,6 +34,7 @@ class DataConfig:
   fps: float = 8.0
 
   def __post_init__(self):
+    at_least(1, clips=self.clips, frames=self.frames, size=self.size)
     if self.source not in SOURCES:
       raise UserError(f"data.source = {self.source!r}: expected one of {', '.join(SOURCES)}")
     if self.source == "videos" and not self.folder:
@@ -46,6 +47,9 @@ class TextConfig:
 
   length: int = 24
   dim: int = 64
+
+  def __post_init__(self):
+    at_least(1, length=self.length, dim=self.dim)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,7 @@ class ModelConfig:
   dtype: str = "float32"
   remat: str = "none"
   attention: str = "xla"
+  unroll: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,9 @@ class TrajectoriesConfig:
   steps: int = 48
   guidance: float = 3.0
   dtype: str = "float32"
+
+  def __post_init__(self):
+    at_least(1, count=self.count, batch=self.batch, steps=self.steps)
 
   def kept(self, student: StudentConfig) -> tuple[int, ...]:
     """Indices of the student's levels among the teacher's, whose grid must hold them."""
@@ -113,6 +121,9 @@ class SampleConfig:
   batch: int = 32
   measure: int = 54
 
+  def __post_init__(self):
+    at_least(1, count=self.count, batch=self.batch, scale=self.scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
@@ -122,6 +133,9 @@ class LogConfig:
   preview_every: int = 500
   checkpoint_every: int = 250
   keep: int = 2
+
+  def __post_init__(self):
+    at_least(1, every=self.every, preview_every=self.preview_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +165,13 @@ class Experiment:
       raise UserError(f"data.frames = {frames} is not whole blocks of history.block = {block} frames; the nearest is {near}")
     if self.data.size % self.codec.patch:
       raise UserError(f"data.size = {self.data.size} is not a multiple of codec.patch = {self.codec.patch}")
+    side, patch = self.data.size // self.codec.patch, self.dit.patch
+    if side % patch[1] or side % patch[2]:
+      raise UserError(f"latents of {side} x {side} (data.size / codec.patch) cannot be cut into model.patch = {patch}")
+    if self.distill.forward_kl.steps > len(self.student.timesteps):
+      raise UserError(
+        f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has {len(self.student.timesteps)} levels"
+      )
     self.trajectories.kept(self.student)
 
   @property

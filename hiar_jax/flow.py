@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiar_jax.errors import UserError
+
 TIMESTEPS = 1000  # the network is fed TIMESTEPS * sigma, as Wan2.1 was trained
 
 
@@ -35,8 +37,8 @@ def warped_levels(timesteps: tuple[float, ...], shift: float) -> np.ndarray:
   For shift 5: 1, .9375, .8333, .625, 0 (HiAR, section 4.1 and its published `denoising_step_list`).
   """
   t = np.asarray(tuple(timesteps) + (0.0,), np.float64) / TIMESTEPS
-  if t[0] > 1 or (np.diff(t) >= 0).any() or t[-2] <= 0:
-    raise ValueError(f"timesteps must fall from at most {TIMESTEPS} and stay above 0, got {tuple(timesteps)}")
+  if t.size < 2 or t[0] > 1 or (np.diff(t) >= 0).any() or t[-2] <= 0:
+    raise UserError(f"timesteps must fall from at most {TIMESTEPS} and stay above 0, got {tuple(timesteps)}")
   return shift_sigma(t, shift)
 
 

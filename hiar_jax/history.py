@@ -21,6 +21,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from hiar_jax.errors import UserError
 from hiar_jax.types import FrameMask, Positions
 
 ORDERS = ("step_first", "block_first")
@@ -55,15 +56,17 @@ class History:
       ("order", ORDERS), ("level", LEVELS), ("gradient", GRADIENTS), ("renoise", RENOISES), ("sink_level", SINK_LEVELS),
     ):
       if getattr(self, name) not in allowed:
-        raise ValueError(f"history.{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        raise UserError(f"history.{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
     if self.block < 1 or self.sink < 0 or self.window < 0:
-      raise ValueError(f"history needs block >= 1, sink >= 0, window >= 0, got {self}")
+      raise UserError(
+        f"history.block = {self.block}, sink = {self.sink}, window = {self.window}: expected block >= 1, sink >= 0, window >= 0"
+      )
     if self.window and self.window < self.block + self.sink:
-      raise ValueError(f"history.window = {self.window} cannot hold a block ({self.block}) and the sink ({self.sink})")
+      raise UserError(f"history.window = {self.window} cannot hold a block ({self.block}) and the sink ({self.sink})")
     if self.order == "block_first" and self.level != "clean":
-      raise ValueError(f"history.level = {self.level!r}: block_first finishes each block first, so its history is 'clean'")
+      raise UserError(f"history.level = {self.level!r}: block_first finishes each block first, so its history is 'clean'")
     if self.sink_level == "clean" and self.sink % self.block:
-      raise ValueError(f"a clean sink is whole blocks: history.sink = {self.sink} is not a multiple of block = {self.block}")
+      raise UserError(f"a clean sink is whole blocks: history.sink = {self.sink} is not a multiple of block = {self.block}")
 
   @property
   def clean_sink(self) -> int:

@@ -1,7 +1,7 @@
 """Devices: the mesh, which array lies where, and how a step is mapped over devices.
 
-By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and optimizer state over `fsdp`, and XLA inserts
-the communication. `mapping="pmap"` replicates everything and averages gradients with `pmean`. Both give the update that one device gives.
+By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and optimizer state over `fsdp`, and
+XLA inserts the communication. `mapping="pmap"` replicates everything and averages gradients with `pmean`. Both give the update that one device gives.
 """
 
 from collections.abc import Callable

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.types import Batch, Key, Mean, Params, PyTree
 
 SCHEDULES = ("constant", "cosine")
+RULES = ("adamw", "muon")
 
 
 @flax.struct.dataclass
@@ -35,6 +38,7 @@ class TrainState:
 class Training:
   """How a network is trained: AdamW after clipping by global norm, linear warm-up, then a constant or a cosine to zero; EMA.
 
+  rule: `adamw`, or `muon`, which moves the layers' matrices along the orthogonalised momentum at `muon_lr` and the rest by AdamW.
   steps: updates. batch: global, taken in `accumulate` parts. ema_decay is ramped up from update `ema_start`, before which the average is
   a copy of the weights.
   """
@@ -51,8 +55,14 @@ class Training:
   ema_decay: float = 0.99
   ema_start: int = 0
   accumulate: int = 1
+  rule: str = "adamw"
+  muon_lr: float = 0.02
 
   def __post_init__(self):
+    at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
+    at_least(0, lr=self.lr, warmup=self.warmup, ema_start=self.ema_start)
+    if self.rule not in RULES:
+      raise UserError(f"rule = {self.rule!r}: expected one of {', '.join(RULES)}")
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
     if self.batch % self.accumulate:
@@ -60,14 +70,28 @@ class Training:
 
   def optimizer(self, lr: float | None = None, steps: int | None = None) -> optax.GradientTransformation:
     """`lr` and `steps` replace the stage's own, for a network that is trained beside its main one."""
-    lr, steps = lr or self.lr, steps or self.steps
-    rate = optax.warmup_constant_schedule(0.0, lr, self.warmup)
+    lr, steps = self.lr if lr is None else lr, self.steps if steps is None else steps
+    rate = functools.partial(self._rate, steps=steps)
+    if self.rule == "muon":
+      rule = optax.contrib.muon(
+        rate(self.muon_lr), adam_learning_rate=rate(lr), adam_b1=self.b1, adam_b2=self.b2,
+        weight_decay=self.weight_decay, adam_weight_decay=self.weight_decay, muon_weight_dimension_numbers=_layer_matrices,
+      )  # fmt: skip
+    else:
+      rule = optax.adamw(rate(lr), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(self.clip), rule)
+
+  def _rate(self, lr: float, steps: int) -> optax.Schedule:
     if self.schedule == "cosine":
-      rate = optax.warmup_cosine_decay_schedule(0.0, lr, self.warmup, max(steps, self.warmup + 1))
-    return optax.chain(
-      optax.clip_by_global_norm(self.clip),
-      optax.adamw(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay),
-    )
+      return optax.warmup_cosine_decay_schedule(0.0, lr, self.warmup, max(steps, self.warmup + 1))
+    return optax.warmup_constant_schedule(0.0 if self.warmup else lr, lr, self.warmup)
+
+
+def _layer_matrices(params: Params) -> PyTree:
+  """Which axes of a parameter are a matrix's, for Muon: those of the stacked layers' kernels [layers, in, out]."""
+  axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+  is_matrix = lambda path, leaf: leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: axes if is_matrix(path, leaf) else None, params)
 
 
 def create(key: Key, params: Params, optimizer, critic: Params | None = None, critic_optimizer=None) -> TrainState:
@@ -117,7 +141,7 @@ def descend(
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
   grads, metrics = mean((grads, metrics))
   updates, opt_state = optimizer.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": optax.global_norm(grads)}
+  return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:

@@ -4,6 +4,9 @@ Every stage in order; each resumes where it was stopped and is skipped when it i
 """
 
 import os
+import resource
+import sys
+import time
 
 import jax
 
@@ -17,12 +20,23 @@ def main(config, workdir: str) -> None:
     jax.distributed.initialize()
   run = open_run(config, workdir)
   with run.writer, jax.set_mesh(run.mesh):
-    data.run(run)  # clips with captions, and the codec fitted on them
-    teacher.run(run)  # bidirectional, learns the clips
-    trajectories.run(run)  # its ODE walks, kept at the student's levels
-    causal_init.run(run)  # the causal student learns where they end
-    distill.run(run)  # and then from its own rollouts
-    sample.run(run)  # long videos, measured
+    for stage in (
+      data,  # clips with captions, and the codec fitted on them
+      teacher,  # bidirectional, learns the clips
+      trajectories,  # its ODE walks, kept at the student's levels
+      causal_init,  # the causal student learns where they end
+      distill,  # and then from its own rollouts
+      sample,  # long videos, measured
+    ):
+      started = time.monotonic()
+      stage.run(run)
+      report(stage.__name__.rpartition(".")[2], time.monotonic() - started)
+
+
+def report(stage: str, seconds: float) -> None:
+  """What the stage took in this process, compilation included, and the most memory that the process has held so far."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  print(f"{stage}: {seconds:.0f} s, peak memory so far {peak:.2f} GiB", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

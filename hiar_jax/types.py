@@ -19,18 +19,22 @@ from typing import Any
 
 from beartype import beartype
 import jax
-from jaxtyping import Array, Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, jaxtyped
+import numpy as np
 
 typed = jaxtyped(typechecker=beartype)
 
+Array = jax.Array | np.ndarray
 PyTree = Any
 Params = PyTree  # nested dict of arrays: one network's weights
 Key = jax.Array  # a typed random key, jax.random.key
 
 Video = Float[Array, "b f h w c"]  # latents of a clip
+Points = Float[Array, "b points f h w c"]  # a trajectory: latents of a clip at several levels
 Block = Float[Array, "b k h w c"]  # latents of one block
 Sigma = Float[Array, "b f"]  # one noise level per frame
 Text = Float[Array, "b l d"]  # encoded prompt
+Tokens = Int[Array, "b l"]  # a prompt, tokenised
 Positions = Int[Array, "f"]  # frame indices
 FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the frame of the column
 

@@ -15,6 +15,7 @@ from hiar_jax.rollout import cache as caches
 
 ROOT = pathlib.Path(os.environ.get("HIAR_GOLDEN_DIR", pathlib.Path(__file__).parent / "golden"))
 TOLERANCE = 2e-4  # of the largest value
+DIT = "weights_generator.npz"  # the file that marks a folder as a recorded DiT
 
 
 def folders(marker: str) -> list[pathlib.Path]:
@@ -53,25 +54,40 @@ class Case:
       patch=tuple(c["patch_size"]), channels=c["in_dim"], text_dim=c["text_dim"], freq_dim=c["freq_dim"],
     )  # fmt: skip
 
-  def load(self, name: str) -> dict[str, np.ndarray]:
-    return dict(np.load(self.path / name))
+  @functools.cached_property
+  def levels(self) -> np.ndarray:
+    """The student's noise levels [s + 1], as any of the folder's recordings states them."""
+    for path in sorted(self.path.glob("*.npz")):
+      with np.load(path) as arrays:
+        if "denoising_timesteps" in arrays.files:
+          return levels(arrays["denoising_timesteps"])
+    raise AssertionError(f"no recording in {self.path} states denoising_timesteps")
 
-  @functools.cache
+  def load(self, name: str) -> dict[str, np.ndarray]:
+    with np.load(self.path / name) as arrays:
+      return dict(arrays)
+
   def params(self, network: str):
-    return convert.params_from_torch(self.load(f"weights_{network}.npz"), self.config)
+    return _params(self, network)
 
   def history(self, **changes) -> History:
     return History(**{"block": self.sizes["config"]["num_frame_per_block"], "window": 0, **changes})
 
-  def forward(self, network: str, text: np.ndarray, params=None):
-    return dit.bind(self.config, self.params(network) if params is None else params, text)
+  def cache(self, history: History, latents: np.ndarray) -> caches.Cache:
+    """An empty cache for a video like `latents` [b f h w c]."""
+    b, f, h, w, _ = latents.shape
+    return caches.empty(self.config, history, batch=b, frames=f, height=h, width=w)
 
-  def cache(self, history: History, frames: int) -> caches.Cache:
-    s = self.sizes
-    return caches.empty(
-      self.config, history, batch=s["batch"], frames=frames, height=s["height"], width=s["width"]
-    )  # fmt: skip
+
+@functools.cache
+def _params(case: Case, network: str):
+  return convert.params_from_torch(case.load(f"weights_{network}.npz"), case.config)
+
+
+def levels(timesteps: np.ndarray) -> np.ndarray:
+  """Recorded timesteps in (0, 1000] -> sigmas, ending with 0."""
+  return np.append(np.asarray(timesteps, np.float32) / np.float32(1000), np.float32(0))
 
 
 def cases() -> list[Case]:
-  return [Case(path) for path in folders("weights_generator.npz")]
+  return [Case(path) for path in folders(DIT)]

@@ -22,7 +22,7 @@ LAYERS = [
   "experiment",
   "convert evaluate",
   "stages",
-  "train generate stream serve",
+  "train generate compare stream serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "history"}

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.types import Video
+from hiar_jax.types import Video, typed
 
 
 def score_x0(forward, x_t: Video, sigma) -> Video:
@@ -23,6 +23,7 @@ def score_x0(forward, x_t: Video, sigma) -> Video:
   return flow.x0_from_velocity(x_t, v, sigma)
 
 
+@typed
 def dmd_gradient(fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float) -> Video:
   """See the module's docstring. fake, real: forwards with the text; real_negative: with the negative text (unused where guidance is 0)."""
   x_t = flow.add_noise(x, eps, sigma)
@@ -33,6 +34,7 @@ def dmd_gradient(fake, real, real_negative, x: Video, eps: Video, sigma: jax.Arr
   return jnp.nan_to_num((score_x0(fake, x_t, sigma) - x0_real) / scale)
 
 
+@typed
 def dmd(x: Video, gradient: Video) -> jax.Array:
   """The surrogate whose gradient in x is `gradient` / (elements of a sample): [b]. No gradient reaches the scores."""
   target = jax.lax.stop_gradient(flow.wide(x) - flow.wide(gradient))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.types import Video
+from hiar_jax.types import Video, typed
 
 
 def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 1.0) -> jax.Array:
@@ -13,6 +13,7 @@ def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 
   return jnp.clip(flow.shift_sigma(t, shift), low, high)
 
 
+@typed
 def flow_matching(forward, x0: Video, eps: Video, sigma: jax.Array, mask=None) -> jax.Array:
   """mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2). sigma [b] or [b f] -> [b]."""
   v, _ = forward(flow.add_noise(x0, eps, sigma), sigma, jnp.arange(x0.shape[1], dtype=jnp.int32), mask=mask)

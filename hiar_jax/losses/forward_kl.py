@@ -14,13 +14,15 @@ import jax.numpy as jnp
 
 from hiar_jax import flow
 from hiar_jax.history import History, block_causal_mask
+from hiar_jax.types import Points, typed
 
 ATTENTIONS = ("bidirectional", "causal")
 TARGETS = ("velocity", "x0", "end")
 
 
+@typed
 def forward_kl(
-  forward, points: jax.Array, step, sigmas: jax.Array, history: History,
+  forward, points: Points, step, sigmas: jax.Array, history: History,
   *, attention: str = "bidirectional", target: str = "velocity", point_sigmas: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
   """points [b s+1 f h w c], step i in [0, s) (may be traced) -> [b].

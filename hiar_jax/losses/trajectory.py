@@ -5,10 +5,11 @@ import jax.numpy as jnp
 
 from hiar_jax.history import History
 from hiar_jax.rollout.exit_step import block_causal, teacher_forcing
-from hiar_jax.types import Video
+from hiar_jax.types import Points, Video, typed
 
 
-def at_levels(trajectory: jax.Array, levels: jax.Array) -> Video:
+@typed
+def at_levels(trajectory: Points, levels: jax.Array) -> Video:
   """trajectory [b s f h w c], levels [b f] -> each frame at its level [b f h w c]."""
   index = levels[:, None, :, None, None, None]
   return jnp.take_along_axis(trajectory, index, axis=1)[:, 0]
@@ -21,7 +22,8 @@ def sample_levels(keys: jax.Array, count: int, frames: int, block: int, shared: 
   return jnp.repeat(drawn, frames // drawn.shape[1], axis=1)
 
 
-def trajectory(forward, points: jax.Array, levels: jax.Array, sigmas: jax.Array, history: History) -> jax.Array:
+@typed
+def trajectory(forward, points: Points, levels: jax.Array, sigmas: jax.Array, history: History) -> jax.Array:
   """mean |x0_theta - end of the trajectory|^2, blocks seeing each other as they are (published: a level per block). [b]
 
   points [b s+1 f h w c] at sigmas [s+1]; levels [b f].
@@ -31,7 +33,8 @@ def trajectory(forward, points: jax.Array, levels: jax.Array, sigmas: jax.Array,
   return jnp.mean((x0 - points[:, -1]) ** 2, axis=range(1, x.ndim))
 
 
-def trajectory_with_history(forward, points, levels, sigmas, history: History) -> jax.Array:
+@typed
+def trajectory_with_history(forward, points: Points, levels, sigmas, history: History) -> jax.Array:
   """The same, each block seeing its predecessors as `history` will show them: at the trajectory's next point, or its end. [b]"""
   if history.level == "input":
     return trajectory(forward, points, levels, sigmas, history)

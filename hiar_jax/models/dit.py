@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax import flow
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import attention, rope
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Video, typed
 
@@ -33,6 +34,7 @@ class DiTConfig:
   """Sizes under Wan2.1's names. 1.3B: the defaults; 14B: dim 5120, ffn_dim 13824, num_heads 40, num_layers 40.
 
   remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
+  unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
   """
 
   dim: int = 1536
@@ -47,16 +49,18 @@ class DiTConfig:
   dtype: str = "float32"
   remat: str = "none"
   attention: str = "xla"
+  unroll: int = 1
 
   def __post_init__(self):
+    at_least(1, dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers)
     if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-      raise ValueError(f"dim = {self.dim} must split into num_heads = {self.num_heads} heads of even width")
+      raise UserError(f"dim = {self.dim} must split into num_heads = {self.num_heads} heads of even width")
     if self.patch[0] != 1:
-      raise ValueError(f"patch = {self.patch}: the first entry must be 1, frames have levels of their own")
+      raise UserError(f"patch = {self.patch}: the first entry must be 1, frames have levels of their own")
     if self.remat not in REMATS:
-      raise ValueError(f"remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
+      raise UserError(f"remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
     if self.attention not in attention.IMPLEMENTATIONS:
-      raise ValueError(f"attention = {self.attention!r}: expected one of {', '.join(attention.IMPLEMENTATIONS)}")
+      raise UserError(f"attention = {self.attention!r}: expected one of {', '.join(attention.IMPLEMENTATIONS)}")
 
   @property
   def head_dim(self) -> int:
@@ -207,6 +211,7 @@ def _layers(config: DiTConfig):
     in_axes=(0, nn.broadcast),
     out_axes=0,
     length=config.num_layers,
+    unroll=config.unroll,
   )(config, name="layers")
 
 
@@ -216,6 +221,7 @@ class DiT(nn.Module):
   config: DiTConfig
 
   @nn.compact
+  @typed
   def __call__(
     self, x: Video, timestep: Sigma, text: Text, positions: Positions,
     mask: FrameMask | None = None, past: KV | None = None,
@@ -267,7 +273,9 @@ def bind(config: DiTConfig, params: Params, text: Text):
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma[:, None] if sigma.ndim == 1 else sigma
     levels = jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)
-    return DiT(config).apply({"params": params}, x, flow.timestep(levels), text, positions, mask, past)
+    return DiT(config).apply(
+      {"params": params}, jnp.asarray(x), flow.timestep(levels), jnp.asarray(text), positions, mask, past
+    )
 
   return forward
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.types import Video
+from hiar_jax.errors import UserError, at_least
+from hiar_jax.types import Video, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,11 @@ class PatchCodecConfig:
   patch: int = 8
   channels: int = 32
   whitening: float = 0.5
+
+  def __post_init__(self):
+    at_least(1, patch=self.patch, channels=self.channels)
+    if self.channels > self.patch**2 * 3:
+      raise UserError(f"codec.channels = {self.channels}: a patch of {self.patch} x {self.patch} pixels has {self.patch**2 * 3} numbers")
 
 
 @flax.struct.dataclass
@@ -49,7 +55,7 @@ def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
   variances, basis = variances[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
   basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
   scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
-  scale = scale * np.sqrt((variances / scale**2).mean())  # mean variance of a latent number: 1
+  scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))  # mean variance of a latent number: 1
   return PatchCodec(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
 
 
@@ -59,6 +65,7 @@ def encode(codec: PatchCodec, video: jax.Array) -> Video:
   return (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
 
 
+@typed
 def decode(codec: PatchCodec, latents: Video) -> jax.Array:
   """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
   b, f, h, w, _ = latents.shape

@@ -5,12 +5,11 @@ A word's vector and its place in the sentence are fixed random directions; what 
 
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from hiar_jax.types import Text
+from hiar_jax.types import Text, Tokens, typed
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 
@@ -33,23 +32,31 @@ class WordTokenizer:
 
   def unknown(self, prompt: str) -> list[str]:
     """Words of the prompt that the vocabulary lacks, in order."""
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    return [word for word in dict.fromkeys(words) if word not in self._ids]
+    return [word for word in dict.fromkeys(split(prompt)) if word not in self._ids]
+
+  def cut_off(self, prompt: str) -> int:
+    """How many words of the prompt do not fit."""
+    return max(0, len(split(prompt)) - self.length)
+
+
+def split(text: str) -> list[str]:
+  """The words of a text: runs of letters and digits, in lower case."""
+  return re.findall(r"[^\W_]+", text.lower())
 
 
 def vocabulary_of(captions: list[str]) -> tuple[str, ...]:
   """All words of a data set, sorted: the vocabulary of a world that is not known beforehand."""
-  return tuple(sorted({word for caption in captions for word in re.findall(r"[^\W_]+", caption.lower())}))
+  return tuple(sorted({word for caption in captions for word in split(caption)}))
 
 
-def word_table(size: int, length: int, dim: int, seed: int = 0) -> jax.Array:
+def word_table(size: int, length: int, dim: int, seed: int = 0) -> np.ndarray:
   """Frozen vectors: [size + length, dim], words then places, unit variance; the same for a seed on every machine."""
-  table = np.random.default_rng(seed).standard_normal((size + length, dim))
-  return jnp.asarray(table, jnp.float32)
+  return np.random.default_rng(seed).standard_normal((size + length, dim)).astype(np.float32)
 
 
-def encode(table: jax.Array, tokens: jax.Array) -> Text:
+@typed
+def encode(table: np.ndarray, tokens: Tokens) -> Text:
   """tokens [b l] -> [b l d]; padding is zeroed, so the empty prompt is all zeros (the negative prompt)."""
   length = tokens.shape[1]
-  words, places = table[:-length], table[-length:]
+  words, places = jnp.asarray(table[:-length]), jnp.asarray(table[-length:])
   return jnp.where(tokens[..., None] > 0, words[tokens] + places[None], 0.0)

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
+from hiar_jax.errors import UserError
 from hiar_jax.history import History, block_causal_mask, own_block_mask, past_mask
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise
 from hiar_jax.rollout.cache import Cache
-from hiar_jax.types import Video
+from hiar_jax.types import Video, typed
 
 
 def exit_rollout(
@@ -27,18 +28,35 @@ def exit_rollout(
   frozen: the same network with parameters that carry no gradient; it does everything before the exit step.
   """
   if history.level == "input":
-    return _aligned(forward, frozen, noise, cache, sigmas, history, blocks, exit_level)
-  if history.order == "block_first":
-    noisy, shown = block_first.sweep(frozen, noise, cache, sigmas, history, blocks, exit_level)
-  else:
-    noisy = step_first.levels(frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level)
-    _, shown = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, history)
+    return _aligned(forward, frozen, noise, sigmas, history, blocks, exit_level)
+  noisy, shown, _ = jax.lax.stop_gradient(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level))
   sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
-  context = jax.lax.stop_gradient(prims.join(shown))
-  noisy = jax.lax.stop_gradient(prims.join(noisy))
-  return teacher_forcing(forward, context, history.context_sigma(sigma, sigma_next), noisy, sigma, history)
+  context_sigma = history.context_sigma(sigma, sigma_next)
+  return teacher_forcing(forward, prims.join(shown), context_sigma, prims.join(noisy), sigma, history)
 
 
+def exit_sample(
+  frozen: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int, exit_level
+) -> Video:
+  """What exit_rollout returns, without gradient and so without its second pass."""
+  if history.level == "input":
+    return _aligned(frozen, frozen, noise, sigmas, history, blocks, exit_level)
+  return prims.join(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)[2])
+
+
+def _sequential(frozen, noise, cache, sigmas, history: History, blocks: int, exit_level):
+  """Each [n b k h w c]: the blocks before the exit step, what their successors see in it, their x0."""
+  if history.clean_sink:
+    raise UserError(f"history.sink_level = 'clean' is trained at history.level = 'input' alone, not at {history.level!r}")
+  if history.order == "block_first":
+    noisy, x0 = block_first.sweep(frozen, noise, cache, sigmas, history, blocks, exit_level)
+    return noisy, x0, x0
+  noisy = step_first.levels(frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level)
+  _, shown, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, history)
+  return noisy, shown, x0
+
+
+@typed
 def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Video, sigma, history: History) -> Video:
   """x0 of `noisy` blocks at `sigma`, block n seeing the `context` blocks < n at `context_sigma`: two parallel forwards.
 
@@ -60,17 +78,17 @@ def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Vide
   return flow.x0_from_velocity(noisy, v, sigma)
 
 
-def _aligned(forward, frozen, noise, cache, sigmas, history: History, blocks: int, exit_level) -> Video:
+def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit_level) -> Video:
   """History at the input level (SAF): blocks read each other as they are, so a level is one block-causal forward."""
   sink = None
   if history.clean_sink and history.clean_sink // history.block < blocks:
     plain = dataclasses.replace(history, sink_level="history")
     sink = jax.lax.stop_gradient(
-      _aligned(frozen, frozen, noise, cache, sigmas, plain, history.clean_sink // history.block, exit_level)
+      _aligned(frozen, frozen, noise, sigmas, plain, history.clean_sink // history.block, exit_level)
     )
 
-  def level(forward, xs, j):
-    return block_causal(forward, prims.join(xs), sigmas[j], history, sink)
+  def level(forward, xs, j, detached=False):
+    return block_causal(forward, prims.join(xs), sigmas[j], history, sink, detached)
 
   def advance(j, xs):
     x0 = prims.split(level(frozen, xs, j), history)
@@ -81,17 +99,31 @@ def _aligned(forward, frozen, noise, cache, sigmas, history: History, blocks: in
     return flow.euler(xs, flow.velocity_from_x0(xs, x0, sigmas[j]), sigmas[j], sigmas[j + 1])
 
   xs = jax.lax.fori_loop(0, exit_level, advance, step_first.start(noise, blocks))
-  return level(forward, jax.lax.stop_gradient(xs), exit_level)
+  detached = history.gradient == "detached" and forward is not frozen
+  return level(forward, jax.lax.stop_gradient(xs), exit_level, detached)
 
 
-def block_causal(forward: Forward, x: Video, sigma, history: History, sink: Video | None = None) -> Video:
-  """x0 of all blocks, each seeing its predecessors at their own level; with a clean `sink`, that in place of the first frames."""
+@typed
+def block_causal(
+  forward: Forward, x: Video, sigma, history: History, sink: Video | None = None, detached: bool = False
+) -> Video:
+  """x0 of all blocks, each seeing its predecessors at their own level; a clean `sink` is seen in place of the first frames.
+
+  detached: no gradient passes through what a block sees of others, which takes a second forward.
+  """
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
   mask, past = block_causal_mask(positions, history), None
   if sink is not None:
     first = positions[: sink.shape[1]]
     _, past = forward(sink, 0.0, first, mask=block_causal_mask(first, history))
-    own_sink = (positions[None, :] < first.size) & (positions[:, None] >= first.size)
-    mask = jnp.concatenate([past_mask(positions, first, history), mask & ~own_sink], axis=1)
+    after = positions[:, None] >= first.size  # the sink's own blocks see each other noisy, as when they were generated
+    own_sink = after & (positions[None, :] < first.size)
+    mask = jnp.concatenate([past_mask(positions, first, history) & after, mask & ~own_sink], axis=1)
+  if detached:
+    _, kv = forward(x, sigma, positions, mask=mask, past=past)
+    past = kv if past is None else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), past, kv)
+    past, own = jax.lax.stop_gradient(past), own_block_mask(positions, positions, history)
+    in_past = jnp.pad(own, ((0, 0), (mask.shape[1] - own.shape[1], 0)))
+    mask = jnp.concatenate([mask & ~in_past, own], axis=1)
   v, _ = forward(x, sigma, positions, mask=mask, past=past)
   return flow.x0_from_velocity(x, v, sigma)

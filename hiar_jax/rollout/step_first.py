@@ -18,8 +18,8 @@ from hiar_jax.types import Video
 def sweep(
   forward: Forward, noise: Noise, cache: Cache, xs: jax.Array, sigmas: jax.Array, level, history: History,
   *, first: int = 0, fused: bool = True,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
-  """One noise level for all blocks. xs [n b k h w c] at sigmas[level] -> (xs at the next level, what successors were shown).
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+  """One noise level for all blocks: xs [n b k h w c] at sigmas[level] -> (xs at the next level, what successors were shown, x0).
 
   first: index of the first block (blocks before it are in `cache`). fused: N forwards of two blocks instead of 2 N of one.
   """
@@ -28,24 +28,24 @@ def sweep(
 
   def finish(x, v, n, step):
     x_next, x0 = prims.renoise(history, x, v, step, lambda: noise(level + 1, n))
-    return x_next, prims.shown(history, x, x_next, x0)
+    return x_next, prims.shown(history, x, x_next, x0), x0
 
   def separate(cache, inputs):
     n, x = inputs
     step = Step(sigma, sigma_next, prims.frames_of(n, history))
     v, kv = prims.against_cache(forward, cache, x, sigma, step.positions, history)
-    x_next, context = finish(x, v, n, step)
+    done = finish(x, v, n, step)
     if history.level == "input":  # what successors read is what this forward has just computed
-      return write(cache, kv, step.positions, history), (x_next, context)
-    return prims.show(forward, cache, context, context_sigma, step.positions, history), (x_next, context)
+      return write(cache, kv, step.positions, history), done
+    return prims.show(forward, cache, done[1], context_sigma, step.positions, history), done
 
   def together(carry, inputs):
     cache, context = carry
     n, x = inputs
     step = Step(sigma, sigma_next, prims.frames_of(n, history))
     v, cache = prims.show_and_denoise(forward, cache, context, context_sigma, x, step, history)
-    x_next, context = finish(x, v, n, step)
-    return (cache, context), (x_next, context)
+    done = finish(x, v, n, step)
+    return (cache, done[1]), done
 
   indices = first + jnp.arange(xs.shape[0])
   if history.level == "input" or not fused:

@@ -13,9 +13,8 @@ from hiar_jax.steps import causal_init
 def run(run: Run) -> None:
   """Writes <workdir>/causal_init."""
   e = run.experiment
-  if e.stages_from or loop.is_done(run, "causal_init", e.causal_init.steps):
+  if loop.is_done(run, "causal_init", e.causal_init.steps):
     return
-  sharding.check_batch(e.causal_init.batch, e.causal_init.accumulate, run.mesh, "causal_init")
   check_sigmas(run.directory("trajectories"), list(map(float, e.student.sigmas)))
   weights, key = teacher.load(run), jax.random.fold_in(jax.random.key(e.seed), 4)
   step = causal_init.make_step(e.causal_init, e.dit, run.task, run.sigmas, e.history)

@@ -15,7 +15,6 @@ def run(run: Run) -> None:
   e, config = run.experiment, run.experiment.distill
   if loop.is_done(run, "distill", config.steps):
     return
-  sharding.check_batch(config.batch, config.accumulate, run.mesh, "distill")
   real, start = teacher.load(run), teacher.load_weights(run, "causal_init")
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
   who = distill.Student(e.dit, e.dit, e.history, jnp.asarray(run.sigmas), run.task)

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping
 import sys
 
+from etils import epath
 import jax
 import numpy as np
 
-from hiar_jax import metrics, sharding
+from hiar_jax import checksums, metrics, sharding
 from hiar_jax.checkpoint import Checkpoints
 from hiar_jax.config import to_json
+from hiar_jax.errors import UserError
 from hiar_jax.signals import Preemption
 from hiar_jax.stages.run import Run
-from hiar_jax.state import TrainState, Training
+from hiar_jax.state import Training, TrainState
 from hiar_jax.types import Batch, PyTree
 
 
@@ -41,9 +43,23 @@ class Feeds:
 
 
 def is_done(run: Run, stage: str, steps: int) -> bool:
-  """True where the stage's last checkpoint is there."""
-  directory = run.directory(stage) / "checkpoints"
-  return directory.is_dir() and (directory / str(steps)).is_dir()
+  """True where the stage's last checkpoint is there, undamaged.
+
+  Raises UserError where the stage should come from `stages_from` and has no such checkpoint there.
+  """
+  last = epath.Path(run.directory(stage)) / "checkpoints" / str(steps)
+  try:
+    if last.is_dir():
+      checksums.check(last)
+      return True
+  except checksums.Damaged:
+    pass  # training restores the one before, says so, and comes here again
+  if run.borrows(stage):
+    raise UserError(
+      f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or damaged ({last}); "
+      "run the command that made it once more"
+    )
+  return False
 
 
 def train(
@@ -69,24 +85,22 @@ def train(
     advance = update(shardings)
     pending = None
     with Preemption() as stop, metrics.progress(stage, training.steps, initial=step) as bar:
-      while step < training.steps:
+      stopping = False
+      while step < training.steps and not stopping:
         state, measured = advance(state, feeds, step)
         step += 1
-        pending = _report(run, stage, bar, pending)  # of the step before: fetching this one's would stall the device
+        _report(run, stage, bar, pending)  # of the step before: fetching this one's would stall the device
         due = step % log.every == 0 or step == training.steps
         pending = (step, measured) if due else None
         if preview and (step % log.preview_every == 0 or step == training.steps):
           run.writer.video(stage, step, "samples", preview(state))
         stopping = stop.requested(step)
         if stopping or step % log.checkpoint_every == 0 or step == training.steps:
+          _check_finite(stage, step, measured)  # a checkpoint of NaNs would take the place of a good one
+          pending = _report(run, stage, bar, pending)  # what a checkpoint has behind it is in the log
           checkpoints.save(step, state, state.ema, feeds, force=True)
-        if stopping and step < training.steps:
-          _report(run, stage, bar, pending)
-          break
-      else:
-        _report(run, stage, bar, pending)
     checkpoints.wait()
-  if step < training.steps:
+  if stopping:
     print(f"{stage}: stopped and saved at step {step}; the same command goes on from there", file=sys.stderr)
     raise Stopped(128 + (stop.signal or 15))
 
@@ -94,11 +108,23 @@ def train(
 def _report(run: Run, stage: str, bar: metrics.Progress, pending) -> None:
   if pending is not None:
     step, measured = pending
-    values = {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+    values = _fetch(measured)
     run.writer.scalars(stage, step, values)
     bar.update(step, loss=values["loss"])
-    if not np.isfinite(values["loss"]):
-      raise FloatingPointError(f"{stage}: the loss is {values['loss']} at step {step}; lower the learning rate")
+    _check_finite(stage, step, values)
+
+
+def _check_finite(stage: str, step: int, measured: Mapping) -> None:
+  bad = [name for name, value in _fetch(measured).items() if not np.isfinite(value)]
+  if bad:
+    raise UserError(
+      f"{stage}: {', '.join(bad)} is not finite at step {step}; the last checkpoint is from before; "
+      f"start again in another workdir with a lower learning rate or a lower {stage}.clip"
+    )
+
+
+def _fetch(measured: Mapping) -> dict[str, float]:
+  return {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
 
 
 def print_parameters(stage: str, params: PyTree) -> None:

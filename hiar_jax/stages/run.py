@@ -8,6 +8,7 @@ import pathlib
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax import config as configs
@@ -32,13 +33,14 @@ class Run:
   experiment: Experiment
   workdir: pathlib.Path
   mesh: Mesh
-  writer: metrics.Writer
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage keeps its result: in the workdir, or where stages_from has it."""
-    if self.experiment.stages_from and stage not in ("distill", "sample"):
-      return pathlib.Path(self.experiment.stages_from) / stage
-    return self.workdir / stage
+    return (pathlib.Path(self.experiment.stages_from) if self.borrows(stage) else self.workdir) / stage
+
+  def borrows(self, stage: str) -> bool:
+    """Whether a stage's result is that of another workdir."""
+    return bool(self.experiment.stages_from) and stage not in ("distill", "sample")
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -51,6 +53,11 @@ class Run:
     if data.source != "shapes":
       raise UserError("this needs the truth of the shapes world, but data.source is 'videos'")
     return world.WorldConfig(size=data.size, frames=data.frames, difficulty=data.difficulty)
+
+  @functools.cached_property
+  def writer(self) -> metrics.Writer:
+    """The run's log, opened by whoever trains; tools that only read a run leave it alone."""
+    return metrics.Writer(self.workdir / "logs")
 
   @functools.cached_property
   def tokenizer(self) -> words.WordTokenizer:
@@ -90,10 +97,9 @@ class Run:
     )  # fmt: skip
 
   def held_out(self, count: int) -> list[str]:
-    """Prompts that training never showed, repeated as often as needed."""
+    """Prompts that training never showed, spread over all of them, repeated where there are too few."""
     known = world.prompts("held_out", self.world)
-    step = max(1, len(known) // count)
-    return [known[i * step % len(known)] for i in range(count)]
+    return [known[i * len(known) // count] for i in range(count)]
 
 
 CODEC = "codec.npz"
@@ -117,16 +123,33 @@ def load_codec(path: pathlib.Path) -> PatchCodec:
 def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   """Checks the config against itself and against what the workdir (and stages_from) were made with.
 
-  Raises UserError where they differ in anything that changes a number.
+  save: a run to be trained, whose config goes into the workdir; otherwise one to be read, on whatever devices are here.
+  Raises UserError where configs differ in anything that changes a number, or where a stage could not run in the end.
   """
   experiment = configs.build(Experiment, config)
   configs.check_workdir(config, workdir, ignore=FREE)
   if experiment.stages_from:
     _check_shared(config, experiment)
-  if save and metrics.is_writer():
-    configs.save_resolved(config, workdir)
-  workdir = pathlib.Path(workdir)
-  return Run(experiment, workdir, sharding.make_mesh(experiment.mesh), metrics.Writer(workdir / "logs"))
+  mesh = sharding.make_mesh(experiment.mesh if save else sharding.MeshConfig())
+  if save:
+    _check_stages(experiment, mesh)
+    if metrics.is_writer():
+      configs.save_resolved(config, workdir)
+  return Run(experiment, pathlib.Path(workdir), mesh)
+
+
+def _check_stages(experiment: Experiment, mesh: Mesh) -> None:
+  """What a stage would find out only when its turn comes, hours later."""
+  for name in ("teacher", "causal_init", "distill"):
+    training = getattr(experiment, name)
+    sharding.check_batch(training.batch, training.accumulate, mesh, name)
+  count = experiment.trajectories.count
+  for name, used in (("causal_init", True), ("distill", experiment.distill.forward_kl.weight)):
+    batch = getattr(experiment, name).batch
+    if used and batch > count:
+      raise UserError(f"{name}.batch = {batch} is more than trajectories.count = {count}; take a smaller batch or make more")
+  if experiment.sample.prompts != "held_out":
+    pipeline.read_prompts(experiment.sample.prompts)
 
 
 def _check_shared(config, experiment: Experiment) -> None:
@@ -134,10 +157,19 @@ def _check_shared(config, experiment: Experiment) -> None:
   if stored is None:
     raise UserError(f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through causal_init")
   given = configs.to_json(config)
-  pick = lambda tree: {**{name: tree.get(name) for name in SHARED}, "history": {"block": tree["history"]["block"]}}
+  block = lambda tree: {"block": tree.get("history", {}).get("block")}
+  pick = lambda tree: {**{name: tree.get(name) for name in SHARED}, "history": block(tree)}
   lines = configs.difference(pick(stored), pick(given))
   if lines:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: {'; '.join(lines)}); "
       "use the stored values, or leave stages_from empty"
     )
+
+
+def read_config(workdir: str) -> config_dict.ConfigDict:
+  """The resolved config of a run."""
+  stored = configs.read_resolved(workdir)
+  if stored is None:
+    raise UserError(f"--workdir={workdir} holds no run (no {configs.RESOLVED}); train one first, or check the path")
+  return config_dict.ConfigDict(stored)

@@ -27,6 +27,8 @@ def run(run: Run) -> None:
   if done.exists() or jax.process_index() != 0:
     return
   prompts = read_prompts(run)
+  for prompt in prompts:
+    tell_unknown(run, prompt)
   frames = long_frames(run)
   params = teacher.load_weights(run, "distill")
   measured = measured_prompts(run, prompts)
@@ -46,7 +48,7 @@ def read_prompts(run: Run) -> list[str]:
   config = run.experiment.sample
   if config.prompts == "held_out":
     if run.experiment.data.source != "shapes":
-      return pipeline.read_captions(run.directory("data"))[: config.count]
+      return list(dict.fromkeys(pipeline.read_captions(run.directory("data"))))[: config.count]
     return list(dict.fromkeys(run.held_out(config.count)))
   return list(dict.fromkeys(pipeline.read_prompts(config.prompts)))
 
@@ -72,14 +74,19 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
   if rounded != frames:
     line = f"frames = {frames} is not whole blocks of {block} frames"
     if strict:
-      raise UserError(f"{line}; the nearest counts are {rounded - block} and {rounded}")
+      near = f"counts are {rounded - block} and {rounded}" if rounded > block else f"count is {block}"
+      raise UserError(f"{line}; the nearest {near}")
     print(f"{line}: making {rounded}", file=sys.stderr)
   return rounded
 
 
 def tell_unknown(run: Run, prompt: str) -> None:
-  """Says which words the model never learnt."""
-  unknown = run.tokenizer.unknown(prompt)
+  """Says which words the model never learnt, and which it does not get to see."""
+  unknown, too_many = run.tokenizer.unknown(prompt), run.tokenizer.cut_off(prompt)
+  if too_many:
+    print(
+      f"prompt {prompt[:60]!r}...: the model reads {run.tokenizer.length} words; the last {too_many} are left out", file=sys.stderr
+    )
   if unknown:
     print(f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made without", file=sys.stderr)
 
@@ -116,7 +123,7 @@ def file_name(prompt: str, taken: set[str]) -> str:
 
 def save_videos(run: Run, directory: pathlib.Path, videos: dict[str, np.ndarray], seed: int) -> None:
   """An mp4 per prompt and the contact sheet."""
-  config, taken = run.experiment.sample, set()
+  taken: set[str] = set()
   directory.mkdir(parents=True, exist_ok=True)
   for i, (prompt, frames) in enumerate(videos.items()):
     save_video(run, directory / file_name(prompt, taken), frames, prompt, seed + i)

@@ -19,9 +19,8 @@ from hiar_jax.types import Params
 def run(run: Run) -> None:
   """Writes <workdir>/teacher."""
   e = run.experiment
-  if run.experiment.stages_from or loop.is_done(run, "teacher", e.teacher.steps):
+  if loop.is_done(run, "teacher", e.teacher.steps):
     return
-  sharding.check_batch(e.teacher.batch, e.teacher.accumulate, run.mesh, "teacher")
   key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), 1))
   step = teacher.make_step(e.teacher, e.dit, run.task)
   walk, tokens = make_walk(run, jax.random.key(e.seed)), preview_tokens(run)

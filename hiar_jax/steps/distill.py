@@ -8,14 +8,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.history import History
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models import dit
-from hiar_jax.rollout.exit_step import exit_rollout
+from hiar_jax.rollout.exit_step import exit_rollout, exit_sample
 from hiar_jax.state import Training, TrainState, descend, example_keys, example_normal, update_ema
 from hiar_jax.steps.task import Task, block_noise, empty_cache
 from hiar_jax.types import Batch, Key, Mean, Params
@@ -31,6 +31,8 @@ class ForwardKLConfig:
   target: str = "velocity"
 
   def __post_init__(self):
+    at_least(0, weight=self.weight)
+    at_least(1, steps=self.steps)
     for name, allowed in (("attention", fkl_loss.ATTENTIONS), ("target", fkl_loss.TARGETS)):
       if getattr(self, name) not in allowed:
         raise UserError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
@@ -52,6 +54,11 @@ class DistillConfig(Training):
   score_low: float = 0.02
   score_high: float = 0.98
   forward_kl: ForwardKLConfig = ForwardKLConfig()
+
+  def __post_init__(self):
+    super().__post_init__()
+    at_least(1, critic_updates=self.critic_updates)
+    at_least(0, critic_lr=self.critic_lr, critic_warmup=self.critic_warmup)
 
   def updates_generator(self, step: int) -> bool:
     """Whether the generator moves before critic update `step`."""
@@ -79,13 +86,19 @@ class Student:
   task: Task
 
   def generate(self, params: Params, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
-    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c]."""
+    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c], differentiable in params."""
+    forward = dit.bind(self.model, params, self.task.embed(tokens))
+    return exit_rollout(forward, *self._rollout(frozen, tokens, index, key))
+
+  def sample(self, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
+    """The same clips, without gradient."""
+    return exit_sample(*self._rollout(frozen, tokens, index, key))
+
+  def _rollout(self, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> tuple:
     k_exit, k_noise = jax.random.split(key)
     exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
-    text = self.task.embed(tokens)
-    return exit_rollout(
-      dit.bind(self.model, params, text), dit.bind(self.model, frozen, text),
-      block_noise(k_noise, index, self.history, self.task),
+    return (
+      dit.bind(self.model, frozen, self.task.embed(tokens)), block_noise(k_noise, index, self.history, self.task),
       empty_cache(self.model, self.history, self.task, tokens.shape[0]),
       self.sigmas, self.history, self.task.frames // self.history.block, exit_level,
     )  # fmt: skip
@@ -106,7 +119,7 @@ def make_critic_step(config: DistillConfig, student: Student):
     k_rollout, k_score = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0))
 
     def loss(critic, part):
-      x = student.generate(state.params, state.params, part["tokens"], part["index"], k_rollout)
+      x = student.sample(state.params, part["tokens"], part["index"], k_rollout)
       sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
       forward = dit.bind(student.teacher_model, critic, student.task.embed(part["tokens"]))
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}

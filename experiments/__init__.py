@@ -1,0 +1,1 @@
+"""One config per run. A fork is an import and a change."""

@@ -1,0 +1,264 @@
+"""Every training step gives the same update on any devices, and moves what it should and nothing else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax import flow, sharding
+from hiar_jax import state as states
+from hiar_jax.history import History
+from hiar_jax.models import dit, words
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.sharding import MeshConfig
+from hiar_jax.steps import causal_init, distill, teacher
+from hiar_jax.steps.distill import DistillConfig, ForwardKLConfig, Student
+from hiar_jax.steps.task import Task
+
+MODEL = DiTConfig(
+  dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
+)
+HIAR = History(block=1, window=3)
+HISTORIES = {
+  "HiAR": HIAR,
+  "Self-Forcing": dataclasses.replace(HIAR, order="block_first", level="clean"),
+  "Self-Aligned Forcing": dataclasses.replace(HIAR, level="input", gradient="attached", sink=1, sink_level="clean"),
+}
+TABLE = words.word_table(9, 4, 8)
+TASK = Task(
+  encode=lambda batch: batch["video"], embed=lambda tokens: words.encode(TABLE, tokens), frames=3, height=1, width=2, channels=4
+)
+SIGMAS = np.asarray(flow.warped_levels((1000, 500), 5.0), np.float32)
+BATCH = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+  """These tests compile much and compute little."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linear_optimizer():
+  """AdamW divides by the gradient's size, so that of a parameter without influence its rounding would be seen at full scale."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(optax, "adamw", lambda rate, **_: optax.sgd(rate, momentum=0.9))
+    yield
+
+
+def make_batch(step: int) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(step)
+  tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
+  return {
+    "video": rng.normal(size=(BATCH, *TASK.clip)).astype(np.float32),
+    "trajectory": rng.normal(size=(BATCH, len(SIGMAS), *TASK.clip)).astype(np.float32),
+    "tokens": tokens, "trajectory_tokens": tokens[::-1].copy(), "index": np.arange(BATCH, dtype=np.int32),
+  }  # fmt: skip
+
+
+def make_params(seed: int):
+  """Fresh weights, but none of them zero: the head starts at zero and would hide all that is behind it."""
+  params = dit.init(MODEL, jax.random.key(seed))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+  return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One kind of step: create() -> state; step(state, batch, *frozen, mean)."""
+
+  create: object
+  step: object
+  frozen: tuple = ()
+
+
+def make_case(kind: str, accumulate: int = 1, history: History = HIAR, weight: float = 0.1) -> Case:
+  common = {"steps": 10, "batch": BATCH, "lr": 0.02, "accumulate": accumulate, "clip": 0.5, "ema_decay": 0.9}
+  key = jax.random.key(7)
+  if kind == "teacher":
+    config = teacher.TeacherConfig(**common, caption_dropout=0.5)
+    step = teacher.make_step(config, MODEL, TASK)
+    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+  if kind.startswith("causal init"):
+    config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
+    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, history)
+    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+  config = DistillConfig(**common, critic_lr=0.03, guidance=1.0, forward_kl=ForwardKLConfig(weight=weight))
+  student = Student(MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
+  create = lambda: states.create(key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
+  if kind == "critic":
+    return Case(create, distill.make_critic_step(config, student))
+  return Case(create, distill.make_generator_step(config, student), (make_params(2),))
+
+
+def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
+  """-> (state after `updates`, the last metrics)."""
+  mesh = sharding.make_mesh(mesh_config, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    shardings = sharding.state_shardings(jax.eval_shape(case.create), mesh, mesh_config.min_shard)
+    state = jax.jit(case.create, out_shardings=shardings)()
+    frozen = jax.device_put(case.frozen, sharding.replicated(mesh))
+    step = sharding.map_step(case.step, shardings, mesh, mesh_config.mapping)
+    for i in range(updates):
+      state, metrics = step(state, sharding.put_batch(make_batch(i), mesh), *frozen)
+      if "generator_loss" not in metrics and case.frozen:  # the critic counts the steps, and is not here
+        state = state.replace(step=state.step + 1)
+  return state, {name: float(value) for name, value in metrics.items()}
+
+
+@functools.cache
+def on_one_device(kind: str):
+  return run(make_case(kind), MeshConfig(data=1), 1)
+
+
+def close(found, expected) -> None:
+  """Within the rounding of float32, of each leaf's largest value."""
+  flat = jax.tree_util.tree_leaves_with_path(expected)
+  for (path, a), b in zip(flat, jax.tree.leaves(found), strict=True):
+    if not jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = np.asarray(a), np.asarray(b)
+      np.testing.assert_allclose(b, a, atol=3e-5 * max(1e-3, np.abs(a).max()), err_msg=jax.tree_util.keystr(path))
+
+
+# (mesh, devices, accumulate)
+PLACES = {
+  "2 devices": (MeshConfig(data=2), 2, 1),
+  "4 devices": (MeshConfig(data=4), 4, 1),
+  "8 devices": (MeshConfig(data=8), 8, 1),
+  "weights over 8": (MeshConfig(data=1, fsdp=8, min_shard=64), 8, 1),
+  "4 x 2": (MeshConfig(data=4, fsdp=2, min_shard=64), 8, 1),
+  "2 x 2, two parts": (MeshConfig(data=2, fsdp=2, min_shard=64), 4, 2),
+  "two parts": (MeshConfig(data=1), 1, 2),
+  "pmap over 8": (MeshConfig(mapping="pmap"), 8, 1),
+  "pmap over 2, two parts": (MeshConfig(mapping="pmap"), 2, 2),
+}
+KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
+QUICK = {
+  "teacher": ("2 devices", "8 devices", "weights over 8", "two parts", "pmap over 2, two parts"),
+  "causal init, noisy": ("4 x 2",),
+  "critic": ("2 x 2, two parts", "pmap over 8"),
+  "generator": ("2 x 2, two parts", "pmap over 8"),
+}
+GRID = [
+  pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
+  for kind in KINDS for place in PLACES
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, place", GRID)
+def test_the_update_is_that_of_one_device(kind, place):
+  mesh, devices, accumulate = PLACES[place]
+  state, metrics = run(make_case(kind, accumulate), mesh, devices)
+  expected, expected_metrics = on_one_device(kind)
+  close(state, expected)
+  assert metrics.keys() == expected_metrics.keys()
+  for name, value in metrics.items():
+    assert value == pytest.approx(expected_metrics[name], rel=2e-4), name
+  if mesh.fsdp > 1:
+    for tree in filter(None, (state.params, state.ema, state.opt_state, state.critic, state.critic_opt_state)):
+      split = [leaf for leaf in jax.tree.leaves(tree) if leaf.size >= 64]
+      assert split and all("fsdp" in leaf.sharding.spec for leaf in split)
+      assert all(shard.data.size == leaf.size // mesh.fsdp for leaf in split for shard in leaf.addressable_shards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_moves_its_own_network_alone(kind):
+  if kind == "causal init, history":
+    pytest.skip("the same step as noisy")
+  before = jax.jit(make_case(kind).create)()
+  after, metrics = on_one_device(kind)
+  moved = lambda name: [
+    bool((np.asarray(a) != np.asarray(b)).any())
+    for a, b in zip(jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)), strict=True)
+  ]
+  mine, others = ["params", "ema", "opt_state"], ["critic", "critic_opt_state"]
+  if kind == "critic":
+    mine, others = others, mine
+  for name in mine:
+    assert all(moved(name)) or (name == "opt_state" and any(moved(name))), name
+  for name in others:
+    assert not any(moved(name)), name
+  assert np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0
+  assert int(after.step) == 3
+
+
+def influence(case: Case, of: str, on: str) -> float:
+  """The largest derivative of the network `on` after an update, along a change of the network `of` before it."""
+  state, batch = jax.jit(case.create)(), jax.tree.map(jnp.asarray, make_batch(0))
+
+  def update(changed):
+    frozen = (changed,) if of == "teacher" else case.frozen
+    given = state if of == "teacher" else state.replace(**{of: changed})
+    return getattr(case.step(given, batch, *frozen, mean=lambda tree: tree)[0], on)
+
+  start = case.frozen[0] if of == "teacher" else getattr(state, of)
+  direction = jax.tree.map(jnp.ones_like, start)
+  tangent = jax.jit(lambda: jax.jvp(update, (start,), (direction,))[1])()
+  return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tangent))
+
+
+@pytest.mark.parametrize(
+  "kind, of, on", [("generator", "critic", "params"), ("generator", "teacher", "params"), ("critic", "params", "critic")]
+)
+def test_no_gradient_passes_between_networks(kind, of, on):
+  """They see each other's outputs as numbers: the derivative is exactly zero, though the update depends on them."""
+  assert influence(make_case(kind), of, on) == 0.0
+
+
+@pytest.mark.parametrize("name", ["Self-Forcing", "Self-Aligned Forcing"])
+def test_the_rivals_go_through_the_same_step(name):
+  state, metrics = run(make_case("generator", history=HISTORIES[name]), MeshConfig(data=1), 1, updates=2)
+  other, other_metrics = on_one_device("generator")
+  assert np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+  assert metrics["dmd"] != other_metrics["dmd"]
+
+
+def test_without_forward_kl_no_trajectories_are_needed():
+  batch = {name: make_batch(0)[name] for name in ("tokens", "index")}
+
+  def shapes(weight):
+    case = make_case("generator", weight=weight)
+    step = functools.partial(case.step, mean=lambda tree: tree)
+    return jax.eval_shape(step, jax.eval_shape(case.create), batch, *case.frozen)[1]
+
+  assert "forward_kl" not in shapes(0.0)
+  with pytest.raises(KeyError, match="trajectory"):
+    shapes(0.1)
+
+
+@pytest.mark.parametrize(
+  "ratio, warmup, steps, expected",
+  [(5, 0, 12, [0, 5, 10]), (1, 0, 3, [0, 1, 2]), (2, 3, 8, [3, 5, 7]), (5, 20, 12, [])],
+)
+def test_the_critic_is_trained_more_often_and_first(ratio, warmup, steps, expected):
+  config = DistillConfig(steps=steps, batch=8, lr=1.0, critic_lr=1.0, critic_updates=ratio, critic_warmup=warmup)
+  assert [i for i in range(steps) if config.updates_generator(i)] == expected
+  assert config.generator_steps == len(expected)
+
+
+def test_the_average_counts_the_generator_s_own_updates():
+  """With 5 critic updates to each of its own, and a start in its third."""
+  case_config = {"steps": 50, "batch": BATCH, "lr": 0.02, "critic_lr": 0.03, "critic_updates": 5, "ema_start": 2}
+  config = DistillConfig(**case_config, guidance=0.0, forward_kl=ForwardKLConfig(weight=0.0))
+  step = jax.jit(
+    functools.partial(
+      distill.make_generator_step(config, Student(MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK)), mean=lambda tree: tree
+    )
+  )
+  state = states.create(jax.random.key(7), make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
+  weights = []
+  for update in range(4):
+    assert config.updates_generator(5 * update)
+    after, _ = step(state.replace(step=jnp.int32(5 * update)), jax.tree.map(jnp.asarray, make_batch(0)), make_params(2))
+    old, new, ema = (np.asarray(tree["head"]["bias"], np.float64) for tree in (state.ema, after.params, after.ema))
+    weights.append(((ema - new) @ (old - new)) / ((old - new) @ (old - new)))
+    state = after
+  np.testing.assert_allclose(weights, [0, 0, 1 / 10, 2 / 11], atol=1e-3)

@@ -1,0 +1,140 @@
+"""The whole chain in processes of its own: every stage, stopped and killed wherever it hurts, to the same numbers bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny_run
+from tiny_run import assert_same_run, files, log
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+  return tiny_run.chain(tmp_path_factory.getbasetemp())
+
+
+def test_every_stage_leaves_its_result(chain):
+  workdir = chain.straight
+  stages = [record["stage"] for record in log(workdir)]
+  assert stages == ["teacher"] * 6 + ["causal_init"] * 4 + ["distill"] * 6
+  assert all(np.isfinite(list(record["scalars"].values())).all() for record in log(workdir))
+  assert json.loads((workdir / "config.json").read_text())["teacher"]["steps"] == 6
+  points, captions = tiny_run.trajectories(workdir)
+  assert points.shape == (6, 5, 4, 2, 2, 8) and len(captions) == 6
+  shown = tiny_run.videos(workdir)
+  assert len(shown) == 3 and {video.shape for video in shown.values()} == {(16, 128, 128, 3)}
+  measured = json.loads((workdir / "sample" / "metrics.json").read_text())
+  assert measured["settings"]["frames"] == 16 and len(measured["prompts"]) == 3
+  assert list((workdir / "logs").glob("events.*"))
+
+
+def test_the_generator_takes_one_update_every_other_critic_update(chain):
+  generator = [record["step"] for record in log(chain.straight, "distill") if "generator_loss" in record["scalars"]]
+  assert generator == [1, 3, 5]
+  assert all("critic_loss" in record["scalars"] for record in log(chain.straight, "distill"))
+
+
+def test_a_second_start_is_quick_and_changes_nothing(chain):
+  before = files(chain.straight)
+  again = chain.train(chain.straight)
+  assert (again.returncode, again.stdout, again.stderr) == (0, "", "")  # no table, no bar: no stage has started
+  after = files(chain.straight)
+  before.pop("config.json"), after.pop("config.json")  # written anew, see below
+  assert after == before
+  assert json.loads((chain.straight / "config.json").read_text())["teacher"]["steps"] == 6
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(chain):
+  """Between two checkpoints of the teacher, at the end of causal init, and in distillation."""
+  workdir = chain.directory / "terminated"
+  stopped = chain.train(workdir, die="step::3")
+  assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+  assert "teacher: stopped and saved at step 3; the same command goes on from there" in stopped.stderr
+  assert (workdir / "teacher" / "checkpoints" / "3").is_dir() and len(log(workdir)) == 3
+  stopped = chain.train(workdir, die="step::7")
+  assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+  assert "causal_init: stopped and saved at step 4;" in stopped.stderr  # asked for in its last update, obeyed
+  assert not (workdir / "distill").exists()
+  stopped = chain.train(workdir, die="step::5")
+  assert stopped.returncode == 128 + signal.SIGTERM and (workdir / "distill" / "checkpoints" / "5").is_dir(), stopped.stderr
+  finished = chain.train(workdir)
+  assert finished.returncode == 0, finished.stderr
+  assert_same_run(workdir, chain.straight)
+
+
+# Every kill leaves something half done; after each the same command is given.
+KILLS = {
+  "data": "os.rename:codec.npz:1",
+  "a checkpoint of the teacher, its arrays half written": "open:teacher/checkpoints/4.orbax:2",
+  "a checkpoint of the teacher, complete but for its name": "os.rename:teacher/checkpoints/6.orbax:1",
+  "the second part of the trajectories": "os.rename:part-00001:1",
+  "the data set of trajectories": "os.rename:trajectories-train:1",
+  "a checkpoint of the distillation": "open:distill/checkpoints/4.orbax:3",
+  "the second video": "os.rename:.mp4:2",
+}
+
+
+def test_sigkill_anywhere_and_the_same_command_goes_on(chain):
+  workdir = chain.directory / "killed"
+  kept = {}
+  for where, die in KILLS.items():
+    killed = chain.train(workdir, die=die)
+    assert killed.returncode == -signal.SIGKILL, f"{where}: {killed.returncode}\n{killed.stderr}"
+    now = files(workdir)
+    for name, stamp in kept.items():
+      assert now.get(name) == stamp, f"{where}: {name} was made again"
+    if where == "the second part of the trajectories":
+      kept = {name: stamp for name, stamp in now.items() if name.endswith("part-00000-of-00002.npz")}
+      assert len(kept) == 1
+    else:
+      kept = {}
+    if where == "the second video":
+      whole = [tiny_run.media.read_mp4(path) for path in (workdir / "sample").glob("*.mp4")]
+      assert len(whole) == 1 and len(whole[0][0]) == 16
+  finished = chain.train(workdir)
+  assert finished.returncode == 0, finished.stderr
+  assert_same_run(workdir, chain.straight)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(chain):
+  workdir, dice, deaths = chain.directory / "unlucky", random.Random(time.time_ns()), 0
+  command = [sys.executable, "-m", "hiar_jax.train", *tiny_run.arguments(workdir)]
+  for attempt in range(40):
+    process = subprocess.Popen(
+      command, cwd=tiny_run.ROOT, env=tiny_run.environment(chain.cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+      _, err = process.communicate(timeout=dice.uniform(2, 8 + 3 * attempt))
+    except subprocess.TimeoutExpired:
+      process.kill()
+      _, err = process.communicate()
+      deaths += 1
+    else:
+      break
+  assert process.returncode == 0 and deaths, err.decode()
+  assert_same_run(workdir, chain.straight)
+
+
+def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(chain):
+  """The last one of a stage that is done: the others are not touched, and the numbers are what they were."""
+  workdir = chain.directory / "damaged"
+  shutil.copytree(chain.straight, workdir)
+  checkpoint = workdir / "teacher" / "checkpoints" / "6"
+  biggest = max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  content = bytearray(biggest.read_bytes())
+  content[len(content) // 2] ^= 1
+  biggest.write_bytes(content)
+  repaired = chain.train(workdir)
+  assert repaired.returncode == 0
+  [line] = [line for line in repaired.stderr.splitlines() if "damaged" in line]
+  assert str(checkpoint) in line and "trying the one before" in line
+  shutil.rmtree(workdir / "teacher" / "checkpoints" / "6.damaged")
+  assert sorted(log(workdir), key=json.dumps) == sorted(log(chain.straight), key=json.dumps)
+  tiny_run.assert_same_arrays(tiny_run.state(workdir, "teacher", 6), tiny_run.state(chain.straight, "teacher", 6))
