@@ -19,6 +19,7 @@ from hiar_jax import config as configs
 from hiar_jax import media
 from hiar_jax.errors import UserError
 from hiar_jax.evaluate import report, shapes
+from hiar_jax.files import write_atomic
 from hiar_jax.history import History
 from hiar_jax.models import patch_codec
 from hiar_jax.stages import sample, teacher
@@ -44,8 +45,8 @@ def main() -> None:
     save_sheet(first, out, name, videos, prompts)
     print(report.format_table({name: results[name]}).splitlines()[-1], flush=True)
   table = report.format_table(results)
-  configs.write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
-  configs.write_atomic(out / "table.md", (table + "\n").encode())
+  write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
+  write_atomic(out / "table.md", (table + "\n").encode())
   report.plot({name: result for name, result in results.items() if result["settings"]["frames"] == frames}, out / "fifths.png")
   print(table)
 

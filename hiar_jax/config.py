@@ -24,6 +24,7 @@ from beartype.door import is_bearable
 from ml_collections import config_dict, config_flags
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import write_atomic
 
 T = TypeVar("T")
 
@@ -308,17 +309,3 @@ def check_workdir(config: Any, workdir: str | os.PathLike, ignore: tuple[str, ..
       f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: {'; '.join(differing)}); "
       "use another --workdir, or the stored values"
     )
-
-
-def write_atomic(path: str | os.PathLike, content: bytes) -> None:
-  """Writes a file whole or not at all: a temporary name in the same directory, fsync, rename."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

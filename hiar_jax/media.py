@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from fractions import Fraction
 import io
 import json
-import os
 from pathlib import Path
 
 import av
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import write_atomic
 
 _INK, _PAPER, _QUIET, _ACCENT = (32, 32, 32), (255, 255, 255), (150, 150, 150), (214, 96, 40)
 
@@ -61,7 +61,7 @@ def write_mp4(path, frames: np.ndarray, fps: float = 16, metadata: Mapping[str, 
     for frame in frames:
       container.mux(stream.encode(_yuv_frame(frame, height, width, scale)))
     container.mux(stream.encode())
-  return _write_atomic(path, buffer.getvalue())
+  return write_atomic(path, buffer.getvalue())
 
 
 def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
@@ -91,7 +91,7 @@ def write_png(path, image: np.ndarray) -> Path:
     raise UserError(f"{path}: image is {image.dtype} {image.shape}; expected uint8 [H, W, 3] or [H, W]")
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, format="PNG")
-  return _write_atomic(path, buffer.getvalue())
+  return write_atomic(path, buffer.getvalue())
 
 
 def contact_sheet(videos: Mapping[str, np.ndarray], *, columns: int = 12, every: int | None = None,
@@ -200,22 +200,3 @@ def _json_object(text: str) -> dict:
   except ValueError:  # somebody else's comment, in prose
     return {}
   return value if isinstance(value, dict) else {}
-
-
-def _write_atomic(path, content: bytes) -> Path:
-  path = Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError as error:
-    temporary.unlink(missing_ok=True)
-    raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
-  except BaseException:
-    temporary.unlink(missing_ok=True)
-    raise
-  return path

@@ -17,7 +17,7 @@ import numpy as np
 import tensorboardX
 import tqdm
 
-from hiar_jax.config import write_atomic
+from hiar_jax.files import write_atomic
 
 
 def is_writer() -> bool:

@@ -1,7 +1,8 @@
 """Devices: the mesh, which array lies where, and how a step is mapped over devices.
 
 By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and optimizer state over `fsdp`, and
-XLA inserts the communication. `mapping="pmap"` replicates everything and averages gradients with `pmean`. Both give the update that one device gives.
+XLA inserts the communication. `mapping="pmap"` replicates everything and averages gradients with `pmean`. Both give the update that one
+device gives.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hiar_jax.types import Batch, PyTree
 
 MAPPINGS = ("jit", "pmap")
 BATCH_AXES = ("data", "fsdp")
+NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
 def map_step(step: Callable, shardings: PyTree, mesh: Mesh, mapping: str = "jit") -> Callable:
   """step(state, batch, *frozen, mean) -> (state, metrics), spread over the mesh; the old state's memory is reused."""
   if mapping == "pmap":
+    if jax.process_count() > 1:
+      raise UserError("mesh.mapping = 'pmap' runs in one process; use mapping = 'jit' on several hosts")
     return _pmap(step, mesh)
   mapped = jax.jit(
     functools.partial(step, mean=lambda tree: tree), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
@@ -110,6 +114,7 @@ def _pmap(step: Callable, mesh: Mesh) -> Callable:
 
   def call(state, batch, *frozen):
     rows = jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch)
-    return mapped(len(frozen))(state, rows, *frozen)
+    with jax.sharding.use_abstract_mesh(NO_MESH):  # pmap has a mesh of its own and refuses the one around it
+      return mapped(len(frozen))(state, rows, *frozen)
 
   return call

@@ -10,7 +10,7 @@ from typing import Literal
 from ml_collections import ConfigDict
 import pytest
 
-from hiar_jax import config
+from hiar_jax import config, files
 from hiar_jax.errors import UserError
 
 EXPERIMENT = '''
@@ -34,7 +34,7 @@ def get_config(variant=""):
 
 JOB = """
 import sys
-from hiar_jax import config
+from hiar_jax import config, files
 from hiar_jax.errors import UserError
 
 def main(c, workdir):
@@ -51,7 +51,7 @@ config.run(main)
 
 TOOL = """
 from absl import flags
-from hiar_jax import config
+from hiar_jax import config, files
 
 FRAMES = flags.DEFINE_integer("frames", 9, "")
 config.run_flags(lambda: print(FRAMES.value))
@@ -257,13 +257,13 @@ def test_what_json_cannot_hold_is_refused():
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
   path = tmp_path / "config.json"
-  config.write_atomic(path, b"old")
+  files.write_atomic(path, b"old")
 
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(config.os, call, fail)
-  with pytest.raises(OSError):
-    config.write_atomic(path, b"new")
+  monkeypatch.setattr(files.os, call, fail)
+  with pytest.raises(UserError, match="cannot be written .*No space left"):
+    files.write_atomic(path, b"new")
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -11,7 +11,7 @@ from hiar_jax.history import History
 from hiar_jax.losses import critic, dmd, flow_matching, forward_kl, trajectory
 
 X, EPS = tiny.video(1, 4), tiny.video(2, 4)
-SIGMA = np.asarray([0.3, 0.8], np.float32)
+SIGMA = jnp.asarray([0.3, 0.8])
 ROW = History(block=2, window=0)
 LEVELS = jnp.asarray(tiny.SIGMAS)
 POINTS = tiny.random(3, tiny.BATCH, LEVELS.size, 4, tiny.HEIGHT, tiny.WIDTH, 2)
@@ -56,7 +56,8 @@ def test_flow_matching_takes_a_level_per_frame():
   sigma = np.linspace(0.1, 0.9, 8, dtype=np.float32).reshape(2, 4)
   s = sigma.astype(np.float64)[..., None, None, None]
   expected = mean(0.7 * ((1 - s) * X + s * EPS) - (EPS.astype(np.float64) - X))
-  np.testing.assert_allclose(flow_matching.flow_matching(linear(0.7), X, EPS, sigma), expected, rtol=1e-5)
+  loss = flow_matching.flow_matching(linear(0.7), X, EPS, jnp.asarray(sigma))
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
 def test_flow_matching_passes_the_mask_on():

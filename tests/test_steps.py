@@ -2,6 +2,11 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -262,3 +267,45 @@ def test_the_average_counts_the_generator_s_own_updates():
     weights.append(((ema - new) @ (old - new)) / ((old - new) @ (old - new)))
     state = after
   np.testing.assert_allclose(weights, [0, 0, 1 / 10, 2 / 11], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+PROCESS = """
+import sys
+sys.path[:0] = {paths!r}
+import conftest, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
+import optax
+optax.adamw = lambda rate, **_: optax.sgd(rate, momentum=0.9)
+import test_steps as t
+
+rows = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
+whole = t.make_batch
+t.make_batch = lambda step: jax.tree.map(lambda x: x[rows], whole(step))
+state, metrics = t.run(t.make_case("teacher"), t.MeshConfig(), 4, updates=2)
+if jax.process_index() == 0:
+  leaves = jax.tree.leaves(state.params)
+  np.savez({out!r}, *(np.asarray(leaf.addressable_data(0)) for leaf in leaves), loss=metrics["loss"])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_update_of_one(tmp_path):
+  """Each feeds its own half of the batch to its own two devices."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  here = pathlib.Path(__file__).parent
+  code = PROCESS.format(paths=[str(here), str(here.parent)], port=port, out=str(tmp_path / "out.npz"))
+  start = lambda i: subprocess.Popen(
+    [sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE, env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  )
+  for process in [start(0), start(1)]:
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err.decode()[-3000:]
+  state, metrics = run(make_case("teacher"), MeshConfig(data=1), 1, updates=2)
+  with np.load(tmp_path / "out.npz") as found:
+    close([found[f"arr_{i}"] for i in range(len(found.files) - 1)], jax.tree.leaves(state.params))
+    assert float(found["loss"]) == pytest.approx(metrics["loss"], rel=1e-5)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "hiar_jax"
 
 # A module imports only from the lines above its own; within a line, imports make no circle.
 LAYERS = [
-  "errors types flow history",
+  "errors types files flow history",
   "data",
   "models",
   "rollout",

@@ -72,10 +72,10 @@ class Chain:
     assert done.returncode == 0, done.stderr
     return self.directory / "straight"
 
-  def commands(self, cases: list[tuple[str, list[str]]]) -> list[tuple[int, str, str]]:
+  def commands(self, cases: list[tuple[str, list[str]]], devices: int = 1) -> list[tuple[int, str, str]]:
     """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process that has imported jax."""
     done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", FORKS], cwd=ROOT, env=environment(self.cache), input=json.dumps(cases),
+      [sys.executable, "-W", "ignore", "-c", FORKS], cwd=ROOT, env=environment(self.cache, devices), input=json.dumps(cases),
       capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

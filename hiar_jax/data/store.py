@@ -21,6 +21,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import write_atomic
 
 _RECIPE = "recipe.json"
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
@@ -97,7 +98,7 @@ def read_recipe(directory: str | os.PathLike) -> dict[str, Any] | None:
 
 
 def write_recipe(directory: str | os.PathLike, recipe: dict[str, Any]) -> None:
-  write_atomically(pathlib.Path(directory) / _RECIPE, json.dumps(recipe, indent=2).encode())
+  write_atomic(pathlib.Path(directory) / _RECIPE, json.dumps(recipe, indent=2).encode())
 
 
 def build(builder: type[SequentialBuilder], config: tfds.core.BuilderConfig, directory: str | os.PathLike) -> None:
@@ -136,20 +137,6 @@ def open_source(directory: str | os.PathLike) -> Sequence[dict[str, Any]]:
   if path is None:
     raise UserError(f"{directory} holds no complete data set; run the stage that writes it first")
   return tfds.builder_from_directory(path).as_data_source(split="train")
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """The file holds all of `content` or is not touched, whenever the process dies."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def _find(directory: str | os.PathLike) -> pathlib.Path | None:

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from hiar_jax.data import store
 from hiar_jax.errors import UserError
+from hiar_jax.files import write_atomic
 
 _PARTS = "parts"
 
@@ -117,7 +118,7 @@ class TrajectoryWriter:
                       "diverged, or its latents need float32")
     content = io.BytesIO()
     np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_))
-    store.write_atomically(self._part(index), content.getvalue())
+    write_atomic(self._part(index), content.getvalue())
 
   def finish(self) -> None:
     """Builds the data set from all parts, then removes them. Killed anywhere, calling it again completes it.

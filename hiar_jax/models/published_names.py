@@ -25,6 +25,7 @@ class Rule:
     same       as published
     linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise convolutions) are dropped
     conv       [out, in, *kernel] -> [*kernel, in, out]
+    patches    [out, in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel, as a linear layer
     vector     [c, 1, ...] -> [c]
   layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the tensor itself.
   """
@@ -41,11 +42,15 @@ def _inward(array: np.ndarray, kind: str) -> np.ndarray:
     return array.reshape(array.shape[:2]).T
   if kind == "conv":
     return np.moveaxis(array, (0, 1), (-1, -2))
+  if kind == "patches":
+    return _inward(array, "conv").reshape(-1, array.shape[0])
   return array.reshape(-1) if kind == "vector" else array
 
 
 def _outward(array: np.ndarray, rule: Rule) -> np.ndarray:
-  if rule.kind == "conv":
+  if rule.kind == "patches":
+    array = array.reshape(*rule.shape[2:], rule.shape[1], rule.shape[0])
+  if rule.kind in ("conv", "patches"):
     array = np.moveaxis(array, (-1, -2), (0, 1))
   elif rule.kind == "linear":
     array = array.T

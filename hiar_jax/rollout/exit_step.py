@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError
@@ -17,7 +18,7 @@ from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise
 from hiar_jax.rollout.cache import Cache
-from hiar_jax.types import Video, typed
+from hiar_jax.types import Array, Video, typed
 
 
 def exit_rollout(
@@ -105,7 +106,7 @@ def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit
 
 @typed
 def block_causal(
-  forward: Forward, x: Video, sigma, history: History, sink: Video | None = None, detached: bool = False
+  forward: Forward, x: Video, sigma, history: History, sink: Float[Array, "b p h w c"] | None = None, detached: bool = False
 ) -> Video:
   """x0 of all blocks, each seeing its predecessors at their own level; a clean `sink` is seen in place of the first frames.
 

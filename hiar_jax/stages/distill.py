@@ -10,6 +10,19 @@ from hiar_jax.state import create
 from hiar_jax.steps import distill
 
 
+class Latest:
+  """The generator's last metrics, logged beside the critic's. Saved with the feeds, so that a resumed run logs what a straight one does."""
+
+  def __init__(self):
+    self.metrics: dict[str, jax.Array | float] = {}
+
+  def get_state(self) -> dict[str, float]:
+    return {name: float(value) for name, value in self.metrics.items()}
+
+  def set_state(self, state: dict[str, float]) -> None:
+    self.metrics = dict(state)
+
+
 def run(run: Run) -> None:
   """Writes <workdir>/distill."""
   e, config = run.experiment, run.experiment.distill
@@ -18,7 +31,8 @@ def run(run: Run) -> None:
   real, start = teacher.load(run), teacher.load_weights(run, "causal_init")
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
   who = distill.Student(e.dit, e.dit, e.history, jnp.asarray(run.sigmas), run.task)
-  feeds = {"prompts": run.clips("data", config.batch, (), salt=5)}
+  latest = Latest()
+  feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
     feeds["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
 
@@ -29,16 +43,16 @@ def run(run: Run) -> None:
 
     def both(state, feeds, step):
       """Generator first, when it is its turn; the critic always."""
-      measured = {}
       if config.updates_generator(step):
         batch = feeds.next("prompts")
         if config.forward_kl.weight:
           held = feeds.next("trajectories")
           batch |= {"trajectory": held["trajectory"], "trajectory_tokens": held["tokens"]}
-        state, measured = generator(state, batch, real)
+        state, now = generator(state, batch, real)
+        latest.metrics = {f"generator_{name}": value for name, value in now.items()}
       state, critic_measured = critic(state, feeds.next("prompts"))
       names = {f"critic_{name}": value for name, value in critic_measured.items()}
-      return state, {"loss": critic_measured["loss"], **names, **{f"generator_{k}": v for k, v in measured.items()}}
+      return state, {"loss": critic_measured["loss"], **names, **latest.metrics}
 
     return both
 

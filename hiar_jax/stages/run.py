@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import math
 import os
 import pathlib
 
@@ -13,9 +14,10 @@ import numpy as np
 
 from hiar_jax import config as configs
 from hiar_jax import metrics, sharding
-from hiar_jax.data import pipeline, store, world
+from hiar_jax.data import pipeline, world
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
+from hiar_jax.files import write_atomic
 from hiar_jax.models import patch_codec, words
 from hiar_jax.models.patch_codec import PatchCodec
 from hiar_jax.steps.task import Task
@@ -109,7 +111,7 @@ def save_codec(path: pathlib.Path, codec: PatchCodec) -> None:
   """Atomically."""
   buffer = io.BytesIO()
   np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
-  store.write_atomically(path, buffer.getvalue())
+  write_atomic(path, buffer.getvalue())
 
 
 def load_codec(path: pathlib.Path) -> PatchCodec:
@@ -131,25 +133,34 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   if experiment.stages_from:
     _check_shared(config, experiment)
   mesh = sharding.make_mesh(experiment.mesh if save else sharding.MeshConfig())
+  run = Run(experiment, pathlib.Path(workdir), mesh)
   if save:
-    _check_stages(experiment, mesh)
+    _check_stages(run)
     if metrics.is_writer():
       configs.save_resolved(config, workdir)
-  return Run(experiment, pathlib.Path(workdir), mesh)
+  return run
 
 
-def _check_stages(experiment: Experiment, mesh: Mesh) -> None:
-  """What a stage would find out only when its turn comes, hours later."""
-  for name in ("teacher", "causal_init", "distill"):
-    training = getattr(experiment, name)
-    sharding.check_batch(training.batch, training.accumulate, mesh, name)
-  count = experiment.trajectories.count
-  for name, used in (("causal_init", True), ("distill", experiment.distill.forward_kl.weight)):
-    batch = getattr(experiment, name).batch
-    if used and batch > count:
-      raise UserError(f"{name}.batch = {batch} is more than trajectories.count = {count}; take a smaller batch or make more")
-  if experiment.sample.prompts != "held_out":
-    pipeline.read_prompts(experiment.sample.prompts)
+def _check_stages(run: Run) -> None:
+  """What a stage would find out only when its turn comes, hours later, in a workdir that by then belongs to this config."""
+  e, data = run.experiment, run.experiment.data
+  count = {"teacher": data.clips, "causal_init": e.trajectories.count, "distill": e.trajectories.count}
+  if data.source == "shapes":
+    run.world  # noqa: B018  # raises where such a world cannot be
+  else:
+    count["teacher"] = math.inf  # not known yet
+    if not os.path.isdir(data.folder) and not store.is_complete(run.directory("data")):
+      raise UserError(f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and their captions")
+  if not e.distill.forward_kl.weight:
+    count["distill"] = count["teacher"]  # no trajectories are read there
+  for name, there in count.items():
+    training = getattr(e, name)
+    sharding.check_batch(training.batch, training.accumulate, run.mesh, name)
+    if training.batch > there:
+      of = "data.clips" if there == data.clips else "trajectories.count"
+      raise UserError(f"{name}.batch = {training.batch} is more than {of} = {there}; take a smaller batch or make more")
+  if e.sample.prompts != "held_out":
+    pipeline.read_prompts(e.sample.prompts)
 
 
 def _check_shared(config, experiment: Experiment) -> None:

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from hiar_jax import __version__, media, metrics
-from hiar_jax.config import write_atomic
 from hiar_jax.data import pipeline
 from hiar_jax.errors import UserError
 from hiar_jax.evaluate import shapes
+from hiar_jax.files import write_atomic
 from hiar_jax.stages import student, teacher
 from hiar_jax.stages.run import Run
 from hiar_jax.types import Params
