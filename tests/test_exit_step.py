@@ -40,11 +40,11 @@ def _noise(row: History) -> np.ndarray:
 
 
 @functools.cache
-def program(row: History):
+def program(row: History, stopped: bool = True):
   """(table, exit level, weight) -> gradients of sum(x0 weight), (x0, exit_sample's); for all exit levels."""
 
   def loss(params, table, level, weight):
-    cache, frozen = tiny.cache(row, BLOCKS * row.block, tiny.TOY_CONFIG), tiny.toy(jax.lax.stop_gradient(params))
+    cache, frozen = tiny.cache(row, BLOCKS * row.block, tiny.TOY_CONFIG), tiny.toy(jax.lax.stop_gradient(params) if stopped else params)
     arguments = tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, BLOCKS, level
     x0 = exit_step.exit_rollout(tiny.toy(params), frozen, *arguments)
     return jnp.sum(x0 * weight), (x0, exit_step.exit_sample(frozen, *arguments))
@@ -129,6 +129,14 @@ def test_attached_and_detached_history_differ_in_gradient_alone(name):
   results = [program(row)(_noise(row), 1, _weight(row)) for row in (attached, detached)]
   assert_same(results[0][1][0], results[1][1][0])
   assert np.abs(results[0][0]["value"] - results[1][0]["value"]).max() > 1e-3 * np.abs(results[0][0]["value"]).max()
+
+
+@pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])
+def test_the_exit_step_alone_is_differentiated(name):
+  """Whatever the `frozen` network's parameters carry."""
+  row = TRAINED[name]
+  arguments = _noise(row), 1, _weight(row)
+  assert_same_tree(program(row, stopped=False)(*arguments)[0], program(row)(*arguments)[0])
 
 
 @pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])

@@ -165,12 +165,12 @@ def training_rollout(case: Case, z: dict, exit_level: str) -> None:
 # -- losses
 
 
-def _drawn_level(case: Case, raw: np.ndarray, shift: float, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn_level(case: Case, raw: np.ndarray, shift: float, batch: int) -> tuple[jax.Array, jax.Array]:
   """(timestep, sigma), each [b]: sigma is looked up at the nearest of the published scheduler's 1,000 points."""
   timestep = np.clip(1000 * flow.shift_sigma(raw.reshape(-1) / 1000, shift), *CLAMP)
   grid = flow.sigma_schedule(1000, case.sizes["shift"])[:-1]
   sigma = grid[np.abs(1000 * grid - timestep[:, None]).argmin(axis=1)]
-  return tuple(np.broadcast_to(level, batch).astype(np.float32) for level in (timestep, sigma))
+  return tuple(jnp.broadcast_to(jnp.asarray(level, jnp.float32), batch) for level in (timestep, sigma))
 
 
 def dmd_losses(case: Case, z: dict) -> None:

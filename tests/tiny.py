@@ -69,7 +69,7 @@ def toy(params):
     sigma = sigma[:, None] if sigma.ndim == 1 else sigma
     sigma = jnp.broadcast_to(sigma.reshape((1,) * (2 - sigma.ndim) + sigma.shape), x.shape[:2])
     place = params["position"] * jnp.sin(positions.astype(jnp.float32))
-    h = jnp.tanh(x[:, :, 0, 0] - x[:, :, 1, 1] + params["sigma"] * sigma[..., None] + place[None, :, None])
+    h = jnp.tanh(x[:, :, 0, 0] + 0.5 * x[:, :, 1, 1] + params["sigma"] * sigma[..., None] + place[None, :, None])
     values = []
     for layer in range(2):
       own = jnp.tanh(params["value"][layer] * h)
