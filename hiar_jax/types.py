@@ -32,6 +32,7 @@ Key = jax.Array  # a typed random key, jax.random.key
 Video = Float[Array, "b f h w c"]  # latents of a clip
 Points = Float[Array, "b points f h w c"]  # a trajectory: latents of a clip at several levels
 Block = Float[Array, "b k h w c"]  # latents of one block
+Pixels = Float[Array, "b f H W 3"]  # a clip in [-1, 1]
 Sigma = Float[Array, "b f"]  # one noise level per frame
 Text = Float[Array, "b l d"]  # encoded prompt
 Tokens = Int[Array, "b l"]  # a prompt, tokenised

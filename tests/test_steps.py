@@ -68,11 +68,9 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
 
 
 def make_params(seed: int):
-  """Fresh weights, but none of them zero: the head starts at zero and would hide all that is behind it."""
-  params = dit.init(MODEL, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
-  return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+  """Random weights, none of them zero: a fresh network's head is, and would hide all that is behind it."""
+  shapes, rng = jax.eval_shape(lambda: dit.init(MODEL, jax.random.key(0))), np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.ndim < 2), jnp.float32), shapes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.types import Video, typed
+from hiar_jax.types import Pixels, Video, typed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +59,15 @@ def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
   return PatchCodec(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
 
 
-def encode(codec: PatchCodec, video: jax.Array) -> Video:
+@typed
+def encode(codec: PatchCodec, video: Pixels) -> Video:
   """Pixels [b f H W 3] in [-1, 1] -> latents [b f h w c]."""
   rows = patches(video, codec.patch)
   return (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
 
 
 @typed
-def decode(codec: PatchCodec, latents: Video) -> jax.Array:
+def decode(codec: PatchCodec, latents: Video) -> Pixels:
   """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
   b, f, h, w, _ = latents.shape
   rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(1, 1, 1, 1, -1)

@@ -147,7 +147,7 @@ def make_generator_step(config: DistillConfig, student: Student):
       x = student.generate(params, state.params, part["tokens"], part["index"], k_rollout)
       gradient = _dmd_gradient(config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score)
       dmd = dmd_loss.dmd(x, gradient).mean()
-      metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2))}
+      metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()}
       if not fkl.weight:
         return dmd, metrics
       level = jax.random.randint(k_fkl, (), 0, fkl.steps)
