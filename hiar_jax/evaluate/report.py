@@ -29,7 +29,7 @@ def format_table(results: Mapping[str, Mapping]) -> str:
 
 def plot(results: Mapping[str, Mapping], path) -> Path:
   """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG; returns the path."""
-  figure = Figure(figsize=(12, 3.2), layout="constrained")
+  figure = Figure(figsize=(12, 3.9), layout="constrained")
   for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
     for name, result in results.items():
       values = [np.nan if value is None else value for value in result[key]["fifths"]]
@@ -37,7 +37,7 @@ def plot(results: Mapping[str, Mapping], path) -> Path:
     axes.set(title=title, xlabel="fifth of the video", xticks=range(1, len(values) + 1))
     axes.set_ylim(bottom=0, top=None if key in ("error", "motion_ratio") else 1.03)
     axes.grid(alpha=0.3)
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
   canvas = FigureCanvasAgg(figure)
   figure.set_dpi(130)
   canvas.draw()
