@@ -4,8 +4,8 @@
     python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
 
-Main: about 15 minutes and 2.4 GiB on two cores of an AMD EPYC; over 36 frames colour right in 99 %, shape in 96 % (README.md has the table).
-Full: not measured yet.
+Main: about 15 minutes and 2.4 GiB on two cores of an AMD EPYC; over 36 frames colour right in 99 %, shape in 96 % (README.md has the
+table). Full: not measured yet.
 
 The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
 as shapes_self_forcing.py does.

@@ -80,9 +80,9 @@ def use_huge_pages() -> None:
 
   XLA allocates a step's temporary memory anew for every step; on a CPU, with small pages, a fifth of the time goes into touching them.
   The allocator reads its settings when a process starts, so they cannot be changed later. Does nothing where the user has set
-  GLIBC_TUNABLES, outside Linux, or where Python was started from within another program.
+  GLIBC_TUNABLES, outside Linux, or where this is not the module of `python -m`.
   """
-  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and sys.executable and len(sys.orig_argv) > 1:
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and "-m" in sys.orig_argv:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -136,7 +136,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
     for key, text in overrides:
       if key.split("[")[0] not in names:
         return UserError(f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}")
-      if isinstance(error, flags.IllegalFlagValueError) and f"config.{key}=" in str(error):
+      if isinstance(error, flags.IllegalFlagValueError) and f"config.{key}={text}" in str(error):
         return UserError(f"--config.{key}={text}: expected {_kind(config, key)}")
   elif overrides:
     return UserError(f"--config.{overrides[0][0]} overrides a config, but --config is missing or comes after it")

@@ -75,6 +75,9 @@ class StudentConfig:
   timesteps: tuple[float, ...] = (1000, 750, 500, 250)
   shift: float = 5.0
 
+  def __post_init__(self):
+    flow.warped_levels(self.timesteps, self.shift)  # says what is wrong with them
+
   @property
   def sigmas(self) -> np.ndarray:
     return flow.warped_levels(self.timesteps, self.shift)

@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import contextlib
+import errno
 import os
 import pathlib
 
@@ -22,7 +24,10 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> pathlib.Path:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
-    raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another place") from error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise UserError(f"no space left on the disk of {path}; free some space and run the same command") from error
+    raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # there is nothing to remove where nothing could be written
+      temporary.unlink()
   return path

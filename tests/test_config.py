@@ -263,7 +263,7 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(files.os, call, fail)
-  with pytest.raises(UserError, match="cannot be written .*No space left"):
+  with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
     files.write_atomic(path, b"new")
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

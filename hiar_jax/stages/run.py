@@ -14,7 +14,7 @@ import numpy as np
 
 from hiar_jax import config as configs
 from hiar_jax import metrics, sharding
-from hiar_jax.data import pipeline, world
+from hiar_jax.data import pipeline, store, world
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
 from hiar_jax.files import write_atomic
