@@ -10,6 +10,7 @@ def get_config(variant: str = "main"):
   c = shapes.get_config(variant)
   c.history.level = "input"
   c.history.gradient = "attached"
+  c.history.window = 9  # the sink and three frames more than the block's own
   c.history.sink = 3  # SAF: one block of three frames
   c.history.sink_level = "clean"
   c.distill.forward_kl.weight = 0.0

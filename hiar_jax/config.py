@@ -208,6 +208,8 @@ def _walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
   """Makes a frozen dataclass from a group of a config, field by field, nested dataclasses too.
 
+  Of several dataclasses that may stand in a field it is the one of the group's `kind`.
+
   Lists become tuples where the field is a tuple (a config read back from JSON has lists). `extra` gives fields that the
   config does not hold. Raises `UserError` for an unknown key, a missing field, or a value of another type.
   """
@@ -235,12 +237,22 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
   if isinstance(value, GROUP):
     nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
     if nested:
-      return _build(nested[0], dict(value.items()), name)
+      return _build(_of_kind(nested, value, name), dict(value.items()), name)
   if isinstance(value, list) and any(get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))):
     value = _deep_tuple(value)
   if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):  # an int is a good float
     raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
   return value
+
+
+def _of_kind(classes: list[type], value: Mapping, name: str) -> type:
+  """Of several dataclasses the one whose field `kind` defaults to the group's; the first where the group names none."""
+  if len(classes) == 1 or "kind" not in value:
+    return classes[0]
+  kinds = {cls.kind: cls for cls in classes}
+  if value["kind"] not in kinds:
+    raise UserError(f"{name}.kind = {value['kind']!r}: {nearest(str(value['kind']), kinds)}")
+  return kinds[value["kind"]]
 
 
 def _deep_tuple(value: Any) -> Any:

@@ -17,34 +17,71 @@ from hiar_jax.steps.causal_init import CausalInitConfig
 from hiar_jax.steps.distill import DistillConfig
 from hiar_jax.steps.teacher import TeacherConfig
 
-SOURCES = ("shapes", "videos")
+SOURCES = ("shapes", "videos", "prompts")
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in `folder`, at `fps`, cropped to size x size."""
+  """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in `folder`, at `fps`, cropped to `size`;
+  `prompts`: no videos, the lines of the file `prompts`, for a teacher that is there already.
+
+  frames: of a clip, in pixels' time. size: of a frame, one number or (height, width).
+  """
 
   source: str = "shapes"
   frames: int = 9
-  size: int = 32
+  size: int | tuple[int, int] = 32
   seed: int = 0
   difficulty: str = "plain"
   clips: int = 4096
   folder: str = ""
   fps: float = 8.0
+  prompts: str = ""
 
   def __post_init__(self):
-    at_least(1, clips=self.clips, frames=self.frames, size=self.size)
+    at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
     if self.source not in SOURCES:
       raise UserError(f"data.source = {self.source!r}: expected one of {', '.join(SOURCES)}")
     if self.source == "videos" and not self.folder:
       raise UserError("data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)")
+    if self.source == "prompts" and not self.prompts:
+      raise UserError("data.source = 'prompts' needs data.prompts, a file with one prompt a line")
+
+  @property
+  def height(self) -> int:
+    return self.size if isinstance(self.size, int) else self.size[0]
+
+  @property
+  def width(self) -> int:
+    return self.size if isinstance(self.size, int) else self.size[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class WanCodecConfig:
+  """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV instead.
+
+  tile: latents a side of the tiles that small memories decode in, 0 = whole frames. dtype: of activations.
+  """
+
+  kind: str = "wan"
+  weights: str = ""
+  tiny: bool = False
+  tile: int = 0
+  dtype: str = "float32"
+  channels: int = 16
+  spatial_factor: int = 8
+  temporal_factor: int = 4
+
+  def __post_init__(self):
+    _check_dtype(self.dtype, "codec.dtype")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
   """length: tokens of a prompt; dim: width of the frozen word table."""
 
+  kind: str = "words"
   length: int = 24
   dim: int = 64
 
@@ -53,8 +90,42 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class UMT5TextConfig:
+  """UMT5 and its tokenizer from `weights`; texts are kept in `cache` (default: <weights>/texts). length: tokens, dim: of a token's text."""
+
+  kind: str = "umt5"
+  weights: str = ""
+  cache: str = ""
+  dtype: str = "bfloat16"
+  length: int = 512
+  dim: int = 4096
+
+  def __post_init__(self):
+    at_least(1, length=self.length, dim=self.dim)
+    _check_dtype(self.dtype, "text.dtype")
+
+
+def _check_dtype(dtype: str, name: str) -> None:
+  if dtype not in DTYPES:
+    raise UserError(f"{name} = {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+  """Directories of converted weights that stand for a stage's result; empty: the stage runs.
+
+  base: the bidirectional model of the student's size: its trajectories are sampled, student and critic start from it (the teacher stage).
+  teacher: the real score of distribution matching, where it is another one than base. student: a causal student (the causal_init stage).
+  """
+
+  base: str = ""
+  teacher: str = ""
+  student: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The DiT's sizes, for teacher, student and critic alike; channels and text_dim follow from codec and text."""
+  """A DiT's sizes; channels and text_dim follow from codec and text."""
 
   dim: int
   ffn_dim: int
@@ -66,6 +137,7 @@ class ModelConfig:
   remat: str = "none"
   attention: str = "xla"
   unroll: int = 1
+  place_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +157,17 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoriesConfig:
-  """`count` guided Euler walks of the teacher over `steps` levels with the student's shift, `batch` at a time."""
+  """`count` guided Euler walks of the teacher over `steps` levels with the student's shift, `batch` at a time.
+
+  pairs: a folder that HiAR's or Self-Forcing's generate_ode_pairs.py wrote, imported instead, at the levels that it has.
+  """
 
   count: int
   batch: int = 64
   steps: int = 48
   guidance: float = 3.0
   dtype: str = "float32"
+  pairs: str = ""
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, steps=self.steps)
@@ -143,12 +219,16 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """One run, from data to video. stages_from: a workdir whose data, teacher, trajectories and causal init are used."""
+  """One run, from data to video.
+
+  model: of student, critic and base; teacher_model: of weights.teacher, where it has other sizes.
+  stages_from: a workdir whose data, teacher, trajectories and causal init are used.
+  """
 
   seed: int
   data: DataConfig
-  codec: PatchCodecConfig
-  text: TextConfig
+  codec: PatchCodecConfig | WanCodecConfig
+  text: TextConfig | UMT5TextConfig
   model: ModelConfig
   student: StudentConfig
   history: History
@@ -160,23 +240,72 @@ class Experiment:
   mesh: MeshConfig
   log: LogConfig
   stages_from: str = ""
+  weights: WeightsConfig = WeightsConfig()
+  teacher_model: ModelConfig | None = None
 
   def __post_init__(self):
-    frames, block = self.data.frames, self.history.block
-    if frames % block:
-      near = max(block, round(frames / block) * block)
-      raise UserError(f"data.frames = {frames} is not whole blocks of history.block = {block} frames; the nearest is {near}")
-    if self.data.size % self.codec.patch:
-      raise UserError(f"data.size = {self.data.size} is not a multiple of codec.patch = {self.codec.patch}")
-    side, patch = self.data.size // self.codec.patch, self.dit.patch
-    if side % patch[1] or side % patch[2]:
-      raise UserError(f"latents of {side} x {side} (data.size / codec.patch) cannot be cut into model.patch = {patch}")
+    self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
         f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has {len(self.student.timesteps)} levels"
       )
     self.trajectories.kept(self.student)
+    if self.data.source == "prompts" and not self.weights.base:
+      raise UserError("data.source = 'prompts' trains no teacher: give weights.base, a directory of converted weights")
+    if (self.data.source == "prompts") != isinstance(self.codec, WanCodecConfig):
+      raise UserError(f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected 'prompts' with 'wan' only")
+    if isinstance(self.codec, WanCodecConfig) != isinstance(self.text, UMT5TextConfig):
+      raise UserError(f"codec.kind = {self.codec.kind!r} with text.kind = {self.text.kind!r}: expected 'wan' with 'umt5' only")
+    if self.teacher_model and not self.weights.teacher:
+      raise UserError("teacher_model is given, but no weights.teacher of that size")
+
+  def _check_sizes(self) -> None:
+    data, codec, block = self.data, self.codec, self.history.block
+    frames = self.latent_frames(data.frames)
+    if (data.frames - 1) % codec.temporal_factor or frames % block:
+      near = self.pixel_frames(max(block, round(frames / block) * block))
+      of = f"{block} frames" if codec.temporal_factor == 1 else f"{block} latent frames"
+      raise UserError(f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is {near}")
+    if data.height % codec.spatial_factor or data.width % codec.spatial_factor:
+      raise UserError(f"data.size = {data.size} is not a multiple of {codec.spatial_factor}, the codec's pixels a latent")
+    height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
+    if height % self.model.patch[1] or width % self.model.patch[2]:
+      raise UserError(f"latents of {height} x {width} (data.size through the codec) cannot be cut into model.patch = {self.model.patch}")
+
+  @property
+  def needs_trajectories(self) -> bool:
+    """Whether causal init or forward-KL will read them."""
+    return not self.weights.student or self.distill.forward_kl.weight > 0
+
+  def latent_frames(self, frames: int) -> int:
+    """Latent frames that hold a video of `frames`: the first stands alone."""
+    return 1 + -(-(frames - 1) // self.codec.temporal_factor)
+
+  def pixel_frames(self, latent: int) -> int:
+    """Frames of a video of `latent` latent frames."""
+    return 1 + (latent - 1) * self.codec.temporal_factor
+
+  @property
+  def latent_sizes(self) -> dict[str, int]:
+    """frames, height, width and channels of a clip's latents."""
+    factor = self.codec.spatial_factor
+    height, width = self.data.height // factor, self.data.width // factor
+    return {"frames": self.latent_frames(self.data.frames), "height": height, "width": width, "channels": self.codec.channels}
 
   @property
   def dit(self) -> DiTConfig:
-    return DiTConfig(**dataclasses.asdict(self.model), channels=self.codec.channels, text_dim=self.text.dim)
+    """Base and critic."""
+    return self._dit(self.model)
+
+  @property
+  def student_dit(self) -> DiTConfig:
+    """The same parameters; but only the frames of the first block have places of their own, those of later blocks share theirs."""
+    return dataclasses.replace(self.dit, places=(self.history.block, self.history.block))
+
+  @property
+  def teacher_dit(self) -> DiTConfig:
+    """The real score."""
+    return self._dit(self.teacher_model or self.model)
+
+  def _dit(self, model: ModelConfig) -> DiTConfig:
+    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim)

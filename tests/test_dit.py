@@ -136,6 +136,42 @@ def test_positions_matter():
   assert np.abs(velocity(positions=POSITIONS * 3) - velocity()).max() > 1e-3
 
 
+def placed(places: tuple[int, int]) -> dit.DiTConfig:
+  return dataclasses.replace(tiny.CONFIG, place_embedding=True, places=places)
+
+
+def placed_velocity(places, x, positions=POSITIONS, level=LEVELS) -> np.ndarray:
+  config = placed(places)
+  forward = quick_jit(lambda params, *inputs: dit.DiT(config).apply({"params": params}, *inputs)[0])
+  return np.asarray(forward(tiny.params(config), x, level, tiny.text(), positions, ALL))
+
+
+def test_places_share_their_parameters():
+  short, long = (jax.eval_shape(lambda n=n: dit.init(placed((n, 3)), jax.random.key(0))) for n in (3, 1024))
+  assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
+  assert "place_embedding" in short and "place_embedding" not in tiny.params()
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1024, 1)])
+def test_a_token_knows_its_place(places):
+  """The same patch everywhere: rotations alone cannot tell the places apart, since all values are equal."""
+  x = np.tile(tiny.video(1, 1)[:, :, :2, :2], (1, FRAMES, tiny.HEIGHT // 2, tiny.WIDTH // 2, 1))
+  level = np.full_like(LEVELS, 500.0)
+  by_row = lambda v: np.ptp(v.reshape(tiny.BATCH, FRAMES, tiny.HEIGHT // 2, -1), axis=2).max()
+  there = placed_velocity(places, x, level=level)
+  assert by_row(velocity(x, level)) < 1e-5 < 1e-2 < by_row(there)
+  assert (np.ptp(there, axis=1).max() > 1e-2) == (places[0] > 0)
+
+
+def test_late_frames_repeat_their_places():
+  """A student trained on two blocks of three goes on for ever: frames 903 .. 905 are to it as 3 .. 5, and not as 0 .. 2."""
+  x, near = tiny.video(1, FRAMES), POSITIONS + 3
+  later = placed_velocity((3, 3), x, POSITIONS + 903)
+  np.testing.assert_allclose(later, placed_velocity((3, 3), x, near), atol=2e-5)
+  assert np.abs(later - placed_velocity((3, 3), x)).max() > 1e-2
+  assert np.abs(placed_velocity((1024, 1), x, POSITIONS + 903) - placed_velocity((1024, 1), x, near)).max() > 1e-2
+
+
 def test_a_cache_equals_one_forward():
   """Block-causal over all frames = the last frame with the others' K/V."""
 
@@ -221,6 +257,7 @@ def test_bound_levels_may_be_a_scalar_or_per_example_or_per_frame(monkeypatch):
     ({"num_heads": 16}, "heads of even width"),
     ({"patch": (2, 2, 2)}, "first entry must be 1"),
     ({"remat": "some"}, "expected one of none, dots, full"),
+    ({"places": (3, 0)}, "period = 0: expected at least 1"),
     ({"attention": "flash"}, "expected one of xla, chunked, cudnn"),
     ({"num_layers": 0}, "num_layers = 0: expected at least 1"),
   ],

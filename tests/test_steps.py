@@ -35,8 +35,9 @@ HISTORIES = {
 }
 TABLE = words.word_table(9, 4, 8)
 TASK = Task(
-  encode=lambda batch: batch["video"], embed=lambda tokens: words.encode(TABLE, tokens), frames=3, height=1, width=2, channels=4
-)
+  encode=lambda batch: batch["video"], embed=lambda tokens: words.encode(TABLE, tokens), negative=jnp.zeros_like,
+  frames=3, height=1, width=2, channels=4,
+)  # fmt: skip
 SIGMAS = np.asarray(flow.warped_levels((1000, 500), 5.0), np.float32)
 BATCH = 8
 
@@ -82,7 +83,7 @@ class Case:
   frozen: tuple = ()
 
 
-def make_case(kind: str, accumulate: int = 1, history: History = HIAR, weight: float = 0.1) -> Case:
+def make_case(kind: str, accumulate: int = 1, history: History = HIAR, weight: float = 0.1, guidance: float = 1.0) -> Case:
   common = {"steps": 10, "batch": BATCH, "lr": 0.02, "accumulate": accumulate, "clip": 0.5, "ema_decay": 0.9}
   key = jax.random.key(7)
   if kind == "teacher":
@@ -93,8 +94,8 @@ def make_case(kind: str, accumulate: int = 1, history: History = HIAR, weight: f
     config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
     step = causal_init.make_step(config, MODEL, TASK, SIGMAS, history)
     return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
-  config = DistillConfig(**common, critic_lr=0.03, guidance=1.0, forward_kl=ForwardKLConfig(weight=weight))
-  student = Student(MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
+  config = DistillConfig(**common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight))
+  student = Student(MODEL, MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
   create = lambda: states.create(key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
   if kind == "critic":
     return Case(create, distill.make_critic_step(config, student))
@@ -140,14 +141,15 @@ PLACES = {
   "2 x 2, two parts": (MeshConfig(data=2, fsdp=2, min_shard=64), 4, 2),
   "two parts": (MeshConfig(data=1), 1, 2),
   "pmap over 8": (MeshConfig(mapping="pmap"), 8, 1),
+  "pmap over 2": (MeshConfig(mapping="pmap"), 2, 1),
   "pmap over 2, two parts": (MeshConfig(mapping="pmap"), 2, 2),
 }
 KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
 QUICK = {
-  "teacher": ("2 devices", "8 devices", "weights over 8", "two parts", "pmap over 2, two parts"),
+  "teacher": ("8 devices", "weights over 8", "two parts", "pmap over 2, two parts"),
   "causal init, noisy": ("4 x 2",),
-  "critic": ("2 x 2, two parts", "pmap over 8"),
-  "generator": ("2 x 2, two parts", "pmap over 8"),
+  "critic": ("2 x 2, two parts",),
+  "generator": ("pmap over 2",),
 }
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
@@ -215,13 +217,13 @@ def test_no_gradient_passes_between_networks(kind, of, on):
   assert influence(make_case(kind), of, on) == 0.0
 
 
-@pytest.mark.parametrize("name", ["Self-Forcing", "Self-Aligned Forcing"])
+@pytest.mark.parametrize("name", ["Self-Aligned Forcing", pytest.param("Self-Forcing", marks=pytest.mark.slow)])
 def test_the_rivals_go_through_the_same_step(name):
-  state, metrics = run(make_case("generator", history=HISTORIES[name]), MeshConfig(data=1), 1, updates=2)
-  other, other_metrics = on_one_device("generator")
+  state, metrics = run(make_case("generator", history=HISTORIES[name], weight=0.0, guidance=0.0), MeshConfig(data=1), 1)
   assert np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0
-  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
-  assert metrics["dmd"] != other_metrics["dmd"]
+  assert "forward_kl" not in metrics
+  before = make_params(0)
+  assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True))
 
 
 def test_without_forward_kl_no_trajectories_are_needed():
@@ -247,24 +249,16 @@ def test_the_critic_is_trained_more_often_and_first(ratio, warmup, steps, expect
   assert config.generator_steps == len(expected)
 
 
-def test_the_average_counts_the_generator_s_own_updates():
-  """With 5 critic updates to each of its own, and a start in its third."""
-  case_config = {"steps": 50, "batch": BATCH, "lr": 0.02, "critic_lr": 0.03, "critic_updates": 5, "ema_start": 2}
-  config = DistillConfig(**case_config, guidance=0.0, forward_kl=ForwardKLConfig(weight=0.0))
-  step = jax.jit(
-    functools.partial(
-      distill.make_generator_step(config, Student(MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK)), mean=lambda tree: tree
-    )
-  )
+def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
+  """Five critic updates to each, after a warm-up of ten."""
+  monkeypatch.setattr(distill, "update_ema", lambda ema, params, updates, config: updates)
+  config = DistillConfig(steps=50, batch=BATCH, lr=0.02, critic_lr=0.03, critic_updates=5, critic_warmup=10)
+  step = distill.make_generator_step(config, Student(MODEL, MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK))
   state = states.create(jax.random.key(7), make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
-  weights = []
-  for update in range(4):
-    assert config.updates_generator(5 * update)
-    after, _ = step(state.replace(step=jnp.int32(5 * update)), jax.tree.map(jnp.asarray, make_batch(0)), make_params(2))
-    old, new, ema = (np.asarray(tree["head"]["bias"], np.float64) for tree in (state.ema, after.params, after.ema))
-    weights.append(((ema - new) @ (old - new)) / ((old - new) @ (old - new)))
-    state = after
-  np.testing.assert_allclose(weights, [0, 0, 1 / 10, 2 / 11], atol=1e-3)
+  batch = jax.tree.map(jnp.asarray, make_batch(0))
+  count = jax.jit(lambda i: step(state.replace(step=i), batch, make_params(2), mean=lambda tree: tree)[0].ema)
+  turns = [i for i in range(30) if config.updates_generator(i)]
+  assert [int(count(i)) for i in turns] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

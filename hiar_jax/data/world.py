@@ -25,14 +25,14 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slowly": 1.0, "": 1.6, "quickly": 2.4}
+SPEEDS = {"slowly": 1.5, "": 2.2, "quickly": 3.0}  # fast enough that clips show what comes after a wall, far from it too
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "gradient")
 VOCABULARY = ("a", "and", "on", "moving", "background", *COLOURS, *SHAPES, *DIRECTIONS, *filter(None, SPEEDS),
               *BACKGROUNDS[1:])
 SPLITS = ("train", "held_out")
 
 _REFERENCE_SIZE = 32
-_FREE_FRAMES = 5  # frames before the first bounce: more than half of a 9-frame clip moves as the caption says
+FREE_FRAMES = 3  # frames that move as the caption says before a wall is met: a student's first block
 _CROSSING_TRIES = 8  # scenes drawn until the two shapes of a textured clip meet
 _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
 
@@ -230,7 +230,7 @@ def _draw_shape(rng: np.random.Generator, config: WorldConfig, triple: tuple[str
   word = list(SPEEDS)[rng.integers(len(SPEEDS))]
   velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
   low, high = config.radius, config.size - config.radius
-  run = velocity * _FREE_FRAMES
+  run = velocity * FREE_FRAMES
   position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
   return Shape(colour, shape, direction, word, tuple(position.tolist()), tuple(velocity.tolist()), config.radius)
 

@@ -23,9 +23,8 @@ from hiar_jax.evaluate.fit import Fit, fit_videos, nearest_background
 
 UNRECOGNISABLE = 0.5  # share of the shape's own squared contrast
 HIDDEN = 0.5  # visible share below which a shape is not judged
-JUMP = 6.0  # pixels a frame at 32 x 32: 2.5 times the fastest shape
+JUMP = 7.5  # pixels a frame at 32 x 32: 2.5 times the fastest shape
 STANDING = 0.25  # share of the asked speed below which a clip goes nowhere
-FREE = 5  # frames that a true clip moves before it meets a wall
 WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
 
 
@@ -218,7 +217,7 @@ def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig)
     path, frames = _before_the_wall(track.xy[i, frames, k], frames, world)
     move, elapsed = path[-1] - path[0], frames[-1] - frames[0]
     along, length = move @ asked.direction[i, k], np.linalg.norm(move)
-    right[i, k] = along >= length * np.sqrt(0.5) and length >= STANDING * asked.speed[i, k] * max(elapsed, FREE)
+    right[i, k] = along >= length * np.sqrt(0.5) and length >= STANDING * asked.speed[i, k] * max(elapsed, world_lib.FREE_FRAMES)
   return right
 
 

@@ -27,6 +27,7 @@ from hiar_jax.models import attention, rope
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Video, typed
 
 REMATS = ("none", "dots", "full")
+PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # tokens, and frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class DiTConfig:
 
   remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
   unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
+  place_embedding: adds to each token a learned function of its row, column and frame. Wan2.1 has none: with rotations alone a token finds
+    out where it is only by way of the borders, which small grids and short trainings don't teach.
+  places: (n, period) of the frames there: the first n are told apart, those after repeat with the period. So a video may go on for ever.
   """
 
   dim: int = 1536
@@ -50,6 +54,8 @@ class DiTConfig:
   remat: str = "none"
   attention: str = "xla"
   unroll: int = 1
+  place_embedding: bool = False
+  places: tuple[int, int] = (1_024, 1)
 
   def __post_init__(self):
     at_least(1, dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers)
@@ -59,6 +65,7 @@ class DiTConfig:
       raise UserError(f"patch = {self.patch}: the first entry must be 1, frames have levels of their own")
     if self.remat not in REMATS:
       raise UserError(f"remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
+    at_least(1, places=sum(self.places), period=self.places[1])
     if self.attention not in attention.IMPLEMENTATIONS:
       raise UserError(f"attention = {self.attention!r}: expected one of {', '.join(attention.IMPLEMENTATIONS)}")
 
@@ -97,6 +104,17 @@ def time_features(timestep: jax.Array, width: int) -> jax.Array:
   timestep = timestep[..., None].astype(jnp.float32)
   angles = timestep * _last(frequencies, timestep)
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def place_features(positions: Positions, rows: int, columns: int, places: tuple[int, int]) -> jax.Array:
+  """Sinusoids of a token's frame, row and column: [f, rows * columns, 6 * len(PLACE_PERIODS)]."""
+  angles = lambda n: 2 * np.pi * np.arange(n)[:, None] / np.asarray(PLACE_PERIODS)
+  waves = lambda n: jnp.asarray(np.concatenate([np.cos(angles(n)), np.sin(angles(n))], axis=-1), jnp.float32)
+  first, period = places
+  frames = waves(first + period)[jnp.where(positions < first, positions, first + (positions - first) % period)]
+  parts = frames[:, None, None], waves(rows)[None, :, None], waves(columns)[None, None]
+  shape = (positions.size, rows, columns, 2 * len(PLACE_PERIODS))
+  return jnp.concatenate([jnp.broadcast_to(part, shape) for part in parts], axis=-1).reshape(positions.size, rows * columns, -1)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -236,6 +254,9 @@ class DiT(nn.Module):
     rows, columns = h // ph, w // pw
     tokens = x.reshape(b, f, rows, ph, columns, pw, c.channels).transpose(0, 1, 2, 4, 3, 5, 6)
     tokens = _dense(c, c.dim, "patch_embedding")(tokens.reshape(b, f, rows * columns, -1).astype(c.dtype))
+
+    if c.place_embedding:
+      tokens = tokens + _dense(c, c.dim, "place_embedding")(place_features(positions, rows, columns, c.places))[None]
 
     text = nn.gelu(_dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
     text = _dense(c, c.dim, "text_embedding_out")(text)

@@ -19,6 +19,7 @@ from hiar_jax.types import Pixels, Video, typed
 class PatchCodecConfig:
   """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1 makes them all equal."""
 
+  kind: str = "patches"
   patch: int = 8
   channels: int = 32
   whitening: float = 0.5
@@ -27,6 +28,16 @@ class PatchCodecConfig:
     at_least(1, patch=self.patch, channels=self.channels)
     if self.channels > self.patch**2 * 3:
       raise UserError(f"codec.channels = {self.channels}: a patch of {self.patch} x {self.patch} pixels has {self.patch**2 * 3} numbers")
+
+  @property
+  def spatial_factor(self) -> int:
+    """Pixels per latent pixel, each way."""
+    return self.patch
+
+  @property
+  def temporal_factor(self) -> int:
+    """Frames per latent frame."""
+    return 1
 
 
 @flax.struct.dataclass

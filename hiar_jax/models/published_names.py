@@ -1,12 +1,14 @@
 """Published tensor names <-> parameter trees, as a table of rules: one rule per published tensor.
 
 A model's rules are data: `Rule(name, shape, path, kind, layer)`. The same table converts in both directions, lists the
-names and shapes to be expected in a file, and says what is missing or left over. `named` may be any mapping, also one
-that reads a file lazily: each tensor is asked for once, in the order of the rules.
+names and shapes to be expected in a file, and says what is missing or left over. Both directions have a form that holds one tensor
+at a time, for weights that are larger than memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -82,8 +84,7 @@ def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
 def _checked(array: Any, rule: Rule, what: str) -> np.ndarray:
   if tuple(array.shape) != rule.shape:
     raise UserError(
-      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}."
-      " Use the config of these weights."
+      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}. Use the config of these weights."
     )
   return np.asarray(array)
 
@@ -94,53 +95,79 @@ def _place(tree: dict, path: tuple[str, ...], array: np.ndarray) -> None:
   tree[path[-1]] = array
 
 
-def from_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
-  """Parameter tree of numpy arrays, dtypes as given, from tensors under their published names.
+class Stack:
+  """Arrays of one shape and dtype as the rows of one that is not made before it is needed."""
 
-  Raises UserError where a name is missing or left over, or a shape differs.
+  def __init__(self, rows: Sequence[np.ndarray]):
+    self.rows = rows
+    self.shape = (len(rows), *rows[0].shape)
+    self.dtype = rows[0].dtype
+    self.size = math.prod(self.shape)
+
+  def __getitem__(self, row: int) -> np.ndarray:
+    return self.rows[row]
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    del copy  # the rows lie apart: this always makes one
+    return np.stack(self.rows).astype(dtype or self.dtype, copy=False)
+
+
+def view_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
+  """Parameter tree of views of the given arrays and of Stacks of views, dtypes as given: no number is read.
+
+  Raises UserError where a name is missing or left over, a shape differs, or layers differ in dtype.
   """
   check_names(list(named), rules, what)
-  depth = {rule.path: 0 for rule in rules}
-  for rule in rules:
-    depth[rule.path] += 1
   tree: dict = {}
-  stacks: dict[tuple[str, ...], np.ndarray] = {}
+  rows: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
   for rule in rules:
     array = _inward(_checked(named[rule.name], rule, what), rule.kind)
     if rule.layer is None:
-      _place(tree, rule.path, np.ascontiguousarray(array))
+      _place(tree, rule.path, array)
       continue
-    if rule.path not in stacks:
-      stacks[rule.path] = np.empty((depth[rule.path], *array.shape), array.dtype)
-      _place(tree, rule.path, stacks[rule.path])
-    if stacks[rule.path].dtype != array.dtype:
+    stack = rows.setdefault(rule.path, {})
+    first = next(iter(stack.values()), array)
+    if first.dtype != array.dtype:
       raise UserError(
-        f"{what}: {rule.name} is {array.dtype}, other layers are {stacks[rule.path].dtype};"
-        " expected one dtype. Save the weights in one dtype."
+        f"{what}: {rule.name} is {array.dtype}, other layers are {first.dtype}; expected one dtype. Save the weights in one dtype."
       )
-    stacks[rule.path][rule.layer] = array
+    stack[rule.layer] = array
+  for path, stack in rows.items():
+    _place(tree, path, Stack([stack[layer] for layer in sorted(stack)]))
   return tree
 
 
-def to_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict[str, np.ndarray]:
-  """Published names and layouts from a parameter tree; the exact inverse of `from_published`.
+def from_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
+  """`view_published` with numpy arrays of their own. Raises UserError in the same cases."""
+  return jax.tree.map(lambda leaf: np.array(leaf, order="C"), view_published(named, rules, what))
 
-  Raises UserError where the tree holds other leaves than the rules, or other shapes.
+
+def iterate_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> Iterator[tuple[str, np.ndarray]]:
+  """Published names and layouts from a parameter tree, one tensor at a time; leaves may be anything that numpy.asarray reads.
+
+  Raises UserError, before the first tensor, where the tree holds other leaves than the rules, or other shapes.
   """
-  leaves = {
-    tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
-  }
-  paths = {rule.path for rule in rules}
-  if set(leaves) != paths:
-    odd = [".".join(path) for path in set(leaves) ^ paths]
+  leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]}
+  depth = Counter(rule.path for rule in rules)
+  if set(leaves) != set(depth):
+    odd = [".".join(path) for path in set(leaves) ^ set(depth)]
     raise UserError(f"{what}: parameters and config differ at {_some(odd)}. Use the config they were made with.")
-  named = {}
   for rule in rules:
-    leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
-    if tuple(leaf.shape) != shape_here(rule):
+    shape = shape_here(rule) if rule.layer is None else (depth[rule.path], *shape_here(rule))
+    if tuple(leaves[rule.path].shape) != shape:
       raise UserError(
-        f"{what}: {'.'.join(rule.path)} has shape {tuple(leaf.shape)}, the config asks for {shape_here(rule)}."
+        f"{what}: {'.'.join(rule.path)} has shape {tuple(leaves[rule.path].shape)}, the config asks for {shape}."
         " Use the config they were made with."
       )
-    named[rule.name] = _outward(np.asarray(leaf), rule)
-  return named
+  return _iterate(leaves, rules)
+
+
+def _iterate(leaves: Mapping[tuple[str, ...], Any], rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+  for rule in rules:
+    leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
+    yield rule.name, _outward(np.asarray(leaf), rule)
+
+
+def to_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict[str, np.ndarray]:
+  """All of `iterate_published`; the exact inverse of `from_published`."""
+  return dict(iterate_published(params, rules, what))

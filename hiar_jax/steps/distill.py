@@ -77,13 +77,18 @@ class DistillConfig(Training):
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """The networks' sizes and the method: everything that a self-rollout needs but the weights."""
+  """The networks' sizes and the method: everything that a self-rollout needs but the weights.
+
+  point_sigmas: levels of the trajectories, where they are not the student's.
+  """
 
   model: dit.DiTConfig
+  critic_model: dit.DiTConfig
   teacher_model: dit.DiTConfig
   history: History
   sigmas: jax.Array  # [s+1], float32
   task: Task
+  point_sigmas: jax.Array | None = None
 
   def generate(self, params: Params, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
     """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c], differentiable in params."""
@@ -121,7 +126,7 @@ def make_critic_step(config: DistillConfig, student: Student):
     def loss(critic, part):
       x = student.sample(state.params, part["tokens"], part["index"], k_rollout)
       sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
-      forward = dit.bind(student.teacher_model, critic, student.task.embed(part["tokens"]))
+      forward = dit.bind(student.critic_model, critic, student.task.embed(part["tokens"]))
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = descend(
@@ -154,7 +159,7 @@ def make_generator_step(config: DistillConfig, student: Student):
       forward = dit.bind(student.model, params, student.task.embed(part["trajectory_tokens"]))
       held = fkl_loss.forward_kl(
         forward, part["trajectory"].astype(jnp.float32), level, student.sigmas, student.history,
-        attention=fkl.attention, target=fkl.target,
+        attention=fkl.attention, target=fkl.target, point_sigmas=student.point_sigmas,
       ).mean()  # fmt: skip
       return dmd + fkl.weight * held, {**metrics, "forward_kl": held}
 
@@ -172,9 +177,7 @@ def _dmd_gradient(config, student, critic, teacher, x, part, key):
   """The score difference at x [b f h w c]; neither score receives gradient."""
   text = student.task.embed(part["tokens"])
   sigma, eps = _score_draws(config, key, part["index"], x.shape[1:])
-  score = lambda params, text: dit.bind(student.teacher_model, params, text)
-  return jax.lax.stop_gradient(
-    dmd_loss.dmd_gradient(
-      score(critic, text), score(teacher, text), score(teacher, student.task.negative(text)), x, eps, sigma, config.guidance
-    )
-  )
+  real = lambda text: dit.bind(student.teacher_model, teacher, text)
+  fake = dit.bind(student.critic_model, critic, text)
+  negative = student.task.negative(text)
+  return jax.lax.stop_gradient(dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance))

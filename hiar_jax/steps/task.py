@@ -14,10 +14,14 @@ from hiar_jax.types import Batch, Key, Text, Video
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """encode: batch -> latents [b f h w c]; embed: tokens [b l] -> text [b l d]; frames, height, width, channels: of the latents."""
+  """encode: batch -> latents [b f h w c]; embed: a batch's tokens (ids [b l], or texts already) -> text [b l d].
+
+  negative: the text that guidance leads away from, for texts of that shape. frames, height, width, channels: of the latents.
+  """
 
   encode: Callable[[Batch], Video]
   embed: Callable[[jax.Array], Text]
+  negative: Callable[[Text], Text]
   frames: int
   height: int
   width: int
@@ -26,10 +30,6 @@ class Task:
   @property
   def clip(self) -> tuple[int, int, int, int]:
     return (self.frames, self.height, self.width, self.channels)
-
-  def negative(self, text: Text) -> Text:
-    """The negative prompt, beside `text`: the empty one."""
-    return self.embed(jax.numpy.zeros(text.shape[:2], jax.numpy.int32))
 
 
 def block_noise(key: Key, index: jax.Array, history: History, task: Task) -> Callable[[jax.Array, jax.Array], jax.Array]:
