@@ -35,6 +35,7 @@ setuptools.setup(
     "beartype>=0.21",
     "clu>=0.0.12",
     "flax>=0.12",
+    "ftfy>=6.3",
     "grain>=0.2.16",
     "jax>=0.10",
     "jaxtyping>=0.3.2",

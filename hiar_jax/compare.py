@@ -53,7 +53,8 @@ def main() -> None:
 
 def references(run: Run, frames: int) -> dict[str, dict]:
   """What a perfect model would score, and what the codec alone costs."""
-  through = lambda videos: np.asarray(patch_codec.decode(run.codec, patch_codec.encode(run.codec, videos)))
+  codec = run.medium.codec
+  through = lambda videos: np.asarray(patch_codec.decode(codec, patch_codec.encode(codec, videos)))
   return {
     "true clips": shapes.data_reference(run.world, frames=frames),
     "true clips through the codec": shapes.data_reference(run.world, through, frames=frames),
@@ -85,8 +86,7 @@ def label(history: History) -> str:
 def teacher_videos(run: Run, prompts: list[str]) -> np.ndarray:
   """The teacher's clips: it is bidirectional, so they have the training length."""
   walk = teacher.make_walk(run, jax.random.key(_SEED.value))
-  tokens = np.stack([run.tokenizer(prompt) for prompt in prompts])
-  return run.pixels(walk(teacher.load(run), tokens, np.arange(len(prompts)))[:, -1])
+  return run.pixels(walk(teacher.load(run), run.tokens(prompts), np.arange(len(prompts)))[:, -1])
 
 
 def save_sheet(run: Run, out: pathlib.Path, name: str, videos: np.ndarray, prompts: list[str]) -> None:

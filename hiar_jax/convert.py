@@ -1,16 +1,42 @@
-"""Published weights <-> parameter trees."""
+"""Published weights in, published weights out: `python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B --out=weights/wan_1_3b`.
 
-from collections.abc import Mapping
+In: a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt, .pth); out: a weights directory (see weights.py).
+`--export=weights/hiar --layout=diffusers --out=hiar-diffusers` is the way back, also for a training run's directory. Every tensor is
+accounted for, or the error lists what is missing and what is left over. Neither direction holds more than a few tensors, or one shard
+that it writes, in memory; an interrupted run leaves nothing under a final name, and what is complete is kept unless --overwrite.
+"""
+
+from collections.abc import Iterator, Mapping
+import pathlib
+import re
+import shutil
+import sys
 from typing import Any
 
+from absl import flags
+import jax
+import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
+from hiar_jax import config as configs
+from hiar_jax import export as exports
+from hiar_jax import published, weights
+from hiar_jax.errors import UserError
+from hiar_jax.files import write_atomic
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.dit_names import dit_rules
-from hiar_jax.models.published_names import from_published, to_published
+from hiar_jax.models.published_names import from_published, to_published, view_published
+from hiar_jax.published import Model
+from hiar_jax.stored_arrays import Cast
 from hiar_jax.types import Params
 
+DTYPES = ("keep", "bfloat16", "float32")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _DIT = "DiT (Wan2.1's names)"
+
+
+# ----------------------------------------------------------------------------------------------- a DiT's tensors in memory
 
 
 def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -29,3 +55,134 @@ def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Par
 def params_to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
   """The exact inverse of `params_from_torch`."""
   return to_published(params, dit_rules(config), _DIT)
+
+
+# ------------------------------------------------------------------------------------------------------- files to weights
+
+
+def convert(
+  source: str, out: str, *, kind: str | None = None, entry: str | None = None, dtype: str | None = None,
+  heads: int | None = None, overwrite: bool = False,
+) -> Iterator[str]:  # fmt: skip
+  """Writes the models of a source into the weights directory `out`; yields a line for each thing that was done.
+
+  Raises UserError where a model is not exactly one that is known here, or a file is missing, cut off or damaged.
+  """
+  root = pathlib.Path(source)
+  places = published.find(root)
+  if kind is not None:
+    places = [(kind, path) for found, path in places if found in (None, kind)]
+    if not places:
+      raise UserError(f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is there")
+  done = []
+  for expected, path in places:
+    model = published.open_model(path, expected, entry=entry, heads=heads)
+    yield from model.tensors.notes
+    yield _convert_model(model, out, dtype, overwrite)
+    done.append(model.kind)
+  if root.is_dir() and kind is None:
+    yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
+    lacking = published.missing(done)
+    if lacking and len(places) > 1:
+      yield f"{source} has no {' and no '.join(lacking)}, which generating a video needs"
+
+
+def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
+  folder = pathlib.Path(out) / model.kind
+  rules = model.rules
+  tree = view_published(model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)")
+  if weights.exists(out, model.kind) and not overwrite:
+    there = weights.describe(out, model.kind)
+    return f"{folder} is there already ({there.parameters:,} parameters, from {there.source}); kept, --overwrite replaces it"
+  for leaf in jax.tree.leaves(tree):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise UserError(f"{model.source}: tensors of dtype {leaf.dtype}; expected floating numbers (quantised weights are not read)")
+  if dtype is not None:
+    tree = jax.tree.map(lambda leaf: Cast(leaf, dtype), tree)
+  size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+  _check_space(folder, size)
+  found = weights.save(out, model.kind, model.config, tree, source=model.source, tensors=len(rules))
+  return (
+    f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, {size / 1e9:.3g} GB, "
+    f"from {model.source} ({model.layout} names)"
+  )
+
+
+def _check_space(folder: pathlib.Path, size: int) -> None:
+  """Raises UserError before an hour's work that cannot end well."""
+  place = next(path for path in folder.absolute().parents if path.exists())
+  free = shutil.disk_usage(place).free
+  if size > free:
+    raise UserError(
+      f"{folder} needs {size / 1e9:.3g} GB, the disk of {place} has {free / 1e9:.3g} GB left; free some, or give another --out"
+    )
+
+
+def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[str]:
+  found, target = published.find_tokenizer(source), out / exports.TOKENIZER
+  if found is None:
+    return
+  if target.exists() and not overwrite:
+    yield f"{target} is there already; kept, --overwrite replaces it"
+    return
+  content = found.read_bytes()
+  try:
+    tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+  except Exception as error:  # the library raises nothing more precise
+    raise UserError(f"{found} is damaged ({str(error).splitlines()[0]}); download it again") from error
+  write_atomic(target, content)
+  yield f"{target}: {tokenizer.get_vocab_size():,} tokens, from {found.relative_to(source)}"
+
+
+# ---------------------------------------------------------------------------------------------------------- command line
+
+
+def parse_bytes(text: str) -> int:
+  """'5GB', '500MB' or a plain number of bytes. Raises UserError for anything else."""
+  match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
+  if not match or not float(match[1]):
+    raise UserError(f"--max_shard={text}: expected a size such as 5GB or 500MB")
+  return int(float(match[1]) * UNITS[match[2]])
+
+
+def main() -> None:
+  f = flags.FLAGS
+  if (f.source is None) == (f.export is None):
+    raise UserError("give either --source=FILES, to convert published weights, or --export=DIRECTORY, to write them again")
+  if not f.out:
+    raise UserError(f"--out is missing; give the directory to write, as --out={'weights/wan' if f.source else 'exported'}")
+  _refuse_foreign(f, ("entry", "heads") if f.source is None else ("layout", "max_shard", "stage"))
+  dtype = None if f.dtype == "keep" else f.dtype
+  if f.source is not None:
+    lines = convert(f.source, f.out, kind=f.kind, entry=f.entry, dtype=dtype, heads=f.heads, overwrite=f.overwrite)
+  else:
+    if f.layout is None:
+      raise UserError(f"--layout is missing; give one of {', '.join(exports.LAYOUTS)}")
+    lines = exports.export(
+      pathlib.Path(f.export), f.layout, pathlib.Path(f.out), kind=f.kind, dtype=dtype,
+      max_shard=parse_bytes(f.max_shard or "5GB"), stage=f.stage or exports.STAGES[0], overwrite=f.overwrite,
+    )  # fmt: skip
+  for line in lines:
+    print(line, file=sys.stdout, flush=True)
+
+
+def _refuse_foreign(f: flags.FlagValues, names: tuple[str, ...]) -> None:
+  for name in names:
+    if f[name].value is not None:
+      direction = "--export" if f.source is not None else "--source"
+      raise UserError(f"--{name}={f[name].value} belongs to {direction}; leave it out")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("source", None, "published weights: a folder, or a .safetensors, .pt or .pth file")
+  flags.DEFINE_string("export", None, "weights that this tool made, or a training run's directory")
+  flags.DEFINE_string("out", None, "the directory to write")
+  flags.DEFINE_enum("kind", None, weights.KINDS, "convert or export this part alone")
+  flags.DEFINE_string("entry", None, "which weights of a .pt file with several, as generator_ema")
+  flags.DEFINE_integer("heads", None, "attention heads of the DiT; default: what its config.json says, or one per 128 of its width", 1)
+  flags.DEFINE_enum("dtype", "keep", DTYPES, "cast to it, or keep what the source has")
+  flags.DEFINE_bool("overwrite", False, "replace what is there")
+  flags.DEFINE_enum("layout", None, exports.LAYOUTS, "whose names and folders to write")
+  flags.DEFINE_string("max_shard", None, "largest safetensors file to write (default 5GB); one is in memory at a time")
+  flags.DEFINE_enum("stage", None, exports.STAGES, f"whose weights of a training run (default {exports.STAGES[0]})")
+  configs.run_flags(main)

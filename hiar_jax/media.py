@@ -4,10 +4,14 @@ Every file is written under a hidden temporary name in the same directory and re
 either holds a whole file or nothing new.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import errno
 from fractions import Fraction
 import io
+import itertools
 import json
+import os
 from pathlib import Path
 
 import av
@@ -36,32 +40,70 @@ def to_float(frames) -> np.ndarray:
   return frames.astype(np.float32)
 
 
-def write_mp4(path, frames: np.ndarray, fps: float = 16, metadata: Mapping[str, str] | None = None, *,
+def write_mp4(path, frames: np.ndarray | Iterable[np.ndarray], fps: float = 16, metadata: Mapping[str, str] | None = None, *,
               scale: int = 1, crf: int = 14) -> Path:
   """Encodes frames uint8 [f, H, W, 3] as H.264 (yuv420p, BT.709), atomically, and returns the path.
 
-  `metadata` (prompt, seed, config, ...) is stored as JSON in the container's comment; `read_mp4` and
+  `frames` may also be an iterable of such arrays, pieces of one video, which are encoded one by one and need not be in memory together;
+  where it raises, nothing is left. `metadata` (prompt, seed, config, ...) is stored as JSON in the container's comment; `read_mp4` and
   `ffprobe -show_format` show it. `scale` enlarges by that integer factor with nearest neighbour, so that small videos
   can be watched and keep their colours in spite of the halved chroma. `crf` is x264's quality, 0 (best) .. 51. An odd
   side gains a copy of its last row or column, because yuv420p needs even sides.
 
   Raises UserError for another dtype or shape, no frames, or a scale or fps that is not positive.
   """
-  frames = _checked_frames(path, frames)
+  path = Path(path)
   if not isinstance(scale, int) or scale < 1 or not fps > 0:
     raise UserError(f"{path}: scale is {scale!r} and fps is {fps!r}; give a whole scale >= 1 and fps > 0")
-  buffer = io.BytesIO()
-  with av.open(buffer, "w", format="mp4") as container:
+  pieces = iter([frames] if hasattr(frames, "shape") else frames)
+  first = _checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
+  with _whole_file(path) as file, av.open(file, "w", format="mp4") as container:
     container.metadata["comment"] = json.dumps(dict(metadata or {}), ensure_ascii=False, sort_keys=True)
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
-    height, width = (side * scale + side * scale % 2 for side in frames.shape[1:3])
+    height, width = (side * scale + side * scale % 2 for side in first.shape[1:3])
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 (ITU-T H.273), said in the file
-    for frame in frames:
-      container.mux(stream.encode(_yuv_frame(frame, height, width, scale)))
+    for piece in itertools.chain([first], pieces):
+      if _checked_frames(path, piece).shape[1:] != first.shape[1:]:
+        raise UserError(f"{path}: a piece has frames of {piece.shape[1:]}, the first one of {first.shape[1:]}; expected one size")
+      for frame in piece:
+        container.mux(stream.encode(_yuv_frame(frame, height, width, scale)))
     container.mux(stream.encode())
-  return write_atomic(path, buffer.getvalue())
+  return path
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path) -> Iterator[io.BufferedRandom]:
+  """A file to write that gets its name when it is complete; as files.write_atomic, for what need not be in memory at once."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    with _explained(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      file = open(temporary, "w+b")
+    with file:
+      with _explained(path, full_disk_alone=True):  # what else may go wrong in there is not this file's
+        yield file
+      with _explained(path):
+        file.flush()
+        os.fsync(file.fileno())
+    with _explained(path):
+      os.replace(temporary, path)
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+
+
+@contextlib.contextmanager
+def _explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      raise UserError(f"no space left on the disk of {path}; free some space and run the same command") from error
+    if full_disk_alone:
+      raise
+    raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
 
 
 def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
@@ -82,6 +124,15 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
   if not frames:
     raise UserError(f"{path}: the video holds no frames; write it again")
   return _pooled(np.stack(frames), scale), fps, _json_object(comment)
+
+
+def read_metadata(path) -> dict | None:
+  """What `write_mp4` was told of a video, {} where nobody said anything; None where this is no video file. Decodes nothing."""
+  try:
+    with av.open(str(path)) as container:
+      return _json_object(container.metadata.get("comment", "")) if container.streams.video else None
+  except (av.error.FFmpegError, OSError):
+    return None
 
 
 def write_png(path, image: np.ndarray) -> Path:

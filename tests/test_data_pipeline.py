@@ -14,7 +14,7 @@ CLIPS = 23
 
 def _tokenize(text):
   words = [VOCABULARY.index(word) + 1 for word in text.split()]
-  return np.array(words + [0] * (20 - len(words)))
+  return np.array(words + [0] * (20 - len(words)), np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def numbers(clips):
 
 
 def _iterator(directory, **changes):
-  options = {"batch_size": 4, "seed": 0, "tokenize": _tokenize} | changes
+  options = {"batch_size": 4, "seed": 0, "tokenize": lambda record: _tokenize(record["caption"].decode())} | changes
   return pipeline.make_iterator(directory, **options)
 
 

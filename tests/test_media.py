@@ -155,3 +155,72 @@ def test_contact_sheet_bad_input():
   for videos in ({}, {"a": np.zeros((2, 8, 8, 3), np.uint8), "b": np.zeros((2, 9, 9, 3), np.uint8)}):
     with pytest.raises(UserError, match="contact sheet"):
       media.contact_sheet(videos)
+
+
+# ------------------------------------------------------------------------------------------------- a video in pieces
+
+
+def test_pieces_are_one_video(tmp_path):
+  video = moving_square()
+  whole = media.write_mp4(tmp_path / "whole.mp4", video, metadata={"seed": "1"}, scale=2)
+  pieces = (video[start:start + 5] for start in range(0, 12, 5))
+  assert media.write_mp4(tmp_path / "pieces.mp4", pieces, metadata={"seed": "1"}, scale=2).read_bytes() == whole.read_bytes()
+
+
+def test_pieces_are_asked_for_one_by_one(tmp_path):
+  """Only one piece is alive at a time, however long the video."""
+  import weakref
+
+  alive, most = [], 0
+
+  def pieces():
+    nonlocal most
+    for _ in range(6):
+      piece = np.zeros((4, 32, 32, 3), np.uint8)
+      alive.append(weakref.ref(piece))
+      most = max(most, sum(ref() is not None for ref in alive))
+      yield piece
+
+  assert len(media.read_mp4(media.write_mp4(tmp_path / "a.mp4", pieces()))[0]) == 24
+  assert most <= 3  # the first (its size is the video's), the last and the next
+
+
+def test_where_pieces_end_badly_the_old_file_stands(tmp_path):
+  path = media.write_mp4(tmp_path / "clip.mp4", moving_square(), metadata={"seed": "old"})
+
+  def broken():
+    yield moving_square(3)
+    raise FileNotFoundError(2, "not the video's fault", "weights")
+
+  with pytest.raises(FileNotFoundError, match="not the video's fault"):
+    media.write_mp4(path, broken(), metadata={"seed": "new"})
+  with pytest.raises(UserError, match=r"clip.mp4: a piece has frames of \(16, 16, 3\), the first one of \(32, 32, 3\)"):
+    media.write_mp4(path, iter([moving_square(3), moving_square(3, 16)]))
+  with pytest.raises(UserError, match="expected uint8"):
+    media.write_mp4(path, iter([]))
+  assert media.read_mp4(path)[2] == {"seed": "old"} and os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_a_full_disk_is_said_while_a_video_is_written(tmp_path, monkeypatch):
+  path = media.write_mp4(tmp_path / "clip.mp4", moving_square(), metadata={"seed": "old"})
+
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(UserError, match="no space left on the disk of .*clip.mp4"):
+    media.write_mp4(path, moving_square())
+  assert media.read_mp4(path)[2] == {"seed": "old"} and os.listdir(tmp_path) == ["clip.mp4"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_fills_up_while_frames_are_encoded(tmp_path, monkeypatch):
+  monkeypatch.setattr(media, "open", lambda name, mode: open("/dev/full", "wb", buffering=0), raising=False)
+  with pytest.raises(UserError, match="no space left on the disk of .*clip.mp4"):
+    media.write_mp4(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8))
+
+
+def test_where_no_file_can_be_written(tmp_path):
+  (tmp_path / "a_file").write_text("")
+  with pytest.raises(UserError, match="a_file/x.mp4: cannot be written"):
+    media.write_mp4(tmp_path / "a_file" / "x.mp4", moving_square())

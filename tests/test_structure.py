@@ -12,17 +12,20 @@ PACKAGE = ROOT / "hiar_jax"
 
 # A module imports only from the lines above its own; within a line, imports make no circle.
 LAYERS = [
-  "errors types files flow history",
+  "errors types files flow history sizes",
+  "torch_files prompts_file",
   "data",
   "models",
   "rollout",
   "losses",
-  "state optim sharding config checksums checkpoint metrics media signals",
+  "state optim sharding config checksums checkpoint metrics media pictures signals memory",
+  "tensor_files stored_arrays weights text_cache published published_configs",
   "steps",
-  "experiment",
-  "convert evaluate",
+  "experiment plan",
+  "evaluate export",
   "stages",
-  "train generate compare stream serve",
+  "start_frames student_model",
+  "train convert generate compare stream serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "history"}

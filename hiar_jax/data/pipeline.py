@@ -21,21 +21,21 @@ def make_iterator(
     *,
     batch_size: int,
     seed: int,
-    tokenize: Callable[[str], np.ndarray],
+    tokenize: Callable[[Mapping[str, Any]], np.ndarray],
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 8,
     keys: Sequence[str] | None = None,
 ) -> grain.DatasetIterator:
-  """An endless iterator over dicts of arrays: each array feature as [b, ...], the caption as tokens int32 [b, l].
+  """An endless iterator over dicts of arrays: each array feature as [b, ...], and "tokens" [b, ...], what `tokenize` makes of a record.
 
   Every epoch is a permutation of the data set; epochs follow each other without a break, so a batch may hold the end of
   one and the start of the next. `get_state()` and `set_state()` resume exactly. float16 storage arrives as float32.
 
   Args:
     batch_size: of this process; the global batch is batch_size * process_count.
-    tokenize: caption -> int array [l], the same length for every caption.
+    tokenize: record -> what the model reads of its caption, an array of the same shape for every record.
     keys: the array features wanted, all by default.
 
   Raises:
@@ -70,8 +70,7 @@ class _Reader:
   def __call__(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
     records = self._source.__getitems__([int(i) for i in numbers[self._rows]])
     batch = {key: _stack([r[key] for r in records]) for key in self._keys}
-    tokens = [np.asarray(self._tokenize(r["caption"].decode()), np.int32) for r in records]
-    return {**batch, "tokens": np.stack(tokens)}
+    return {**batch, "tokens": np.stack([self._tokenize(record) for record in records])}
 
 
 def read_captions(directory: str | os.PathLike) -> list[str]:

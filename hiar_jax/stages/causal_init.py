@@ -11,13 +11,13 @@ from hiar_jax.steps import causal_init
 
 
 def run(run: Run) -> None:
-  """Writes <workdir>/causal_init."""
+  """Writes <workdir>/causal_init; nothing where weights.student stands for it."""
   e = run.experiment
-  if loop.is_done(run, "causal_init", e.causal_init.steps):
+  if e.weights.student or loop.is_done(run, "causal_init", e.causal_init.steps):
     return
-  check_sigmas(run.directory("trajectories"), list(map(float, e.student.sigmas)))
+  check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
   weights, key = teacher.load(run), jax.random.fold_in(jax.random.key(e.seed), 4)
-  step = causal_init.make_step(e.causal_init, e.dit, run.task, run.sigmas, e.history)
+  step = causal_init.make_step(e.causal_init, e.student_dit, run.task, run.point_sigmas, e.history)
 
   def update(shardings):
     mapped = sharding.map_step(step, shardings, run.mesh, e.mesh.mapping)

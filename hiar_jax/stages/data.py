@@ -1,12 +1,13 @@
-"""Stage 1: the data set (the shapes world, or a folder of videos) and the codec fitted on it."""
+"""Stage 1: the data set (the shapes world, a folder of videos, or encoded prompts) and the codec fitted on its videos."""
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from hiar_jax.data import shapes_clips, store, video_folder
+from hiar_jax.data import pipeline, prompt_texts, shapes_clips, store, video_folder
 from hiar_jax.models import patch_codec
-from hiar_jax.stages.run import CODEC, Run, save_codec
+from hiar_jax.stages.medium import save_codec
+from hiar_jax.stages.run import CODEC, Run
 
 FIT_CLIPS = 1024  # a few million patches: the components no longer change
 
@@ -17,9 +18,12 @@ def run(run: Run) -> None:
   if jax.process_index() == 0 and not run.experiment.stages_from:
     if data.source == "shapes":
       shapes_clips.prepare(directory, run.world, data.clips, data.seed)
+    elif data.source == "videos":
+      video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
     else:
-      video_folder.prepare(directory, data.folder, data.frames, data.size, data.size, data.fps)
-    if not (directory / CODEC).exists():
+      run.medium.prepare(pipeline.read_prompts(data.prompts))
+      prompt_texts.prepare(directory, data.prompts, run.medium.texts)
+    if data.source != "prompts" and not (directory / CODEC).exists():
       save_codec(directory / CODEC, _fit(run))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("data")

@@ -1,4 +1,4 @@
-"""Stage 5: distillation. The student comes from causal init, critic and teacher from the teacher."""
+"""Stage 5: distillation. The student comes from causal init, the critic from the teacher, or both from published weights."""
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ def run(run: Run) -> None:
   e, config = run.experiment, run.experiment.distill
   if loop.is_done(run, "distill", config.steps):
     return
-  real, start = teacher.load(run), teacher.load_weights(run, "causal_init")
+  real, base, start = teacher.load_real(run), teacher.load(run), teacher.load_weights(run, "causal_init")
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
-  who = distill.Student(e.dit, e.dit, e.history, jnp.asarray(run.sigmas), run.task)
+  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
   latest = Latest()
   feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
@@ -58,7 +58,7 @@ def run(run: Run) -> None:
 
   loop.train(
     run, "distill", config,
-    create=lambda: create(key, start, config.generator_optimizer(), real, config.critic_optimizer()),
+    create=lambda: create(key, start, config.generator_optimizer(), base, config.critic_optimizer()),
     update=update,
     feeds=loop.Feeds(run, **feeds),
     preview=student.preview(run, teacher.preview_tokens(run)),

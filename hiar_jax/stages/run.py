@@ -1,8 +1,7 @@
-"""What every stage of a run shares: the experiment, its directories, devices, log, and the task (codec and text encoder)."""
+"""What every stage of a run shares: the experiment, its directories, devices, log, and the medium (codec and text encoder)."""
 
 import dataclasses
 import functools
-import io
 import math
 import os
 import pathlib
@@ -15,17 +14,18 @@ import numpy as np
 from hiar_jax import config as configs
 from hiar_jax import metrics, sharding
 from hiar_jax.data import pipeline, store, world
+from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
-from hiar_jax.experiment import Experiment
-from hiar_jax.files import write_atomic
-from hiar_jax.models import patch_codec, words
-from hiar_jax.models.patch_codec import PatchCodec
+from hiar_jax.experiment import Experiment, WanCodecConfig
+from hiar_jax.models import words
+from hiar_jax.stages import medium
 from hiar_jax.steps.task import Task
 
 # What may differ between the config of a workdir and the one given: it changes no number of the run.
 FREE = ("log", "sample", "mesh", "stages_from")
 # The groups that data .. causal_init depend on: stages_from takes these from another workdir, so they must agree.
-SHARED = ("seed", "data", "codec", "text", "model", "student", "teacher", "trajectories", "causal_init")
+SHARED = ("seed", "data", "codec", "text", "model", "student", "teacher", "trajectories", "causal_init", "weights")
+CODEC = "codec.npz"  # of the small worlds, in the data stage's directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +49,21 @@ class Run:
     return self.experiment.student.sigmas.astype(np.float32)
 
   @property
+  def point_sigmas(self) -> np.ndarray:
+    """The levels of the trajectories: the student's, or those that imported ones have."""
+    if not self.experiment.trajectories.pairs or not self.experiment.needs_trajectories:
+      return self.sigmas
+    return np.asarray(read_sigmas(self.directory("trajectories")), np.float32)
+
+  @property
   def world(self) -> world.WorldConfig:
     """The shapes world that the data shows. Raises UserError for real videos."""
     data = self.experiment.data
     if data.source != "shapes":
-      raise UserError("this needs the truth of the shapes world, but data.source is 'videos'")
-    return world.WorldConfig(size=data.size, frames=data.frames, difficulty=data.difficulty)
+      raise UserError(f"this needs the truth of the shapes world, but data.source is {data.source!r}")
+    if data.height != data.width:
+      raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
+    return world.WorldConfig(size=data.height, frames=data.frames, difficulty=data.difficulty)
 
   @functools.cached_property
   def writer(self) -> metrics.Writer:
@@ -62,31 +71,27 @@ class Run:
     return metrics.Writer(self.workdir / "logs")
 
   @functools.cached_property
-  def tokenizer(self) -> words.WordTokenizer:
-    if self.experiment.data.source == "shapes":
-      return words.WordTokenizer(world.VOCABULARY, self.experiment.text.length)
-    captions = pipeline.read_captions(self.directory("data"))
-    return words.WordTokenizer(words.vocabulary_of(captions), self.experiment.text.length)
+  def medium(self) -> medium.Medium:
+    e = self.experiment
+    if isinstance(e.codec, WanCodecConfig):
+      return medium.WanMedium(e)
+    if e.data.source == "shapes":
+      vocabulary = world.VOCABULARY
+    else:
+      vocabulary = words.vocabulary_of(pipeline.read_captions(self.directory("data")))
+    return medium.SmallMedium(e, self.directory("data") / CODEC, vocabulary)
 
-  @functools.cached_property
-  def codec(self) -> PatchCodec:
-    return load_codec(self.directory("data") / CODEC)
-
-  @functools.cached_property
+  @property
   def task(self) -> Task:
-    """Latents and text of a batch; closes over the fitted codec and the frozen word table."""
-    e, codec = self.experiment, self.codec
-    table = words.word_table(self.tokenizer.size, e.text.length, e.text.dim)
-    side = e.data.size // e.codec.patch
-    return Task(
-      encode=lambda batch: patch_codec.encode(codec, patch_codec.to_unit(batch["video"])),
-      embed=lambda tokens: words.encode(table, tokens),
-      frames=e.data.frames, height=side, width=side, channels=e.codec.channels,
-    )  # fmt: skip
+    return self.medium.task
+
+  def tokens(self, prompts) -> np.ndarray:
+    """What the model reads of prompts: [n l] or [n l d]."""
+    return self.medium.tokens(prompts)
 
   def pixels(self, latents) -> np.ndarray:
-    """Latents [b f h w c] -> uint8 [b f H W 3]."""
-    return patch_codec.to_uint8(jax.jit(patch_codec.decode)(self.codec, latents))
+    """Latents [b f h w c] -> uint8 [b F H W 3]."""
+    return medium.pixels(self.medium, latents)
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
     """This process's share of a stage's batches from its data set: the data, or the trajectories."""
@@ -94,7 +99,7 @@ class Run:
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")
     return pipeline.make_iterator(
-      self.directory(stage), batch_size=batch // count, seed=self.experiment.seed + salt, tokenize=self.tokenizer,
+      self.directory(stage), batch_size=batch // count, seed=self.experiment.seed + salt, tokenize=self.medium.of_record,
       process_index=jax.process_index(), process_count=count, keys=keys,
     )  # fmt: skip
 
@@ -102,24 +107,6 @@ class Run:
     """Prompts that training never showed, spread over all of them, repeated where there are too few."""
     known = world.prompts("held_out", self.world)
     return [known[i * len(known) // count] for i in range(count)]
-
-
-CODEC = "codec.npz"
-
-
-def save_codec(path: pathlib.Path, codec: PatchCodec) -> None:
-  """Atomically."""
-  buffer = io.BytesIO()
-  np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
-  write_atomic(path, buffer.getvalue())
-
-
-def load_codec(path: pathlib.Path) -> PatchCodec:
-  if not path.exists():
-    raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
-  with np.load(path) as stored:
-    arrays = {name: stored[name] for name in stored.files}
-  return PatchCodec(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
 
 
 def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
@@ -144,20 +131,27 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
 def _check_stages(run: Run) -> None:
   """What a stage would find out only when its turn comes, hours later, in a workdir that by then belongs to this config."""
   e, data = run.experiment, run.experiment.data
-  count = {"teacher": data.clips, "causal_init": e.trajectories.count, "distill": e.trajectories.count}
+  held = math.inf if e.trajectories.pairs else e.trajectories.count
+  count = {"teacher": data.clips, "causal_init": held, "distill": held}
   if data.source == "shapes":
     run.world  # noqa: B018  # raises where such a world cannot be
+  elif data.source == "prompts":
+    count["teacher"] = len(pipeline.read_prompts(data.prompts))
+    run.medium.texts  # noqa: B018  # raises where weights are missing
   else:
     count["teacher"] = math.inf  # not known yet
     if not os.path.isdir(data.folder) and not store.is_complete(run.directory("data")):
       raise UserError(f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and their captions")
   if not e.distill.forward_kl.weight:
     count["distill"] = count["teacher"]  # no trajectories are read there
+  for name, directory in (("teacher", e.weights.base), ("causal_init", e.weights.student)):
+    if directory:  # it stands for the stage
+      del count[name]
   for name, there in count.items():
     training = getattr(e, name)
     sharding.check_batch(training.batch, training.accumulate, run.mesh, name)
     if training.batch > there:
-      of = "data.clips" if there == data.clips else "trajectories.count"
+      of = "trajectories.count" if there == held else "the prompts of data.prompts" if data.source == "prompts" else "data.clips"
       raise UserError(f"{name}.batch = {training.batch} is more than {of} = {there}; take a smaller batch or make more")
   if e.sample.prompts != "held_out":
     pipeline.read_prompts(e.sample.prompts)

@@ -10,9 +10,8 @@ import sys
 import jax
 import numpy as np
 
-from hiar_jax import __version__, media, metrics
+from hiar_jax import __version__, media, metrics, sizes
 from hiar_jax.data import pipeline
-from hiar_jax.errors import UserError
 from hiar_jax.evaluate import shapes
 from hiar_jax.files import write_atomic
 from hiar_jax.stages import student, teacher
@@ -62,33 +61,23 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 
 def long_frames(run: Run) -> int:
   """Frames of `length` training lengths, in whole blocks."""
-  return round_to_blocks(run, math.ceil(run.experiment.sample.length * run.experiment.data.frames - 1e-9))
+  e = run.experiment
+  return round_to_blocks(run, e.pixel_frames(math.ceil(e.sample.length * e.latent_sizes["frames"] - 1e-9)))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
-  """Up to whole blocks, saying so."""
-  block = run.experiment.history.block
-  if frames < 1:
-    raise UserError(f"frames = {frames}: expected at least 1; videos are made in blocks of {block}")
-  rounded = -(-frames // block) * block
-  if rounded != frames:
-    line = f"frames = {frames} is not whole blocks of {block} frames"
-    if strict:
-      near = f"counts are {rounded - block} and {rounded}" if rounded > block else f"count is {block}"
-      raise UserError(f"{line}; the nearest {near}")
-    print(f"{line}: making {rounded}", file=sys.stderr)
-  return rounded
+  """Frames of the video that will be made: up to whole blocks, saying so. Raises UserError where they don't fit and `strict`."""
+  e = run.experiment
+  latent, message = sizes.fit_blocks(frames, e.history.block, e.pixel_frames, strict=strict)
+  if message:
+    print(message, file=sys.stderr)
+  return e.pixel_frames(latent)
 
 
 def tell_unknown(run: Run, prompt: str) -> None:
   """Says which words the model never learnt, and which it does not get to see."""
-  unknown, too_many = run.tokenizer.unknown(prompt), run.tokenizer.cut_off(prompt)
-  if too_many:
-    print(
-      f"prompt {prompt[:60]!r}...: the model reads {run.tokenizer.length} words; the last {too_many} are left out", file=sys.stderr
-    )
-  if unknown:
-    print(f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made without", file=sys.stderr)
+  for line in run.medium.remarks(prompt):
+    print(line, file=sys.stderr)
 
 
 def make_videos(run: Run, params: Params, prompts: list[str], frames: int, seed: int, title: str = "sample") -> np.ndarray:
@@ -99,8 +88,8 @@ def make_videos(run: Run, params: Params, prompts: list[str], frames: int, seed:
 def iterate_videos(run: Run, params: Params, prompts: list[str], frames: int, seeds, title: str) -> Iterator[np.ndarray]:
   """The same, a batch at a time."""
   batch = min(run.experiment.sample.batch, len(prompts))
-  generate = student.make_generator(run, frames)
-  tokens = np.stack([run.tokenizer(prompt) for prompt in prompts])
+  generate = student.make_generator(run, run.experiment.latent_frames(frames))
+  tokens = run.tokens(prompts)
   seeds = np.asarray(list(seeds))
   with metrics.progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):

@@ -14,7 +14,8 @@ from hiar_jax.steps.task import block_noise, empty_cache
 def make_generator(run: Run, frames: int, history: History | None = None):
   """generate(params, tokens [b l], seeds [b], given=None) -> latents [b frames h w c].
 
-  A video depends on its own prompt and seed, not on the batch. given: clean first frames, whole blocks (not counted in `frames`).
+  frames: latent ones. A video depends on its own prompt and seed, not on the batch.
+  given: clean first frames, whole blocks (not counted in `frames`).
   """
   e = run.experiment
   history = history or e.history
@@ -24,8 +25,8 @@ def make_generator(run: Run, frames: int, history: History | None = None):
   def generate(params, tokens, seeds, given=None):
     total = frames + (0 if given is None else given.shape[1])
     return rollout(
-      dit.bind(e.dit, params, run.task.embed(tokens)), block_noise(key, seeds, history, run.task),
-      empty_cache(e.dit, history, run.task, tokens.shape[0], total),
+      dit.bind(e.student_dit, params, run.task.embed(tokens)), block_noise(key, seeds, history, run.task),
+      empty_cache(e.student_dit, history, run.task, tokens.shape[0], total),
       sigmas, history, frames // history.block, given=given,
     )  # fmt: skip
 
@@ -34,5 +35,5 @@ def make_generator(run: Run, frames: int, history: History | None = None):
 
 def preview(run: Run, tokens: np.ndarray):
   """state -> clips of the training length, for the log."""
-  generate = make_generator(run, run.experiment.data.frames)
+  generate = make_generator(run, run.experiment.latent_sizes["frames"])
   return lambda state: run.pixels(generate(state.ema, tokens, np.arange(len(tokens))))

@@ -4,22 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax import flow, sharding
+from hiar_jax import flow, sharding, weights
 from hiar_jax.checkpoint import load_params
 from hiar_jax.data.pipeline import read_captions
+from hiar_jax.errors import UserError
 from hiar_jax.models import dit
 from hiar_jax.rollout import bidirectional
 from hiar_jax.stages import loop
 from hiar_jax.stages.run import Run
 from hiar_jax.state import create, example_keys, example_normal
 from hiar_jax.steps import teacher
-from hiar_jax.types import Params
+from hiar_jax.types import Params, PyTree
 
 
 def run(run: Run) -> None:
-  """Writes <workdir>/teacher."""
+  """Writes <workdir>/teacher; nothing where weights.base stands for it."""
   e = run.experiment
-  if loop.is_done(run, "teacher", e.teacher.steps):
+  if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
   key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), 1))
   step = teacher.make_step(e.teacher, e.dit, run.task)
@@ -39,16 +40,44 @@ def run(run: Run) -> None:
 
 
 def load(run: Run) -> Params:
-  """The teacher's averaged weights."""
+  """The bidirectional model of the student's size: this stage's, or weights.base."""
   return load_weights(run, "teacher")
 
 
+def load_real(run: Run) -> Params:
+  """The real score of distribution matching: weights.teacher, or `load`."""
+  e = run.experiment
+  return published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype) if e.weights.teacher else load(run)
+
+
 def load_weights(run: Run, stage: str) -> Params:
-  """The averaged weights of a stage, replicated over the devices."""
-  shapes = jax.eval_shape(lambda: dit.init(run.experiment.dit, jax.random.key(0)))
-  everywhere = sharding.replicated(run.mesh)
-  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
-  return load_params(run.directory(stage) / "checkpoints", abstract)
+  """The averaged weights of a stage, or the published ones that stand for them, placed over the devices."""
+  e = run.experiment
+  directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
+  if directory:
+    return published(run, directory, e.dit)
+  shapes = jax.eval_shape(lambda: dit.init(e.dit, jax.random.key(0)))
+  return load_params(run.directory(stage) / "checkpoints", _placed(run, shapes))
+
+
+def _placed(run: Run, shapes: PyTree) -> PyTree:
+  """Large leaves are cut over the mesh's fsdp axis, as those that train are."""
+  shardings = sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def published(run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32") -> Params:
+  """Converted weights, which must have the sizes that the config says; float32 where they are to be trained."""
+  found = weights.read_config(directory, "dit")
+  different = [name for name in SIZES if getattr(found, name) != getattr(expected, name)]
+  if different:
+    lines = ", ".join(f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in different)
+    raise UserError(f"{directory} holds another model than the config describes: {lines}; give the weights of this size")
+  place = lambda shapes: sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+  return weights.load(directory, "dit", dtype=dtype, sharding=place)[1]
+
+
+SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "patch", "channels", "text_dim", "freq_dim", "place_embedding")
 
 
 def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
@@ -57,7 +86,7 @@ def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
     prompts = run.held_out(count)
   else:
     prompts = read_captions(run.directory("data"))[:count]
-  return np.stack([run.tokenizer(prompt) for prompt in prompts])
+  return run.tokens(prompts)
 
 
 def make_walk(run: Run, key: jax.Array):

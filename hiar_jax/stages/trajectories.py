@@ -1,11 +1,11 @@
-"""Stage 3: the teacher's ODE trajectories at the student's noise levels, as a data set."""
+"""Stage 3: the teacher's ODE trajectories at the student's noise levels, as a data set; or those that others made."""
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
 from hiar_jax import metrics
-from hiar_jax.data import pipeline
+from hiar_jax.data import ode_pairs, pipeline
 from hiar_jax.data.trajectories import TrajectoryWriter
 from hiar_jax.stages import teacher
 from hiar_jax.stages.run import Run
@@ -14,7 +14,14 @@ from hiar_jax.stages.run import Run
 def run(run: Run) -> None:
   """Writes <workdir>/trajectories, part by part; parts that are there are kept, so a killed run goes on where it was."""
   e, config = run.experiment, run.experiment.trajectories
-  if e.stages_from:
+  if e.stages_from or not e.needs_trajectories:
+    return
+  if config.pairs:
+    if jax.process_index() == 0:
+      ode_pairs.prepare(run.directory("trajectories"), config.pairs, dtype=config.dtype, channels=e.codec.channels)
+      run.medium.prepare(pipeline.read_captions(run.directory("trajectories")))
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("trajectories")
     return
   writer = TrajectoryWriter(
     run.directory("trajectories"), list(map(float, e.student.sigmas)), config.count, config.batch, dtype=config.dtype,
@@ -30,8 +37,7 @@ def run(run: Run) -> None:
     for done, part in enumerate(missing, parts - len(missing) + 1):
       rows = np.asarray(writer.rows(part))
       chosen = [captions[row % len(captions)] for row in rows]
-      tokens = np.stack([run.tokenizer(caption) for caption in chosen])
-      writer.write_part(part, np.asarray(_padded(walk, params, tokens, rows, config.batch)), chosen)
+      writer.write_part(part, np.asarray(_padded(walk, params, run.tokens(chosen), rows, config.batch)), chosen)
       bar.update(done)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("trajectories")
@@ -44,5 +50,5 @@ def run(run: Run) -> None:
 def _padded(walk, params, tokens: np.ndarray, rows: np.ndarray, batch: int) -> jax.Array:
   """The last part is shorter: filled up to the batch, so that nothing is compiled twice."""
   fill = batch - len(rows)
-  tokens, index = np.pad(tokens, ((0, fill), (0, 0))), np.pad(rows, (0, fill))
+  tokens, index = np.pad(tokens, ((0, fill), *((0, 0),) * (tokens.ndim - 1))), np.pad(rows, (0, fill))
   return walk(params, tokens, index)[: len(rows)]

@@ -1,0 +1,178 @@
+"""Conversion at real size: `python -m benchmarks.convert` says how long it takes, and how much memory beside its largest shard.
+
+Random bfloat16 weights of Wan2.1's DiT (by default with the 1.3B's sizes) are written in the published layout, converted with the
+command that a person would use, and loaded for the forward of one block of 3 frames against an empty cache. Each part runs in a
+process of its own and is watched from outside; memory is what it allocates itself (anonymous pages), without pages of files, which the
+system takes back when it needs them. Prints one JSON object, with the hardware and the versions.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import hiar_jax
+from hiar_jax import config as configs
+from hiar_jax import export, published, published_configs, weights
+from hiar_jax.errors import UserError
+from hiar_jax.history import History
+from hiar_jax.models import dit
+from hiar_jax.models.dit_names import dit_rules
+from hiar_jax.rollout import blocks
+from hiar_jax.rollout import cache as caches
+
+HISTORY = History()  # HiAR's
+TEXT_TOKENS = 512
+FACTOR = 8  # pixels per latent pixel
+INTERVAL = 0.02  # seconds between two looks at a process's memory
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int) -> list[int]:
+  """Random weights in the original layout; -> bytes of each shard."""
+  folder.mkdir()
+  rules = dit_rules(config)
+  shards = export.plan_shards({rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}, max_shard)
+  export.write_shards(folder, published.PLACES["dit"][1], _random_tensors(rules), shards)
+  (folder / "config.json").write_text(json.dumps(published_configs.model_config("dit", config, "original")))
+  return [path.stat().st_size for path in folder.glob("*.safetensors")]
+
+
+def _random_tensors(rules) -> Iterator[tuple[str, np.ndarray]]:
+  rng = np.random.default_rng(0)
+  for rule in rules:
+    yield rule.name, (0.02 * rng.standard_normal(rule.shape, np.float32)).astype(jnp.bfloat16)
+
+
+def forward_once(directory: str, height: int, width: int) -> dict:
+  """Times of loading, and of two calls of one block's forward; height, width in pixels."""
+  start = time.perf_counter()
+  config, params = weights.load(directory, "dit")
+  jax.block_until_ready(params)
+  config = dataclasses.replace(config, dtype="bfloat16")
+  loaded = time.perf_counter()
+  h, w = height // FACTOR, width // FACTOR
+  key_x, key_text = jax.random.split(jax.random.key(0))
+  x = jax.random.normal(key_x, (1, HISTORY.block, h, w, config.channels))
+  text = jax.random.normal(key_text, (1, TEXT_TOKENS, config.text_dim))
+  cache = caches.empty(config, HISTORY, batch=1, frames=2 * HISTORY.block, height=h, width=w)
+
+  @jax.jit
+  def call(params, x, text, cache):
+    return blocks.against_cache(dit.bind(config, params, text), cache, x, 1.0, blocks.frames_of(0, HISTORY), HISTORY)
+
+  times = [time.perf_counter()]
+  for _ in range(2):
+    velocity, _ = jax.block_until_ready(call(params, x, text, cache))
+    times.append(time.perf_counter())
+  assert bool(jnp.isfinite(velocity).all())
+  return {
+    "load_s": loaded - start, "first_call_s": times[1] - times[0], "forward_s": times[2] - times[1],
+    "tokens": HISTORY.block * config.tokens(h, w), "latents": list(x.shape),
+  }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- watching them
+
+
+def watch(module: str, *arguments: str) -> tuple[str, float, int]:
+  """Runs `python -m module arguments` -> (what it printed, seconds, peak of anonymous bytes)."""
+  start, peak = time.perf_counter(), 0
+  with tempfile.TemporaryFile("w+") as out, subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out) as process:
+    while process.poll() is None:
+      peak = max(peak, anonymous_bytes(process.pid))
+      time.sleep(INTERVAL)
+    seconds = time.perf_counter() - start
+    out.seek(0)
+    if process.returncode:
+      raise UserError(f"python -m {module} {' '.join(arguments)} ended with status {process.returncode}")
+    return out.read(), seconds, peak
+
+
+def anonymous_bytes(pid: int) -> int:
+  """What the process holds now in pages of its own; 0 once it has ended. Linux only."""
+  try:
+    text = pathlib.Path(f"/proc/{pid}/status").read_text()
+  except (FileNotFoundError, ProcessLookupError):
+    return 0
+  return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:"))
+
+
+def measure(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int, height: int, width: int) -> dict:
+  source, out = folder / "published", folder / "weights"
+  shards = write_published(config, source, max_shard)
+  _, idle_s, idle = watch("benchmarks.convert", "--idle")  # an interpreter with the same imports, doing nothing
+  said, convert_s, peak = watch("hiar_jax.convert", f"--source={source}", f"--out={out}")
+  print(said, file=sys.stderr)
+  shutil.rmtree(source)
+  printed, _, forward_peak = watch("benchmarks.convert", f"--forward={out}", f"--height={height}", f"--width={width}")
+  found = weights.describe(out, "dit")
+  return {
+    "parameters": found.parameters, "tensors": found.tensors, "dtype": found.dtype,
+    "shards": len(shards), "bytes": sum(shards), "largest_shard_bytes": max(shards),
+    "convert_s": round(convert_s, 2), "convert_gb_per_s": round(sum(shards) / 1e9 / convert_s, 3),
+    "convert_peak_anonymous_bytes": peak, "imports_peak_anonymous_bytes": idle, "imports_s": round(idle_s, 2),
+    "peak_to_largest_shard": round(peak / max(shards), 3),
+    "forward": {**json.loads(printed), "pixels": [height, width], "peak_anonymous_bytes": forward_peak},
+  }  # fmt: skip
+
+
+def hardware() -> dict:
+  model = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+  memory = pathlib.Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
+  return {
+    "cpu": model[0] if model else platform.machine(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory) * 1024,
+    "devices": [str(device) for device in jax.devices()],
+  }  # fmt: skip
+
+
+def versions() -> dict:
+  packages = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
+  found = {name: importlib.metadata.version(name) for name in packages}
+  return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}
+
+
+def main() -> None:
+  f = flags.FLAGS
+  if f.idle:
+    return
+  if f.height % (2 * FACTOR) or f.width % (2 * FACTOR):
+    raise UserError(f"--height={f.height} --width={f.width}: expected multiples of {2 * FACTOR}")
+  if f.forward:
+    print(json.dumps(forward_once(f.forward, f.height, f.width)))
+    return
+  config = dit.DiTConfig(dim=f.dim, ffn_dim=f.ffn_dim, num_heads=f.num_heads, num_layers=f.layers)
+  with tempfile.TemporaryDirectory(dir=f.directory) as folder:
+    result = measure(config, pathlib.Path(folder), f.max_shard_mb * 10**6, f.height, f.width)
+  sizes = {"dim": f.dim, "ffn_dim": f.ffn_dim, "num_heads": f.num_heads, "layers": f.layers}
+  print(json.dumps({"benchmark": "convert", "sizes": sizes, **result, "hardware": hardware(), "versions": versions()}, indent=2))
+
+
+if __name__ == "__main__":
+  default = dit.DiTConfig()
+  flags.DEFINE_integer("layers", default.num_layers, "of the DiT", 1)
+  flags.DEFINE_integer("dim", default.dim, "its width", 1)
+  flags.DEFINE_integer("ffn_dim", default.ffn_dim, "width of its MLPs", 1)
+  flags.DEFINE_integer("num_heads", default.num_heads, "its attention heads", 1)
+  flags.DEFINE_integer("max_shard_mb", 10_000, "largest file of the published layout; the 1.3B is published in one", 1)
+  flags.DEFINE_integer("height", 128, "of the block that is denoised, in pixels", 16)
+  flags.DEFINE_integer("width", 224, "of the block that is denoised, in pixels", 16)
+  flags.DEFINE_string("directory", None, "where to make the temporary folder; it takes twice the size of the weights")
+  flags.DEFINE_string("forward", None, "only the forward, with these weights (the benchmark calls itself)")
+  flags.DEFINE_bool("idle", False, "only the imports (the benchmark calls itself)")
+  configs.run_flags(main)

@@ -1,0 +1,15 @@
+"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score. Not a run of the paper.
+
+    python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b --config.data.prompts=prompts.txt
+"""
+
+from experiments import hiar_wan_1_3b
+
+
+def get_config():
+  c = hiar_wan_1_3b.get_config()
+  c.model = hiar_wan_1_3b.dit_14b()
+  c.weights.base = c.codec.weights = c.text.weights = "weights/wan_14b"
+  c.weights.teacher = ""  # the base
+  del c.teacher_model
+  return c

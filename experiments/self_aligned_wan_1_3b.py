@@ -1,0 +1,20 @@
+"""Self-Aligned Forcing with Wan2.1-T2V-1.3B: history at the input level, differentiable, with a clean sink. The rival.
+
+    python -m hiar_jax.train --config=experiments/self_aligned_wan_1_3b.py --workdir=runs/self_aligned --config.data.prompts=prompts.txt
+"""
+
+from experiments import hiar_wan_1_3b
+
+
+def get_config():
+  c = hiar_wan_1_3b.get_config()
+  c.history.level = "input"  # t_c = t_s
+  c.history.gradient = "attached"
+  c.history.window = 12  # its published recipe, as all below
+  c.history.sink = 3
+  c.history.sink_level = "clean"
+  c.distill.steps = 800
+  c.distill.batch = 32
+  c.distill.critic_lr = 4e-7
+  c.distill.forward_kl.weight = 0.0
+  return c

@@ -1,0 +1,196 @@
+"""A file of videos to make: a prompt for each, and where wanted its seed, what it starts from and the name of its file.
+
+    prompts.txt     A cat walks on grass
+                    # a comment
+                    seed=7 image=cat.png out=cat.mp4 | The same cat, from a picture
+    prompts.jsonl   {"prompt": "A cat walks on grass", "seed": 7, "image": "cat.png"}
+    prompts.csv     prompt,seed,video
+                    "A cat, then a dog",7,cat.mp4
+
+In .txt, settings stand before a ` | `, quoted where they hold spaces (image="my cat.png"); a line without settings is a prompt as it
+stands. A video without a seed takes that of the command plus its place in the file, counted from 0. Pictures are looked for in the
+folder of the file.
+"""
+
+from collections.abc import Iterator
+import csv
+import dataclasses
+import difflib
+import io
+import json
+import os
+import pathlib
+import re
+import sys
+
+from hiar_jax.errors import UserError
+
+FIELDS = ("prompt", "seed", "image", "video", "out")
+MAX_SEED = 2**31 - 1
+
+_SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"
+_SETTINGS = re.compile(rf"\s*(?:{_SETTING}(?:\s+|(?=\|)))+\|")
+_BROKEN = re.compile(rf"\s*(?:{'|'.join(FIELDS)})=[^|]*\|")
+_EMPTY = '""'  # how a prompt without words is written, where leaving it out would read the same
+_BYTE_ORDER = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One video to make. image, video: what it starts from, at most one of them; out: the name of its file, None for one made of the prompt.
+
+  line: where in the file it stands, 0 for a prompt that came otherwise.
+  """
+
+  prompt: str
+  seed: int
+  image: pathlib.Path | None = None
+  video: pathlib.Path | None = None
+  out: str | None = None
+  line: int = 0
+
+
+def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:
+  """The videos of a .txt, .jsonl or .csv file (another ending is read as .txt), in its order.
+
+  A line that asks for exactly what an earlier one asks for is left out, and said. Raises UserError, with the file and the line, for no
+  such file, no prompt in it, no UTF-8 or UTF-16 text, a broken row, an unknown field, a seed that is none, a picture that is not there,
+  or two videos that would get the same name.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f"prompts file {path} does not exist; write one prompt a line into it")
+  rows = {".jsonl": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower(), _text_rows)
+  jobs = [_job(row, path, line, seed + i) for i, (line, row) in enumerate(rows(_text(path), path))]
+  if not jobs:
+    raise UserError(f"prompts file {path} holds no prompt; write one a line (# starts a comment)")
+  return _distinct(jobs, path)
+
+
+def _text(path: pathlib.Path) -> io.StringIO:
+  """The file as text; every kind of line end is one."""
+  content = path.read_bytes()
+  encoding = _BYTE_ORDER.get(content[:2], "utf-8-sig")
+  try:
+    text = content.decode(encoding)
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise UserError(f"prompts file {path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8") from error
+  if "\0" in text:
+    raise UserError(f"prompts file {path} is not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a zero byte")
+  return io.StringIO(text, newline=None)
+
+
+def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  for number, line in enumerate(text, 1):
+    if not line.strip() or line.lstrip().startswith("#"):
+      continue
+    match = _SETTINGS.match(line)
+    if not match and _BROKEN.match(line):
+      raise _wrong(path, number, "expected name=value settings before the |, in quotes where they hold spaces")
+    row = {}
+    for name, value in re.findall(_SETTING, match[0]) if match else ():
+      if name in row:
+        raise _wrong(path, number, f"{name} is given twice")
+      row[name] = value.strip("\"'")
+    if "prompt" in row:
+      raise _wrong(path, number, "the prompt stands after the |, not before it")
+    yield number, {**row, "prompt": _written(line[match.end() :] if match else line)}
+
+
+def _json_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  for number, line in enumerate(text, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise _wrong(path, number, f"not JSON ({error.msg} at column {error.colno}); write one object a line") from error
+    if not isinstance(row, dict):
+      raise _wrong(path, number, f'expected an object, as {{"prompt": "a cat"}}, got {line.strip()[:40]!r}')
+    yield number, row
+
+
+def _csv_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
+  reader = csv.DictReader(text, strict=True, skipinitialspace=True)
+  try:
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if names and "prompt" not in names:
+      raise _wrong(path, 1, f"the first line names the columns, one of them prompt; got {', '.join(names)}")
+    reader.fieldnames = names
+    for row in reader:
+      if row.pop(None, None) is not None:
+        raise _wrong(path, reader.line_num, f"more than the {len(names)} columns of the first line; quote a prompt that holds commas")
+      yield reader.line_num, {**row, "prompt": _written(row["prompt"])}
+  except csv.Error as error:
+    raise _wrong(path, reader.line_num, f"not CSV ({error})") from error
+
+
+def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
+  for name in row:
+    if name not in FIELDS:
+      close = difflib.get_close_matches(str(name), FIELDS, n=1)
+      raise _wrong(path, line, f"there is no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'there is ' + ', '.join(FIELDS)}")
+  given = {name: _string(name, value, path, line) for name, value in row.items() if name != "seed"}
+  if given.get("prompt") is None:
+    raise _wrong(path, line, f"there is no prompt; an empty one is written {_EMPTY}")
+  image, video = (_picture(name, given.get(name), path, line) for name in ("image", "video"))
+  if image and video:
+    raise _wrong(path, line, "a video starts from an image or from a video, not from both")
+  out = given.get("out") or None
+  if out and not out.endswith(".mp4"):
+    raise _wrong(path, line, f"out = {out!r}: expected a name that ends in .mp4")
+  return Job(given["prompt"], _seed(row.get("seed"), seed, path, line), image, video, out, line)
+
+
+def _written(prompt: str | None) -> str | None:
+  prompt = (prompt or "").strip()
+  return "" if prompt == _EMPTY else prompt or None
+
+
+def _string(name: str, value, path: pathlib.Path, line: int) -> str | None:
+  if value is not None and not isinstance(value, str):
+    raise _wrong(path, line, f"{name} = {value!r}: expected text")
+  return value and value.strip()
+
+
+def _seed(value, default: int, path: pathlib.Path, line: int) -> int:
+  if value is None or (isinstance(value, str) and not value.strip()):
+    value = default
+  number = value if isinstance(value, int) and not isinstance(value, bool) else None
+  if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value, re.ASCII):
+    number = int(value)
+  if number is None or not 0 <= number <= MAX_SEED:
+    raise _wrong(path, line, f"seed = {value!r}: expected a whole number from 0 to {MAX_SEED}")
+  return number
+
+
+def _picture(name: str, value: str | None, path: pathlib.Path, line: int) -> pathlib.Path | None:
+  if not value:
+    return None
+  picture = path.parent / pathlib.Path(value).expanduser()
+  if not picture.is_file():
+    raise _wrong(path, line, f"{name} = {value!r}: there is no file {picture}")
+  return picture
+
+
+def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
+  """Without repetitions; two different videos of one name are an error."""
+  first: dict[tuple, Job] = {}
+  named: dict[str, Job] = {}
+  for job in jobs:
+    content = (job.prompt, job.seed, job.image, job.video)
+    same = first.get((*content, job.out))
+    if same:
+      print(f"{path}, line {job.line}: the same prompt and seed as in line {same.line}; made once", file=sys.stderr)
+      continue
+    if job.out in named:
+      raise _wrong(path, job.line, f"out = {job.out!r} is the name of another video already, in line {named[job.out].line}")
+    if job.out:
+      named[job.out] = job
+    first[(*content, job.out)] = job
+  return list(first.values())
+
+
+def _wrong(path: pathlib.Path, line: int, what: str) -> UserError:
+  return UserError(f"prompts file {path}, line {line}: {what}")

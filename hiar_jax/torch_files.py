@@ -1,0 +1,191 @@
+"""PyTorch's .pt and .pth files without PyTorch, and without running what is in them.
+
+Such a file is a ZIP archive of a pickle and of one member per storage, uncompressed. The pickle is a program: here it may build plain
+containers and name slices of storages, and a file that asks for anything else is refused by the name of what it asks for. Tensors are
+views of the mapped file, so nothing is read before it is used.
+"""
+
+from collections import OrderedDict
+import math
+import os
+import pathlib
+import pickle
+import struct
+from typing import Any
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from hiar_jax.errors import UserError
+
+_STORAGES = {
+  "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
+  "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+  "BoolStorage": "bool", "UntypedStorage": "uint8",
+}  # fmt: skip
+_DTYPES = {**{name: name for name in _STORAGES.values()}, "float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2"}
+_LOCAL_HEADER = struct.Struct("<26xHH")  # of a ZIP member: lengths of its name and of its extra field
+_DAMAGED = (
+  zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError, LookupError, RecursionError,
+  TypeError, ValueError, struct.error,
+)  # fmt: skip
+
+
+def read_torch(path: str | os.PathLike) -> Any:
+  """What was saved, with numpy arrays (read-only views of the file; bfloat16 as ml_dtypes') where it held tensors.
+
+  Raises UserError for a file that is damaged, that was saved by PyTorch before 1.6, or that holds anything but tensors,
+  numbers, strings and plain containers.
+  """
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise UserError(f"there is no file {path}; check the path")
+  if not zipfile.is_zipfile(path):
+    raise UserError(_not_an_archive(path))
+  try:
+    with zipfile.ZipFile(path) as archive:
+      return _Archive(path, archive).read()
+  except _DAMAGED as error:
+    text = (str(error).splitlines() or [""])[0]
+    raise UserError(f"{path} is damaged ({type(error).__name__}: {text}); download or copy it again") from error
+
+
+def _not_an_archive(path: pathlib.Path) -> str:
+  with open(path, "rb") as file:
+    start = file.read(4)
+  if start[:1] == b"\x80":
+    return (
+      f"{path} was saved in the format of PyTorch before 1.6, which cannot be read safely; save it again with a newer one: "
+      "torch.save(torch.load(old, weights_only=True), new)"
+    )
+  if start == b"PK\x03\x04":
+    return f"{path} is cut off ({path.stat().st_size:,} bytes, without the archive's directory at the end); download or copy it again"
+  return f"{path} is no file of torch.save (it is neither a ZIP archive nor a pickle); give a .pt, .pth or .safetensors file"
+
+
+class _Archive:
+  """An open file: its members, mapped."""
+
+  def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
+    self.path, self.archive = path, archive
+    self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+      raise UserError(f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members data.pkl, not one)")
+    self.root = pickles[0].removesuffix("data.pkl")
+
+  def read(self) -> Any:
+    byteorder = f"{self.root}byteorder"
+    if byteorder in self.archive.namelist() and self.archive.read(byteorder) != b"little":
+      raise UserError(f"{self.path} was saved on a big-endian machine; save it again on a little-endian one")
+    with self.archive.open(f"{self.root}data.pkl") as file:
+      return self._resolve(_Unpickler(file, self.path).load())
+
+  def _resolve(self, value: Any) -> Any:
+    """Arrays for the tensors in a nest of containers."""
+    if isinstance(value, _Tensor):
+      return self._array(value)
+    if isinstance(value, dict):
+      return {key: self._resolve(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return type(value)(self._resolve(item) for item in value)
+    return value
+
+  def _array(self, tensor: "_Tensor") -> np.ndarray:
+    dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
+    if not all(isinstance(n, int) and n >= 0 for n in (tensor.offset, *shape, *strides)) or len(shape) != len(strides):
+      raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
+    storage = self._member(tensor.key)
+    storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+    if not math.prod(shape):
+      return np.empty(shape, dtype)
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if last >= len(storage):
+      raise ValueError(f"storage {tensor.key} ends before the tensor that lies in it")
+    steps = [step * dtype.itemsize for step in strides]
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps, writeable=False)
+
+  def _member(self, key: str) -> np.ndarray:
+    """The bytes of a storage, in place where it is not compressed."""
+    info = self.archive.getinfo(f"{self.root}data/{key}")
+    if info.compress_type != zipfile.ZIP_STORED:
+      return np.frombuffer(self.archive.read(info), np.uint8)
+    header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
+    start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+    return self.bytes[start : start + info.file_size]
+
+
+class _Tensor:
+  """A slice of a storage; offset and strides count elements."""
+
+  __slots__ = ("key", "dtype", "offset", "shape", "strides")
+
+  def __init__(self, key, dtype, offset, shape, strides):
+    self.key, self.dtype, self.offset, self.shape, self.strides = key, dtype, offset, shape, strides
+
+
+class _Storage:
+  __slots__ = ("key", "dtype")
+
+  def __init__(self, key, dtype):
+    self.key, self.dtype = key, dtype
+
+
+def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
+  return _Tensor(storage.key, storage.dtype, offset, shape, strides)
+
+
+def _tensor_of_dtype(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> _Tensor:
+  del requires_grad, hooks
+  return _Tensor(storage.key, _DTYPES[dtype], offset, shape, strides)
+
+
+def _parameter(tensor, *_) -> _Tensor:
+  return tensor
+
+
+def _device(*name) -> str:
+  return ":".join(map(str, name))
+
+
+_ALLOWED = {
+  ("collections", "OrderedDict"): OrderedDict,
+  ("torch._utils", "_rebuild_tensor"): _tensor,
+  ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+  ("torch._utils", "_rebuild_tensor_v3"): _tensor_of_dtype,
+  ("torch._utils", "_rebuild_parameter"): _parameter,
+  ("torch", "Size"): tuple,
+  ("torch", "device"): _device,
+  ("builtins", "set"): set,
+  ("__builtin__", "set"): set,
+  **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+  ("torch.storage", "UntypedStorage"): "uint8",
+  **{("torch", name): name for name in _DTYPES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+  """Calls nothing but what is in _ALLOWED: all of it is here, or a plain container."""
+
+  def __init__(self, file, path: pathlib.Path):
+    super().__init__(file, encoding="utf-8")
+    self.path = path
+
+  def find_class(self, module: str, name: str) -> Any:
+    found = _ALLOWED.get((module, name))
+    if found is None:
+      raise UserError(
+        f"{self.path} asks to run {module}.{name}, which weights have no need of; nothing of it was run. If you trust the file, "
+        "save its tensors alone: torch.save(torch.load(file, weights_only=False)['model'], new)"
+      )
+    return found
+
+  def persistent_load(self, pid: Any) -> _Storage:
+    kind, dtype, key, *_ = pid
+    if kind != "storage" or not isinstance(key, str) or dtype not in _STORAGES.values():
+      raise pickle.UnpicklingError(f"unknown reference {pid!r}")
+    return _Storage(key, dtype)
+
+
+assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes by name

@@ -1,0 +1,142 @@
+"""Distillation from published pieces: prompts and converted weights of Wan's layout, small and random, through every stage."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from test_generate_wan import DIT, random_like, save_weights
+import tiny_run
+
+from hiar_jax import checkpoint, media, weights
+from hiar_jax.data import store
+from hiar_jax.data.prompt_texts import pad
+from hiar_jax.models import dit, tokenizer, umt5
+from hiar_jax.stages.run import open_run, read_config
+
+# The 14B model's part is played by a network of another size than the student's.
+TEACHER = dit.DiTConfig(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=16)
+CONFIG = '''
+from experiments import hiar_wan_1_3b
+
+def get_config():
+  c = hiar_wan_1_3b.get_config()
+  c.data.size, c.data.frames, c.data.prompts = (16, 32), 21, "{place}/prompts.txt"
+  c.weights.base = c.codec.weights = c.text.weights = "{place}/weights"
+  c.weights.teacher = "{place}/teacher"
+  c.model.update(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, dtype="float32", remat="none")
+  c.teacher_model.update(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, dtype="float32", remat="none")
+  c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
+  c.trajectories.update(count=4, batch=2, steps=4)
+  c.causal_init.update(steps=2, batch=2)
+  c.distill.update(steps=2, batch=2, critic_updates=1)
+  c.sample.update(count=2, length=2.0)
+  c.log.update(every=1, checkpoint_every=1)
+  return c
+'''
+PROMPTS = ["A cat walks on the grass", "一只狗在海滩上奔跑", "waves", "snow falls"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  root = tmp_path_factory.mktemp("wan_training")
+  (root / "config.py").write_text(CONFIG.format(place=root))
+  (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+  save_weights(root / "weights")
+  weights.save(root / "teacher", "dit", TEACHER, random_like(TEACHER, dit.init, 5, 0.2))
+  return root
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+  return tiny_run.chain(tmp_path_factory.getbasetemp())
+
+
+def train(chain, place, workdir: pathlib.Path, *overrides: str):
+  return chain.python("-m", "hiar_jax.train", f"--config={place}/config.py", f"--workdir={workdir}", *overrides)
+
+
+@pytest.fixture(scope="module")
+def trained(chain, place):
+  done = train(chain, place, place / "run")
+  assert done.returncode == 0, done.stderr
+  return place / "run"
+
+
+def test_prompts_become_a_data_set_of_texts(trained, place):
+  """What UMT5 makes of each prompt, without padding, and a second way to the same numbers."""
+  source = store.open_source(trained / "data")
+  assert [source[i]["caption"].decode() for i in range(len(source))] == PROMPTS
+  config, params = weights.load(place / "weights", "umt5")
+  tokens = tokenizer.Tokenizer(place / "weights", 64)([PROMPTS[1]])
+  expected = np.asarray(umt5.encode_text(params, tokens.ids, tokens.mask, config))[0]
+  np.testing.assert_allclose(pad([source[1]["text"]], 64)[0], expected, atol=1e-5)
+
+
+def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
+  source = store.open_source(trained / "trajectories")
+  assert [source[i]["caption"].decode() for i in range(4)] == PROMPTS
+  points = np.stack([source[i]["trajectory"] for i in range(4)]).astype(np.float32)
+  assert points.shape == (4, 5, 6, 2, 4, 16)
+  assert abs(points[:, 0].std() - 1) < 0.05 and np.isfinite(points).all()
+
+
+def test_the_student_starts_from_the_base_and_moves(trained, place):
+  base = weights.load(place / "weights", "dit")[1]
+  for stage in ("causal_init", "distill"):
+    after = checkpoint.load_params(trained / stage / "checkpoints")
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, base)
+    moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (after, base)), strict=True)]
+    assert 0 < max(moved) < 1e-3
+  assert not (trained / "teacher").exists()
+
+
+def test_it_ends_in_videos_twice_the_training_length(trained):
+  videos = sorted((trained / "sample").glob("*.mp4"))
+  assert len(videos) == 2 and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[:2]
+  frames, fps, made = media.read_mp4(videos[0])
+  assert frames.shape == (45, 16, 32, 3) and fps == 16  # 12 latent frames
+  assert made["prompt"] in PROMPTS
+
+
+@pytest.mark.slow
+def test_a_finished_run_does_nothing_again(chain, trained, place):
+  kept = lambda: {name: value for name, value in tiny_run.files(trained).items() if name != "config.json" and not name.startswith("logs")}
+  before = kept()
+  again = train(chain, place, trained)
+  assert again.returncode == 0 and kept() == before
+
+
+@pytest.mark.slow
+def test_a_student_that_exists_skips_causal_init(chain, trained, place):
+  """As the published run starts from Self-Forcing's."""
+  weights.save(place / "student", "dit", DIT, random_like(DIT, dit.init, 9, 0.2))
+  done = train(chain, place, place / "from_student", f"--config.weights.student={place}/student", "--config.distill.forward_kl.weight=0.0")
+  assert done.returncode == 0, done.stderr
+  assert not (place / "from_student" / "causal_init").exists()
+
+
+def test_the_negative_prompt_is_the_published_one(trained):
+  task = open_run(read_config(trained), trained, save=False).task
+  text = np.zeros((2, 64, 16), np.float32)
+  negative = np.asarray(task.negative(text))
+  assert negative.shape == text.shape and np.abs(negative).max() > 0
+  np.testing.assert_array_equal(negative[0], negative[1])
+
+
+BAD = {
+  "weights of another size": (["--config.model.num_layers=3"], "num_layers 2, not 3"),
+  "weights that are not there": (["--config.weights.base=nowhere"], "nowhere"),
+  "no prompts": (["--config.data.prompts=nowhere.txt"], "nowhere.txt"),
+  "a folder without an encoder": (["--config.text.weights=tests"], "no weights of kind 'umt5'"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(chain, place, case):
+  overrides, expected = BAD[case]
+  done = train(chain, place, place / f"bad {case}", *overrides)
+  lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+  assert done.returncode == 2 and len(lines) == 1 and expected in lines[0] and "Traceback" not in done.stderr, done.stderr
