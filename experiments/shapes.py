@@ -4,7 +4,7 @@
     python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
 
-Main: about 15 minutes and 2.4 GiB on two cores of an AMD EPYC (README.md has what comes out). Full: not measured yet.
+Main: 16 minutes and 2.4 GiB on two cores of an AMD EPYC (README.md has what comes out). Full: not measured yet.
 
 The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
 as shapes_self_forcing.py does.

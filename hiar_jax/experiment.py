@@ -244,6 +244,7 @@ class Experiment:
   teacher_model: ModelConfig | None = None
 
   def __post_init__(self):
+    self.dit, self.teacher_dit  # noqa: B018  # say what is wrong with their sizes
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
@@ -267,7 +268,8 @@ class Experiment:
       of = f"{block} frames" if codec.temporal_factor == 1 else f"{block} latent frames"
       raise UserError(f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is {near}")
     if data.height % codec.spatial_factor or data.width % codec.spatial_factor:
-      raise UserError(f"data.size = {data.size} is not a multiple of {codec.spatial_factor}, the codec's pixels a latent")
+      name = "codec.patch = " if codec.kind == "patches" else ""
+      raise UserError(f"data.size = {data.size} is not a multiple of {name}{codec.spatial_factor}")
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
     if height % self.model.patch[1] or width % self.model.patch[2]:
       raise UserError(f"latents of {height} x {width} (data.size through the codec) cannot be cut into model.patch = {self.model.patch}")

@@ -142,7 +142,7 @@ def test_diffusers_to_diffusers_through_here(tmp_path):
 
 def trained(directory, **changes):
   """What a run leaves of its last stage, without training."""
-  config = tiny_run.make_config(model__place_embedding=False, **changes)
+  config = tiny_run.make_config(**{"model__place_embedding": False, **changes})
   configs.save_resolved(config, directory)
   experiment = configs.build(Experiment, config)
   shapes = jax.eval_shape(lambda: dit.init(experiment.dit, jax.random.key(0)))
@@ -176,6 +176,12 @@ def test_a_model_with_parts_that_wan_lacks(tmp_path):
   with pytest.raises(UserError, match=r"differ at extra\.kernel"):
     run(tmp_path / "weights", "original", tmp_path / "out")
   assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_a_run_with_place_embeddings_has_no_published_names(tmp_path):
+  trained(tmp_path / "run", model__place_embedding=True)
+  with pytest.raises(UserError, match="place_embedding = True: published models have none"):
+    run(tmp_path / "run", "original", tmp_path / "out")
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GB", 1.5e9), ("1000", 1000)])

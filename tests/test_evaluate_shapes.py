@@ -164,6 +164,13 @@ def test_a_bounce_within_the_first_clip_does_not_turn_the_direction():
   assert shapes.measure(reversed_clip, [world_lib.caption(scene)], PLAIN)["direction"]["total"] == 0
 
 
+def test_a_turn_within_a_step_is_a_turn():
+  """Half of the third step leads to the wall, half of it back: that step is nothing, the next ones lead away."""
+  speed = world_lib.SPEEDS["quickly"]
+  scene = Scene((shape(PLAIN, "red", "circle", "right", "quickly", 26.5 - 2.5 * speed, 16.0),), "plain", 32)
+  assert shapes.measure(draw(scene)[None], [world_lib.caption(scene)], PLAIN, train_frames=9)["direction"]["total"] == 1
+
+
 def test_a_wrong_start_is_not_saved_by_a_later_bounce():
   scene = Scene((shape(PLAIN, "red", "circle", "right", "quickly", 26.5 - world_lib.SPEEDS["quickly"] * 2, 16.0),), "plain", 32)
   prompt = world_lib.caption(scene).replace("right", "left")  # most frames of the clip do move left

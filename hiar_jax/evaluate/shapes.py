@@ -229,7 +229,8 @@ def _before_the_wall(path: np.ndarray, frames: np.ndarray, world: WorldConfig) -
   for i in range(1, len(steps)):
     low, high = path[i, axis] - world.radius, world.size - world.radius - path[i, axis]
     wall = -1 if low < high else 1
-    bounced = along[i - 1] * wall > least and along[i] * wall < -least
+    short = abs(along[i]) <= least and i + 1 < len(steps)  # what is left of a step that ends where it began, beyond the wall
+    bounced = along[i - 1] * wall > least and along[i + short] * wall < -least
     if bounced and min(low, high) <= WALL * world.scale:
       return path[:i + 1], frames[:i + 1]
   return path, frames

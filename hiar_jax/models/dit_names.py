@@ -29,10 +29,8 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
   """
   if layout not in LAYOUTS:
     raise UserError(f"DiT: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
-  if config.place_embedding not in (False, "none"):
-    raise UserError(
-      f"DiT: place_embedding = {config.place_embedding!r}: published models have none, so such weights have no published names"
-    )
+  if config.place_embedding:
+    raise UserError("DiT: place_embedding = True: published models have none, so such weights have no published names.")
   d, text, freq, here = config.dim, config.text_dim, config.freq_dim, LAYOUTS.index(layout)
   shapes = {
     "text_embedding_in": (d, text), "text_embedding_out": (d, d), "time_embedding_in": (d, freq), "time_embedding_out": (d, d),
