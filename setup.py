@@ -54,7 +54,7 @@ setuptools.setup(
   extras_require={
     "test": ["pytest>=8", "pytest-xdist>=3.6"],
     "convert": ["torch>=2.4"],  # only reading torch's own pickled files needs it; safetensors files do not
-    "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33"],  # live comparisons: pytest -m parity
+    "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],  # live comparisons: pytest -m parity
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
   },

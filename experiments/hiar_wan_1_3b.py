@@ -69,6 +69,7 @@ def get_config() -> config_dict.ConfigDict:
   c.trajectories.steps = 48  # code; section 4.1 says 50, which does not hold the student's levels
   c.trajectories.guidance = 5.0  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
   c.trajectories.dtype = "float16"
+  c.trajectories.pairs = ""  # or a folder of published ode_pairs, imported instead
 
   c.causal_init = shapes.training(steps=6_000, batch=64, lr=2e-6)  # Self-Forcing's ODE initialisation
   c.causal_init.b1 = 0.0
