@@ -26,11 +26,12 @@ import numpy as np
 
 import hiar_jax
 from hiar_jax import config as configs
-from hiar_jax import export, published, published_configs, weights
+from hiar_jax import weights
 from hiar_jax.errors import UserError
 from hiar_jax.history import History
 from hiar_jax.models import dit
 from hiar_jax.models.dit_names import dit_rules
+from hiar_jax.published import catalog, export, layouts
 from hiar_jax.rollout import blocks
 from hiar_jax.rollout import cache as caches
 
@@ -48,8 +49,8 @@ def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int)
   folder.mkdir()
   rules = dit_rules(config)
   shards = export.plan_shards({rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}, max_shard)
-  export.write_shards(folder, published.PLACES["dit"][1], _random_tensors(rules), shards)
-  (folder / "config.json").write_text(json.dumps(published_configs.model_config("dit", config, "original")))
+  export.write_shards(folder, layouts.PLACES["dit"][1], _random_tensors(rules), shards)
+  (folder / "config.json").write_text(json.dumps(catalog.model_config("dit", config, "original")))
   return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 

@@ -20,14 +20,15 @@ import numpy as np
 import tokenizers
 
 from hiar_jax import config as configs
-from hiar_jax import export as exports
-from hiar_jax import published, weights
+from hiar_jax import weights
 from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.dit_names import dit_rules
 from hiar_jax.models.published_names import from_published, to_published, view_published
-from hiar_jax.published import Model
+from hiar_jax.published import export as exports
+from hiar_jax.published import layouts
+from hiar_jax.published.layouts import Model
 from hiar_jax.stored_arrays import Cast
 from hiar_jax.types import Params
 
@@ -69,20 +70,20 @@ def convert(
   Raises UserError where a model is not exactly one that is known here, or a file is missing, cut off or damaged.
   """
   root = pathlib.Path(source)
-  places = published.find(root)
+  places = layouts.find(root)
   if kind is not None:
     places = [(kind, path) for found, path in places if found in (None, kind)]
     if not places:
       raise UserError(f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is there")
   done = []
   for expected, path in places:
-    model = published.open_model(path, expected, entry=entry, heads=heads)
+    model = layouts.open_model(path, expected, entry=entry, heads=heads)
     yield from model.tensors.notes
     yield _convert_model(model, out, dtype, overwrite)
     done.append(model.kind)
   if root.is_dir() and kind is None:
     yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
-    lacking = published.missing(done)
+    lacking = layouts.missing(done)
     if lacking and len(places) > 1:
       yield f"{source} has no {' and no '.join(lacking)}, which generating a video needs"
 
@@ -119,7 +120,7 @@ def _check_space(folder: pathlib.Path, size: int) -> None:
 
 
 def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[str]:
-  found, target = published.find_tokenizer(source), out / exports.TOKENIZER
+  found, target = layouts.find_tokenizer(source), out / exports.TOKENIZER
   if found is None:
     return
   if target.exists() and not overwrite:

@@ -20,14 +20,16 @@ import jax
 from ml_collections import config_dict, config_flags
 import numpy as np
 
-from hiar_jax import __version__, media, memory, metrics, prompts_file, sizes, student_model
+from hiar_jax import __version__, media, memory, metrics, sizes
 from hiar_jax import config as configs
 from hiar_jax.errors import UserError
-from hiar_jax.plan import DTYPES
-from hiar_jax.prompts_file import Job
+from hiar_jax.formats import prompts_file
+from hiar_jax.formats.prompts_file import Job
+from hiar_jax.jobs import student_model
+from hiar_jax.jobs.plan import DTYPES
+from hiar_jax.jobs.start_frames import Start, latent_frames
+from hiar_jax.jobs.student_model import Changes, StudentModel
 from hiar_jax.stages import sample
-from hiar_jax.start_frames import Start, latent_frames
-from hiar_jax.student_model import Changes, StudentModel
 
 STAGES = ("distill", "causal_init")
 

@@ -10,13 +10,13 @@ import tiny
 import tokenizers
 import torch_archive
 
-from hiar_jax import published_configs
 from hiar_jax.models import dit, tiny_vae, umt5, vae
 from hiar_jax.models.dit_names import dit_rules
 from hiar_jax.models.published_names import from_published, to_published
 from hiar_jax.models.tiny_vae_names import tiny_vae_rules
 from hiar_jax.models.umt5_names import umt5_rules
 from hiar_jax.models.vae_names import vae_rules
+from hiar_jax.published import catalog
 
 # Two heads of 128, so that the sizes can be told from the shapes alone.
 CONFIGS = {
@@ -66,7 +66,7 @@ def original_folder(folder: pathlib.Path, shards: int = 1) -> pathlib.Path:
     save_file(tensors("dit"), folder / f"{stem}.safetensors", metadata={"format": "pt"})
   torch_archive.save(tensors("vae"), folder / "Wan2.1_VAE.pth")
   torch_archive.save(tensors("umt5", dtype="bfloat16"), folder / "models_t5_umt5-xxl-enc-bf16.pth")
-  config = published_configs.model_config("dit", CONFIGS["dit"], "original")
+  config = catalog.model_config("dit", CONFIGS["dit"], "original")
   (folder / "config.json").write_text(json.dumps(config))
   save_tokenizer(folder / "google" / "umt5-xxl" / "tokenizer.json")
   return folder
@@ -82,6 +82,6 @@ def diffusers_folder(folder: pathlib.Path, shards: int = 1) -> pathlib.Path:
       save_shards(named, folder / part, stem, shards)
     else:
       save_file(named, folder / part / f"{stem}.safetensors", metadata={"format": "pt"})
-    (folder / part / "config.json").write_text(json.dumps(published_configs.model_config(kind, CONFIGS[kind], "diffusers")))
+    (folder / part / "config.json").write_text(json.dumps(catalog.model_config(kind, CONFIGS[kind], "diffusers")))
   save_tokenizer(folder / "tokenizer" / "tokenizer.json")
   return folder

@@ -17,8 +17,8 @@ from hiar_jax.checkpoint import Checkpoints
 from hiar_jax.convert import convert, parse_bytes
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
-from hiar_jax.export import export
 from hiar_jax.models import dit
+from hiar_jax.published.export import export
 
 PARTS = ("dit", "vae", "umt5")
 NAMES = {

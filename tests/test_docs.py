@@ -18,8 +18,9 @@ from test_generate_wan import DIT, UMT5, VAE
 import tiny_run
 import torch_archive
 
-from hiar_jax import media, published_configs, weights
+from hiar_jax import media, weights
 from hiar_jax.models import dit, umt5, vae
+from hiar_jax.published import catalog
 
 PAGE = tiny_run.ROOT / "docs" / "wan.md"
 SMALL = f'''
@@ -59,7 +60,7 @@ def place(tmp_path_factory) -> pathlib.Path:
   source.mkdir()
   network = random_tensors("dit", DIT, dit.init)
   save_file(network, source / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-  (source / "config.json").write_text(json.dumps(published_configs.model_config("dit", DIT, "original")))
+  (source / "config.json").write_text(json.dumps(catalog.model_config("dit", DIT, "original")))
   torch_archive.save(random_tensors("vae", VAE, vae.init), source / "Wan2.1_VAE.pth")
   torch_archive.save(random_tensors("umt5", UMT5, umt5.init), source / "models_t5_umt5-xxl-enc-bf16.pth")
   save_small_tokenizer(source / "google" / "umt5-xxl")

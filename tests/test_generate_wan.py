@@ -5,6 +5,7 @@ import json
 import pathlib
 import runpy
 
+from compiling import quick_jit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 from small_tokenizer import save_small_tokenizer
 import tiny_run
 
-from hiar_jax import generate, media, sharding, student_model, weights
+from hiar_jax import generate, media, sharding, weights
+from hiar_jax.formats.prompts_file import Job
+from hiar_jax.jobs import pictures, student_model
+from hiar_jax.jobs.start_frames import Start
 from hiar_jax.models import dit, tiny_vae, umt5, vae
-from hiar_jax.prompts_file import Job
-from hiar_jax.start_frames import Start
 
 CONFIG = '''
 from experiments import hiar_wan_1_3b
@@ -136,9 +138,16 @@ def test_memory_is_said(made):
   assert "peak memory" not in made[0]["alone"][2]
 
 
-def test_a_picture_is_the_first_frame(made):
-  """One latent frame, then whole blocks: 1 + 6 latent frames."""
+def test_a_picture_is_the_first_frame(made, place):
+  """One latent frame, then whole blocks: 1 + 6 latent frames. The first frame is what the autoencoder makes of the picture."""
   results, out = made
+  _, params = weights.load(place / "weights", "vae")
+  there = quick_jit(lambda params, video: vae.decode_chunk(params, vae.encode_chunk(params, video, None, VAE)[0], None, VAE)[0])
+  cat, none = pictures.read_image(place / "cat.png", 16, 32)[0], np.full((1, 16, 32, 3), 128, np.uint8)
+  luma = lambda frame: frame @ np.asarray([0.2126, 0.7152, 0.0722])  # a file halves the resolution of colour
+  first = luma(media.read_mp4(out / "image.mp4")[0][0])
+  far = [np.abs(first - luma(media.to_uint8(there(params, media.to_float(x)[None]))[0, 0])).mean() for x in (cat, none)]
+  assert far[0] < 6 and far[0] < far[1] / 3, far
   frames, _, said = media.read_mp4(out / "image.mp4")
   assert len(frames) == 25 and said["start"] == "image cat.png"
   assert "cat.png: 50x40, scaled by 0.8 to cover 16x32, 60% of its height cropped\n" in results["image"][2]

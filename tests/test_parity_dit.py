@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from hiar_jax import weights
 from hiar_jax.convert import convert
-from hiar_jax.export import export
 from hiar_jax.models import dit
+from hiar_jax.published.export import export
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 

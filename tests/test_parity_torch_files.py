@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.torch_files import read_torch
+from hiar_jax.formats.torch_files import read_torch
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax import media, pictures
+from hiar_jax import media
 from hiar_jax.errors import UserError
+from hiar_jax.jobs import pictures
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 180, 60), (30, 60, 220), (255, 255, 255)
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from hiar_jax import plan, sharding
+from hiar_jax import sharding
 from hiar_jax.errors import UserError
 from hiar_jax.history import History
+from hiar_jax.jobs import plan
+from hiar_jax.jobs.plan import Forward, Request
 from hiar_jax.models import dit
-from hiar_jax.plan import Forward, Request
 from hiar_jax.rollout import cache as caches
 from hiar_jax.rollout import first_frame, generate
 

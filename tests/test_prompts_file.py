@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from hiar_jax import prompts_file
 from hiar_jax.errors import UserError
+from hiar_jax.formats import prompts_file
 
 
 def jobs(tmp_path, content, name="prompts.txt", seed=0):

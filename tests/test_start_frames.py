@@ -8,11 +8,12 @@ import pytest
 import tiny_run
 
 from hiar_jax import config as configs
-from hiar_jax import media, start_frames
+from hiar_jax import media
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
-from hiar_jax.prompts_file import Job
-from hiar_jax.start_frames import Start
+from hiar_jax.formats.prompts_file import Job
+from hiar_jax.jobs import start_frames
+from hiar_jax.jobs.start_frames import Start
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,19 @@ PACKAGE = ROOT / "hiar_jax"
 # A module imports only from the lines above its own; within a line, imports make no circle.
 LAYERS = [
   "errors types files flow history sizes",
-  "torch_files prompts_file",
+  "config",
+  "formats",
   "data",
   "models",
   "rollout",
   "losses",
-  "state optim sharding config checksums checkpoint metrics media pictures signals memory",
-  "tensor_files stored_arrays weights text_cache published published_configs",
+  "state sharding checksums checkpoint metrics media signals memory",
+  "stored_arrays weights text_cache",
   "steps",
-  "experiment plan",
-  "evaluate export",
+  "experiment",
+  "evaluate published",
   "stages",
-  "start_frames student_model",
+  "jobs",
   "train convert generate compare stream serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -10,7 +10,7 @@ import tiny
 from torch_archive import save
 
 from hiar_jax.errors import UserError
-from hiar_jax.tensor_files import open_tensors
+from hiar_jax.formats.tensor_files import open_tensors
 
 ARRAYS = {"a.weight": tiny.random(0, 3, 4), "a.bias": tiny.random(1, 3).astype(ml_dtypes.bfloat16), "b": np.asarray(2, np.float32)}
 STEM = "diffusion_pytorch_model"

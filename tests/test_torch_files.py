@@ -14,7 +14,7 @@ import tiny
 from torch_archive import Call, Parameter, Slice, save
 
 from hiar_jax.errors import UserError
-from hiar_jax.torch_files import read_torch
+from hiar_jax.formats.torch_files import read_torch
 
 
 def test_nested_values_come_back(tmp_path):

@@ -14,10 +14,11 @@ from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax import config as configs
-from hiar_jax import plan, sharding, sizes, weights
+from hiar_jax import sharding, sizes, weights
 from hiar_jax.data import prompt_texts
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment, WanCodecConfig
+from hiar_jax.jobs import plan
 from hiar_jax.models import dit, tiny_vae, umt5, vae
 from hiar_jax.rollout import first_frame
 from hiar_jax.stages import student, teacher

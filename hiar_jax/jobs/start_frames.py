@@ -6,10 +6,11 @@ import pathlib
 
 import numpy as np
 
-from hiar_jax import pictures, sizes
+from hiar_jax import sizes
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
-from hiar_jax.prompts_file import Job
+from hiar_jax.formats.prompts_file import Job
+from hiar_jax.jobs import pictures
 
 
 @dataclasses.dataclass(frozen=True)

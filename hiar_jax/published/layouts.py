@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax import tensor_files
 from hiar_jax.errors import UserError
+from hiar_jax.formats import tensor_files
+from hiar_jax.formats.tensor_files import TensorSet
 from hiar_jax.models import published_sizes
 from hiar_jax.models.dit_names import dit_rules
 from hiar_jax.models.published_names import Rule
 from hiar_jax.models.tiny_vae_names import tiny_vae_rules
 from hiar_jax.models.umt5_names import umt5_rules
 from hiar_jax.models.vae_names import vae_rules
-from hiar_jax.tensor_files import TensorSet
 
 # kind -> (folder in diffusers' layout, start of the file names in the original one).
 PLACES = {

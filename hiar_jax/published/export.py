@@ -13,12 +13,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hiar_jax import config as configs
-from hiar_jax import published, published_configs, weights
+from hiar_jax import weights
 from hiar_jax.checkpoint import load_params
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
 from hiar_jax.files import write_atomic
 from hiar_jax.models.published_names import iterate_published
+from hiar_jax.published import catalog, layouts
 from hiar_jax.stored_arrays import Cast, disk_errors
 from hiar_jax.types import PyTree
 
@@ -106,7 +107,7 @@ def _parts(source: pathlib.Path, directories: Mapping[str, pathlib.Path], stage:
 
 
 def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
-  folder, stem = published.PLACES[kind]
+  folder, stem = layouts.PLACES[kind]
   if layout == "original":
     return Target(out, stem)
   return Target(out / folder, STEMS[kind, layout]) if folder else None
@@ -117,11 +118,11 @@ def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
 
 def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_shard: int) -> str:
   """Writes into a folder beside the final one, then moves file by file, the config last."""
-  rules = published.rules_of(part.kind, part.config, layout)
+  rules = layouts.rules_of(part.kind, part.config, layout)
   tree = part.tree if dtype is None else jax.tree.map(lambda leaf: Cast(leaf, dtype), part.tree)
   tensors = iterate_published(tree, rules, f"{part.kind} ({layout} names)")
   staging = target.folder / f".{part.kind}.tmp"
-  config = published_configs.model_config(part.kind, part.config, layout)
+  config = catalog.model_config(part.kind, part.config, layout)
   try:
     with disk_errors(target.folder):
       shutil.rmtree(staging, ignore_errors=True)
@@ -183,16 +184,16 @@ def _companions(tokenizer: pathlib.Path, layout: str, out: pathlib.Path, written
     content = tokenizer.read_bytes()
     target = out / ("google/umt5-xxl" if layout == "original" else "tokenizer")
     write_atomic(target / "tokenizer.json", content)
-    _write_json(target / "tokenizer_config.json", published_configs.TOKENIZER)
+    _write_json(target / "tokenizer_config.json", catalog.TOKENIZER)
     yield f"tokenizer -> {target}"
   if layout != "diffusers":
     return
-  lacking = [*published.missing(written), *([] if tokenizer.is_file() else ["tokenizer"])]
+  lacking = [*layouts.missing(written), *([] if tokenizer.is_file() else ["tokenizer"])]
   if lacking:
     yield f"no model_index.json, since there is no {', '.join(lacking)}: load the parts one by one"
     return
-  _write_json(out / "scheduler" / "scheduler_config.json", published_configs.SCHEDULER)
-  _write_json(out / "model_index.json", published_configs.PIPELINE)
+  _write_json(out / "scheduler" / "scheduler_config.json", catalog.SCHEDULER)
+  _write_json(out / "model_index.json", catalog.PIPELINE)
   yield f"model_index.json -> {out}"
 
 

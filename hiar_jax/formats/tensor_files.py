@@ -18,7 +18,7 @@ import safetensors
 
 from hiar_jax.config import nearest
 from hiar_jax.errors import UserError
-from hiar_jax.torch_files import read_torch
+from hiar_jax.formats.torch_files import read_torch
 
 _DTYPES = {
   "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",

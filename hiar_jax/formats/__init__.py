@@ -1,0 +1,1 @@
+"""Files that others made: tensors, PyTorch archives, lists of prompts."""

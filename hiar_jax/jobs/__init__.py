@@ -1,0 +1,1 @@
+"""A generation as asked for: its model, its start, its cost."""

@@ -1,0 +1,1 @@
+"""Published checkpoints: their layouts and sizes, read and written."""
