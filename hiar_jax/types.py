@@ -35,6 +35,7 @@ Block = Float[Array, "b k h w c"]  # latents of one block
 Pixels = Float[Array, "b f H W 3"]  # a clip in [-1, 1]
 Sigma = Float[Array, "b f"]  # one noise level per frame
 Text = Float[Array, "b l d"]  # encoded prompt
+Texts = Float[Array, "b g l d"]  # one for each of g equal groups of a clip's frames
 Tokens = Int[Array, "b l"]  # a prompt, tokenised
 Positions = Int[Array, "f"]  # frame indices
 FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the frame of the column

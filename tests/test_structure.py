@@ -26,6 +26,7 @@ LAYERS = [
   "evaluate published",
   "stages",
   "jobs",
+  "streaming",
   "train convert generate compare stream serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

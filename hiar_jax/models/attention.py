@@ -42,6 +42,11 @@ def _chunked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: FrameMask |
 
 
 def attend_text(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """q [b f t a d], k and v [b l a d] -> [b f t a d]; all text slots are seen, padding included, as Wan2.1 was trained."""
+  """q [b f t a d], k and v [b l a d] -> [b f t a d]; all text slots are seen, padding included, as Wan2.1 was trained.
+
+  k and v [b g l a d]: the frames in g equal groups, each with a text of its own.
+  """
   b, f, t, a, d = q.shape
-  return jax.nn.dot_product_attention(q.reshape(b, f * t, a, d), k, v, implementation="xla").reshape(b, f, t, a, d)
+  g = k.shape[1] if k.ndim == 5 else 1
+  k, v = (x.reshape(b * g, *x.shape[-3:]) for x in (k, v))
+  return jax.nn.dot_product_attention(q.reshape(b * g, f // g * t, a, d), k, v, implementation="xla").reshape(b, f, t, a, d)

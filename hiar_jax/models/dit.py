@@ -24,7 +24,7 @@ import numpy as np
 from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import attention, rope
-from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Video, typed
+from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", "dots", "full")
 PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # tokens, and frames
@@ -88,7 +88,7 @@ class KV:
 
 @flax.struct.dataclass
 class Shared:
-  """What all layers read: modulation [b f 6 dim], text [b l dim], rotations [f t 1 pairs], mask [f p+f]."""
+  """What all layers read: modulation [b f 6 dim], text [b l dim] or [b g l dim], rotations [f t 1 pairs], mask [f p+f]."""
 
   modulation: jax.Array
   text: jax.Array
@@ -170,7 +170,7 @@ class Attention(nn.Module):
     return self.o(attention.attend(q, k, v, shared.mask, self.config.attention).reshape(x.shape)), own
 
   def to_text(self, x, text) -> jax.Array:
-    """x [b f t dim], text [b l dim] -> x's shape."""
+    """x [b f t dim], text [b l dim] or [b g l dim] -> x's shape."""
     q, k, v = self.heads(self.norm_q(self.q(x))), self.heads(self.norm_k(self.k(text))), self.heads(self.v(text))
     return self.o(attention.attend_text(q, k, v).reshape(x.shape))
 
@@ -241,12 +241,13 @@ class DiT(nn.Module):
   @nn.compact
   @typed
   def __call__(
-    self, x: Video, timestep: Sigma, text: Text, positions: Positions,
+    self, x: Video, timestep: Sigma, text: Text | Texts, positions: Positions,
     mask: FrameMask | None = None, past: KV | None = None,
   ) -> tuple[jax.Array, KV]:  # fmt: skip
     """Noisy latents -> velocity [b f h w c] in float32, and the K/V of x's frames.
 
     timestep: per frame, in [0, 1000]. positions: frame indices. mask: [f, p + f] over [past | own] frames, None = all.
+    text: one for all frames, or one for each of g equal groups of them.
     """
     c = self.config
     b, f, h, w, _ = x.shape
@@ -284,7 +285,7 @@ def init(config: DiTConfig, key: jax.Array) -> Params:
   return variables["params"]
 
 
-def bind(config: DiTConfig, params: Params, text: Text):
+def bind(config: DiTConfig, params: Params, text: Text | Texts):
   """The network as the rollouts and losses use it.
 
   forward(x [b f h w c], sigma, positions [f], mask=None, past=None) -> (velocity, KV), sigma a scalar, [b] or [b f].
