@@ -126,11 +126,14 @@ def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Arra
     slots = caches.slots_of(positions, cache.slots, history.sink)
     return (_show(plan, network(text), cache, x, positions), _put(shown, x, slots, axis=1)), None
 
+  first = jnp.asarray(-(-given.shape[1] // k), jnp.int32)
+  pipe = pipe.replace(block=first, first=first)
+  if not cache.slots:
+    return pipe
   blocks = given[None] if picture else prims.split(given, history)
   (cache, shown), _ = jax.lax.scan(one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts))
-  first = jnp.asarray(blocks.shape[0], jnp.int32)
   cache, shown = _each_level((cache, shown), plan.levels)
-  return pipe.replace(cache=cache, shown=shown, block=first, first=first)
+  return pipe.replace(cache=cache, shown=shown)
 
 
 def _show(plan: Plan, forward: Forward, cache: Cache, x: Block, positions: Positions) -> Cache:
@@ -172,10 +175,8 @@ def _fused(plan: Plan, network: Network, pipe: Pipe, n, step: Step, x: Block, co
   before = jnp.maximum(step.positions - k, 0)
   there = n > pipe.first  # whether block n - 1 came through this pipe
   past, mask = _past(plan, cache, before, step.positions)
-  own = jnp.ones((k, k), bool)
-  mask = jnp.concatenate(
-    [mask, jnp.concatenate([own, own & there], axis=0), jnp.concatenate([~own, own], axis=0)], axis=1
-  )
+  own, seen = jnp.ones((k, k), bool), past_mask(step.positions, before, history) & there
+  mask = jnp.concatenate([mask, jnp.concatenate([own, seen]), jnp.concatenate([~own, own])], axis=1)
   earlier = jnp.where(pipe.anew[n % texts.shape[0]], n, n - 1)
   text = jnp.stack([texts[earlier % texts.shape[0]], texts[n % texts.shape[0]]], axis=1)
   sigmas = jnp.stack([history.context_sigma(step.sigma, step.sigma_next), step.sigma])

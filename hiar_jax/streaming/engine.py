@@ -70,7 +70,9 @@ class Parts:
 class Engine:
   """See the module's docstring. Raises UserError where the method cannot be streamed, or the layout does not fit."""
 
-  def __init__(self, model: StudentModel | Parts, options: Options | None = None, devices=None):
+  def __init__(self, model: StudentModel | Parts, options: Options | None = None, devices=None, compiler_options: dict | None = None):
+    """devices: those to use, default all; compiler_options: XLA's, for those who measure or test."""
+    self.compiler_options = compiler_options
     self.parts = model if isinstance(model, Parts) else Parts.of(model)
     self.options = options = options or Options()
     self.plan = Plan(_history(self.parts.history, options), self.parts.sigmas, options.sink_place)
@@ -114,6 +116,9 @@ class Programs:
   def __init__(self, engine: Engine, plan: Plan):
     self.engine, self.plan = engine, plan
 
+  def jit(self, function, **options):
+    return jax.jit(function, compiler_options=self.engine.compiler_options, **options)
+
   def network(self, params: Params):
     return functools.partial(dit.bind, self.engine.parts.config, params)
 
@@ -143,7 +148,7 @@ class Programs:
       pipe = self.empty(texts[0], seed)
       return pipe if given is None else pipes.give(self.plan, self.network(params), pipe, given, texts)
 
-    return jax.jit(start, out_shardings=self.shardings)
+    return self.jit(start, out_shardings=self.shardings)
 
   def start(self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None) -> Pipe:
     """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d], one for each given block, or one."""
@@ -157,7 +162,7 @@ class Programs:
     def tick(params, pipe, text, anew):
       return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, anew)
 
-    return jax.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
+    return self.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
 
   def tick(self, pipe: Pipe, text: jax.Array, anew: bool) -> tuple[Pipe, Block]:
     with jax.set_mesh(self.engine.mesh):
@@ -168,7 +173,7 @@ class Programs:
     def again(params, pipe, text, due):
       return pipes.show_again(self.plan, self.network(params), pipe, text, due)
 
-    return jax.jit(again, donate_argnums=1, out_shardings=self.shardings)
+    return self.jit(again, donate_argnums=1, out_shardings=self.shardings)
 
   def show_again(self, pipe: Pipe, text: jax.Array, due: np.ndarray) -> Pipe:
     """due: [s]"""
