@@ -1,4 +1,4 @@
-"""The package and its extras. requirements.txt holds the exact versions that the tests ran with."""
+"""The package and its extras. requirements.txt and requirements-parity.txt hold the exact versions that the tests ran with."""
 
 import pathlib
 import re
@@ -53,7 +53,7 @@ setuptools.setup(
   ],
   extras_require={
     "test": ["pytest>=8", "pytest-xdist>=3.6"],
-    "convert": ["torch>=2.4"],  # only reading torch's own pickled files needs it; safetensors files do not
+    "convert": ["torch>=2.4"],  # .pt and .pth are read without it; files from before PyTorch 1.6 must be saved anew
     "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],  # live comparisons: pytest -m parity
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],

@@ -10,14 +10,16 @@ import os
 import pathlib
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from hiar_jax.files import write_atomic
+
+if TYPE_CHECKING:
+  import tensorboardX
 
 
 def is_writer() -> bool:
@@ -86,10 +88,23 @@ class Writer:
       self._board.close()
     self._jsonl = self._board = None
 
-  def _tensorboard(self) -> tensorboardX.SummaryWriter:
+  def _tensorboard(self) -> "tensorboardX.SummaryWriter":
     if self._board is None:  # opened late: an event file that holds nothing is noise
-      self._board = tensorboardX.SummaryWriter(str(self.path.parent), flush_secs=10)
+      self._board = _summary_writer()(str(self.path.parent), flush_secs=10)
     return self._board
+
+
+def _summary_writer() -> type["tensorboardX.SummaryWriter"]:
+  """Loaded without PyTorch, which it takes along wherever that is installed: seconds, for tensors that never come here."""
+  hide = "torch" not in sys.modules
+  if hide:
+    sys.modules["torch"] = None
+  try:
+    import tensorboardX
+  finally:
+    if hide:
+      del sys.modules["torch"]
+  return tensorboardX.SummaryWriter
 
 
 def film_strip(clips: np.ndarray, columns: int = 8) -> np.ndarray:

@@ -125,6 +125,14 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
   assert "60%" in last and "60/100" in last and "loss=0.25" in last
 
 
-def test_no_tensorflow_and_no_torch_come_with_it():
-  code = "import sys, hiar_jax.metrics; assert not {'tensorflow', 'torch'} & set(sys.modules)"
-  subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+def test_no_tensorflow_and_no_torch_come_with_it(tmp_path):
+  """Not even where they are installed."""
+  code = """
+import sys
+from hiar_jax.metrics import Writer
+with Writer(sys.argv[1]) as writer:
+  writer.scalars("a", 1, {"loss": 1.0})
+assert not {"tensorflow", "torch"} & set(sys.modules)
+"""
+  subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], check=True)
+  assert list(tmp_path.glob("events*"))
