@@ -56,7 +56,7 @@ def write_mp4(path, frames: np.ndarray | Iterable[np.ndarray], fps: float = 16, 
   if not isinstance(scale, int) or scale < 1 or not fps > 0:
     raise UserError(f"{path}: scale is {scale!r} and fps is {fps!r}; give a whole scale >= 1 and fps > 0")
   pieces = iter([frames] if hasattr(frames, "shape") else frames)
-  first = _checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
+  first = checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
   with _whole_file(path) as file, av.open(file, "w", format="mp4") as container:
     container.metadata["comment"] = json.dumps(dict(metadata or {}), ensure_ascii=False, sort_keys=True)
     stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)})
@@ -65,10 +65,10 @@ def write_mp4(path, frames: np.ndarray | Iterable[np.ndarray], fps: float = 16, 
     context = stream.codec_context
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 (ITU-T H.273), said in the file
     for piece in itertools.chain([first], pieces):
-      if _checked_frames(path, piece).shape[1:] != first.shape[1:]:
+      if checked_frames(path, piece).shape[1:] != first.shape[1:]:
         raise UserError(f"{path}: a piece has frames of {piece.shape[1:]}, the first one of {first.shape[1:]}; expected one size")
       for frame in piece:
-        container.mux(stream.encode(_yuv_frame(frame, height, width, scale)))
+        container.mux(stream.encode(yuv_frame(frame, height, width, scale)))
     container.mux(stream.encode())
   return path
 
@@ -78,16 +78,16 @@ def _whole_file(path: Path) -> Iterator[io.BufferedRandom]:
   """A file to write that gets its name when it is complete; as files.write_atomic, for what need not be in memory at once."""
   temporary = path.with_name(f".{path.name}.tmp")
   try:
-    with _explained(path):
+    with explained(path):
       path.parent.mkdir(parents=True, exist_ok=True)
       file = open(temporary, "w+b")
     with file:
-      with _explained(path, full_disk_alone=True):  # what else may go wrong in there is not this file's
+      with explained(path, full_disk_alone=True):  # what else may go wrong in there is not this file's
         yield file
-      with _explained(path):
+      with explained(path):
         file.flush()
         os.fsync(file.fileno())
-    with _explained(path):
+    with explained(path):
       os.replace(temporary, path)
   finally:
     with contextlib.suppress(OSError):
@@ -95,7 +95,8 @@ def _whole_file(path: Path) -> Iterator[io.BufferedRandom]:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
+def explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
+  """What goes wrong while `path` is written, as a UserError of one line."""
   try:
     yield
   except OSError as error:
@@ -162,7 +163,7 @@ def contact_sheet(videos: Mapping[str, np.ndarray], *, columns: int = 12, every:
 
   Raises UserError for no videos, wrong shapes, or frame sizes that differ.
   """
-  clips = {caption: _checked_frames(caption, to_uint8(video)) for caption, video in videos.items()}
+  clips = {caption: checked_frames(caption, to_uint8(video)) for caption, video in videos.items()}
   sizes = {clip.shape[1:] for clip in clips.values()}
   if len(sizes) != 1 or columns < 1 or (every is not None and every < 1):
     raise UserError(f"contact sheet: got frame sizes {sorted(sizes)}, columns={columns}, every={every}; expected "
@@ -216,14 +217,16 @@ def _shown_frames(frames: int, columns: int, every: int | None) -> list[int]:
   return sorted(set(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int).tolist()))
 
 
-def _checked_frames(name, frames) -> np.ndarray:
+def checked_frames(name, frames) -> np.ndarray:
+  """uint8 [f, H, W, 3] with f >= 1; UserError for anything else."""
   frames = np.asarray(frames)
   if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
     raise UserError(f"{name}: frames are {frames.dtype} {frames.shape}; expected uint8 [f, H, W, 3] with f >= 1")
   return frames
 
 
-def _yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.VideoFrame:
+def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.VideoFrame:
+  """uint8 [H, W, 3] enlarged by `scale` and filled up to height x width, as yuv420p in BT.709."""
   frame = frame.repeat(scale, 0).repeat(scale, 1)
   frame = np.pad(frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), mode="edge")
   rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
