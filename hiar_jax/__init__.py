@@ -1,3 +1,16 @@
-"""HiAR in JAX: long video by hierarchical denoising (arXiv 2603.08703)."""
+"""HiAR in JAX: long video by hierarchical denoising (arXiv 2603.08703).
+
+    for chunk in hiar_jax.stream(workdir="runs/shapes", prompt="a red circle moving left"):
+      ...
+"""
+
+import importlib
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+  """`hiar_jax.stream`, which loads JAX, when it is first asked for."""
+  if name == "stream":
+    return importlib.import_module("hiar_jax.stream")
+  raise AttributeError(f"module 'hiar_jax' has no attribute {name!r}")

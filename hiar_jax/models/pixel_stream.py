@@ -37,11 +37,16 @@ class PixelStream:
 
   def __call__(self, latents: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     """Latents [b f h w c] -> pieces uint8 [b F_i H W 3] whose joint is the decoded video; cut anywhere, the numbers are the same."""
-    cache, start = None, 0
+    for pixels, _ in self.resume(latents, None):
+      yield pixels
+
+  def resume(self, latents: jax.Array | np.ndarray, cache: PyTree) -> Iterator[tuple[np.ndarray, PyTree]]:
+    """The same after what `cache` has seen (None: a video's start), with the cache after each piece; the one that goes in is used up."""
+    start = 0
     while start < latents.shape[1]:
-      end = start + (self.chunk if start else 1)  # a video's first latent frame is one frame of pixels
+      end = start + (1 if cache is None else self.chunk)  # a video's first latent frame is one frame of pixels
       pixels, cache = self._step(self.params, latents[:, start:end], cache)
-      yield np.asarray(pixels)
+      yield np.asarray(pixels), cache
       start = end
 
 

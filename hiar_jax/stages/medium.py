@@ -175,14 +175,15 @@ class WanMedium:
     return module, dataclasses.replace(config, dtype=getattr(jnp, codec.dtype)), params
 
   @functools.cached_property
-  def _stream(self) -> pixel_stream.PixelStream:
+  def stream(self) -> pixel_stream.PixelStream:
+    """The decoder, to be run piece by piece."""
     _, config, params = self._autoencoder
     if self.experiment.codec.tiny:
       return pixel_stream.of_tiny_vae(params, config)
     return pixel_stream.of_vae(params, config, tiling=_tiling(self.experiment.codec))
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
-    yield from self._stream(latents)
+    yield from self.stream(latents)
 
   def latents(self, video: np.ndarray) -> np.ndarray:
     module, config, params = self._autoencoder

@@ -1,0 +1,65 @@
+"""Latents -> pixels, block after block, with what the decoder remembers of the blocks before as a value that goes in and comes out."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from hiar_jax.models.pixel_stream import PixelStream
+from hiar_jax.stages.medium import Medium, WanMedium
+from hiar_jax.types import PyTree
+
+
+class Decoder(Protocol):
+  def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    """(latents [1 f h w c], memory) -> (uint8 [F H W 3], memory). memory: None at a video's start; the one that goes in is used up."""
+
+  def remember(self, leaves: list[np.ndarray], latents: tuple[int, ...]) -> PyTree:
+    """The memory with these leaves (jax.tree.leaves of one), for latents of a shape [1 f h w c]; None for none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stateless:
+  """A codec that takes each latent frame for itself. pieces: Medium.pieces."""
+
+  pieces: Callable
+
+  def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    return np.concatenate([piece[0] for piece in self.pieces(latents)]), None
+
+  def remember(self, leaves, latents) -> PyTree:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+  """A causal autoencoder, on `device`; None: where its weights are."""
+
+  stream: PixelStream
+  device: jax.Device | None = None
+
+  @functools.cached_property
+  def _stream(self) -> PixelStream:
+    return dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device)) if self.device else self.stream
+
+  def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    latents = jax.device_put(np.asarray(latents), self.device)  # by way of the host: they come from the devices of a pipe
+    pieces = list(self._stream.resume(latents, memory))
+    return np.concatenate([pixels[0] for pixels, _ in pieces]), pieces[-1][1]
+
+  def remember(self, leaves, latents) -> PyTree:
+    if not leaves:
+      return None
+    shape = jax.ShapeDtypeStruct((1, 1, *latents[2:]), np.float32)
+    _, memory = jax.eval_shape(self.stream.decode, self.stream.params, shape, None)
+    return jax.device_put(jax.tree.unflatten(jax.tree.structure(memory), leaves), self.device)
+
+
+def of_medium(medium: Medium, device: jax.Device | None = None) -> Decoder:
+  """device: where to decode; None: the first one. Small media decode there too: a few numbers a frame."""
+  if isinstance(medium, WanMedium):
+    return Streamed(medium.stream, device)
+  return Stateless(medium.pieces)

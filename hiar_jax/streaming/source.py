@@ -1,0 +1,136 @@
+"""A model that is ready to stream: weights and programs in place, shared by as many streams as are opened from it."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from hiar_jax import __version__
+from hiar_jax.errors import UserError
+from hiar_jax.experiment import Experiment
+from hiar_jax.formats.timeline import Timeline
+from hiar_jax.jobs.start_frames import Start, latent_frames
+from hiar_jax.jobs.student_model import StudentModel
+from hiar_jax.streaming import decoding
+from hiar_jax.streaming.engine import Engine, Options
+from hiar_jax.streaming.generation import Generation
+from hiar_jax.streaming.stream import Stream, block_seconds, new_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the first."""
+
+  model: StudentModel
+  options: Options = Options()
+  decode_on: jax.Device | None = None
+
+  @property
+  def experiment(self) -> Experiment:
+    return self.model.experiment
+
+  @property
+  def fps(self) -> float:
+    return self.experiment.sample.fps
+
+  @property
+  def scale(self) -> int:
+    return self.experiment.sample.scale
+
+  @property
+  def size(self) -> tuple[int, int]:
+    """Height and width of the frames as they are written."""
+    return self.experiment.data.height * self.scale, self.experiment.data.width * self.scale
+
+  @property
+  def sigmas(self) -> tuple[float, ...]:
+    """Of the noise levels, 1 first and 0 last."""
+    return self.engine.parts.sigmas
+
+  @property
+  def block_frames(self) -> int:
+    """Frames of a block that is not the first."""
+    k, pixels = self.experiment.history.block, self.experiment.pixel_frames
+    return pixels(2 * k) - pixels(k)
+
+  @functools.cached_property
+  def engine(self) -> Engine:
+    return Engine(self.model, self.options)
+
+  @functools.cached_property
+  def decoder(self) -> decoding.Decoder:
+    return decoding.of_medium(self.model.run.medium, self.decode_on or _free_device(self.engine))
+
+  def remarks(self, prompt: str) -> list[str]:
+    """What the model will not understand of a prompt, a line each."""
+    return self.model.run.medium.remarks(prompt)
+
+  def open(self, prompt: str | None = None, *, timeline: Timeline | None = None, seed: int = 0, frames: int | None = None,
+           start: Start | None = None, ahead: int = 2) -> Stream:  # fmt: skip
+    """A new stream. frames: of the video, those of its start included, rounded up to whole blocks; None: without end.
+
+    Raises UserError where neither a prompt nor a timeline says what to show, or both do, and where the start cannot be used.
+    """
+    if (prompt is None) == (timeline is None):
+      raise UserError('give either a prompt, as "a red circle moving left", or a timeline, as "0s: a red circle, 10s: a blue square"')
+    given = self._given(start)
+    before = 0 if given is None else given.shape[1]
+    changes = timeline.changes(self.seconds(before)) if timeline else []
+    first = changes.pop(0).prompt if changes else prompt
+    generation = Generation(self.engine, first, seed, start=given)
+    changes = timeline.changes(self.seconds(before), generation.next_block) if timeline else []
+    return Stream(
+      generation, self.decoder, fps=self.fps, blocks=self._blocks(frames, before), changes=changes, given=given, ahead=ahead
+    )
+
+  def resume(self, directory: str | os.PathLike, *, timeline: Timeline | None = None, frames: int | None = None, ahead: int = 2) -> Stream:
+    """Goes on with what Stream.save wrote; the layout may be another. timeline: in place of the one that it was saved with.
+
+    Raises UserError where it has as many frames already, or what Generation.restore raises.
+    """
+    generation = Generation.restore(directory, self.engine)
+    k, (height, width) = self.experiment.history.block, self.engine.parts.size
+    changes = {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)} if timeline else {}
+    return Stream.resume(
+      generation, self.decoder, (1, k, height, width, self.engine.parts.config.channels), fps=self.fps,
+      blocks=self._blocks(frames, generation.given_frames), ahead=ahead, **changes,
+    )  # fmt: skip
+
+  def seconds(self, given: int):
+    """block -> second at which it starts, after so many given latent frames."""
+    e = self.experiment
+    return block_seconds(-(-given // e.history.block), given, e.history.block, e.pixel_frames, self.fps)
+
+  def provenance(self, prompt: str, seed: int, start: Start | None = None) -> dict[str, str]:
+    """What a file says of itself. prompt: the one that it starts with."""
+    e = self.experiment
+    return {
+      "prompt": prompt, "seed": str(seed), "size": f"{e.data.height}x{e.data.width}", "dtype": e.model.dtype, "codec": self.model.codec,
+      "start": f"{start.kind} {pathlib.Path(start.path).name}" if start else "",
+      "weights" if self.model.weights else "workdir": self.model.name, "hiar_jax": __version__,
+    }  # fmt: skip
+
+  def _given(self, start: Start | None) -> np.ndarray | None:
+    """[1 f h w c]"""
+    if start is None:
+      return None
+    pixels, _ = start.read(self.experiment)
+    return np.asarray(self.model.run.medium.latents(pixels[None]))[:, : latent_frames(pixels, self.experiment)]
+
+  def _blocks(self, frames: int | None, given: int) -> int | None:
+    if frames is None:
+      return None
+    blocks = new_blocks(frames, given, self.experiment.history.block, self.experiment.pixel_frames)
+    if not blocks:
+      raise UserError(f"frames = {frames}, but the start has as many already; ask for more")
+    return blocks
+
+
+def _free_device(engine: Engine) -> jax.Device:
+  """Decoding overlaps with denoising where it has a device of its own."""
+  used = set(engine.mesh.devices.flat)
+  free = [device for device in jax.local_devices() if device not in used]
+  return free[0] if free else jax.local_devices()[0]
