@@ -27,7 +27,7 @@ setuptools.setup(
   license="Apache-2.0",
   python_requires=">=3.11",
   packages=setuptools.find_namespace_packages(include=["hiar_jax", "hiar_jax.*"]),
-  package_data={"": ["*.json", "*.txt", "py.typed"]},
+  package_data={"": ["*.json", "*.txt", "*.html", "*.css", "*.js", "py.typed"]},
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
@@ -52,7 +52,8 @@ setuptools.setup(
     "tqdm>=4.66",
   ],
   extras_require={
-    "test": ["pytest>=8", "pytest-xdist>=3.6"],
+    "serve": ["aiohttp>=3.11"],  # the page of hiar_jax.serve
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "aiohttp>=3.11", "selenium>=4.20"],  # with selenium: Debian's chromium and chromium-driver
     "convert": ["torch>=2.4"],  # .pt and .pth are read without it; files from before PyTorch 1.6 must be saved anew
     "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],  # live comparisons: pytest -m parity
     "tpu": ["jax[tpu]>=0.10"],

@@ -1,0 +1,143 @@
+"""A page on which video is watched while it is being made.
+
+    python -m hiar_jax.serve --workdir=runs/shapes
+
+and open the address that it prints: type a prompt, watch, change the prompt, pause, extend, download. Each tab has a generation of its own,
+`--places` of them at once; who comes later waits. Nobody but this machine can reach it unless `--host` says otherwise.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import importlib.util
+import ipaddress
+import os
+import pathlib
+import socket
+import sys
+import tempfile
+
+from absl import flags
+
+from hiar_jax import config as configs
+from hiar_jax import stream as streams
+from hiar_jax.errors import UserError
+from hiar_jax.streaming.source import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Of the page; `--help` says what they mean."""
+
+  host: str = "127.0.0.1"
+  port: int = 8420
+  hosts: tuple[str, ...] = ()
+  places: int = 2
+  viewers: int = 16
+  lead: float = 2.0
+  patience: float = 30.0
+  hold: float = 60.0
+  longest: float = 3600.0
+  out: str | None = None
+
+
+def listen(host: str, port: int) -> socket.socket:
+  """A socket that listens. Raises UserError where the port is in use, or the address is none of this machine's."""
+  try:
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind((host, port))
+      listener.listen(128)
+    except OSError:
+      listener.close()
+      raise
+    return listener
+  except socket.gaierror as error:
+    raise UserError(f"--host={host} is no address ({error.strerror}); give one of this machine's, as 127.0.0.1") from error
+  except OverflowError:
+    raise UserError(f"--port={port}: expected a number from 0 to 65535") from None
+  except OSError as error:
+    if error.errno == errno.EADDRINUSE:
+      raise UserError(f"port {port} of {host} is in use; give another one, as --port={port + 1}, or 0 for any that is free") from error
+    wanted = "give an address of this machine, and a port above 1023"
+    raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); {wanted}") from error
+
+
+def check_installed() -> None:
+  if importlib.util.find_spec("aiohttp") is None:
+    raise UserError("the page needs aiohttp; install it, as pip install 'hiar_jax[serve]'")
+
+
+def serve(source: Source, listener: socket.socket, options: Options) -> None:
+  """Until SIGINT or SIGTERM."""
+  from aiohttp import web
+
+  from hiar_jax.page.app import make_app
+  from hiar_jax.page.desk import House
+  from hiar_jax.page.showing import Rules
+
+  rules = Rules(options.lead, options.patience, options.hold, options.longest)
+  with _clips(options.out) as clips:
+    house = House(source, clips, options.places, options.viewers, options.out is not None, rules)
+    host, port = listener.getsockname()[:2]
+    print(f"watch at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
+    if not ipaddress.ip_address(host).is_loopback:
+      print(f"anyone who reaches {host} can use this page: it asks nobody for a name", file=sys.stderr)
+    web.run_app(make_app(house, frozenset(options.hosts)), sock=listener, print=None, access_log=None, shutdown_timeout=3)
+
+
+@contextlib.contextmanager
+def _clips(out: str | None):
+  if out is None:
+    with tempfile.TemporaryDirectory(prefix="hiar_jax_") as directory:
+      yield pathlib.Path(directory)
+    return
+  try:
+    os.makedirs(out, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"--out={out}: cannot be made ({error.strerror}); choose another place") from error
+  yield pathlib.Path(out)
+
+
+def warm_up(source: Source) -> None:
+  """Compiles, so that the first viewer does not wait for it."""
+  with source.open("", frames=1, ahead=1) as stream:
+    next(stream)
+
+
+def start(model: streams.Options, options: Options) -> None:
+  """Loads the model and serves. What is wrong with the address is known before minutes of loading."""
+  check_installed()
+  with listen(options.host, options.port) as listener:
+    source = streams.open_source(model)
+    warm_up(source)
+    serve(source, listener, options)
+
+
+def main() -> None:
+  names = {field.name for field in dataclasses.fields(streams.Options)} & set(flags.FLAGS)
+  model = streams.Options(**{name: getattr(flags.FLAGS, name) for name in names})
+  options = Options(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options) if field.name != "hosts"},
+                    hosts=tuple(flags.FLAGS.hosts))  # fmt: skip
+  start(model, options)
+
+
+def define_flags() -> None:
+  streams.define_model_flags()
+  flags.DEFINE_string("host", "127.0.0.1", "the address to listen on; 0.0.0.0: every one of this machine's, for anyone")
+  flags.DEFINE_integer("port", 8420, "to listen on; 0: any that is free", 0, 65535)
+  flags.DEFINE_list("hosts", [], "names under which the page may be reached, beside localhost and addresses in numbers")
+  flags.DEFINE_integer("places", 2, "generations at once; who comes later waits", 1)
+  flags.DEFINE_integer("viewers", 16, "tabs at once, those that wait included", 1)
+  flags.DEFINE_float("lead", 2.0, "seconds of video that are made ahead of the viewer", 0.1)
+  flags.DEFINE_float("patience", 30.0, "seconds that a viewer may stand still, with video to watch, before it loses its place", 1)
+  flags.DEFINE_float("hold", 60.0, "seconds that a paused or finished generation keeps its place while others wait", 0)
+  flags.DEFINE_float("longest", 3600.0, "seconds of one video", 1)
+  flags.DEFINE_string("out", None, "a directory in which the videos stay; default: a temporary one, each gone with its tab")
+
+
+if __name__ == "__main__":
+  define_flags()
+  configs.run_flags(main)
