@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stream import ROW, assert_same, parts, quick_engine, take
+from tiny_stream import assert_same, parts, quick_engine, take
 
 from hiar_jax.history import History
 from hiar_jax.streaming.engine import Engine, Options
