@@ -19,7 +19,7 @@ LAYERS = [
   "models",
   "rollout",
   "losses",
-  "state sharding checksums checkpoint metrics media signals memory",
+  "state optim sharding checksums checkpoint metrics media signals memory",
   "stored_arrays weights text_cache",
   "steps",
   "experiment",
@@ -27,6 +27,7 @@ LAYERS = [
   "stages",
   "jobs",
   "streaming",
+  "page",
   "train convert generate compare stream serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
