@@ -263,6 +263,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
 def test_the_command(tmp_path, tmp_path_factory):
   source, out = original_folder(tmp_path / "source"), tmp_path / "out"
   (tmp_path / "empty").mkdir()
+  whole = (source / "diffusion_pytorch_model.safetensors").read_bytes()
+  (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
   cases = [
     ([f"--source={source}", f"--out={out}", "--dtype=bfloat16"], 0, "parameters in 69 tensors, bfloat16"),
     ([f"--export={out}", "--layout=diffusers", f"--out={tmp_path / 'back'}", "--max_shard=100KB"], 0, "model_index.json ->"),
@@ -276,6 +278,7 @@ def test_the_command(tmp_path, tmp_path_factory):
     ([f"--export={tmp_path / 'empty'}", f"--out={tmp_path / 'a'}", "--layout=original"], 2, "holds nothing to write"),
     ([f"--source={tmp_path / 'nowhere'}", f"--out={out}"], 2, "there is no such file or folder"),
     ([f"--source={tmp_path / 'empty'}", f"--out={out}"], 2, "holds no weights"),
+    ([f"--source={tmp_path / 'cut.safetensors'}", f"--out={tmp_path / 'a'}"], 2, "cut.safetensors is cut off or damaged"),
     ([f"--source={source}", f"--out={out}", "--dtype=float8"], 2, "dtype"),
     ([f"--source={source}", f"--out={out}", "--sauce=1"], 2, "sauce"),
   ]

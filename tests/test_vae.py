@@ -134,15 +134,18 @@ def test_bfloat16_is_near_float32():
   assert np.abs(y - _whole("decode")).max() < 0.1 * np.abs(_whole("decode")).max()
 
 
-def test_width_may_be_spread_over_devices():
-  """The compiler exchanges the seams: frames split over devices give the frames of one device."""
-  mesh = jax.make_mesh((4,), ("sequence",), axis_types=(jax.sharding.AxisType.Auto,))
-  wide = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2, 2, 8, 3)).astype(np.float32))
-  decode = jit(lambda params, latents: vae.decode(params, latents, CONFIG))
-  split = jax.device_put(wide, jax.NamedSharding(mesh, jax.P(None, None, None, "sequence")))
-  result = decode(jax.device_put(_params(), jax.NamedSharding(mesh, jax.P())), split)
-  assert result.sharding.spec == jax.P(None, None, None, "sequence")
-  np.testing.assert_allclose(result, decode(_params(), wide), atol=1e-5)
+@pytest.mark.parametrize(("way", "axis"), [("encode", 2), ("decode", 3)], ids=["encode height", "decode width"])
+def test_frames_may_be_spread_over_devices(way, axis):
+  """The compiler exchanges the seams: frames split over devices give the frames of one device, and stay split."""
+  mesh = jax.make_mesh((4,), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.P(*[None] * axis, "space")
+  size = (8, 8) if way == "decode" else (32, 32)
+  x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2 if way == "decode" else 5, *size, 3)).astype(np.float32))
+  coder = {"encode": vae.encode, "decode": vae.decode}[way]
+  code = jit(lambda params, x: coder(params, x, CONFIG))
+  result = code(jax.device_put(_params(), jax.NamedSharding(mesh, jax.P())), jax.device_put(x, jax.NamedSharding(mesh, spec)))
+  assert result.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 5)
+  np.testing.assert_allclose(result, code(_params(), x), rtol=0, atol=ROUNDING * np.abs(result).max())
 
 
 @pytest.mark.parametrize(
