@@ -1,7 +1,9 @@
 """Distillation from published pieces: prompts and converted weights of Wan's layout, small and random, through every stage."""
 
+import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 from test_generate_wan import DIT, random_like, save_weights
 import tiny_run
 
-from hiar_jax import checkpoint, media, weights
+from hiar_jax import checkpoint, media, sharding, weights
 from hiar_jax.data import store
 from hiar_jax.data.prompt_texts import pad
+from hiar_jax.data.trajectories import TrajectoryWriter
 from hiar_jax.models import dit, tokenizer, umt5
+from hiar_jax.stages import teacher, trajectories
 from hiar_jax.stages.run import open_run, read_config
 
 # The 14B model's part is played by a network of another size than the student's.
@@ -80,6 +84,47 @@ def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
   points = np.stack([source[i]["trajectory"] for i in range(4)]).astype(np.float32)
   assert points.shape == (4, 5, 6, 2, 4, 16)
   assert abs(points[:, 0].std() - 1) < 0.05 and np.isfinite(points).all()
+
+
+def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
+  """Two hosts on one disk, of which one is stopped and goes on: each makes its own parts once, together those of one host."""
+  config, made = read_config(trained), []
+  config.trajectories.count = 6  # three parts, of which the first host makes two
+  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+  def a_run(workdir):
+    if not workdir.exists():
+      shutil.copytree(trained / "data", workdir / "data")
+    return dataclasses.replace(open_run(config, workdir, save=False), mesh=one)
+
+  def run_as(host, hosts, workdir):
+    monkeypatch.setattr(jax, "process_index", lambda: host)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    made.clear()
+    trajectories.run(a_run(workdir))
+    return list(made)
+
+  def write(self, part, *args):
+    if stopping and part == 2:
+      raise KeyboardInterrupt
+    made.append(part)
+    return write_part(self, part, *args)
+
+  walk, write_part, stopping = teacher.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)), TrajectoryWriter.write_part, False
+  monkeypatch.setattr(teacher, "make_walk", lambda run, key: walk)  # compiled once
+  monkeypatch.setattr(TrajectoryWriter, "write_part", write)
+  monkeypatch.setattr(trajectories.multihost_utils, "sync_global_devices", lambda name: None)
+  assert run_as(0, 1, tmp_path / "alone") == [0, 1, 2]
+  stopping = True
+  assert run_as(1, 2, tmp_path / "hosts") == [1] and not store.is_complete(tmp_path / "hosts" / "trajectories")
+  with pytest.raises(KeyboardInterrupt):
+    run_as(0, 2, tmp_path / "hosts")
+  assert made == [0]
+  stopping = False
+  assert run_as(0, 2, tmp_path / "hosts") == [2]
+  (alone, captions), (shared, same) = (tiny_run.trajectories(tmp_path / name) for name in ("alone", "hosts"))
+  np.testing.assert_array_equal(alone, shared)
+  assert captions == same and [caption.decode() for caption in captions] == [*PROMPTS, *PROMPTS[:2]]
 
 
 def test_the_student_starts_from_the_base_and_moves(trained, place):
