@@ -154,7 +154,7 @@ def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
   check(options)
   source = open_source(options)
   with open_stream(source, options) as running, _open_out(path, running, source, options) as file, Preemption() as stop:
-    with metrics.progress("stream", options.length or 0, running.taken) as bar:
+    with metrics.progress("stream", options.length, running.taken) as bar:
       for chunk in running:
         file.write(chunk.frames)
         bar.update(running.taken, block=chunk.block, seconds=round(chunk.time, 1))

@@ -15,7 +15,7 @@ import hiar_jax
 from hiar_jax.errors import UserError
 from hiar_jax.formats import timeline
 from hiar_jax.formats.timeline import Change
-from hiar_jax.streaming.stream import Stream, block_seconds, new_blocks
+from hiar_jax.streaming.stream import Stream, block_seconds
 
 PROMPTS = ["a red circle", "a blue square", "a green star"]
 
@@ -230,14 +230,12 @@ def test_a_start_comes_first():
   assert [len(chunk.frames) for chunk in chunks] == [1, 3, 3] and [chunk.time for chunk in chunks] == [0, 1 / 8, 4 / 8]
 
 
-def test_seconds_of_blocks_and_blocks_of_frames():
+def test_seconds_of_blocks():
   wan = lambda latent: 4 * latent - 3
   start = block_seconds(0, 0, 3, wan, 16)
   assert [start(block) * 16 for block in range(4)] == [0, 9, 21, 33]
   after = block_seconds(1, 1, 3, wan, 16)  # a picture stands for block 0
   assert [after(block) * 16 for block in range(1, 4)] == [1, 13, 25]
-  assert [new_blocks(frames, 0, 3, wan) for frames in (1, 9, 10, 81)] == [1, 1, 2, 7]
-  assert [new_blocks(frames, 1, 3, wan) for frames in (1, 2, 13, 14)] == [0, 1, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------------------------- the name

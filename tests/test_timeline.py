@@ -76,4 +76,4 @@ def test_two_prompts_on_one_block_are_refused():
 
 def test_what_is_past_is_left_out():
   entries = timeline.parse("0s: a, 1s recache: b, 100s: c")
-  assert [(c.block, c.prompt, c.recache) for c in entries.changes(blocks_of_12_frames, 7)] == [(7, "b", True), (134, "c", False)]
+  assert [(c.block, c.prompt, c.recache) for c in entries.changes(blocks_of_12_frames, 7)] == [(7, "b", False), (134, "c", False)]

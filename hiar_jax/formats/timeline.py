@@ -59,7 +59,7 @@ class Timeline:
     for entry in self.entries:
       change = Change(_block_at(entry.time, start), entry.prompt, entry.recache)
       if change.block < first:
-        change = dataclasses.replace(change, block=first)
+        change = Change(first, entry.prompt)  # what was made already is not shown anew
         changes = []
       elif changes and changes[-1][0].block == change.block:
         apart = start(change.block + 1) - start(change.block)

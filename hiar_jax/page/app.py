@@ -29,8 +29,11 @@ MAX_MESSAGE = 2**24  # bytes; a socket that sends more is closed
 HEARTBEAT = 20  # seconds between two questions whether the tab is still there, at most
 NEWS_EVERY = 0.25  # seconds between two reports without anything new
 
+_POLICY = (
+  "default-src 'self'", "img-src 'self' data:", "media-src 'self' blob:", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'",
+)  # fmt: skip
 HEADERS = {
-  "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+  "Content-Security-Policy": "; ".join(_POLICY),
   "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
   "Cache-Control": "no-store",
 }  # fmt: skip
@@ -63,8 +66,9 @@ async def _open_desk(app: web.Application, house: House):
 
 
 async def _close_sockets(app: web.Application) -> None:
-  for viewer in list(app[DESK].viewers):
-    await viewer.socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops")
+  sockets = [viewer.socket for viewer in app[DESK].viewers if viewer.socket is not None]
+  farewells = (socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops") for socket in sockets)
+  await asyncio.gather(*farewells, return_exceptions=True)
 
 
 def _fixed(content: bytes, kind: str):

@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 
 import jax
 import numpy as np
 
-from hiar_jax import __version__
+from hiar_jax import __version__, sizes
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
 from hiar_jax.formats.timeline import Timeline
@@ -17,7 +18,7 @@ from hiar_jax.jobs.student_model import StudentModel
 from hiar_jax.streaming import decoding
 from hiar_jax.streaming.engine import Engine, Options
 from hiar_jax.streaming.generation import Generation
-from hiar_jax.streaming.stream import Stream, block_seconds, new_blocks
+from hiar_jax.streaming.stream import Stream, block_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +95,14 @@ class Source:
     generation = Generation.restore(directory, self.engine)
     k, (height, width) = self.experiment.history.block, self.engine.parts.size
     changes = {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)} if timeline else {}
-    return Stream.resume(
+    stream = Stream.resume(
       generation, self.decoder, (1, k, height, width, self.engine.parts.config.channels), fps=self.fps,
       blocks=self._blocks(frames, generation.given_frames), ahead=ahead, **changes,
     )  # fmt: skip
+    if frames is not None and stream.taken >= frames:
+      stream.close()
+      raise UserError(f"frames = {frames}, but {directory} has {stream.taken} already; ask for more, or for frames=endless")
+    return stream
 
   def seconds(self, given: int):
     """block -> second at which it starts, after so many given latent frames."""
@@ -117,16 +122,19 @@ class Source:
     """[1 f h w c]"""
     if start is None:
       return None
-    pixels, _ = start.read(self.experiment)
+    pixels, line = start.read(self.experiment)
+    if line:
+      print(line, file=sys.stderr)
     return np.asarray(self.model.run.medium.latents(pixels[None]))[:, : latent_frames(pixels, self.experiment)]
 
   def _blocks(self, frames: int | None, given: int) -> int | None:
     if frames is None:
       return None
-    blocks = new_blocks(frames, given, self.experiment.history.block, self.experiment.pixel_frames)
-    if not blocks:
-      raise UserError(f"frames = {frames}, but the start has as many already; ask for more")
-    return blocks
+    e = self.experiment
+    latent, message = sizes.fit_blocks(frames, e.history.block, e.pixel_frames, given=given)
+    if message:
+      print(message, file=sys.stderr)
+    return latent // e.history.block
 
 
 def _free_device(engine: Engine) -> jax.Device:

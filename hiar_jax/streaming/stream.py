@@ -249,7 +249,8 @@ class _Work:
     entering = generation.next_block
     while self.changes and self.changes[0].block <= entering:
       change = self.changes.popleft()
-      generation.change_prompt(change.prompt, change.recache)
+      if change.recache or change.prompt != generation.prompt:
+        generation.change_prompt(change.prompt, change.recache)
     self.prompts[entering] = generation.prompt
     emitted = generation.step()
     flight = generation.in_flight
@@ -411,11 +412,3 @@ def block_seconds(first: int, given: int, block: int, pixel_frames: Callable[[in
     return pixel_frames(before) / fps if before else 0.0
 
   return start
-
-
-def new_blocks(frames: int, given: int, block: int, pixel_frames: Callable[[int], int]) -> int:
-  """Blocks that make a video of at least `frames` frames after `given` latent ones."""
-  blocks = 0
-  while pixel_frames(given + blocks * block) < frames:
-    blocks += 1
-  return blocks
