@@ -24,7 +24,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.data.size = 32
   c.data.seed = 0
   c.data.difficulty = "plain"  # or "textured": two shapes that cross on a texture
-  c.data.clips = 8192
+  c.data.later = 0.3  # share of clips from further on in a video, where the caption's direction holds no more
+  c.data.clips = 12288
   c.data.folder = ""
   c.data.fps = 8.0
 
@@ -64,7 +65,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.history.sink_level = "history"
   c.history.renoise = "fresh"  # published code; the paper's Eq. 3 is "euler"
 
-  c.teacher = training(steps=1800, batch=16, lr=1e-3)
+  c.teacher = training(steps=2100, batch=16, lr=1e-3)
   c.teacher.rule = "muon"  # AdamW needs about 1.7 times the updates
   c.teacher.schedule = "cosine"
   c.teacher.clip = 1.0
@@ -79,7 +80,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.trajectories.guidance = 1.0
   c.trajectories.dtype = "float32"
 
-  c.causal_init = training(steps=350, batch=16, lr=5e-4)
+  c.causal_init = training(steps=500, batch=16, lr=5e-4)
   c.causal_init.schedule = "cosine"
   c.causal_init.clip = 1.0
   c.causal_init.ema_decay = 0.99
@@ -148,10 +149,9 @@ def main(c):
 
 def full(c):
   """The same, trained longer on more."""
-  c.teacher.steps = 4500
-  c.trajectories.count = 2048
-  c.causal_init.steps = 1500
-  c.distill.steps = 400
+  c.teacher.steps = 3600
+  c.trajectories.count = 1536
+  c.causal_init.steps = 1200
   return c
 
 

@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import sys
 from typing import Any
 
@@ -73,6 +74,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       if step in self._manager.all_steps():
         return False
+      self._check_space(state, params)
       self._saving = step
       return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
@@ -121,6 +123,14 @@ class Checkpoints:
         f"checkpoint {self.directory / str(step)}: the position in the data does not fit this data pipeline "
         f"({_first_line(error)}); use the data settings and the number of processes that it was saved with"
       ) from error
+
+  def _check_space(self, *trees: PyTree) -> None:
+    """Refuses what cannot fit before Orbax's threads try: on a full disk every one of them prints a traceback of its own."""
+    path = os.fspath(self.directory)
+    if jax.process_count() == 1 and "://" not in path:
+      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+      if shutil.disk_usage(path).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
   def _write_checksums(self) -> None:
     """Called by Orbax's thread when all items are written, before their directory gets its final name."""

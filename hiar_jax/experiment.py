@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16")
 class DataConfig:
   """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in `folder`, at `fps`, cropped to `size`;
   `prompts`: no videos, the lines of the file `prompts`, for a teacher that is there already.
+  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig), by whole blocks.
 
   frames: of a clip, in pixels' time. size: of a frame, one number or (height, width).
   """
@@ -34,6 +35,7 @@ class DataConfig:
   size: int | tuple[int, int] = 32
   seed: int = 0
   difficulty: str = "plain"
+  later: float = 0.0
   clips: int = 4096
   folder: str = ""
   fps: float = 8.0
@@ -296,13 +298,8 @@ class Experiment:
 
   @property
   def dit(self) -> DiTConfig:
-    """Base and critic."""
+    """Base, student and critic."""
     return self._dit(self.model)
-
-  @property
-  def student_dit(self) -> DiTConfig:
-    """The same parameters; but only the frames of the first block have places of their own, those of later blocks share theirs."""
-    return dataclasses.replace(self.dit, places=(self.history.block, self.history.block))
 
   @property
   def teacher_dit(self) -> DiTConfig:
@@ -310,4 +307,6 @@ class Experiment:
     return self._dit(self.teacher_model or self.model)
 
   def _dit(self, model: ModelConfig) -> DiTConfig:
-    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim)
+    """The frames of a training clip's length have places of their own; the blocks after it share theirs."""
+    places = (self.latent_frames(self.data.frames), self.history.block)
+    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim, places=places)

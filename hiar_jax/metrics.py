@@ -1,6 +1,7 @@
-"""What a run says about itself: scalars to JSONL and TensorBoard, images and clips to TensorBoard, a progress bar.
+"""What a run says about itself: scalars and sample frames to JSONL and TensorBoard, a progress bar.
 
-A line of `metrics.jsonl` is {"stage": str, "step": int, "time": unix seconds, "scalars": {name: number or null}}.
+A line of `metrics.jsonl` is {"stage": str, "step": int, "time": unix seconds, "scalars": {name: number or null}}, or with
+"image": a PNG beside it, instead of "scalars".
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
+from hiar_jax import media
 from hiar_jax.files import write_atomic
 
 if TYPE_CHECKING:
@@ -62,23 +64,24 @@ class Writer:
     if self._jsonl is None:
       return
     numbers = {name: _number(value) for name, value in values.items()}
-    record = {"stage": stage, "step": int(step), "time": round(time.time(), 3), "scalars": numbers}
-    self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
-    self._jsonl.flush()
+    self._write(stage, step, {"scalars": numbers})
     for name, value in numbers.items():
       self._tensorboard().add_scalar(f"{stage}/{name}", math.nan if value is None else value, int(step))
 
-  def images(self, stage: str, step: int, name: str, images: np.ndarray) -> None:
-    """Writes images [n, h, w, 3], uint8, to TensorBoard."""
-    if self._jsonl is not None:
-      images = _uint8(images, 4, "[n, h, w, 3]")
-      self._tensorboard().add_images(f"{stage}/{name}", images, int(step), dataformats="NHWC")
-
   def video(self, stage: str, step: int, name: str, clips: np.ndarray, columns: int = 8) -> None:
-    """Writes clips [b, f, h, w, 3], uint8, to TensorBoard as one image: a row a clip, `columns` of its frames."""
+    """Writes clips [b, f, h, w, 3], uint8, as one image: a row a clip, `columns` of its frames."""
     if self._jsonl is not None:
-      clips = _uint8(clips, 5, "[b, f, h, w, 3]")
-      self._tensorboard().add_image(f"{stage}/{name}", film_strip(clips, columns), int(step), dataformats="HWC")
+      strip = film_strip(_uint8(clips, 5, "[b, f, h, w, 3]"), columns)
+      path = self.path.parent / name / f"{stage}-{step:06d}.png"
+      path.parent.mkdir(exist_ok=True)
+      media.write_png(path, strip)
+      self._write(stage, step, {"image": f"{name}/{path.name}"})
+      self._tensorboard().add_image(f"{stage}/{name}", strip, int(step), dataformats="HWC")
+
+  def _write(self, stage: str, step: int, content: dict[str, Any]) -> None:
+    record = {"stage": stage, "step": int(step), "time": round(time.time(), 3), **content}
+    self._jsonl.write(json.dumps(record, allow_nan=False) + "\n")
+    self._jsonl.flush()
 
   def close(self) -> None:
     """Flushes and closes both; a closed writer ignores what it is given."""

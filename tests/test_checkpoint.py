@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import flax.struct
@@ -366,23 +367,35 @@ def small_disk(tmp_path):
   subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk):
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, monkeypatch, foreseen):
+  """Refused before anything is written; or, where somebody else fills the disk meanwhile, by the threads that write."""
   small = make()
   big = jax.random.normal(jax.random.key(0), (2048, 1024))  # 8 MB that do not compress
+  if not foreseen:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
   with Checkpoints(small_disk / "c") as checkpoints:
     checkpoints.save(1, small, small.params)
+    checkpoints.wait()
+    before = tree_of(small_disk)
     with pytest.raises(UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "):
       checkpoints.save(2, small, {"w": big})
+      assert not foreseen
       checkpoints.wait()
+    assert not foreseen or tree_of(small_disk) == before
     step, state = checkpoints.restore(make())
     assert step == 1
     assert_same(state, small)
   with pytest.raises(UserError, match="no space left"), Checkpoints(small_disk / "c") as checkpoints:
-    checkpoints.save(2, small, {"w": big})  # the end of the `with` is where it shows
+    checkpoints.save(2, small, {"w": big})  # unforeseen, the end of the `with` is where it shows
   with Checkpoints(small_disk / "c") as checkpoints:  # as after a restart
     assert checkpoints.latest_step() == 1
     assert checkpoints.save(2, small, small.params)
     assert checkpoints.restore(make())[0] == 2
+
+
+def tree_of(directory) -> set[str]:
+  return {str(path) for path in directory.rglob("*")}
 
 
 def test_a_disk_that_fills_up_in_the_background_is_one_line_too(tmp_path, monkeypatch, caplog):

@@ -54,7 +54,7 @@ def test_a_batch_holds_clips_with_their_own_captions(clips, numbers):
   assert shapes == {
       "video": ((4, 9, 32, 32, 3), np.uint8), "tokens": ((4, 20), np.int32), "background": ((4,), np.int32),
       "position": ((4, 9, 1, 2), np.float32), "velocity": ((4, 9, 1, 2), np.float32),
-      "colour": ((4, 1), np.int32), "shape": ((4, 1), np.int32)}
+      "colour": ((4, 1), np.int32), "shape": ((4, 1), np.int32), "start": ((4,), np.int32)}
   for row, number in enumerate(numbers(batch)):
     clip = shapes_clips.make_clip(WorldConfig(), 0, number)
     np.testing.assert_array_equal(batch["video"][row], clip["video"])

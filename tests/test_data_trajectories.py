@@ -21,7 +21,7 @@ def _writer(directory, **changes):
 
 def _compute(writer, parts):
   for index in parts:
-    writer.write_part(index, *_part(writer.rows(index)))
+    writer.write_part(index, *_part(writer.rows(index)), [9 * row for row in writer.rows(index)])
 
 
 def _check(directory, atol=0.0):
@@ -30,7 +30,7 @@ def _check(directory, atol=0.0):
   latents, captions = _part(range(10))
   for i, record in enumerate(source):
     np.testing.assert_allclose(record["trajectory"], latents[i], atol=atol, rtol=0)
-    assert record["caption"].decode() == captions[i]
+    assert record["caption"].decode() == captions[i] and record["start"] == 9 * i
 
 
 def test_a_stop_anywhere_resumes_at_the_first_missing_part(tmp_path):

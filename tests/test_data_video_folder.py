@@ -141,6 +141,7 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
   source = store.open_source(tmp_path)
   captions = [r["caption"].decode() for r in source]
   assert captions == ["the film deeper/old"] + ["the film good"] * 3 + ["the film tall"] * 2
+  assert [int(r["start"]) for r in source] == [0, 0, 5, 10, 0, 5]
   assert all(r["video"].shape == (5, 32, 48, 3) for r in source)
   np.testing.assert_allclose(_reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6)
 

@@ -128,6 +128,14 @@ def test_any_frame_count_is_exact():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=IDS)
+def test_a_clip_from_further_on_is_a_part_of_its_video(config):
+  for scene in _scenes(config, 5):
+    video, clip = world.simulate(scene, 40), world.simulate(scene, 13, start=27)
+    np.testing.assert_array_equal(clip.position, video.position[27:])
+    np.testing.assert_array_equal(clip.velocity, video.velocity[27:])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=IDS)
 def test_motion_is_what_the_caption_says(config):
   for scene in _scenes(config):
     states = world.simulate(scene, config.frames)

@@ -140,10 +140,10 @@ def placed(places: tuple[int, int]) -> dit.DiTConfig:
   return dataclasses.replace(tiny.CONFIG, place_embedding=True, places=places)
 
 
-def placed_velocity(places, x, positions=POSITIONS, level=LEVELS) -> np.ndarray:
+def placed_velocity(places, x, positions=POSITIONS, level=LEVELS, start=None) -> np.ndarray:
   config = placed(places)
   forward = quick_jit(lambda params, *inputs: dit.DiT(config).apply({"params": params}, *inputs)[0])
-  return np.asarray(forward(tiny.params(config), x, level, tiny.text(), positions, ALL))
+  return np.asarray(forward(tiny.params(config), x, level, tiny.text(), positions, ALL, None, start))
 
 
 def test_places_share_their_parameters():
@@ -170,6 +170,15 @@ def test_late_frames_repeat_their_places():
   np.testing.assert_allclose(later, placed_velocity((3, 3), x, near), atol=2e-5)
   assert np.abs(later - placed_velocity((3, 3), x)).max() > 1e-2
   assert np.abs(placed_velocity((1024, 1), x, POSITIONS + 903) - placed_velocity((1024, 1), x, near)).max() > 1e-2
+
+
+def test_a_clip_may_start_anywhere_in_its_video():
+  """Each example at its own start: as if its frames had been counted from there."""
+  x = tiny.video(1, FRAMES)
+  there = placed_velocity((1024, 1), x, start=np.asarray([0, 5], np.int32))
+  for example, start in enumerate((0, 5)):
+    np.testing.assert_allclose(there[example], placed_velocity((1024, 1), x, POSITIONS + start)[example], atol=2e-5)
+  assert np.abs(there[1] - placed_velocity((1024, 1), x)[1]).max() > 1e-2
 
 
 def test_a_cache_equals_one_forward():

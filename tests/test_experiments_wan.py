@@ -90,7 +90,7 @@ def test_every_step_is_traced_at_full_size(name):
   """What is traced is what a pod would compile: 21 latent frames of 60 x 104, windows, sinks, all levels."""
   e = experiment(name)
   state = abstract_state(e, jax.random.key(0))
-  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(e.student.sigmas, jnp.float32), abstract_task(e))
+  who = distill.Student(e.dit, e.teacher_dit, e.history, jnp.asarray(e.student.sigmas, jnp.float32), abstract_task(e))
   teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))
   same = lambda tree: tree
   batch = abstract_batch(e, 1)

@@ -9,6 +9,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 import pytest
 
 from hiar_jax import metrics
@@ -63,23 +64,33 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
   assert [record["step"] for record in metrics.read(path)] == [1, 2, 3]
 
 
-def test_tensorboard_gets_scalars_images_and_clips(tmp_path):
+def test_tensorboard_gets_scalars_and_clips(tmp_path):
   with metrics.Writer(tmp_path) as writer:
     writer.scalars("init", 1, {"loss": 0.5})
-    writer.images("init", 1, "sheet", np.zeros((2, 8, 8, 3), np.uint8))
     writer.video("init", 1, "clip", np.zeros((2, 5, 8, 8, 3), np.uint8))
   (events,) = tmp_path.glob("events.out.tfevents.*")
   content = events.read_bytes()
-  for tag in (b"init/loss", b"init/sheet", b"init/clip"):
+  for tag in (b"init/loss", b"init/clip"):
     assert tag in content
+
+
+def test_clips_are_pictures_that_the_log_names(tmp_path):
+  clips = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 6, 3)).astype(np.uint8)
+  with metrics.Writer(tmp_path) as writer:
+    writer.scalars("init", 20, {"loss": 0.5})
+    writer.video("init", 20, "clip", clips)
+  scalars, image = without_time(writer.path)
+  assert scalars == {"stage": "init", "step": 20, "scalars": {"loss": 0.5}}
+  assert image == {"stage": "init", "step": 20, "image": "clip/init-000020.png"}
+  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / image["image"])), metrics.film_strip(clips))
 
 
 def test_pictures_of_another_kind_are_refused(tmp_path):
   with metrics.Writer(tmp_path) as writer:
-    with pytest.raises(ValueError, match=r"expected uint8 \[n, h, w, 3\], got float32 \[2, 8, 8, 3\]"):
-      writer.images("init", 1, "sheet", np.zeros((2, 8, 8, 3), np.float32))
-    with pytest.raises(ValueError, match=r"expected uint8 \[b, f, h, w, 3\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 \[b, f, h, w, 3\], got uint8 \[5, 8, 8, 3\]"):
       writer.video("init", 1, "clip", np.zeros((5, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"got float32"):
+      writer.video("init", 1, "clip", np.zeros((2, 5, 8, 8, 3), np.float32))
 
 
 def test_a_film_strip_runs_from_the_first_frame_to_the_last():
@@ -95,7 +106,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
   with metrics.Writer(tmp_path / "logs") as writer:
     writer.resume("init", 0)
     writer.scalars("init", 1, {"loss": 0.5})
-    writer.images("init", 1, "sheet", np.zeros((2, 8, 8, 3), np.uint8))
+    writer.video("init", 1, "clip", np.zeros((2, 5, 8, 8, 3), np.uint8))
   with metrics.Progress("init", 10, seconds=0) as bar:
     bar.update(1, loss=0.5)
   assert not (tmp_path / "logs").exists()

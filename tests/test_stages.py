@@ -199,7 +199,7 @@ def train(run: Run, steps: int, loss=lambda step: 1.0 / step, act=lambda step: N
 
 
 def logged(run: Run) -> list[int]:
-  return [record["step"] for record in metrics.read(run.workdir / "logs" / "metrics.jsonl")]
+  return [record["step"] for record in metrics.read(run.workdir / "logs" / "metrics.jsonl") if "scalars" in record]
 
 
 def saved(run: Run) -> list[int]:

@@ -14,6 +14,8 @@ import pytest
 import tiny_run
 from tiny_run import assert_same_run, files, log
 
+from hiar_jax.data import store
+
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
@@ -33,6 +35,15 @@ def test_every_stage_leaves_its_result(chain):
   measured = json.loads((workdir / "sample" / "metrics.json").read_text())
   assert measured["settings"]["frames"] == 16 and len(measured["prompts"]) == 3
   assert list((workdir / "logs").glob("events.*"))
+
+
+def test_trajectories_are_those_of_the_clips(chain):
+  """Caption and start of the clips in their order, some of them from further on in a video."""
+  clips, made = (store.open_source(chain.straight / stage) for stage in ("data", "trajectories"))
+  for i, record in enumerate(made):
+    assert (record["caption"], record["start"]) == (clips[i]["caption"], clips[i]["start"])
+  starts = {int(clip["start"]) for clip in clips}
+  assert 0 in starts and len(starts) > 1 and all(start % 2 == 0 for start in starts)  # whole blocks
 
 
 def test_the_generator_takes_one_update_every_other_critic_update(chain):

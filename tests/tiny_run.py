@@ -171,9 +171,9 @@ def numbers(leaf: jax.Array) -> np.ndarray:
 
 
 def log(workdir, stage: str | None = None) -> list[dict]:
-  """The records of metrics.jsonl without their times."""
+  """The records of numbers in metrics.jsonl, without their times."""
   records = metrics.read(pathlib.Path(workdir) / "logs" / "metrics.jsonl", stage)
-  return [{name: value for name, value in record.items() if name != "time"} for record in records]
+  return [{name: value for name, value in record.items() if name != "time"} for record in records if "scalars" in record]
 
 
 def trajectories(workdir) -> tuple[np.ndarray, list[bytes]]:

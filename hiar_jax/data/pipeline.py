@@ -83,6 +83,12 @@ def read_captions(directory: str | os.PathLike) -> list[str]:
   return [source[i]["caption"].decode() for i in range(len(source))]
 
 
+def read_starts(directory: str | os.PathLike) -> list[int]:
+  """The frame of its video at which every clip of a data set begins, 0 where the data set does not say."""
+  source = store.open_source(directory)
+  return [int(source[i].get("start", 0)) for i in range(len(source))]
+
+
 def read_prompts(path: str | os.PathLike) -> list[str]:
   """One prompt a line; blank lines and lines that start with # are left out.
 

@@ -24,8 +24,9 @@ class ShapesClipsConfig(tfds.core.BuilderConfig):
 
 
 class ShapesClips(store.SequentialBuilder):
-  """video uint8 [f, H, W, 3], caption, and the state of n shapes: position and velocity float32 [f, n, 2] (x y, pixels,
-  pixels per frame), colour, shape int32 [n] and background int32 [] as indices into `world`'s lists."""
+  """video uint8 [f, H, W, 3], start int32 [] (the frame of its video at which it begins), caption, and the state of n shapes:
+  position and velocity float32 [f, n, 2] (x y, pixels, pixels per frame), colour, shape int32 [n] and background int32 [] as indices
+  into `world`'s lists."""
 
   @property
   def count(self) -> int:
@@ -41,6 +42,7 @@ class ShapesClips(store.SequentialBuilder):
     f, n = world.frames, world.shapes_per_clip
     return {
         "video": store.tensor((f, world.size, world.size, 3), np.uint8),
+        "start": store.tensor((), np.int32),
         "caption": tfds.features.Text(),
         "position": store.tensor((f, n, 2), np.float32),
         "velocity": store.tensor((f, n, 2), np.float32),
@@ -57,10 +59,13 @@ class ShapesClips(store.SequentialBuilder):
 
 def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -> dict[str, Any]:
   """Clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
-  scene = world_lib.sample_scene(np.random.default_rng((seed, index)), world, split)
-  states = world_lib.simulate(scene, world.frames)
+  rng = np.random.default_rng((seed, index))
+  scene = world_lib.sample_scene(rng, world, split)
+  start = world_lib.sample_start(rng, world)
+  states = world_lib.simulate(scene, world.frames, start)
   return {
       "video": world_lib.render(states, world_lib.background_image(scene.background, world), world),
+      "start": np.int32(start),
       "caption": world_lib.caption(scene),
       "position": states.position.astype(np.float32),
       "velocity": states.velocity.astype(np.float32),

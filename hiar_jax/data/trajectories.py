@@ -32,7 +32,7 @@ class TrajectoriesConfig(tfds.core.BuilderConfig):
 
 
 class Trajectories(store.SequentialBuilder):
-  """trajectory [s, f, h, w, c] (s noise levels) and caption, in the order of the parts."""
+  """trajectory [s, f, h, w, c] (s noise levels), start int32 [] and caption (of the clip it was made for), in the order of the parts."""
 
   @property
   def count(self) -> int:
@@ -44,13 +44,17 @@ class Trajectories(store.SequentialBuilder):
 
   def features(self) -> dict[str, Any]:
     config = self.builder_config
-    return {"trajectory": store.tensor(config.shape, np.dtype(config.dtype)), "caption": tfds.features.Text()}
+    return {
+        "trajectory": store.tensor(config.shape, np.dtype(config.dtype)),
+        "start": store.tensor((), np.int32),
+        "caption": tfds.features.Text(),
+    }
 
   def examples(self) -> Iterator[dict[str, Any]]:
     for path in self.builder_config.parts:
-      latents, captions = _read_part(path)
-      for trajectory, caption in zip(latents, captions, strict=True):
-        yield {"trajectory": trajectory, "caption": caption}
+      latents, captions, starts = _read_part(path)
+      for trajectory, caption, start in zip(latents, captions, starts, strict=True):
+        yield {"trajectory": trajectory, "start": start, "caption": caption}
 
 
 class TrajectoryWriter:
@@ -100,8 +104,8 @@ class TrajectoryWriter:
       return []
     return [i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()]
 
-  def write_part(self, index: int, latents: np.ndarray, captions: Sequence[str]) -> None:
-    """Keeps part `index` for good: latents [m, s, f, h, w, c] and m captions, m = len(rows(index)). Atomic.
+  def write_part(self, index: int, latents: np.ndarray, captions: Sequence[str], starts: Sequence[int] | None = None) -> None:
+    """Keeps part `index` for good: latents [m, s, f, h, w, c], m captions and starts (default 0), m = len(rows(index)). Atomic.
 
     Raises:
       ValueError: shapes that don't fit the part (a bug of the caller).
@@ -117,7 +121,8 @@ class TrajectoryWriter:
       raise UserError(f"the teacher's trajectories {self.rows(index)} are not finite as {self.dtype}; the teacher has "
                       "diverged, or its latents need float32")
     content = io.BytesIO()
-    np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_))
+    starts = np.zeros(len(captions), np.int32) if starts is None else np.asarray(starts, np.int32)
+    np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_), starts=starts)
     write_atomic(self._part(index), content.getvalue())
 
   def finish(self) -> None:
@@ -165,10 +170,10 @@ def check_sigmas(directory: str | os.PathLike, sigmas: Sequence[float]) -> None:
                     "in another directory")
 
 
-def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   try:
     with open(path, "rb") as file, np.load(file) as part:
-      return part["latents"], part["captions"]
+      return part["latents"], part["captions"], part["starts"]
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
     raise UserError(f"{path} is damaged ({error}) and was removed; run again to compute it anew") from error

@@ -57,13 +57,15 @@ class VideoFolder(store.SequentialBuilder):
     sampling = self.builder_config.sampling
     return {
         "video": store.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
+        "start": store.tensor((), np.int32),
         "caption": tfds.features.Text(),
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
     for source in self.builder_config.sources:
-      for clip in video_file.clips(source.path, self.builder_config.sampling):
-        yield {"video": clip, "caption": source.caption}
+      sampling = self.builder_config.sampling
+      for number, clip in enumerate(video_file.clips(source.path, sampling)):
+        yield {"video": clip, "start": np.int32(number * sampling.stride), "caption": source.caption}
 
 
 def prepare(

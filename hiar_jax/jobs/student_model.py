@@ -192,8 +192,8 @@ def _from_picture(run: Run, frames: int):
 
   @jax.jit
   def generate(params, texts, seeds, given):
-    forward = dit.bind(e.student_dit, params, run.task.embed(texts))
-    cache = empty_cache(e.student_dit, e.history, run.task, texts.shape[0], 1 + frames)
+    forward = dit.bind(e.dit, params, run.task.embed(texts))
+    cache = empty_cache(e.dit, e.history, run.task, texts.shape[0], 1 + frames)
     noise = block_noise(key, seeds, e.history, run.task)
     return first_frame.rollout(forward, noise, cache, sigmas, e.history, frames // e.history.block, given)
 

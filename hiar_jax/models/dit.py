@@ -38,7 +38,8 @@ class DiTConfig:
   unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
   place_embedding: adds to each token a learned function of its row, column and frame. Wan2.1 has none: with rotations alone a token finds
     out where it is only by way of the borders, which small grids and short trainings don't teach.
-  places: (n, period) of the frames there: the first n are told apart, those after repeat with the period. So a video may go on for ever.
+  places: (n, period) of the frames there: the first n of a video are told apart, those after repeat with the period. So a video may go on
+    for ever.
   """
 
   dim: int = 1536
@@ -106,15 +107,15 @@ def time_features(timestep: jax.Array, width: int) -> jax.Array:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def place_features(positions: Positions, rows: int, columns: int, places: tuple[int, int]) -> jax.Array:
-  """Sinusoids of a token's frame, row and column: [f, rows * columns, 6 * len(PLACE_PERIODS)]."""
+def place_features(frames: jax.Array, rows: int, columns: int, places: tuple[int, int]) -> jax.Array:
+  """Sinusoids of a token's frame, row and column: frames [b f] -> [b f rows*columns 6*len(PLACE_PERIODS)]."""
   angles = lambda n: 2 * np.pi * np.arange(n)[:, None] / np.asarray(PLACE_PERIODS)
   waves = lambda n: jnp.asarray(np.concatenate([np.cos(angles(n)), np.sin(angles(n))], axis=-1), jnp.float32)
   first, period = places
-  frames = waves(first + period)[jnp.where(positions < first, positions, first + (positions - first) % period)]
-  parts = frames[:, None, None], waves(rows)[None, :, None], waves(columns)[None, None]
-  shape = (positions.size, rows, columns, 2 * len(PLACE_PERIODS))
-  return jnp.concatenate([jnp.broadcast_to(part, shape) for part in parts], axis=-1).reshape(positions.size, rows * columns, -1)
+  time = waves(first + period)[jnp.where(frames < first, frames, first + (frames - first) % period)]
+  parts = time[:, :, None, None], waves(rows)[None, None, :, None], waves(columns)[None, None, None]
+  shape = (*frames.shape, rows, columns, 2 * len(PLACE_PERIODS))
+  return jnp.concatenate([jnp.broadcast_to(part, shape) for part in parts], axis=-1).reshape(*frames.shape, rows * columns, -1)
 
 
 def layer_norm(x: jax.Array, eps: float) -> jax.Array:
@@ -242,12 +243,13 @@ class DiT(nn.Module):
   @typed
   def __call__(
     self, x: Video, timestep: Sigma, text: Text | Texts, positions: Positions,
-    mask: FrameMask | None = None, past: KV | None = None,
+    mask: FrameMask | None = None, past: KV | None = None, start: jax.Array | None = None,
   ) -> tuple[jax.Array, KV]:  # fmt: skip
     """Noisy latents -> velocity [b f h w c] in float32, and the K/V of x's frames.
 
     timestep: per frame, in [0, 1000]. positions: frame indices. mask: [f, p + f] over [past | own] frames, None = all.
     text: one for all frames, or one for each of g equal groups of them.
+    start: [b], frames of its video before each clip; for the place embedding alone (rotations see differences).
     """
     c = self.config
     b, f, h, w, _ = x.shape
@@ -257,7 +259,8 @@ class DiT(nn.Module):
     tokens = _dense(c, c.dim, "patch_embedding")(tokens.reshape(b, f, rows * columns, -1).astype(c.dtype))
 
     if c.place_embedding:
-      tokens = tokens + _dense(c, c.dim, "place_embedding")(place_features(positions, rows, columns, c.places))[None]
+      frames = positions[None] + (0 if start is None else start[:, None])
+      tokens = tokens + _dense(c, c.dim, "place_embedding")(place_features(frames, rows, columns, c.places))
 
     text = nn.gelu(_dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
     text = _dense(c, c.dim, "text_embedding_out")(text)
@@ -285,8 +288,8 @@ def init(config: DiTConfig, key: jax.Array) -> Params:
   return variables["params"]
 
 
-def bind(config: DiTConfig, params: Params, text: Text | Texts):
-  """The network as the rollouts and losses use it.
+def bind(config: DiTConfig, params: Params, text: Text, start: jax.Array | None = None):
+  """The network as the rollouts and losses use it. start: [b], where in its video each clip begins, default at its beginning.
 
   forward(x [b f h w c], sigma, positions [f], mask=None, past=None) -> (velocity, KV), sigma a scalar, [b] or [b f].
   """
@@ -296,7 +299,7 @@ def bind(config: DiTConfig, params: Params, text: Text | Texts):
     sigma = sigma[:, None] if sigma.ndim == 1 else sigma
     levels = jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)
     return DiT(config).apply(
-      {"params": params}, jnp.asarray(x), flow.timestep(levels), jnp.asarray(text), positions, mask, past
+      {"params": params}, jnp.asarray(x), flow.timestep(levels), jnp.asarray(text), positions, mask, past, start
     )
 
   return forward

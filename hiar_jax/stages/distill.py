@@ -8,6 +8,7 @@ from hiar_jax.stages import loop, student, teacher
 from hiar_jax.stages.run import Run
 from hiar_jax.state import create
 from hiar_jax.steps import distill
+from hiar_jax.types import Batch
 
 
 class Latest:
@@ -23,6 +24,11 @@ class Latest:
     self.metrics = dict(state)
 
 
+def _as_held(batch: Batch) -> Batch:
+  """Trajectories beside the prompts of a batch: {trajectory, trajectory_tokens, and so on}."""
+  return {"trajectory": batch["trajectory"], **{f"trajectory_{name}": batch[name] for name in ("tokens", "start") if name in batch}}
+
+
 def run(run: Run) -> None:
   """Writes <workdir>/distill."""
   e, config = run.experiment, run.experiment.distill
@@ -30,7 +36,7 @@ def run(run: Run) -> None:
     return
   real, base, start = teacher.load_real(run), teacher.load(run), teacher.load_weights(run, "causal_init")
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
-  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
+  who = distill.Student(e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
   latest = Latest()
   feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
@@ -46,8 +52,7 @@ def run(run: Run) -> None:
       if config.updates_generator(step):
         batch = feeds.next("prompts")
         if config.forward_kl.weight:
-          held = feeds.next("trajectories")
-          batch |= {"trajectory": held["trajectory"], "trajectory_tokens": held["tokens"]}
+          batch |= _as_held(feeds.next("trajectories"))
         state, now = generator(state, batch, real)
         latest.metrics = {f"generator_{name}": value for name, value in now.items()}
       state, critic_measured = critic(state, feeds.next("prompts"))

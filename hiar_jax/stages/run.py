@@ -63,7 +63,9 @@ class Run:
       raise UserError(f"this needs the truth of the shapes world, but data.source is {data.source!r}")
     if data.height != data.width:
       raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
-    return world.WorldConfig(size=data.height, frames=data.frames, difficulty=data.difficulty)
+    return world.WorldConfig(
+      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later, stride=self.experiment.history.block
+    )
 
   @functools.cached_property
   def writer(self) -> metrics.Writer:
@@ -94,7 +96,8 @@ class Run:
     return medium.pixels(self.medium, latents)
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
-    """This process's share of a stage's batches from its data set: the data, or the trajectories."""
+    """This process's share of a stage's batches from its data set: the data, or the trajectories. With `start` where the model reads it."""
+    keys = (*keys, "start") if self.experiment.dit.place_embedding else keys
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")

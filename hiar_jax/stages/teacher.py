@@ -90,18 +90,18 @@ def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
 
 
 def make_walk(run: Run, key: jax.Array):
-  """walk(params, tokens [b l], index [b]) -> the teacher's guided trajectories at the student's levels [b s+1 f h w c].
+  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at the student's levels [b s+1 f h w c].
 
-  index: of each example, for its noise; an example's trajectory does not depend on those beside it.
+  index: of each example, for its noise; an example's trajectory does not depend on those beside it. start: of each clip in its video.
   """
   e = run.experiment
   sigmas = jnp.asarray(flow.sigma_schedule(e.trajectories.steps, e.student.shift), jnp.float32)
   keep = e.trajectories.kept(e.student)
 
-  def call(params, tokens, index):
+  def call(params, tokens, index, start=None):
     text = run.task.embed(tokens)
     eps = example_normal(example_keys(key, index), run.task.clip)
-    forward, negative = dit.bind(e.dit, params, text), dit.bind(e.dit, params, run.task.negative(text))
+    forward, negative = (dit.bind(e.dit, params, of, start) for of in (text, run.task.negative(text)))
     return bidirectional.trajectory(forward, negative, eps, sigmas, keep, e.trajectories.guidance)
 
   return jax.jit(call)

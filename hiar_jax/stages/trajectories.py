@@ -29,15 +29,16 @@ def run(run: Run) -> None:
   )  # fmt: skip
   if writer.complete:
     return
-  captions = pipeline.read_captions(run.directory("data"))
+  captions, starts = pipeline.read_captions(run.directory("data")), pipeline.read_starts(run.directory("data"))
   params, walk = teacher.load(run), teacher.make_walk(run, jax.random.fold_in(jax.random.key(e.seed), 2))
   missing = writer.missing_parts(jax.process_index(), jax.process_count())
   parts = -(-config.count // config.batch)
   with metrics.progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
       rows = np.asarray(writer.rows(part))
-      chosen = [captions[row % len(captions)] for row in rows]
-      writer.write_part(part, np.asarray(_padded(walk, params, run.tokens(chosen), rows, config.batch)), chosen)
+      clips = rows % len(captions)
+      chosen, begin = [captions[i] for i in clips], np.asarray(starts, np.int32)[clips]
+      writer.write_part(part, _padded(walk, params, run.tokens(chosen), rows, begin, config.batch), chosen, begin)
       bar.update(done)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("trajectories")
@@ -47,8 +48,7 @@ def run(run: Run) -> None:
     multihost_utils.sync_global_devices("trajectories data set")
 
 
-def _padded(walk, params, tokens: np.ndarray, rows: np.ndarray, batch: int) -> jax.Array:
+def _padded(walk, params, tokens: np.ndarray, rows: np.ndarray, starts: np.ndarray, batch: int) -> np.ndarray:
   """The last part is shorter: filled up to the batch, so that nothing is compiled twice."""
-  fill = batch - len(rows)
-  tokens, index = np.pad(tokens, ((0, fill), *((0, 0),) * (tokens.ndim - 1))), np.pad(rows, (0, fill))
-  return walk(params, tokens, index)[: len(rows)]
+  fill = lambda array: np.pad(array, ((0, batch - len(rows)), *((0, 0),) * (array.ndim - 1)))
+  return np.asarray(walk(params, fill(tokens), fill(rows), fill(starts)))[: len(rows)]

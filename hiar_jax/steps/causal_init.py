@@ -29,7 +29,10 @@ class CausalInitConfig(Training):
 
 
 def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: History):
-  """step(state, batch {trajectory, tokens, index}, mean) -> (state, metrics). sigmas [s+1]: the student's levels."""
+  """step(state, batch {trajectory, tokens, index, start where places are embedded}, mean) -> (state, metrics).
+
+  sigmas [s+1]: the student's levels.
+  """
   sigmas = jnp.asarray(sigmas, jnp.float32)
   count = sigmas.size - 1
   optimizer = config.optimizer()
@@ -39,7 +42,7 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: Hist
 
     def loss(params, part):
       keys = example_keys(key, part["index"])
-      forward = dit.bind(model, params, task.embed(part["tokens"]))
+      forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
       points = part["trajectory"].astype(jnp.float32)
       shared = config.shows == "history"
       levels = losses.sample_levels(keys, count, task.frames, history.block, shared)

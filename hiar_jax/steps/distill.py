@@ -79,34 +79,40 @@ class DistillConfig(Training):
 class Student:
   """The networks' sizes and the method: everything that a self-rollout needs but the weights.
 
-  point_sigmas: levels of the trajectories, where they are not the student's.
+  model: of student and critic. point_sigmas: levels of the trajectories, where they are not the student's.
   """
 
   model: dit.DiTConfig
-  critic_model: dit.DiTConfig
   teacher_model: dit.DiTConfig
   history: History
   sigmas: jax.Array  # [s+1], float32
   task: Task
   point_sigmas: jax.Array | None = None
 
-  def generate(self, params: Params, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
+  def generate(self, params: Params, frozen: Params, clips: Batch, key: Key) -> jax.Array:
     """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c], differentiable in params."""
-    forward = dit.bind(self.model, params, self.task.embed(tokens))
-    return exit_rollout(forward, *self._rollout(frozen, tokens, index, key))
+    return exit_rollout(self.bind(params, clips), *self._rollout(frozen, clips, key))
 
-  def sample(self, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> jax.Array:
+  def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
     """The same clips, without gradient."""
-    return exit_sample(*self._rollout(frozen, tokens, index, key))
+    return exit_sample(*self._rollout(frozen, clips, key))
 
-  def _rollout(self, frozen: Params, tokens: jax.Array, index: jax.Array, key: Key) -> tuple:
+  def bind(self, params: Params, clips: Batch):
+    """Student or critic on the texts and starts of clips {tokens, start where places are embedded}."""
+    return dit.bind(self.model, params, self.task.embed(clips["tokens"]), clips.get("start"))
+
+  def _rollout(self, frozen: Params, clips: Batch, key: Key) -> tuple:
     k_exit, k_noise = jax.random.split(key)
     exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
     return (
-      dit.bind(self.model, frozen, self.task.embed(tokens)), block_noise(k_noise, index, self.history, self.task),
-      empty_cache(self.model, self.history, self.task, tokens.shape[0]),
+      self.bind(frozen, clips), block_noise(k_noise, clips["index"], self.history, self.task),
+      empty_cache(self.model, self.history, self.task, clips["tokens"].shape[0]),
       self.sigmas, self.history, self.task.frames // self.history.block, exit_level,
     )  # fmt: skip
+
+
+def _of_trajectories(part: Batch) -> Batch:
+  return {name.removeprefix("trajectory_"): value for name, value in part.items() if name.startswith("trajectory_")}
 
 
 def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tuple[jax.Array, jax.Array]:
@@ -117,16 +123,16 @@ def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tu
 
 
 def make_critic_step(config: DistillConfig, student: Student):
-  """step(state, batch {tokens, index}, mean) -> (state, metrics). Advances state.step."""
+  """step(state, batch {tokens, index, start where places are embedded}, mean) -> (state, metrics). Advances state.step."""
   optimizer = config.critic_optimizer()
 
   def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
     k_rollout, k_score = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0))
 
     def loss(critic, part):
-      x = student.sample(state.params, part["tokens"], part["index"], k_rollout)
+      x = student.sample(state.params, part, k_rollout)
       sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
-      forward = dit.bind(student.critic_model, critic, student.task.embed(part["tokens"]))
+      forward = student.bind(critic, part)
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = descend(
@@ -140,7 +146,8 @@ def make_critic_step(config: DistillConfig, student: Student):
 def make_generator_step(config: DistillConfig, student: Student):
   """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts generator updates.
 
-  batch {tokens, index, trajectory [b s+1 f h w c], trajectory_tokens}: the last two only with forward-KL. teacher: frozen params.
+  batch {tokens, index, start where places are embedded}, and with forward-KL {trajectory [b s+1 f h w c], trajectory_tokens,
+  trajectory_start}. teacher: frozen params.
   """
   fkl, optimizer = config.forward_kl, config.generator_optimizer()
 
@@ -149,16 +156,16 @@ def make_generator_step(config: DistillConfig, student: Student):
     k_rollout, k_score, k_fkl = jax.random.split(key, 3)
 
     def loss(params, part):
-      x = student.generate(params, state.params, part["tokens"], part["index"], k_rollout)
+      x = student.generate(params, state.params, part, k_rollout)
       gradient = _dmd_gradient(config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score)
       dmd = dmd_loss.dmd(x, gradient).mean()
       metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()}
       if not fkl.weight:
         return dmd, metrics
-      level = jax.random.randint(k_fkl, (), 0, fkl.steps)
-      forward = dit.bind(student.model, params, student.task.embed(part["trajectory_tokens"]))
+      points, level = part["trajectory"].astype(jnp.float32), jax.random.randint(k_fkl, (), 0, fkl.steps)
+      forward = student.bind(params, _of_trajectories(part))
       held = fkl_loss.forward_kl(
-        forward, part["trajectory"].astype(jnp.float32), level, student.sigmas, student.history,
+        forward, points, level, student.sigmas, student.history,
         attention=fkl.attention, target=fkl.target, point_sigmas=student.point_sigmas,
       ).mean()  # fmt: skip
       return dmd + fkl.weight * held, {**metrics, "forward_kl": held}
@@ -177,7 +184,7 @@ def _dmd_gradient(config, student, critic, teacher, x, part, key):
   """The score difference at x [b f h w c]; neither score receives gradient."""
   text = student.task.embed(part["tokens"])
   sigma, eps = _score_draws(config, key, part["index"], x.shape[1:])
-  real = lambda text: dit.bind(student.teacher_model, teacher, text)
-  fake = dit.bind(student.critic_model, critic, text)
+  real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
+  fake = student.bind(critic, part)
   negative = student.task.negative(text)
   return jax.lax.stop_gradient(dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance))

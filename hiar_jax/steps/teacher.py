@@ -21,7 +21,7 @@ class TeacherConfig(Training):
 
 
 def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
-  """step(state, batch {video, tokens, index}, mean) -> (state, metrics)."""
+  """step(state, batch {video, tokens, index, start where places are embedded}, mean) -> (state, metrics)."""
 
   optimizer = config.optimizer()
 
@@ -35,7 +35,7 @@ def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
       x0 = task.encode(part)
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      return flow_matching(dit.bind(model, params, text), x0, eps, sigma).mean(), {}
+      return flow_matching(dit.bind(model, params, text, part.get("start")), x0, eps, sigma).mean(), {}
 
     params, opt_state, metrics = descend(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
