@@ -257,12 +257,11 @@ def test_a_viewer_that_vanished_is_noticed(tmp_path):
   """It closes nothing; it just answers no more."""
 
   async def visit(server):
-    gone = await raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT}))
-    await eventually(lambda: server.making() == 1)
-    await eventually(lambda: not server.desk.viewers and server.making() == 0)
-    gone.close()
+    with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
+      await eventually(lambda: server.making() == 1)
+      await eventually(lambda: not server.desk.viewers and server.making() == 0)
 
-  with page(tmp_path, rules=Rules(patience=1.0)) as server:
+  with page(tmp_path, rules=Rules(patience=1000.0, heartbeat=1.0)) as server:
     run(visit(server))
 
 
@@ -277,31 +276,32 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
   """Its socket is full; what it does not take is on the disk, not in memory."""
 
   async def visit(server):
-    slow = await raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT}))
-    await eventually(lambda: server.making() == 1)
-    (viewer,) = server.desk.viewers
-    showing = viewer.showing
-    async with tab(server) as one:
-      await one.say(do="start", prompt=PROMPT, seconds=1)
-      await one.until(lambda tab: tab.is_in("finished"))
-      await eventually(lambda: viewer not in server.desk.viewers and showing.is_over)
-    assert showing.why == "the viewer was too slow to take it"
-    slow.close()
+    with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
+      await eventually(lambda: server.making() == 1)
+      (viewer,) = server.desk.viewers
+      showing = viewer.showing
+      async with tab(server) as one:
+        await one.say(do="start", prompt=PROMPT, seconds=1)
+        await one.until(lambda tab: tab.is_in("finished"))
+        await eventually(lambda: viewer not in server.desk.viewers and showing.is_over)
+      assert showing.why == "the viewer was too slow to take it"
 
   source = FakeSource(0.01, decoder=Snow)
   source.scale = 1
-  with page(tmp_path, rules=Rules(patience=3.0, lead=1000.0), source=source) as server:
+  with page(tmp_path, rules=Rules(patience=3.0, lead=1000.0, heartbeat=1000.0), source=source) as server:
     run(visit(server))
 
 
-async def raw_tab(server, text):
+@contextlib.contextmanager
+def raw_tab(server, text):
   """A socket that shakes hands, asks, and never reads again."""
   raw = socket.create_connection(("127.0.0.1", server.port))
   raw.sendall(f"GET /watch HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
               "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())  # fmt: skip
   mask, data = b"abcd", text.encode()
   raw.sendall(bytes([0x81, 0x80 | len(data)]) + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
-  return raw
+  with raw:
+    yield
 
 
 def test_a_video_is_at_most_so_long(tmp_path):

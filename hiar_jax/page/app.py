@@ -26,7 +26,6 @@ FILES = {"/": ("index.html", "text/html"), "/page.js": ("page.js", "text/javascr
 MAX_PROMPT = 2000  # characters
 MAX_WISH = 2**16  # bytes of one wish; what is longer is refused unread
 MAX_MESSAGE = 2**24  # bytes; a socket that sends more is closed
-HEARTBEAT = 20  # seconds between two questions whether the tab is still there, at most
 NEWS_EVERY = 0.25  # seconds between two reports without anything new
 
 _POLICY = (
@@ -136,7 +135,7 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     raise web.HTTPServiceUnavailable(reason=f"{desk.house.viewers} viewers are here already; close a tab, or come back later")
   viewer = desk.enter()
   try:
-    heartbeat = min(HEARTBEAT, 2 * desk.house.rules.patience)
+    heartbeat = desk.house.rules.heartbeat
     viewer.socket = socket = web.WebSocketResponse(heartbeat=heartbeat, max_msg_size=MAX_MESSAGE, timeout=2, compress=False)
     await socket.prepare(request)
     sending = asyncio.create_task(_send(desk, viewer, request))

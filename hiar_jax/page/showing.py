@@ -39,13 +39,15 @@ class Wish:
 class Rules:
   """lead: seconds of video that may be made ahead of the viewer. patience: seconds that a viewer may stand still with video to watch.
 
-  hold: seconds that a paused or finished generation keeps its place when others wait. longest: seconds of one video.
+  hold: seconds that a paused or finished generation keeps its place when others wait. longest: seconds of one video. heartbeat: seconds
+  between two questions whether the tab is still there; one that has not answered after half as many more is gone.
   """
 
   lead: float = 2.0
   patience: float = 30.0
   hold: float = 60.0
   longest: float = 3600.0
+  heartbeat: float = 20.0
 
 
 class Showing:

@@ -57,20 +57,13 @@ class GrowingMP4:
     self._encoder: _Encoder | None = None
     self._fragments: list[Fragment] = []
     self._head = b""
+    self._file: io.FileIO | None = None
     with media.explained(self.path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      try:
-        self._file = open(self.path, "xb" if keep is None else "r+b", buffering=0)
-      except FileExistsError:
-        raise UserError(f"{self.path} is there already; give another name, or remove it") from None
-      except FileNotFoundError:
-        raise UserError(f"{self.path} is not there to be gone on with; restore it, or start a new video") from None
     if keep is not None:
-      try:
-        self._go_back(keep)
-      except BaseException:
-        self._file.close()
-        raise
+      self._go_back(keep)
+    elif self.path.exists():
+      raise _taken(self.path)
 
   def write(self, frames: np.ndarray) -> Fragment:
     """One fragment of these frames, which is on the disk when this returns."""
@@ -89,7 +82,8 @@ class GrowingMP4:
 
   def close(self) -> None:
     """There is nothing left to write: the file has been whole since its last fragment."""
-    self._file.close()
+    if self._file:
+      self._file.close()
 
   def __enter__(self) -> "GrowingMP4":
     return self
@@ -100,10 +94,18 @@ class GrowingMP4:
   def _start(self, size: tuple[int, int]) -> None:
     self._encoder = _Encoder(size, self._rate, self._scale, self._crf, self._metadata)
     self.mime = f'video/mp4; codecs="{codec_name(self._encoder.head)}"'
-    if not self._head:
+    if self._file is None:
+      self._open("xb")
       self._append(self._encoder.head)
     elif _decoder_settings(self._head) != _decoder_settings(self._encoder.head):
       raise UserError(f"{self.path} is a video of another size or quality; give the one that this generation wrote, or start a new one")
+
+  def _open(self, mode: str) -> None:
+    try:
+      with media.explained(self.path):
+        self._file = open(self.path, mode, buffering=0)
+    except UserError as error:
+      raise (_taken(self.path) if isinstance(error.__cause__, FileExistsError) else error) from error.__cause__
 
   def _append(self, content: bytes) -> int:
     """Where it starts."""
@@ -122,12 +124,15 @@ class GrowingMP4:
 
   def _go_back(self, keep: int) -> None:
     """To just after frame `keep`."""
+    if not self.path.exists():
+      raise UserError(f"{self.path} is not there to be gone on with; restore it, or start a new video")
     head, *there = scan(self.path)
     kept = [fragment for fragment in there if fragment.first + fragment.frames <= keep]
     if sum(fragment.frames for fragment in kept) != keep:
       held = sum(fragment.frames for fragment in there)
       raise UserError(f"{self.path} holds {held} frames in fragments of other lengths; expected the first {keep} to be whole")
     end = kept[-1].end if kept else head.end
+    self._open("r+b")
     self._head = os.pread(self._file.fileno(), head.end, 0)
     self._fragments, self.frames = kept, keep
     self._file.truncate(end)
@@ -176,6 +181,10 @@ class _Encoder:
     picture.pts, picture.time_base = number, self._time
     picture.pict_type = PictureType.I if key else PictureType.NONE
     return self._stream.encode(picture)
+
+
+def _taken(path: pathlib.Path) -> UserError:
+  return UserError(f"{path} is there already; give another name, or remove it")
 
 
 # ----------------------------------------------------------------------------------------------------------------- boxes

@@ -99,9 +99,10 @@ class Source:
       generation, self.decoder, (1, k, height, width, self.engine.parts.config.channels), fps=self.fps,
       blocks=self._blocks(frames, generation.given_frames), ahead=ahead, **changes,
     )  # fmt: skip
-    if frames is not None and stream.taken >= frames:
+    taken = stream.taken
+    if frames is not None and taken >= frames:
       stream.close()
-      raise UserError(f"frames = {frames}, but {directory} has {stream.taken} already; ask for more, or for frames=endless")
+      raise UserError(f"frames = {frames}, but {directory} has {taken} already; ask for more, or for frames=endless")
     return stream
 
   def seconds(self, given: int):
