@@ -98,6 +98,13 @@ def test_the_model_that_did_not_make_it_is_refused(running):
     Generation.restore(directory, parts(identity="other"))
 
 
+def test_a_model_that_is_no_engine_yet_gets_the_options_it_was_saved_with(tmp_path):
+  generation = Generation(engine(sink_place="carried", window=9), "a", seed=1)
+  generation.save(tmp_path / "g")
+  plan = Generation.restore(tmp_path / "g", parts(), Layout(2)).engine.plan
+  assert (plan.history.window, plan.sink_place) == (9, "carried")
+
+
 def test_other_options_are_refused(running):
   directory, _ = running
   with pytest.raises(UserError, match="saved with other options .sink_place = true, here carried"):

@@ -6,7 +6,9 @@ What a block sees at a level depends on earlier blocks at that level alone, so t
 walked along the diagonals. Every array of a `Pipe` that belongs to a level has a leading axis of levels and `tick` maps over it: on one
 device a batched forward; with that axis sharded over devices a pipeline, whose only communication is one block's latents a tick.
 
-While the pipe fills, levels work on blocks that do not exist: their results are finite, and nobody sees them.
+Nothing grows: caches are rings, and frames are counted from the video's start by integers that models.rope turns exactly, so numbers far
+on are those of a window freshly built. While the pipe fills, levels work on blocks that do not exist: their results are finite, and nobody
+sees them.
 """
 
 from collections.abc import Callable

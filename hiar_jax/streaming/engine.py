@@ -62,7 +62,7 @@ class Parts:
       return np.asarray(run.task.embed(model.texts(list(prompts))))
 
     return Parts(
-      e.student_dit, e.history, tuple(float(sigma) for sigma in run.sigmas), model.params(), jax.random.fold_in(jax.random.key(e.seed), 3),
+      e.dit, e.history, tuple(float(sigma) for sigma in run.sigmas), model.params(), jax.random.fold_in(jax.random.key(e.seed), 3),
       (size["height"], size["width"]), texts, model.identity,
     )  # fmt: skip
 
@@ -108,6 +108,14 @@ class Engine:
   def text(self, prompt: str) -> jax.Array:
     """[1 l d], on every device."""
     return jax.device_put(np.asarray(self.parts.texts([prompt])), self.whole)
+
+  def warm(self, prompt: str) -> None:
+    """Compiles now what would else be compiled in the midst of a video."""
+    text = self.text(prompt)
+    for programs in filter(None, (self.head, self.main)):
+      pipe = programs.start(text[None], np.zeros(1, np.int32))
+      pipe = programs.show_again(pipe, text, np.zeros(self.plan.levels, bool))
+      jax.block_until_ready(programs.tick(pipe, text, False))
 
 
 class Programs:

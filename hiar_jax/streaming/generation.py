@@ -143,7 +143,7 @@ class Generation:
     head = [latents for latents, _ in self._head or []]
     arrays = {"pipe": self._pipe, "text": self._text, **({"head": np.concatenate(head, axis=1)} if head else {})}
     facts = {
-      "identity": self.engine.parts.identity, "options": saved.options(self.engine.options), "text": saved.shape(self._text),
+      "identity": self.engine.parts.identity, "options": saved.options(self.engine.plan), "text": saved.shape(self._text),
       "seed": self.seed, "prompt": self.prompt, "block": self._block, "first": self._first, "given_frames": self.given_frames,
       "prompts": [[block, prompt] for block, prompt in self._prompts.items()], "anew": sorted(self._anew),
       "head": None if self._head is None else [prompt for _, prompt in self._head],
@@ -157,12 +157,10 @@ class Generation:
     Raises UserError where nothing is saved, where it is damaged, or of another model, window or sink.
     """
     facts = saved.facts(directory)
+    saved.check_identity(directory, facts, (model.parts if isinstance(model, Engine) else model).identity)
     if not isinstance(model, Engine):
-      parts = model if isinstance(model, Parts) else Parts.of(model)
-      saved.check_identity(directory, facts, parts.identity)
-      model = Engine(parts, Options(layout=layout, **facts["options"]))
-    saved.check_identity(directory, facts, model.parts.identity)
-    saved.check_options(directory, facts, model.options)
+      model = Engine(model, Options(layout=layout, **facts["options"]))
+    saved.check_options(directory, facts, saved.options(model.plan))
     self = cls.__new__(cls)
     self.engine, self.seed, self.prompt, self.given_frames = model, facts["seed"], facts["prompt"], facts["given_frames"]
     self._block, self._first = facts["block"], facts["first"]

@@ -14,9 +14,8 @@ import numpy as np
 from hiar_jax import checkpoint
 from hiar_jax.checkpoint import Checkpoints
 from hiar_jax.errors import UserError
+from hiar_jax.rollout.pipe import Plan
 from hiar_jax.types import PyTree
-
-OPTIONS = ("window", "sink", "sink_place")  # those that change a number; the layout does not
 
 
 def write(directory: str | os.PathLike, arrays: PyTree, facts: dict[str, Any], decoder: PyTree) -> None:
@@ -57,15 +56,16 @@ def check_identity(directory: str | os.PathLike, facts: dict[str, Any], identity
     )
 
 
-def check_options(directory: str | os.PathLike, facts: dict[str, Any], given: Any) -> None:
-  here = options(given)
-  lines = [f"{name} = {facts['options'][name]}, here {here[name]}" for name in OPTIONS if facts["options"][name] != here[name]]
+def check_options(directory: str | os.PathLike, facts: dict[str, Any], here: dict[str, Any]) -> None:
+  """here: `options` of the engine that is to go on."""
+  lines = [f"{name} = {there}, here {here[name]}" for name, there in facts["options"].items() if here[name] != there]
   if lines:
     raise UserError(f"{directory} was saved with other options ({'; '.join(lines)}); use those that it was saved with")
 
 
-def options(given: Any) -> dict[str, Any]:
-  return {name: getattr(given, name) for name in OPTIONS}
+def options(plan: Plan) -> dict[str, Any]:
+  """Those that change a number; the layout does not."""
+  return {"window": plan.history.window, "sink": plan.history.sink, "sink_place": plan.sink_place}
 
 
 def shape(array: jax.Array) -> dict[str, Any]:
