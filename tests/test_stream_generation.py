@@ -120,6 +120,19 @@ def test_a_video_depends_on_its_prompt_and_seed():
   assert np.abs(a - c).max() > 1e-2 and np.abs(a - d).max() > 1e-2
 
 
+def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
+  warm = engine()
+  warm.warm("a")
+  programs = (warm.main._start, warm.main.compiled_tick, warm.main._show_again)
+  before = [program._cache_size() for program in programs]
+  generation = Generation(warm, "a red circle", seed=1)
+  take(generation, 2)
+  generation.change_prompt("a blue square", recache=True)
+  take(generation, 6)
+  assert [program._cache_size() for program in programs] == before
+  assert before[1:] == [1, 1]
+
+
 # -- refused
 
 
