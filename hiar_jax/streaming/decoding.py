@@ -28,6 +28,7 @@ class Stateless:
   pieces: Callable
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    latents = np.asarray(latents)  # by way of the host: the devices of a pipe have other things to do
     return np.concatenate([piece[0] for piece in self.pieces(latents)]), None
 
   def remember(self, leaves, latents) -> PyTree:
@@ -46,7 +47,7 @@ class Streamed:
     return dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device)) if self.device else self.stream
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    latents = jax.device_put(np.asarray(latents), self.device)  # by way of the host: they come from the devices of a pipe
+    latents = jax.device_put(np.asarray(latents), self.device)
     pieces = list(self._stream.resume(latents, memory))
     return np.concatenate([pixels[0] for pixels, _ in pieces]), pieces[-1][1]
 
