@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 class DataConfig:
   """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in `folder`, at `fps`, cropped to `size`;
   `prompts`: no videos, the lines of the file `prompts`, for a teacher that is there already.
-  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig), by whole blocks.
+  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig); videos are cut end to end.
 
   frames: of a clip, in pixels' time. size: of a frame, one number or (height, width).
   """
@@ -298,8 +298,13 @@ class Experiment:
 
   @property
   def dit(self) -> DiTConfig:
-    """Base, student and critic."""
+    """Base and critic."""
     return self._dit(self.model)
+
+  @property
+  def student_dit(self) -> DiTConfig:
+    """The same parameters; but all blocks after a training clip's length share their places, so that a video may go on for ever."""
+    return dataclasses.replace(self.dit, places=(self.dit.places[0], self.history.block))
 
   @property
   def teacher_dit(self) -> DiTConfig:
@@ -307,6 +312,6 @@ class Experiment:
     return self._dit(self.teacher_model or self.model)
 
   def _dit(self, model: ModelConfig) -> DiTConfig:
-    """The frames of a training clip's length have places of their own; the blocks after it share theirs."""
-    places = (self.latent_frames(self.data.frames), self.history.block)
-    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim, places=places)
+    """The frames of a video's first clip have places of their own; those of later clips share theirs."""
+    frames = self.latent_frames(self.data.frames)
+    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim, places=(frames, frames))

@@ -90,7 +90,7 @@ def test_every_step_is_traced_at_full_size(name):
   """What is traced is what a pod would compile: 21 latent frames of 60 x 104, windows, sinks, all levels."""
   e = experiment(name)
   state = abstract_state(e, jax.random.key(0))
-  who = distill.Student(e.dit, e.teacher_dit, e.history, jnp.asarray(e.student.sigmas, jnp.float32), abstract_task(e))
+  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(e.student.sigmas, jnp.float32), abstract_task(e))
   teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))
   same = lambda tree: tree
   batch = abstract_batch(e, 1)
@@ -99,7 +99,7 @@ def test_every_step_is_traced_at_full_size(name):
   assert ("forward_kl" in measured) == (e.distill.forward_kl.weight > 0)
   after, _ = jax.eval_shape(functools.partial(distill.make_critic_step(e.distill, who), mean=same), state, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-  init = causal_init.make_step(e.causal_init, e.dit, abstract_task(e), e.student.sigmas, e.history)
+  init = causal_init.make_step(e.causal_init, e.student_dit, abstract_task(e), e.student.sigmas, e.history)
   start = jax.eval_shape(lambda: states.create(jax.random.key(0), dit.init(e.dit, jax.random.key(0)), e.causal_init.optimizer()))
   after, _ = jax.eval_shape(functools.partial(init, mean=same), start, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)

@@ -95,7 +95,7 @@ def make_case(kind: str, accumulate: int = 1, history: History = HIAR, weight: f
     step = causal_init.make_step(config, MODEL, TASK, SIGMAS, history)
     return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
   config = DistillConfig(**common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight))
-  student = Student(MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
+  student = Student(MODEL, MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
   create = lambda: states.create(key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
   if kind == "critic":
     return Case(create, distill.make_critic_step(config, student))
@@ -264,7 +264,7 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
   """Five critic updates to each, after a warm-up of ten."""
   monkeypatch.setattr(distill, "update_ema", lambda ema, params, updates, config: updates)
   config = DistillConfig(steps=50, batch=BATCH, lr=0.02, critic_lr=0.03, critic_updates=5, critic_warmup=10)
-  step = distill.make_generator_step(config, Student(MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK))
+  step = distill.make_generator_step(config, Student(MODEL, MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK))
   state = states.create(jax.random.key(7), make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer())
   batch = jax.tree.map(jnp.asarray, make_batch(0))
   count = jax.jit(lambda i: step(state.replace(step=i), batch, make_params(2), mean=lambda tree: tree)[0].ema)

@@ -43,7 +43,7 @@ def test_trajectories_are_those_of_the_clips(chain):
   for i, record in enumerate(made):
     assert (record["caption"], record["start"]) == (clips[i]["caption"], clips[i]["start"])
   starts = {int(clip["start"]) for clip in clips}
-  assert 0 in starts and len(starts) > 1 and all(start % 2 == 0 for start in starts)  # whole blocks
+  assert 0 in starts and len(starts) > 1 and all(start % 4 == 0 for start in starts)
 
 
 def test_the_generator_takes_one_update_every_other_critic_update(chain):

@@ -32,7 +32,7 @@ VOCABULARY = ("a", "and", "on", "moving", "background", *COLOURS, *SHAPES, *DIRE
 SPLITS = ("train", "held_out")
 
 _REFERENCE_SIZE = 32
-VIDEO_CLIPS = 4  # how many clips long a video is that clips are cut from
+VIDEO_CLIPS = 4  # the clips of a video
 FREE_FRAMES = 6  # that move as the caption says before a wall is met: so where a shape starts tells its direction from the first noise on
 _CROSSING_TRIES = 8  # scenes drawn until the two shapes of a textured clip meet
 _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
@@ -42,26 +42,23 @@ _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
 class WorldConfig:
   """One difficulty of the world. `plain`: one shape on dark grey; `textured`: two shapes that cross on a texture.
 
-  later: share of clips that are cut from further on in a video four times as long, at a multiple of `stride` frames. Their caption is the
-    video's, so it says how the shapes set out, not how they move now: what a model of long videos has to know.
+  later: share of clips that are the second to fourth clip of their video, if it is cut end to end. Their caption is the video's, so it says
+    how the shapes set out, not how they move now: what a model of long videos has to know.
 
   Raises:
-    UserError: an unknown difficulty, no share, no stride, or an image or clip too small to show a shape move.
+    UserError: an unknown difficulty, no share, or an image or clip too small to show a shape move.
   """
 
   size: int = 32
   frames: int = 9
   difficulty: str = "plain"
   later: float = 0.0
-  stride: int = 1
 
   def __post_init__(self):
     if self.difficulty not in ("plain", "textured"):
       raise UserError(f"world difficulty {self.difficulty!r} is unknown; choose 'plain' or 'textured'")
     if not 0 <= self.later <= 1:
       raise UserError(f"later = {self.later}: expected the share of clips that start later, 0 to 1")
-    if not 1 <= self.stride <= self.frames:
-      raise UserError(f"stride = {self.stride}: expected 1 to the {self.frames} frames of a clip")
     if self.size < 16 or self.frames < 1:
       raise UserError(f"world of {self.frames} frames of {self.size} px is too small; use size >= 16 and frames >= 1")
 
@@ -247,8 +244,7 @@ def _draw_shape(rng: np.random.Generator, config: WorldConfig, triple: tuple[str
 
 def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
   """The frame of its video at which a clip begins."""
-  last = (VIDEO_CLIPS - 1) * config.frames // config.stride
-  return config.stride * int(rng.integers(1, last + 1)) if rng.random() < config.later else 0
+  return config.frames * int(rng.integers(1, VIDEO_CLIPS)) if rng.random() < config.later else 0
 
 
 def simulate(scene: Scene, frames: int, start: int = 0) -> States:

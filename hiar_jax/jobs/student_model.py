@@ -119,7 +119,7 @@ class StudentModel:
     small = not isinstance(e.codec, WanCodecConfig)
     size = e.latent_sizes
     request = plan.Request(
-      dit=e.dit, history=e.history, levels=len(self.run.sigmas) - 1, frames=frames, height=size["height"], width=size["width"],
+      dit=e.student_dit, history=e.history, levels=len(self.run.sigmas) - 1, frames=frames, height=size["height"], width=size["width"],
       batch=batch, given=given, text=e.text.length, dtype=e.model.dtype,
       vae=None if small else _stored(e.codec.weights, _kind(e.codec), tiny_vae.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig()),
       umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()),
@@ -192,8 +192,8 @@ def _from_picture(run: Run, frames: int):
 
   @jax.jit
   def generate(params, texts, seeds, given):
-    forward = dit.bind(e.dit, params, run.task.embed(texts))
-    cache = empty_cache(e.dit, e.history, run.task, texts.shape[0], 1 + frames)
+    forward = dit.bind(e.student_dit, params, run.task.embed(texts))
+    cache = empty_cache(e.student_dit, e.history, run.task, texts.shape[0], 1 + frames)
     noise = block_noise(key, seeds, e.history, run.task)
     return first_frame.rollout(forward, noise, cache, sigmas, e.history, frames // e.history.block, given)
 

@@ -17,7 +17,7 @@ def run(run: Run) -> None:
     return
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
   weights, key = teacher.load(run), jax.random.fold_in(jax.random.key(e.seed), 4)
-  step = causal_init.make_step(e.causal_init, e.dit, run.task, run.point_sigmas, e.history)
+  step = causal_init.make_step(e.causal_init, e.student_dit, run.task, run.point_sigmas, e.history)
 
   def update(shardings):
     mapped = sharding.map_step(step, shardings, run.mesh, e.mesh.mapping)

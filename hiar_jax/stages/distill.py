@@ -36,7 +36,7 @@ def run(run: Run) -> None:
     return
   real, base, start = teacher.load_real(run), teacher.load(run), teacher.load_weights(run, "causal_init")
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
-  who = distill.Student(e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
+  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
   latest = Latest()
   feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:

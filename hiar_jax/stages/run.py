@@ -63,9 +63,7 @@ class Run:
       raise UserError(f"this needs the truth of the shapes world, but data.source is {data.source!r}")
     if data.height != data.width:
       raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
-    return world.WorldConfig(
-      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later, stride=self.experiment.history.block
-    )
+    return world.WorldConfig(size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later)
 
   @functools.cached_property
   def writer(self) -> metrics.Writer:

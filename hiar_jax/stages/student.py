@@ -25,8 +25,8 @@ def make_generator(run: Run, frames: int, history: History | None = None):
   def generate(params, tokens, seeds, given=None):
     total = frames + (0 if given is None else given.shape[1])
     return rollout(
-      dit.bind(e.dit, params, run.task.embed(tokens)), block_noise(key, seeds, history, run.task),
-      empty_cache(e.dit, history, run.task, tokens.shape[0], total),
+      dit.bind(e.student_dit, params, run.task.embed(tokens)), block_noise(key, seeds, history, run.task),
+      empty_cache(e.student_dit, history, run.task, tokens.shape[0], total),
       sigmas, history, frames // history.block, given=given,
     )  # fmt: skip
 

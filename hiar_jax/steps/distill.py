@@ -79,10 +79,11 @@ class DistillConfig(Training):
 class Student:
   """The networks' sizes and the method: everything that a self-rollout needs but the weights.
 
-  model: of student and critic. point_sigmas: levels of the trajectories, where they are not the student's.
+  point_sigmas: levels of the trajectories, where they are not the student's.
   """
 
   model: dit.DiTConfig
+  critic_model: dit.DiTConfig
   teacher_model: dit.DiTConfig
   history: History
   sigmas: jax.Array  # [s+1], float32
@@ -91,21 +92,21 @@ class Student:
 
   def generate(self, params: Params, frozen: Params, clips: Batch, key: Key) -> jax.Array:
     """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c], differentiable in params."""
-    return exit_rollout(self.bind(params, clips), *self._rollout(frozen, clips, key))
+    return exit_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
 
   def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
     """The same clips, without gradient."""
     return exit_sample(*self._rollout(frozen, clips, key))
 
-  def bind(self, params: Params, clips: Batch):
-    """Student or critic on the texts and starts of clips {tokens, start where places are embedded}."""
-    return dit.bind(self.model, params, self.task.embed(clips["tokens"]), clips.get("start"))
+  def bind(self, model: dit.DiTConfig, params: Params, clips: Batch):
+    """A network on the texts and starts of clips {tokens, start where places are embedded}."""
+    return dit.bind(model, params, self.task.embed(clips["tokens"]), clips.get("start"))
 
   def _rollout(self, frozen: Params, clips: Batch, key: Key) -> tuple:
     k_exit, k_noise = jax.random.split(key)
     exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
     return (
-      self.bind(frozen, clips), block_noise(k_noise, clips["index"], self.history, self.task),
+      self.bind(self.model, frozen, clips), block_noise(k_noise, clips["index"], self.history, self.task),
       empty_cache(self.model, self.history, self.task, clips["tokens"].shape[0]),
       self.sigmas, self.history, self.task.frames // self.history.block, exit_level,
     )  # fmt: skip
@@ -132,7 +133,7 @@ def make_critic_step(config: DistillConfig, student: Student):
     def loss(critic, part):
       x = student.sample(state.params, part, k_rollout)
       sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
-      forward = student.bind(critic, part)
+      forward = student.bind(student.critic_model, critic, part)
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = descend(
@@ -163,7 +164,7 @@ def make_generator_step(config: DistillConfig, student: Student):
       if not fkl.weight:
         return dmd, metrics
       points, level = part["trajectory"].astype(jnp.float32), jax.random.randint(k_fkl, (), 0, fkl.steps)
-      forward = student.bind(params, _of_trajectories(part))
+      forward = student.bind(student.model, params, _of_trajectories(part))
       held = fkl_loss.forward_kl(
         forward, points, level, student.sigmas, student.history,
         attention=fkl.attention, target=fkl.target, point_sigmas=student.point_sigmas,
@@ -185,6 +186,6 @@ def _dmd_gradient(config, student, critic, teacher, x, part, key):
   text = student.task.embed(part["tokens"])
   sigma, eps = _score_draws(config, key, part["index"], x.shape[1:])
   real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
-  fake = student.bind(critic, part)
+  fake = student.bind(student.critic_model, critic, part)
   negative = student.task.negative(text)
   return jax.lax.stop_gradient(dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance))

@@ -62,7 +62,7 @@ class Parts:
       return np.asarray(run.task.embed(model.texts(list(prompts))))
 
     return Parts(
-      e.dit, e.history, tuple(float(sigma) for sigma in run.sigmas), model.params(), jax.random.fold_in(jax.random.key(e.seed), 3),
+      e.student_dit, e.history, tuple(float(sigma) for sigma in run.sigmas), model.params(), jax.random.fold_in(jax.random.key(e.seed), 3),
       (size["height"], size["width"]), texts, model.identity,
     )  # fmt: skip
 
