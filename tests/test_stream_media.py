@@ -98,6 +98,17 @@ def times_until_damage(path):
   return found
 
 
+def test_a_fragment_is_on_the_disk_before_it_counts_as_one(tmp_path, monkeypatch):
+  done = []
+  with GrowingMP4(tmp_path / "clip.mp4", 8) as file:
+    file.write(pieces(1)[0])
+    fsync, pwrite = os.fsync, os.pwrite
+    monkeypatch.setattr(os, "fsync", lambda *arguments: done.append("fsync") or fsync(*arguments))
+    monkeypatch.setattr(os, "pwrite", lambda *arguments: done.append("pwrite") or pwrite(*arguments))
+    file.write(pieces(1)[0])
+  assert done == ["fsync", "pwrite", "fsync"]
+
+
 def test_a_video_is_gone_on_with(tmp_path):
   whole, path, videos = tmp_path / "whole.mp4", tmp_path / "clip.mp4", pieces(5)
   write(whole, videos)
