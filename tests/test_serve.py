@@ -120,9 +120,10 @@ def test_blocks_in_flight_and_a_changed_prompt(tmp_path):
       made = server.source.streams[0].made
       await one.until(lambda tab: "prompt" in tab.heard)
       first = one.heard["prompt"]["block"]
-      await one.until(lambda tab: tab.status["shown_prompt"] == "a blue zebra")
+      await one.until(lambda tab: tab.status["prompts"][-1][1] == "a blue zebra")
       assert first <= made + 4 + 8  # ticks may pass between the counting and the asking, as many as the lead allows
       assert one.status["blocks"] - 1 >= first
+      assert one.status["prompts"] == [[0, PROMPT], [3 * first / 8, "a blue zebra"]]
       assert one.status["remarks"] == ["the model does not know 'zebra'; it is made without"]
       assert server.source.opened[0].changes == [(first, "a blue zebra", True)]
 

@@ -13,6 +13,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.streaming.growing_mp4 import Fragment, GrowingMP4
 from hiar_jax.streaming.stream import Stream
 
+PROMPTS_TOLD = 8  # of the last ones: a viewer is seconds behind
+
 
 class Source(Protocol):
   """What the page needs of streaming.source.Source."""
@@ -67,7 +69,7 @@ class Showing:
     self._target = self._frames(wish.seconds)
     self._finished = False
     self._frames_made = self._blocks = 0
-    self._shown_prompt = wish.prompt
+    self._prompts: list[tuple[float, str]] = []  # from which second on
     self._asked, self._first, self._idle_since = time.monotonic(), 0.0, None
     self._thread = threading.Thread(target=self._run, name=f"showing {path.name}", daemon=True)
 
@@ -150,7 +152,7 @@ class Showing:
         for i, sigma in enumerate(self.source.sigmas[:-1])
       ]
       return {
-        "state": self._state(), "why": self.why, "prompt": self.prompt, "shown_prompt": self._shown_prompt, "blocks": self._blocks,
+        "state": self._state(), "why": self.why, "prompt": self.prompt, "prompts": self._prompts[-PROMPTS_TOLD:], "blocks": self._blocks,
         "frames": made, "seconds": made / self.source.fps, "fps": self.source.fps,
         "target": None if self._target is None else self._target / self.source.fps, "levels": levels, "remarks": self.remarks,
         "latency": self._first - self._asked if self._first else None,
@@ -199,7 +201,9 @@ class Showing:
         if not self._first:
           self._first, self.mime = time.monotonic(), file.mime
         self._fragments.append(fragment)
-        self._frames_made, self._blocks, self._shown_prompt = file.frames, chunk.block + 1, chunk.prompt
+        self._frames_made, self._blocks = file.frames, chunk.block + 1
+        if not self._prompts or self._prompts[-1][1] != chunk.prompt:
+          self._prompts.append((chunk.time, chunk.prompt))
         self._finished = self._target is not None and file.frames >= self._target
       self._changed()
       if file.frames >= self.rules.longest * self.source.fps:

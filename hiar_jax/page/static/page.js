@@ -140,10 +140,10 @@ function showFacts() {
   if (remarks && remarks !== showFacts.told) tell(remarks);
   showFacts.told = remarks;
   const rows = status.levels.map((level, i) => [`noise ${number(level.sigma, 2)}`, level.block, level.prompt, i ? "empty" : "next block"]);
-  rows.push(status.blocks ? ["shown", status.blocks - 1, status.shown_prompt, "", "shown"] : ["shown", null, null, "nothing yet"]);
+  const made = status.prompts.at(-1);
+  rows.push(made ? ["finished", status.blocks - 1, made[1], "", "finished"] : ["finished", null, null, "nothing yet"]);
   while ($("levels").children.length < rows.length) $("levels").append(newRow());
   rows.forEach((row, i) => fillRow($("levels").children[i], ...row));
-  $("caption").textContent = status.shown_prompt && status.blocks ? status.shown_prompt : "";
 }
 
 function newRow() {
@@ -182,6 +182,7 @@ $("form").addEventListener("submit", (event) => {
   asked = performance.now();
   screen?.close();
   screen = null;
+  $("caption").textContent = "";
   video.removeAttribute("src");
   video.load();
   const length = $("length").value;
@@ -209,6 +210,7 @@ document.addEventListener("visibilitychange", () => {
 setInterval(() => {
   if (!screen) return;
   $("watched").textContent = `${number(video.currentTime)} s`;
+  $("caption").textContent = status.prompts?.findLast(([second]) => second <= video.currentTime)?.[1] ?? "";
   if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({do: "at", seconds: video.currentTime}));
 }, 250);
 
