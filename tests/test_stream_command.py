@@ -145,6 +145,7 @@ def test_what_cannot_work_is_one_line(refused, name):
 PAGE = tiny_run.ROOT / "docs" / "stream.md"
 
 
+@pytest.mark.slow
 def test_every_command_of_the_page_runs(chain, tmp_path):
   blocks = re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
   lines = [shlex.split(line) for line in "".join(blocks).splitlines()]

@@ -17,7 +17,8 @@ from hiar_jax.streaming.layout import Layout
 
 LONG = History(block=2, window=41)  # caches are larger than anything else
 SIZES = [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 1), (4, 1, 2)]
-LAYOUTS = [Layout(*sizes) for sizes in SIZES]
+QUICK = ((2, 1, 1), (4, 1, 1), (1, 2, 2), (4, 2, 1), (4, 1, 2))
+LAYOUTS = [pytest.param(Layout(*sizes), marks=() if sizes in QUICK else pytest.mark.slow) for sizes in SIZES]
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 KINDS = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
 COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(?:-start)?\(")

@@ -65,6 +65,7 @@ def generated(model: StudentModel, blocks: int, given: np.ndarray | None = None)
   return np.asarray(latents)[:, frames:]
 
 
+@pytest.mark.slow
 def test_a_clean_sink_as_it_is_generated(tmp_path):
   model = untrained(tmp_path, tiny_run.make_config(**SAF))
   generation = Generation(model, PROMPT, SEED, Options(layout=Layout(stage=2)))
@@ -79,6 +80,7 @@ def test_from_a_picture(tmp_path):
   assert_same(take(generation, 3), generated(model, 3, given))
 
 
+@pytest.mark.slow
 def test_the_shapes_student_on_every_device(tmp_path):
   """The sizes of the shipped experiment, on a pipe of four stages of two devices."""
   model = untrained(tmp_path, runpy.run_path(str(tiny_run.ROOT / "experiments" / "shapes.py"))["get_config"]())
