@@ -4,7 +4,7 @@
     python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
 
-Main: 16 minutes and 2.4 GiB on two cores of an AMD EPYC (README.md has what comes out). Full: not measured yet.
+Main: 20 minutes and 2.2 GiB on two cores of an AMD EPYC (README.md has what comes out). Full: not measured as it stands.
 
 The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
 as shapes_self_forcing.py does.
@@ -24,7 +24,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.data.size = 32
   c.data.seed = 0
   c.data.difficulty = "plain"  # or "textured": two shapes that cross on a texture
-  c.data.later = 0.3  # share of clips from further on in a video, where the caption's direction holds no more
+  c.data.later = 0.3  # share of clips from further on in a video, where the caption's direction holds no more; 0: shapes stop there
   c.data.clips = 12288
   c.data.folder = ""
   c.data.fps = 8.0
@@ -84,7 +84,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.causal_init.schedule = "cosine"
   c.causal_init.clip = 1.0
   c.causal_init.ema_decay = 0.99
-  c.causal_init.shows = "history"  # "noisy", a level for each block of its own, is published; error .0084 there, .0069 here
+  c.causal_init.shows = "history"  # "noisy", a level for each block of its own, is published; here it made the error .0084, not .0069
 
   c.distill = training(steps=200, batch=16, lr=5e-5)  # at 1e-4 directions and a third of the motion were lost in 60 generator updates
   c.distill.b1 = 0.0  # HiAR's published config
