@@ -217,7 +217,10 @@ def test_no_gradient_passes_between_networks(kind, of, on):
   assert influence(make_case(kind), of, on) == 0.0
 
 
-@pytest.mark.parametrize("kind, key", [*((kind, "start") for kind in KINDS), ("generator", "trajectory_start")])
+PLACED = [pytest.param(kind, "start", marks=() if kind in ("teacher", "critic") else pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind, key", [*PLACED, ("generator", "trajectory_start")])
 def test_a_clip_is_trained_at_its_place(kind, key, monkeypatch):
   monkeypatch.setitem(globals(), "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4)))
   case = make_case(kind)
