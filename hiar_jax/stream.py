@@ -26,6 +26,7 @@ from hiar_jax.formats import timeline as timelines
 from hiar_jax.jobs import student_model
 from hiar_jax.jobs.plan import DTYPES
 from hiar_jax.jobs.start_frames import Start
+from hiar_jax.rollout import carried_sink
 from hiar_jax.signals import Preemption
 from hiar_jax.streaming.engine import Options as EngineOptions
 from hiar_jax.streaming.growing_mp4 import GrowingMP4
@@ -35,7 +36,6 @@ from hiar_jax.streaming.source import Source
 from hiar_jax.streaming.stream import Stream
 
 ENDLESS = "endless"
-SINK_PLACES = ("true", "carried")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def define_model_flags() -> None:
   flags.DEFINE_integer("sequence", None, "devices that share each frame of a stage", 1)
   flags.DEFINE_integer("window", None, "latent frames that a block sees, itself included; default: the config's", 1)
   flags.DEFINE_integer("sink", None, "latent frames at the start that every block sees; default: the config's", 0)
-  flags.DEFINE_enum("sink_place", "true", SINK_PLACES, "the sink at its true distance, or carried along with the window")
+  flags.DEFINE_enum("sink_place", "true", carried_sink.PLACES, "the sink at its true distance, or carried along with the window")
 
 
 if __name__ == "__main__":

@@ -49,9 +49,9 @@ def abstract_task(e: Experiment) -> Task:
 def abstract_batch(e: Experiment, size: int) -> dict:
   clip = tuple(e.latent_sizes.values())
   text = jax.ShapeDtypeStruct((size, e.text.length, e.text.dim), jnp.float32)
+  points = jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32)
   return {
-    "tokens": text, "trajectory_tokens": text, "index": jax.ShapeDtypeStruct((size,), jnp.int32),
-    "trajectory": jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32),
+    "tokens": text, "index": jax.ShapeDtypeStruct((size,), jnp.int32), "trajectory": points, "held": {"tokens": text, "trajectory": points},
   }  # fmt: skip
 
 

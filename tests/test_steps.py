@@ -61,10 +61,11 @@ def linear_optimizer():
 def make_batch(step: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(step)
   tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
+  video = rng.normal(size=(BATCH, *TASK.clip)).astype(np.float32)
+  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.clip)).astype(np.float32)
   return {
-    "video": rng.normal(size=(BATCH, *TASK.clip)).astype(np.float32),
-    "trajectory": rng.normal(size=(BATCH, len(SIGMAS), *TASK.clip)).astype(np.float32),
-    "tokens": tokens, "trajectory_tokens": tokens[::-1].copy(), "index": np.arange(BATCH, dtype=np.int32),
+    "video": video, "trajectory": trajectory, "tokens": tokens, "index": np.arange(BATCH, dtype=np.int32),
+    "held": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
   }  # fmt: skip
 
 
@@ -217,17 +218,22 @@ def test_no_gradient_passes_between_networks(kind, of, on):
   assert influence(make_case(kind), of, on) == 0.0
 
 
-PLACED = [pytest.param(kind, "start", marks=() if kind in ("teacher", "critic") else pytest.mark.slow) for kind in KINDS]
+PLACED = [pytest.param(kind, "clips", marks=() if kind in ("teacher", "critic") else pytest.mark.slow) for kind in KINDS]
 
 
-@pytest.mark.parametrize("kind, key", [*PLACED, ("generator", "trajectory_start")])
-def test_a_clip_is_trained_at_its_place(kind, key, monkeypatch):
+@pytest.mark.parametrize("kind, whose", [*PLACED, ("generator", "held")])
+def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
   monkeypatch.setitem(globals(), "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4)))
   case = make_case(kind)
   state = jax.jit(case.create)()
-  zeros = {"start": np.zeros(BATCH, np.int32), "trajectory_start": np.zeros(BATCH, np.int32)}
   update = jax.jit(lambda batch: case.step(state, batch, *case.frozen, mean=lambda tree: tree)[1]["loss"])
-  loss = lambda start: float(update({**make_batch(0), **zeros, key: np.full(BATCH, start, np.int32)}))
+
+  def loss(start: int) -> float:
+    batch, zeros = make_batch(0), np.zeros(BATCH, np.int32)
+    batch["start"] = batch["held"]["start"] = zeros
+    (batch["held"] if whose == "held" else batch)["start"] = zeros + start
+    return float(update(batch))
+
   assert abs(loss(4) - loss(0)) > 1e-4 and loss(8) == loss(4)  # places repeat
 
 
@@ -249,7 +255,7 @@ def test_without_forward_kl_no_trajectories_are_needed():
     return jax.eval_shape(step, jax.eval_shape(case.create), batch, *case.frozen)[1]
 
   assert "forward_kl" not in shapes(0.0)
-  with pytest.raises(KeyError, match="trajectory"):
+  with pytest.raises(KeyError, match="held"):
     shapes(0.1)
 
 

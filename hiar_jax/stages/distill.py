@@ -8,7 +8,6 @@ from hiar_jax.stages import loop, student, teacher
 from hiar_jax.stages.run import Run
 from hiar_jax.state import create
 from hiar_jax.steps import distill
-from hiar_jax.types import Batch
 
 
 class Latest:
@@ -22,11 +21,6 @@ class Latest:
 
   def set_state(self, state: dict[str, float]) -> None:
     self.metrics = dict(state)
-
-
-def _as_held(batch: Batch) -> Batch:
-  """Trajectories beside the prompts of a batch: {trajectory, trajectory_tokens, and so on}."""
-  return {"trajectory": batch["trajectory"], **{f"trajectory_{name}": batch[name] for name in ("tokens", "start") if name in batch}}
 
 
 def run(run: Run) -> None:
@@ -52,7 +46,7 @@ def run(run: Run) -> None:
       if config.updates_generator(step):
         batch = feeds.next("prompts")
         if config.forward_kl.weight:
-          batch |= _as_held(feeds.next("trajectories"))
+          batch["held"] = feeds.next("trajectories")
         state, now = generator(state, batch, real)
         latest.metrics = {f"generator_{name}": value for name, value in now.items()}
       state, critic_measured = critic(state, feeds.next("prompts"))

@@ -112,10 +112,6 @@ class Student:
     )  # fmt: skip
 
 
-def _of_trajectories(part: Batch) -> Batch:
-  return {name.removeprefix("trajectory_"): value for name, value in part.items() if name.startswith("trajectory_")}
-
-
 def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tuple[jax.Array, jax.Array]:
   """(sigma [b], eps [b f h w c]) at which scores are taken."""
   keys = jax.vmap(jax.random.split)(example_keys(key, index))
@@ -147,8 +143,8 @@ def make_critic_step(config: DistillConfig, student: Student):
 def make_generator_step(config: DistillConfig, student: Student):
   """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts generator updates.
 
-  batch {tokens, index, start where places are embedded}, and with forward-KL {trajectory [b s+1 f h w c], trajectory_tokens,
-  trajectory_start}. teacher: frozen params.
+  batch {tokens, index, start where places are embedded}, and with forward-KL held {trajectory [b s+1 f h w c], tokens, start}.
+  teacher: frozen params.
   """
   fkl, optimizer = config.forward_kl, config.generator_optimizer()
 
@@ -163,13 +159,12 @@ def make_generator_step(config: DistillConfig, student: Student):
       metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()}
       if not fkl.weight:
         return dmd, metrics
-      points, level = part["trajectory"].astype(jnp.float32), jax.random.randint(k_fkl, (), 0, fkl.steps)
-      forward = student.bind(student.model, params, _of_trajectories(part))
-      held = fkl_loss.forward_kl(
-        forward, points, level, student.sigmas, student.history,
+      held, level = part["held"], jax.random.randint(k_fkl, (), 0, fkl.steps)
+      kept = fkl_loss.forward_kl(
+        student.bind(student.model, params, held), held["trajectory"].astype(jnp.float32), level, student.sigmas, student.history,
         attention=fkl.attention, target=fkl.target, point_sigmas=student.point_sigmas,
       ).mean()  # fmt: skip
-      return dmd + fkl.weight * held, {**metrics, "forward_kl": held}
+      return dmd + fkl.weight * kept, {**metrics, "forward_kl": kept}
 
     params, opt_state, metrics = descend(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean

@@ -1,6 +1,6 @@
 """Video out while it is being made: one thread denoises, another decodes, the caller takes frames; what lies between them is bounded.
 
-    with Stream(generation, decoder, pixel_frames=..., fps=16) as stream:
+    with Stream(generation, decoder, fps=16) as stream:
       for chunk in stream:
         show(chunk.frames)
         if bored:
