@@ -6,8 +6,9 @@
             tiny_vae/   ...                       the small autoencoder
             tokenizer/  tokenizer.json
 
-A folder is complete or not there: it is written under a temporary name and renamed last. `params` is an Orbax checkpoint whose leaves are
-cut into chunks with checksums (see stored_arrays.py); model.json says what it holds.
+`params` is an Orbax checkpoint whose leaves are cut into chunks with checksums (see stored_arrays.py); model.json says what it holds, and
+what it does not name is not there. To replace weights, new ones are written beside the old (`params`, `params_`: in turn), then model.json
+changes in one step: whenever a process dies, the old ones or the new ones are there, complete.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ CONFIGS = {
   "tiny_vae": ("hiar_jax.models.tiny_vae", "TinyVAEConfig"),
 }
 KINDS = tuple(CONFIGS)
-MODEL, PARAMS = "model.json", "params"
+MODEL, PARAMS = "model.json", ("params", "params_")
 ADVICE = "convert published weights with python -m hiar_jax.convert --source=FILES --out="
 
 Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -45,7 +46,7 @@ Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What model.json says. dtype: of the weights, several joined by "+"; fingerprint: an id of the numbers."""
+  """What model.json says. dtype: of the weights, several joined by "+"; fingerprint: an id of the numbers; params: their folder."""
 
   kind: str
   config: dict
@@ -54,6 +55,7 @@ class Description:
   parameters: int
   dtype: str
   fingerprint: str
+  params: str = PARAMS[0]
 
 
 def exists(directory: str | os.PathLike, kind: str) -> bool:
@@ -73,18 +75,23 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
     raise UserError(f"{path} is damaged ({error}); delete {folder} and convert again") from error
   if found.kind != kind:
     raise UserError(f"{folder} holds weights of kind {found.kind!r}, expected {kind!r}; give a directory that hiar_jax.convert made")
-  if not (folder / PARAMS).is_dir():
-    raise UserError(f"{folder} is damaged (there is no {PARAMS}); delete it and convert again")
+  if found.params not in PARAMS or not (folder / found.params).is_dir():
+    raise UserError(f"{folder} is damaged (there is no {found.params}); delete it and convert again")
   return found
 
 
 def read_config(directory: str | os.PathLike, kind: str) -> Any:
   """DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig of the stored weights. Raises UserError as `describe`."""
-  found = describe(directory, kind)
+  return _open(directory, kind)[0]
+
+
+def _open(directory: str | os.PathLike, kind: str) -> tuple[Any, pathlib.Path]:
+  """(config, the checkpoint that model.json names)."""
+  found, folder = describe(directory, kind), _folder(directory, kind)
   try:
-    return config_from_json(kind, found.config)
+    return config_from_json(kind, found.config), folder / found.params
   except UserError as error:
-    raise UserError(f"{_folder(directory, kind) / MODEL}: {error}; delete the folder and convert again") from error
+    raise UserError(f"{folder / MODEL}: {error}; delete the folder and convert again") from error
 
 
 def fingerprint(directory: str | os.PathLike, kind: str) -> str:
@@ -100,9 +107,9 @@ def load(
   sharding: of every leaf, or a function from the tree of shapes to a tree of shardings; default: all on the first device.
   Raises UserError where the weights are missing, of another kind, or damaged.
   """
-  config, folder = read_config(directory, kind), _folder(directory, kind)
-  with _one_line(folder):
-    shapes = stored_arrays.shapes(folder / PARAMS)
+  config, stored = _open(directory, kind)
+  with _one_line(stored.parent):
+    shapes = stored_arrays.shapes(stored)
     if dtype is not None:
       shapes = jax.tree.map(lambda leaf: _cast(leaf, dtype), shapes)
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -111,15 +118,15 @@ def load(
   abstract = jax.tree.map(place, shapes, shardings)
   for leaf in jax.tree.leaves(abstract):
     leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide: that would else pass for damage
-  with _one_line(folder):
-    return config, stored_arrays.read(folder / PARAMS, abstract)
+  with _one_line(stored.parent):
+    return config, stored_arrays.read(stored, abstract)
 
 
 def open_arrays(directory: str | os.PathLike, kind: str) -> tuple[Any, PyTree]:
   """-> (config, tree of arrays on disk): each has shape and dtype, is read by numpy.asarray, and by row with array[i]."""
-  config, folder = read_config(directory, kind), _folder(directory, kind)
-  with _one_line(folder):
-    return config, stored_arrays.open_tree(folder / PARAMS)
+  config, stored = _open(directory, kind)
+  with _one_line(stored.parent):
+    return config, stored_arrays.open_tree(stored)
 
 
 def save(
@@ -130,37 +137,56 @@ def save(
   The memory needed beyond the tree's own is that of a few chunks. source: names of the files they came from; tensors: how many
   published tensors they were (default: leaves). Raises UserError where the disk is full.
   """
-  leaves = jax.tree.leaves(params)
-  with replacing(_folder(directory, kind)) as temporary:
-    digest = stored_arrays.write(temporary / PARAMS, params)
+  leaves, folder = jax.tree.leaves(params), _folder(directory, kind)
+  with stored_arrays.disk_errors(folder), _replacing(folder) as name:
+    digest = stored_arrays.write(folder / name, params)
     found = Description(
       kind=kind, config=config_to_json(config), source=source, tensors=len(leaves) if tensors is None else tensors,
-      parameters=sum(leaf.size for leaf in leaves), fingerprint=digest,
+      parameters=sum(leaf.size for leaf in leaves), fingerprint=digest, params=name,
       dtype="+".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})),
     )  # fmt: skip
-    write_atomic(temporary / MODEL, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
+    write_atomic(folder / MODEL, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
   return found
 
 
 @contextlib.contextmanager
-def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new directory that takes the name `folder` when the block ends well; otherwise nothing of it stays.
+def _replacing(folder: pathlib.Path) -> Iterator[str]:
+  """A name in the folder for new params. What is there goes only after the block, in which model.json changes to that name.
 
-  The temporary names are fixed, so what a kill leaves behind is cleared by the next try. Raises UserError where the disk is full.
+  What a kill leaves behind is cleared by the next try.
   """
-  new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+  _make(folder)
+  new = next(name for name in PARAMS if name != _named(folder))
   try:
-    with stored_arrays.disk_errors(folder):
-      for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
-      new.mkdir(parents=True)
-      yield new
-      if folder.exists():
-        os.replace(folder, old)
-      os.replace(new, folder)
+    _clear(folder)
+    yield new
   finally:
-    for left in (new, old):
-      shutil.rmtree(left, ignore_errors=True)
+    _clear(folder)
+    with contextlib.suppress(OSError):  # it is not empty
+      folder.rmdir()
+
+
+def _clear(folder: pathlib.Path) -> None:
+  """Removes the params that model.json does not name, also what Orbax has not finished."""
+  kept = _named(folder)
+  for path in folder.glob(f"{PARAMS[0]}*"):
+    if path.name != kept:
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _make(folder: pathlib.Path) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{folder} cannot be made ({error.strerror}); choose another place") from error
+
+
+def _named(folder: pathlib.Path) -> str | None:
+  """The params that model.json names; None where it does not exist or is damaged."""
+  try:
+    return json.loads((folder / MODEL).read_text()).get("params", PARAMS[0])
+  except (FileNotFoundError, ValueError, AttributeError):
+    return None
 
 
 def config_to_json(config: Any) -> dict:

@@ -1,13 +1,14 @@
 """A weights directory: what goes in comes out, on any devices, or one line says what is wrong with it."""
 
+import asyncio
 import dataclasses
 import errno
 import json
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,45 @@ def test_however_it_is_cut(tmp_path, monkeypatch, limit):
   assert_same(weights.load(tmp_path, "dit")[1])
 
 
+def test_what_is_in_flight_stays_within_its_budget():
+  """However many leaves are written at once; what is larger than all of it goes alone, and everyone's turn comes."""
+  budget, held, peak, done = stored_arrays._Budget(100), 0, 0, []
+
+  async def hold(size):
+    nonlocal held, peak
+    async with budget.take(size):
+      held += min(size, 100)
+      peak = max(peak, held)
+      await asyncio.sleep(0)
+      held -= min(size, 100)
+    done.append(size)
+
+  async def all_of(sizes):
+    await asyncio.wait_for(asyncio.gather(*map(hold, sizes)), timeout=60)
+
+  asyncio.run(all_of([60, 30, 50, 1000, 10, 10, 90]))
+  assert peak == 100 and sorted(done) == [10, 10, 30, 50, 60, 90, 1000]
+
+
+class Made:
+  """A row that is made where it is asked for."""
+
+  shape, dtype, size = (1, 1 << 18), np.dtype(np.float32), 1 << 18
+
+  def __getitem__(self, row):
+    return np.full(1 << 18, row, np.float32)
+
+
+def test_few_chunks_are_in_memory_at_once(tmp_path, monkeypatch):
+  """However many leaves there are, each as large as a chunk."""
+  monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", 1 << 20)
+  tracemalloc.start()
+  weights.save(tmp_path, "dit", CONFIG, {f"leaf {i}": Made() for i in range(40)})
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 10 << 20
+
+
 class Rows:
   """A stack that remembers which rows were asked for."""
 
@@ -160,7 +200,7 @@ def test_fingerprints(saved, tmp_path_factory):
   changed["layers"]["kernel"][2, 7, 3] = np.nextafter(changed["layers"]["kernel"][2, 7, 3], np.float32(9))
   renamed = {**PARAMS, "scale_": PARAMS["scale"]}
   del renamed["scale"]
-  cast = {**PARAMS, "zeros": PARAMS["zeros"].astype(jnp.bfloat16)}
+  cast = {**PARAMS, "zeros": PARAMS["zeros"].view(np.int32)}  # the same bytes
   reshaped = {**PARAMS, "zeros": PARAMS["zeros"].reshape(1, 4)}
   first = weights.fingerprint(saved, "dit")
   assert of(PARAMS) == first and len(first) == 16
@@ -245,33 +285,128 @@ def test_an_interrupted_save_leaves_what_was_there(saved, error):
   assert sorted(path.name for path in saved.iterdir()) == ["dit"]
 
 
-KILLED = """
-import os, signal, sys
+# A fork for each step of a save: killed there, what it leaves is read by another; after some a third saves again and is left alone.
+KILLS = """
+import json, os, pathlib, shutil, signal, sys
 import numpy as np
-from hiar_jax import weights
+from hiar_jax import stored_arrays, weights
+from hiar_jax.errors import UserError
 from hiar_jax.models.dit import DiTConfig
 
-class Deadly:
-  shape, dtype, size = (3, 4), np.dtype(np.float32), 12
-  def __getitem__(self, row):
-    os.kill(os.getpid(), signal.SIGKILL)
+STEPS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
+NEW = {"a": np.full((3, 2), 2, np.float32)}
+root, before = pathlib.Path(sys.argv[1]), sys.argv[2]
 
-weights.save(sys.argv[1], "dit", DiTConfig(), {"a": np.ones(5, np.float32), "b": Deadly()})
+def fork(work):
+  read, write = os.pipe()
+  if not os.fork():
+    try:
+      os.write(write, json.dumps(work()).encode())
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+    os._exit(0)
+  os.close(write)
+  with os.fdopen(read) as file:
+    said = file.read()
+  os.wait()
+  return json.loads(said) if said else None
+
+def save(directory, last=None):
+  steps = 0
+  def audit(event, args):
+    nonlocal steps
+    if event in STEPS and (event != "open" or args[2] & os.O_CREAT):
+      steps += 1
+      if steps == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+  sys.addaudithook(audit)
+  weights.save(directory, "dit", DiTConfig(), NEW)
+  return steps
+
+def found(directory):
+  try:
+    return float(np.asarray(weights.load(directory, "dit")[1]["a"]).mean())
+  except UserError as error:
+    return str(error)
+
+def again(directory):
+  save(directory)
+  return [found(directory), sorted(path.name for path in (directory / "dit").iterdir())]
+
+def prepare(name):
+  if before:
+    shutil.copytree(before, root / name)
+  return root / name
+
+total = fork(lambda: save(prepare("whole")))
+results = []
+for step in range(1, total + 1):
+  directory = prepare(str(step))
+  killed = fork(lambda: save(directory, step)) is None
+  results.append([killed, fork(lambda: found(directory)), fork(lambda: again(directory)) if step % 3 == total % 3 else None])
+print(json.dumps(results))
 """
 
 
-def test_a_kill_leaves_nothing_under_the_final_name(saved):
-  for directory in (saved, saved / "new"):
-    done = subprocess.run([sys.executable, "-c", KILLED, directory], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert weights.exists(directory, "dit") == (directory == saved)
-  assert_same(weights.load(saved, "dit")[1])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, there):
+  if there:
+    weights.save(tmp_path / "old", "dit", CONFIG, {"a": np.ones((3, 2), np.float32)})
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", KILLS, tmp_path, tmp_path / "old" if there else ""], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+  results = json.loads(done.stdout)
+  assert sum(killed for killed, *_ in results) > 10
+  states = [found for _, found, _ in results]
+  new = states.index(2.0) if 2.0 in states else len(states)
+  if there:
+    assert set(states[:new]) == {1.0}, states
+  else:
+    assert all("no weights of kind 'dit'" in found or "no directory" in found for found in states[:new]), states
+  assert new > 5 and all(found == 2.0 for found in states[new:]), states
+  for found, names in filter(None, (again for *_, again in results)):
+    assert found == 2.0 and len(names) == 2 and names[0] == "model.json", names
 
 
-def test_what_a_kill_left_is_cleared(saved):
-  for name in (".dit.tmp", ".dit.old"):
-    shutil.copytree(saved / "dit", saved / name)
-  changed = {"a": tiny.random(0, 2)}
-  weights.save(saved, "dit", CONFIG, changed)
+def test_an_interrupt_just_after_the_change_keeps_the_new(saved, monkeypatch):
+  write_atomic, changed = weights.write_atomic, {"a": tiny.random(0, 2)}
+
+  def interrupted(*args):
+    write_atomic(*args)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(weights, "write_atomic", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    weights.save(saved, "dit", CONFIG, changed)
   assert_same(weights.load(saved, "dit")[1], changed)
+
+
+def test_saving_again_and_again_leaves_one(saved):
+  for i in range(3):
+    changed = {"a": tiny.random(i, 2)}
+    weights.save(saved, "dit", CONFIG, changed)
+    assert_same(weights.load(saved, "dit")[1], changed)
+    assert len(list((saved / "dit").iterdir())) == 2
   assert [path.name for path in saved.iterdir()] == ["dit"]
+
+
+def test_weights_over_a_damaged_description(saved):
+  (saved / "dit" / "model.json").write_text("{")
+  weights.save(saved, "dit", CONFIG, PARAMS)
+  assert_same(weights.load(saved, "dit")[1])
+  assert len(list((saved / "dit").iterdir())) == 2
+
+
+def test_a_place_where_nothing_can_be_made(tmp_path):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"file/dit cannot be made \(Not a directory\); choose another place"):
+    weights.save(tmp_path / "file", "dit", CONFIG, PARAMS)
+
+
+def test_a_description_names_no_other_folder(saved):
+  path = saved / "dit" / "model.json"
+  path.write_text(json.dumps({**json.loads(path.read_text()), "params": "../../params"}))
+  with pytest.raises(UserError, match="dit is damaged"):
+    weights.load(saved, "dit")
