@@ -249,7 +249,7 @@ def define_flags() -> None:
   flags.DEFINE_string("out", None, "the mp4, or with --prompts a directory")
   flags.DEFINE_enum("dtype", None, DTYPES, "of weights and products; default: the config's")
   flags.DEFINE_enum("decoder", None, student_model.DECODERS, "Wan's autoencoder, or the tiny one")
-  flags.DEFINE_integer("tile", None, "decode in tiles of so many latents a side, for small memories; 0: whole frames", 0)
+  flags.DEFINE_integer("tile", None, "encode and decode in tiles of so many latents a side, for small memories; 0: whole frames", 0)
   flags.DEFINE_bool("strict", False, "refuse frame counts that are not whole blocks, instead of rounding up")
   flags.DEFINE_bool("overwrite", False, "make again what is there already")
   flags.DEFINE_bool("memory", False, "say how much memory it took")

@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
@@ -14,7 +15,6 @@ import os
 import pathlib
 import sys
 import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class TextCache:
   """Text embeddings of prompts, from the encoder in `weights` (folders umt5/ and tokenizer/) or from `directory`.
 
   dtype: that of weights, activations and result. length: tokens, longer prompts are cut, and that is said. batch: prompts encoded
-  at once. sharding: of the weights, as `weights.load` takes it. Hosts that share the directory fill different prompts.
+  at once. Hosts that share the directory fill different prompts.
 
   A prompt's numbers do not depend on the others: every batch of a length has the same shape, filled up where it is short.
 
@@ -53,7 +53,6 @@ class TextCache:
   dtype: str = "bfloat16"
   length: int = tokenizers.LENGTH
   batch: int = 4
-  sharding: Any = None
 
   def __post_init__(self):
     at_least(1, batch=self.batch)
@@ -155,12 +154,13 @@ Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> te
 @contextlib.contextmanager
 def _encoder(cache: TextCache) -> Iterator[Encode]:
   """The encoder, in memory while the block runs and no longer."""
-  with jax.ensure_compile_time_eval():  # also where a step that is being traced asks for a text
-    config, params = weights.load(cache.weights, "umt5", dtype=cache.dtype, sharding=cache.sharding)
+  # In a thread of its own: neither the mesh that is set here, nor a step that is being traced and asks for a text, reaches there.
+  with futures.ThreadPoolExecutor(1) as apart:
+    config, params = apart.submit(weights.load, cache.weights, "umt5", dtype=cache.dtype).result()
     config = dataclasses.replace(config, dtype=jnp.dtype(cache.dtype))
     encode = jax.jit(lambda params, ids, mask: umt5.encode_text(params, ids, mask, config))
     try:
-      yield lambda ids, mask: np.asarray(encode(params, ids, mask))
+      yield lambda ids, mask: apart.submit(lambda: np.asarray(encode(params, ids, mask))).result()
     finally:
       for leaf in jax.tree.leaves(params):
         leaf.delete()  # at once, whoever else holds the tree

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-from small_tokenizer import save_small_tokenizer
+from small_tokenizer import save_small_tokenizer, small_tokenizer
 import tiny_run
 
 from hiar_jax import generate, media, sharding, weights
@@ -19,6 +19,9 @@ from hiar_jax.formats.prompts_file import Job
 from hiar_jax.jobs import pictures, student_model
 from hiar_jax.jobs.start_frames import Start
 from hiar_jax.models import dit, tiny_vae, umt5, vae
+from hiar_jax.models.tokenizer import clean
+from hiar_jax.models.vae_tiling import Tiling
+from hiar_jax.stages import medium
 
 CONFIG = '''
 from experiments import hiar_wan_1_3b
@@ -27,7 +30,7 @@ def get_config():
   c = hiar_wan_1_3b.get_config()
   c.data.size, c.data.frames = (16, 32), 21
   c.model.update(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, dtype="float32")
-  c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
+  c.text.dim, c.text.length, c.text.dtype = 16, 512, "float32"
   c.history.window = 6
   c.student.timesteps = (1000, 500)
   return c
@@ -67,9 +70,9 @@ def place(tmp_path_factory):
   return root
 
 
-def commands(place, tmp_path_factory, cases: dict[str, list[str]], common: list[str]) -> dict[str, tuple[int, str, str]]:
+def commands(place, tmp_path_factory, cases: dict[str, list[str]], common: list[str], devices: int = 1) -> dict[str, tuple[int, str, str]]:
   chain = tiny_run.chain(tmp_path_factory.getbasetemp())
-  done = chain.commands([("hiar_jax.generate", [*common, *case]) for case in cases.values()])
+  done = chain.commands([("hiar_jax.generate", [*common, *case]) for case in cases.values()], devices=devices)
   return dict(zip(cases, done, strict=True))
 
 
@@ -78,6 +81,7 @@ def base(place):
 
 
 PROMPTS = ["A cat walks on the grass", "一只狗在海滩上奔跑", ""]
+LONG = "قطة تمشي على العشب, кошка идёт по траве. " * 40  # more than 512 tokens
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def made(place, tmp_path_factory):
     "video": [cat, f"--video={place}/before.mp4", "--frames=40", f"--out={out}/video.mp4"],
     "starts": [f"--prompts={out}/starts.jsonl", f"--out={out}/starts", "--config.sample.batch=2"],
     "tiny": [cat, "--seed=4", "--decoder=tiny_vae", f"--out={out}/tiny.mp4"],
-    "tiled": [cat, "--height=32", "--width=64", "--frames=9", "--tile=4", "--dtype=bfloat16", f"--out={out}/tiled.mp4"],
+    "tiled": [f"--prompt={LONG}", "--height=32", "--width=64", "--frames=9", "--tile=4", "--dtype=bfloat16", f"--out={out}/tiled.mp4"],
     "plan": ["--plan", "--frames=81"],
     "plan, no weights": ["--plan", f"--prompt={PROMPTS[0]}", "--weights=", f"--image={place}/cat.png", "--decoder=tiny_vae"],
   }
@@ -169,6 +173,19 @@ def test_starts_in_a_file_of_prompts(made):
   assert np.abs(together - alone).mean() < 1  # a batch of another size rounds otherwise
 
 
+@pytest.mark.slow
+def test_two_devices_make_the_same_video(made, place, tmp_path, tmp_path_factory):
+  """From a picture: text encoder, autoencoder both ways and network, each with devices of its own."""
+  cat = [f"--prompt={PROMPTS[0]}", f"--image={place}/cat.png"]
+  cases = {"whole": [*cat, f"--out={tmp_path}/image.mp4"], "tiled": [*cat, "--height=32", "--width=64", "--frames=9", "--tile=4",
+                                                                     f"--out={tmp_path}/tiled.mp4"]}  # fmt: skip
+  results = commands(place, tmp_path_factory, cases, [*base(place), f"--config.text.cache={tmp_path}/texts"], devices=2)
+  for name, (status, _, err) in results.items():
+    assert status == 0 and "Traceback" not in err, f"{name}: {err}"
+  two, one = (media.read_mp4(path)[0].astype(int) for path in (tmp_path / "image.mp4", made[1] / "image.mp4"))
+  assert np.abs(two - one).mean() < 1
+
+
 def test_other_decoders(made):
   _, out = made
   whole = media.read_mp4(out / "many" / "a-cat-walks-on-the-grass.mp4")[0].astype(int)
@@ -176,6 +193,16 @@ def test_other_decoders(made):
   assert tiny.shape == whole.shape and np.abs(tiny - whole).mean() > 0.5 and said["codec"] == "tiny_vae"
   frames, _, said = media.read_mp4(out / "tiled.mp4")
   assert frames.shape == (9, 32, 64, 3) and said["size"] == "32x64" and said["dtype"] == "bfloat16"
+
+
+def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(made):
+  """The video is made of what fits, its file says the prompt as it was given."""
+  results, out = made
+  cut = len(small_tokenizer().encode(clean(LONG)).ids) - 512
+  assert cut > 0
+  assert f"prompt {LONG[:60]!r}...: {512 + cut} tokens, the encoder reads 512; the last {cut} are left out\n" in results["tiled"][2]
+  assert "are left out" not in results["file"][2]  # an empty prompt, and one in Chinese
+  assert media.read_metadata(out / "tiled.mp4")["prompt"] == LONG
 
 
 def test_a_plan_makes_nothing(made):
@@ -306,6 +333,41 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   assert latents.shape == (1, given + 3, 2, 4, 16)
   np.testing.assert_array_equal(latents[:, :given], expected)
   assert np.abs(np.asarray(made(*args, expected + 1))[:, given:] - latents[:, given:]).max() > 1e-3
+
+
+def test_pictures_of_a_size_are_encoded_by_one_program(model):
+  """A file of prompts may hold a hundred of them. The mesh that the network runs on is set around it."""
+  sizes = []
+  for value in (0, 255):
+    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=8))):
+      latents = model.run.medium.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
+    sizes.append(model.run.medium._encode._cache_size())
+  assert latents.shape == (1, 1, 2, 4, 16) and sizes[0] == sizes[1] >= 1
+
+
+def test_small_memories_encode_in_tiles_too(model, monkeypatch):
+  seen = []
+
+  def encode(params, video, config, tiling):
+    seen.append((video.shape, config, tiling))
+    return jnp.zeros((1, 1, 4, 8, 16))
+
+  monkeypatch.setattr(medium.vae_tiling, "encode", encode)
+  e = model.experiment
+  tiled = medium.WanMedium(dataclasses.replace(e, codec=dataclasses.replace(e.codec, tile=4)))
+  assert tiled.latents(np.zeros((1, 1, 32, 64, 3), np.uint8)).shape == (1, 1, 4, 8, 16)
+  assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
+
+
+def test_a_frame_is_decoded_over_all_devices(model):
+  """Inside the mesh that the network runs on, which is another: a width of 4 latents goes to 4 of the 8."""
+  latents = np.random.default_rng(0).normal(size=(1, 1, 2, 4, 16)).astype(np.float32)
+  assert len(model.run.medium._wide_stream.place(4).device_set) == 4
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+  with jax.set_mesh(mesh):
+    (piece,) = model.run.medium.pieces(jax.device_put(latents, jax.NamedSharding(mesh, jax.P())))
+  (expected,) = model.run.medium.stream(latents)
+  assert np.abs(piece.astype(int) - expected).max() <= 1 and piece.std() > 1
 
 
 def test_identity_is_of_what_matters(model, place, tmp_path):

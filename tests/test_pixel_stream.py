@@ -1,5 +1,6 @@
 """Decoding piece by piece: the same frames as at once, compiled once, for both autoencoders and in tiles."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -45,6 +46,22 @@ def test_pieces_are_the_whole(kind):
   if at_once is not None:
     assert np.abs(joined - media.to_uint8(at_once)).max() <= 1
   assert joined.std() > 5
+
+
+@pytest.mark.parametrize("kind", ["vae", "tiny"])
+def test_a_frame_is_spread_over_devices(kind):
+  """Its width, over as many of four as divide it; the pictures are those of one device, and each holds its share of the cache."""
+  latents, calls, alone = LATENTS[:, :3], [], stream(kind, 1)
+  spread = dataclasses.replace(alone, devices=tuple(jax.devices()[:4]))
+  assert [len(spread.place(width).device_set) for width in (8, 6, 7, 104)] == [4, 3, 1, 4] and alone.place(8) is None
+  step = spread._step
+  object.__setattr__(spread, "_step", lambda *args: calls.append(args) or step(*args))
+  pieces = np.concatenate(list(spread(latents)), axis=1)
+  expected = np.concatenate(list(alone(latents)), axis=1)
+  assert np.abs(pieces.astype(int) - expected).max() <= 1 and pieces.std() > 5
+  _, piece, cache = calls[2]  # the first cache is half zeros, which are everywhere
+  for leaf in [piece, *jax.tree.leaves(cache)]:
+    assert leaf.sharding.shard_shape(leaf.shape)[3] * 4 == leaf.shape[3]
 
 
 def test_compiled_twice_whatever_the_length():

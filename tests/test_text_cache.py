@@ -152,6 +152,13 @@ def test_a_traced_step_may_ask(folder, tmp_path, loaded):
   assert len(loaded) == 1
 
 
+def test_a_mesh_around_it_changes_nothing(folder, tmp_path):
+  """The encoder is on one device, the network that waits for the text on all."""
+  with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+    text = _cache(folder, tmp_path / "inside")(["moon"])
+  np.testing.assert_array_equal(text, _cache(folder, tmp_path / "outside")(["moon"]))
+
+
 def test_threads_load_one_encoder(folder, tmp_path, loaded):
   cache = _cache(folder, tmp_path)
   with futures.ThreadPoolExecutor(4) as pool:

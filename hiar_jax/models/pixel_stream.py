@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import at_least
@@ -18,11 +20,16 @@ DecodeChunk = Callable[[Params, jax.Array, PyTree], tuple[jax.Array, PyTree]]  #
 
 @dataclasses.dataclass(frozen=True)
 class PixelStream:
-  """A decoder that is compiled once and run piece by piece. chunk: latent frames a piece (4 frames of pixels each)."""
+  """A decoder that is compiled once and run piece by piece. chunk: latent frames a piece (4 frames of pixels each).
+
+  devices: a frame's width is cut over as many of them as divide it, and the compiler exchanges the seams: none has a whole frame's
+  activations. The numbers are those of one device, up to rounding. Empty: where `params` are.
+  """
 
   decode: DecodeChunk
   params: Params
   chunk: int = 1
+  devices: tuple[jax.Device, ...] = ()
 
   def __post_init__(self):
     at_least(1, chunk=self.chunk)
@@ -45,13 +52,39 @@ class PixelStream:
     start = 0
     while start < latents.shape[1]:
       end = start + (1 if cache is None else self.chunk)  # a video's first latent frame is one frame of pixels
-      pixels, cache = self._step(self.params, latents[:, start:end], cache)
+      pixels, cache = self.spread(self._step, latents[:, start:end], cache)
       yield np.asarray(pixels), cache
       start = end
 
+  def spread(self, code: Callable, video: jax.Array | np.ndarray, *others: PyTree, factor: int = 1) -> Any:
+    """code(params, video, *others) with a video [b f h w c] over the devices, whatever mesh is set here. factor: its pixels a latent."""
+    where = self.place(video.shape[3] // factor)
+    if where is None:
+      return code(self.params, video, *others)
+    with jax.set_mesh(where.mesh):
+      return code(self._everywhere(where.mesh), jax.device_put(video, where), *others)
+
+  def place(self, width: int) -> NamedSharding | None:
+    """Where latents of this width go, and whatever else is cut as they are; None without `devices`."""
+    count = max((n for n in range(1, len(self.devices) + 1) if width % n == 0), default=0)
+    if not count:
+      return None
+    mesh = jax.make_mesh((count,), ("width",), devices=self.devices[:count], axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, jax.P(None, None, None, "width"))
+
+  def _everywhere(self, mesh: Mesh) -> Params:
+    """The parameters, whole on every device."""
+    if mesh not in self._copies:
+      self._copies[mesh] = jax.device_put(self.params, NamedSharding(mesh, jax.P()))
+    return self._copies[mesh]
+
+  @functools.cached_property
+  def _copies(self) -> dict[Mesh, Params]:
+    return {}
+
 
 def of_vae(params: Params, config: vae.VAEConfig, chunk: int = 1, tiling: Tiling | None = None) -> PixelStream:
-  """Wan2.1's VAE; with a tiling in tiles, for small memories."""
+  """Wan2.1's VAE; with a tiling in tiles, one after another on one device, for small memories."""
   if tiling is None:
     return PixelStream(lambda params, latents, cache: vae.decode_chunk(params, latents, cache, config), params, chunk)
   return PixelStream(lambda params, latents, cache: vae_tiling.decode_chunk(params, latents, cache, config, tiling), params, chunk)

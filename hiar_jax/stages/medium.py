@@ -180,20 +180,33 @@ class WanMedium:
     _, config, params = self._autoencoder
     if self.experiment.codec.tiny:
       return pixel_stream.of_tiny_vae(params, config)
-    return pixel_stream.of_vae(params, config, tiling=_tiling(self.experiment.codec))
+    return pixel_stream.of_vae(params, config, tiling=tiling_of(self.experiment.codec))
+
+  @functools.cached_property
+  def _wide_stream(self) -> pixel_stream.PixelStream:
+    """The decoder over all devices; tiles are decoded one after another on one."""
+    devices = tuple(jax.local_devices())
+    return dataclasses.replace(self.stream, devices=devices[:1] if tiling_of(self.experiment.codec) else devices)
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
-    yield from self.stream(latents)
+    yield from self._wide_stream(np.asarray(latents))  # they may lie on the network's devices, spread otherwise
+
+  @functools.cached_property
+  def _encode(self):
+    """Compiled once for all videos of a size."""
+    module, config, _ = self._autoencoder
+    tiling = tiling_of(self.experiment.codec)
+    encode = functools.partial(vae_tiling.encode, tiling=tiling) if tiling else module.encode
+    return jax.jit(lambda params, video: encode(params, patch_codec.to_unit(video), config=config))
 
   def latents(self, video: np.ndarray) -> np.ndarray:
-    module, config, params = self._autoencoder
-    encode = jax.jit(lambda params, video: module.encode(params, patch_codec.to_unit(video), config))
-    return np.asarray(encode(params, video))
+    return np.asarray(self._wide_stream.spread(self._encode, video, factor=self.experiment.codec.spatial_factor))
 
 
 def _float32(text) -> jax.Array:
   return jnp.asarray(text, jnp.float32)
 
 
-def _tiling(codec: WanCodecConfig) -> vae_tiling.Tiling | None:
-  return vae_tiling.Tiling(codec.tile, codec.tile // 4) if codec.tile else None
+def tiling_of(codec: WanCodecConfig) -> vae_tiling.Tiling | None:
+  """The tiles of a small memory; None: whole frames."""
+  return vae_tiling.Tiling(codec.tile, codec.tile // 4) if codec.tile and not codec.tiny else None
