@@ -67,6 +67,7 @@ def get_config() -> config_dict.ConfigDict:
   c.trajectories.count = 20_000  # section 4.1, for forward-KL; 16,000 for causal init; the code makes 16,000
   c.trajectories.batch = 64
   c.trajectories.steps = 48  # code; section 4.1 says 50, which does not hold the student's levels
+  c.trajectories.shift = 8.0  # code, the base's own; 0 for the student's levels
   c.trajectories.guidance = 5.0  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
   c.trajectories.dtype = "float16"
   c.trajectories.pairs = ""  # or a folder of published ode_pairs, imported instead

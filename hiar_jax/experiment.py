@@ -63,7 +63,7 @@ class DataConfig:
 class WanCodecConfig:
   """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV instead.
 
-  tile: latents a side of the tiles that small memories decode in, 0 = whole frames. dtype: of activations.
+  tile: latents a side of the tiles that small memories encode and decode in, 0 = whole frames. dtype: of activations.
   """
 
   kind: str = "wan"
@@ -159,20 +159,27 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoriesConfig:
-  """`count` guided Euler walks of the teacher over `steps` levels with the student's shift, `batch` at a time.
+  """`count` guided Euler walks of the teacher over `steps` levels, `batch` at a time; kept are their points at the student's timesteps.
 
+  shift: of the walk; 0: the student's, so that the points lie at the student's own levels (see `sigmas`).
   pairs: a folder that HiAR's or Self-Forcing's generate_ode_pairs.py wrote, imported instead, at the levels that it has.
   """
 
   count: int
   batch: int = 64
   steps: int = 48
+  shift: float = 0.0
   guidance: float = 3.0
   dtype: str = "float32"
   pairs: str = ""
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, steps=self.steps)
+    at_least(0, shift=self.shift)
+
+  def sigmas(self, student: StudentConfig) -> np.ndarray:
+    """The levels [s + 1] of the points: the student's timesteps under the walk's shift. float64."""
+    return flow.warped_levels(student.timesteps, self.shift or student.shift)
 
   def kept(self, student: StudentConfig) -> tuple[int, ...]:
     """Indices of the student's levels among the teacher's, whose grid must hold them."""

@@ -1,5 +1,6 @@
 """The Wan experiments at their full size, without allocating any of it: configs, shapes of every step, bytes on each device of a pod."""
 
+import dataclasses
 import functools
 import runpy
 
@@ -13,6 +14,7 @@ from hiar_jax import config as configs
 from hiar_jax import sharding
 from hiar_jax import state as states
 from hiar_jax.convert import published_shapes
+from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
 from hiar_jax.models import dit
@@ -77,6 +79,16 @@ def test_sizes_are_the_published_ones(name):
 def test_a_rival_differs_in_its_own_lines_alone(name):
   differing = {line.partition(":")[0] for line in configs.difference(load("hiar_wan_1_3b"), load(name))}
   assert differing == RIVALS[name]
+
+
+def test_trajectories_lie_at_the_published_samplers_levels_or_at_the_students():
+  e, published = experiment("hiar_wan_1_3b"), ode_pairs.Sampler()
+  assert (e.trajectories.steps, e.trajectories.shift) == (published.steps, published.shift)
+  np.testing.assert_allclose(e.trajectories.sigmas(e.student), published.sigmas, rtol=0, atol=1e-12)
+  own = dataclasses.replace(e.trajectories, shift=0.0)
+  np.testing.assert_array_equal(own.sigmas(e.student), e.student.sigmas)
+  with pytest.raises(UserError, match="shift = -1"):
+    dataclasses.replace(own, shift=-1.0)
 
 
 def abstract_state(e: Experiment, key):

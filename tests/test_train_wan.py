@@ -14,7 +14,7 @@ import tiny_run
 from hiar_jax import checkpoint, media, sharding, weights
 from hiar_jax.data import store
 from hiar_jax.data.prompt_texts import pad
-from hiar_jax.data.trajectories import TrajectoryWriter
+from hiar_jax.data.trajectories import TrajectoryWriter, read_sigmas
 from hiar_jax.models import dit, tokenizer, umt5
 from hiar_jax.stages import teacher, trajectories
 from hiar_jax.stages.run import open_run, read_config
@@ -86,6 +86,20 @@ def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
   assert abs(points[:, 0].std() - 1) < 0.05 and np.isfinite(points).all()
 
 
+def test_the_walk_has_a_shift_of_its_own(trained):
+  """The first Euler step goes as far as its levels say: from 1 to .96 with the published shift 8, to .9375 with the student's 5."""
+  assert read_sigmas(trained / "trajectories") == pytest.approx([1, 0.96, 0.8889, 0.7273, 0], abs=5e-5)
+  moves = []
+  for shift in (8.0, 0.0):
+    config = read_config(trained)
+    config.trajectories.shift = shift
+    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
+    points = teacher.make_walk(run, jax.random.key(0))(teacher.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
+    moves.append(np.asarray(points[:, 1] - points[:, 0]))
+  np.testing.assert_allclose(moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max())
+
+
 def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
   """Two hosts on one disk, of which one is stopped and goes on: each makes its own parts once, together those of one host."""
   config, made = read_config(trained), []
@@ -143,6 +157,18 @@ def test_it_ends_in_videos_twice_the_training_length(trained):
   frames, fps, made = media.read_mp4(videos[0])
   assert frames.shape == (45, 16, 32, 3) and fps == 16  # 12 latent frames
   assert made["prompt"] in PROMPTS
+
+
+@pytest.mark.slow
+def test_two_devices_train_alike(chain, trained, place):
+  """The networks over both, in halves; the text encoder on one."""
+  config = (place / "config.py").read_text()
+  (place / "two.py").write_text(config.replace("  return c", "  c.mesh.min_shard = 64\n  return c"))
+  done = chain.python("-m", "hiar_jax.train", f"--config={place}/two.py", f"--workdir={place}/two", devices=2)
+  assert done.returncode == 0, done.stderr
+  for stage in ("causal_init", "distill"):
+    for one, two in zip(tiny_run.log(trained, stage), tiny_run.log(place / "two", stage), strict=True):
+      assert two["scalars"]["loss"] == pytest.approx(one["scalars"]["loss"], rel=1e-3)
 
 
 @pytest.mark.slow

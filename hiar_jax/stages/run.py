@@ -50,9 +50,10 @@ class Run:
 
   @property
   def point_sigmas(self) -> np.ndarray:
-    """The levels of the trajectories: the student's, or those that imported ones have."""
-    if not self.experiment.trajectories.pairs or not self.experiment.needs_trajectories:
-      return self.sigmas
+    """The levels of the trajectories: those of the teacher's walk, or those that imported ones have."""
+    e = self.experiment
+    if not e.trajectories.pairs or not e.needs_trajectories:
+      return e.trajectories.sigmas(e.student).astype(np.float32)
     return np.asarray(read_sigmas(self.directory("trajectories")), np.float32)
 
   @property
@@ -94,8 +95,11 @@ class Run:
     return medium.pixels(self.medium, latents)
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
-    """This process's share of a stage's batches from its data set: the data, or the trajectories. With `start` where the model reads it."""
-    keys = (*keys, "start") if self.experiment.dit.place_embedding else keys
+    """This process's share of a stage's batches from its data set: the data, or the trajectories; with no keys its prompts alone.
+
+    Clips come with `start` where the model reads it.
+    """
+    keys = (*keys, "start") if keys and self.experiment.dit.place_embedding else keys
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")

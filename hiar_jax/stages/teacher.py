@@ -90,12 +90,12 @@ def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
 
 
 def make_walk(run: Run, key: jax.Array):
-  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at the student's levels [b s+1 f h w c].
+  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at the student's timesteps [b s+1 f h w c].
 
   index: of each example, for its noise; an example's trajectory does not depend on those beside it. start: of each clip in its video.
   """
   e = run.experiment
-  sigmas = jnp.asarray(flow.sigma_schedule(e.trajectories.steps, e.student.shift), jnp.float32)
+  sigmas = jnp.asarray(flow.sigma_schedule(e.trajectories.steps, e.trajectories.shift or e.student.shift), jnp.float32)
   keep = e.trajectories.kept(e.student)
 
   def call(params, tokens, index, start=None):

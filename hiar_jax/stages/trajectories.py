@@ -24,7 +24,7 @@ def run(run: Run) -> None:
       multihost_utils.sync_global_devices("trajectories")
     return
   writer = TrajectoryWriter(
-    run.directory("trajectories"), list(map(float, e.student.sigmas)), config.count, config.batch, dtype=config.dtype,
+    run.directory("trajectories"), list(map(float, e.trajectories.sigmas(e.student))), config.count, config.batch, dtype=config.dtype,
     recipe={"guidance": config.guidance, "steps": config.steps, "seed": e.seed, "teacher_steps": e.teacher.steps},
   )  # fmt: skip
   if writer.complete:
