@@ -95,7 +95,7 @@ class PlainStream:
     for level, (sigma, lower) in enumerate(zip(self.sigmas[:-1], self.sigmas[1:], strict=True)):
       past, latents = {}, {}
       for m, x in enumerate(given):
-        past.update(self.forward(past, m, x, 0.0, self.texts(first))[1])
+        past.update(self.forward(past, m, x, 0.0, self.texts(m))[1])
         latents[m] = x
       context_sigma = {"output": lower, "clean": 0.0, "input": sigma}[row.level]
       for n in range(first, self.blocks):

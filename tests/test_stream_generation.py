@@ -114,6 +114,41 @@ def test_a_clean_sink_is_made_first():
   assert_same(found, plain(SAF, 6, {0: "a red circle"}, seed=4, given=[head]))
 
 
+@pytest.mark.parametrize(
+  ("ticks", "recache", "entered"), [(1, False, 1), (2, False, 2), (3, True, 2), (4, False, 2), (5, True, 2), (6, True, 3)]
+)
+def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
+  """A sink of two blocks: they have left after 5 ticks, and what follows enters only then."""
+  row = dataclasses.replace(SAF, sink=4, window=8)
+  generation = Generation(engine(row), "a red circle", seed=4)
+  emitted = [generation.step() for _ in range(ticks)]
+  assert generation.next_block == entered == generation.change_prompt("a blue square", recache=recache)
+  found = [np.asarray(e.latents) for e in emitted if e]
+  found = np.concatenate([*found, take(generation, 6 - len(found))], axis=1)
+  prompts = {0: "a red circle", entered: "a blue square"}
+  head = plain(dataclasses.replace(row, sink_level="history"), 2, prompts, seed=4)
+  anew = frozenset({entered}) if recache else frozenset()
+  assert_same(found, plain(row, 6, prompts, seed=4, given=np.split(head, 2, axis=1), anew=anew))
+
+
+def test_a_change_may_be_taken_back():
+  """What was to be encoded again is not, when another change for the same block does not ask for it."""
+  generation = Generation(engine(), "a red circle", seed=2)
+  first = take(generation, 2)
+  generation.change_prompt("a blue square", recache=True)
+  generation.change_prompt("a red circle")
+  assert_same(np.concatenate([first, take(generation, 6)], axis=1), plain(ROW, 8, {0: "a red circle"}, seed=2))
+
+
+def test_the_pipes_memory_is_used_again():
+  """A tick gives up the old pipe's arrays: two of them would be twice the caches."""
+  generation = Generation(engine(), "a", seed=2)
+  generation.step()
+  old = generation._pipe
+  generation.step()
+  assert old.latents.is_deleted() and old.cache.kv.k.is_deleted() and old.cache.kv.v.is_deleted()
+
+
 def test_a_video_depends_on_its_prompt_and_seed():
   a, b, c, d = (take(Generation(engine(), *of), 2) for of in (("a", 1), ("a", 1), ("b", 1), ("a", 2)))
   np.testing.assert_array_equal(a, b)

@@ -78,13 +78,13 @@ class Generation:
 
   @property
   def next_block(self) -> int:
-    """The block that enters at the next step."""
-    return self._block
+    """The block that enters next. Those that follow a clean sink wait until it is whole: ticks pass meanwhile in which none enters."""
+    return self._block if self._head is None else min(self._block, self.engine.head_blocks)
 
   def step(self) -> Emitted | None:
     """One tick: None while the pipe fills. Returns before the devices are done; reading the latents waits for them."""
     n, left = self._block, self._block - (self.levels - 1)
-    due = np.asarray([n - level in self._anew for level in range(self.levels)])
+    due = np.asarray([n - level in self._anew and self._is_there(n - level) for level in range(self.levels)])
     if due.any():
       self._pipe = self._programs.show_again(self._pipe, self._text, due)
     self._pipe, latents = self._programs.tick(self._pipe, self._text, n in self._anew)
@@ -98,6 +98,10 @@ class Generation:
       self._grow_head(latents, prompt)
     return emitted
 
+  def _is_there(self, block: int) -> bool:
+    """Whether a block that the pipe counts is one of the video; see next_block."""
+    return self._first <= block and (self._head is None or block < self.engine.head_blocks)
+
   def _frames_before(self, block: int) -> int:
     k = self.engine.plan.history.block
     given = -(-self.given_frames // k)
@@ -109,7 +113,7 @@ class Generation:
     if len(self._head) < self.engine.head_blocks:
       return
     head, self._head = self._head, None
-    wanted_anew = any(block >= len(head) for block in self._anew)
+    wanted_anew = len(head) in self._anew
     self._begin(np.concatenate([latents for latents, _ in head], axis=1), jnp.stack([self.engine.text(prompt) for _, prompt in head]))
     self._prompts, self._anew = {}, {self._block} if wanted_anew else set()
 
@@ -120,18 +124,17 @@ class Generation:
     stay as they were shown. It costs a window's forward in each of the next `levels` ticks.
     """
     self.prompt, self._text = prompt, self.engine.text(prompt)
-    if recache and self._block > 0:
-      self._anew.add(self._block)
+    if recache and self.next_block > 0:
+      self._anew.add(self.next_block)
     else:
-      self._anew.discard(self._block)
-    return self._block
+      self._anew.discard(self.next_block)
+    return self.next_block
 
   @property
   def in_flight(self) -> list[tuple[int, int, str]]:
     """(level that it waits for, block, its prompt) of the blocks that have entered and not left, the oldest last."""
-    last = self._block if self._head is None else self.engine.head_blocks
     blocks = ((level, self._block - level) for level in range(1, self.levels))
-    return [(level, block, self._prompts[block]) for level, block in blocks if self._first <= block < last]
+    return [(level, block, self._prompts[block]) for level, block in blocks if self._is_there(block)]
 
   # --------------------------------------------------------------------------------------------------------------- saving
 
