@@ -2,36 +2,48 @@
 
 import asyncio
 import contextlib
+import pathlib
 import threading
 
 from aiohttp import web
-from fake_generation import FakeDecoder, FakeGeneration
+from fake_generation import SIZE, FakeDecoder, FakeGeneration, latents_of
 
 from hiar_jax import serve
+from hiar_jax.jobs import pictures
 from hiar_jax.page.app import DESK, make_app
 from hiar_jax.page.desk import House
 from hiar_jax.page.showing import Rules
+from hiar_jax.streaming.source import Frames
 from hiar_jax.streaming.stream import Stream
 
 
 class FakeSource:
-  """Generations of this source, in the order in which they were opened. seconds: what a tick takes."""
+  """Generations of this source, in the order in which they were opened, and what they started from. seconds: what a tick takes."""
 
   fps, scale, sigmas = 8.0, 8, (1.0, 0.94, 0.83, 0.62, 0.0)
 
   def __init__(self, seconds=0.05, decoder=FakeDecoder):
-    self.seconds, self.decoder, self.opened, self.streams = seconds, decoder, [], []
+    self.seconds, self.decoder, self.opened, self.streams, self.starts = seconds, decoder, [], [], []
 
-  def open(self, prompt, *, seed=0, frames=None, ahead=2):
+  def open(self, prompt, *, seed=0, frames=None, start=None, ahead=2):
     self.opened.append(FakeGeneration(prompt, seed, seconds=self.seconds, fail_at=0 if prompt == "break" else None))
-    self.streams.append(Stream(self.opened[-1], self.decoder(), fps=self.fps, ahead=ahead))
+    given = None if start is None else latents_of(0, "given", frames=len(start.pixels))
+    self.starts.append(start)
+    self.streams.append(Stream(self.opened[-1], self.decoder(), fps=self.fps, given=given, ahead=ahead))
     return self.streams[-1]
+
+  def read_start(self, path, kind, name):
+    if kind == "image":
+      pixels, said = pictures.read_image(path, SIZE, SIZE)
+    else:
+      pixels, said = pictures.read_video(path, SIZE, SIZE, self.fps, last=6)
+    return Frames(pathlib.Path(name), kind, pixels), said
 
   def remarks(self, prompt):
     return [f"the model does not know {word!r}; it is made without" for word in prompt.split() if word == "zebra"]
 
-  def provenance(self, prompt, seed):
-    return {"prompt": prompt, "seed": str(seed)}
+  def provenance(self, prompt, seed, start=None):
+    return {"prompt": prompt, "seed": str(seed), **({"start": f"{start.kind} {start.path.name}"} if start else {})}
 
 
 RULES = Rules()

@@ -9,19 +9,26 @@ import pytest
 
 _MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
 _MISSING += [name for name in ("selenium", "aiohttp") if importlib.util.find_spec(name) is None]
+if _MISSING:
+  pytest.skip(
+    f"clicking through the page: not installed: {', '.join(_MISSING)} (apt-get install chromium chromium-driver)", allow_module_level=True
+  )
 
-pytestmark = [
-  pytest.mark.browser,
-  pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)} (apt-get install chromium chromium-driver)"),
-]
+from PIL import Image  # noqa: E402
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
+from served_page import FakeSource, page  # noqa: E402
+from test_stream_student import untrained  # noqa: E402
+import tiny_run  # noqa: E402
 
-if not _MISSING:
-  from selenium import webdriver
-  from selenium.webdriver.common.by import By
-  from selenium.webdriver.support.ui import Select, WebDriverWait
-  from served_page import FakeSource, page
+from hiar_jax.page.showing import Rules  # noqa: E402
+from hiar_jax.streaming.engine import Options  # noqa: E402
+from hiar_jax.streaming.layout import Layout  # noqa: E402
+from hiar_jax.streaming.source import Source  # noqa: E402
 
-  from hiar_jax.page.showing import Rules
+pytestmark = pytest.mark.browser
 
 PROMPT = "a red circle moving left"
 OPTIONS = [
@@ -136,6 +143,37 @@ def test_a_changed_prompt_is_seen_within_the_levels(browser, server):
   assert sum(abs(a - b) for a, b in zip(old, colour(browser), strict=True)) > 40
 
 
+@pytest.mark.slow
+def test_a_networks_own_pipe(browser, tmp_path):
+  """The prompt is changed while it stands still, so that blocks can be counted; the page says where it will be seen, and there it is."""
+  source = Source(untrained(tmp_path, tiny_run.make_config()), Options(layout=Layout()))
+  source.engine.warm(PROMPT)
+  (tmp_path / "clips").mkdir()
+  with page(tmp_path / "clips", source=source) as server:
+    start(browser, server)
+    until(browser, lambda: played(browser) > 1)
+    click(browser, "pause")
+    until(browser, lambda: state(browser) == "paused")
+    (viewer,) = server.desk.viewers
+    stream = viewer.showing._stream
+    until(browser, lambda: not (stream._work.ticking or stream._work.decoding))
+    made, flight = stream.made, stream.in_flight
+    find(browser, "prompt").clear()
+    find(browser, "prompt").send_keys("a blue square moving up")
+    click(browser, "change")
+    until(browser, lambda: "will be the first to show it" in find(browser, "message").text)
+    first = int(find(browser, "message").text.split()[1])
+    levels = len(source.sigmas) - 1
+    assert [block for _, block, _ in flight] == list(range(first - 1, made - 1, -1)) and first <= made + levels
+    rows = [row.text.split("\n") for row in browser.find_elements(By.CSS_SELECTOR, "#levels li")]
+    assert [row[1:] for row in rows[1:levels]] == [[str(block), prompt] for _, block, prompt in flight]
+    click(browser, "pause")
+    until(browser, lambda: find(browser, "caption").text == "a blue square moving up")
+    assert played(browser) == pytest.approx(first * source.block_frames / source.fps, abs=0.5)
+    browser.get("about:blank")
+    until(browser, lambda: not server.desk.viewers and server.making() == 0)
+
+
 def test_pause_extend_and_download(browser, server):
   start(browser, server, length="10 s")
   until(browser, lambda: played(browser) > 0.5)
@@ -170,6 +208,63 @@ def test_it_ends_where_it_was_asked_to(browser, server):
   assert "does not know 'zebra'" in find(browser, "message").text
   click(browser, "extend")
   until(browser, lambda: played(browser) > 2.6)
+
+
+def test_it_starts_from_a_picture(browser, server, tmp_path_factory):
+  """What is no picture is one line on the page, and what is playing goes on."""
+  folder = tmp_path_factory.mktemp("pictures")
+  (folder / "cat.png").write_text("a cat")
+  Image.new("RGB", (40, 20), (220, 30, 30)).save(folder / "red.png")
+  start(browser, server)
+  until(browser, lambda: played(browser) > 0.5)
+  find(browser, "given").send_keys(str(folder / "cat.png"))
+  click(browser, "start")
+  until(browser, lambda: find(browser, "message").text.startswith("cat.png is neither a picture nor a video"))
+  before = played(browser)
+  until(browser, lambda: played(browser) > before + 0.5)
+  assert len(server.source.opened) == 1 and state(browser) == "making" and find(browser, "caption").text == PROMPT
+
+  find(browser, "given").send_keys(str(folder / "red.png"))
+  click(browser, "start")
+  until(browser, lambda: find(browser, "message").text == "red.png: 20x40, scaled by 0.8 to cover 16x16, 50% of its width cropped")
+  until(browser, lambda: len(server.source.opened) == 2 and played(browser) > 0.5)
+  assert server.source.starts[0] is None and server.source.starts[1].pixels[0, 8, 8].tolist() == [220, 30, 30]
+  until(browser, lambda: server.making() == 1)
+
+  click(browser, "nothing")
+  assert find(browser, "given").get_property("value") == "" and not find(browser, "nothing").is_displayed()
+  click(browser, "start")
+  until(browser, lambda: len(server.source.opened) == 3)
+  assert server.source.starts[2] is None
+
+
+def test_a_file_that_is_too_large_is_not_sent(browser, server, tmp_path_factory):
+  large = tmp_path_factory.mktemp("large") / "large.mp4"
+  large.write_bytes(bytes(16 * 2**20))
+  browser.get(server.url)
+  until(browser, lambda: state(browser) == "ready")
+  find(browser, "given").send_keys(str(large))
+  click(browser, "start")
+  until(browser, lambda: find(browser, "message").text == "large.mp4 has 16.0 MB; at most 15 can be sent.")
+  assert state(browser) == "ready" and server.source.opened == []
+
+
+def test_the_strip_shows_the_prompts_and_goes_back(browser, server):
+  start(browser, server)
+  until(browser, lambda: played(browser) > 1)
+  find(browser, "prompt").clear()
+  find(browser, "prompt").send_keys("a blue square")
+  click(browser, "change")
+  parts = lambda: browser.find_elements(By.CSS_SELECTOR, "#parts i")
+  until(browser, lambda: len(parts()) == 2)
+  titles = browser.execute_script("return [...document.querySelectorAll('#parts i')].map((part) => part.title)")
+  assert titles == [PROMPT, "a blue square"]
+  until(browser, lambda: played(browser) > 3)
+  strip = find(browser, "strip")
+  ActionChains(browser).move_to_element_with_offset(strip, 2 - strip.size["width"] // 2, 0).click().perform()
+  assert played(browser) < 1
+  before = played(browser)
+  until(browser, lambda: played(browser) > before + 0.5)
 
 
 def test_two_tabs_and_one_closed_in_the_middle(browser, server):

@@ -116,6 +116,27 @@ def test_pause_go_stop(tmp_path):
   assert [generation.prompt for generation in server.source.opened] == [PROMPT, "a blue square"]
 
 
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
+  """The thread waits for a block that does not come; a closed tab ends it, and others come in, all the same."""
+
+  async def visit(server):
+    async with tab(server) as two:
+      async with tab(server) as one:
+        await one.say(do="start", prompt=PROMPT)
+        await eventually(lambda: server.source.streams)
+        await one.say(do="pause")
+        await eventually(lambda: server.source.streams[0]._work.paused)
+        if not leaves:
+          await two.say(do="start", prompt=PROMPT)
+          await two.until(lambda tab: tab.is_in("running"), seconds=30)
+      await two.say(do="stop")
+      await eventually(lambda: server.making() == 0, seconds=20)
+
+  with page(tmp_path, source=FakeSource(0.3), places=1, rules=Rules(hold=0.2)) as server:
+    run(visit(server))
+
+
 def test_what_fails_is_said_and_ends_nothing_else(tmp_path, capfd):
   async def visit(server):
     async with tab(server) as one:
@@ -167,6 +188,37 @@ def test_who_comes_later_waits_and_comes_in_when_a_tab_closes(tmp_path):
   with page(tmp_path, places=1) as server:
     run(visit(server))
   assert len(server.source.opened) == 2 and os.listdir(tmp_path) == []
+
+
+def test_who_asked_first_comes_first(tmp_path):
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two, tab(server) as three:
+      for i, each in enumerate((one, two, three)):
+        await each.say(do="start", prompt=str(i))
+        await each.until(lambda tab: tab.is_in("running", "waiting"))
+      await three.until(lambda tab: tab.status.get("before") == 1)
+      for each, later in ((one, two), (two, three)):
+        await each.say(do="stop")
+        await later.until(lambda tab: tab.is_in("running"))
+
+  with page(tmp_path, places=1) as server:
+    run(visit(server))
+  assert [generation.prompt for generation in server.source.opened] == ["0", "1", "2"]
+
+
+def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.say(do="pause")
+      await asyncio.sleep(2.5)
+      await one.say(do="go")
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 6)
+
+  with page(tmp_path, rules=Rules(patience=1.0, hold=0.2)) as server:
+    run(visit(server))
 
 
 def test_two_at_once(tmp_path):

@@ -9,7 +9,9 @@ import pytest
 aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
 
 from browser_tab import eventually, nothing_left, run, tab  # noqa: E402, F401
-from served_page import page  # noqa: E402
+from served_page import FakeSource, page  # noqa: E402
+
+from hiar_jax.page.showing import Rules  # noqa: E402
 
 PROMPT = "a red circle"
 
@@ -38,7 +40,7 @@ def test_wishes_that_cannot_be_granted_are_answered_and_change_nothing(tmp_path)
         await one.until(lambda tab: "refused" in tab.heard)
         assert why in one.heard["refused"]["why"], text[:60]
       await one.socket.send_bytes(b"\0" * 1000)
-      await one.until(lambda tab: tab.heard["refused"]["why"].startswith("expected a text"))
+      await one.until(lambda tab: tab.heard["refused"]["why"].startswith("expected a JSON object"))
       frames = one.status["frames"]
       await one.until(lambda tab: tab.is_in("running") and tab.status["frames"] > frames + 6)
       assert one.status["prompt"] == PROMPT
@@ -46,6 +48,21 @@ def test_wishes_that_cannot_be_granted_are_answered_and_change_nothing(tmp_path)
   with page(tmp_path) as server:
     run(visit(server))
   assert len(server.source.opened) == 1 and server.source.opened[0].changes == []
+
+
+def test_who_claims_to_have_seen_what_is_not_made_gets_no_more_than_the_lead(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.status.get("seconds", 0) >= 1, watch=False)
+      await one.say(do="at", seconds=1e9)
+      await asyncio.sleep(1)
+      count = len(one.said)
+      await one.until(lambda tab: len(tab.said) > count + 4, watch=False)
+      assert one.status["seconds"] <= 2 * (1 + 3 / 8)
+
+  with page(tmp_path, source=FakeSource(0.0), rules=Rules(lead=1.0)) as server:
+    run(visit(server))
 
 
 def test_wishes_without_a_video(tmp_path):

@@ -15,10 +15,11 @@ from hiar_jax.jobs import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """The file, what it is, and its content's hash."""
+  """The file, what it is, and its content's hash. last: so many frames of a video, those at its end, are kept at most; None: all."""
 
   path: pathlib.Path
   kind: str  # "image" or "video"
+  last: int | None = None
 
   @staticmethod
   def of(job: Job) -> "Start | None":
@@ -40,7 +41,7 @@ class Start:
     """
     if self.kind == "image":
       return pictures.read_image(self.path, e.data.height, e.data.width)
-    frames, said = pictures.read_video(self.path, e.data.height, e.data.width, e.sample.fps)
+    frames, said = pictures.read_video(self.path, e.data.height, e.data.width, e.sample.fps, self.last)
     kept, _ = sizes.crop_to_blocks(len(frames), e.history.block, e.pixel_frames)
     if not kept:
       least = e.pixel_frames(e.history.block)

@@ -1,11 +1,13 @@
 """The web side: three files, one WebSocket a tab, downloads. Nothing that comes in reaches a generation unchecked.
 
-The page sends JSON texts, one wish each (see `Talk`); it gets JSON texts, and the video's bytes as they are made. The file on disk is the
-buffer between a generation and its viewer: a viewer reads it at its own pace, so a slow one holds up nobody, and costs no memory.
+The page sends JSON texts, one wish each (see `Talk`), or one with a file to start from behind it; it gets JSON texts, and the video's bytes
+as they are made. The file on disk is the buffer between a generation and its viewer: a viewer reads it at its own pace, so a slow one holds
+up nobody, and costs no memory.
 """
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.resources
 import ipaddress
 import json
@@ -25,7 +27,7 @@ from hiar_jax.page.showing import Wish
 FILES = {"/": ("index.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css")}
 MAX_PROMPT = 2000  # characters
 MAX_WISH = 2**16  # bytes of one wish; what is longer is refused unread
-MAX_MESSAGE = 2**24  # bytes; a socket that sends more is closed
+MAX_MESSAGE = 2**24  # bytes, those of a file included; a socket that sends more is closed
 NEWS_EVERY = 0.25  # seconds between two reports without anything new
 
 _POLICY = (
@@ -195,8 +197,8 @@ def _status(desk: Desk, viewer: Viewer) -> dict[str, Any]:
 async def _hear(desk: Desk, viewer: Viewer, message) -> None:
   """One message; one that cannot be carried out is answered and changes nothing."""
   try:
-    wish = _parse(message)
-    answer = await Talk(desk, viewer).carry_out(wish)
+    wish, file = _parse(message)
+    answer = await Talk(desk, viewer, file).carry_out(wish)
   except UserError as error:
     answer = {"say": "refused", "why": str(error)}
   if answer:
@@ -204,31 +206,33 @@ async def _hear(desk: Desk, viewer: Viewer, message) -> None:
   viewer.news.set()
 
 
-def _parse(message) -> dict[str, Any]:
-  if message.type != WSMsgType.TEXT:
-    raise UserError("expected a text, a JSON object")
-  if len(message.data) > MAX_WISH:
-    raise UserError(f"a message of {len(message.data)} characters; a prompt has at most {MAX_PROMPT}")
+def _parse(message) -> tuple[dict[str, Any], bytes | None]:
+  """(a wish, the file that came behind it)."""
+  text, file = message.data, None
+  if message.type == WSMsgType.BINARY:
+    text, _, file = message.data.partition(b"\n")
+  if len(text) > MAX_WISH:
+    raise UserError(f"a message of {len(text)} characters; a prompt has at most {MAX_PROMPT}")
   try:
-    wish = json.loads(message.data)
+    wish = json.loads(text)
   except (ValueError, RecursionError):
     raise UserError("expected a JSON object") from None
   if not isinstance(wish, dict) or not isinstance(wish.get("do"), str):
     raise UserError('expected a JSON object with "do"')
-  return wish
+  return wish, file
 
 
 class Talk:
   """What a page may ask for:
 
-      {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}
+      {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}       and behind a line's end a picture or video, with its "name"
       {"do": "prompt", "prompt": TEXT, "recache": false}
       {"do": "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"}
       {"do": "at", "seconds": 3.2}     how much of the video has been seen
   """
 
-  def __init__(self, desk: Desk, viewer: Viewer):
-    self.desk, self.viewer = desk, viewer
+  def __init__(self, desk: Desk, viewer: Viewer, file: bytes | None = None):
+    self.desk, self.viewer, self.file = desk, viewer, file
 
   async def carry_out(self, wish: dict[str, Any]) -> dict[str, Any] | None:
     """An answer, where there is one. Raises UserError for what cannot be done."""
@@ -236,15 +240,22 @@ class Talk:
     does = {name: getattr(self, name) for name in names}
     if wish["do"] not in does:
       raise UserError(f"there is no {wish['do'][:40]!r}; there is {', '.join(does)}")
+    if self.file is not None and wish["do"] != "start":
+      raise UserError('a file comes with "start" alone')
     return await does[wish["do"]](wish)
 
-  async def start(self, wish) -> None:
+  async def start(self, wish) -> dict[str, Any] | None:
     seconds = wish.get("seconds")
-    wanted = Wish(_prompt(wish), _seed(wish.get("seed", 0)), None if seconds is None else self._seconds(seconds))
+    wanted = Wish(_text(wish, "prompt"), _seed(wish.get("seed", 0)), None if seconds is None else self._seconds(seconds))
+    done = None
+    if self.file is not None:
+      frames, done = await self.desk.read(_text(wish, "name"), self.file)
+      wanted = dataclasses.replace(wanted, start=frames)
     await self.desk.ask(self.viewer, wanted)
+    return None if done is None else {"say": "given", "done": done}
 
   async def prompt(self, wish) -> dict[str, Any] | None:
-    prompt, recache = _prompt(wish), wish.get("recache", False)
+    prompt, recache = _text(wish, "prompt"), wish.get("recache", False)
     if not isinstance(recache, bool):
       raise UserError("recache: expected true or false")
     block = await self.desk.run(self._showing().change_prompt, prompt, recache)
@@ -278,17 +289,18 @@ class Talk:
     return _number(value, "seconds", 0.1, self.desk.house.rules.longest)
 
 
-def _prompt(wish: dict[str, Any]) -> str:
-  prompt = wish.get("prompt")
-  if not isinstance(prompt, str):
-    raise UserError("prompt: expected a text")
-  if len(prompt) > MAX_PROMPT:
-    raise UserError(f"a prompt of {len(prompt)} characters; at most {MAX_PROMPT} are read")
+def _text(wish: dict[str, Any], name: str) -> str:
+  """On one line."""
+  text = wish.get(name)
+  if not isinstance(text, str):
+    raise UserError(f"{name}: expected a text")
+  if len(text) > MAX_PROMPT:
+    raise UserError(f"a {name} of {len(text)} characters; at most {MAX_PROMPT} are read")
   try:
-    prompt.encode()
+    text.encode()
   except UnicodeEncodeError:
-    raise UserError("prompt: expected characters that can be written down; this one holds half a pair") from None
-  return " ".join(prompt.replace("\0", " ").split())
+    raise UserError(f"{name}: expected characters that can be written down; this one holds half a pair") from None
+  return " ".join(text.replace("\0", " ").split())
 
 
 def _seed(value) -> int:

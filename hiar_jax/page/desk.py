@@ -10,9 +10,12 @@ import secrets
 import time
 from typing import Any
 
+from hiar_jax.page import given
 from hiar_jax.page.showing import Rules, Showing, Source, Wish
+from hiar_jax.streaming.source import Frames
 
 CLOSED = "the tab was closed"
+READERS = 2  # of what is handed in, at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Desk:
     self.clips: dict[str, pathlib.Path] = {}  # what may be fetched
     self._waiting: collections.deque[Viewer] = collections.deque()
     self._shown: set[Viewer] = set()
+    self._readers = asyncio.Semaphore(READERS)
     self._pool = ThreadPoolExecutor(2 * house.viewers + 2, thread_name_prefix="desk")
 
   @property
@@ -97,6 +101,11 @@ class Desk:
   async def run(self, function: Callable, *arguments):
     """In a thread, for what takes as long as a tick."""
     return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+  async def read(self, name: str, content: bytes) -> tuple[Frames, str]:
+    """A file that was handed in, and what was done to it. Raises UserError where it cannot be used."""
+    async with self._readers:
+      return await self.run(given.read, self.house.source, name, content)
 
   def before(self, viewer: Viewer) -> int | None:
     """How many are waiting before a viewer; None for one that does not wait."""

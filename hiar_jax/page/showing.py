@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.growing_mp4 import Fragment, GrowingMP4
+from hiar_jax.streaming.source import Frames
 from hiar_jax.streaming.stream import Stream
 
 PROMPTS_TOLD = 8  # of the last ones: a viewer is seconds behind
@@ -23,18 +24,20 @@ class Source(Protocol):
   scale: int
   sigmas: tuple[float, ...]
 
-  def open(self, prompt: str, *, seed: int, frames: int | None, ahead: int) -> Stream: ...
+  def open(self, prompt: str, *, seed: int, frames: int | None, start: Frames | None, ahead: int) -> Stream: ...
+  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]: ...
   def remarks(self, prompt: str) -> list[str]: ...
-  def provenance(self, prompt: str, seed: int) -> dict[str, str]: ...
+  def provenance(self, prompt: str, seed: int, start: Frames | None) -> dict[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Wish:
-  """What a viewer asks for. seconds: of video, None: without end."""
+  """What a viewer asks for. seconds: of video, None: without end. start: what it begins with."""
 
   prompt: str
   seed: int = 0
   seconds: float | None = None
+  start: Frames | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +96,8 @@ class Showing:
   def pause(self, wanted: bool) -> None:
     with self._turn:
       self._paused, self._moved = wanted, time.monotonic()
-      if self._stream:
-        self._stream.pause(wanted)
+      self._idle_since = self._moved if wanted else None
+      self._hold()
       self._turn.notify_all()
     self._changed()
 
@@ -118,6 +121,7 @@ class Showing:
     """Asks the thread to end."""
     with self._turn:
       self._ending = self._ending or why
+      self._hold()
       self._turn.notify_all()
 
   def close(self, why: str = "closed") -> None:
@@ -171,16 +175,21 @@ class Showing:
       return "starting"
     return "paused" if self._paused else "finished" if self._finished else "running"
 
+  def _hold(self) -> None:
+    """Where it is paused; one that is to end is let go on, for the thread may wait for its next block."""
+    if self._stream:
+      self._stream.pause(self._paused and not self._ending)
+
   def _run(self) -> None:
     why = ""
     try:
       self.remarks = self.source.remarks(self.wish.prompt)
-      told = self.source.provenance(self.wish.prompt, self.wish.seed)
-      stream = self.source.open(self.wish.prompt, seed=self.wish.seed, frames=None, ahead=1)
+      told = self.source.provenance(self.wish.prompt, self.wish.seed, self.wish.start)
+      stream = self.source.open(self.wish.prompt, seed=self.wish.seed, frames=None, start=self.wish.start, ahead=1)
       with stream, GrowingMP4(self.path, self.source.fps, told, scale=self.source.scale) as file:
         with self._turn:
           self._stream = stream
-          stream.pause(self._paused)
+          self._hold()
         why = self._make(stream, file)
     except UserError as error:
       why = str(error)

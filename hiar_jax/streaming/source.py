@@ -22,6 +22,18 @@ from hiar_jax.streaming.stream import Stream, block_seconds
 
 
 @dataclasses.dataclass(frozen=True)
+class Frames:
+  """A start that was read before: uint8 [F H W 3] of one `kind`, and the name of the file that it came from."""
+
+  path: pathlib.Path
+  kind: str
+  pixels: np.ndarray
+
+  def read(self, e: Experiment) -> tuple[np.ndarray, str]:
+    return self.pixels, ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the first."""
 
@@ -69,8 +81,18 @@ class Source:
     """What the model will not understand of a prompt, a line each."""
     return self.model.run.medium.remarks(prompt)
 
+  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]:
+    """(a file's frames, of a video those that a window holds, at its end; what was done to them in a line, '' for nothing).
+
+    kind: "image" or "video"; name: what it is called from then on. Raises UserError, as Start.read.
+    """
+    e, k = self.experiment, self.experiment.history.block
+    window = -(-self.engine.plan.history.window // k) * k
+    pixels, line = Start(path, kind, e.pixel_frames(window)).read(e)
+    return Frames(pathlib.Path(name), kind, pixels), line
+
   def open(self, prompt: str | None = None, *, timeline: Timeline | None = None, seed: int = 0, frames: int | None = None,
-           start: Start | None = None, ahead: int = 2) -> Stream:  # fmt: skip
+           start: Start | Frames | None = None, ahead: int = 2) -> Stream:  # fmt: skip
     """A new stream. frames: of the video, those of its start included, rounded up to whole blocks; None: without end.
 
     Raises UserError where neither a prompt nor a timeline says what to show, or both do, and where the start cannot be used.
@@ -110,7 +132,7 @@ class Source:
     e = self.experiment
     return block_seconds(-(-given // e.history.block), given, e.history.block, e.pixel_frames, self.fps)
 
-  def provenance(self, prompt: str, seed: int, start: Start | None = None) -> dict[str, str]:
+  def provenance(self, prompt: str, seed: int, start: Start | Frames | None = None) -> dict[str, str]:
     """What a file says of itself. prompt: the one that it starts with."""
     e = self.experiment
     return {
@@ -119,7 +141,7 @@ class Source:
       "weights" if self.model.weights else "workdir": self.model.name, "hiar_jax": __version__,
     }  # fmt: skip
 
-  def _given(self, start: Start | None) -> np.ndarray | None:
+  def _given(self, start: Start | Frames | None) -> np.ndarray | None:
     """[1 f h w c]"""
     if start is None:
       return None

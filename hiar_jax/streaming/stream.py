@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import threading
-import time
 from typing import Any, Protocol
 import weakref
 
@@ -25,6 +24,7 @@ import numpy as np
 
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.formats.timeline import Change
+from hiar_jax.streaming.clock import Clock
 from hiar_jax.streaming.decoding import Decoder
 from hiar_jax.types import PyTree
 
@@ -178,7 +178,7 @@ class _Work:
     self.calls: collections.deque[tuple[Callable, Future]] = collections.deque()
     self.closed = self.paused = self.held = self.ticking = self.decoding = False
     self.error: BaseException | None = None
-    self.clock = _Clock()
+    self.clock = Clock()
     if given is not None:
       self.blocks.append(_Block(generation.next_block - 1, generation.prompt, given))
     self.threads: list[threading.Thread] = []
@@ -365,33 +365,6 @@ class _Work:
     changes = [[change.block, change.prompt, change.recache] for change in self.changes]
     facts = json.dumps({"frames": self.frames, "made": self.made, "chunks": chunks, "changes": changes}).encode()
     return [np.frombuffer(facts, np.uint8), *(chunk.frames for chunk in self.chunks), *jax.tree.leaves(self.memory)]
-
-
-class _Clock:
-  """Counts the seconds in which there was work, and the frames that came of it."""
-
-  KEPT = 16  # chunks
-
-  def __init__(self):
-    self._seconds, self._since = 0.0, None
-    self._notes: collections.deque[tuple[float, int]] = collections.deque(maxlen=self.KEPT)
-
-  def run(self, wanted: bool) -> None:
-    now = time.monotonic()
-    if self._since is not None:
-      self._seconds += now - self._since
-    self._since = now if wanted else None
-
-  def note(self, frames: int) -> None:
-    """So many so far."""
-    running = 0.0 if self._since is None else time.monotonic() - self._since
-    self._notes.append((self._seconds + running, frames))
-
-  def speed(self) -> float | None:
-    if len(self._notes) < 2:
-      return None
-    (start, before), (end, after) = self._notes[0], self._notes[-1]
-    return (after - before) / max(1e-9, end - start)
 
 
 def _answer(function: Callable, answer: Future, generation) -> None:

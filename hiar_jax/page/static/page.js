@@ -3,11 +3,14 @@
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 const KEEP = 60; // seconds of video kept behind the play head
+const MOST = 15; // megabytes of a file to start from; the server takes one more
 
 let socket = null;
 let screen = null; // what is being played
 let status = {state: "connecting"};
-let asked = 0; // when Start was pressed
+let pressed = 0; // when Start was, until something comes of it
+let asked = 0; // when Start was pressed for what is being played
+let prompts = new Map(); // of it: second -> prompt
 let firstSeen = null; // seconds from there to the first picture
 let pausedByHand = false;
 
@@ -80,22 +83,35 @@ function connect() {
   };
 }
 
-function say(wish) {
-  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify(wish));
-  else tell("The server is not there.");
+function say(wish, file = null) {
+  if (socket?.readyState !== WebSocket.OPEN) return tell("The server is not there.");
+  const text = JSON.stringify(wish);
+  socket.send(file ? new Blob([text, "\n", file]) : text);
 }
 
 function hear(news) {
   if (news.say === "status") return show(news);
   if (news.say === "refused") return tell(news.why);
   if (news.say === "prompt") return tell(`Block ${news.block} will be the first to show it.`);
+  if (news.say === "given") return tell(news.done);
   if (news.say === "begin") {
+    clear();
     $("download").href = news.clip;
     $("download").hidden = false;
     if (!window.MediaSource?.isTypeSupported(news.mime)) return tell(`This browser does not play ${news.mime}; download the video instead.`);
-    screen?.close();
     screen = new Screen(news.mime);
   }
+}
+
+// Makes room for another video; what is played until then was not stopped by asking for it.
+function clear() {
+  if (pressed) [asked, pressed, firstSeen, pausedByHand] = [pressed, 0, null, false];
+  prompts = new Map();
+  screen?.close();
+  screen = null;
+  $("caption").textContent = "";
+  video.removeAttribute("src");
+  video.load();
 }
 
 const tell = (text) => { $("message").textContent = text; };
@@ -104,6 +120,7 @@ const tell = (text) => { $("message").textContent = text; };
 
 const number = (value, digits = 1) => value.toLocaleString("en", {minimumFractionDigits: digits, maximumFractionDigits: digits});
 const hue = (text) => [...text].reduce((sum, char) => (sum * 31 + char.codePointAt(0)) % 360, 7);
+const chip = (text) => `hsl(${hue(text)} 60% 50%)`;
 
 const STATES = {
   idle: () => "ready", connecting: () => "connecting", away: () => "the server is not there; trying again",
@@ -123,6 +140,7 @@ function show(news) {
   $("extend").disabled = !(alive && status.target !== null);
   $("stop").disabled = !(alive || status.state === "waiting");
   if (["waiting", "starting"].includes(status.state)) {
+    if (screen || pressed) clear();
     $("curtain").hidden = false;
     $("curtain").textContent = STATES[status.state](status);
   }
@@ -136,6 +154,8 @@ function showFacts() {
   $("speed").textContent = status.speed === null ? "–" : `${number(status.speed)} frames/s, plays ${number(status.fps, status.fps % 1 ? 1 : 0)}`;
   $("made").textContent = `${number(status.seconds)}${length} s`;
   $("blocks").textContent = status.blocks;
+  for (const [second, prompt] of status.prompts) prompts.set(second, prompt);
+  showStrip();
   const remarks = status.remarks.join(" ");
   if (remarks && remarks !== showFacts.told) tell(remarks);
   showFacts.told = remarks;
@@ -144,6 +164,22 @@ function showFacts() {
   rows.push(made ? ["finished", status.blocks - 1, made[1], "", "finished"] : ["finished", null, null, "nothing yet"]);
   while ($("levels").children.length < rows.length) $("levels").append(newRow());
   rows.forEach((row, i) => fillRow($("levels").children[i], ...row));
+}
+
+const span = () => Math.max(status.target ?? 0, status.seconds ?? 0) || 1;
+
+// What was made, a part a prompt, and how far it was watched.
+function showStrip() {
+  const starts = [...prompts.keys()];
+  $("strip").hidden = !starts.length;
+  $("parts").replaceChildren(...starts.map((start, i) => {
+    const part = document.createElement("i");
+    part.title = prompts.get(start);
+    part.style.left = `${100 * start / span()}%`;
+    part.style.width = `${100 * ((starts[i + 1] ?? status.seconds) - start) / span()}%`;
+    part.style.setProperty("--chip", chip(prompts.get(start)));
+    return part;
+  }));
 }
 
 function newRow() {
@@ -162,7 +198,7 @@ function fillRow(item, name, block, prompt, otherwise, kind = "") {
   level.textContent = name;
   number.textContent = block ?? "";
   says.textContent = block === null ? otherwise : prompt || "(no prompt)";
-  if (block !== null) says.style.setProperty("--chip", `hsl(${hue(prompt)} 60% 50%)`);
+  if (block !== null) says.style.setProperty("--chip", chip(prompt));
 }
 
 // ------------------------------------------------------------------------------------------------------------ the hands
@@ -176,18 +212,23 @@ function pause(wanted) {
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
-  tell("");
-  pausedByHand = false;
-  firstSeen = null;
-  asked = performance.now();
-  screen?.close();
-  screen = null;
-  $("caption").textContent = "";
-  video.removeAttribute("src");
-  video.load();
-  const length = $("length").value;
-  say({do: "start", prompt: $("prompt").value, seed: Number($("seed").value), seconds: length ? Number(length) : null});
+  const [file, length] = [$("given").files[0], $("length").value];
+  if (file?.size > MOST * 2 ** 20) return tell(`${file.name} has ${number(file.size / 2 ** 20)} MB; at most ${MOST} can be sent.`);
+  tell(file ? `Sending ${file.name}.` : "");
+  pressed = performance.now();
+  const wish = {do: "start", prompt: $("prompt").value, seed: Number($("seed").value), seconds: length ? Number(length) : null};
+  if (file) say({...wish, name: file.name}, file);
+  else say(wish);
 });
+$("given").onchange = () => { $("nothing").hidden = !$("given").files.length; };
+$("nothing").onclick = () => { $("given").value = ""; $("nothing").hidden = true; };
+$("full").onclick = () => document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen();
+$("strip").onclick = (event) => {
+  const {left, width} = $("strip").getBoundingClientRect(), kept = screen?.buffer?.buffered;
+  if (!kept?.length) return;
+  const second = span() * (event.clientX - left) / width;
+  video.currentTime = Math.min(Math.max(second, kept.start(0)), kept.end(kept.length - 1) - 0.05);
+};
 $("change").onclick = () => say({do: "prompt", prompt: $("prompt").value, recache: $("recache").checked});
 $("pause").onclick = () => pause(status.state !== "paused");
 $("extend").onclick = () => say({do: "extend", seconds: 10});
@@ -210,7 +251,8 @@ document.addEventListener("visibilitychange", () => {
 setInterval(() => {
   if (!screen) return;
   $("watched").textContent = `${number(video.currentTime)} s`;
-  $("caption").textContent = status.prompts?.findLast(([second]) => second <= video.currentTime)?.[1] ?? "";
+  $("caption").textContent = [...prompts].findLast(([second]) => second <= video.currentTime)?.[1] ?? "";
+  $("head").style.left = `${100 * Math.min(1, video.currentTime / span())}%`;
   if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({do: "at", seconds: video.currentTime}));
 }, 250);
 
