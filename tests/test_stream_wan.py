@@ -1,0 +1,135 @@
+"""Wan streamed from end to end, on small random weights of its layout: the frames that generate makes, through the streamed autoencoder."""
+
+import dataclasses
+import os
+import runpy
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+from test_generate_wan import CONFIG, save_weights
+from test_stream_source import assert_same_pixels, frames
+from test_stream_student import compiles_quickly  # noqa: F401
+import tiny_run
+
+import hiar_jax
+from hiar_jax import media, sharding
+from hiar_jax.jobs import student_model
+from hiar_jax.jobs.start_frames import Start
+from hiar_jax.stages import medium
+from hiar_jax.streaming import growing_mp4
+from hiar_jax.streaming.decoding import Streamed
+from hiar_jax.streaming.engine import Options
+from hiar_jax.streaming.layout import Layout
+from hiar_jax.streaming.source import Source
+
+PROMPT, SEED = "A cat walks on the grass", 9
+COUNTS = [9, 12, 12]  # frames of the first blocks: 4 latent frames of 3, the very first of one frame
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A directory with config.py, weights/, cat.png and before.mp4."""
+  root = tmp_path_factory.mktemp("wan")
+  (root / "config.py").write_text(CONFIG)
+  save_weights(root / "weights")
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)).save(root / "cat.png")
+  ramp = np.linspace(0, 255, 9).astype(np.uint8)[:, None, None, None]
+  media.write_mp4(root / "before.mp4", np.broadcast_to(ramp, (9, 16, 32, 3)), 16)
+  return root
+
+
+def config(place):
+  return runpy.run_path(str(place / "config.py"))["get_config"]()
+
+
+@pytest.fixture(scope="module")
+def model(place):
+  found = student_model.of_config(config(place), str(place / "weights"), student_model.Changes())
+  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  return dataclasses.replace(found, run=dataclasses.replace(found.run, mesh=one))
+
+
+@pytest.fixture(scope="module")
+def source(model):
+  """On two stages; the decoder has a device of its own."""
+  return Source(model, Options(layout=Layout(stage=2)))
+
+
+def generated(model, blocks, start=None):
+  """uint8 [F H W 3], as hiar_jax.generate makes them. start: given latents."""
+  model.prepare_texts([PROMPT])
+  given = [] if start is None else [start]
+  make = model.generator(blocks * model.experiment.history.block, start.shape[1] if given else 0)
+  return medium.pixels(model.run.medium, np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+  """The first 33 frames."""
+  return generated(model, 3)
+
+
+def test_it_is_the_video_that_generate_makes(source, whole):
+  assert isinstance(source.decoder, Streamed) and source.decoder.device == jax.devices()[2]
+  with source.open(PROMPT, seed=SEED, frames=33) as stream:
+    chunks = list(stream)
+  assert [len(chunk.frames) for chunk in chunks] == COUNTS and [chunk.time for chunk in chunks] == [0, 9 / 16, 21 / 16]
+  assert whole.shape == (33, 16, 32, 3) and whole.std() > 1
+  assert_same_pixels(frames(chunks), whole)
+
+
+def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(model, source, whole, tmp_path):
+  with source.open(PROMPT, seed=SEED, frames=33) as stream:
+    first = next(stream)
+    stream.save(tmp_path / "saved")
+  with Source(model, Options(layout=Layout())).resume(tmp_path / "saved", frames=33) as again:
+    assert again.taken == 9
+    assert_same_pixels(np.concatenate([first.frames, frames(again)]), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, name, counts", [("image", "cat.png", [1, 12, 12]), ("video", "before.mp4", [9, 12, 12])])
+def test_from_a_start(model, source, place, kind, name, counts):
+  start = Start(place / name, kind)
+  latents = model.run.medium.latents(start.read(model.experiment)[0][None])
+  with source.open(PROMPT, seed=SEED, frames=sum(counts), start=start) as stream:
+    chunks = list(stream)
+  assert [len(chunk.frames) for chunk in chunks] == counts
+  assert_same_pixels(frames(chunks), generated(model, 2, latents))
+
+
+@pytest.mark.slow
+def test_the_name_of_the_package_streams_it(place, whole):
+  """On as many devices as can be used, with a change of prompt."""
+  options = {"config": config(place), "weights": str(place / "weights"), "seed": SEED, "frames": 33}
+  with hiar_jax.stream(timeline=f"0s: {PROMPT}, 1s: a dog", **options) as stream:
+    chunks = list(stream)
+    assert stream._work.generation.engine.layout == Layout(stage=2, tensor=2)
+  assert [chunk.prompt for chunk in chunks] == [PROMPT, PROMPT, "a dog"]
+  assert_same_pixels(frames(chunks[:2]), whole[:21])
+  assert np.abs(frames(chunks[2:]).astype(int) - whole[21:]).max() > 1
+
+
+@pytest.mark.slow
+def test_the_commands(place, tmp_path, tmp_path_factory):
+  chain = tiny_run.chain(tmp_path_factory.getbasetemp())
+  base = [f"--config={place}/config.py", f"--weights={place}/weights", f"--seed={SEED}"]
+  prompt, saved = f"--prompt={PROMPT}", tmp_path / "saved"
+  cases = [
+    ("hiar_jax.generate", [*base, prompt, "--frames=33", f"--out={tmp_path}/generated.mp4"]),
+    ("hiar_jax.stream", [*base, prompt, "--frames=33", f"--out={tmp_path}/whole.mp4"]),
+    ("hiar_jax.stream", [*base, prompt, "--frames=21", f"--out={tmp_path}/parts.mp4", f"--save={saved}"]),
+    ("hiar_jax.stream", [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts.mp4", "--stages=1"]),
+    ("hiar_jax.stream", [*base, prompt, "--frames=33", f"--out={tmp_path}/tiny", "--decoder=tiny_vae", f"--image={place}/cat.png"]),
+  ]
+  results = chain.commands(cases, devices=2)
+  assert [(status, err.count("Traceback")) for status, _, err in results] == [(0, 0)] * 5, results
+  made = {name: media.read_mp4(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("generated", "whole", "parts")}
+  assert made["generated"].shape == (33, 16, 32, 3)
+  for name in ("whole", "parts"):
+    assert made[name].shape == made["generated"].shape and np.abs(made[name] - made["generated"]).mean() < 2, name  # H.264 twice
+    assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / f"{name}.mp4")[1:]] == COUNTS
+  assert media.read_metadata(tmp_path / "whole.mp4")["weights"] == "weights"
+  assert len(os.listdir(tmp_path / "tiny")) == 37  # 1 + 3 x 12, the most whole blocks that 33 frames need
