@@ -14,7 +14,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.history import History
 from hiar_jax.jobs import plan
 from hiar_jax.jobs.plan import Forward, Request
-from hiar_jax.models import dit
+from hiar_jax.models import dit, vae
+from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.rollout import cache as caches
 from hiar_jax.rollout import first_frame, generate
 
@@ -126,6 +127,20 @@ def test_devices_share_what_is_sharded():
   assert spread.floor < alone.floor / 3
   odd = plan.make(small(dit=config, batch=3), mesh, compile=False)  # three videos are not split over four devices
   assert odd.floor - odd.weights > 2 * (spread.floor - spread.weights)
+
+
+@pytest.mark.slow
+def test_decoding_is_planned_as_it_runs():
+  """One video at a time, its frames over the devices, or in tiles on one."""
+  config = vae.VAEConfig(dim=8, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), latents_mean=(0.0,) * 4,
+                         latents_std=(1.0,) * 4)  # fmt: skip
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=1), jax.devices()[:4])
+  request = small(vae=config, frames=2, height=32, width=48)
+  decode = lambda request, mesh=None: plan.make(request, mesh).compiled["decode"]
+  whole, spread = decode(request), decode(request, mesh)
+  assert decode(dataclasses.replace(request, batch=2)).total == whole.total
+  assert spread.arguments < 0.3 * whole.arguments and spread.outputs < 0.3 * whole.outputs and spread.flops < 0.5 * whole.flops
+  assert decode(dataclasses.replace(request, tiling=Tiling(8, 2))).temporary < 0.5 * whole.temporary
 
 
 @pytest.mark.slow

@@ -17,11 +17,12 @@ from jax.sharding import Mesh, NamedSharding
 from hiar_jax import memory, sharding
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.history import History
-from hiar_jax.models import dit, tiny_vae, umt5, vae
+from hiar_jax.models import dit, pixel_stream, tiny_vae, umt5, vae
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.tiny_vae import TinyVAEConfig
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
+from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.rollout import cache as caches
 from hiar_jax.rollout import first_frame
 from hiar_jax.rollout.generate import rollout
@@ -37,7 +38,7 @@ class Request:
   """What is asked for: `frames` new latent frames of height x width after `given` ones, in `levels` steps.
 
   New frames are whole blocks; given ones too, or a picture's one. text: tokens of a prompt. dtype: of weights, products and cache.
-  vae, umt5: None where they are not needed.
+  vae, umt5: None where they are not needed. tiling: of the decoder.
   """
 
   dit: DiTConfig
@@ -52,6 +53,7 @@ class Request:
   dtype: str = "bfloat16"
   vae: VAEConfig | TinyVAEConfig | None = VAEConfig()
   umt5: UMT5Config | None = UMT5Config()
+  tiling: Tiling | None = None
 
   def __post_init__(self):
     at_least(1, levels=self.levels, frames=self.frames, height=self.height, width=self.width, batch=self.batch, text=self.text)
@@ -306,7 +308,7 @@ def _compiled(request: Request, mesh: Mesh) -> tuple[dict[str, Memory], str]:
     arguments.append(rows((request.given, *frame), jnp.float32))
   programs = {"generate": (_generator(request), arguments)}
   if request.vae is not None:
-    programs["decode"] = _decoder(request, rows((1, *frame), jnp.float32), mesh)
+    programs["decode"] = _decoder(request, mesh)
   found = {}
   with jax.set_mesh(mesh):
     for name, (program, shapes) in programs.items():
@@ -319,15 +321,22 @@ def _compiled(request: Request, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   return found, note if request.dtype == "bfloat16" else ""
 
 
-def _decoder(request: Request, latents: jax.ShapeDtypeStruct, mesh: Mesh) -> tuple[Callable, list]:
-  """One step of the streamed decoder, in the middle of a video."""
+def _decoder(request: Request, mesh: Mesh) -> tuple[Callable, list]:
+  """One step of the streamed decoder, in the middle of one video: its frames over the devices, or in tiles on one."""
   module = vae if isinstance(request.vae, VAEConfig) else tiny_vae
-  step = lambda params, latents, cache: module.decode_chunk(params, latents, cache, request.vae)
   params = module.abstract_params(request.vae)
-  _, cache = jax.eval_shape(lambda p, z: step(p, z, None), params, latents)
-  place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, jax.P()))
-  whole = lambda leaf: _rows(request, mesh, leaf.shape[1:], leaf.dtype)
-  return step, [jax.tree.map(place, params), latents, jax.tree.map(whole, cache)]
+  if module is vae:
+    stream = pixel_stream.of_vae(params, request.vae, tiling=request.tiling)
+  else:
+    stream = pixel_stream.of_tiny_vae(params, request.vae)
+  stream = stream if request.tiling else dataclasses.replace(stream, devices=tuple(mesh.devices.flat))
+  latents = jax.ShapeDtypeStruct((1, 1, request.height, request.width, request.dit.channels), jnp.float32)
+  _, cache = jax.eval_shape(lambda p, z: stream.decode(p, z, None), params, latents)
+  where = stream.place(request.width)
+  if where is None:
+    return stream.decode, [params, latents, cache]
+  at = lambda place: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+  return stream.decode, [jax.tree.map(at(NamedSharding(where.mesh, jax.P())), params), *jax.tree.map(at(where), (latents, cache))]
 
 
 def _counted(compiled: Any) -> Memory:

@@ -22,7 +22,7 @@ from hiar_jax.jobs import plan
 from hiar_jax.models import dit, tiny_vae, umt5, vae
 from hiar_jax.rollout import first_frame
 from hiar_jax.stages import student, teacher
-from hiar_jax.stages.medium import WanMedium
+from hiar_jax.stages.medium import WanMedium, tiling_of
 from hiar_jax.stages.run import FREE, Run, open_run, read_config
 from hiar_jax.steps.task import block_noise, empty_cache
 from hiar_jax.types import Params
@@ -122,7 +122,7 @@ class StudentModel:
       dit=e.student_dit, history=e.history, levels=len(self.run.sigmas) - 1, frames=frames, height=size["height"], width=size["width"],
       batch=batch, given=given, text=e.text.length, dtype=e.model.dtype,
       vae=None if small else _stored(e.codec.weights, _kind(e.codec), tiny_vae.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig()),
-      umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()),
+      umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()), tiling=None if small else tiling_of(e.codec),
     )  # fmt: skip
     return plan.make(request, self.run.mesh)
 

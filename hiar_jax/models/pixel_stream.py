@@ -22,8 +22,8 @@ DecodeChunk = Callable[[Params, jax.Array, PyTree], tuple[jax.Array, PyTree]]  #
 class PixelStream:
   """A decoder that is compiled once and run piece by piece. chunk: latent frames a piece (4 frames of pixels each).
 
-  devices: a frame's width is cut over as many of them as divide it, and the compiler exchanges the seams: none has a whole frame's
-  activations. The numbers are those of one device, up to rounding. Empty: where `params` are.
+  devices: a frame's width is cut over as many of them as divide it, and the compiler exchanges the seams: only the attention in the
+  VAE's middle, at the size of the latents, is whole on each. The numbers are one device's, up to rounding. Empty: where `params` are.
   """
 
   decode: DecodeChunk
