@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stream import assert_same, parts, quick_engine, take
+import tiny
+from tiny_stream import CONFIG, ROW, SIZE, assert_same, parts, quick_engine, take
 
 from hiar_jax.history import History
 from hiar_jax.streaming.engine import Engine, Options
@@ -30,8 +31,9 @@ def engine(layout: Layout) -> Engine:
 
 
 def video(layout: Layout) -> np.ndarray:
-  """A few blocks with a change of prompt on the way, and the history encoded again."""
-  generation = Generation(engine(layout), "a red circle", seed=3)
+  """A few blocks after a given one, with a change of prompt on the way, and the history encoded again."""
+  start = tiny.random(5, 1, ROW.block, *SIZE, CONFIG.channels)
+  generation = Generation(engine(layout), "a red circle", seed=3, start=start)
   first = take(generation, 3)
   generation.change_prompt("a blue square", recache=True)
   return np.concatenate([first, take(generation, 5)], axis=1)
@@ -61,6 +63,19 @@ def test_every_level_keeps_its_own_cache():
     shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start)
     assert [shard.index[0] for shard in shards] == [slice(i, i + 1) for i in range(4)]
     assert len({shard.device for shard in shards}) == 4
+
+
+def test_every_device_of_a_stage_has_its_share():
+  """Of the network's weights and of the caches' heads over `tensor`, of the frame's rows over `sequence`."""
+  share = lambda leaf: {shard.data.size / leaf.size for shard in leaf.addressable_shards}
+  split = engine(Layout(4, 2))
+  layers = split.params["layers"]
+  for kernel in (layers["self_attention"]["q"]["kernel"], layers["mlp_in"]["kernel"], layers["mlp_out"]["kernel"]):
+    assert share(kernel) == {1 / 2}
+  pipe = Generation(split, "a")._pipe
+  assert share(pipe.cache.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
+  pipe = Generation(engine(Layout(4, 1, 2)), "a")._pipe
+  assert share(pipe.cache.kv.k) == share(pipe.latents) == share(pipe.shown) == {1 / 8}
 
 
 @functools.cache

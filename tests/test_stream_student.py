@@ -80,10 +80,20 @@ def test_from_a_picture(tmp_path):
   assert_same(take(generation, 3), generated(model, 3, given))
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+  """The shipped experiment at its size, and what is generated of it."""
+  model = untrained(tmp_path_factory.mktemp("shapes"), runpy.run_path(str(tiny_run.ROOT / "experiments" / "shapes.py"))["get_config"]())
+  return model, generated(model, 5)
+
+
 @pytest.mark.slow
-def test_the_shapes_student_on_every_device(tmp_path):
-  """The sizes of the shipped experiment, on a pipe of four stages of two devices."""
-  model = untrained(tmp_path, runpy.run_path(str(tiny_run.ROOT / "experiments" / "shapes.py"))["get_config"]())
-  generation = Generation(model, PROMPT, SEED)
-  assert generation.engine.layout == Layout(stage=4, tensor=2)
-  assert_same(take(generation, 5), generated(model, 5), rounding=5e-5)
+@pytest.mark.parametrize(
+  "layout", [Layout(), Layout(2), Layout(1, 2), Layout(4), Layout(2, 2), Layout(1, 2, 2), Layout(2, 2, 2), None], ids=str
+)
+def test_the_shapes_student_on_one_to_eight_devices(shapes, layout):
+  """None: all of them, a pipe of four stages of two devices."""
+  model, expected = shapes
+  generation = Generation(model, PROMPT, SEED, Options(layout=layout))
+  assert generation.engine.layout == (layout or Layout(stage=4, tensor=2))
+  assert_same(take(generation, 5), expected, rounding=5e-5)
