@@ -137,6 +137,20 @@ def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
     run(visit(server))
 
 
+def test_another_one_ends_the_one_before(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      for prompt in ("first", "second"):
+        await one.say(do="start", prompt=prompt)
+        await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == prompt)  # noqa: B023
+      assert server.making() == 1 and len(os.listdir(tmp_path)) == len(server.desk.clips) == 1
+    await eventually(lambda: not server.desk.viewers)
+    assert server.desk.clips == {}
+
+  with page(tmp_path) as server:
+    run(visit(server))
+
+
 def test_what_fails_is_said_and_ends_nothing_else(tmp_path, capfd):
   async def visit(server):
     async with tab(server) as one:
