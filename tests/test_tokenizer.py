@@ -24,6 +24,7 @@ def path(tmp_path_factory):
     ("  A cat\n\twalks \u00a0 on\u3000grass  ", "A cat walks on grass"),
     ("salt &amp; pepper", "salt & pepper"),
     ("salt &amp;amp;amp; pepper", "salt & pepper"),  # once by ftfy, twice after it
+    ("<i> salt &amp;amp; pepper", "<i> salt & pepper"),  # not by ftfy, which takes it for HTML
     ("schÃ¶ne Wiese", "schöne Wiese"),  # UTF-8 that was read as Latin-1
     ("\u201cquoted\u201d \u2018cat\u2019s\u2019", "\"quoted\" 'cat's'"),
     ("一只猫，在草地上。", "一只猫,在草地上。"),  # full width to half

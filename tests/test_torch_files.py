@@ -88,6 +88,26 @@ def test_names_with_dots_lead_nowhere(tmp_path):
     read_torch(tmp_path / "a.pt")
 
 
+FORGED = {
+  "object": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\nS'O'\nsb",  # attributes written into an allowed object
+  "unhashable": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\n(lsb",
+  "string": b"(S'storage'\nS'S4'\nS'0'\nS'cpu'\nI4\ntQ",
+  "unknown reference": b"(S'module'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ",
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_storages_that_are_none(tmp_path, name):
+  """Bytes of a file must never become references to objects."""
+  program = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + FORGED[name] + b"I0\n(I1\nt(I1\ntI00\n)tR."
+  with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+    archive.writestr("a/data.pkl", program)
+    archive.writestr("a/data/0", bytes(16))
+  said = {"object": "a tensor of dtype 'O'", "string": "a tensor of dtype 'S4'"}.get(name, name)
+  with pytest.raises(UserError, match=f"is damaged .*{said}"):
+    read_torch(tmp_path / "a.pt")
+
+
 def test_a_call_of_an_allowed_name_with_nonsense_is_damage(tmp_path):
   with pytest.raises(UserError, match="damaged"):
     read_torch(save({"a": Call(OrderedDict, 3)}, tmp_path / "a.pt"))

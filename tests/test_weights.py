@@ -407,6 +407,6 @@ def test_a_place_where_nothing_can_be_made(tmp_path):
 
 def test_a_description_names_no_other_folder(saved):
   path = saved / "dit" / "model.json"
-  path.write_text(json.dumps({**json.loads(path.read_text()), "params": "../../params"}))
+  path.write_text(json.dumps({**json.loads(path.read_text()), "params": "../dit/params"}))
   with pytest.raises(UserError, match="dit is damaged"):
     weights.load(saved, "dit")

@@ -93,6 +93,8 @@ class _Archive:
     return value
 
   def _array(self, tensor: "_Tensor") -> np.ndarray:
+    if tensor.dtype not in _DTYPES:  # a pickle may write into what it has built
+      raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
     dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
     if not all(isinstance(n, int) and n >= 0 for n in (tensor.offset, *shape, *strides)) or len(shape) != len(strides):
       raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
@@ -104,7 +106,7 @@ class _Archive:
     if last >= len(storage):
       raise ValueError(f"storage {tensor.key} ends before the tensor that lies in it")
     steps = [step * dtype.itemsize for step in strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps, writeable=False)
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps)
 
   def _member(self, key: str) -> np.ndarray:
     """The bytes of a storage, in place where it is not compressed."""
@@ -183,7 +185,7 @@ class _Unpickler(pickle.Unpickler):
 
   def persistent_load(self, pid: Any) -> _Storage:
     kind, dtype, key, *_ = pid
-    if kind != "storage" or not isinstance(key, str) or dtype not in _STORAGES.values():
+    if kind != "storage":
       raise pickle.UnpicklingError(f"unknown reference {pid!r}")
     return _Storage(key, dtype)
 
