@@ -102,8 +102,9 @@ def _clips(out: str | None):
 
 
 def warm_up(source: Source) -> None:
-  """Compiles, so that the first viewer does not wait for it."""
-  with source.open("", frames=1, ahead=1) as stream:
+  """Compiles, so that the first viewer does not wait for it, nor anyone in the midst of a video."""
+  source.engine.warm("")
+  with source.open("", ahead=1) as stream:
     next(stream)
 
 
