@@ -1,6 +1,6 @@
 """Streaming: `python -m benchmarks.stream` says how soon the first frames come, how steadily the others follow, and whether it lasts.
 
-A model of random weights (by default with the sizes of the shapes world's student) is streamed on several layouts of devices, each in a
+The student of an experiment (by default the shapes world's), with random weights, is streamed on several layouts of devices, each in a
 process of its own; on a CPU the devices are virtual and share its cores, so layouts show what they cost there, not what they gain on
 accelerators. Once the latents of each block are fetched to the host as they leave the pipe (no decoding), and once frames are taken from a
 Stream, whose own thread decodes. Compiling is reported for itself and is in no other number. Prints one JSON object:
@@ -29,71 +29,50 @@ import time
 
 from absl import flags
 import jax
+from ml_collections import config_flags
 import numpy as np
 
 import hiar_jax
 from hiar_jax import config as configs
 from hiar_jax.errors import UserError
-from hiar_jax.flow import warped_levels
-from hiar_jax.history import History
+from hiar_jax.experiment import Experiment
 from hiar_jax.models import dit, patch_codec
-from hiar_jax.models.patch_codec import PatchCodec
+from hiar_jax.models.patch_codec import PatchCodec, PatchCodecConfig
 from hiar_jax.streaming.decoding import Stateless
 from hiar_jax.streaming.engine import Engine, Options, Parts
 from hiar_jax.streaming.generation import Generation
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.stream import Stream
 
-LEVELS = tuple(float(sigma) for sigma in warped_levels((1000, 750, 500, 250), 5.0).astype(np.float32))
 SAMPLES = 40  # looks at memory
-PATCH = 8  # pixels a side of the codec's patches
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-  """Of the model: defaults as experiments/shapes.py has them. size: pixels a side."""
+def parts_of(e: Experiment) -> Parts:
+  """The student's sizes and method, weights and texts at random."""
+  text = np.random.default_rng(0).standard_normal((1, e.text.length, e.text.dim), np.float32)
+  params = jax.jit(functools.partial(dit.init, e.student_dit))(jax.random.key(0))
+  size = e.latent_sizes["height"], e.latent_sizes["width"]
+  return Parts(
+    e.student_dit, e.history, tuple(float(sigma) for sigma in e.student.sigmas), params, jax.random.key(1), size,
+    lambda prompts: np.repeat(text, len(prompts), axis=0), "benchmark",
+  )  # fmt: skip
 
-  dim: int = 128
-  ffn_dim: int = 384
-  heads: int = 4
-  layers: int = 4
-  size: int = 32
-  channels: int = 32
-  block: int = 3
-  window: int = 6
-  text: int = 24
-  text_dim: int = 64
 
-  @property
-  def config(self) -> dit.DiTConfig:
-    return dit.DiTConfig(
-      dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.heads, num_layers=self.layers, patch=(1, 1, 1), channels=self.channels,
-      text_dim=self.text_dim, freq_dim=128, place_embedding=True, unroll=self.layers,
-    )  # fmt: skip
-
-  @property
-  def parts(self) -> Parts:
-    text = np.random.default_rng(0).standard_normal((1, self.text, self.text_dim), np.float32)
-    params = jax.jit(functools.partial(dit.init, self.config))(jax.random.key(0))
-    side = self.size // PATCH
-    return Parts(
-      self.config, History(block=self.block, window=self.window), LEVELS, params, jax.random.key(1), (side, side),
-      lambda prompts: np.repeat(text, len(prompts), axis=0), "benchmark",
-    )  # fmt: skip
-
-  @property
-  def codec(self) -> PatchCodec:
-    pixels = PATCH * PATCH * 3
-    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((pixels, self.channels)).astype(np.float32))
-    return PatchCodec(np.zeros(pixels, np.float32), basis, np.ones(self.channels, np.float32), patch=PATCH)
+def codec_of(e: Experiment) -> PatchCodec:
+  """Of the experiment's sizes, at random."""
+  if not isinstance(e.codec, PatchCodecConfig):
+    raise UserError(f"codec.kind = {e.codec.kind!r}: this benchmark decodes with 'patches' alone; give an experiment that does")
+  pixels, channels = e.codec.patch * e.codec.patch * 3, e.codec.channels
+  basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((pixels, channels)).astype(np.float32))
+  return PatchCodec(np.zeros(pixels, np.float32), basis, np.ones(channels, np.float32), patch=e.codec.patch)
 
 
 # ----------------------------------------------------------------------------------------------------------- one layout
 
 
-def measure(sizes: Sizes, layout: Layout, blocks: int) -> dict:
-  start = time.perf_counter()
-  engine = Engine(sizes.parts, Options(layout=layout))
+def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
+  codec, start = codec_of(e), time.perf_counter()
+  engine = Engine(parts_of(e), Options(layout=layout))
   warm = Generation(engine, "a")
   while warm.step() is None:
     pass
@@ -102,7 +81,7 @@ def measure(sizes: Sizes, layout: Layout, blocks: int) -> dict:
   compiled = time.perf_counter() - start
   return {
     "layout": dataclasses.asdict(layout), "devices": layout.devices, "compile_s": round(compiled, 2),
-    "without_decoding": latents_only(engine, blocks), "with_decoding": decoded(sizes, engine, blocks),
+    "without_decoding": latents_only(engine, blocks), "with_decoding": decoded(codec, engine, blocks),
     "ticks_to_first": engine.plan.levels, "forwards_per_block": forwards(engine),
   }  # fmt: skip
 
@@ -121,11 +100,11 @@ def latents_only(engine: Engine, blocks: int) -> dict:
   return {"first_latents_s": round(times[0], 4), **steady(times), **memory.slopes(), "ticks_per_block": ticks_per_block}
 
 
-def decoded(sizes: Sizes, engine: Engine, blocks: int) -> dict:
+def decoded(codec: PatchCodec, engine: Engine, blocks: int) -> dict:
   """As a viewer has it who takes every chunk at once."""
-  codec, decode = sizes.codec, jax.jit(patch_codec.decode)
+  decode = jax.jit(patch_codec.decode)
   decoder = Stateless(lambda latents: [patch_codec.to_uint8(decode(codec, np.asarray(latents)))])
-  decoder(np.zeros((1, sizes.block, *engine.parts.size, sizes.channels), np.float32), None)  # compiles
+  decoder(np.zeros((1, engine.plan.history.block, *engine.parts.size, engine.parts.config.channels), np.float32), None)  # compiles
   times, memory = [], Memory(blocks)
   start = time.perf_counter()
   with Stream(Generation(engine, "a"), decoder, fps=16.0, blocks=blocks) as stream:
@@ -199,10 +178,9 @@ def forwards(engine: Engine) -> int:
 
 def run_layout(layout: str) -> dict:
   """In a process of its own, with as many devices as it takes."""
-  passed = [f"--{name}={flags.FLAGS[name].value}" for name in ("blocks", *(field.name for field in dataclasses.fields(Sizes)))]
   environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(np.prod(parse(layout)))}
   done = subprocess.run(
-    [sys.executable, "-m", "benchmarks.stream", f"--one={layout}", *passed], env=environment, stdout=subprocess.PIPE, text=True
+    [sys.executable, "-m", "benchmarks.stream", *sys.argv[1:], f"--one={layout}"], env=environment, stdout=subprocess.PIPE, text=True
   )
   if done.returncode:
     raise UserError(f"layout {layout} ended with status {done.returncode}")
@@ -233,9 +211,8 @@ def versions() -> dict:
 
 def main() -> None:
   f = flags.FLAGS
-  sizes = Sizes(**{field.name: getattr(f, field.name) for field in dataclasses.fields(Sizes)})
   if f.one:
-    print(json.dumps(measure(sizes, Layout(*parse(f.one)), f.blocks)))
+    print(json.dumps(measure(configs.build(Experiment, f.config), Layout(*parse(f.one)), f.blocks)))
     return
   for layout in f.layouts:
     parse(layout)
@@ -243,13 +220,12 @@ def main() -> None:
   for layout in f.layouts:
     print(f"stage x tensor x sequence = {layout}", file=sys.stderr)
     found.append(run_layout(layout))
-  told = {"benchmark": "stream", "sizes": dataclasses.asdict(sizes), "levels": LEVELS, "layouts": found}
+  told = {"benchmark": "stream", "config": configs.to_json(f.config), "layouts": found}
   print(json.dumps({**told, "hardware": hardware(), "versions": versions()}, indent=2))
 
 
 if __name__ == "__main__":
-  for field in dataclasses.fields(Sizes):
-    flags.DEFINE_integer(field.name, field.default, "of the model", 1)
+  config_flags.DEFINE_config_file("config", "experiments/shapes.py", "the experiment whose student is streamed", lock_config=True)
   flags.DEFINE_integer("blocks", 2_000, "to stream on each layout, once without and once with decoding", 20)
   flags.DEFINE_list("layouts", ["1x1x1", "2x1x1", "4x1x1", "2x2x1", "4x2x1"], "stage x tensor x sequence")
   flags.DEFINE_string("one", "", "a single layout in this process (the benchmark calls itself)")
