@@ -95,11 +95,8 @@ class Run:
     return medium.pixels(self.medium, latents)
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
-    """This process's share of a stage's batches from its data set: the data, or the trajectories; with no keys its prompts alone.
-
-    Clips come with `start` where the model reads it.
-    """
-    keys = (*keys, "start") if keys and self.experiment.dit.place_embedding else keys
+    """This process's share of a stage's batches from its data set: the data, or the trajectories. With `start` where the model reads it."""
+    keys = (*keys, "start") if self.experiment.dit.place_embedding else keys
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")
