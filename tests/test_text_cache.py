@@ -83,6 +83,20 @@ def test_a_prompt_does_not_depend_on_the_others(folder, tmp_path):
     np.testing.assert_array_equal(_cache(folder, tmp_path / "alone")([prompt])[0], text)
 
 
+def test_every_batch_of_a_length_has_one_shape(folder, tmp_path, monkeypatch):
+  """Other shapes might round otherwise, and would be compiled anew."""
+  shapes = []
+
+  def encode(params, ids, mask, config):
+    shapes.append(ids.shape)
+    return jax.numpy.ones((*ids.shape, 16))
+
+  monkeypatch.setattr(umt5, "encode_text", encode)
+  for prompts in (PROMPTS, ["moon"]):
+    _cache(folder, tmp_path)(prompts)
+  assert shapes == [(4, 64), (4, 128), (4, 64)]
+
+
 def test_padding_is_not_stored(folder, tmp_path):
   _cache(folder, tmp_path)(PROMPTS[:1])
   (path,) = _files(tmp_path)
