@@ -9,6 +9,7 @@ from aiohttp import web
 from fake_generation import SIZE, FakeDecoder, FakeGeneration, latents_of
 
 from hiar_jax import serve
+from hiar_jax.errors import UserError
 from hiar_jax.jobs import pictures
 from hiar_jax.page.app import DESK, make_app
 from hiar_jax.page.desk import House
@@ -26,6 +27,8 @@ class FakeSource:
     self.seconds, self.decoder, self.opened, self.streams, self.starts = seconds, decoder, [], [], []
 
   def open(self, prompt, *, seed=0, frames=None, start=None, ahead=2):
+    if prompt == "refuse":
+      raise UserError("there is no such thing")
     self.opened.append(FakeGeneration(prompt, seed, seconds=self.seconds, fail_at=0 if prompt == "break" else None))
     given = None if start is None else latents_of(0, "given", frames=len(start.pixels))
     self.starts.append(start)

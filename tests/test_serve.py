@@ -40,6 +40,7 @@ def test_a_video_is_watched_while_it_is_made(tmp_path):
       await one.until(lambda tab: tab.status["frames"] >= 32 and tab.is_in("finished"))
       async with aiohttp.ClientSession() as session, session.get(server.url + one.heard["begin"]["clip"]) as answer:
         assert answer.status == 200 and "attachment" in answer.headers["Content-Disposition"]
+        assert sum(news["say"] == "begin" for news in one.said) == 1
         return one.video, await answer.read()
 
   with page(tmp_path) as server:
@@ -143,6 +144,7 @@ def test_another_one_ends_the_one_before(tmp_path):
       for prompt in ("first", "second"):
         await one.say(do="start", prompt=prompt)
         await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == prompt)  # noqa: B023
+      assert sum(news["say"] == "begin" for news in one.said) == one.video.count(b"ftyp") == 2
       assert server.making() == 1 and len(os.listdir(tmp_path)) == len(server.desk.clips) == 1
     await eventually(lambda: not server.desk.viewers)
     assert server.desk.clips == {}
@@ -157,13 +159,17 @@ def test_what_fails_is_said_and_ends_nothing_else(tmp_path, capfd):
       await one.say(do="start", prompt="break")
       await one.until(lambda tab: tab.is_in("ended"))
       assert "block 0 is not finite" in one.status["why"]
+      await one.say(do="start", prompt="refuse")
+      await one.until(lambda tab: tab.is_in("ended") and tab.status["prompt"] == "refuse")
+      assert one.status["why"] == "there is no such thing"
 
       await one.say(do="start", prompt=PROMPT)
       await one.until(lambda tab: tab.is_in("running"))
 
   with page(tmp_path) as server:
     run(visit(server))
-  assert "FloatingPointError: block 0 is not finite" in capfd.readouterr().err
+  err = capfd.readouterr().err
+  assert "FloatingPointError: block 0 is not finite" in err and "there is no such thing" not in err
 
 
 def test_colours_come_through(tmp_path):
@@ -232,6 +238,40 @@ def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
       await one.until(lambda tab: tab.status["frames"] > frames + 6)
 
   with page(tmp_path, rules=Rules(patience=1.0, hold=0.2)) as server:
+    run(visit(server))
+
+
+def test_one_that_was_extended_stands_no_more(tmp_path):
+  """It had been finished for longer than it may when others wait; from then on it is counted anew."""
+
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two:
+      await one.say(do="start", prompt=PROMPT, seconds=1)
+      await one.until(lambda tab: tab.is_in("finished"))
+      await asyncio.sleep(1.5)
+      await one.say(do="extend", seconds=1000)
+      await one.until(lambda tab: tab.is_in("running") and tab.status["frames"] > 12)
+      await two.say(do="start", prompt=PROMPT)
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 24)  # a second and more
+      await two.until(lambda tab: tab.is_in("waiting"))
+      assert one.is_in("running")
+
+  with page(tmp_path, places=1, rules=Rules(hold=1.0)) as server:
+    run(visit(server))
+
+
+def test_one_without_end_stays_one_when_it_is_extended(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.say(do="extend", seconds=1)
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 12)
+      assert one.status["target"] is None and one.is_in("running")
+
+  with page(tmp_path) as server:
     run(visit(server))
 
 
