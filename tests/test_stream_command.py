@@ -107,6 +107,7 @@ def refused(chain, made, tmp_path_factory):
     "no prompt": ["stream", run],
     "both": ["stream", run, prompt, f"--timeline={DAY}"],
     "a timeline that goes back": ["stream", run, f"--timeline={out}/back.txt", mp4],
+    "a timeline that cannot be read": ["stream", run, "--timeline=0s: a, 1:75: b", mp4],
     "prompts too close": ["stream", run, "--timeline=0s: a, 0.05s: b, 0.1s: c", mp4],
     "no such timeline": ["stream", run, f"--timeline={out}/absent.txt", mp4],
     "not an image": ["stream", run, prompt, f"--image={out}/text.png", mp4],
@@ -119,17 +120,21 @@ def refused(chain, made, tmp_path_factory):
     "frames in words": ["stream", run, prompt, "--frames=many"],
     "a wrong port": ["serve", run, "--port=70000"],
   }
-  results = chain.commands([(f"hiar_jax.{module}", command) for module, *command in commands.values()], devices=2)
+  with serve.listen("127.0.0.1", 0) as taken:
+    commands["a port in use"] = ["serve", run, f"--port={taken.getsockname()[1]}"]
+    results = chain.commands([(f"hiar_jax.{module}", command) for module, *command in commands.values()], devices=2)
   return dict(zip(commands, results, strict=True)), out
 
 
 WRONG = {
   "no workdir": "--workdir is missing", "no prompt": "give either --prompt", "both": "give either --prompt",
-  "a timeline that goes back": "line 3, column 2: 2s comes after 5s", "prompts too close": "0.1s falls on the same block as 0.05s",
+  "a timeline that goes back": "line 3, column 2: 2s comes after 5s",
+  "a timeline that cannot be read": "timeline, line 1, column 8: 1:75 is not a time",
+  "prompts too close": "0.1s falls on the same block as 0.05s",
   "no such timeline": "No such file", "not an image": "text.png is not an image", "a wrong ending": "expected a name that ends in .mp4",
   "already there": "is there already", "three stages": "stage can be 1, 2 or 4", "nothing saved": "holds no saved generation",
   "another model": "was saved by another model", "as many already": "frames", "frames in words": "expected a whole number, or 'endless'",
-  "a wrong port": "port",
+  "a wrong port": "port", "a port in use": "of 127.0.0.1 is in use; give another one, as --port=",
 }  # fmt: skip
 
 
@@ -187,7 +192,8 @@ def test_ctrl_c_ends_an_endless_stream_with_a_whole_file(chain, tmp_path):
   assert len(frames) >= 6 and len(frames) % 2 == 0 and any((tmp_path / "saved").iterdir())
 
 
-def test_the_page_of_a_trained_run(chain):
+def test_the_page_of_a_trained_run(chain, made, tmp_path):
+  _, out = made
   pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
   from test_serve import run, tab
 
@@ -204,13 +210,21 @@ def test_the_page_of_a_trained_run(chain):
       async with tab(Server) as one:
         await one.say(do="start", prompt="a purple zebra", seconds=2)
         await one.until(lambda tab: tab.is_in("finished"))
-        return one.video, one.status
+        async with tab(Server) as two:
+          await two.hand_in((out / "start.png").read_bytes(), name="start.png", prompt=PROMPT, seconds=1)
+          await two.until(lambda tab: tab.is_in("finished"))
+        return one.video, one.status, two.video, two.heard["given"]["done"]
 
     with urllib.request.urlopen(Server.url) as page:
       assert b"<title>hiar_jax</title>" in page.read()
-    video, status = run(visit())
+    video, status, started, said = run(visit())
     process.send_signal(signal.SIGTERM)
     err = process.communicate()[1]
   assert process.returncode == 0 and "Traceback" not in err, err
   assert len(status["levels"]) == 4 and len(video) > 1000 and json.dumps(status)
   assert status["remarks"] == ["prompt 'a purple zebra': the model does not know 'purple', 'zebra'; it is made without"]
+  (tmp_path / "started.mp4").write_bytes(started)
+  a, b = (media.read_mp4(path, scale=8)[0].astype(int)[:5] for path in (tmp_path / "started.mp4", out / "picture.mp4"))
+  assert np.abs(a - b).mean() < 2  # as the command makes it of the same picture
+  assert said == "start.png: 20x20, scaled by 0.8 to cover 16x16"
+  assert media.read_metadata(tmp_path / "started.mp4")["start"] == "image start.png"

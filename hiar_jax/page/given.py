@@ -2,7 +2,6 @@
 and on the disk for no longer than that takes, in a directory of its own.
 """
 
-import io
 import math
 import pathlib
 import tempfile
@@ -17,7 +16,7 @@ from hiar_jax.streaming.source import Frames
 
 # How files begin that are taken. Lists of other files (playlists), which FFmpeg would open too, and formats that other programs would be
 # started for (EPS) begin otherwise.
-PICTURES = {"PNG": b"\x89PNG\r\n\x1a\n", "JPEG": b"\xff\xd8\xff", "GIF": b"GIF8", "WEBP": b"RIFF"}
+PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # PNG, JPEG, GIF, and a WebP's container
 MATROSKA = b"\x1a\x45\xdf\xa3"
 MAX_PIXELS = 64 * 2**20  # of a picture
 MAX_FRAMES, MAX_SECONDS, MAX_VIDEO = 3600, 120.0, 2**32  # of a video; MAX_VIDEO: pixels of all its frames
@@ -42,7 +41,7 @@ def read(source: Source, name: str, content: bytes) -> tuple[Frames, str]:
 
 def kind_of(name: str, content: bytes) -> str:
   """"image" or "video", by how it begins. Raises UserError for anything else."""
-  if content.startswith(tuple(PICTURES.values())) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
+  if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
     return "image"
   if content.startswith(MATROSKA) or content[4:8] == b"ftyp":
     return "video"
@@ -54,7 +53,7 @@ def look_at_picture(name: str, path: pathlib.Path) -> None:
   try:
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      with Image.open(io.BytesIO(path.read_bytes()), formats=list(PICTURES)) as image:
+      with Image.open(path) as image:
         width, height = image.size
   except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
     raise UserError(f"{name} is a damaged picture, or none; {TAKEN}") from error
