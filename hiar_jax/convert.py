@@ -3,7 +3,7 @@
 In: a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt, .pth); out: a weights directory (see weights.py).
 `--export=weights/hiar --layout=diffusers --out=hiar-diffusers` is the way back, also for a training run's directory. Every tensor is
 accounted for, or the error lists what is missing and what is left over. Neither direction holds more than a few tensors, or one shard
-that it writes, in memory; an interrupted run leaves nothing under a final name, and what is complete is kept unless --overwrite.
+that it writes, in memory; an interrupted run leaves nothing that passes for weights, and what is complete is kept unless --overwrite.
 """
 
 from collections.abc import Iterator, Mapping
