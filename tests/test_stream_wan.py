@@ -114,22 +114,22 @@ def test_the_name_of_the_package_streams_it(place, whole):
 
 @pytest.mark.slow
 def test_the_commands(place, tmp_path, tmp_path_factory):
+  """Pictures, for H.264 is too coarse for such noise: in one go, and in two parts on other layouts."""
   chain = tiny_run.chain(tmp_path_factory.getbasetemp())
-  base = [f"--config={place}/config.py", f"--weights={place}/weights", f"--seed={SEED}"]
+  base = ["hiar_jax.stream", f"--config={place}/config.py", f"--weights={place}/weights", f"--seed={SEED}"]
   prompt, saved = f"--prompt={PROMPT}", tmp_path / "saved"
   cases = [
-    ("hiar_jax.generate", [*base, prompt, "--frames=33", f"--out={tmp_path}/generated.mp4"]),
-    ("hiar_jax.stream", [*base, prompt, "--frames=33", f"--out={tmp_path}/whole.mp4"]),
-    ("hiar_jax.stream", [*base, prompt, "--frames=21", f"--out={tmp_path}/parts.mp4", f"--save={saved}"]),
-    ("hiar_jax.stream", [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts.mp4", "--stages=1"]),
-    ("hiar_jax.stream", [*base, prompt, "--frames=33", f"--out={tmp_path}/tiny", "--decoder=tiny_vae", f"--image={place}/cat.png"]),
+    [*base, prompt, "--frames=33", f"--out={tmp_path}/whole"],
+    [*base, prompt, "--frames=21", f"--out={tmp_path}/parts", f"--save={saved}"],
+    [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts", "--stages=1"],
+    [*base, prompt, "--frames=33", f"--out={tmp_path}/tiny.mp4", "--decoder=tiny_vae", f"--image={place}/cat.png"],
   ]
-  results = chain.commands(cases, devices=2)
-  assert [(status, err.count("Traceback")) for status, _, err in results] == [(0, 0)] * 5, results
-  made = {name: media.read_mp4(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("generated", "whole", "parts")}
-  assert made["generated"].shape == (33, 16, 32, 3)
-  for name in ("whole", "parts"):
-    assert made[name].shape == made["generated"].shape and np.abs(made[name] - made["generated"]).mean() < 2, name  # H.264 twice
-    assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / f"{name}.mp4")[1:]] == COUNTS
-  assert media.read_metadata(tmp_path / "whole.mp4")["weights"] == "weights"
-  assert len(os.listdir(tmp_path / "tiny")) == 37  # 1 + 3 x 12, the most whole blocks that 33 frames need
+  results = chain.commands([(module, arguments) for module, *arguments in cases], devices=2)
+  assert [(status, err.count("Traceback")) for status, _, err in results] == [(0, 0)] * 4, results
+  names = [f"{i:06d}.png" for i in range(33)]
+  assert sorted(os.listdir(tmp_path / "whole")) == sorted(os.listdir(tmp_path / "parts")) == names
+  whole, parts = (np.stack([np.asarray(Image.open(tmp_path / of / name)) for name in names]) for of in ("whole", "parts"))
+  assert whole.std() > 1
+  assert_same_pixels(whole, parts)
+  assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / "tiny.mp4")[1:]] == [1, 12, 12, 12]
+  assert media.read_metadata(tmp_path / "tiny.mp4")["start"] == "image cat.png"
