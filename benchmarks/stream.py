@@ -132,6 +132,8 @@ class Memory:
 
   def __init__(self, blocks: int):
     self.every, self.first, self.seen = max(1, blocks // SAMPLES), blocks // 10, []
+    gc.collect()
+    gc.freeze()  # what is there by now is not looked through again: a look would stand out among the intervals
 
   def look(self, block: int) -> None:
     if block % self.every == 0 and block >= self.first:
