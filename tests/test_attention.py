@@ -62,3 +62,26 @@ def test_text():
   k, v = tiny.random(5, B, 3, A, D), tiny.random(6, B, 3, A, D)
   expected = reference(Q.reshape(B, F * T, A, D), k, v, np.ones((F * T, 3), bool)).reshape(Q.shape)
   np.testing.assert_allclose(attention.attend_text(Q, k, v), expected, rtol=0, atol=2e-6)
+
+
+def test_gradients_are_those_of_softmax_written_out():
+  """Also where logits are far too large for exp."""
+  mask, weight = jnp.asarray(np.kron(MASK, np.ones((T, T), bool))), tiny.random(7, B, F * T, A, D)
+  flat = tuple(jnp.asarray(x.reshape(B, -1, A, D)) for x in (50 * Q, K, V))
+
+  def plain(q, k, v, mask):
+    logits = jnp.einsum("bnad,bmad->banm", q, k) / D**0.5
+    return jnp.einsum("banm,bmad->bnad", jax.nn.softmax(jnp.where(mask, logits, -jnp.inf)), v)
+
+  gradients = lambda attend: jax.grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * weight), argnums=(0, 1, 2))(*flat)
+  for ours, theirs in zip(gradients(attention.softmax_attention), gradients(plain), strict=True):
+    assert float(jnp.abs(theirs).max()) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+def test_sixteen_bit_inputs_are_summed_in_float32():
+  """One key a query must count as exactly 1: 300 equal ones, summed in bfloat16, would stop at 256."""
+  q, k, v = jnp.zeros((1, 1, 1, D), "bfloat16"), jnp.zeros((1, 300, 1, D), "bfloat16"), jnp.ones((1, 300, 1, D), "bfloat16")
+  out = attention.softmax_attention(q, k, v)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(np.asarray(out, np.float32), 1.0)

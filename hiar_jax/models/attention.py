@@ -22,11 +22,29 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: FrameMask | None, imp
   keys, values = (x.reshape(b, -1, a, d) for x in (k, v))
   if implementation == "chunked":
     return _chunked(q, keys, values, mask, tokens=t)
-  token_mask = None if mask is None else jnp.repeat(jnp.repeat(mask, t, axis=0), t, axis=1)[None, None]
-  out = jax.nn.dot_product_attention(
-    q.reshape(b, f * t, a, d), keys, values, mask=token_mask, implementation=implementation
-  )
+  token_mask = None if mask is None else jnp.repeat(jnp.repeat(mask, t, axis=0), t, axis=1)
+  queries = q.reshape(b, f * t, a, d)
+  if implementation == "xla":
+    out = softmax_attention(queries, keys, values, token_mask)
+  else:
+    token_mask = None if token_mask is None else token_mask[None, None]
+    out = jax.nn.dot_product_attention(queries, keys, values, mask=token_mask, implementation=implementation)
   return out.reshape(b, f, t, a, d)
+
+
+def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """q [b n a d], k and v [b m a d], mask [n m] -> [b n a d]; every query sees a key.
+
+  softmax(q k^T / sqrt d) v, divided by its sum after the product with v: n d divisions instead of n m, and a shorter backward pass
+  (a tenth of a training step of the small model on a CPU, against jax.nn.dot_product_attention).
+  """
+  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  logits = jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  if mask is not None:
+    logits = jnp.where(mask, logits, -jnp.inf)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))  # the shift cancels
+  out = jnp.einsum("banm,bamd->band", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  return jnp.swapaxes(out / weights.sum(-1, keepdims=True), 1, 2).astype(q.dtype)
 
 
 def _chunked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: FrameMask | None, tokens: int) -> jax.Array:
@@ -35,8 +53,7 @@ def _chunked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: FrameMask |
   @jax.checkpoint
   def one_frame(inputs):
     q_frame, row = inputs
-    token_row = None if row is None else jnp.repeat(row, tokens)[None, None, None]
-    return jax.nn.dot_product_attention(q_frame, keys, values, mask=token_row, implementation="xla")
+    return softmax_attention(q_frame, keys, values, None if row is None else jnp.repeat(row, tokens)[None])
 
   return jnp.moveaxis(jax.lax.map(one_frame, (jnp.moveaxis(q, 1, 0), mask)), 0, 1)
 
@@ -49,4 +66,4 @@ def attend_text(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   b, f, t, a, d = q.shape
   g = k.shape[1] if k.ndim == 5 else 1
   k, v = (x.reshape(b * g, *x.shape[-3:]) for x in (k, v))
-  return jax.nn.dot_product_attention(q.reshape(b * g, f // g * t, a, d), k, v, implementation="xla").reshape(b, f, t, a, d)
+  return softmax_attention(q.reshape(b * g, f // g * t, a, d), k, v).reshape(b, f, t, a, d)
