@@ -8,11 +8,8 @@ system takes back when it needs them. Prints one JSON object, with the hardware 
 
 from collections.abc import Iterator
 import dataclasses
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import shutil
 import subprocess
 import sys
@@ -24,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import hiar_jax
+from benchmarks import machine
 from hiar_jax import config as configs
 from hiar_jax import weights
 from hiar_jax.errors import UserError
@@ -133,21 +130,6 @@ def measure(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int, height:
   }  # fmt: skip
 
 
-def hardware() -> dict:
-  model = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-  memory = pathlib.Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
-  return {
-    "cpu": model[0] if model else platform.machine(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory) * 1024,
-    "devices": [str(device) for device in jax.devices()],
-  }  # fmt: skip
-
-
-def versions() -> dict:
-  packages = ("jax", "jaxlib", "numpy", "orbax-checkpoint", "tensorstore", "safetensors")
-  found = {name: importlib.metadata.version(name) for name in packages}
-  return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}
-
-
 def main() -> None:
   f = flags.FLAGS
   if f.idle:
@@ -161,7 +143,8 @@ def main() -> None:
   with tempfile.TemporaryDirectory(dir=f.directory) as folder:
     result = measure(config, pathlib.Path(folder), f.max_shard_mb * 10**6, f.height, f.width)
   sizes = {"dim": f.dim, "ffn_dim": f.ffn_dim, "num_heads": f.num_heads, "layers": f.layers}
-  print(json.dumps({"benchmark": "convert", "sizes": sizes, **result, "hardware": hardware(), "versions": versions()}, indent=2))
+  told = {"benchmark": "convert", "sizes": sizes, **result}
+  print(json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
 
 
 if __name__ == "__main__":

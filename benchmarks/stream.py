@@ -18,11 +18,9 @@ Stream, whose own thread decodes. Compiling is reported for itself and is in no 
 import dataclasses
 import functools
 import gc
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import subprocess
 import sys
 import time
@@ -32,7 +30,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-import hiar_jax
+from benchmarks import machine
 from hiar_jax import config as configs
 from hiar_jax.errors import UserError
 from hiar_jax.experiment import Experiment
@@ -197,20 +195,6 @@ def parse(layout: str) -> tuple[int, int, int]:
   return tuple(int(size) for size in sizes)
 
 
-def hardware() -> dict:
-  model = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-  return {
-    "cpu": model[0] if model else platform.machine(), "cores": len(os.sched_getaffinity(0)),
-    "device": jax.devices()[0].device_kind, "platform": jax.devices()[0].platform, "load": os.getloadavg()[0],
-  }  # fmt: skip
-
-
-def versions() -> dict:
-  packages = ("jax", "jaxlib", "flax", "numpy")
-  found = {name: importlib.metadata.version(name) for name in packages}
-  return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}
-
-
 def main() -> None:
   f = flags.FLAGS
   if f.one:
@@ -223,7 +207,7 @@ def main() -> None:
     print(f"stage x tensor x sequence = {layout}", file=sys.stderr)
     found.append(run_layout(layout))
   told = {"benchmark": "stream", "config": configs.to_json(f.config), "layouts": found}
-  print(json.dumps({**told, "hardware": hardware(), "versions": versions()}, indent=2))
+  print(json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
 
 
 if __name__ == "__main__":
