@@ -50,6 +50,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.model.attention = "xla"
   c.model.place_embedding = True  # not Wan's; on 4 x 4 tokens no direction is learnt without (DiTConfig)
   c.model.unroll = 4  # all layers: on a CPU a fifth faster than the loop
+  c.model.merge_tokens = True  # on a CPU a seventh faster still
 
   c.student = config_dict.ConfigDict()
   c.student.timesteps = (1000, 750, 500, 250)  # HiAR, section 4.1

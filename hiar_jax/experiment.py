@@ -139,6 +139,7 @@ class ModelConfig:
   remat: str = "none"
   attention: str = "xla"
   unroll: int = 1
+  merge_tokens: bool = False
   place_embedding: bool = False
 
 

@@ -25,6 +25,8 @@ VARIANTS = {
   "remat_dots": {"remat": "dots"},
   "remat_full": {"remat": "full"},
   "chunked": {"attention": "chunked"},
+  "merged": {"merge_tokens": True},
+  "merged_remat": {"merge_tokens": True, "remat": "dots"},
   "chunked_remat": {"attention": "chunked", "remat": "full"},
 }
 

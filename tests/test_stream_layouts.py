@@ -1,5 +1,6 @@
 """Devices: the same numbers on every layout, and nothing moves between stages but a block."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -79,9 +80,11 @@ def test_every_device_of_a_stage_has_its_share():
 
 
 @functools.cache
-def moved(layout: Layout) -> list[tuple[str, int]]:
+def moved(layout: Layout, merge_tokens: bool = False) -> list[tuple[str, int]]:
   """(collective, bytes of its result on a device) of each one in the compiled tick."""
-  engine = quick_engine(parts(LONG), Options(layout=layout))
+  model = parts(LONG)
+  model = dataclasses.replace(model, config=dataclasses.replace(model.config, merge_tokens=merge_tokens))
+  engine = quick_engine(model, Options(layout=layout))
   text = jax.ShapeDtypeStruct((1, 3, 6), jnp.float32, sharding=engine.whole)
   lowered = engine.main.compiled_tick.lower(engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool))
   found = []
@@ -124,3 +127,8 @@ def test_no_layout_moves_a_cache(layout):
   keys = 4 * (LONG.window - LONG.block) * c.tokens(h, w) * c.dim // (layout.tensor * layout.sequence)
   found = moved(layout)
   assert max(size for _, size in found) < keys, found
+
+
+def test_training_with_merged_tokens_makes_a_stream_move_no_more():
+  layout = Layout(4, 1, 2)
+  assert moved(layout, merge_tokens=True) == moved(layout)

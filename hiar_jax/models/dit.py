@@ -36,6 +36,9 @@ class DiTConfig:
 
   remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
   unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
+  merge_tokens: dense layers take the tokens of all frames and clips as the rows of one matrix. Numerically the same; on a CPU the backward
+    pass is a seventh shorter (XLA transposes the gradients of a product with several leading axes, and here sums up the residual stream
+    once more to do so). Not where the tokens of a clip are split over devices: such axes cannot be merged without gathering them.
   place_embedding: adds to each token a learned function of its row, column and frame. Wan2.1 has none: with rotations alone a token finds
     out where it is only by way of the borders, which small grids and short trainings don't teach.
   places: (n, period) of the frames there: the first n of a video are told apart, those after repeat with the period. So a video may go on
@@ -55,6 +58,7 @@ class DiTConfig:
   remat: str = "none"
   attention: str = "xla"
   unroll: int = 1
+  merge_tokens: bool = False
   place_embedding: bool = False
   places: tuple[int, int] = (1_024, 1)
 
@@ -145,15 +149,11 @@ def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 def _dense(config: DiTConfig, features: int, name: str | None = None, **kwargs) -> nn.Dense:
   kwargs.setdefault("kernel_init", nn.initializers.xavier_uniform())
-  return nn.Dense(features, dtype=config.dtype, name=name, dot_general=_rows_product, **kwargs)
+  return nn.Dense(features, dtype=config.dtype, name=name, dot_general=_rows_product if config.merge_tokens else None, **kwargs)
 
 
 def _rows_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
-  """x [... in] @ kernel [in out] with all leading axes made one: numerically the same.
-
-  Otherwise XLA's CPU backend transposes the output's gradient for the kernel's, summing up the whole residual stream once more in every
-  layer to do so: a seventh of a training step of the small model.
-  """
+  """x [... in] @ kernel [in out] with all leading axes made one."""
   del dimensions  # nn.Dense's: last with first
   rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
   return rows.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -128,7 +128,8 @@ class Programs:
     return jax.jit(function, compiler_options=self.engine.compiler_options, **options)
 
   def network(self, params: Params):
-    return functools.partial(dit.bind, self.engine.parts.config, params)
+    config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)  # a frame's may lie on several devices
+    return functools.partial(dit.bind, config, params)
 
   def noise(self, pipe: Pipe):
     c, (height, width) = self.engine.parts.config, self.engine.parts.size
