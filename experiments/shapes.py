@@ -4,7 +4,7 @@
     python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
 
-On two cores of an AMD EPYC: main 20 minutes and 2.2 GiB, full 41 minutes and 2.3 GiB (README.md has what comes out).
+On two cores of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (README.md has what comes out).
 
 The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
 as shapes_self_forcing.py does.
