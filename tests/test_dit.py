@@ -224,8 +224,17 @@ def _assert_near(actual, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_saving_memory_changes_nothing(name):
+def test_how_it_is_computed_changes_nothing(name):
   _assert_near(_value_and_gradient(**VARIANTS[name]), _value_and_gradient(), 2e-5)
+
+
+def test_merged_tokens_are_the_rows_of_one_matrix():
+  """Values cannot tell; the hidden activations of the traced MLP do."""
+  tokens = FRAMES * tiny.CONFIG.tokens(*tiny.video(1, FRAMES).shape[2:4])
+  for merged in (False, True):
+    forward = dit.bind(dataclasses.replace(tiny.CONFIG, merge_tokens=merged), tiny.params(), tiny.text())
+    traced = str(jax.make_jaxpr(lambda x, forward=forward: forward(x, 0.5, jnp.asarray(POSITIONS))[0])(tiny.video(1, FRAMES)))
+    assert (f"f32[{tiny.BATCH * tokens},{tiny.CONFIG.ffn_dim}]" in traced) == merged
 
 
 def test_remat_recomputes():

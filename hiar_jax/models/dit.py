@@ -36,8 +36,8 @@ class DiTConfig:
 
   remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers (full).
   unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
-  merge_tokens: dense layers take the tokens of all frames and clips as the rows of one matrix. Numerically the same; on a CPU the backward
-    pass is a seventh shorter (XLA transposes the gradients of a product with several leading axes, and here sums up the residual stream
+  merge_tokens: dense layers take the tokens of all frames and clips as the rows of one matrix. Numerically the same; on a CPU a training
+    step is a seventh shorter (XLA transposes the gradients of a product with several leading axes, and here sums up the residual stream
     once more to do so). Not where the tokens of a clip are split over devices: such axes cannot be merged without gathering them.
   place_embedding: adds to each token a learned function of its row, column and frame. Wan2.1 has none: with rotations alone a token finds
     out where it is only by way of the borders, which small grids and short trainings don't teach.
