@@ -1,4 +1,7 @@
-"""The package and its extras. requirements.txt and requirements-parity.txt hold the exact versions that the tests ran with."""
+"""The package and its extras.
+
+requirements.txt and requirements-parity.txt hold the exact versions that the tests ran with.
+"""
 
 import pathlib
 import re
@@ -53,9 +56,12 @@ setuptools.setup(
   ],
   extras_require={
     "serve": ["aiohttp>=3.11"],  # the page of hiar_jax.serve
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "aiohttp>=3.11", "selenium>=4.20"],  # with selenium: Debian's chromium and chromium-driver
-    "convert": ["torch>=2.4"],  # .pt and .pth are read without it; files from before PyTorch 1.6 must be saved anew
-    "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],  # live comparisons: pytest -m parity
+    # with selenium: Debian's chromium and chromium-driver
+    "test": ["pytest>=8", "pytest-xdist>=3.6", "aiohttp>=3.11", "selenium>=4.20", "ruff>=0.12"],
+    # .pt and .pth are read without it; files from before PyTorch 1.6 must be saved anew
+    "convert": ["torch>=2.4"],
+    # live comparisons: pytest -m parity
+    "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
   },

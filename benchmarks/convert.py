@@ -1,9 +1,12 @@
-"""Conversion at real size: `python -m benchmarks.convert` says how long it takes, and how much memory beside its largest shard.
+"""Conversion at real size: `python -m benchmarks.convert` says how long it takes, and how much
+memory beside its largest shard.
 
-Random bfloat16 weights of Wan2.1's DiT (by default with the 1.3B's sizes) are written in the published layout, converted with the
-command that a person would use, and loaded for the forward of one block of 3 frames against an empty cache. Each part runs in a
-process of its own and is watched from outside; memory is what it allocates itself (anonymous pages), without pages of files, which the
-system takes back when it needs them. Prints one JSON object, with the hardware and the versions.
+Random bfloat16 weights of Wan2.1's DiT (by default with the 1.3B's sizes) are written in the
+published layout, converted with the command that a person would use, and loaded for the forward of
+one block of 3 frames against an empty cache. Each part runs in a process of its own and is watched
+from outside; memory is what it allocates itself (anonymous pages), without pages of files, which
+the system takes back when it needs them. Prints one JSON object, with the hardware and the
+versions.
 """
 
 from collections.abc import Iterator
@@ -38,14 +41,16 @@ FACTOR = 8  # pixels per latent pixel
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int) -> list[int]:
   """Random weights in the original layout; -> bytes of each shard."""
   folder.mkdir()
   rules = dit_rules(config)
-  shards = export.plan_shards({rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}, max_shard)
+  shards = export.plan_shards(
+    {rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}, max_shard
+  )
   export.write_shards(folder, layouts.PLACES["dit"][1], _random_tensors(rules), shards)
   (folder / "config.json").write_text(json.dumps(catalog.model_config("dit", config, "original")))
   return [path.stat().st_size for path in folder.glob("*.safetensors")]
@@ -72,7 +77,9 @@ def forward_once(directory: str, height: int, width: int) -> dict:
 
   @jax.jit
   def call(params, x, text, cache):
-    return blocks.against_cache(dit.bind(config, params, text), cache, x, 1.0, blocks.frames_of(0, HISTORY), HISTORY)
+    return blocks.against_cache(
+      dit.bind(config, params, text), cache, x, 1.0, blocks.frames_of(0, HISTORY), HISTORY
+    )
 
   times = [time.perf_counter()]
   for _ in range(2):
@@ -80,25 +87,33 @@ def forward_once(directory: str, height: int, width: int) -> dict:
     times.append(time.perf_counter())
   assert bool(jnp.isfinite(velocity).all())
   return {
-    "load_s": loaded - start, "first_call_s": times[1] - times[0], "forward_s": times[2] - times[1],
-    "tokens": HISTORY.block * config.tokens(h, w), "latents": list(x.shape),
-  }  # fmt: skip
+    "load_s": loaded - start,
+    "first_call_s": times[1] - times[0],
+    "forward_s": times[2] - times[1],
+    "tokens": HISTORY.block * config.tokens(h, w),
+    "latents": list(x.shape),
+  }
 
 
-# ------------------------------------------------------------------------------------------------------- watching them
+# ------------------------------------------------------------------------------------ watching them
 
 
 def watch(module: str, *arguments: str) -> tuple[str, float, int]:
   """Runs `python -m module arguments` -> (what it printed, seconds, peak of anonymous bytes)."""
   start, peak = time.perf_counter(), 0
-  with tempfile.TemporaryFile("w+") as out, subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out) as process:
+  with (
+    tempfile.TemporaryFile("w+") as out,
+    subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out) as process,
+  ):
     while process.poll() is None:
       peak = max(peak, anonymous_bytes(process.pid))
       time.sleep(INTERVAL)
     seconds = time.perf_counter() - start
     out.seek(0)
     if process.returncode:
-      raise UserError(f"python -m {module} {' '.join(arguments)} ended with status {process.returncode}")
+      raise UserError(
+        f"python -m {module} {' '.join(arguments)} ended with status {process.returncode}"
+      )
     return out.read(), seconds, peak
 
 
@@ -108,26 +123,44 @@ def anonymous_bytes(pid: int) -> int:
     text = pathlib.Path(f"/proc/{pid}/status").read_text()
   except (FileNotFoundError, ProcessLookupError):
     return 0
-  return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:"))
+  return sum(
+    int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:")
+  )
 
 
-def measure(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int, height: int, width: int) -> dict:
+def measure(
+  config: dit.DiTConfig, folder: pathlib.Path, max_shard: int, height: int, width: int
+) -> dict:
   source, out = folder / "published", folder / "weights"
   shards = write_published(config, source, max_shard)
-  _, idle_s, idle = watch("benchmarks.convert", "--idle")  # an interpreter with the same imports, doing nothing
+  # an interpreter with the same imports, doing nothing
+  _, idle_s, idle = watch("benchmarks.convert", "--idle")
   said, convert_s, peak = watch("hiar_jax.convert", f"--source={source}", f"--out={out}")
   print(said, file=sys.stderr)
   shutil.rmtree(source)
-  printed, _, forward_peak = watch("benchmarks.convert", f"--forward={out}", f"--height={height}", f"--width={width}")
+  printed, _, forward_peak = watch(
+    "benchmarks.convert", f"--forward={out}", f"--height={height}", f"--width={width}"
+  )
   found = weights.describe(out, "dit")
   return {
-    "parameters": found.parameters, "tensors": found.tensors, "dtype": found.dtype,
-    "shards": len(shards), "bytes": sum(shards), "largest_shard_bytes": max(shards),
-    "convert_s": round(convert_s, 2), "convert_gb_per_s": round(sum(shards) / 1e9 / convert_s, 3),
-    "convert_peak_anonymous_bytes": peak, "imports_peak_anonymous_bytes": idle, "imports_s": round(idle_s, 2),
+    "parameters": found.parameters,
+    "tensors": found.tensors,
+    "dtype": found.dtype,
+    "shards": len(shards),
+    "bytes": sum(shards),
+    "largest_shard_bytes": max(shards),
+    "convert_s": round(convert_s, 2),
+    "convert_gb_per_s": round(sum(shards) / 1e9 / convert_s, 3),
+    "convert_peak_anonymous_bytes": peak,
+    "imports_peak_anonymous_bytes": idle,
+    "imports_s": round(idle_s, 2),
     "peak_to_largest_shard": round(peak / max(shards), 3),
-    "forward": {**json.loads(printed), "pixels": [height, width], "peak_anonymous_bytes": forward_peak},
-  }  # fmt: skip
+    "forward": {
+      **json.loads(printed),
+      "pixels": [height, width],
+      "peak_anonymous_bytes": forward_peak,
+    },
+  }
 
 
 def main() -> None:
@@ -144,7 +177,9 @@ def main() -> None:
     result = measure(config, pathlib.Path(folder), f.max_shard_mb * 10**6, f.height, f.width)
   sizes = {"dim": f.dim, "ffn_dim": f.ffn_dim, "num_heads": f.num_heads, "layers": f.layers}
   told = {"benchmark": "convert", "sizes": sizes, **result}
-  print(json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
+  print(
+    json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+  )
 
 
 if __name__ == "__main__":
@@ -153,10 +188,16 @@ if __name__ == "__main__":
   flags.DEFINE_integer("dim", default.dim, "its width", 1)
   flags.DEFINE_integer("ffn_dim", default.ffn_dim, "width of its MLPs", 1)
   flags.DEFINE_integer("num_heads", default.num_heads, "its attention heads", 1)
-  flags.DEFINE_integer("max_shard_mb", 10_000, "largest file of the published layout; the 1.3B is published in one", 1)
+  flags.DEFINE_integer(
+    "max_shard_mb", 10_000, "largest file of the published layout; the 1.3B is published in one", 1
+  )
   flags.DEFINE_integer("height", 128, "of the block that is denoised, in pixels", 16)
   flags.DEFINE_integer("width", 224, "of the block that is denoised, in pixels", 16)
-  flags.DEFINE_string("directory", None, "where to make the temporary folder; it takes twice the size of the weights")
-  flags.DEFINE_string("forward", None, "only the forward, with these weights (the benchmark calls itself)")
+  flags.DEFINE_string(
+    "directory", None, "where to make the temporary folder; it takes twice the size of the weights"
+  )
+  flags.DEFINE_string(
+    "forward", None, "only the forward, with these weights (the benchmark calls itself)"
+  )
   flags.DEFINE_bool("idle", False, "only the imports (the benchmark calls itself)")
   configs.run_flags(main)

@@ -11,16 +11,33 @@ import hiar_jax
 
 
 def hardware() -> dict:
-  model = [line.split(":")[1].strip() for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+  model = [
+    line.split(":")[1].strip()
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    if "model name" in line
+  ]
   memory = pathlib.Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
   return {
-    "cpu": model[0] if model else platform.machine(), "cores": len(os.sched_getaffinity(0)), "memory_bytes": int(memory) * 1024,
-    "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "platform": jax.devices()[0].platform,
+    "cpu": model[0] if model else platform.machine(),
+    "cores": len(os.sched_getaffinity(0)),
+    "memory_bytes": int(memory) * 1024,
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "platform": jax.devices()[0].platform,
     "load": os.getloadavg()[0],
-  }  # fmt: skip
+  }
 
 
 def versions() -> dict:
-  packages = ("jax", "jaxlib", "flax", "numpy", "optax", "orbax-checkpoint", "tensorstore", "safetensors")
+  packages = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "optax",
+    "orbax-checkpoint",
+    "tensorstore",
+    "safetensors",
+  )
   found = {name: importlib.metadata.version(name) for name in packages}
   return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}

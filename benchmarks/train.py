@@ -1,13 +1,16 @@
-"""Training: `python -m benchmarks.train --config=experiments/shapes.py` says what one update of every stage takes.
+"""Training: `python -m benchmarks.train --config=experiments/shapes.py` says what one update of
+every stage takes.
 
-Each stage's own step, with its own optimizer, mapped over the devices as training maps it, on random latents and texts of the
-experiment's sizes; reading data, the codec and the text encoder are not in it. Every update is waited for. In distillation the exit level
-is drawn anew for each update, as in training, so updates differ in length. Prints one JSON object:
+Each stage's own step, with its own optimizer, mapped over the devices as training maps it, on
+random latents and texts of the experiment's sizes; reading data, the codec and the text encoder are
+not in it. Every update is waited for. In distillation the exit level is drawn anew for each update,
+as in training, so updates differ in length. Prints one JSON object:
 
     compile_s       tracing and compiling, with the first update
     update_s        median, 5th and 95th percentile of the updates after it
     clips_per_s     batch / median
-    peak_bytes      the most memory that the process (or the first accelerator) has held so far; stages run in the order printed
+    peak_bytes      the most memory that the process (or the first accelerator) has held so far;
+                    stages run in the order printed
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +43,12 @@ WORDS = 64
 def task_of(e: Experiment) -> Task:
   """Batches hold latents themselves; words are looked up."""
   table = jax.random.normal(jax.random.key(3), (WORDS, e.text.dim))
-  return Task(encode=lambda batch: batch["video"], embed=lambda words: table[words], negative=jnp.zeros_like, **e.latent_sizes)
+  return Task(
+    encode=lambda batch: batch["video"],
+    embed=lambda words: table[words],
+    negative=jnp.zeros_like,
+    **e.latent_sizes,
+  )
 
 
 def batch_of(e: Experiment, training: Training) -> Batch:
@@ -48,25 +56,42 @@ def batch_of(e: Experiment, training: Training) -> Batch:
   rng, sizes, count = np.random.default_rng(0), e.latent_sizes, training.batch
   clip = (sizes["frames"], sizes["height"], sizes["width"], sizes["channels"])
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
-  clips = {"tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32), "index": np.arange(count, dtype=np.int32)}
+  clips = {
+    "tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32),
+    "index": np.arange(count, dtype=np.int32),
+  }
   if e.model.place_embedding:
     clips["start"] = np.zeros(count, np.int32)
   trajectory = draw(count, len(e.student.sigmas), *clip)
-  return {**clips, "video": draw(count, *clip), "trajectory": trajectory, "held": {**clips, "trajectory": trajectory}}
+  return {
+    **clips,
+    "video": draw(count, *clip),
+    "trajectory": trajectory,
+    "held": {**clips, "trajectory": trajectory},
+  }
 
 
-def stage(e: Experiment, name: str) -> tuple[Training, Callable[[Params], TrainState], Callable, bool]:
+def stage(
+  e: Experiment, name: str
+) -> tuple[Training, Callable[[Params], TrainState], Callable, bool]:
   """(its settings, params -> fresh state, step, whether the step reads the teacher too)."""
   task, key, sigmas = task_of(e), jax.random.key(1), jnp.asarray(e.student.sigmas, jnp.float32)
   if name == "teacher":
-    return e.teacher, lambda params: create(key, params, e.teacher.optimizer()), teacher.make_step(e.teacher, e.dit, task), False
+    return (
+      e.teacher,
+      lambda params: create(key, params, e.teacher.optimizer()),
+      teacher.make_step(e.teacher, e.dit, task),
+      False,
+    )
   if name == "causal_init":
     step = causal_init.make_step(e.causal_init, e.student_dit, task, sigmas, e.history)
     return e.causal_init, lambda params: create(key, params, e.causal_init.optimizer()), step, False
   who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, task)
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
   optimizers = e.distill.generator_optimizer(), e.distill.critic_optimizer()
-  fresh = lambda params: create(key, params, optimizers[0], jax.tree.map(jnp.copy, params), optimizers[1])
+  fresh = lambda params: create(
+    key, params, optimizers[0], jax.tree.map(jnp.copy, params), optimizers[1]
+  )
   return e.distill, fresh, make(e.distill, who), name == "generator"
 
 
@@ -78,21 +103,31 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
     born = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
     shardings = sharding.state_shardings(jax.eval_shape(born), mesh, e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(born, out_shardings=shardings)())
-    frozen = (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),) if reads_teacher else ()
+    frozen = (
+      (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),) if reads_teacher else ()
+    )
     batch = sharding.put_batch(batch_of(e, training), mesh)
-    times = list(timed(sharding.map_step(step, shardings, mesh, e.mesh.mapping), state, batch, frozen, updates))
+    times = list(
+      timed(sharding.map_step(step, shardings, mesh, e.mesh.mapping), state, batch, frozen, updates)
+    )
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   return {
-    "compile_s": round(times[0], 2), "update_s": {"median": round(median, 4), "p5": round(low, 4), "p95": round(high, 4)},
-    "mean_s": round(statistics.fmean(times[1:]), 4), "batch": training.batch, "clips_per_s": round(training.batch / median, 2),
+    "compile_s": round(times[0], 2),
+    "update_s": {"median": round(median, 4), "p5": round(low, 4), "p95": round(high, 4)},
+    "mean_s": round(statistics.fmean(times[1:]), 4),
+    "batch": training.batch,
+    "clips_per_s": round(training.batch / median, 2),
     "peak_bytes": peak_bytes(),
-  }  # fmt: skip
+  }
 
 
-def timed(step: Callable, state: TrainState, batch: Batch, frozen: tuple, updates: int) -> Iterator[float]:
+def timed(
+  step: Callable, state: TrainState, batch: Batch, frozen: tuple, updates: int
+) -> Iterator[float]:
   """Seconds of each update."""
   for count in range(updates + 1):
-    state = state.replace(step=jnp.full((), count, jnp.int32))  # its randomness comes from there, and generator steps leave it alone
+    # its randomness comes from there, and generator steps leave it alone
+    state = state.replace(step=jnp.full((), count, jnp.int32))
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch, *frozen))
     yield time.perf_counter() - start
@@ -102,7 +137,11 @@ def timed(step: Callable, state: TrainState, batch: Batch, frozen: tuple, update
 
 def peak_bytes() -> int:
   found = jax.devices()[0].memory_stats()
-  return found["peak_bytes_in_use"] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return (
+    found["peak_bytes_in_use"]
+    if found
+    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  )
 
 
 def main() -> None:
@@ -112,11 +151,17 @@ def main() -> None:
     print(name, file=sys.stderr)
     found[name] = measure(e, name, f.updates)
   told = {"benchmark": "train", "config": configs.to_json(f.config), "stages": found}
-  print(json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2))
+  print(
+    json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+  )
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", "experiments/shapes.py", "the experiment whose updates are timed", lock_config=True)
+  config_flags.DEFINE_config_file(
+    "config", "experiments/shapes.py", "the experiment whose updates are timed", lock_config=True
+  )
   flags.DEFINE_integer("updates", 40, "of each stage", 2)
-  flags.DEFINE_multi_enum("stages", list(STAGES), STAGES, "which to time; repeat the flag for several")
+  flags.DEFINE_multi_enum(
+    "stages", list(STAGES), STAGES, "which to time; repeat the flag for several"
+  )
   configs.run_flags(main)

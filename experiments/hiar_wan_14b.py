@@ -1,6 +1,8 @@
-"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score. Not a run of the paper.
+"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score. Not a
+run of the paper.
 
-    python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b --config.data.prompts=prompts.txt
+python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b
+--config.data.prompts=prompts.txt
 """
 
 from experiments import hiar_wan_1_3b

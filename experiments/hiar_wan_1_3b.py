@@ -1,12 +1,18 @@
-"""HiAR as published (arXiv 2603.08703): Wan2.1-T2V-1.3B distilled into a causal four-step student, Wan2.1-T2V-14B as the real score.
+"""HiAR as published (arXiv 2603.08703): Wan2.1-T2V-1.3B distilled into a causal four-step student,
+Wan2.1-T2V-14B as the real score.
 
     python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B --out=weights/wan_1_3b
     python -m hiar_jax.convert --source=Wan2.1-T2V-14B --out=weights/wan_14b
-    python -m hiar_jax.train --config=experiments/hiar_wan_1_3b.py --workdir=runs/hiar --config.data.prompts=prompts.txt
+    python -m hiar_jax.train --config=experiments/hiar_wan_1_3b.py --workdir=runs/hiar \
+      --config.data.prompts=prompts.txt
 
-For accelerators: never trained here. "code" below is the published configs/hiar.yaml and its trainer, where the paper is silent or differs.
-To start from a causal student that exists (the published run starts from Self-Forcing's ode_init.pt), convert it and set weights.student.
-To use it: python -m hiar_jax.generate --config=experiments/hiar_wan_1_3b.py --weights=weights/hiar --prompt="..." --out=clip.mp4
+For accelerators: never trained here. "code" below is the published configs/hiar.yaml and its
+trainer, where the paper is silent or differs. To start from a causal student that exists (the
+published run starts from Self-Forcing's ode_init.pt), convert it and set weights.student.
+To use it:
+
+    python -m hiar_jax.generate --config=experiments/hiar_wan_1_3b.py --weights=weights/hiar \
+      --prompt="..." --out=clip.mp4
 """
 
 from ml_collections import config_dict
@@ -22,7 +28,8 @@ def get_config() -> config_dict.ConfigDict:
   c.weights = config_dict.ConfigDict()
   c.weights.base = "weights/wan_1_3b"  # student, critic and trajectories start from it
   c.weights.teacher = "weights/wan_14b"  # section 4.1: the 14B model is the real score
-  c.weights.student = ""  # a converted causal student; empty: causal init on trajectories of the base
+  # a converted causal student; empty: causal init on trajectories of the base
+  c.weights.student = ""
 
   c.data = config_dict.ConfigDict()
   c.data.source = "prompts"
@@ -64,20 +71,24 @@ def get_config() -> config_dict.ConfigDict:
   c.teacher = shapes.training(steps=1, batch=64, lr=1e-5)  # not run: weights.base is there
 
   c.trajectories = config_dict.ConfigDict()
-  c.trajectories.count = 20_000  # section 4.1, for forward-KL; 16,000 for causal init; the code makes 16,000
+  # section 4.1, for forward-KL; 16,000 for causal init; the code makes 16,000
+  c.trajectories.count = 20_000
   c.trajectories.batch = 64
   c.trajectories.steps = 48  # code; section 4.1 says 50, which does not hold the student's levels
   c.trajectories.shift = 8.0  # code, the base's own; 0 for the student's levels
-  c.trajectories.guidance = 5.0  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
+  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
+  c.trajectories.guidance = 5.0
   c.trajectories.dtype = "float16"
   c.trajectories.pairs = ""  # or a folder of published ode_pairs, imported instead
 
-  c.causal_init = shapes.training(steps=6_000, batch=64, lr=2e-6)  # Self-Forcing's ODE initialisation
+  # Self-Forcing's ODE initialisation
+  c.causal_init = shapes.training(steps=6_000, batch=64, lr=2e-6)
   c.causal_init.b1 = 0.0
   c.causal_init.ema_start = 200
   c.causal_init.shows = "noisy"
 
-  c.distill = shapes.training(steps=20_000, batch=64, lr=2e-6)  # section 4.1; the code counts critic updates
+  # section 4.1; the code counts critic updates
+  c.distill = shapes.training(steps=20_000, batch=64, lr=2e-6)
   c.distill.warmup = 0  # code
   c.distill.b1 = 0.0  # code
   c.distill.ema_decay = 0.99  # code

@@ -1,6 +1,8 @@
-"""Self-Aligned Forcing with Wan2.1-T2V-1.3B: history at the input level, differentiable, with a clean sink. The rival.
+"""Self-Aligned Forcing with Wan2.1-T2V-1.3B: history at the input level, differentiable, with a
+clean sink. The rival.
 
-    python -m hiar_jax.train --config=experiments/self_aligned_wan_1_3b.py --workdir=runs/self_aligned --config.data.prompts=prompts.txt
+python -m hiar_jax.train --config=experiments/self_aligned_wan_1_3b.py --workdir=runs/self_aligned
+--config.data.prompts=prompts.txt
 """
 
 from experiments import hiar_wan_1_3b

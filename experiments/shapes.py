@@ -1,13 +1,17 @@
-"""HiAR on the shapes world, every stage from an empty directory to a measured long video, on two CPU cores.
+"""HiAR on the shapes world, every stage from an empty directory to a measured long video, on two
+CPU cores.
 
-    python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes         # the main job
-    python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full      # trained longer
-    python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke    # every stage, for a minute
+    python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes
+    python -m hiar_jax.train --config=experiments/shapes.py:full --workdir=runs/full
+    python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke
 
-On two cores of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (README.md has what comes out).
+The first is the main job, `full` trains longer, `smoke` runs every stage in a minute.
 
-The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this file's get_config and change lines,
-as shapes_self_forcing.py does.
+On two cores of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (README.md has
+what comes out).
+
+The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this
+file's get_config and change lines, as shapes_self_forcing.py does.
 """
 
 from ml_collections import config_dict
@@ -16,7 +20,8 @@ from ml_collections import config_dict
 def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.seed = 0
-  c.stages_from = ""  # a workdir whose data, teacher, trajectories and causal init are used instead of made
+  # a workdir whose data, teacher, trajectories and causal init are used instead of made
+  c.stages_from = ""
 
   c.data = config_dict.ConfigDict()
   c.data.source = "shapes"  # or "videos": the clips in data.folder
@@ -24,14 +29,17 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.data.size = 32
   c.data.seed = 0
   c.data.difficulty = "plain"  # or "textured": two shapes that cross on a texture
-  c.data.later = 0.3  # share of clips from further on in a video, where the caption's direction holds no more; 0: shapes stop there
+  # share of clips from further on in a video, where the caption's direction holds no more; 0:
+  # shapes stop there
+  c.data.later = 0.3
   c.data.clips = 12288
   c.data.folder = ""
   c.data.fps = 8.0
 
   c.codec = config_dict.ConfigDict()  # stands for the VAE
   c.codec.patch = 8
-  c.codec.channels = 32  # numbers a token: well under the width, each carries its noise through the residual stream
+  # numbers a token: well under the width, each carries its noise through the residual stream
+  c.codec.channels = 32
   c.codec.whitening = 0.5
 
   c.text = config_dict.ConfigDict()  # stands for UMT5
@@ -48,7 +56,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.model.dtype = "float32"
   c.model.remat = "none"  # "dots" or "full" trade time for memory
   c.model.attention = "xla"
-  c.model.place_embedding = True  # not Wan's; on 4 x 4 tokens no direction is learnt without (DiTConfig)
+  # not Wan's; on 4 x 4 tokens no direction is learnt without (DiTConfig)
+  c.model.place_embedding = True
   c.model.unroll = 4  # all layers: on a CPU a fifth faster than the loop
   c.model.merge_tokens = True  # on a CPU a seventh faster still
 
@@ -61,7 +70,9 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.history.order = "step_first"  # Algorithm 1
   c.history.level = "output"  # Eq. 9
   c.history.gradient = "detached"
-  c.history.window = 6  # HiAR's is the training length; here one block less, so that training shows a context without the first block
+  # HiAR's is the training length; here one block less, so that training shows a context without the
+  # first block
+  c.history.window = 6
   c.history.sink = 0
   c.history.sink_level = "history"
   c.history.renoise = "fresh"  # published code; the paper's Eq. 3 is "euler"
@@ -86,25 +97,33 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.causal_init.schedule = "cosine"
   c.causal_init.clip = 1.0
   c.causal_init.ema_decay = 0.99
-  c.causal_init.shows = "history"  # "noisy", a level for each block of its own, is published; here it made the error .0084, not .0069
+  # "noisy", a level for each block of its own, is published; here it made the error .0084, not
+  # .0069
+  c.causal_init.shows = "history"
 
-  c.distill = training(steps=200, batch=16, lr=5e-5)  # at 1e-4 directions and a third of the motion were lost in 60 generator updates
-  c.distill.warmup = 10  # the generator's updates are 40; in a warm-up of 50 they would end at their fastest
-  c.distill.schedule = "cosine"  # published: constant; here, after a warm-up of 50, colours and shapes were a hundredth worse
+  # at 1e-4 directions and a third of the motion were lost in 60 generator updates
+  c.distill = training(steps=200, batch=16, lr=5e-5)
+  # the generator's updates are 40; in a warm-up of 50 they would end at their fastest
+  c.distill.warmup = 10
+  # published: constant; here, after a warm-up of 50, colours and shapes were a hundredth worse
+  c.distill.schedule = "cosine"
   c.distill.b1 = 0.0  # HiAR's published config
   c.distill.ema_decay = 0.99  # HiAR's published config, from update 200 there
   c.distill.ema_start = 20
   c.distill.critic_lr = 2e-4
   c.distill.critic_updates = 5  # HiAR, section 4.1: 5 : 1
   c.distill.critic_warmup = 0
-  c.distill.guidance = 0.0  # g of losses.dmd; HiAR's published config: 3. Here the prompt is followed without, and guidance costs error
+  # g of losses.dmd; HiAR's published config: 3. Here the prompt is followed without, and guidance
+  # costs error
+  c.distill.guidance = 0.0
   c.distill.score_shift = 5.0  # HiAR's published config
   c.distill.score_low = 0.02
   c.distill.score_high = 0.98
   c.distill.forward_kl = config_dict.ConfigDict()
   c.distill.forward_kl.weight = 0.1  # lambda; HiAR, section 4.1
   c.distill.forward_kl.steps = 1  # K
-  c.distill.forward_kl.attention = "causal"  # the published code; the paper's "bidirectional" moves the student while it learns that mode
+  # the published code; the paper's "bidirectional" moves the student while it learns that mode
+  c.distill.forward_kl.attention = "causal"
   c.distill.forward_kl.target = "velocity"  # Eq. 10
 
   c.sample = config_dict.ConfigDict()

@@ -1,6 +1,8 @@
-"""HiAR without the forward-KL term on the shapes world (the ablation of its Table 3: less drift, and motion dies).
+"""HiAR without the forward-KL term on the shapes world (the ablation of its Table 3: less drift,
+and motion dies).
 
-    python -m hiar_jax.train --config=experiments/shapes_no_forward_kl.py --workdir=runs/no_forward_kl --config.stages_from=runs/shapes
+python -m hiar_jax.train --config=experiments/shapes_no_forward_kl.py --workdir=runs/no_forward_kl
+--config.stages_from=runs/shapes
 """
 
 from experiments import shapes

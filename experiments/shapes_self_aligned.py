@@ -1,6 +1,8 @@
-"""Self-Aligned Forcing (2026) on the shapes world: history at the input level, differentiable, with a clean sink. The rival.
+"""Self-Aligned Forcing (2026) on the shapes world: history at the input level, differentiable, with
+a clean sink. The rival.
 
-    python -m hiar_jax.train --config=experiments/shapes_self_aligned.py --workdir=runs/self_aligned --config.stages_from=runs/shapes
+python -m hiar_jax.train --config=experiments/shapes_self_aligned.py --workdir=runs/self_aligned
+--config.stages_from=runs/shapes
 """
 
 from experiments import shapes

@@ -1,7 +1,7 @@
 """HiAR in JAX: long video by hierarchical denoising (arXiv 2603.08703).
 
-    for chunk in hiar_jax.stream(workdir="runs/shapes", prompt="a red circle moving left"):
-      ...
+for chunk in hiar_jax.stream(workdir="runs/shapes", prompt="a red circle moving left"):
+  ...
 """
 
 import importlib

@@ -1,9 +1,10 @@
 """Checkpoints of a training stage: Orbax underneath, one clear line where a restore cannot work.
 
-A checkpoint at step s is the directory `<directory>/<s>` with the items `state` (everything that training needs),
-`params` (the weights that inference loads, normally the EMA), `data` (the iterator's state, a file a process) and
-`config` (JSON, what the model is). Orbax writes under a temporary name and renames, so a directory with that name is
-complete; the checksums in it tell whether it still is what was written.
+A checkpoint at step s is the directory `<directory>/<s>` with the items `state` (everything that
+training needs), `params` (the weights that inference loads, normally the EMA), `data` (the
+iterator's state, a file a process) and `config` (JSON, what the model is). Orbax writes under a
+temporary name and renames, so a directory with that name is complete; the checksums in it tell
+whether it still is what was written.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,12 +31,16 @@ from hiar_jax.types import Params, PyTree
 
 
 class Checkpoints:
-  """The checkpoints of one stage. Saves in the background; `close` (or leaving the `with`) waits for the last one."""
+  """The checkpoints of one stage.
+
+  Saves in the background; `close` (or leaving the `with`) waits for the last one.
+  """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 2, config: Any = None):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
-    `config` (ConfigDict, dataclass or dict) describes the model; restoring under another one raises `UserError`.
+    `config` (ConfigDict, dataclass or dict) describes the model; restoring under another one raises
+    `UserError`.
     """
     self.directory = _path(directory)
     self._config = to_json(config or {})
@@ -43,9 +48,11 @@ class Checkpoints:
     logging.getLogger("absl").addFilter(_is_news)
     with self._disk_errors():
       self._manager = _manager(
-        self.directory, max_to_keep=keep, cleanup_tmp_directories=True,
+        self.directory,
+        max_to_keep=keep,
+        cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
-      )  # fmt: skip
+      )
 
   def __enter__(self) -> "Checkpoints":
     return self
@@ -57,11 +64,14 @@ class Checkpoints:
     """The newest step that was written to its end, damaged since or not."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: PyTree, params: Params, iterator: Any = None, force: bool = False) -> bool:
+  def save(
+    self, step: int, state: PyTree, params: Params, iterator: Any = None, force: bool = False
+  ) -> bool:
     """Starts to save; False where this step is there already, or (without `force`) a newer one.
 
-    The arrays and the iterator's position are taken before this returns: both may move on, or be donated, at once.
-    Raises `UserError` if the disk is full, here or in the call that next waits; older checkpoints stay as they were.
+    The arrays and the iterator's position are taken before this returns: both may move on, or be
+    donated, at once. Raises `UserError` if the disk is full, here or in the call that next waits;
+    older checkpoints stay as they were.
     """
     items = {
       "state": ocp.args.StandardSave(state),
@@ -79,12 +89,14 @@ class Checkpoints:
       return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
   def restore(self, abstract_state: PyTree, iterator: Any = None) -> tuple[int, PyTree] | None:
-    """The newest checkpoint as (step, state), or None if there is none; sets the iterator's position in place.
+    """The newest checkpoint as (step, state), or None if there is none; sets the iterator's
+    position in place.
 
-    `abstract_state` has the leaves' shapes, dtypes and shardings (arrays, or ShapeDtypeStructs; without a sharding a
-    leaf goes to the first device), so any number of devices can restore what any other saved. A damaged checkpoint is
-    reported on stderr, renamed to `<step>.damaged`, and the one before is used. Raises `UserError` if a checkpoint does
-    not fit (another config, tree or data pipeline), or if all are damaged.
+    `abstract_state` has the leaves' shapes, dtypes and shardings (arrays, or ShapeDtypeStructs;
+    without a sharding a leaf goes to the first device), so any number of devices can restore what
+    any other saved. A damaged checkpoint is reported on stderr, renamed to `<step>.damaged`, and
+    the one before is used. Raises `UserError` if a checkpoint does not fit (another config, tree or
+    data pipeline), or if all are damaged.
     """
     self.wait()
 
@@ -120,12 +132,16 @@ class Checkpoints:
       self._manager.restore(step, args=items)
     except Exception as error:  # Grain raises what its sources and samplers raise
       raise UserError(
-        f"checkpoint {self.directory / str(step)}: the position in the data does not fit this data pipeline "
-        f"({_first_line(error)}); use the data settings and the number of processes that it was saved with"
+        f"checkpoint {self.directory / str(step)}: the position in the data does not fit this "
+        "data pipeline "
+        f"({_first_line(error)}); use the data settings and the number of processes that it was "
+        "saved with"
       ) from error
 
   def _check_space(self, *trees: PyTree) -> None:
-    """Refuses what cannot fit before Orbax's threads try: on a full disk every one of them prints a traceback of its own."""
+    """Refuses what cannot fit before Orbax's threads try: on a full disk every one of them prints a
+    traceback of its own.
+    """
     path = os.fspath(self.directory)
     if jax.process_count() == 1 and "://" not in path:
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
@@ -133,14 +149,20 @@ class Checkpoints:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
   def _write_checksums(self) -> None:
-    """Called by Orbax's thread when all items are written, before their directory gets its final name."""
+    """Called by Orbax's thread when all items are written, before their directory gets its final
+    name.
+    """
     if jax.process_index() == 0:
       for path in self.directory.iterdir():
-        if path.name == str(self._saving) or path.name.startswith(f"{self._saving}.orbax-checkpoint-tmp"):
+        if path.name == str(self._saving) or path.name.startswith(
+          f"{self._saving}.orbax-checkpoint-tmp"
+        ):
           checksums.write(path)
 
   def _set_aside(self, step: int) -> None:
-    """Frees the name of a damaged step, which training reaches again; its files stay, for whoever can mend them."""
+    """Frees the name of a damaged step, which training reaches again; its files stay, for whoever
+    can mend them.
+    """
     if jax.process_index() == 0:
       (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
     if jax.process_count() > 1:
@@ -157,16 +179,20 @@ class Checkpoints:
         raise
       self._manager.reload()  # it has forgotten the checkpoints that this one was to replace
       raise UserError(
-        f"no space left on the disk of {self.directory}; the last complete checkpoint is {self.latest_step()}; "
+        f"no space left on the disk of {self.directory}; the last complete checkpoint is "
+        f"{self.latest_step()}; "
         "free some space and run the same command"
       ) from error
 
 
-def load_params(directory: str | os.PathLike, abstract: PyTree = None, step: int | None = None) -> Params:
+def load_params(
+  directory: str | os.PathLike, abstract: PyTree = None, step: int | None = None
+) -> Params:
   """The inference weights of the newest checkpoint (or of `step`), as a nested dict of arrays.
 
-  `abstract` gives shapes, dtypes (weights are cast to them) and shardings; without it the arrays are as saved, on the
-  first device. Raises `UserError` if there is no checkpoint, if it does not fit `abstract`, or if all are damaged.
+  `abstract` gives shapes, dtypes (weights are cast to them) and shardings; without it the arrays
+  are as saved, on the first device. Raises `UserError` if there is no checkpoint, if it does not
+  fit `abstract`, or if all are damaged.
   """
 
   def read(manager: ocp.CheckpointManager, step: int) -> Params:
@@ -178,23 +204,35 @@ def load_params(directory: str | os.PathLike, abstract: PyTree = None, step: int
 
 def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
   """What `config` the newest checkpoint (or `step`) was saved with, as plain JSON values."""
-  return _load(directory, step, lambda manager, step: _read(manager, step, config=ocp.args.JsonRestore())["config"])
+  return _load(
+    directory,
+    step,
+    lambda manager, step: _read(manager, step, config=ocp.args.JsonRestore())["config"],
+  )
 
 
-def _load(directory: str | os.PathLike, step: int | None, read: Callable[[ocp.CheckpointManager, int], Any]) -> Any:
+def _load(
+  directory: str | os.PathLike, step: int | None, read: Callable[[ocp.CheckpointManager, int], Any]
+) -> Any:
   path = _path(directory)
   if not path.is_dir():
-    raise UserError(f"there are no checkpoints in {path}: no such directory; train first, or check the path")
+    raise UserError(
+      f"there are no checkpoints in {path}: no such directory; train first, or check the path"
+    )
   with contextlib.closing(_manager(path, create=False)) as manager:
     there = manager.all_steps()
     if not there or (step is not None and step not in there):
       wanted = "" if step is None else f" of step {step}"
-      raise UserError(f"there is no checkpoint{wanted} in {path}; steps there: {sorted(there) or 'none'}")
-    found, _ = _newest(manager, path, lambda step: read(manager, step), [step] if step is not None else None)
+      raise UserError(
+        f"there is no checkpoint{wanted} in {path}; steps there: {sorted(there) or 'none'}"
+      )
+    found, _ = _newest(
+      manager, path, lambda step: read(manager, step), [step] if step is not None else None
+    )
     return found[1]
 
 
-# ------------------------------------------------------------------------------------------------------ behind Orbax
+# ------------------------------------------------------------------------------------- behind Orbax
 
 
 class _Iterator:
@@ -217,7 +255,8 @@ class _Iterator:
 
 def _path(directory: str | os.PathLike) -> epath.Path:
   text = os.fspath(directory)
-  return epath.Path(text if "://" in text else os.path.abspath(text))  # Orbax wants absolute paths; buckets are
+  # Orbax wants absolute paths; buckets are
+  return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
 def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
@@ -227,13 +266,20 @@ def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
     "config": ocp.JsonCheckpointHandler(),
     "data": grain.checkpoint.CheckpointHandler(),
   }
-  return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers)
+  return ocp.CheckpointManager(
+    directory, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
+  )
 
 
 def _newest(
-  manager: ocp.CheckpointManager, directory: epath.Path, read: Callable[[int], Any], steps: list[int] | None = None
+  manager: ocp.CheckpointManager,
+  directory: epath.Path,
+  read: Callable[[int], Any],
+  steps: list[int] | None = None,
 ) -> tuple[tuple[int, Any] | None, list[int]]:
-  """-> (newest readable step, what was read), or None if there is no step at all; and the damaged steps above it."""
+  """-> (newest readable step, what was read), or None if there is no step at all; and the damaged
+  steps above it.
+  """
   damaged = []
   for step in sorted(steps or manager.all_steps(), reverse=True):
     try:
@@ -242,13 +288,20 @@ def _newest(
     except Damaged as error:
       damaged.append(step)
       if jax.process_index() == 0:
-        print(f"checkpoint {directory / str(step)} is damaged ({error}); trying the one before", file=sys.stderr)
+        print(
+          f"checkpoint {directory / str(step)} is damaged ({error}); trying the one before",
+          file=sys.stderr,
+        )
   if damaged:
-    raise UserError(f"every checkpoint in {directory} is damaged; delete the directory to start this stage again")
+    raise UserError(
+      f"every checkpoint in {directory} is damaged; delete the directory to start this stage again"
+    )
   return None, damaged
 
 
-def _read(manager: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
+def _read(
+  manager: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs
+) -> ocp.args.Composite:
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
   except Exception as error:  # what it raises depends on which file is damaged
@@ -266,8 +319,12 @@ def _check_config(path: epath.Path, stored: dict, given: dict) -> None:
     )
 
 
-def _check_tree(manager: ocp.CheckpointManager, step: int, item: str, abstract: PyTree, cast: bool = False) -> PyTree:
-  """-> `abstract` with a sharding on every leaf; raises `UserError` at the first leaf that is otherwise there."""
+def _check_tree(
+  manager: ocp.CheckpointManager, step: int, item: str, abstract: PyTree, cast: bool = False
+) -> PyTree:
+  """-> `abstract` with a sharding on every leaf; raises `UserError` at the first leaf that is
+  otherwise there.
+  """
   try:
     stored = manager.item_metadata(step)[item].tree
   except Exception as error:
@@ -277,13 +334,16 @@ def _check_tree(manager: ocp.CheckpointManager, step: int, item: str, abstract: 
   for path in sorted(a | b):
     if a.get(path, (None,))[0] != b.get(path, (None,))[0] or (a[path] != b[path] and not cast):
       there, here = (_describe(leaves.get(path)) for leaves in (a, b))
-      raise UserError(f"checkpoint step {step} does not fit: {item} {path} is {there} in it, {here} here")
+      raise UserError(
+        f"checkpoint step {step} does not fit: {item} {path} is {there} in it, {here} here"
+      )
   return tree
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(leaf, "sharding", None)
-  if not isinstance(sharding, jax.sharding.Sharding):  # none given, or Orbax's description of the saved one
+  # none given, or Orbax's description of the saved one
+  if not isinstance(sharding, jax.sharding.Sharding):
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
@@ -305,16 +365,22 @@ def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
-  """True if the error, or what caused it, says that the disk is full (TensorStore says it in words only)."""
+  """True if the error, or what caused it, says that the disk is full (TensorStore says it in words
+  only).
+  """
   while error is not None:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
+      error
+    ):
       return True
     error = error.__cause__ or error.__context__
   return False
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """False for the tracebacks that Orbax's threads log of a full disk, before it raises what we say in one line."""
+  """False for the tracebacks that Orbax's threads log of a full disk, before it raises what we say
+  in one line.
+  """
   return not (record.exc_info and _is_disk_full(record.exc_info[1]))
 
 

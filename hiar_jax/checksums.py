@@ -1,4 +1,6 @@
-"""Checksums of a checkpoint's files: Orbax notices a file that is cut or lost, but not a bit that has changed."""
+"""Checksums of a checkpoint's files: Orbax notices a file that is cut or lost, but not a bit that
+has changed.
+"""
 
 import json
 import zlib
@@ -14,7 +16,9 @@ class Damaged(Exception):
 
 
 def write(path: epath.Path) -> None:
-  """Writes the checksums of the checkpoint in the directory `path` (of its items: files at its top are Orbax's log)."""
+  """Writes the checksums of the checkpoint in the directory `path` (of its items: files at its top
+  are Orbax's log).
+  """
   (path / NAME).write_text(json.dumps(_sums(path)))
 
 

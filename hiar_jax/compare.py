@@ -1,9 +1,11 @@
 """Measures runs of the shapes world side by side:
 
-    python -m hiar_jax.compare --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl --out=runs/compare
+    python -m hiar_jax.compare --out=runs/compare \
+      --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl
 
-Rows: true clips, true clips through the codec, the teacher (at its training length), the causal init under each run's history,
-and each run's student. Same held-out prompts, same seeds. Writes metrics.json, table.md, fifths.png and a contact sheet per row.
+Rows: true clips, true clips through the codec, the teacher (at its training length), the causal
+init under each run's history, and each run's student. Same held-out prompts, same seeds. Writes
+metrics.json, table.md, fifths.png and a contact sheet per row.
 """
 
 import dataclasses
@@ -25,9 +27,13 @@ from hiar_jax.models import patch_codec
 from hiar_jax.stages import sample, teacher
 from hiar_jax.stages.run import Run, open_run, read_config
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "trained runs; the first one's teacher and causal init are measured too")
+_WORKDIRS = flags.DEFINE_list(
+  "workdirs", None, "trained runs; the first one's teacher and causal init are measured too"
+)
 _OUT = flags.DEFINE_string("out", None, "directory of the results")
-_VIDEOS = flags.DEFINE_integer("videos", 54, "videos a row; held-out prompts are repeated with other seeds")
+_VIDEOS = flags.DEFINE_integer(
+  "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
+)
 _LENGTH = flags.DEFINE_float("length", 4.0, "training lengths of a video")
 _SEED = flags.DEFINE_integer("seed", 1000, "of the first video; not those of the sample stage")
 
@@ -47,7 +53,10 @@ def main() -> None:
   table = report.format_table(results)
   write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
   write_atomic(out / "table.md", (table + "\n").encode())
-  report.plot({name: result for name, result in results.items() if result["settings"]["frames"] == frames}, out / "fifths.png")
+  report.plot(
+    {name: result for name, result in results.items() if result["settings"]["frames"] == frames},
+    out / "fifths.png",
+  )
   print(table)
 
 
@@ -70,11 +79,18 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
     orders.setdefault(f"causal init, {label(run.experiment.history)}", run.experiment.history)
   weights = teacher.load_weights(first, "causal_init")
   for name, history in orders.items():
-    changed = dataclasses.replace(first, experiment=dataclasses.replace(first.experiment, history=history))
+    changed = dataclasses.replace(
+      first, experiment=dataclasses.replace(first.experiment, history=history)
+    )
     yield name, sample.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
     name = f"{run.workdir.name}, {label(run.experiment.history)}"
-    yield name, sample.make_videos(run, teacher.load_weights(run, "distill"), prompts, frames, _SEED.value, name)
+    yield (
+      name,
+      sample.make_videos(
+        run, teacher.load_weights(run, "distill"), prompts, frames, _SEED.value, name
+      ),
+    )
 
 
 def label(history: History) -> str:
@@ -89,7 +105,9 @@ def teacher_videos(run: Run, prompts: list[str]) -> np.ndarray:
   return run.pixels(walk(teacher.load(run), run.tokens(prompts), np.arange(len(prompts)))[:, -1])
 
 
-def save_sheet(run: Run, out: pathlib.Path, name: str, videos: np.ndarray, prompts: list[str]) -> None:
+def save_sheet(
+  run: Run, out: pathlib.Path, name: str, videos: np.ndarray, prompts: list[str]
+) -> None:
   out.mkdir(parents=True, exist_ok=True)
   shown = {prompt: video for prompt, video in list(zip(prompts, videos, strict=True))[:8]}
   sheet = media.contact_sheet(shown, title=name, train_frames=run.experiment.data.frames)

@@ -1,7 +1,9 @@
-"""From the command line to frozen dataclasses: entry points, overrides, the workdir's resolved config.
+"""From the command line to frozen dataclasses: entry points, overrides, the workdir's resolved
+config.
 
-`--config=experiments/x.py:variant` names a Python file with `get_config(variant)`; `--config.distill.lr=1e-4` overrides
-a field. What a person can get wrong here ends as one line on stderr and exit status 2.
+`--config=experiments/x.py:variant` names a Python file with `get_config(variant)`;
+`--config.distill.lr=1e-4` overrides a field. What a person can get wrong here ends as one line on
+stderr and exit status 2.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -32,15 +34,19 @@ GROUP = Mapping | config_dict.ConfigDict
 RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
 
 
-# ---------------------------------------------------------------------------------------------------- entry points
+# ------------------------------------------------------------------------------------- entry points
 
 
 def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
-  """Entry point of a job: calls main(config, workdir) with what `--config=FILE[:VARIANT]` and `--workdir=DIR` say.
+  """Entry point of a job: calls main(config, workdir) with what `--config=FILE[:VARIANT]` and
+  `--workdir=DIR` say.
 
-  Bad input (a `UserError` from anywhere below) is one line on stderr and exit status 2; a bug keeps its traceback.
+  Bad input (a `UserError` from anywhere below) is one line on stderr and exit status 2; a bug keeps
+  its traceback.
   """
-  config_flags.DEFINE_config_file("config", None, "a Python file with get_config(), and a variant", lock_config=True)
+  config_flags.DEFINE_config_file(
+    "config", None, "a Python file with get_config(), and a variant", lock_config=True
+  )
   flags.DEFINE_string("workdir", None, "directory of this run; the same command continues it")
 
   def call() -> None:
@@ -54,7 +60,9 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
 
 
 def run_flags(main: Callable[[], Any]) -> None:
-  """Entry point of a tool with its own absl flags: parses them and calls main(), with the same care for bad input."""
+  """Entry point of a tool with its own absl flags: parses them and calls main(), with the same care
+  for bad input.
+  """
 
   def guarded(argv: list[str]) -> None:
     del argv
@@ -66,7 +74,9 @@ def run_flags(main: Callable[[], Any]) -> None:
       if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise
       where = f" of {error.filename}" if error.filename else ""
-      _fail(UserError(f"no space left on the disk{where}; free some space and run the same command"))
+      _fail(
+        UserError(f"no space left on the disk{where}; free some space and run the same command")
+      )
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(130)
@@ -78,9 +88,10 @@ def run_flags(main: Callable[[], Any]) -> None:
 def use_huge_pages() -> None:
   """Starts this process once more, if need be, with glibc's huge pages.
 
-  XLA allocates a step's temporary memory anew for every step; on a CPU, with small pages, a fifth of the time goes into touching them.
-  The allocator reads its settings when a process starts, so they cannot be changed later. Does nothing where the user has set
-  GLIBC_TUNABLES, outside Linux, or where this is not the module of `python -m`.
+  XLA allocates a step's temporary memory anew for every step; on a CPU, with small pages, a fifth
+  of the time goes into touching them. The allocator reads its settings when a process starts, so
+  they cannot be changed later. Does nothing where the user has set GLIBC_TUNABLES, outside Linux,
+  or where this is not the module of `python -m`.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and "-m" in sys.orig_argv:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -93,7 +104,9 @@ def _fail(error: UserError) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses flags; exits with one line where absl and ml_collections would show usage or a traceback."""
+  """Parses flags; exits with one line where absl and ml_collections would show usage or a
+  traceback.
+  """
   try:
     try:
       with warnings.catch_warnings():
@@ -109,17 +122,20 @@ def _parse(argv: list[str]) -> list[str]:
       if not isinstance(flags.FLAGS.config, config_dict.ConfigDict):
         raise _explain(argv, None)
     if flags.FLAGS["verbosity"].using_default_value:
-      flags.FLAGS.verbosity = logging.WARNING  # else app.run sets INFO: a screenful of Orbax's notes for each save
+      # else app.run sets INFO: a screenful of Orbax's notes for each save
+      flags.FLAGS.verbosity = logging.WARNING
     return rest
   except UserError as error:
     _fail(error)
 
 
-# ----------------------------------------------------------------------------------------- what was wrong, in one line
+# ---------------------------------------------------------------------- what was wrong, in one line
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """The end of an error line: the closest of the names that exist, or all of them if none is close and they are few."""
+  """The end of an error line: the closest of the names that exist, or all of them if none is close
+  and they are few.
+  """
   names = sorted(names)
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
   if close:
@@ -128,18 +144,24 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def _explain(argv: list[str], error: Exception | None) -> UserError:
-  """Finds out which part of the command line was wrong: the file, its variant, a key, a value or another flag."""
+  """Finds out which part of the command line was wrong: the file, its variant, a key, a value or
+  another flag.
+  """
   spec, overrides = _config_arguments(argv)
   if spec is not None:
     config = _load(spec)
     names = dict(_walk(config))
     for key, text in overrides:
       if key.split("[")[0] not in names:
-        return UserError(f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}")
+        return UserError(
+          f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}"
+        )
       if isinstance(error, flags.IllegalFlagValueError) and f"config.{key}={text}" in str(error):
         return UserError(f"--config.{key}={text}: expected {_kind(config, key)}")
   elif overrides:
-    return UserError(f"--config.{overrides[0][0]} overrides a config, but --config is missing or comes after it")
+    return UserError(
+      f"--config.{overrides[0][0]} overrides a config, but --config is missing or comes after it"
+    )
   return UserError(str(error).replace("FATAL Flags parsing error:", "").strip())
 
 
@@ -182,15 +204,21 @@ def _load(spec: str) -> config_dict.ConfigDict:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     table = frame.f_globals.get("VARIANTS", ())
     if isinstance(error, KeyError) and error.args == (variant,) and table:
-      raise UserError(f"--config={spec}: there is no variant {variant!r}; {nearest(variant, table)}") from error
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+      raise UserError(
+        f"--config={spec}: there is no variant {variant!r}; {nearest(variant, table)}"
+      ) from error
+    lines = [
+      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name
+    ]
     where = f"{name}:{lines[-1]}" if lines else name
     text = str(error.args[0] if error.args else "")
     if "\\n" in text:  # ml_collections' own advice comes quoted, in one KeyError after another
       text = text.replace("\\'", "").replace("\\n", "; ").strip("'")
     raise UserError(f"--config={spec}: {where}: {type(error).__name__}: {text}") from error
   if not isinstance(config, config_dict.ConfigDict):
-    raise UserError(f"--config={spec}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    raise UserError(
+      f"--config={spec}: get_config() returned {type(config).__name__}, expected a ConfigDict"
+    )
   return config
 
 
@@ -202,7 +230,7 @@ def _walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
       yield from _walk(value, f"{prefix}{key}.")
 
 
-# ----------------------------------------------------------------------------------------------- config -> dataclasses
+# ---------------------------------------------------------------------------- config -> dataclasses
 
 
 def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
@@ -210,8 +238,9 @@ def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
 
   Of several dataclasses that may stand in a field it is the one of the group's `kind`.
 
-  Lists become tuples where the field is a tuple (a config read back from JSON has lists). `extra` gives fields that the
-  config does not hold. Raises `UserError` for an unknown key, a missing field, or a value of another type.
+  Lists become tuples where the field is a tuple (a config read back from JSON has lists). `extra`
+  gives fields that the config does not hold. Raises `UserError` for an unknown key, a missing
+  field, or a value of another type.
   """
   return _build(cls, {**dict(config.items()), **extra}, cls.__name__)
 
@@ -222,9 +251,14 @@ def _build(cls: type[T], given: Mapping, name: str) -> T:
     if key not in fields:
       raise UserError(f"{name} has no field {key!r}; {nearest(key, fields)}")
   for key, field in fields.items():
-    optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    optional = (
+      field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    )
     if key not in given and not optional:
-      raise UserError(f"{name} needs a field {key!r} ({_type_name(hints[key])}); the config gives {', '.join(given)}")
+      raise UserError(
+        f"{name} needs a field {key!r} ({_type_name(hints[key])}); the config gives "
+        f"{', '.join(given)}"
+      )
   values = {key: _convert(hints[key], value, f"{name}.{key}") for key, value in given.items()}
   try:
     return cls(**values)
@@ -238,15 +272,20 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
     if nested:
       return _build(_of_kind(nested, value, name), dict(value.items()), name)
-  if isinstance(value, list) and any(get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))):
+  if isinstance(value, list) and any(
+    get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))
+  ):
     value = _deep_tuple(value)
-  if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):  # an int is a good float
+  # an int is a good float
+  if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
     raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
   return value
 
 
 def _of_kind(classes: list[type], value: Mapping, name: str) -> type:
-  """Of several dataclasses the one whose field `kind` defaults to the group's; the first where the group names none."""
+  """Of several dataclasses the one whose field `kind` defaults to the group's; the first where the
+  group names none.
+  """
   if len(classes) == 1 or "kind" not in value:
     return classes[0]
   kinds = {cls.kind: cls for cls in classes}
@@ -260,10 +299,14 @@ def _deep_tuple(value: Any) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-  return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+  return (
+    hint.__name__
+    if isinstance(hint, type) and not get_args(hint)
+    else str(hint).replace("typing.", "")
+  )
 
 
-# ------------------------------------------------------------------------------------------------- the resolved config
+# ------------------------------------------------------------------------------ the resolved config
 
 
 def to_json(config: Any) -> Any:
@@ -277,11 +320,15 @@ def to_json(config: Any) -> Any:
   if config is None or isinstance(config, bool | int | float | str):
     return config
   kind = type(config).__name__
-  raise UserError(f"a config holds numbers, strings, booleans, tuples and groups; got {kind}: {config!r}")
+  raise UserError(
+    f"a config holds numbers, strings, booleans, tuples and groups; got {kind}: {config!r}"
+  )
 
 
 def difference(stored: Any, given: Any) -> list[str]:
-  """The fields in which two configs differ, as 'key: stored -> given'; '(none)' where a field is not there."""
+  """The fields in which two configs differ, as 'key: stored -> given'; '(none)' where a field is
+  not there.
+  """
   a, b = _flat(to_json(stored)), _flat(to_json(given))
   keys = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
   return [f"{key}: {a.get(key, '(none)')} -> {b.get(key, '(none)')}" for key in keys]
@@ -289,13 +336,16 @@ def difference(stored: Any, given: Any) -> list[str]:
 
 def _flat(tree: Mapping) -> dict[str, str]:
   leaves = {key: value for key, value in _walk(tree) if not isinstance(value, Mapping)}
-  return {key: json.dumps(value) for key, value in leaves.items()}  # 1 and 1.0, true and 1 differ as text
+  # 1 and 1.0, true and 1 differ as text
+  return {key: json.dumps(value) for key, value in leaves.items()}
 
 
 def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
   """Writes `<workdir>/config.json` (atomically), creating the workdir."""
   pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  write_atomic(pathlib.Path(workdir) / RESOLVED, (json.dumps(to_json(config), indent=2) + "\n").encode())
+  write_atomic(
+    pathlib.Path(workdir) / RESOLVED, (json.dumps(to_json(config), indent=2) + "\n").encode()
+  )
 
 
 def read_resolved(workdir: str | os.PathLike) -> dict | None:
@@ -306,11 +356,17 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
   except FileNotFoundError:
     return None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f"{path} is not JSON ({error}); restore it, or use another --workdir") from error
+    raise UserError(
+      f"{path} is not JSON ({error}); restore it, or use another --workdir"
+    ) from error
 
 
-def check_workdir(config: Any, workdir: str | os.PathLike, ignore: tuple[str, ...] = ("log",)) -> None:
-  """Raises `UserError` if the workdir belongs to another config, naming the fields (keys of `ignore` may differ)."""
+def check_workdir(
+  config: Any, workdir: str | os.PathLike, ignore: tuple[str, ...] = ("log",)
+) -> None:
+  """Raises `UserError` if the workdir belongs to another config, naming the fields (keys of
+  `ignore` may differ).
+  """
   stored = read_resolved(workdir)
   if stored is None:
     return
@@ -318,6 +374,7 @@ def check_workdir(config: Any, workdir: str | os.PathLike, ignore: tuple[str, ..
   differing = [line for line in difference(stored, config) if not line.startswith(ignored)]
   if differing:
     raise UserError(
-      f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: {'; '.join(differing)}); "
+      f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "
+      f"{'; '.join(differing)}); "
       "use another --workdir, or the stored values"
     )

@@ -1,9 +1,12 @@
-"""Published weights in, published weights out: `python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B --out=weights/wan_1_3b`.
+"""Published weights in, published weights out: `python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B
+--out=weights/wan_1_3b`.
 
-In: a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt, .pth); out: a weights directory (see weights.py).
-`--export=weights/hiar --layout=diffusers --out=hiar-diffusers` is the way back, also for a training run's directory. Every tensor is
-accounted for, or the error lists what is missing and what is left over. Neither direction holds more than a few tensors, or one shard
-that it writes, in memory; an interrupted run leaves nothing that passes for weights, and what is complete is kept unless --overwrite.
+In: a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt, .pth);
+out: a weights directory (see weights.py). `--export=weights/hiar --layout=diffusers
+--out=hiar-diffusers` is the way back, also for a training run's directory. Every tensor is
+accounted for, or the error lists what is missing and what is left over. Neither direction holds
+more than a few tensors, or one shard that it writes, in memory; an interrupted run leaves nothing
+that passes for weights, and what is complete is kept unless --overwrite.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +40,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _DIT = "DiT (Wan2.1's names)"
 
 
-# ----------------------------------------------------------------------------------------------- a DiT's tensors in memory
+# ------------------------------------------------------------------------ a DiT's tensors in memory
 
 
 def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -58,23 +61,34 @@ def params_to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
   return to_published(params, dit_rules(config), _DIT)
 
 
-# ------------------------------------------------------------------------------------------------------- files to weights
+# --------------------------------------------------------------------------------- files to weights
 
 
 def convert(
-  source: str, out: str, *, kind: str | None = None, entry: str | None = None, dtype: str | None = None,
-  heads: int | None = None, overwrite: bool = False,
-) -> Iterator[str]:  # fmt: skip
-  """Writes the models of a source into the weights directory `out`; yields a line for each thing that was done.
+  source: str,
+  out: str,
+  *,
+  kind: str | None = None,
+  entry: str | None = None,
+  dtype: str | None = None,
+  heads: int | None = None,
+  overwrite: bool = False,
+) -> Iterator[str]:
+  """Writes the models of a source into the weights directory `out`; yields a line for each thing
+  that was done.
 
-  Raises UserError where a model is not exactly one that is known here, or a file is missing, cut off or damaged.
+  Raises UserError where a model is not exactly one that is known here, or a file is missing, cut
+  off or damaged.
   """
   root = pathlib.Path(source)
   places = layouts.find(root)
   if kind is not None:
     places = [(kind, path) for found, path in places if found in (None, kind)]
     if not places:
-      raise UserError(f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is there")
+      raise UserError(
+        f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is "
+        "there"
+      )
   done = []
   for expected, path in places:
     model = layouts.open_model(path, expected, entry=entry, heads=heads)
@@ -91,20 +105,29 @@ def convert(
 def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
   folder = pathlib.Path(out) / model.kind
   rules = model.rules
-  tree = view_published(model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)")
+  tree = view_published(
+    model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)"
+  )
   if weights.exists(out, model.kind) and not overwrite:
     there = weights.describe(out, model.kind)
-    return f"{folder} is there already ({there.parameters:,} parameters, from {there.source}); kept, --overwrite replaces it"
+    return (
+      f"{folder} is there already ({there.parameters:,} parameters, from {there.source}); "
+      "kept, --overwrite replaces it"
+    )
   for leaf in jax.tree.leaves(tree):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise UserError(f"{model.source}: tensors of dtype {leaf.dtype}; expected floating numbers (quantised weights are not read)")
+      raise UserError(
+        f"{model.source}: tensors of dtype {leaf.dtype}; expected floating numbers (quantised "
+        "weights are not read)"
+      )
   if dtype is not None:
     tree = jax.tree.map(lambda leaf: Cast(leaf, dtype), tree)
   size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
   _check_space(folder, size)
   found = weights.save(out, model.kind, model.config, tree, source=model.source, tensors=len(rules))
   return (
-    f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, {size / 1e9:.3g} GB, "
+    f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, "
+    f"{size / 1e9:.3g} GB, "
     f"from {model.source} ({model.layout} names)"
   )
 
@@ -115,7 +138,8 @@ def _check_space(folder: pathlib.Path, size: int) -> None:
   free = shutil.disk_usage(place).free
   if size > free:
     raise UserError(
-      f"{folder} needs {size / 1e9:.3g} GB, the disk of {place} has {free / 1e9:.3g} GB left; free some, or give another --out"
+      f"{folder} needs {size / 1e9:.3g} GB, the disk of {place} has {free / 1e9:.3g} GB left; "
+      "free some, or give another --out"
     )
 
 
@@ -130,12 +154,14 @@ def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) ->
   try:
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
   except Exception as error:  # the library raises nothing more precise
-    raise UserError(f"{found} is damaged ({str(error).splitlines()[0]}); download it again") from error
+    raise UserError(
+      f"{found} is damaged ({str(error).splitlines()[0]}); download it again"
+    ) from error
   write_atomic(target, content)
   yield f"{target}: {tokenizer.get_vocab_size():,} tokens, from {found.relative_to(source)}"
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def parse_bytes(text: str) -> int:
@@ -149,20 +175,34 @@ def parse_bytes(text: str) -> int:
 def main() -> None:
   f = flags.FLAGS
   if (f.source is None) == (f.export is None):
-    raise UserError("give either --source=FILES, to convert published weights, or --export=DIRECTORY, to write them again")
+    raise UserError(
+      "give either --source=FILES, to convert published weights, or --export=DIRECTORY, to write "
+      "them again"
+    )
   if not f.out:
-    raise UserError(f"--out is missing; give the directory to write, as --out={'weights/wan' if f.source else 'exported'}")
+    raise UserError(
+      "--out is missing; give the directory to write, as "
+      f"--out={'weights/wan' if f.source else 'exported'}"
+    )
   _refuse_foreign(f, ("entry", "heads") if f.source is None else ("layout", "max_shard", "stage"))
   dtype = None if f.dtype == "keep" else f.dtype
   if f.source is not None:
-    lines = convert(f.source, f.out, kind=f.kind, entry=f.entry, dtype=dtype, heads=f.heads, overwrite=f.overwrite)
+    lines = convert(
+      f.source, f.out, kind=f.kind, entry=f.entry, dtype=dtype, heads=f.heads, overwrite=f.overwrite
+    )
   else:
     if f.layout is None:
       raise UserError(f"--layout is missing; give one of {', '.join(exports.LAYOUTS)}")
     lines = exports.export(
-      pathlib.Path(f.export), f.layout, pathlib.Path(f.out), kind=f.kind, dtype=dtype,
-      max_shard=parse_bytes(f.max_shard or "5GB"), stage=f.stage or exports.STAGES[0], overwrite=f.overwrite,
-    )  # fmt: skip
+      pathlib.Path(f.export),
+      f.layout,
+      pathlib.Path(f.out),
+      kind=f.kind,
+      dtype=dtype,
+      max_shard=parse_bytes(f.max_shard or "5GB"),
+      stage=f.stage or exports.STAGES[0],
+      overwrite=f.overwrite,
+    )
   for line in lines:
     print(line, file=sys.stdout, flush=True)
 
@@ -175,15 +215,26 @@ def _refuse_foreign(f: flags.FlagValues, names: tuple[str, ...]) -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string("source", None, "published weights: a folder, or a .safetensors, .pt or .pth file")
+  flags.DEFINE_string(
+    "source", None, "published weights: a folder, or a .safetensors, .pt or .pth file"
+  )
   flags.DEFINE_string("export", None, "weights that this tool made, or a training run's directory")
   flags.DEFINE_string("out", None, "the directory to write")
   flags.DEFINE_enum("kind", None, weights.KINDS, "convert or export this part alone")
   flags.DEFINE_string("entry", None, "which weights of a .pt file with several, as generator_ema")
-  flags.DEFINE_integer("heads", None, "attention heads of the DiT; default: what its config.json says, or one per 128 of its width", 1)
+  flags.DEFINE_integer(
+    "heads",
+    None,
+    "attention heads of the DiT; default: what its config.json says, or one per 128 of its width",
+    1,
+  )
   flags.DEFINE_enum("dtype", "keep", DTYPES, "cast to it, or keep what the source has")
   flags.DEFINE_bool("overwrite", False, "replace what is there")
   flags.DEFINE_enum("layout", None, exports.LAYOUTS, "whose names and folders to write")
-  flags.DEFINE_string("max_shard", None, "largest safetensors file to write (default 5GB); one is in memory at a time")
-  flags.DEFINE_enum("stage", None, exports.STAGES, f"whose weights of a training run (default {exports.STAGES[0]})")
+  flags.DEFINE_string(
+    "max_shard", None, "largest safetensors file to write (default 5GB); one is in memory at a time"
+  )
+  flags.DEFINE_enum(
+    "stage", None, exports.STAGES, f"whose weights of a training run (default {exports.STAGES[0]})"
+  )
   configs.run_flags(main)

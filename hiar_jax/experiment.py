@@ -1,4 +1,5 @@
-"""An experiment as frozen dataclasses: what a config file may say, and nothing else. `config.build(Experiment, config)` makes one.
+"""An experiment as frozen dataclasses: what a config file may say, and nothing else.
+`config.build(Experiment, config)` makes one.
 
 Each group is documented where its class is; the numbers and their sources are in experiments/.
 """
@@ -23,9 +24,11 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in `folder`, at `fps`, cropped to `size`;
+  """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in
+  `folder`, at `fps`, cropped to `size`;
   `prompts`: no videos, the lines of the file `prompts`, for a teacher that is there already.
-  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig); videos are cut end to end.
+  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig);
+  videos are cut end to end.
 
   frames: of a clip, in pixels' time. size: of a frame, one number or (height, width).
   """
@@ -46,7 +49,9 @@ class DataConfig:
     if self.source not in SOURCES:
       raise UserError(f"data.source = {self.source!r}: expected one of {', '.join(SOURCES)}")
     if self.source == "videos" and not self.folder:
-      raise UserError("data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)")
+      raise UserError(
+        "data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)"
+      )
     if self.source == "prompts" and not self.prompts:
       raise UserError("data.source = 'prompts' needs data.prompts, a file with one prompt a line")
 
@@ -61,9 +66,11 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WanCodecConfig:
-  """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV instead.
+  """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV
+  instead.
 
-  tile: latents a side of the tiles that small memories encode and decode in, 0 = whole frames. dtype: of activations.
+  tile: latents a side of the tiles that small memories encode and decode in, 0 = whole frames.
+  dtype: of activations.
   """
 
   kind: str = "wan"
@@ -93,7 +100,10 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class UMT5TextConfig:
-  """UMT5 and its tokenizer from `weights`; texts are kept in `cache` (default: <weights>/texts). length: tokens, dim: of a token's text."""
+  """UMT5 and its tokenizer from `weights`; texts are kept in `cache` (default: <weights>/texts).
+
+  length: tokens, dim: of a token's text.
+  """
 
   kind: str = "umt5"
   weights: str = ""
@@ -116,8 +126,10 @@ def _check_dtype(dtype: str, name: str) -> None:
 class WeightsConfig:
   """Directories of converted weights that stand for a stage's result; empty: the stage runs.
 
-  base: the bidirectional model of the student's size: its trajectories are sampled, student and critic start from it (the teacher stage).
-  teacher: the real score of distribution matching, where it is another one than base. student: a causal student (the causal_init stage).
+  base: the bidirectional model of the student's size: its trajectories are sampled, student and
+  critic start from it (the teacher stage).
+  teacher: the real score of distribution matching, where it is another one than base. student: a
+  causal student (the causal_init stage).
   """
 
   base: str = ""
@@ -160,10 +172,13 @@ class StudentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoriesConfig:
-  """`count` guided Euler walks of the teacher over `steps` levels, `batch` at a time; kept are their points at the student's timesteps.
+  """`count` guided Euler walks of the teacher over `steps` levels, `batch` at a time; kept are
+  their points at the student's timesteps.
 
-  shift: of the walk; 0: the student's, so that the points lie at the student's own levels (see `sigmas`).
-  pairs: a folder that HiAR's or Self-Forcing's generate_ode_pairs.py wrote, imported instead, at the levels that it has.
+  shift: of the walk; 0: the student's, so that the points lie at the student's own levels (see
+  `sigmas`).
+  pairs: a folder that HiAR's or Self-Forcing's generate_ode_pairs.py wrote, imported instead, at
+  the levels that it has.
   """
 
   count: int
@@ -188,7 +203,8 @@ class TrajectoriesConfig:
     index = (1 - nominal) * self.steps
     if np.abs(index - index.round()).max() > 1e-6:
       raise UserError(
-        f"trajectories.steps = {self.steps}: the teacher's levels must include the student's timesteps {student.timesteps}; "
+        f"trajectories.steps = {self.steps}: the teacher's levels must include the student's "
+        f"timesteps {student.timesteps}; "
         "use a multiple of 4 for (1000, 750, 500, 250)"
       )
     return tuple(int(i) for i in index.round())
@@ -196,9 +212,11 @@ class TrajectoriesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """The clip that is made at the end: `length` training lengths, for the prompts of a file or `prompts` = `held_out` ones of the world.
+  """The clip that is made at the end: `length` training lengths, for the prompts of a file or
+  `prompts` = `held_out` ones of the world.
 
-  fps, scale: of the files; batch: videos made at once; measure: how many videos metrics.json is measured on.
+  fps, scale: of the files; batch: videos made at once; measure: how many videos metrics.json is
+  measured on.
   """
 
   prompts: str = "held_out"
@@ -216,7 +234,9 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """Steps between scalars, between sample frames, and between checkpoints; how many checkpoints are kept."""
+  """Steps between scalars, between sample frames, and between checkpoints; how many checkpoints are
+  kept.
+  """
 
   every: int = 20
   preview_every: int = 500
@@ -224,7 +244,13 @@ class LogConfig:
   keep: int = 2
 
   def __post_init__(self):
-    at_least(1, every=self.every, preview_every=self.preview_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
+    at_least(
+      1,
+      every=self.every,
+      preview_every=self.preview_every,
+      checkpoint_every=self.checkpoint_every,
+      keep=self.keep,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,15 +284,25 @@ class Experiment:
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
-        f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has {len(self.student.timesteps)} levels"
+        f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has "
+        f"{len(self.student.timesteps)} levels"
       )
     self.trajectories.kept(self.student)
     if self.data.source == "prompts" and not self.weights.base:
-      raise UserError("data.source = 'prompts' trains no teacher: give weights.base, a directory of converted weights")
+      raise UserError(
+        "data.source = 'prompts' trains no teacher: give weights.base, a directory of converted "
+        "weights"
+      )
     if (self.data.source == "prompts") != isinstance(self.codec, WanCodecConfig):
-      raise UserError(f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected 'prompts' with 'wan' only")
+      raise UserError(
+        f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected "
+        "'prompts' with 'wan' only"
+      )
     if isinstance(self.codec, WanCodecConfig) != isinstance(self.text, UMT5TextConfig):
-      raise UserError(f"codec.kind = {self.codec.kind!r} with text.kind = {self.text.kind!r}: expected 'wan' with 'umt5' only")
+      raise UserError(
+        f"codec.kind = {self.codec.kind!r} with text.kind = {self.text.kind!r}: expected 'wan' "
+        "with 'umt5' only"
+      )
     if self.teacher_model and not self.weights.teacher:
       raise UserError("teacher_model is given, but no weights.teacher of that size")
 
@@ -276,13 +312,19 @@ class Experiment:
     if (data.frames - 1) % codec.temporal_factor or frames % block:
       near = self.pixel_frames(max(block, round(frames / block) * block))
       of = f"{block} frames" if codec.temporal_factor == 1 else f"{block} latent frames"
-      raise UserError(f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is {near}")
+      raise UserError(
+        f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is "
+        f"{near}"
+      )
     if data.height % codec.spatial_factor or data.width % codec.spatial_factor:
       name = "codec.patch = " if codec.kind == "patches" else ""
       raise UserError(f"data.size = {data.size} is not a multiple of {name}{codec.spatial_factor}")
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
     if height % self.model.patch[1] or width % self.model.patch[2]:
-      raise UserError(f"latents of {height} x {width} (data.size through the codec) cannot be cut into model.patch = {self.model.patch}")
+      raise UserError(
+        f"latents of {height} x {width} (data.size through the codec) cannot be cut into "
+        f"model.patch = {self.model.patch}"
+      )
 
   @property
   def needs_trajectories(self) -> bool:
@@ -302,7 +344,12 @@ class Experiment:
     """frames, height, width and channels of a clip's latents."""
     factor = self.codec.spatial_factor
     height, width = self.data.height // factor, self.data.width // factor
-    return {"frames": self.latent_frames(self.data.frames), "height": height, "width": width, "channels": self.codec.channels}
+    return {
+      "frames": self.latent_frames(self.data.frames),
+      "height": height,
+      "width": width,
+      "channels": self.codec.channels,
+    }
 
   @property
   def dit(self) -> DiTConfig:
@@ -311,7 +358,9 @@ class Experiment:
 
   @property
   def student_dit(self) -> DiTConfig:
-    """The same parameters; but all blocks after a training clip's length share their places, so that a video may go on for ever."""
+    """The same parameters; but all blocks after a training clip's length share their places, so
+    that a video may go on for ever.
+    """
     return dataclasses.replace(self.dit, places=(self.dit.places[0], self.history.block))
 
   @property
@@ -320,6 +369,13 @@ class Experiment:
     return self._dit(self.teacher_model or self.model)
 
   def _dit(self, model: ModelConfig) -> DiTConfig:
-    """The frames of a video's first clip have places of their own; those of later clips share theirs."""
+    """The frames of a video's first clip have places of their own; those of later clips share
+    theirs.
+    """
     frames = self.latent_frames(self.data.frames)
-    return DiTConfig(**dataclasses.asdict(model), channels=self.codec.channels, text_dim=self.text.dim, places=(frames, frames))
+    return DiTConfig(
+      **dataclasses.asdict(model),
+      channels=self.codec.channels,
+      text_dim=self.text.dim,
+      places=(frames, frames),
+    )

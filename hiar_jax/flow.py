@@ -8,8 +8,9 @@ Time runs from noise to data: t = 1 is noise, t = 0 is data (HiAR, arXiv 2603.08
     x0      = x_t - sigma v                         (4)   from (1) and (2)
     x_{t'}  = x_t + (sigma' - sigma) v              (5)   Euler step
 
-Everything here is computed in float32 or wider whatever the model's dtype: near sigma = 1 the bits that bfloat16 drops are the whole
-signal. Schedules are float64 numpy, fixed before anything is traced.
+Everything here is computed in float32 or wider whatever the model's dtype: near sigma = 1 the bits
+that bfloat16 drops are the whole signal. Schedules are float64 numpy, fixed before anything is
+traced.
 """
 
 import jax
@@ -27,7 +28,10 @@ def shift_sigma(t, shift: float):
 
 
 def sigma_schedule(steps: int, shift: float) -> np.ndarray:
-  """`steps + 1` levels from 1 to 0, evenly spaced in t: what `steps` Euler steps walk over. float64."""
+  """`steps + 1` levels from 1 to 0, evenly spaced in t: what `steps` Euler steps walk over.
+
+  float64.
+  """
   return shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift)
 
 
@@ -38,7 +42,9 @@ def warped_levels(timesteps: tuple[float, ...], shift: float) -> np.ndarray:
   """
   t = np.asarray(tuple(timesteps) + (0.0,), np.float64) / TIMESTEPS
   if t.size < 2 or t[0] > 1 or (np.diff(t) >= 0).any() or t[-2] <= 0:
-    raise UserError(f"timesteps must fall from at most {TIMESTEPS} and stay above 0, got {tuple(timesteps)}")
+    raise UserError(
+      f"timesteps must fall from at most {TIMESTEPS} and stay above 0, got {tuple(timesteps)}"
+    )
   return shift_sigma(t, shift)
 
 
@@ -86,5 +92,7 @@ def euler(x_t: jax.Array, v: jax.Array, sigma, sigma_next) -> jax.Array:
 
 
 def guide(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
-  """conditional + g (conditional - unconditional); g = 0 is no guidance, g = 3 what others call scale 4. For v or x0 alike."""
+  """conditional + g (conditional - unconditional); g = 0 is no guidance, g = 3 what others call
+  scale 4. For v or x0 alike.
+  """
   return conditional + guidance * (conditional - unconditional)

@@ -1,7 +1,7 @@
 """What a run says about itself: scalars and sample frames to JSONL and TensorBoard, a progress bar.
 
-A line of `metrics.jsonl` is {"stage": str, "step": int, "time": unix seconds, "scalars": {name: number or null}}, or with
-"image": a PNG beside it, instead of "scalars".
+A line of `metrics.jsonl` is {"stage": str, "step": int, "time": unix seconds, "scalars": {name:
+number or null}}, or with "image": a PNG beside it, instead of "scalars".
 """
 
 from collections.abc import Callable
@@ -30,10 +30,11 @@ def is_writer() -> bool:
 
 
 class Writer:
-  """Writes `<workdir>/logs/metrics.jsonl` and TensorBoard event files beside it, on process 0 alone.
+  """Writes `<workdir>/logs/metrics.jsonl` and TensorBoard event files beside it, on process 0
+  alone.
 
-  `resume` first drops what a killed run wrote past the checkpoint that is being continued, so the file of a resumed run
-  equals that of a straight run in everything but `time`.
+  `resume` first drops what a killed run wrote past the checkpoint that is being continued, so the
+  file of a resumed run equals that of a straight run in everything but `time`.
   """
 
   def __init__(self, directory: str | os.PathLike):
@@ -60,13 +61,18 @@ class Writer:
     self._jsonl = open(self.path, "a", encoding="utf-8")
 
   def scalars(self, stage: str, step: int, values: dict[str, Any]) -> None:
-    """Writes one line, at once. Values are numbers or 0-d arrays; NaN and infinities become null."""
+    """Writes one line, at once.
+
+    Values are numbers or 0-d arrays; NaN and infinities become null.
+    """
     if self._jsonl is None:
       return
     numbers = {name: _number(value) for name, value in values.items()}
     self._write(stage, step, {"scalars": numbers})
     for name, value in numbers.items():
-      self._tensorboard().add_scalar(f"{stage}/{name}", math.nan if value is None else value, int(step))
+      self._tensorboard().add_scalar(
+        f"{stage}/{name}", math.nan if value is None else value, int(step)
+      )
 
   def video(self, stage: str, step: int, name: str, clips: np.ndarray, columns: int = 8) -> None:
     """Writes clips [b, f, h, w, 3], uint8, as one image: a row a clip, `columns` of its frames."""
@@ -98,7 +104,9 @@ class Writer:
 
 
 def _summary_writer() -> type["tensorboardX.SummaryWriter"]:
-  """Loaded without PyTorch, which it takes along wherever that is installed: seconds, for tensors that never come here."""
+  """Loaded without PyTorch, which it takes along wherever that is installed: seconds, for tensors
+  that never come here.
+  """
   hide = "torch" not in sys.modules
   if hide:
     sys.modules["torch"] = None
@@ -111,7 +119,9 @@ def _summary_writer() -> type["tensorboardX.SummaryWriter"]:
 
 
 def film_strip(clips: np.ndarray, columns: int = 8) -> np.ndarray:
-  """Clips [b, f, h, w, c] -> one image [b h, columns w, c] of frames spread evenly from the first to the last."""
+  """Clips [b, f, h, w, c] -> one image [b h, columns w, c] of frames spread evenly from the first
+  to the last.
+  """
   b, f, h, w, c = clips.shape
   picked = clips[:, np.linspace(0, f - 1, min(columns, f)).round().astype(int)]
   return picked.transpose(0, 2, 1, 3, 4).reshape(b * h, -1, c)
@@ -127,16 +137,18 @@ def read(path: str | os.PathLike, stage: str | None = None) -> list[dict]:
 def progress(stage: str, total: int, initial: int = 0) -> "Progress":
   """A progress bar from step `initial` to `total`.
 
-      with progress("teacher", 2500, initial=step) as bar:
-        bar.update(step + 1, loss=metrics["loss"])
+  with progress("teacher", 2500, initial=step) as bar:
+    bar.update(step + 1, loss=metrics["loss"])
   """
   return Progress(stage, total, initial)
 
 
 class Progress:
-  """A tqdm bar on a terminal; elsewhere (a log file, CI) a plain line every `seconds`, and one at the end.
+  """A tqdm bar on a terminal; elsewhere (a log file, CI) a plain line every `seconds`, and one at
+  the end.
 
-  Both say the same: steps done, time spent, time left, speed, values. Goes to stderr, from process 0 alone.
+  Both say the same: steps done, time spent, time left, speed, values. Goes to stderr, from process
+  0 alone.
   """
 
   FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -151,9 +163,14 @@ class Progress:
     self._bar = None
     if on_terminal:
       self._bar = tqdm.tqdm(
-        desc=stage, total=total, initial=initial, unit="step", dynamic_ncols=True, file=sys.stderr,
+        desc=stage,
+        total=total,
+        initial=initial,
+        unit="step",
+        dynamic_ncols=True,
+        file=sys.stderr,
         bar_format=self.FORMAT.replace("{n_fmt}", "{percentage:3.0f}%|{bar}| {n_fmt}"),
-      )  # fmt: skip
+      )
 
   def __enter__(self) -> "Progress":
     return self
@@ -162,7 +179,10 @@ class Progress:
     self.close()
 
   def update(self, step: int, **values: Any) -> None:
-    """Shows that `step` steps are done. Values (loss=...) are shown as they are drawn, so pass fetched numbers."""
+    """Shows that `step` steps are done.
+
+    Values (loss=...) are shown as they are drawn, so pass fetched numbers.
+    """
     done, self.step = step - self.step, step
     self._values.update(values)
     if self._bar is not None:
@@ -186,9 +206,15 @@ class Progress:
       return
     self._shown = (time.monotonic(), self.step)
     line = tqdm.tqdm.format_meter(
-      n=self.step, total=self.total, elapsed=self._shown[0] - self._started, initial=self.initial, prefix=self.stage,
-      unit="step", postfix=self._postfix(), bar_format=self.FORMAT,
-    )  # fmt: skip
+      n=self.step,
+      total=self.total,
+      elapsed=self._shown[0] - self._started,
+      initial=self.initial,
+      prefix=self.stage,
+      unit="step",
+      postfix=self._postfix(),
+      bar_format=self.FORMAT,
+    )
     print(line, file=sys.stderr, flush=True)
 
 
@@ -197,7 +223,9 @@ def _show(value: Any) -> str:
 
 
 def _number(value: Any) -> int | float | None:
-  """A JSON number: an int stays one, arrays of one element become numbers, NaN and infinities None."""
+  """A JSON number: an int stays one, arrays of one element become numbers, NaN and infinities
+  None.
+  """
   value = np.asarray(value).item()
   return value if isinstance(value, int) or math.isfinite(value) else None
 
@@ -210,7 +238,9 @@ def _uint8(array: Any, rank: int, layout: str) -> np.ndarray:
 
 
 def _drop(path: pathlib.Path, unwanted: Callable[[dict], bool]) -> None:
-  """Rewrites the file without the unwanted records and without a torn last line; untouched if there are none."""
+  """Rewrites the file without the unwanted records and without a torn last line; untouched if there
+  are none.
+  """
   if not path.exists():
     return
   lines = path.read_bytes().splitlines(keepends=True)

@@ -2,8 +2,9 @@
 
     python -m hiar_jax.serve --workdir=runs/shapes
 
-and open the address that it prints: type a prompt, watch, change the prompt, pause, extend, download. Each tab has a generation of its own,
-`--places` of them at once; who comes later waits. Nobody but this machine can reach it unless `--host` says otherwise.
+and open the address that it prints: type a prompt, watch, change the prompt, pause, extend,
+download. Each tab has a generation of its own, `--places` of them at once; who comes later waits.
+Nobody but this machine can reach it unless `--host` says otherwise.
 """
 
 import contextlib
@@ -42,7 +43,10 @@ class Options:
 
 
 def listen(host: str, port: int) -> socket.socket:
-  """A socket that listens. Raises UserError where the port is in use, or the address is none of this machine's."""
+  """A socket that listens.
+
+  Raises UserError where the port is in use, or the address is none of this machine's.
+  """
   try:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -55,12 +59,17 @@ def listen(host: str, port: int) -> socket.socket:
       raise
     return listener
   except socket.gaierror as error:
-    raise UserError(f"--host={host} is no address ({error.strerror}); give one of this machine's, as 127.0.0.1") from error
+    raise UserError(
+      f"--host={host} is no address ({error.strerror}); give one of this machine's, as 127.0.0.1"
+    ) from error
   except OverflowError:
     raise UserError(f"--port={port}: expected a number from 0 to 65535") from None
   except OSError as error:
     if error.errno == errno.EADDRINUSE:
-      raise UserError(f"port {port} of {host} is in use; give another one, as --port={port + 1}, or 0 for any that is free") from error
+      raise UserError(
+        f"port {port} of {host} is in use; give another one, as --port={port + 1}, or 0 for any "
+        "that is free"
+      ) from error
     wanted = "give an address of this machine, and a port above 1023"
     raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); {wanted}") from error
 
@@ -84,8 +93,16 @@ def serve(source: Source, listener: socket.socket, options: Options) -> None:
     host, port = listener.getsockname()[:2]
     print(f"watch at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
     if not ipaddress.ip_address(host).is_loopback:
-      print(f"anyone who reaches {host} can use this page: it asks nobody for a name", file=sys.stderr)
-    web.run_app(make_app(house, frozenset(options.hosts)), sock=listener, print=None, access_log=None, shutdown_timeout=3)
+      print(
+        f"anyone who reaches {host} can use this page: it asks nobody for a name", file=sys.stderr
+      )
+    web.run_app(
+      make_app(house, frozenset(options.hosts)),
+      sock=listener,
+      print=None,
+      access_log=None,
+      shutdown_timeout=3,
+    )
 
 
 @contextlib.contextmanager
@@ -97,7 +114,9 @@ def _clips(out: str | None):
   try:
     os.makedirs(out, exist_ok=True)
   except OSError as error:
-    raise UserError(f"--out={out}: cannot be made ({error.strerror}); choose another place") from error
+    raise UserError(
+      f"--out={out}: cannot be made ({error.strerror}); choose another place"
+    ) from error
   yield pathlib.Path(out)
 
 
@@ -109,7 +128,10 @@ def warm_up(source: Source) -> None:
 
 
 def start(model: streams.Options, options: Options) -> None:
-  """Loads the model and serves. What is wrong with the address is known before minutes of loading."""
+  """Loads the model and serves.
+
+  What is wrong with the address is known before minutes of loading.
+  """
   check_installed()
   with listen(options.host, options.port) as listener:
     source = streams.open_source(model)
@@ -120,23 +142,51 @@ def start(model: streams.Options, options: Options) -> None:
 def main() -> None:
   names = {field.name for field in dataclasses.fields(streams.Options)} & set(flags.FLAGS)
   model = streams.Options(**{name: getattr(flags.FLAGS, name) for name in names})
-  options = Options(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options) if field.name != "hosts"},
-                    hosts=tuple(flags.FLAGS.hosts))  # fmt: skip
+  options = Options(
+    **{
+      field.name: getattr(flags.FLAGS, field.name)
+      for field in dataclasses.fields(Options)
+      if field.name != "hosts"
+    },
+    hosts=tuple(flags.FLAGS.hosts),
+  )
   start(model, options)
 
 
 def define_flags() -> None:
   streams.define_model_flags()
-  flags.DEFINE_string("host", "127.0.0.1", "the address to listen on; 0.0.0.0: every one of this machine's, for anyone")
+  flags.DEFINE_string(
+    "host",
+    "127.0.0.1",
+    "the address to listen on; 0.0.0.0: every one of this machine's, for anyone",
+  )
   flags.DEFINE_integer("port", 8420, "to listen on; 0: any that is free", 0, 65535)
-  flags.DEFINE_list("hosts", [], "names under which the page may be reached, beside localhost and addresses in numbers")
+  flags.DEFINE_list(
+    "hosts",
+    [],
+    "names under which the page may be reached, beside localhost and addresses in numbers",
+  )
   flags.DEFINE_integer("places", 2, "generations at once; who comes later waits", 1)
   flags.DEFINE_integer("viewers", 16, "tabs at once, those that wait included", 1)
   flags.DEFINE_float("lead", 2.0, "seconds of video that are made ahead of the viewer", 0.1)
-  flags.DEFINE_float("patience", 30.0, "seconds that a viewer may stand still, with video to watch, before it loses its place", 1)
-  flags.DEFINE_float("hold", 60.0, "seconds that a paused or finished generation keeps its place while others wait", 0)
+  flags.DEFINE_float(
+    "patience",
+    30.0,
+    "seconds that a viewer may stand still, with video to watch, before it loses its place",
+    1,
+  )
+  flags.DEFINE_float(
+    "hold",
+    60.0,
+    "seconds that a paused or finished generation keeps its place while others wait",
+    0,
+  )
   flags.DEFINE_float("longest", 3600.0, "seconds of one video", 1)
-  flags.DEFINE_string("out", None, "a directory in which the videos stay; default: a temporary one, each gone with its tab")
+  flags.DEFINE_string(
+    "out",
+    None,
+    "a directory in which the videos stay; default: a temporary one, each gone with its tab",
+  )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Devices: the mesh, which array lies where, and how a step is mapped over devices.
 
-By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and optimizer state over `fsdp`, and
-XLA inserts the communication. `mapping="pmap"` replicates everything and averages gradients with `pmean`. Both give the update that one
-device gives.
+By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and
+optimizer state over `fsdp`, and XLA inserts the communication. `mapping="pmap"` replicates
+everything and averages gradients with `pmean`. Both give the update that one device gives.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 class MeshConfig:
   """Devices along each axis, -1 = all that are left; mapping: how training steps are spread.
 
-  min_shard: arrays with fewer elements are replicated, since gathering them costs more than they save.
+  min_shard: arrays with fewer elements are replicated, since gathering them costs more than they
+  save.
   """
 
   data: int = -1
@@ -37,7 +38,9 @@ class MeshConfig:
     if self.mapping not in MAPPINGS:
       raise UserError(f"mesh.mapping = {self.mapping!r}: expected one of {', '.join(MAPPINGS)}")
     if self.mapping == "pmap" and self.fsdp != 1:
-      raise UserError(f"mesh.fsdp = {self.fsdp}: pmap replicates the weights; use fsdp = 1 or mapping = 'jit'")
+      raise UserError(
+        f"mesh.fsdp = {self.fsdp}: pmap replicates the weights; use fsdp = 1 or mapping = 'jit'"
+      )
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -45,11 +48,17 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   devices = jax.devices() if devices is None else devices
   sizes, count = [config.data, config.fsdp], len(devices)
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f"mesh data = {config.data}, fsdp = {config.fsdp}: expected sizes of at least 1, at most one of them -1")
+    raise UserError(
+      f"mesh data = {config.data}, fsdp = {config.fsdp}: expected sizes of at least 1, at most "
+      "one of them -1"
+    )
   known = int(np.prod([size for size in sizes if size != -1]))
   sizes = [count // known if size == -1 else size for size in sizes]
   if int(np.prod(sizes)) != count:
-    raise UserError(f"mesh data = {config.data}, fsdp = {config.fsdp} does not fit {count} devices; their product must be {count}")
+    raise UserError(
+      f"mesh data = {config.data}, fsdp = {config.fsdp} does not fit {count} devices; their "
+      f"product must be {count}"
+    )
   return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
@@ -76,7 +85,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
   """This process's rows of a batch -> global arrays, rows split over all devices."""
   sharding = NamedSharding(mesh, jax.P(BATCH_AXES))
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+  )
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
@@ -84,19 +95,26 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
   parts = mesh.size * accumulate
   if batch % parts:
     raise UserError(
-      f"{name}.batch = {batch} must be a multiple of {parts} ({mesh.size} devices x accumulate = {accumulate}); "
+      f"{name}.batch = {batch} must be a multiple of {parts} ({mesh.size} devices x accumulate = "
+      f"{accumulate}); "
       f"the nearest is {max(parts, round(batch / parts) * parts)}"
     )
 
 
 def map_step(step: Callable, shardings: PyTree, mesh: Mesh, mapping: str = "jit") -> Callable:
-  """step(state, batch, *frozen, mean) -> (state, metrics), spread over the mesh; the old state's memory is reused."""
+  """step(state, batch, *frozen, mean) -> (state, metrics), spread over the mesh; the old state's
+  memory is reused.
+  """
   if mapping == "pmap":
     if jax.process_count() > 1:
-      raise UserError("mesh.mapping = 'pmap' runs in one process; use mapping = 'jit' on several hosts")
+      raise UserError(
+        "mesh.mapping = 'pmap' runs in one process; use mapping = 'jit' on several hosts"
+      )
     return _pmap(step, mesh)
   mapped = jax.jit(
-    functools.partial(step, mean=lambda tree: tree), donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    functools.partial(step, mean=lambda tree: tree),
+    donate_argnums=0,
+    out_shardings=(shardings, replicated(mesh)),
   )
   return mapped
 
@@ -108,13 +126,19 @@ def _pmap(step: Callable, mesh: Mesh) -> Callable:
   @functools.cache
   def mapped(frozen: int):
     return jax.pmap(
-      functools.partial(step, mean=mean), axis_name="devices", devices=devices,
-      in_axes=(None, 0) + (None,) * frozen, out_axes=None,
-    )  # fmt: skip
+      functools.partial(step, mean=mean),
+      axis_name="devices",
+      devices=devices,
+      in_axes=(None, 0) + (None,) * frozen,
+      out_axes=None,
+    )
 
   def call(state, batch, *frozen):
-    rows = jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch)
-    with jax.sharding.use_abstract_mesh(NO_MESH):  # pmap has a mesh of its own and refuses the one around it
+    rows = jax.tree.map(
+      lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch
+    )
+    # pmap has a mesh of its own and refuses the one around it
+    with jax.sharding.use_abstract_mesh(NO_MESH):
       return mapped(len(frozen))(state, rows, *frozen)
 
   return call

@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-  """While open, SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT aborts at once.
+  """While open, SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT aborts at
+  once.
 
       with Preemption() as stop:
         for step in ...:
@@ -19,8 +20,8 @@ class Preemption:
             checkpoints.save(step, ..., force=True)
             break
 
-  In a job of several processes all must stop after the same step, so there JAX's preemption service watches SIGTERM and
-  agrees on the step.
+  In a job of several processes all must stop after the same step, so there JAX's preemption service
+  watches SIGTERM and agrees on the step.
   """
 
   def __init__(self):
@@ -49,4 +50,7 @@ class Preemption:
     self.signal = number
     again = "; press Ctrl-C again to abort" if number == signal.SIGINT else ""
     # os.write: a print interrupted in the middle of another print may not be entered again.
-    os.write(sys.stderr.fileno(), f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
+    os.write(
+      sys.stderr.fileno(),
+      f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode(),
+    )

@@ -1,4 +1,6 @@
-"""What training carries from step to step: one named tree, the optimizer that moves it, and the average that inference uses."""
+"""What training carries from step to step: one named tree, the optimizer that moves it, and the
+average that inference uses.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,8 +23,10 @@ RULES = ("adamw", "muon")
 class TrainState:
   """The complete state of a stage; the same tree for all, `critic` being None where there is none.
 
-  step: updates done (critic updates, in distillation). key: never changes; a step's randomness is fold_in(key, step).
-  params, ema, opt_state: the network in training (teacher or student). critic, critic_opt_state: the fake score.
+  step: updates done (critic updates, in distillation). key: never changes; a step's randomness is
+  fold_in(key, step).
+  params, ema, opt_state: the network in training (teacher or student). critic, critic_opt_state:
+  the fake score.
   """
 
   step: jax.Array
@@ -36,11 +40,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-  """How a network is trained: AdamW after clipping by global norm, linear warm-up, then a constant or a cosine to zero; EMA.
+  """How a network is trained: AdamW after clipping by global norm, linear warm-up, then a constant
+  or a cosine to zero; EMA.
 
-  rule: `adamw`, or `muon`, which moves the layers' matrices along the orthogonalised momentum at `muon_lr` and the rest by AdamW.
-  steps: updates. batch: global, taken in `accumulate` parts. ema_decay is ramped up from update `ema_start`, before which the average is
-  a copy of the weights.
+  rule: `adamw`, or `muon`, which moves the layers' matrices along the orthogonalised momentum at
+  `muon_lr` and the rest by AdamW.
+  steps: updates. batch: global, taken in `accumulate` parts. ema_decay is ramped up from update
+  `ema_start`, before which the average is a copy of the weights.
   """
 
   steps: int
@@ -66,17 +72,28 @@ class Training:
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
     if self.batch % self.accumulate:
-      raise UserError(f"batch = {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts")
+      raise UserError(
+        f"batch = {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts"
+      )
 
-  def optimizer(self, lr: float | None = None, steps: int | None = None) -> optax.GradientTransformation:
-    """`lr` and `steps` replace the stage's own, for a network that is trained beside its main one."""
+  def optimizer(
+    self, lr: float | None = None, steps: int | None = None
+  ) -> optax.GradientTransformation:
+    """`lr` and `steps` replace the stage's own, for a network that is trained beside its main
+    one.
+    """
     lr, steps = self.lr if lr is None else lr, self.steps if steps is None else steps
     rate = functools.partial(self._rate, steps=steps)
     if self.rule == "muon":
       rule = optax.contrib.muon(
-        rate(self.muon_lr), adam_learning_rate=rate(lr), adam_b1=self.b1, adam_b2=self.b2,
-        weight_decay=self.weight_decay, adam_weight_decay=self.weight_decay, muon_weight_dimension_numbers=_layer_matrices,
-      )  # fmt: skip
+        rate(self.muon_lr),
+        adam_learning_rate=rate(lr),
+        adam_b1=self.b1,
+        adam_b2=self.b2,
+        weight_decay=self.weight_decay,
+        adam_weight_decay=self.weight_decay,
+        muon_weight_dimension_numbers=_layer_matrices,
+      )
     else:
       rule = optax.adamw(rate(lr), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
     return optax.chain(optax.clip_by_global_norm(self.clip), rule)
@@ -88,13 +105,21 @@ class Training:
 
 
 def _layer_matrices(params: Params) -> PyTree:
-  """Which axes of a parameter are a matrix's, for Muon: those of the stacked layers' kernels [layers, in, out]."""
+  """Which axes of a parameter are a matrix's, for Muon: those of the stacked layers' kernels
+  [layers, in, out].
+  """
   axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-  is_matrix = lambda path, leaf: leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: axes if is_matrix(path, leaf) else None, params)
+  is_matrix = lambda path, leaf: (
+    leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
+  )
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: axes if is_matrix(path, leaf) else None, params
+  )
 
 
-def create(key: Key, params: Params, optimizer, critic: Params | None = None, critic_optimizer=None) -> TrainState:
+def create(
+  key: Key, params: Params, optimizer, critic: Params | None = None, critic_optimizer=None
+) -> TrainState:
   """A fresh state. Call it under jit with out_shardings, so that nothing is born unsharded."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -108,7 +133,10 @@ def create(key: Key, params: Params, optimizer, critic: Params | None = None, cr
 
 
 def update_ema(ema: Params, params: Params, updates, training: Training) -> Params:
-  """The average after `updates` earlier updates. Its decay ramps up as (1 + n) / (10 + n), never above `ema_decay`."""
+  """The average after `updates` earlier updates.
+
+  Its decay ramps up as (1 + n) / (10 + n), never above `ema_decay`.
+  """
   n = updates - training.ema_start
   decay = jnp.where(n < 0, 0.0, jnp.minimum(training.ema_decay, (1.0 + n) / (10.0 + n)))
   return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
@@ -118,9 +146,17 @@ Loss = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def descend(
-  loss: Loss, params: Params, opt_state: PyTree, optimizer, batch: Batch, *, accumulate: int = 1, mean: Mean
+  loss: Loss,
+  params: Params,
+  opt_state: PyTree,
+  optimizer,
+  batch: Batch,
+  *,
+  accumulate: int = 1,
+  mean: Mean,
 ) -> tuple[Params, PyTree, dict[str, jax.Array]]:
-  """One update from the mean gradient over the batch, taken in `accumulate` parts; `mean` averages over devices.
+  """One update from the mean gradient over the batch, taken in `accumulate` parts; `mean` averages
+  over devices.
 
   loss(params, part) -> (mean over the part, metrics).
   """
@@ -141,7 +177,11 @@ def descend(
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
   grads, metrics = mean((grads, metrics))
   updates, opt_state = optimizer.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+  return (
+    optax.apply_updates(params, updates),
+    opt_state,
+    {**metrics, "grad_norm": optax.tree.norm(grads)},
+  )
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:
@@ -150,7 +190,9 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
 
 
 def example_keys(key: Key, index: jax.Array) -> Key:
-  """One key per example from its index in the global batch [b], so that draws depend on neither devices nor accumulation."""
+  """One key per example from its index in the global batch [b], so that draws depend on neither
+  devices nor accumulation.
+  """
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 

@@ -1,8 +1,8 @@
 """A tree of arrays as an Orbax checkpoint that is written and read piece by piece.
 
-The tree is Orbax's, and Orbax can read it; the numbers of a leaf are a Zarr array whose chunks have checksums, so that a changed bit is
-noticed when it is read. A tree may be larger than memory: views of mapped files, and stacks that give one row at a
-time, are read a chunk at a time.
+The tree is Orbax's, and Orbax can read it; the numbers of a leaf are a Zarr array whose chunks have
+checksums, so that a changed bit is noticed when it is read. A tree may be larger than memory: views
+of mapped files, and stacks that give one row at a time, are read a chunk at a time.
 """
 
 import asyncio
@@ -48,17 +48,22 @@ class Cast:
     return np.asarray(self.base).astype(dtype or self.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------- write
+# -------------------------------------------------------------------------------------------- write
 
 
 def write(directory: str | os.PathLike, tree: PyTree) -> str:
-  """Writes nested dicts of arrays to a new directory; returns an id of their names, shapes, dtypes and numbers.
+  """Writes nested dicts of arrays to a new directory; returns an id of their names, shapes, dtypes
+  and numbers.
 
   A leaf may also be anything with shape, dtype and size whose rows are arrays: leaf[i].
   """
   handler = _Writer()
-  registry = ocp.type_handlers.create_type_handler_registry((_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler()))
-  format_ = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+  )
+  format_ = ocp.PyTreeCheckpointHandler(
+    use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
+  )
   leaves = jax.tree.map(_Leaf, tree)
   with _quiet(), ocp.Checkpointer(format_) as checkpointer:
     checkpointer.save(os.path.abspath(directory), args=ocp.args.PyTreeSave(leaves))
@@ -70,7 +75,12 @@ class _Leaf:
   """What Orbax hands to _Writer as it is."""
 
   def __init__(self, array: Any):
-    self.array, self.shape, self.dtype, self.size = array, tuple(array.shape), np.dtype(array.dtype), array.size
+    self.array, self.shape, self.dtype, self.size = (
+      array,
+      tuple(array.shape),
+      np.dtype(array.dtype),
+      array.size,
+    )
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
@@ -85,10 +95,14 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
     async def write_one(leaf: _Leaf, info: ocp.type_handlers.ParamInfo) -> str:
       await info.await_path_creation()
-      return f"{info.name} {leaf.shape} {leaf.dtype.name} {await _write_leaf(info.path, leaf, budget)}"
+      return (
+        f"{info.name} {leaf.shape} {leaf.dtype.name} {await _write_leaf(info.path, leaf, budget)}"
+      )
 
     # Flushing a file to the disk takes long however small it is: many at once.
-    tasks = [asyncio.create_task(write_one(leaf, info)) for leaf, info in zip(values, infos, strict=True)]
+    tasks = [
+      asyncio.create_task(write_one(leaf, info)) for leaf, info in zip(values, infos, strict=True)
+    ]
     try:
       self.sums += await asyncio.gather(*tasks)
     finally:
@@ -122,14 +136,17 @@ async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[i
   """-> the CRC-32 of each chunk."""
   chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize, CHUNK_BYTES)
   spec = {
-    "driver": "zarr3", "kvstore": {"driver": "file", "path": f"{os.fspath(path)}/"}, "create": True,
+    "driver": "zarr3",
+    "kvstore": {"driver": "file", "path": f"{os.fspath(path)}/"},
+    "create": True,
     "store_data_equal_to_fill_value": True,  # a chunk that is not there is one that was lost
     "metadata": {
-      "shape": leaf.shape, "data_type": leaf.dtype.name,
+      "shape": leaf.shape,
+      "data_type": leaf.dtype.name,
       "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
       "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
     },
-  }  # fmt: skip
+  }
   store = await tensorstore.open(spec)
 
   async def write_piece(index: tuple[slice, ...]) -> int:
@@ -159,7 +176,9 @@ def _pieces(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[sl
   """Chunks in order, as indices."""
   axes = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
   for corner in itertools.product(*axes):
-    yield tuple(slice(at, min(at + step, size)) for at, step, size in zip(corner, chunk, shape, strict=True))
+    yield tuple(
+      slice(at, min(at + step, size)) for at, step, size in zip(corner, chunk, shape, strict=True)
+    )
 
 
 def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
@@ -174,7 +193,7 @@ def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
   return np.asarray(array[index])
 
 
-# ----------------------------------------------------------------------------------------------------------------- read
+# --------------------------------------------------------------------------------------------- read
 
 
 def shapes(directory: str | os.PathLike) -> PyTree:
@@ -187,9 +206,11 @@ def shapes(directory: str | os.PathLike) -> PyTree:
 
 
 def read(directory: str | os.PathLike, abstract: PyTree) -> PyTree:
-  """The arrays, with the dtypes and shardings of `abstract`, a tree of jax.ShapeDtypeStructs. Raises Damaged.
+  """The arrays, with the dtypes and shardings of `abstract`, a tree of jax.ShapeDtypeStructs.
+  Raises Damaged.
 
-  Leaf by leaf, and of each what the devices of this process hold: on the host there is never more than a leaf.
+  Leaf by leaf, and of each what the devices of this process hold: on the host there is never more
+  than a leaf.
   """
   return jax.tree.map(_place, open_tree(directory), abstract)
 
@@ -206,11 +227,15 @@ def _place(stored: "Stored", leaf: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 class Stored:
-  """An array on the disk: numpy.asarray reads all of it, an index a row or a part. Reading raises Damaged."""
+  """An array on the disk: numpy.asarray reads all of it, an index a row or a part.
+
+  Reading raises Damaged.
+  """
 
   def __init__(self, path: str | os.PathLike):
     store = {"driver": "file", "path": f"{os.path.abspath(path)}/"}
-    spec = {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}  # a lost chunk is no zeros
+    # a lost chunk is no zeros
+    spec = {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
     with _damage():
       self._store = tensorstore.open(spec, read=True).result()
     self.shape, self.dtype = tuple(self._store.shape), self._store.dtype.numpy_dtype
@@ -229,7 +254,9 @@ class Stored:
 def open_tree(directory: str | os.PathLike) -> PyTree:
   """The tree of Stored arrays. Raises Damaged."""
   name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-  return jax.tree_util.tree_map_with_path(lambda path, _: Stored(os.path.join(directory, name(path))), shapes(directory))
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: Stored(os.path.join(directory, name(path))), shapes(directory)
+  )
 
 
 @contextlib.contextmanager
@@ -251,8 +278,12 @@ def disk_errors(path: pathlib.Path) -> Iterator[None]:
   except Exception as error:
     cause: BaseException | None = error
     while cause is not None:
-      if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(cause):
-        raise UserError(f"no space left on the disk of {path}; free some space and run the same command") from error
+      if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
+        cause
+      ):
+        raise UserError(
+          f"no space left on the disk of {path}; free some space and run the same command"
+        ) from error
       cause = cause.__cause__ or cause.__context__
     raise
 

@@ -1,13 +1,15 @@
-"""Video as a stream, from Python and from the command line: made block by block for as long as anyone takes it.
+"""Video as a stream, from Python and from the command line: made block by block for as long as
+anyone takes it.
 
     for chunk in hiar_jax.stream(workdir="runs/shapes", prompt="a red circle moving left"):
       show(chunk.frames)                                     # uint8 [n H W 3]
 
-    python -m hiar_jax.stream --workdir=runs/shapes --prompt="a red circle moving left" --out=clip.mp4
-    python -m hiar_jax.stream --workdir=runs/shapes --timeline="0s: a red circle, 10s: a blue square" --frames=200 --out=frames/
+    python -m hiar_jax.stream --workdir=runs/shapes --prompt="a red circle" --out=clip.mp4
+    python -m hiar_jax.stream --workdir=runs/shapes --frames=200 --out=frames/ \
+      --timeline="0s: a red circle, 10s: a blue square"
 
-The mp4 plays while it grows. Ctrl-C ends it after the block at hand; with `--save=DIR` what is under way is kept, and `--resume=DIR` goes
-on from there, also on another number of devices.
+The mp4 plays while it grows. Ctrl-C ends it after the block at hand; with `--save=DIR` what is
+under way is kept, and `--resume=DIR` goes on from there, also on another number of devices.
 """
 
 import dataclasses
@@ -81,7 +83,9 @@ class Options:
     try:
       frames = int(self.frames)
     except ValueError:
-      raise UserError(f"frames = {self.frames!r}: expected a whole number, or {ENDLESS!r}") from None
+      raise UserError(
+        f"frames = {self.frames!r}: expected a whole number, or {ENDLESS!r}"
+      ) from None
     if frames < 1:
       raise UserError(f"frames = {frames}: expected at least 1")
     return frames
@@ -90,18 +94,25 @@ class Options:
   def engine(self) -> EngineOptions:
     axes = {"stage": self.stages, "tensor": self.tensor, "sequence": self.sequence}
     given = {name: size for name, size in axes.items() if size is not None}
-    return EngineOptions(Layout(**given) if given else None, self.window, self.sink, self.sink_place)
+    return EngineOptions(
+      Layout(**given) if given else None, self.window, self.sink, self.sink_place
+    )
 
 
 def stream(**options) -> Stream:
-  """An iterator of chunks: frames uint8 [n H W 3], block, prompt, time. The options are those of the command; see `Options`.
+  """An iterator of chunks: frames uint8 [n H W 3], block, prompt, time. The options are those of
+  the command; see `Options`.
 
-  `.change_prompt(text)`, `.pause()`, `.extend(blocks)`, `.save(directory)` and `.close()` act on it while it runs. Raises UserError.
+  `.change_prompt(text)`, `.pause()`, `.extend(blocks)`, `.save(directory)` and `.close()` act on it
+  while it runs. Raises UserError.
   """
   unknown = options.keys() - {field.name for field in dataclasses.fields(Options)}
   if unknown:
     name = sorted(unknown)[0]
-    raise UserError(f"stream has no option {name!r}; {configs.nearest(name, [field.name for field in dataclasses.fields(Options)])}")
+    raise UserError(
+      f"stream has no option {name!r}; "
+      f"{configs.nearest(name, [field.name for field in dataclasses.fields(Options)])}"
+    )
   wanted = Options(**options)
   check(wanted)
   return open_stream(open_source(wanted), wanted)
@@ -113,9 +124,15 @@ def check(options: Options) -> None:
   if options.timeline is not None:
     timelines.read(options.timeline)
   if options.resume is None and (options.prompt is None) == (options.timeline is None):
-    raise UserError('give either --prompt="a red circle moving left" or --timeline="0s: a red circle, 10s: a blue square"')
+    raise UserError(
+      'give either --prompt="a red circle moving left" or --timeline="0s: a red circle, 10s: a '
+      'blue square"'
+    )
   if options.resume is not None and (options.prompt is not None or options.start):
-    raise UserError("--resume goes on with what was saved: leave --prompt, --image and --video out (a --timeline may say what comes later)")
+    raise UserError(
+      "--resume goes on with what was saved: leave --prompt, --image and --video out (a "
+      "--timeline may say what comes later)"
+    )
 
 
 def open_source(options: Options) -> Source:
@@ -128,9 +145,16 @@ def open_source(options: Options) -> Source:
 def open_stream(source: Source, options: Options) -> Stream:
   timeline = None if options.timeline is None else timelines.read(options.timeline)
   if options.resume is not None:
-    return source.resume(options.resume, timeline=timeline, frames=options.length, ahead=options.ahead)
+    return source.resume(
+      options.resume, timeline=timeline, frames=options.length, ahead=options.ahead
+    )
   return source.open(
-    options.prompt, timeline=timeline, seed=options.seed, frames=options.length, start=options.start, ahead=options.ahead
+    options.prompt,
+    timeline=timeline,
+    seed=options.seed,
+    frames=options.length,
+    start=options.start,
+    ahead=options.ahead,
   )
 
 
@@ -141,7 +165,7 @@ class _Callable(types.ModuleType):
     return stream(**options)
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
@@ -153,7 +177,11 @@ def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
     raise UserError(f"{path} is there already; give another name, or remove it")
   check(options)
   source = open_source(options)
-  with open_stream(source, options) as running, _open_out(path, running, source, options) as file, Preemption() as stop:
+  with (
+    open_stream(source, options) as running,
+    _open_out(path, running, source, options) as file,
+    Preemption() as stop,
+  ):
     with metrics.progress("stream", options.length, running.taken) as bar:
       for chunk in running:
         file.write(chunk.frames)
@@ -167,7 +195,9 @@ def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
   return path
 
 
-def _open_out(path: pathlib.Path, running: Stream, source: Source, options: Options) -> GrowingMP4 | PNGFolder:
+def _open_out(
+  path: pathlib.Path, running: Stream, source: Source, options: Options
+) -> GrowingMP4 | PNGFolder:
   """Goes on with what is there, where a generation is gone on with and it is there."""
   resumed = options.resume is not None and path.exists()
   keep = running.taken if resumed else None
@@ -180,7 +210,9 @@ def _open_out(path: pathlib.Path, running: Stream, source: Source, options: Opti
 
 
 def main() -> None:
-  options = Options(**{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options)})
+  options = Options(
+    **{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options)}
+  )
   write(options, flags.FLAGS.out, flags.FLAGS.save)
   if flags.FLAGS.memory:
     print(memory.peak().report(), file=sys.stderr)
@@ -189,35 +221,75 @@ def main() -> None:
 def define_flags() -> None:
   define_model_flags()
   flags.DEFINE_string("prompt", None, "what to show")
-  flags.DEFINE_string("timeline", None, "prompts by the second, as '0s: a red circle, 10s: a blue square', or a file of them")
+  flags.DEFINE_string(
+    "timeline",
+    None,
+    "prompts by the second, as '0s: a red circle, 10s: a blue square', or a file of them",
+  )
   flags.DEFINE_string("image", None, "the first frame")
-  flags.DEFINE_string("video", None, "what goes before: the most whole blocks at its end are kept, and the new frames follow")
-  flags.DEFINE_string("frames", ENDLESS, "of the video, rounded up to whole blocks; 'endless': until you stop it")
+  flags.DEFINE_string(
+    "video",
+    None,
+    "what goes before: the most whole blocks at its end are kept, and the new frames follow",
+  )
+  flags.DEFINE_string(
+    "frames", ENDLESS, "of the video, rounded up to whole blocks; 'endless': until you stop it"
+  )
   flags.DEFINE_integer("seed", 0, "of the noise", 0, prompts_file.MAX_SEED)
-  flags.DEFINE_string("out", "stream.mp4", "an mp4 that plays while it grows, or a directory for pictures")
+  flags.DEFINE_string(
+    "out", "stream.mp4", "an mp4 that plays while it grows, or a directory for pictures"
+  )
   flags.DEFINE_string("save", None, "a directory for what is under way, to go on later")
   flags.DEFINE_string("resume", None, "go on with what --save wrote")
-  flags.DEFINE_integer("ahead", 2, "blocks that may wait for the decoder, and again for the file", 1)
+  flags.DEFINE_integer(
+    "ahead", 2, "blocks that may wait for the decoder, and again for the file", 1
+  )
   flags.DEFINE_bool("memory", False, "say how much memory it took")
 
 
 def define_model_flags() -> None:
   """Which model, and how it is laid out; the page has them too."""
-  config_flags.DEFINE_config_file("config", None, "with --weights: a Python file with get_config(), and a variant", lock_config=True)
-  flags.DEFINE_string("weights", None, "converted weights: a directory with dit/, and vae/, umt5/, tokenizer/ unless the config has them")
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "with --weights: a Python file with get_config(), and a variant",
+    lock_config=True,
+  )
+  flags.DEFINE_string(
+    "weights",
+    None,
+    "converted weights: a directory with dit/, and vae/, umt5/, tokenizer/ unless the config has "
+    "them",
+  )
   flags.DEFINE_string("workdir", None, "a run made by hiar_jax.train")
   flags.DEFINE_enum("stage", "distill", generate.STAGES, "of the run: whose weights")
   flags.DEFINE_integer("height", None, "in pixels; default: the config's", 1)
   flags.DEFINE_integer("width", None, "in pixels; default: the config's", 1)
   flags.DEFINE_enum("dtype", None, DTYPES, "of weights and products; default: the config's")
   flags.DEFINE_enum("decoder", None, student_model.DECODERS, "Wan's autoencoder, or the tiny one")
-  flags.DEFINE_integer("tile", None, "decode in tiles of so many latents a side, for small memories; 0: whole frames", 0)
-  flags.DEFINE_integer("stages", None, "devices that share the noise levels; default: as many as can be used", 1)
+  flags.DEFINE_integer(
+    "tile",
+    None,
+    "decode in tiles of so many latents a side, for small memories; 0: whole frames",
+    0,
+  )
+  flags.DEFINE_integer(
+    "stages", None, "devices that share the noise levels; default: as many as can be used", 1
+  )
   flags.DEFINE_integer("tensor", None, "devices that share each network of a stage", 1)
   flags.DEFINE_integer("sequence", None, "devices that share each frame of a stage", 1)
-  flags.DEFINE_integer("window", None, "latent frames that a block sees, itself included; default: the config's", 1)
-  flags.DEFINE_integer("sink", None, "latent frames at the start that every block sees; default: the config's", 0)
-  flags.DEFINE_enum("sink_place", "true", carried_sink.PLACES, "the sink at its true distance, or carried along with the window")
+  flags.DEFINE_integer(
+    "window", None, "latent frames that a block sees, itself included; default: the config's", 1
+  )
+  flags.DEFINE_integer(
+    "sink", None, "latent frames at the start that every block sees; default: the config's", 0
+  )
+  flags.DEFINE_enum(
+    "sink_place",
+    "true",
+    carried_sink.PLACES,
+    "the sink at its true distance, or carried along with the window",
+  )
 
 
 if __name__ == "__main__":

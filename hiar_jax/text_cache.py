@@ -1,8 +1,10 @@
-"""Prompts -> text embeddings, kept on disk: UMT5-XXL (11 GB) is loaded only for prompts that were never seen, and freed at once.
+"""Prompts -> text embeddings, kept on disk: UMT5-XXL (11 GB) is loaded only for prompts that were
+never seen, and freed at once.
 
-    <directory>/<encoder>/<prompt>.safetensors     text [l, d], the tokens of the prompt without padding
+    <directory>/<encoder>/<prompt>.safetensors     text [l, d] of the prompt without padding
 
-<encoder> names the weights, the tokenizer, the dtype and the length, <prompt> the cleaned prompt, so nothing stale is ever read.
+<encoder> names the weights, the tokenizer, the dtype and the length, <prompt> the cleaned prompt,
+so nothing stale is ever read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,17 +34,21 @@ from hiar_jax.models import umt5
 
 DTYPES = ("bfloat16", "float32")
 _LOADING = threading.Lock()  # data is read by several threads; one encoder at a time is in memory
-_BUCKET = 64  # tokens: prompts are encoded at a multiple of it; short ones cost an eighth of the full length, and little is compiled
+# tokens: prompts are encoded at a multiple of it; short ones cost an eighth of the full length, and
+# little is compiled
+_BUCKET = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-  """Text embeddings of prompts, from the encoder in `weights` (folders umt5/ and tokenizer/) or from `directory`.
+  """Text embeddings of prompts, from the encoder in `weights` (folders umt5/ and tokenizer/) or
+  from `directory`.
 
-  dtype: that of weights, activations and result. length: tokens, longer prompts are cut, and that is said. batch: prompts encoded
-  at once. Hosts that share the directory fill different prompts.
+  dtype: that of weights, activations and result. length: tokens, longer prompts are cut, and that
+  is said. batch: prompts encoded at once. Hosts that share the directory fill different prompts.
 
-  A prompt's numbers do not depend on the others: every batch of a length has the same shape, filled up where it is short.
+  A prompt's numbers do not depend on the others: every batch of a length has the same shape, filled
+  up where it is short.
 
   Raises:
     UserError: no encoder or tokenizer there, or an unknown dtype.
@@ -67,7 +73,8 @@ class TextCache:
   @functools.cached_property
   def identity(self) -> str:
     """Names the encoder and everything about it that changes the numbers."""
-    return f"{weights.fingerprint(self.weights, 'umt5')}-{self.tokenizer.fingerprint}-{self.dtype}-{self.length}"
+    encoder = weights.fingerprint(self.weights, "umt5")
+    return f"{encoder}-{self.tokenizer.fingerprint}-{self.dtype}-{self.length}"
 
   def __call__(self, prompts: Sequence[str]) -> np.ndarray:
     """Embeddings [b, length, d], zero on padding; encodes what is not there."""
@@ -80,7 +87,10 @@ class TextCache:
     return [prompt for path, prompt in unique.items() if not path.is_file()]
 
   def fill(self, prompts: Sequence[str]) -> None:
-    """Encodes the prompts that are not there yet; loads the encoder only if there are any. Each is kept as soon as it is done."""
+    """Encodes the prompts that are not there yet; loads the encoder only if there are any.
+
+    Each is kept as soon as it is done.
+    """
     self._tell_cut(prompts)
     if not self.missing(prompts):
       return
@@ -89,10 +99,14 @@ class TextCache:
         self._encode(missing)
 
   def _encode(self, missing: Sequence[str]) -> None:
-    with _encoder(self) as encode, tqdm.tqdm(desc="texts", total=len(missing), unit="prompt") as bar:
+    with (
+      _encoder(self) as encode,
+      tqdm.tqdm(desc="texts", total=len(missing), unit="prompt") as bar,
+    ):
       for chosen, ids, mask in self._batches(missing):
         text = encode(ids, mask)
-        for prompt, row, count in zip(chosen, text, mask.sum(axis=1), strict=False):  # the batch may be filled up
+        # the batch may be filled up
+        for prompt, row, count in zip(chosen, text, mask.sum(axis=1), strict=False):
           self._write(prompt, row[:count])
         bar.update(len(chosen))
 
@@ -110,10 +124,14 @@ class TextCache:
       return np.frombuffer(tensor["data"], jnp.dtype(self.dtype)).reshape(tensor["shape"])
     except (safetensors.SafetensorError, ValueError) as error:
       path.unlink()
-      raise UserError(f"{path} is damaged ({error}) and was removed; run again to encode its prompt anew") from error
+      raise UserError(
+        f"{path} is damaged ({error}) and was removed; run again to encode its prompt anew"
+      ) from error
 
   def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """(prompts, ids, mask), short prompts first; ids and mask [batch, l] with l the least multiple of `_BUCKET` that fits them."""
+    """(prompts, ids, mask), short prompts first; ids and mask [batch, l] with l the least multiple
+    of `_BUCKET` that fits them.
+    """
     tokens = self.tokenizer(prompts)
     buckets = -(-tokens.mask.sum(axis=1) // _BUCKET)
     for bucket in np.unique(buckets):
@@ -129,8 +147,14 @@ class TextCache:
 
   def _write(self, prompt: str, text: np.ndarray) -> None:
     if not np.isfinite(text.astype(np.float32)).all():
-      raise UserError(f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the encoder's weights")
-    write_atomic(self._path(prompt), save({"text": np.ascontiguousarray(text)}, {"prompt": tokenizers.clean(prompt)}))
+      raise UserError(
+        f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the encoder's "
+        "weights"
+      )
+    write_atomic(
+      self._path(prompt),
+      save({"text": np.ascontiguousarray(text)}, {"prompt": tokenizers.clean(prompt)}),
+    )
 
   @functools.cached_property
   def _told(self) -> set[str]:
@@ -143,7 +167,8 @@ class TextCache:
     for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
       if cut:
         print(
-          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads {self.length}; the last {cut} are left out",
+          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
+          f"{self.length}; the last {cut} are left out",
           file=sys.stderr,
         )
 
@@ -154,7 +179,8 @@ Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> te
 @contextlib.contextmanager
 def _encoder(cache: TextCache) -> Iterator[Encode]:
   """The encoder, in memory while the block runs and no longer."""
-  # In a thread of its own: neither the mesh that is set here, nor a step that is being traced and asks for a text, reaches there.
+  # In a thread of its own: neither the mesh that is set here, nor a step that is being traced and
+  # asks for a text, reaches there.
   with futures.ThreadPoolExecutor(1) as apart:
     config, params = apart.submit(weights.load, cache.weights, "umt5", dtype=cache.dtype).result()
     config = dataclasses.replace(config, dtype=jnp.dtype(cache.dtype))

@@ -1,6 +1,8 @@
-"""Trains and samples: `python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes`.
+"""Trains and samples: `python -m hiar_jax.train --config=experiments/shapes.py
+--workdir=runs/shapes`.
 
-Every stage in order; each resumes where it was stopped and is skipped when it is done, so the same command always continues.
+Every stage in order; each resumes where it was stopped and is skipped when it is done, so the same
+command always continues.
 """
 
 import os
@@ -34,7 +36,9 @@ def main(config, workdir: str) -> None:
 
 
 def report(stage: str, seconds: float) -> None:
-  """What the stage took in this process, compilation included, and the most memory that the process has held so far."""
+  """What the stage took in this process, compilation included, and the most memory that the process
+  has held so far.
+  """
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"{stage}: {seconds:.0f} s, peak memory so far {peak:.2f} GiB", file=sys.stderr, flush=True)
 

@@ -8,10 +8,12 @@
     k  latent frames a block    t  tokens of one latent frame after patching
     H W  pixel height, width    a  attention heads
 
-Arrays are channels-last. `sigma` lies in [0, 1], 1 is pure noise, 0 is data; the network is fed `timestep = 1000 * sigma`.
-A latent frame's `position` is its index from the start of the video; it never wraps.
+Arrays are channels-last. `sigma` lies in [0, 1], 1 is pure noise, 0 is data; the network is fed
+`timestep = 1000 * sigma`. A latent frame's `position` is its index from the start of the video; it
+never wraps.
 
-`@typed` checks shapes and dtypes at call (also while tracing), so a wrong axis fails where it enters.
+`@typed` checks shapes and dtypes at call (also while tracing), so a wrong axis fails where it
+enters.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Weights on disk: a directory with a folder for each part of the model, read without knowing where they came from.
+"""Weights on disk: a directory with a folder for each part of the model, read without knowing where
+they came from.
 
     weights/dit/        model.json, params/       the diffusion transformer
             vae/        ...                       Wan2.1's autoencoder
@@ -6,8 +7,9 @@
             tiny_vae/   ...                       the small autoencoder
             tokenizer/  tokenizer.json
 
-`params` is an Orbax checkpoint whose leaves are cut into chunks with checksums (see stored_arrays.py); model.json says what it holds, and
-what it does not name is not there. To replace weights, new ones are written beside the old (`params`, `params_`: in turn), then model.json
+`params` is an Orbax checkpoint whose leaves are cut into chunks with checksums (see
+stored_arrays.py); model.json says what it holds, and what it does not name is not there. To replace
+weights, new ones are written beside the old (`params`, `params_`: in turn), then model.json
 changes in one step: whenever a process dies, the old ones or the new ones are there, complete.
 """
 
@@ -30,7 +32,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Params, PyTree
 
-# kind -> (module, class) of its config; imported when asked for, since most programs need one or two.
+# kind -> (module, class) of its config; imported when asked for, since most programs need one or
+# two.
 CONFIGS = {
   "dit": ("hiar_jax.models.dit", "DiTConfig"),
   "vae": ("hiar_jax.models.vae", "VAEConfig"),
@@ -46,7 +49,11 @@ Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What model.json says. dtype: of the weights, several joined by "+"; fingerprint: an id of the numbers; params: their folder."""
+  """What model.json says.
+
+  dtype: of the weights, several joined by "+"; fingerprint: an id of the numbers; params: their
+  folder.
+  """
 
   kind: str
   config: dict
@@ -64,7 +71,10 @@ def exists(directory: str | os.PathLike, kind: str) -> bool:
 
 
 def describe(directory: str | os.PathLike, kind: str) -> Description:
-  """What is known without reading the weights. Raises UserError where they are missing, of another kind, or damaged."""
+  """What is known without reading the weights.
+
+  Raises UserError where they are missing, of another kind, or damaged.
+  """
   folder = _folder(directory, kind)
   path = folder / MODEL
   if not path.is_file():
@@ -74,14 +84,22 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
   except (UserError, ValueError, AttributeError) as error:
     raise UserError(f"{path} is damaged ({error}); delete {folder} and convert again") from error
   if found.kind != kind:
-    raise UserError(f"{folder} holds weights of kind {found.kind!r}, expected {kind!r}; give a directory that hiar_jax.convert made")
+    raise UserError(
+      f"{folder} holds weights of kind {found.kind!r}, expected {kind!r}; give a directory that "
+      "hiar_jax.convert made"
+    )
   if found.params not in PARAMS or not (folder / found.params).is_dir():
-    raise UserError(f"{folder} is damaged (there is no {found.params}); delete it and convert again")
+    raise UserError(
+      f"{folder} is damaged (there is no {found.params}); delete it and convert again"
+    )
   return found
 
 
 def read_config(directory: str | os.PathLike, kind: str) -> Any:
-  """DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig of the stored weights. Raises UserError as `describe`."""
+  """DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig of the stored weights.
+
+  Raises UserError as `describe`.
+  """
   return _open(directory, kind)[0]
 
 
@@ -95,17 +113,20 @@ def _open(directory: str | os.PathLike, kind: str) -> tuple[Any, pathlib.Path]:
 
 
 def fingerprint(directory: str | os.PathLike, kind: str) -> str:
-  """A short id that changes with any number, shape or dtype of the weights; nothing but model.json is read."""
+  """A short id that changes with any number, shape or dtype of the weights; nothing but model.json
+  is read.
+  """
   return describe(directory, kind).fingerprint
 
 
 def load(
   directory: str | os.PathLike, kind: str, *, dtype: Any = None, sharding: Placement | None = None
-) -> tuple[Any, Params]:  # fmt: skip
+) -> tuple[Any, Params]:
   """-> (config, params): jax arrays, in `dtype` (floating leaves; default: as stored).
 
-  sharding: of every leaf, or a function from the tree of shapes to a tree of shardings; default: all on the first device.
-  Raises UserError where the weights are missing, of another kind, or damaged.
+  sharding: of every leaf, or a function from the tree of shapes to a tree of shardings; default:
+  all on the first device. Raises UserError where the weights are missing, of another kind, or
+  damaged.
   """
   config, stored = _open(directory, kind)
   with _one_line(stored.parent):
@@ -117,41 +138,57 @@ def load(
   place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
   abstract = jax.tree.map(place, shapes, shardings)
   for leaf in jax.tree.leaves(abstract):
-    leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide: that would else pass for damage
+    # raises where it does not divide: that would else pass for damage
+    leaf.sharding.shard_shape(leaf.shape)
   with _one_line(stored.parent):
     return config, stored_arrays.read(stored, abstract)
 
 
 def open_arrays(directory: str | os.PathLike, kind: str) -> tuple[Any, PyTree]:
-  """-> (config, tree of arrays on disk): each has shape and dtype, is read by numpy.asarray, and by row with array[i]."""
+  """-> (config, tree of arrays on disk): each has shape and dtype, is read by numpy.asarray, and by
+  row with array[i].
+  """
   config, stored = _open(directory, kind)
   with _one_line(stored.parent):
     return config, stored_arrays.open_tree(stored)
 
 
 def save(
-  directory: str | os.PathLike, kind: str, config: Any, params: Params, source: str = "", tensors: int | None = None
-) -> Description:  # fmt: skip
-  """Writes `<directory>/<kind>` from a tree of arrays, or of stacks that are read row by row, and replaces what was there.
+  directory: str | os.PathLike,
+  kind: str,
+  config: Any,
+  params: Params,
+  source: str = "",
+  tensors: int | None = None,
+) -> Description:
+  """Writes `<directory>/<kind>` from a tree of arrays, or of stacks that are read row by row, and
+  replaces what was there.
 
-  The memory needed beyond the tree's own is that of a few chunks. source: names of the files they came from; tensors: how many
-  published tensors they were (default: leaves). Raises UserError where the disk is full.
+  The memory needed beyond the tree's own is that of a few chunks. source: names of the files they
+  came from; tensors: how many published tensors they were (default: leaves). Raises UserError where
+  the disk is full.
   """
   leaves, folder = jax.tree.leaves(params), _folder(directory, kind)
   with stored_arrays.disk_errors(folder), _replacing(folder) as name:
     digest = stored_arrays.write(folder / name, params)
     found = Description(
-      kind=kind, config=config_to_json(config), source=source, tensors=len(leaves) if tensors is None else tensors,
-      parameters=sum(leaf.size for leaf in leaves), fingerprint=digest, params=name,
+      kind=kind,
+      config=config_to_json(config),
+      source=source,
+      tensors=len(leaves) if tensors is None else tensors,
+      parameters=sum(leaf.size for leaf in leaves),
+      fingerprint=digest,
+      params=name,
       dtype="+".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})),
-    )  # fmt: skip
+    )
     write_atomic(folder / MODEL, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
   return found
 
 
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path) -> Iterator[str]:
-  """A name in the folder for new params. What is there goes only after the block, in which model.json changes to that name.
+  """A name in the folder for new params. What is there goes only after the block, in which
+  model.json changes to that name.
 
   What a kill leaves behind is cleared by the next try.
   """
@@ -192,7 +229,9 @@ def _named(folder: pathlib.Path) -> str | None:
 def config_to_json(config: Any) -> dict:
   """The fields of a config; dtypes by their names."""
   fields = dataclasses.asdict(config)
-  return to_json({name: jnp.dtype(value).name if name == "dtype" else value for name, value in fields.items()})
+  return to_json(
+    {name: jnp.dtype(value).name if name == "dtype" else value for name, value in fields.items()}
+  )
 
 
 def config_from_json(kind: str, fields: dict) -> Any:
@@ -200,7 +239,8 @@ def config_from_json(kind: str, fields: dict) -> Any:
   cls = config_class(kind)
   default = {field.name: field.default for field in dataclasses.fields(cls)}.get("dtype")
   if "dtype" in fields and not isinstance(default, str):
-    fields = {**fields, "dtype": getattr(jnp, fields["dtype"])}  # these configs hold jax.numpy's own types
+    # these configs hold jax.numpy's own types
+    fields = {**fields, "dtype": getattr(jnp, fields["dtype"])}
   return build(cls, fields)
 
 

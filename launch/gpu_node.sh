@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of this node; under Slurm (srun, one task a node) on all nodes of the job. The same command continues.
-#   launch/gpu_node.sh --config=experiments/hiar.py --workdir=/shared/runs/hiar [--config.KEY=VALUE ...] [--dry-run]
+# Trains on all GPUs of this node; under Slurm (srun, one task a node) on all nodes of the job. The
+# same command continues.
+#   launch/gpu_node.sh --config=experiments/hiar_wan_1_3b.py --workdir=/shared/runs/hiar \
+#     [--config.KEY=VALUE ...] [--dry-run]
 #   srun --nodes=4 --ntasks-per-node=1 launch/gpu_node.sh ...
-# PYTHON picks the interpreter. Needs: pip install 'hiar_jax[cuda]', and a workdir that every node sees.
+# PYTHON picks the interpreter. Needs: pip install 'hiar_jax[cuda]', and a workdir that every node
+# sees.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,15 +14,18 @@ for argument in "$@"; do
   [[ $argument == --dry-run ]] && dry=yes || arguments+=("$argument")
 done
 if ((${#arguments[@]} == 0)); then
-  echo "usage: launch/gpu_node.sh --config=FILE[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...] [--dry-run]" >&2
+  usage="--config=FILE[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...] [--dry-run]"
+  echo "usage: launch/gpu_node.sh $usage" >&2
   exit 2
 fi
 
 environment=(
   JAX_PLATFORMS=cuda # fail where no GPU is found, instead of training on the CPU
   TF_CPP_MIN_LOG_LEVEL=1
-  XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}" # the rest is NCCL's and the video decoder's
-  XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}" # FSDP's gathers overlap with compute
+  # the rest is NCCL's and the video decoder's
+  XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
+  # FSDP's gathers overlap with compute
+  XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
 )
 if ((${SLURM_NTASKS:-1} > 1)); then
   environment+=(HIAR_DISTRIBUTED=1) # jax.distributed.initialize() reads the rest from Slurm

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Trains on this machine, on whatever devices JAX finds (CPU included). The same command continues a stopped run.
-#   launch/local.sh --config=experiments/shapes.py --workdir=runs/shapes [--config.KEY=VALUE ...] [--dry-run]
+# Trains on this machine, on whatever devices JAX finds (CPU included). The same command continues a
+# stopped run.
+#   launch/local.sh --config=experiments/shapes.py --workdir=runs/shapes \
+#     [--config.KEY=VALUE ...] [--dry-run]
 # PYTHON picks the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +12,8 @@ for argument in "$@"; do
   [[ $argument == --dry-run ]] && dry=yes || arguments+=("$argument")
 done
 if ((${#arguments[@]} == 0)); then
-  echo "usage: launch/local.sh --config=FILE[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...] [--dry-run]" >&2
+  usage="--config=FILE[:VARIANT] --workdir=DIR [--config.KEY=VALUE ...] [--dry-run]"
+  echo "usage: launch/local.sh $usage" >&2
   exit 2
 fi
 

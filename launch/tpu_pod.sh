@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Trains on every host of a Cloud TPU slice. The same command continues a stopped run.
-#   TPU_NAME=my-pod ZONE=us-central2-b launch/tpu_pod.sh --config=experiments/hiar.py --workdir=gs://bucket/runs/hiar
+#   TPU_NAME=my-pod ZONE=us-central2-b launch/tpu_pod.sh \
+#     --config=experiments/hiar_wan_1_3b.py --workdir=gs://bucket/runs/hiar
 #   ... --dry-run prints the command and runs nothing.
-# Also read: PROJECT (gcloud's default), DIRECTORY (the checkout on each host, ~/hiar_jax), PYTHON (python3 there).
-# Each host needs the checkout and: pip install 'hiar_jax[tpu]'. The workdir is a bucket that every host can write.
+# Also read: PROJECT (gcloud's default), DIRECTORY (the checkout on each host, ~/hiar_jax), PYTHON
+# (python3 there). Each host needs the checkout and: pip install 'hiar_jax[tpu]'. The workdir is a
+# bucket that every host can write.
 set -euo pipefail
 
 arguments=() dry=
@@ -11,18 +13,24 @@ for argument in "$@"; do
   [[ $argument == --dry-run ]] && dry=yes || arguments+=("$argument")
 done
 if ((${#arguments[@]} == 0)) || [[ -z ${TPU_NAME:-} || -z ${ZONE:-} ]]; then
-  echo "usage: TPU_NAME=NAME ZONE=ZONE launch/tpu_pod.sh --config=FILE[:VARIANT] --workdir=gs://... [--dry-run]" >&2
+  usage="--config=FILE[:VARIANT] --workdir=gs://... [--dry-run]"
+  echo "usage: TPU_NAME=NAME ZONE=ZONE launch/tpu_pod.sh $usage" >&2
   exit 2
 fi
 
 environment=(
-  HIAR_DISTRIBUTED=1 # every host calls jax.distributed.initialize(), which asks the TPU's own metadata for the rest
+  # every host calls jax.distributed.initialize(), which asks the TPU's own metadata for the rest
+  HIAR_DISTRIBUTED=1
   JAX_PLATFORMS=tpu,cpu
   TF_CPP_MIN_LOG_LEVEL=1
 )
 # Quoted twice: for this shell's call of gcloud, and for the shell that runs it on each host.
-remote="cd ${DIRECTORY:-~/hiar_jax} && $(printf '%q ' env "${environment[@]}" "${PYTHON:-python3}" -m hiar_jax.train "${arguments[@]}")"
-command=(gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"} --worker=all "--command=$remote")
+train=(env "${environment[@]}" "${PYTHON:-python3}" -m hiar_jax.train "${arguments[@]}")
+remote="cd ${DIRECTORY:-~/hiar_jax} && $(printf '%q ' "${train[@]}")"
+command=(
+  gcloud compute tpus tpu-vm ssh "$TPU_NAME" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"}
+  --worker=all "--command=$remote"
+)
 
 if [[ $dry ]]; then
   printf '%q ' "${command[@]}"

@@ -11,7 +11,10 @@ import pytest
 
 
 class Tab:
-  """What a browser's tab does, by hand. heard: the last of each kind of news; video: the bytes so far."""
+  """What a browser's tab does, by hand.
+
+  heard: the last of each kind of news; video: the bytes so far.
+  """
 
   def __init__(self, socket):
     self.socket, self.heard, self.video, self.said = socket, {}, b"", []
@@ -21,7 +24,9 @@ class Tab:
 
   async def hand_in(self, content, name="cat.png", **wish):
     """Starts from a file's bytes."""
-    await self.socket.send_bytes(json.dumps({"do": "start", "name": name, **wish}).encode() + b"\n" + content)
+    await self.socket.send_bytes(
+      json.dumps({"do": "start", "name": name, **wish}).encode() + b"\n" + content
+    )
 
   async def until(self, condition, seconds=60, watch=True):
     """Listens until condition(tab); watch: as one that plays all that it gets."""
@@ -69,4 +74,6 @@ async def eventually(condition, seconds=60):
 def nothing_left():
   yield
   names = [thread.name for thread in threading.enumerate()]
-  assert not [name for name in names if name in ("_denoise", "_decode") or name.startswith("showing")]
+  assert not [
+    name for name in names if name in ("_denoise", "_decode") or name.startswith("showing")
+  ]

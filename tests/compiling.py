@@ -1,4 +1,6 @@
-"""jit for programs that run once or twice on a handful of numbers, where compiling is what takes the time."""
+"""jit for programs that run once or twice on a handful of numbers, where compiling is what takes
+the time.
+"""
 
 import functools
 

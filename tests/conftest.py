@@ -3,7 +3,8 @@
 import importlib.util
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, here and in the processes that tests start
+# before jax is imported, here and in the processes that tests start
+os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from absl import flags  # noqa: E402
@@ -18,8 +19,14 @@ flags.FLAGS.mark_as_parsed()
 
 
 def pytest_collection_modifyitems(items):
-  """Live comparisons need the extra [parity]; where it is not installed they are skipped, and the summary says so."""
-  missing = [name for name in ("torch", "transformers", "diffusers") if importlib.util.find_spec(name) is None]
+  """Live comparisons need the extra [parity]; where it is not installed they are skipped, and the
+  summary says so.
+  """
+  missing = [
+    name
+    for name in ("torch", "transformers", "diffusers")
+    if importlib.util.find_spec(name) is None
+  ]
   skip = pytest.mark.skip(reason=f"the extra [parity] is not installed ({', '.join(missing)})")
   for item in items if missing else ():
     if item.get_closest_marker("parity"):

@@ -1,4 +1,6 @@
-"""A generation without a network: latents that say which block and prompt they are of, as fast or as slow as a test wants."""
+"""A generation without a network: latents that say which block and prompt they are of, as fast or
+as slow as a test wants.
+"""
 
 import dataclasses
 import json
@@ -19,13 +21,25 @@ class Emitted:
 
 
 class FakeGeneration:
-  """Interface of streaming.generation.Generation. seconds: what a tick takes; fail_at: the block at which it breaks."""
+  """Interface of streaming.generation.Generation.
+
+  seconds: what a tick takes; fail_at: the block at which it breaks.
+  """
 
   decoder = None
   engine = None
 
-  def __init__(self, prompt="a red circle", seed=0, *, levels=4, block=3, seconds=0.0, fail_at=None):
-    self.prompt, self.seed, self.levels, self.block, self.seconds, self.fail_at = prompt, seed, levels, block, seconds, fail_at
+  def __init__(
+    self, prompt="a red circle", seed=0, *, levels=4, block=3, seconds=0.0, fail_at=None
+  ):
+    self.prompt, self.seed, self.levels, self.block, self.seconds, self.fail_at = (
+      prompt,
+      seed,
+      levels,
+      block,
+      seconds,
+      fail_at,
+    )
     self.next_block, self._prompts = 0, {}
     self.changes, self.threads, self.saved = [], set(), []
 
@@ -39,12 +53,16 @@ class FakeGeneration:
       raise FloatingPointError(f"block {out} is not finite")
     if out < 0:
       return None
-    return Emitted(out, latents_of(out, self._prompts.pop(out), self.seed, self.block), out * self.block)
+    return Emitted(
+      out, latents_of(out, self._prompts.pop(out), self.seed, self.block), out * self.block
+    )
 
   @property
   def in_flight(self):
     blocks = ((level, self.next_block - level) for level in range(1, self.levels))
-    return [(level, block, self._prompts[block]) for level, block in blocks if block in self._prompts]
+    return [
+      (level, block, self._prompts[block]) for level, block in blocks if block in self._prompts
+    ]
 
   def change_prompt(self, prompt, recache=False):
     self.prompt = prompt
@@ -54,7 +72,12 @@ class FakeGeneration:
   def save(self, directory):
     path = pathlib.Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    kept = {"prompt": self.prompt, "seed": self.seed, "next": self.next_block, "prompts": self._prompts}
+    kept = {
+      "prompt": self.prompt,
+      "seed": self.seed,
+      "next": self.next_block,
+      "prompts": self._prompts,
+    }
     (path / "facts.json").write_text(json.dumps(kept))
     np.savez(path / "decoder.npz", *map(np.asarray, self.decoder or []))
 
@@ -63,7 +86,10 @@ class FakeGeneration:
     path = pathlib.Path(directory)
     facts = json.loads((path / "facts.json").read_text())
     self = cls(facts["prompt"], facts["seed"], **options)
-    self.next_block, self._prompts = facts["next"], {int(block): prompt for block, prompt in facts["prompts"].items()}
+    self.next_block, self._prompts = (
+      facts["next"],
+      {int(block): prompt for block, prompt in facts["prompts"].items()},
+    )
     with np.load(path / "decoder.npz") as stored:
       self.decoder = [stored[name] for name in stored.files] or None
     return self
@@ -71,11 +97,15 @@ class FakeGeneration:
 
 def latents_of(block, prompt, seed=0, frames=3):
   """[1 f 1 1 2]: the block, and what the prompt and the seed add up to."""
-  return np.broadcast_to(np.asarray([block, sum(prompt.encode()) + seed], np.float32), (1, frames, 1, 1, 2))
+  return np.broadcast_to(
+    np.asarray([block, sum(prompt.encode()) + seed], np.float32), (1, frames, 1, 1, 2)
+  )
 
 
 class FakeDecoder:
-  """A frame of a moving bar in a colour of the prompt for each latent frame; its memory is the sum of all blocks so far, and shows too."""
+  """A frame of a moving bar in a colour of the prompt for each latent frame; its memory is the sum
+  of all blocks so far, and shows too.
+  """
 
   def __init__(self, seconds=0.0, fail_at=None):
     self.seconds, self.fail_at, self.threads = seconds, fail_at, set()
@@ -89,7 +119,11 @@ class FakeDecoder:
     memory = np.zeros(1, np.int32) if memory is None else memory
     frames = np.full((latents.shape[1], SIZE, SIZE, 3), 30, np.uint8)
     for i, frame in enumerate(frames):
-      frame[:, (block * latents.shape[1] + i) % SIZE] = (prompt * 37 % 200 + 55, prompt * 91 % 200 + 55, prompt * 13 % 200 + 55)
+      frame[:, (block * latents.shape[1] + i) % SIZE] = (
+        prompt * 37 % 200 + 55,
+        prompt * 91 % 200 + 55,
+        prompt * 13 % 200 + 55,
+      )
       frame[0, 0] = memory[0] % 256
     return frames, memory + block
 

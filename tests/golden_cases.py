@@ -32,7 +32,9 @@ def assert_close(actual, expected, what: str = "") -> None:
   actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, recorded {expected.shape}"
   error, largest = np.abs(actual - expected).max(), np.abs(expected).max()
-  assert error <= TOLERANCE * largest, f"{what}: off by {error:.3g}, largest recorded value {largest:.3g}"
+  assert error <= TOLERANCE * largest, (
+    f"{what}: off by {error:.3g}, largest recorded value {largest:.3g}"
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +50,19 @@ class Case:
   @functools.cached_property
   def config(self) -> dit.DiTConfig:
     c = self.sizes["config"]
-    assert c["in_dim"] == c["out_dim"] and c["qk_norm"] and c["cross_attn_norm"], "a DiT unlike Wan2.1's"
+    assert c["in_dim"] == c["out_dim"] and c["qk_norm"] and c["cross_attn_norm"], (
+      "a DiT unlike Wan2.1's"
+    )
     return dit.DiTConfig(
-      dim=c["dim"], ffn_dim=c["ffn_dim"], num_heads=c["num_heads"], num_layers=c["num_layers"],
-      patch=tuple(c["patch_size"]), channels=c["in_dim"], text_dim=c["text_dim"], freq_dim=c["freq_dim"],
-    )  # fmt: skip
+      dim=c["dim"],
+      ffn_dim=c["ffn_dim"],
+      num_heads=c["num_heads"],
+      num_layers=c["num_layers"],
+      patch=tuple(c["patch_size"]),
+      channels=c["in_dim"],
+      text_dim=c["text_dim"],
+      freq_dim=c["freq_dim"],
+    )
 
   @functools.cached_property
   def levels(self) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Every rollout again, in the plainest way: loops over blocks and levels, one forward over what is visible, no cache.
+"""Every rollout again, in the plainest way: loops over blocks and levels, one forward over what is
+visible, no cache.
 
 Written from the table of history.History and the papers' algorithms, not from hiar_jax.rollout.
 """
@@ -28,8 +29,12 @@ class Plain:
     self.network, self.row, self.frames, self.table = network, row, frames, table
     self.params = tiny.NETWORKS[network][1] if params is None else params
 
-  def velocity(self, context: dict[int, tuple[np.ndarray, float]], n: int, x: np.ndarray, sigma: float) -> np.ndarray:
-    """Block n at `sigma`, seeing context[m] = (latents, level) of blocks m < n; padded with blind frames."""
+  def velocity(
+    self, context: dict[int, tuple[np.ndarray, float]], n: int, x: np.ndarray, sigma: float
+  ) -> np.ndarray:
+    """Block n at `sigma`, seeing context[m] = (latents, level) of blocks m < n; padded with blind
+    frames.
+    """
     k = self.row.block
     video, levels = tiny.video(0, self.frames) * 0, np.zeros((tiny.BATCH, self.frames), np.float32)
     mask = np.eye(self.frames, dtype=bool)
@@ -76,8 +81,10 @@ class Plain:
         before.append(x)
         x0s.append(x0)
         context[n] = {
-          "output": (xs[n], tiny.SIGMAS[level + 1]), "clean": (x0, 0.0), "input": (x, tiny.SIGMAS[level])
-        }[self.row.level]  # fmt: skip
+          "output": (xs[n], tiny.SIGMAS[level + 1]),
+          "clean": (x0, 0.0),
+          "input": (x, tiny.SIGMAS[level]),
+        }[self.row.level]
     return before, [context[n][0] for n in range(blocks)], x0s
 
   def clean_sink(self, blocks: int, stop: int) -> list:
@@ -95,7 +102,9 @@ class Plain:
     return walk(given or self.clean_sink(blocks, stop), blocks, stop)[2]
 
   def before(self, blocks: int, stop: int) -> tuple[list, list, list]:
-    """The blocks as they enter the level `stop`, what they show there, and the clean sink's blocks (none)."""
+    """The blocks as they enter the level `stop`, what they show there, and the clean sink's blocks
+    (none).
+    """
     row, head = self.row, self.clean_sink(blocks, stop)
     walk = self.block_first if row.order == "block_first" else self.step_first
     before, shown, _ = walk(head, blocks, stop)

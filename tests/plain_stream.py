@@ -1,7 +1,8 @@
-"""A stream again, in the plainest way: a loop over levels and one over blocks, every block's text its own, one forward at a time.
+"""A stream again, in the plainest way: a loop over levels and one over blocks, every block's text
+its own, one forward at a time.
 
-Keys and values are kept by frame in dictionaries and never leave them; what a block may see is decided frame by frame. Written from the
-definitions in rollout.pipe, not from its code.
+Keys and values are kept by frame in dictionaries and never leave them; what a block may see is
+decided frame by frame. Written from the definitions in rollout.pipe, not from its code.
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ def turned(keys: np.ndarray, frames: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class PlainStream:
-  """texts(n): [b l d] of block n; noise(level, n): [b k h w c]; anew: blocks before which the history is encoded again."""
+  """texts(n): [b l d] of block n; noise(level, n): [b k h w c]; anew: blocks before which the
+  history is encoded again.
+  """
 
   config: dit.DiTConfig
   params: dict
@@ -53,12 +56,26 @@ class PlainStream:
     return not row.window or frame < row.sink or frame > end - (row.window - row.sink)
 
   def forward(self, past: dict, n: int, x, sigma, text, own=None):
-    """Block n against {frame: (k, v)}: velocity, {frame: (k, v)}. own: its frames that are there."""
+    """Block n against {frame: (k, v)}: velocity, {frame: (k, v)}.
+
+    own: its frames that are there.
+    """
     row, k, total = self.row, self.row.block, self.blocks * self.row.block
     frames = range(n * k, n * k + k)
     own = set(frames) if own is None else own
     tokens = self.config.tokens(*x.shape[2:4])
-    store = np.zeros((2, self.config.num_layers, x.shape[0], total, tokens, self.config.num_heads, self.config.head_dim), np.float32)
+    store = np.zeros(
+      (
+        2,
+        self.config.num_layers,
+        x.shape[0],
+        total,
+        tokens,
+        self.config.num_heads,
+        self.config.head_dim,
+      ),
+      np.float32,
+    )
     mask = np.zeros((k, total + k), bool)
     for frame, (key, value) in past.items():
       if self.visible(n, frame) and frame < n * k:
@@ -70,16 +87,27 @@ class PlainStream:
       mask[i, total + i] = True
     levels = np.broadcast_to(np.asarray(sigma, np.float32), x.shape[:2])
     past = dit.KV(jnp.asarray(store[0]), jnp.asarray(store[1]))
-    v, kv = _forward(self.config)(self.params, text, np.asarray(x), levels, np.asarray(frames, np.int32), mask, past)
+    v, kv = _forward(self.config)(
+      self.params, text, np.asarray(x), levels, np.asarray(frames, np.int32), mask, past
+    )
     kv = jax.tree.map(np.asarray, kv)
-    return np.asarray(v), {frame: (kv.k[:, :, i], kv.v[:, :, i]) for i, frame in enumerate(frames) if frame in own}
+    return np.asarray(v), {
+      frame: (kv.k[:, :, i], kv.v[:, :, i]) for i, frame in enumerate(frames) if frame in own
+    }
 
   def encode_again(self, latents: dict, sigma_of, n: int) -> dict:
-    """The history before block n under n's text: what the cache still holds, the sink and the ring's frames; the pending block is whole."""
+    """The history before block n under n's text: what the cache still holds, the sink and the
+    ring's frames; the pending block is whole.
+    """
     row, k = self.row, self.row.block
     pending = 0 if row.level == "input" else 1
     end, ring = (n - pending) * k, row.window - k - row.sink
-    kept = {f for m in latents for f in range(m * k, m * k + k) if f < row.sink or end - ring <= f or m >= n - pending}
+    kept = {
+      f
+      for m in latents
+      for f in range(m * k, m * k + k)
+      if f < row.sink or end - ring <= f or m >= n - pending
+    }
     past = {}
     for m in sorted(latents):
       own = {f for f in range(m * k, m * k + k) if f in kept}
@@ -107,7 +135,9 @@ class PlainStream:
         if row.renoise == "euler":
           xs[n] = x + np.float32(lower - sigma) * v
         else:
-          xs[n] = np.float32(1 - lower) * x0 + np.float32(lower) * np.asarray(self.noise(level + 1, n))
+          xs[n] = np.float32(1 - lower) * x0 + np.float32(lower) * np.asarray(
+            self.noise(level + 1, n)
+          )
         latents[n] = {"output": xs[n], "clean": x0, "input": x}[row.level]
         if row.level != "input":
           _, own = self.forward(past, n, latents[n], context_sigma, self.texts(n))

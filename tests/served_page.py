@@ -19,20 +19,33 @@ from hiar_jax.streaming.stream import Stream
 
 
 class FakeSource:
-  """Generations of this source, in the order in which they were opened, and what they started from. seconds: what a tick takes."""
+  """Generations of this source, in the order in which they were opened, and what they started from.
+
+  seconds: what a tick takes.
+  """
 
   fps, scale, sigmas = 8.0, 8, (1.0, 0.94, 0.83, 0.62, 0.0)
 
   def __init__(self, seconds=0.05, decoder=FakeDecoder):
-    self.seconds, self.decoder, self.opened, self.streams, self.starts = seconds, decoder, [], [], []
+    self.seconds, self.decoder, self.opened, self.streams, self.starts = (
+      seconds,
+      decoder,
+      [],
+      [],
+      [],
+    )
 
   def open(self, prompt, *, seed=0, frames=None, start=None, ahead=2):
     if prompt == "refuse":
       raise UserError("there is no such thing")
-    self.opened.append(FakeGeneration(prompt, seed, seconds=self.seconds, fail_at=0 if prompt == "break" else None))
+    self.opened.append(
+      FakeGeneration(prompt, seed, seconds=self.seconds, fail_at=0 if prompt == "break" else None)
+    )
     given = None if start is None else latents_of(0, "given", frames=len(start.pixels))
     self.starts.append(start)
-    self.streams.append(Stream(self.opened[-1], self.decoder(), fps=self.fps, given=given, ahead=ahead))
+    self.streams.append(
+      Stream(self.opened[-1], self.decoder(), fps=self.fps, given=given, ahead=ahead)
+    )
     return self.streams[-1]
 
   def read_start(self, path, kind, name):
@@ -43,10 +56,18 @@ class FakeSource:
     return Frames(pathlib.Path(name), kind, pixels), said
 
   def remarks(self, prompt):
-    return [f"the model does not know {word!r}; it is made without" for word in prompt.split() if word == "zebra"]
+    return [
+      f"the model does not know {word!r}; it is made without"
+      for word in prompt.split()
+      if word == "zebra"
+    ]
 
   def provenance(self, prompt, seed, start=None):
-    return {"prompt": prompt, "seed": str(seed), **({"start": f"{start.kind} {start.path.name}"} if start else {})}
+    return {
+      "prompt": prompt,
+      "seed": str(seed),
+      **({"start": f"{start.kind} {start.path.name}"} if start else {}),
+    }
 
 
 RULES = Rules()

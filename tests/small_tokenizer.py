@@ -1,4 +1,6 @@
-"""A tokenizer of UMT5's kind, small enough to be trained in a test: Unigram over many scripts, bytes for what it does not know."""
+"""A tokenizer of UMT5's kind, small enough to be trained in a test: Unigram over many scripts,
+bytes for what it does not know.
+"""
 
 import functools
 import pathlib
@@ -22,13 +24,19 @@ CORPUS = [
 def small_tokenizer() -> tokenizers.Tokenizer:
   """Its first tokens are UMT5's: <pad> 0, </s> 1, <unk> 2."""
   tokenizer = tokenizers.Tokenizer(models.Unigram())
-  tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
   tokenizer.decoder = decoders.Metaspace()
   special = ["<pad>", "</s>", "<unk>"]
-  trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+  trainer = trainers.UnigramTrainer(
+    vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False
+  )
   tokenizer.train_from_iterator(CORPUS * 4, trainer)
-  tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+  )
   return tokenizer
 
 

@@ -1,4 +1,6 @@
-"""Whatever is wrong with a training command: one clear line, exit status 2, and nothing lost that was complete."""
+"""Whatever is wrong with a training command: one clear line, exit status 2, and nothing lost that
+was complete.
+"""
 
 import shutil
 import subprocess
@@ -16,22 +18,28 @@ def chain(tmp_path_factory):
 
 # What is given beyond the tiny run -> what the line must say.
 CASES = {
-  "--config.distill.lrr=1": "--config.distill.lrr: the config experiments/shapes.py:smoke has no such key; did you mean 'distill.lr'?",
+  "--config.distill.lrr=1": "--config.distill.lrr: the config experiments/shapes.py:smoke has no "
+  "such key; did you mean 'distill.lr'?",
   "--config.teacher.steps=many": "--config.teacher.steps=many: expected int",
   "--config.teacher.lr=fast": "--config.teacher.lr=fast: expected float",
   "--config.history.level=nope": "history.level = 'nope': expected one of output, clean, input",
-  "--config.history.order=random": "history.order = 'random': expected one of step_first, block_first",
-  "--config.history.order=block_first": "block_first finishes each block first, so its history is 'clean'",
+  "--config.history.order=random": "history.order = 'random': expected one of step_first, "
+  "block_first",
+  "--config.history.order=block_first": "block_first finishes each block first, so its history is "
+  "'clean'",
   "--config.history.window=1": "history.window = 1 cannot hold a block (2) and the sink (0)",
-  "--config.history.sink=1 --config.history.sink_level=clean": "history.sink = 1 is not a multiple of block = 2",
+  "--config.history.sink=1 "
+  "--config.history.sink_level=clean": "history.sink = 1 is not a multiple of block = 2",
   "--config.history.block=0": "history.block = 0",
-  "--config.data.frames=7": "data.frames = 7 is not whole blocks of history.block = 2 frames; the nearest is 8",
+  "--config.data.frames=7": "data.frames = 7 is not whole blocks of history.block = 2 frames; the "
+  "nearest is 8",
   "--config.data.frames=0": "data: frames = 0: expected at least 1",
   "--config.data.size=17": "data.size = 17 is not a multiple of codec.patch = 8",
   "--config.data.size=8": "use size >= 16",
   "--config.data.source=films": "data.source = 'films': expected one of shapes, videos",
   "--config.data.source=videos": "data.source = 'videos' needs data.folder",
-  "--config.data.source=videos --config.data.folder=/no/where": "data.folder = '/no/where' is not a folder",
+  "--config.data.source=videos "
+  "--config.data.folder=/no/where": "data.folder = '/no/where' is not a folder",
   "--config.data.source=videos --config.data.folder={nothing}": "no video files there",
   "--config.data.difficulty=hard": "difficulty 'hard' is unknown",
   "--config.data.clips=2": "teacher.batch = 4 is more than data.clips = 2",
@@ -41,9 +49,11 @@ CASES = {
   "--config.model.remat=some": "remat = 'some': expected one of none, dots, full",
   "--config.model.num_layers=0": "num_layers = 0: expected at least 1",
   "--config.student.timesteps=(500,750)": "timesteps must fall",
-  "--config.student.timesteps=(1000,700)": "trajectories.steps = 4: the teacher's levels must include the student's timesteps",
+  "--config.student.timesteps=(1000,700)": "trajectories.steps = 4: the teacher's levels must "
+  "include the student's timesteps",
   "--config.teacher.batch=0": "teacher: batch = 0: expected at least 1",
-  "--config.teacher.accumulate=3": "teacher: batch = 4 cannot be taken in accumulate = 3 equal parts",
+  "--config.teacher.accumulate=3": "teacher: batch = 4 cannot be taken in accumulate = 3 equal "
+  "parts",
   "--config.distill.critic_updates=0": "distill: critic_updates = 0: expected at least 1",
   "--config.distill.forward_kl.steps=5": "distill.forward_kl.steps = 5: the student has 4 levels",
   "--config.distill.forward_kl.target=y": "distill.forward_kl: target = 'y': expected one of",
@@ -55,18 +65,24 @@ CASES = {
   "--config.sample.prompts=/no/prompts.txt": "prompts file /no/prompts.txt does not exist",
   "--config.sample.prompts={empty}": "holds no prompt; write one a line",
   "--config.stages_from={nothing}": "holds no run; give a workdir that went through causal_init",
-  "--config.stages_from={straight} --config.teacher.lr=0.5": "was made with another config (stored -> given: teacher.lr: ",
+  "--config.stages_from={straight} --config.teacher.lr=0.5": "was made with another config "
+  "(stored -> given: teacher.lr: ",
   "--config.stages_from={unfinished}": "its causal_init is not there, not finished or damaged",
 }
 COMMANDS = {  # whole command lines
-  "--workdir={new} --config=experiments/shapes.py:nope": "there is no variant 'nope'; there is full, main, smoke",
-  "--workdir={new} --config=experiments/shapes_self_forcing.py:smok": "there is no variant 'smok'; did you mean 'smoke'?",
-  "--workdir={new} --config=experiments/shape.py": "there is no file 'experiments/shape.py'; did you mean 'experiments/shapes.py'?",
+  "--workdir={new} --config=experiments/shapes.py:nope": "there is no variant 'nope'; there is "
+  "full, main, smoke",
+  "--workdir={new} "
+  "--config=experiments/shapes_self_forcing.py:smok": "there is no variant 'smok'; did you mean "
+  "'smoke'?",
+  "--workdir={new} --config=experiments/shape.py": "there is no file 'experiments/shape.py'; did "
+  "you mean 'experiments/shapes.py'?",
   "--workdir={new}": "--config is missing",
   "--config=experiments/shapes.py:smoke": "--workdir is missing",
 }
 ON_EIGHT = {
-  "--config.teacher.batch=12": "teacher.batch = 12 must be a multiple of 8 (8 devices x accumulate = 1); the nearest is 16",
+  "--config.teacher.batch=12": "teacher.batch = 12 must be a multiple of 8 (8 devices x "
+  "accumulate = 1); the nearest is 16",
   "--config.mesh.fsdp=3": "mesh data = -1, fsdp = 3 does not fit 8 devices",
   "--config.mesh.mapping=pmap --config.mesh.fsdp=2": "mesh.fsdp = 2: pmap replicates the weights",
 }
@@ -78,13 +94,21 @@ def said(chain, tmp_path_factory):
   out, straight = tmp_path_factory.mktemp("bad_input"), chain.straight
   (out / "nothing").mkdir()
   (out / "empty.txt").write_text("\n# nothing\n")
-  shutil.copytree(straight, out / "unfinished", ignore=shutil.ignore_patterns("distill", "sample", "4"))
-  names = {"empty": out / "empty.txt", "nothing": out / "nothing", "straight": straight, "unfinished": out / "unfinished"}
+  shutil.copytree(
+    straight, out / "unfinished", ignore=shutil.ignore_patterns("distill", "sample", "4")
+  )
+  names = {
+    "empty": out / "empty.txt",
+    "nothing": out / "nothing",
+    "straight": straight,
+    "unfinished": out / "unfinished",
+  }
   results, claimed = {}, set()
   for cases, devices in ((CASES, 1), (ON_EIGHT, 8)):
     workdirs = {case: out / f"w{devices}_{i}" for i, case in enumerate(cases)}
     commands = [
-      ("hiar_jax.train", tiny_run.arguments(workdirs[case], *case.format(**names).split())) for case in cases
+      ("hiar_jax.train", tiny_run.arguments(workdirs[case], *case.format(**names).split()))
+      for case in cases
     ]
     results |= dict(zip(cases, chain.commands(commands, devices=devices), strict=True))
     claimed |= {case for case, workdir in workdirs.items() if workdir.exists()}
@@ -94,7 +118,10 @@ def said(chain, tmp_path_factory):
 
 
 # These find out only when a stage is at work.
-LATE = ("--config.stages_from={unfinished}", "--config.data.source=videos --config.data.folder={nothing}")
+LATE = (
+  "--config.stages_from={unfinished}",
+  "--config.data.source=videos --config.data.folder={nothing}",
+)
 
 
 @pytest.mark.parametrize("given", [*CASES, *COMMANDS, *ON_EIGHT])
@@ -113,10 +140,18 @@ def test_it_is_one_line_that_says_what_to_do(said, given):
 def test_a_workdir_of_another_config_names_the_field_and_stays(chain):
   before = tiny_run.files(chain.straight)
   [(status, _, err)] = chain.commands(
-    [("hiar_jax.train", tiny_run.arguments(chain.straight, "--config.teacher.lr=0.5", "--config.text.length=9"))]
+    [
+      (
+        "hiar_jax.train",
+        tiny_run.arguments(chain.straight, "--config.teacher.lr=0.5", "--config.text.length=9"),
+      )
+    ]
   )
   assert status == 2 and len(err.splitlines()) == 1
-  assert "belongs to another config (stored -> given: teacher.lr: " in err and "; text.length: 12 -> 9)" in err
+  assert (
+    "belongs to another config (stored -> given: teacher.lr: " in err
+    and "; text.length: 12 -> 9)" in err
+  )
   assert tiny_run.files(chain.straight) == before
 
 
@@ -127,18 +162,25 @@ def test_when_all_checkpoints_of_a_stage_are_damaged_it_says_so(chain, tmp_path)
     (workdir / "causal_init" / "checkpoints" / str(step) / "params" / "_METADATA").write_text("{")
   [(status, _, err)] = chain.commands([("hiar_jax.train", tiny_run.arguments(workdir))])
   assert status == 2 and "Traceback" not in err
-  assert "every checkpoint in " in err.splitlines()[-1] and "delete the directory to start this stage again" in err.splitlines()[-1]
+  assert (
+    "every checkpoint in " in err.splitlines()[-1]
+    and "delete the directory to start this stage again" in err.splitlines()[-1]
+  )
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-  """disk(size in KiB) -> a directory on a disk of that size, where this process may mount one; call it again to resize."""
+  """disk(size in KiB) -> a directory on a disk of that size, where this process may mount one; call
+  it again to resize.
+  """
   disk, mounted = tmp_path / "disk", []
   disk.mkdir()
 
   def resize(kibibytes: int):
     options = f"size={kibibytes}k" + (",remount" if mounted else "")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True)
+    done = subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(disk)], capture_output=True
+    )
     if done.returncode:
       pytest.skip("may not mount a file system here")
     mounted.append(True)
@@ -157,7 +199,9 @@ def used(disk) -> int:
 
 def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(chain, small_disk):
   disk = small_disk(64 << 10)
-  shutil.copytree(chain.straight, disk / "w", ignore=shutil.ignore_patterns("distill", "sample", "4"))
+  shutil.copytree(
+    chain.straight, disk / "w", ignore=shutil.ignore_patterns("distill", "sample", "4")
+  )
   shutil.copytree(chain.straight / "teacher", disk / "w" / "teacher", dirs_exist_ok=True)
   small_disk(used(disk) + 100)
   full = chain.train(disk / "w")
@@ -169,7 +213,9 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(chain, small_disk):
   small_disk(64 << 10)
   done = chain.train(disk / "w")
   assert done.returncode == 0, done.stderr
-  tiny_run.assert_same_arrays(tiny_run.state(disk / "w", "distill", 6), tiny_run.state(chain.straight, "distill", 6))
+  tiny_run.assert_same_arrays(
+    tiny_run.state(disk / "w", "distill", 6), tiny_run.state(chain.straight, "distill", 6)
+  )
   tiny_run.assert_same_arrays(tiny_run.videos(disk / "w"), tiny_run.videos(chain.straight))
 
 
@@ -189,7 +235,9 @@ def test_a_disk_that_fills_up_in_the_last_stage_loses_nothing(chain, small_disk,
   small_disk(used(disk) + room)
   full = chain.train(disk / "w")
   assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
-  assert full.stderr.splitlines()[-1].startswith("error: ") and "space" in full.stderr.splitlines()[-1]
+  assert (
+    full.stderr.splitlines()[-1].startswith("error: ") and "space" in full.stderr.splitlines()[-1]
+  )
   small_disk(64 << 10)
   assert chain.train(disk / "w").returncode == 0
   tiny_run.assert_same_run(disk / "w", chain.straight)
@@ -198,12 +246,26 @@ def test_a_disk_that_fills_up_in_the_last_stage_loses_nothing(chain, small_disk,
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_keeps_the_checkpoint_before(chain):
   workdir = chain.directory / "diverged"
-  failed = chain.train(workdir, causal_init__lr=1e30, causal_init__warmup=3, causal_init__rule="adamw", causal_init__steps=40)
+  failed = chain.train(
+    workdir,
+    causal_init__lr=1e30,
+    causal_init__warmup=3,
+    causal_init__rule="adamw",
+    causal_init__steps=40,
+  )
   assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
   last = failed.stderr.splitlines()[-1]
-  assert last.startswith("error: causal_init: ") and "is not finite at step" in last and "lower learning rate" in last
-  saved = [int(p.name) for p in (workdir / "causal_init" / "checkpoints").iterdir() if p.name.isdigit()]
-  assert saved and all(np.isfinite(x).all() for x in tiny_run.state(workdir, "causal_init", max(saved)).values())
+  assert (
+    last.startswith("error: causal_init: ")
+    and "is not finite at step" in last
+    and "lower learning rate" in last
+  )
+  saved = [
+    int(p.name) for p in (workdir / "causal_init" / "checkpoints").iterdir() if p.name.isdigit()
+  ]
+  assert saved and all(
+    np.isfinite(x).all() for x in tiny_run.state(workdir, "causal_init", max(saved)).values()
+  )
 
 
 def write_clip(path, seconds: float, fps: int, size: tuple[int, int], caption: str) -> None:
@@ -221,7 +283,9 @@ def write_clip(path, seconds: float, fps: int, size: tuple[int, int], caption: s
 
 
 def test_a_folder_of_real_videos_goes_through_every_stage(chain, tmp_path):
-  """Of any size and frame rate; a file that is no video is named and left out, and there is no truth to measure against."""
+  """Of any size and frame rate; a file that is no video is named and left out, and there is no
+  truth to measure against.
+  """
   folder = tmp_path / "clips"
   folder.mkdir()
   write_clip(folder / "a.mp4", 2.0, 24, (64, 48), "a yellow square on the way")
@@ -232,12 +296,20 @@ def test_a_folder_of_real_videos_goes_through_every_stage(chain, tmp_path):
   workdir = tmp_path / "w"
   done = chain.train(workdir, data__source="videos", data__folder=folder)
   assert done.returncode == 0, done.stderr
-  assert "skipped broken.mp4" in done.stderr and "3 of 4 videos used, 1 skipped, 11 clips" in done.stderr
+  assert (
+    "skipped broken.mp4" in done.stderr and "3 of 4 videos used, 1 skipped, 11 clips" in done.stderr
+  )
   shown = sorted((workdir / "sample").glob("*.mp4"))
-  assert [path.stem for path in shown] == ["a-wide-one", "a-yellow-square-on-the-way", "another-one-slower"]
+  assert [path.stem for path in shown] == [
+    "a-wide-one",
+    "a-yellow-square-on-the-way",
+    "another-one-slower",
+  ]
   for path in shown:
     frames, _, metadata = tiny_run.media.read_mp4(path)
     assert frames.shape == (16, 128, 128, 3)
     assert metadata["seed"] == str(["a-yellow", "another-", "a-wide-o"].index(path.stem[:8]))
-  assert (workdir / "sample" / "contact_sheet.png").exists() and (workdir / "sample" / "metrics.json").exists()
+  assert (workdir / "sample" / "contact_sheet.png").exists() and (
+    workdir / "sample" / "metrics.json"
+  ).exists()
   assert {record["stage"] for record in tiny_run.log(workdir)} == set(tiny_run.STAGES)

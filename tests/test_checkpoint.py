@@ -1,4 +1,6 @@
-"""A checkpoint comes back bit for bit, on any devices, after any kill; what does not fit or is damaged says so."""
+"""A checkpoint comes back bit for bit, on any devices, after any kill; what does not fit or is
+damaged says so.
+"""
 
 import errno
 import os
@@ -37,15 +39,22 @@ class State:
 
 
 def make(width: int = 16, ema: bool = False) -> State:
-  params = {"in": {"kernel": jnp.arange(8.0 * width).reshape(8, width)}, "out": jnp.ones((width,), jnp.bfloat16)}
-  return State(jnp.int32(0), params, params if ema else None, OPTIMIZER.init(params), jax.random.key(7))
+  params = {
+    "in": {"kernel": jnp.arange(8.0 * width).reshape(8, width)},
+    "out": jnp.ones((width,), jnp.bfloat16),
+  }
+  return State(
+    jnp.int32(0), params, params if ema else None, OPTIMIZER.init(params), jax.random.key(7)
+  )
 
 
 def advance(state: State) -> State:
   key = jax.random.fold_in(state.key, state.step)
   gradient = jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), state.params)
   update, opt = OPTIMIZER.update(gradient, state.opt, state.params)
-  return state.replace(step=state.step + 1, params=optax.apply_updates(state.params, update), opt=opt)
+  return state.replace(
+    step=state.step + 1, params=optax.apply_updates(state.params, update), opt=opt
+  )
 
 
 def numbers(state: Any) -> list[np.ndarray]:
@@ -61,7 +70,9 @@ def assert_same(a: Any, b: Any) -> None:
 
 def placed(state: State, devices: int) -> State:
   """The state with its matrices split over the devices and everything else on each of them."""
-  mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+  mesh = jax.make_mesh(
+    (devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
+  )
   spec = lambda x: jax.P("fsdp") if x.ndim == 2 else jax.P()
   return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, spec(x))), state)
 
@@ -79,7 +90,7 @@ def save_steps(directory: pathlib.Path, steps: int, **kwargs: Any) -> list[State
   return states  # states[i] is the one of step i + 1
 
 
-# --------------------------------------------------------------------------------------------------------- round trip
+# --------------------------------------------------------------------------------------- round trip
 
 
 def test_an_empty_directory_restores_nothing(tmp_path):
@@ -89,7 +100,9 @@ def test_an_empty_directory_restores_nothing(tmp_path):
 
 
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
-  """State (typed key, optax state, None leaf) and data iterator: four steps, or two, a restart and two."""
+  """State (typed key, optax state, None leaf) and data iterator: four steps, or two, a restart and
+  two.
+  """
 
   def run(state, iterator, steps):
     seen = []
@@ -142,7 +155,9 @@ def test_a_position_that_does_not_fit_the_data_says_so(tmp_path):
       raise ValueError("position 9 of 3 clips")
 
   save_steps(tmp_path, 1)
-  message = r"the position in the data does not fit this data pipeline \(.*\); use the data settings"
+  message = (
+    r"the position in the data does not fit this data pipeline \(.*\); use the data settings"
+  )
   with Checkpoints(tmp_path, config=CONFIG) as checkpoints:
     with pytest.raises(UserError, match=message):  # it was saved without one
       checkpoints.restore(make(), loader())
@@ -185,14 +200,18 @@ def test_only_the_newest_are_kept_and_a_step_is_saved_once(tmp_path):
   assert_same(state, states[3])
 
 
-# ---------------------------------------------------------------------------------------------- weights for inference
+# ---------------------------------------------------------------------------- weights for inference
 
 
 def test_weights_and_config_load_without_the_state(tmp_path):
   states = save_steps(tmp_path, 2)
   assert_same(checkpoint.load_params(tmp_path), states[1].params)
   assert_same(checkpoint.load_params(tmp_path, step=1), states[0].params)
-  assert checkpoint.load_config(tmp_path) == {"width": 16, "heads": {"count": 2}, "levels": [1.0, 0.5]}
+  assert checkpoint.load_config(tmp_path) == {
+    "width": 16,
+    "heads": {"count": 2},
+    "levels": [1.0, 0.5],
+  }
   half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), states[1].params)
   assert checkpoint.load_params(tmp_path, half)["in"]["kernel"].dtype == jnp.bfloat16
 
@@ -206,11 +225,13 @@ def test_weights_that_are_not_there(tmp_path):
   with pytest.raises(UserError, match=r"no checkpoint of step 7 .* steps there: \[1, 2\]"):
     checkpoint.load_params(tmp_path, step=7)
   wide = jax.eval_shape(lambda: make(32))
-  with pytest.raises(UserError, match=r"params in/kernel is float32\[8, 16\] in it, float32\[8, 32\] here"):
+  with pytest.raises(
+    UserError, match=r"params in/kernel is float32\[8, 16\] in it, float32\[8, 32\] here"
+  ):
     checkpoint.load_params(tmp_path, wide.params)
 
 
-# -------------------------------------------------------------------------------------------------------- does not fit
+# ------------------------------------------------------------------------------------- does not fit
 
 
 @pytest.mark.parametrize(
@@ -231,10 +252,19 @@ def test_another_config_names_the_field(tmp_path, config, message):
 @pytest.mark.parametrize(
   "state, message",
   [
-    (lambda: make(width=32), r"state opt/0/mu/in/kernel is float32\[8, 16\] in it, float32\[8, 32\] here"),
+    (
+      lambda: make(width=32),
+      r"state opt/0/mu/in/kernel is float32\[8, 16\] in it, float32\[8, 32\] here",
+    ),
     (lambda: make(ema=True), r"state ema/in/kernel is absent in it, float32\[8, 16\] here"),
-    (lambda: make().replace(params={}), r"state params/in/kernel is float32\[8, 16\] in it, absent here"),
-    (lambda: make().replace(step=jnp.float32(0)), r"state step is int32\[\] in it, float32\[\] here"),
+    (
+      lambda: make().replace(params={}),
+      r"state params/in/kernel is float32\[8, 16\] in it, absent here",
+    ),
+    (
+      lambda: make().replace(step=jnp.float32(0)),
+      r"state step is int32\[\] in it, float32\[\] here",
+    ),
   ],
 )
 def test_another_tree_names_the_first_path(tmp_path, state, message):
@@ -244,7 +274,7 @@ def test_another_tree_names_the_first_path(tmp_path, state, message):
   assert (tmp_path / "1").is_dir()
 
 
-# -------------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def biggest(directory: pathlib.Path, pattern: str = "*") -> pathlib.Path:
@@ -263,14 +293,25 @@ DAMAGES = {
   "a lost file": lambda d: (d / "state" / "manifest.ocdbt").unlink(),
   "a lost config": lambda d: (d / "config" / "metadata").unlink(),
   "torn checksums": lambda d: os.truncate(d / "checksums.json", 20),
-  "a lost item, unchecked": lambda d: [(d / "checksums.json").unlink(), (d / "state" / "_METADATA").unlink()],
-  "a lost config, unchecked": lambda d: [(d / "checksums.json").unlink(), (d / "config" / "metadata").unlink()],
-  "torn metadata, unchecked": lambda d: [(d / "checksums.json").unlink(), os.truncate(d / "state" / "_METADATA", 50)],
+  "a lost item, unchecked": lambda d: [
+    (d / "checksums.json").unlink(),
+    (d / "state" / "_METADATA").unlink(),
+  ],
+  "a lost config, unchecked": lambda d: [
+    (d / "checksums.json").unlink(),
+    (d / "config" / "metadata").unlink(),
+  ],
+  "torn metadata, unchecked": lambda d: [
+    (d / "checksums.json").unlink(),
+    os.truncate(d / "state" / "_METADATA", 50),
+  ],
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, capfd, damage):
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+  tmp_path, capfd, damage
+):
   states = save_steps(tmp_path, 2)
   DAMAGES[damage](tmp_path / "2")
   with Checkpoints(tmp_path, config=CONFIG) as checkpoints:
@@ -299,13 +340,16 @@ def test_when_all_are_damaged_it_stops_every_time(tmp_path):
   for step in "12":
     os.truncate(biggest(tmp_path / step / "state"), 10)
   for _ in range(2):
-    with Checkpoints(tmp_path, config=CONFIG) as checkpoints, pytest.raises(UserError, match="every checkpoint"):
+    with (
+      Checkpoints(tmp_path, config=CONFIG) as checkpoints,
+      pytest.raises(UserError, match="every checkpoint"),
+    ):
       checkpoints.restore(make())
   with pytest.raises(UserError, match="every checkpoint in .* damaged"):
     checkpoint.load_params(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------ kill, full disk
+# ---------------------------------------------------------------------------------- kill, full disk
 
 WRITER = """
 import sys
@@ -326,7 +370,9 @@ with Checkpoints({directory!r}, config=t.CONFIG) as checkpoints:
 
 
 def killed(directory: pathlib.Path, saves: int, delay: float) -> tuple[int, int]:
-  """Kills the writer `delay` seconds into its save number `saves`; -> the step it resumed at, the last it had saved."""
+  """Kills the writer `delay` seconds into its save number `saves`; -> the step it resumed at, the
+  last it had saved.
+  """
   root = pathlib.Path(__file__).parent
   code = WRITER.format(paths=[str(root), str(root.parent)], directory=str(directory))
   process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -360,7 +406,9 @@ def small_disk(tmp_path):
   """A disk of 4 MiB, where this process may mount one."""
   disk = tmp_path / "disk"
   disk.mkdir()
-  mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+  mounted = subprocess.run(
+    ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True
+  )
   if mounted.returncode:
     pytest.skip("may not mount a file system here")
   yield disk
@@ -369,16 +417,22 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, monkeypatch, foreseen):
-  """Refused before anything is written; or, where somebody else fills the disk meanwhile, by the threads that write."""
+  """Refused before anything is written; or, where somebody else fills the disk meanwhile, by the
+  threads that write.
+  """
   small = make()
   big = jax.random.normal(jax.random.key(0), (2048, 1024))  # 8 MB that do not compress
   if not foreseen:
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
+    monkeypatch.setattr(
+      checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40)
+    )
   with Checkpoints(small_disk / "c") as checkpoints:
     checkpoints.save(1, small, small.params)
     checkpoints.wait()
     before = tree_of(small_disk)
-    with pytest.raises(UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "):
+    with pytest.raises(
+      UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "
+    ):
       checkpoints.save(2, small, {"w": big})
       assert not foreseen
       checkpoints.wait()
@@ -386,7 +440,10 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, mon
     step, state = checkpoints.restore(make())
     assert step == 1
     assert_same(state, small)
-  with pytest.raises(UserError, match="no space left"), Checkpoints(small_disk / "c") as checkpoints:
+  with (
+    pytest.raises(UserError, match="no space left"),
+    Checkpoints(small_disk / "c") as checkpoints,
+  ):
     checkpoints.save(2, small, {"w": big})  # unforeseen, the end of the `with` is where it shows
   with Checkpoints(small_disk / "c") as checkpoints:  # as after a restart
     assert checkpoints.latest_step() == 1
@@ -408,9 +465,12 @@ def test_a_disk_that_fills_up_in_the_background_is_one_line_too(tmp_path, monkey
     checkpoints.save(1, state, state.params)
     checkpoints.wait()
     with monkeypatch.context() as patch:
-      patch.setattr(checkpoint.checksums, "write", full)  # the last thing that Orbax's thread does before the rename
+      # the last thing that Orbax's thread does before the rename
+      patch.setattr(checkpoint.checksums, "write", full)
       checkpoints.save(2, state, state.params)
-      with pytest.raises(UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "):
+      with pytest.raises(
+        UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "
+      ):
         checkpoints.wait()
     assert "Traceback" not in caplog.text
     assert checkpoints.latest_step() == 1

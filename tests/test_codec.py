@@ -1,4 +1,6 @@
-"""The patch autoencoder: as good as a linear one can be, the same every time, and of unit size inside."""
+"""The patch autoencoder: as good as a linear one can be, the same every time, and of unit size
+inside.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +60,9 @@ def test_latents_have_unit_variance_spread_as_asked(whitening):
   assert variances.mean() == pytest.approx(1, rel=1e-3)
   rows = patch_codec.patches(video, 4).reshape(-1, 48).astype(np.float64)
   true = np.linalg.svd(rows - rows.mean(0), compute_uv=False)[:7] ** 2
-  np.testing.assert_allclose(variances / variances[0], (true / true[0]) ** (1 - whitening), rtol=1e-2)
+  np.testing.assert_allclose(
+    variances / variances[0], (true / true[0]) ** (1 - whitening), rtol=1e-2
+  )
 
 
 def test_the_basis_is_orthonormal_and_its_signs_are_fixed():

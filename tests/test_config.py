@@ -1,4 +1,6 @@
-"""From the command line to frozen dataclasses; every way to get it wrong is one line and exit status 2."""
+"""From the command line to frozen dataclasses; every way to get it wrong is one line and exit
+status 2.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,7 @@ import pytest
 from hiar_jax import config, files
 from hiar_jax.errors import UserError
 
-EXPERIMENT = '''
+EXPERIMENT = """
 from ml_collections import ConfigDict, config_dict
 
 def get_config(variant=""):
@@ -30,7 +32,7 @@ def get_config(variant=""):
   elif variant:
     raise ValueError(f"no variant {variant!r}")
   return c
-'''
+"""
 
 JOB = """
 import sys
@@ -73,17 +75,26 @@ def job(tmp_path):
   return run
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_variant_and_overrides_reach_main(job):
-  overrides = ["--config.distill.lr=1", "--config.levels=(1.0, 0.7)", "--config.remat", "--config.distill.ema=0.9"]
+  overrides = [
+    "--config.distill.lr=1",
+    "--config.levels=(1.0, 0.7)",
+    "--config.remat",
+    "--config.distill.ema=0.9",
+  ]
   status, out, err = job("--config=shapes.py:smoke", "--workdir=runs/a", *overrides)
   workdir, text = out.split(" ", 1)
   assert (status, workdir, err) == (0, "runs/a", "")
   assert json.loads(text) == {
-    "width": 2, "levels": [1.0, 0.7], "name": "plain", "remat": True, "distill": {"lr": 1.0, "ema": 0.9}
-  }  # fmt: skip
+    "width": 2,
+    "levels": [1.0, 0.7],
+    "name": "plain",
+    "remat": True,
+    "distill": {"lr": 1.0, "ema": 0.9},
+  }
 
 
 GOOD = ["--config=shapes.py", "--workdir=w"]
@@ -92,13 +103,31 @@ BAD_INPUT = {
     [*GOOD, "--config.distill.lrr=1"],
     "--config.distill.lrr: the config shapes.py has no such key; did you mean 'distill.lr'?",
   ),
-  "a mistyped group": ([*GOOD, "--config.distil.lr", "1"], "--config.distil.lr: the config shapes.py has no such key"),
+  "a mistyped group": (
+    [*GOOD, "--config.distil.lr", "1"],
+    "--config.distil.lr: the config shapes.py has no such key",
+  ),
   "a float for an int": ([*GOOD, "--config.width=1.5"], "--config.width=1.5: expected int, as 8"),
-  "a word for a float": ([*GOOD, "--config.distill.lr=fast"], "--config.distill.lr=fast: expected float, as 0.001"),
-  "a word for a bool": ([*GOOD, "--config.remat=maybe"], "--config.remat=maybe: expected bool, as False"),
-  "a word for an empty float": ([*GOOD, "--config.distill.ema=x"], "--config.distill.ema=x: expected float"),
-  "half a tuple": ([*GOOD, "--config.levels=(1,"], "--config.levels=(1,: expected tuple, as (1.0, 0.5)"),
-  "a value for a group": ([*GOOD, "--config.distill=3"], "--config.distill=3: expected no value: it is a group, of "),
+  "a word for a float": (
+    [*GOOD, "--config.distill.lr=fast"],
+    "--config.distill.lr=fast: expected float, as 0.001",
+  ),
+  "a word for a bool": (
+    [*GOOD, "--config.remat=maybe"],
+    "--config.remat=maybe: expected bool, as False",
+  ),
+  "a word for an empty float": (
+    [*GOOD, "--config.distill.ema=x"],
+    "--config.distill.ema=x: expected float",
+  ),
+  "half a tuple": (
+    [*GOOD, "--config.levels=(1,"],
+    "--config.levels=(1,: expected tuple, as (1.0, 0.5)",
+  ),
+  "a value for a group": (
+    [*GOOD, "--config.distill=3"],
+    "--config.distill=3: expected no value: it is a group, of ",
+  ),
   "an index into a tuple": ([*GOOD, "--config.levels[0]=3"], "0 is not a valid index"),
   "a file that is not there": (
     ["--config=shape.py", "--workdir=w"],
@@ -112,11 +141,23 @@ BAD_INPUT = {
     ["--config=shapes.py:broken", "--workdir=w"],
     "--config=shapes.py:broken: shapes.py:14: AttributeError: distil; Did you mean",
   ),
-  "no config": (["--workdir=w"], "--config is missing; give a config file, as --config=experiments/shapes.py"),
+  "no config": (
+    ["--workdir=w"],
+    "--config is missing; give a config file, as --config=experiments/shapes.py",
+  ),
   "no workdir": (["--config=shapes.py"], "--workdir is missing; give the run a directory"),
-  "an override without a config": (["--config.width=3"], "--config.width overrides a config, but --config is missing"),
-  "an override before its config": (["--config.width=3", *GOOD], "Found --config.width=3 in argv before a value for"),
-  "an unknown flag": ([*GOOD, "--wrkdir=w"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+  "an override without a config": (
+    ["--config.width=3"],
+    "--config.width overrides a config, but --config is missing",
+  ),
+  "an override before its config": (
+    ["--config.width=3", *GOOD],
+    "Found --config.width=3 in argv before a value for",
+  ),
+  "an unknown flag": (
+    [*GOOD, "--wrkdir=w"],
+    "Unknown command line flag 'wrkdir'. Did you mean: workdir ?",
+  ),
   "a stray word": ([*GOOD, "smoke"], "unexpected argument 'smoke'; flags are written --name=value"),
   "a user error below": (["--config=shapes.py", "--workdir=taken"], "the workdir is taken"),
 }
@@ -137,7 +178,10 @@ def test_a_bug_keeps_its_traceback(job):
 
 
 def test_notes_of_libraries_are_shown_on_request(job):
-  code = "from absl import logging\nfrom hiar_jax import config\nconfig.run_flags(lambda: logging.info('a note'))"
+  code = (
+    "from absl import logging\nfrom hiar_jax import config\nconfig.run_flags(lambda: "
+    "logging.info('a note'))"
+  )
   assert job(code=code) == (0, "", "")
   assert "a note" in job("--verbosity=0", code=code)[2]
 
@@ -153,7 +197,7 @@ def test_main_cannot_add_a_key(job):
   assert status == 1 and "locked" in err and "lrr" in err
 
 
-# -------------------------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------------------------- build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +237,20 @@ def test_build_reads_back_its_own_json():
   "change, message",
   [
     ({"widht": 8}, r"^Model has no field 'widht'; did you mean 'width'\?$"),
-    ({"window": {"frames": 3, "sinks": 1}}, r"^Model\.window has no field 'sinks'; did you mean 'sink'\?$"),
-    ({"window": {"sink": 1}}, r"^Model\.window needs a field 'frames' \(int\); the config gives sink$"),
+    (
+      {"window": {"frames": 3, "sinks": 1}},
+      r"^Model\.window has no field 'sinks'; did you mean 'sink'\?$",
+    ),
+    (
+      {"window": {"sink": 1}},
+      r"^Model\.window needs a field 'frames' \(int\); the config gives sink$",
+    ),
     ({"width": 1.5}, r"^Model\.width: expected int, got 1\.5$"),
     ({"levels": ("a",)}, r"^Model\.levels: expected tuple\[float, \.\.\.\], got \('a',\)$"),
-    ({"order": "both"}, r"^Model\.order: expected Literal\['step_first', 'block_first'\], got 'both'$"),
+    (
+      {"order": "both"},
+      r"^Model\.order: expected Literal\['step_first', 'block_first'\], got 'both'$",
+    ),
     ({"window": 3}, r"^Model\.window: expected Window, got 3$"),
   ],
 )
@@ -209,18 +262,24 @@ def test_build_refuses_what_does_not_fit(change, message):
 def test_build_names_a_missing_field():
   given = good()
   del given["lr"]
-  with pytest.raises(UserError, match=r"^Model needs a field 'lr' \(float\); the config gives width, levels, window$"):
+  with pytest.raises(
+    UserError, match=r"^Model needs a field 'lr' \(float\); the config gives width, levels, window$"
+  ):
     config.build(Model, given)
 
 
-# ------------------------------------------------------------------------------------------------- the resolved config
+# ------------------------------------------------------------------------------ the resolved config
 
 
 def test_difference_names_the_fields():
   stored = {"width": 8, "levels": (1.0,), "window": {"frames": 3}, "old": 1}
   given = {"width": 16, "levels": [1.0], "window": {"frames": None}, "new": {}}
   assert config.difference(stored, stored) == []
-  assert config.difference(stored, given) == ["old: 1 -> (none)", "width: 8 -> 16", "window.frames: 3 -> null"]
+  assert config.difference(stored, given) == [
+    "old: 1 -> (none)",
+    "width: 8 -> 16",
+    "window.frames: 3 -> null",
+  ]
   assert config.difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
 
 
@@ -236,7 +295,10 @@ def test_a_workdir_remembers_its_config(tmp_path):
   c.log.every = 20
   config.check_workdir(c, workdir)  # how often it logs does not change a run
   c.width, c.levels = 16, (1.0,)
-  message = r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; width: 8 -> 16\); use "
+  message = (
+    r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; "
+    r"width: 8 -> 16\); use "
+  )
   with pytest.raises(UserError, match=message):
     config.check_workdir(c, workdir)
   with pytest.raises(UserError, match="log.every: 10 -> 20"):
@@ -245,7 +307,9 @@ def test_a_workdir_remembers_its_config(tmp_path):
 
 def test_a_damaged_config_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"width": ')
-  with pytest.raises(UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"):
+  with pytest.raises(
+    UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
+  ):
     config.check_workdir(ConfigDict({"width": 8}), tmp_path)
 
 

@@ -14,28 +14,52 @@ from hiar_jax.models.dit_names import dit_rules
 from hiar_jax.models.published_names import shape_here
 
 # Every size differs, so that no two axes can be mistaken for each other.
-CONFIG = dit.DiTConfig(dim=12, ffn_dim=20, num_heads=3, num_layers=2, patch=(1, 2, 3), channels=5, text_dim=7, freq_dim=10)
-SIZES = {"1.3B": dit.DiTConfig(), "14B": dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)}
+CONFIG = dit.DiTConfig(
+  dim=12,
+  ffn_dim=20,
+  num_heads=3,
+  num_layers=2,
+  patch=(1, 2, 3),
+  channels=5,
+  text_dim=7,
+  freq_dim=10,
+)
+SIZES = {
+  "1.3B": dit.DiTConfig(),
+  "14B": dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
 # Wan2.1's state dict, module by module: (name, has a bias).
-OUTER = (
-  ["patch_embedding", "text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2"]
-  + ["time_projection.1", "head.head"]
-)  # fmt: skip
+OUTER = [
+  "patch_embedding",
+  "text_embedding.0",
+  "text_embedding.2",
+  "time_embedding.0",
+  "time_embedding.2",
+] + ["time_projection.1", "head.head"]
 ATTENTION = [f"{part}.{p}" for part in ("self_attn", "cross_attn") for p in "qkvo"]
 NORMS = [f"{part}.norm_{p}.weight" for part in ("self_attn", "cross_attn") for p in "qk"]
 
 
 def published_names(layers: int) -> set[str]:
-  with_bias = OUTER + [f"blocks.{i}.{name}" for i in range(layers) for name in [*ATTENTION, "norm3", "ffn.0", "ffn.2"]]
-  names = {f"{name}.{kind}" for name in with_bias for kind in ("weight", "bias")} | {"head.modulation"}
+  with_bias = OUTER + [
+    f"blocks.{i}.{name}" for i in range(layers) for name in [*ATTENTION, "norm3", "ffn.0", "ffn.2"]
+  ]
+  names = {f"{name}.{kind}" for name in with_bias for kind in ("weight", "bias")} | {
+    "head.modulation"
+  }
   return names | {f"blocks.{i}.{name}" for i in range(layers) for name in [*NORMS, "modulation"]}
 
 
 def published_arrays(config=CONFIG) -> dict[str, np.ndarray]:
-  return {name: tiny.random(i, *shape) for i, (name, shape) in enumerate(convert.published_shapes(config).items())}
+  return {
+    name: tiny.random(i, *shape)
+    for i, (name, shape) in enumerate(convert.published_shapes(config).items())
+  }
 
 
-@pytest.mark.parametrize(("size", "count", "parameters"), [("1.3B", 825, 1_418_996_800), ("14B", 1095, 14_288_491_584)])
+@pytest.mark.parametrize(
+  ("size", "count", "parameters"), [("1.3B", 825, 1_418_996_800), ("14B", 1095, 14_288_491_584)]
+)
 def test_published_sizes(size, count, parameters):
   shapes = convert.published_shapes(SIZES[size])
   assert shapes.keys() == published_names(SIZES[size].num_layers) and len(shapes) == count
@@ -45,21 +69,35 @@ def test_published_sizes(size, count, parameters):
 def test_published_shapes_of_the_small_model():
   shapes = convert.published_shapes(SIZES["1.3B"])
   expected = {
-    "patch_embedding.weight": (1536, 16, 1, 2, 2), "text_embedding.0.weight": (1536, 4096),
-    "time_embedding.0.weight": (1536, 256), "time_projection.1.weight": (9216, 1536), "head.head.weight": (64, 1536),
-    "head.modulation": (1, 2, 1536), "blocks.29.modulation": (1, 6, 1536), "blocks.0.ffn.0.weight": (8960, 1536),
-    "blocks.0.ffn.2.weight": (1536, 8960), "blocks.0.self_attn.norm_q.weight": (1536,), "blocks.7.norm3.bias": (1536,),
+    "patch_embedding.weight": (1536, 16, 1, 2, 2),
+    "text_embedding.0.weight": (1536, 4096),
+    "time_embedding.0.weight": (1536, 256),
+    "time_projection.1.weight": (9216, 1536),
+    "head.head.weight": (64, 1536),
+    "head.modulation": (1, 2, 1536),
+    "blocks.29.modulation": (1, 6, 1536),
+    "blocks.0.ffn.0.weight": (8960, 1536),
+    "blocks.0.ffn.2.weight": (1536, 8960),
+    "blocks.0.self_attn.norm_q.weight": (1536,),
+    "blocks.7.norm3.bias": (1536,),
     "blocks.0.cross_attn.k.weight": (1536, 1536),
-  }  # fmt: skip
+  }
   assert {name: shapes[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("config", [CONFIG, *SIZES.values()], ids=["odd", *SIZES])
 def test_every_parameter_has_a_published_place(config):
-  """The module's own shapes (nothing is allocated) are those that the rules make of the published ones."""
+  """The module's own shapes (nothing is allocated) are those that the rules make of the published
+  ones.
+  """
   rules = {".".join(rule.path): rule for rule in dit_rules(config)}
-  ours = {path: shape_here(rule) if rule.layer is None else (config.num_layers, *shape_here(rule)) for path, rule in rules.items()}
-  leaves = jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: dit.init(config, jax.random.key(0))))
+  ours = {
+    path: shape_here(rule) if rule.layer is None else (config.num_layers, *shape_here(rule))
+    for path, rule in rules.items()
+  }
+  leaves = jax.tree_util.tree_leaves_with_path(
+    jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+  )
   assert ours == {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
 
 
@@ -75,7 +113,9 @@ def test_there_and_back_bit_for_bit():
 
 
 def test_layouts():
-  """A linear layer is transposed; the patch convolution reads (row, column, channel); layers are stacked in order."""
+  """A linear layer is transposed; the patch convolution reads (row, column, channel); layers are
+  stacked in order.
+  """
   named = published_arrays()
   params = convert.params_from_torch(named, CONFIG)
   weight = named["blocks.1.ffn.0.weight"]
@@ -84,7 +124,9 @@ def test_layouts():
   assert kernel[1, 2, 3, 4] == named["patch_embedding.weight"][4, 3, 0, 1, 2]
   scale = params["layers"]["text_attention"]["norm_k"]["scale"][0]
   np.testing.assert_array_equal(scale, named["blocks.0.cross_attn.norm_k.weight"])
-  np.testing.assert_array_equal(params["layers"]["norm_text"]["bias"][1], named["blocks.1.norm3.bias"])
+  np.testing.assert_array_equal(
+    params["layers"]["norm_text"]["bias"][1], named["blocks.1.norm3.bias"]
+  )
   np.testing.assert_array_equal(params["head_modulation"], named["head.modulation"])
 
 
@@ -92,7 +134,9 @@ def test_misfits_are_listed():
   named = published_arrays()
   del named["blocks.1.ffn.2.bias"]
   named["blocks.0.self_attn.q.lora"] = np.zeros(3)
-  with pytest.raises(UserError, match=r"missing \(blocks.1.ffn.2.bias\).*left over \(blocks.0.self_attn.q.lora\)") as error:
+  with pytest.raises(
+    UserError, match=r"missing \(blocks.1.ffn.2.bias\).*left over \(blocks.0.self_attn.q.lora\)"
+  ) as error:
     convert.params_from_torch(named, CONFIG)
   assert "\n" not in str(error.value)
 
@@ -100,7 +144,9 @@ def test_misfits_are_listed():
 def test_another_shape_is_refused():
   named = published_arrays()
   named["head.head.weight"] = np.zeros((4, 12))
-  with pytest.raises(UserError, match=r"head.head.weight has shape \(4, 12\), the config asks for \(30, 12\)"):
+  with pytest.raises(
+    UserError, match=r"head.head.weight has shape \(4, 12\), the config asks for \(30, 12\)"
+  ):
     convert.params_from_torch(named, CONFIG)
 
 

@@ -1,4 +1,6 @@
-"""Weights back to published files: bit for bit, in shards, with the configs that other tools read, also from a training run."""
+"""Weights back to published files: bit for bit, in shards, with the configs that other tools read,
+also from a training run.
+"""
 
 import json
 
@@ -23,13 +25,16 @@ from hiar_jax.published.export import export
 PARTS = ("dit", "vae", "umt5")
 NAMES = {
   "original": {
-    "dit": "diffusion_pytorch_model.safetensors", "vae": "Wan2.1_VAE.safetensors", "umt5": "models_t5_umt5-xxl-enc.safetensors",
+    "dit": "diffusion_pytorch_model.safetensors",
+    "vae": "Wan2.1_VAE.safetensors",
+    "umt5": "models_t5_umt5-xxl-enc.safetensors",
   },
   "diffusers": {
-    "dit": "transformer/diffusion_pytorch_model.safetensors", "vae": "vae/diffusion_pytorch_model.safetensors",
+    "dit": "transformer/diffusion_pytorch_model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
     "umt5": "text_encoder/model.safetensors",
   },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +51,21 @@ def run(source, layout, out, **kwargs) -> list[str]:
 def assert_same(found, expected):
   assert found.keys() == expected.keys()
   for name, array in expected.items():
-    assert found[name].dtype == array.dtype and found[name].shape == array.shape and found[name].tobytes() == array.tobytes(), name
+    assert (
+      found[name].dtype == array.dtype
+      and found[name].shape == array.shape
+      and found[name].tobytes() == array.tobytes()
+    ), name
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_files_as_published(converted, tmp_path, layout):
   lines = run(converted, layout, tmp_path)
   for kind in PARTS:
-    assert_same(load_file(tmp_path / NAMES[layout][kind]), tensors(kind, layout, "bfloat16" if kind == "umt5" else np.float32))
+    assert_same(
+      load_file(tmp_path / NAMES[layout][kind]),
+      tensors(kind, layout, "bfloat16" if kind == "umt5" else np.float32),
+    )
     with safe_open(tmp_path / NAMES[layout][kind], "np") as file:
       assert file.metadata() == {"format": "pt"}
   assert "69 tensors" in lines[0] and not list(tmp_path.rglob("*.tmp"))
@@ -69,15 +81,23 @@ def test_there_and_back(converted, tmp_path, layout, max_shard):
   for kind in PARTS:
     assert weights.fingerprint(tmp_path / "again", kind) == weights.fingerprint(converted, kind)
     assert weights.read_config(tmp_path / "again", kind) == CONFIGS[kind]
-  assert (tmp_path / "again/tokenizer/tokenizer.json").read_bytes() == (converted / "tokenizer/tokenizer.json").read_bytes()
+  assert (tmp_path / "again/tokenizer/tokenizer.json").read_bytes() == (
+    converted / "tokenizer/tokenizer.json"
+  ).read_bytes()
 
 
 def test_shards(converted, tmp_path):
   run(converted, "diffusers", tmp_path, max_shard=10**6)
-  index = json.loads((tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text())
+  index = json.loads(
+    (tmp_path / "transformer/diffusion_pytorch_model.safetensors.index.json").read_text()
+  )
   files = sorted(set(index["weight_map"].values()))
-  assert [name.split("-")[1:] for name in files] == [[f"{i:05d}", "of", f"{len(files):05d}.safetensors"] for i in range(1, len(files) + 1)]
-  assert len(files) > 3 and index["metadata"]["total_size"] == sum(array.nbytes for array in tensors("dit").values())
+  assert [name.split("-")[1:] for name in files] == [
+    [f"{i:05d}", "of", f"{len(files):05d}.safetensors"] for i in range(1, len(files) + 1)
+  ]
+  assert len(files) > 3 and index["metadata"]["total_size"] == sum(
+    array.nbytes for array in tensors("dit").values()
+  )
   found = {}
   for name in files:
     shard = load_file(tmp_path / "transformer" / name)
@@ -111,18 +131,26 @@ def test_one_part(converted, tmp_path):
 def test_what_is_there_is_not_overwritten_unasked(converted, tmp_path):
   run(converted, "diffusers", tmp_path, max_shard=10**6)
   before = tiny_run.files(tmp_path)
-  with pytest.raises(UserError, match=r"diffusion_pytorch_model-00001-of.*is there already.*--overwrite"):
+  with pytest.raises(
+    UserError, match=r"diffusion_pytorch_model-00001-of.*is there already.*--overwrite"
+  ):
     run(converted, "diffusers", tmp_path)
   assert tiny_run.files(tmp_path) == before
   run(converted, "diffusers", tmp_path, overwrite=True)  # in one file: the shards must go
-  assert [path.name for path in sorted((tmp_path / "transformer").iterdir())] == ["config.json", "diffusion_pytorch_model.safetensors"]
+  assert [path.name for path in sorted((tmp_path / "transformer").iterdir())] == [
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+  ]
 
 
 def test_the_tiny_autoencoder_has_no_place_in_diffusers(tmp_path):
   from published_files import params
 
   weights.save(tmp_path / "weights", "tiny_vae", CONFIGS["tiny_vae"], params("tiny_vae"))
-  assert "tiny_vae: diffusers has no place for it" in run(tmp_path / "weights", "diffusers", tmp_path / "out")[0]
+  assert (
+    "tiny_vae: diffusers has no place for it"
+    in run(tmp_path / "weights", "diffusers", tmp_path / "out")[0]
+  )
   run(tmp_path / "weights", "original", tmp_path / "out")
   assert_same(load_file(tmp_path / "out/taew2_1.safetensors"), tensors("tiny_vae"))
 
@@ -134,10 +162,12 @@ def test_diffusers_to_diffusers_through_here(tmp_path):
   for name in NAMES["diffusers"].values():
     assert_same(load_file(tmp_path / "back" / name), load_file(source / name))
     config = name.replace(name.split("/")[1], "config.json")
-    assert json.loads((tmp_path / "back" / config).read_text()) == json.loads((source / config).read_text())
+    assert json.loads((tmp_path / "back" / config).read_text()) == json.loads(
+      (source / config).read_text()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ a training run
+# ----------------------------------------------------------------------------------- a training run
 
 
 def trained(directory, **changes):
@@ -156,10 +186,23 @@ def trained(directory, **changes):
 def test_a_training_run(tmp_path):
   config, params = trained(tmp_path / "run")
   run(tmp_path / "run", "diffusers", tmp_path / "out")
-  assert json.loads((tmp_path / "out/transformer/config.json").read_text())["num_layers"] == config.num_layers
+  assert (
+    json.loads((tmp_path / "out/transformer/config.json").read_text())["num_layers"]
+    == config.num_layers
+  )
   list(convert(str(tmp_path / "out"), str(tmp_path / "weights")))
   found_config, found = weights.load(tmp_path / "weights", "dit")
-  for field in ("dim", "ffn_dim", "num_heads", "num_layers", "patch", "channels", "text_dim", "freq_dim", "eps"):
+  for field in (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "patch",
+    "channels",
+    "text_dim",
+    "freq_dim",
+    "eps",
+  ):
     assert getattr(found_config, field) == getattr(config, field), field
   jax.tree.map(np.testing.assert_array_equal, found, params)
 
@@ -184,7 +227,9 @@ def test_a_run_with_place_embeddings_has_no_published_names(tmp_path):
     run(tmp_path / "run", "original", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GB", 1.5e9), ("1000", 1000)])
+@pytest.mark.parametrize(
+  ("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5 GB", 1.5e9), ("1000", 1000)]
+)
 def test_sizes(text, size):
   assert parse_bytes(text) == size
 

@@ -28,7 +28,9 @@ def run(*args, **kwargs) -> list[str]:
 def assert_holds(directory, kind, expected=None, config=None):
   found_config, found = weights.load(directory, kind)
   assert found_config == (config or CONFIGS[kind])
-  expected = params(kind, "bfloat16" if kind == "umt5" else np.float32) if expected is None else expected
+  expected = (
+    params(kind, "bfloat16" if kind == "umt5" else np.float32) if expected is None else expected
+  )
   assert jax.tree.structure(found) == jax.tree.structure(expected)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     assert a.dtype == b.dtype and np.asarray(a).tobytes() == b.tobytes()
@@ -41,10 +43,20 @@ def test_whole_folders(tmp_path, layout, shards):
   lines = run(source, tmp_path / "out")
   for kind in PARTS:
     assert_holds(tmp_path / "out", kind)
-  assert (tmp_path / "out/tokenizer/tokenizer.json").read_bytes() == next(source.rglob("tokenizer.json")).read_bytes()
-  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dit", "tokenizer", "umt5", "vae"]
+  assert (tmp_path / "out/tokenizer/tokenizer.json").read_bytes() == next(
+    source.rglob("tokenizer.json")
+  ).read_bytes()
+  assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+    "dit",
+    "tokenizer",
+    "umt5",
+    "vae",
+  ]
   assert len(lines) == 4 and "4 tokens" in lines[3]
-  assert f"dit: {sum(a.size for a in tensors('dit').values()):,} parameters in 69 tensors, float32, 0.00" in lines[0]
+  assert (
+    f"dit: {sum(a.size for a in tensors('dit').values()):,} parameters in 69 tensors, float32, 0.00"
+    in lines[0]
+  )
   assert layout.__name__.split("_")[0] in lines[0] and ("bfloat16" in lines[2])
 
 
@@ -52,13 +64,26 @@ def test_both_layouts_give_the_same_weights(tmp_path):
   for layout in (original_folder, diffusers_folder):
     run(layout(tmp_path / layout.__name__), tmp_path / f"{layout.__name__}-out")
   for kind in PARTS:
-    assert len({weights.fingerprint(tmp_path / f"{name}_folder-out", kind) for name in ("original", "diffusers")}) == 1
+    assert (
+      len(
+        {
+          weights.fingerprint(tmp_path / f"{name}_folder-out", kind)
+          for name in ("original", "diffusers")
+        }
+      )
+      == 1
+    )
 
 
-@pytest.mark.parametrize("prefix", ["model.", "model._fsdp_wrapped_module.", "module._orig_mod.model."])
+@pytest.mark.parametrize(
+  "prefix", ["model.", "model._fsdp_wrapped_module.", "module._orig_mod.model."]
+)
 def test_training_checkpoints(tmp_path, prefix):
   named = {prefix + name: array for name, array in tensors("dit").items()}
-  path = save({"generator": {k: 2 * v for k, v in named.items()}, "generator_ema": named, "step": 5}, tmp_path / "hiar.pt")
+  path = save(
+    {"generator": {k: 2 * v for k, v in named.items()}, "generator_ema": named, "step": 5},
+    tmp_path / "hiar.pt",
+  )
   lines = run(path, tmp_path / "out")
   assert "entries generator, generator_ema; taking generator_ema" in lines[0] and len(lines) == 2
   assert_holds(tmp_path / "out", "dit")
@@ -120,10 +145,11 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(UserError, match=r"Wan2\.1_VAE\.pth is cut off"):
     run(source, tmp_path / "out")
-  assert [path.name for path in (tmp_path / "out").iterdir()] == ["dit"]  # complete before the VAE's turn
+  # complete before the VAE's turn
+  assert [path.name for path in (tmp_path / "out").iterdir()] == ["dit"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
+# -------------------------------------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
@@ -141,17 +167,29 @@ def test_the_published_tiny_autoencoder(tmp_path):
   from hiar_jax.models.tiny_vae_names import tiny_vae_rules
 
   shapes = {rule.name: rule.shape for rule in tiny_vae_rules(TinyVAEConfig())}
-  assert TinyVAEConfig(**published_sizes.infer("tiny_vae", "original", shapes, "a")) == TinyVAEConfig()
+  assert (
+    TinyVAEConfig(**published_sizes.infer("tiny_vae", "original", shapes, "a")) == TinyVAEConfig()
+  )
 
 
-@pytest.mark.parametrize("sizes", [{}, {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}], ids=["1.3B", "14B"])
+@pytest.mark.parametrize(
+  "sizes",
+  [{}, {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}],
+  ids=["1.3B", "14B"],
+)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 def test_the_published_models(sizes, layout):
   from hiar_jax.models import published_sizes
 
-  for kind, config in {"dit": dit.DiTConfig(**sizes), "vae": vae.VAEConfig(), "umt5": weights.config_class("umt5")()}.items():
+  for kind, config in {
+    "dit": dit.DiTConfig(**sizes),
+    "vae": vae.VAEConfig(),
+    "umt5": weights.config_class("umt5")(),
+  }.items():
     shapes = {rule.name: rule.shape for rule in published_files.RULES[kind](config, layout)}
-    assert published_sizes.build(kind, published_sizes.infer(kind, layout, shapes, "a"), "a") == config
+    assert (
+      published_sizes.build(kind, published_sizes.infer(kind, layout, shapes, "a"), "a") == config
+    )
 
 
 def test_heads(tmp_path):
@@ -172,7 +210,10 @@ def test_the_config_json_beside_the_tensors_counts(tmp_path):
   """A model cut short in its download would else pass as a smaller one."""
   source = original_folder(tmp_path / "source")
   named = load_file(source / "diffusion_pytorch_model.safetensors")
-  save_file({k: v for k, v in named.items() if not k.startswith("blocks.1.")}, source / "diffusion_pytorch_model.safetensors")
+  save_file(
+    {k: v for k, v in named.items() if not k.startswith("blocks.1.")},
+    source / "diffusion_pytorch_model.safetensors",
+  )
   with pytest.raises(UserError, match=r"27 missing \(blocks\.1\."):
     run(source, tmp_path / "out")
   (source / "config.json").write_text("{")
@@ -180,22 +221,40 @@ def test_the_config_json_beside_the_tensors_counts(tmp_path):
     run(source, tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
   ("change", "message"),
   [
     (lambda t: t.pop("blocks.1.ffn.2.bias"), r"1 missing \(blocks\.1\.ffn\.2\.bias\)"),
-    (lambda t: t.update({"blocks.0.lora": np.zeros(3, np.float32)}), r"1 left over \(blocks\.0\.lora\)"),
+    (
+      lambda t: t.update({"blocks.0.lora": np.zeros(3, np.float32)}),
+      r"1 left over \(blocks\.0\.lora\)",
+    ),
     (lambda t: t.update({"img_emb.proj.0.bias": np.zeros(3, np.float32)}), r"left over \(img_emb"),
-    (lambda t: t.update({"head.modulation": np.zeros((1, 3, 256), np.float32)}), r"head\.modulation has shape \(1, 3, 256\)"),
-    (lambda t: t.update({"patch_embedding.weight": np.zeros((256, 9, 1, 2, 2), np.float32)}), "takes 9 channels in and gives 4"),
-    (lambda t: t.update({"blocks.1.ffn.2.bias": np.zeros(256, np.float16)}), "is float16, other layers are float32"),
+    (
+      lambda t: t.update({"head.modulation": np.zeros((1, 3, 256), np.float32)}),
+      r"head\.modulation has shape \(1, 3, 256\)",
+    ),
+    (
+      lambda t: t.update({"patch_embedding.weight": np.zeros((256, 9, 1, 2, 2), np.float32)}),
+      "takes 9 channels in and gives 4",
+    ),
+    (
+      lambda t: t.update({"blocks.1.ffn.2.bias": np.zeros(256, np.float16)}),
+      "is float16, other layers are float32",
+    ),
     (lambda t: t.update({"head.head.bias": np.zeros(16, np.int8)}), "tensors of dtype int8"),
     (lambda t: t.pop("blocks.0.ffn.0.weight"), r"tensor blocks\.0\.ffn\.0\.weight is missing"),
-    (lambda t: t.update({"patch_embedding.weight": np.zeros((256, 16), np.float32)}), "expected 5 axes"),
-    (lambda t: t.clear() or t.update({"a": np.zeros(1, np.float32)}), r"its tensors \(a, \.\.\.\) are those of no model"),
+    (
+      lambda t: t.update({"patch_embedding.weight": np.zeros((256, 16), np.float32)}),
+      "expected 5 axes",
+    ),
+    (
+      lambda t: t.clear() or t.update({"a": np.zeros(1, np.float32)}),
+      r"its tensors \(a, \.\.\.\) are those of no model",
+    ),
   ],
 )
 def test_tensors_that_do_not_fit(tmp_path, change, message):
@@ -209,7 +268,9 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
 
 def test_another_kind_than_asked_for(tmp_path):
   save_file(tensors("vae"), tmp_path / "a.safetensors")
-  with pytest.raises(UserError, match="expected the tensors of kind 'dit', but they are those of kind 'vae'"):
+  with pytest.raises(
+    UserError, match="expected the tensors of kind 'dit', but they are those of kind 'vae'"
+  ):
     run(tmp_path / "a.safetensors", tmp_path / "out", kind="dit")
 
 
@@ -247,7 +308,9 @@ def test_too_small_a_disk_is_noticed_before(tmp_path, monkeypatch):
 def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
   """One layer at a time: 12 of them, and less than two in memory."""
   monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", 1 << 18)
-  config = dit.DiTConfig(dim=128, ffn_dim=4096, num_heads=1, num_layers=12, channels=4, text_dim=6, freq_dim=8)
+  config = dit.DiTConfig(
+    dim=128, ffn_dim=4096, num_heads=1, num_layers=12, channels=4, text_dim=6, freq_dim=8
+  )
   path = save(tensors("dit", config=config), tmp_path / "a.pt")
   layer = 4 * (2 * 128 * 4096 + 8 * 128 * 128)
   tracemalloc.start()
@@ -257,7 +320,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
   assert peak < 1.5 * layer < path.stat().st_size / 6
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def test_the_command(tmp_path, tmp_path_factory):
@@ -266,24 +329,58 @@ def test_the_command(tmp_path, tmp_path_factory):
   whole = (source / "diffusion_pytorch_model.safetensors").read_bytes()
   (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
   cases = [
-    ([f"--source={source}", f"--out={out}", "--dtype=bfloat16"], 0, "parameters in 69 tensors, bfloat16"),
-    ([f"--export={out}", "--layout=diffusers", f"--out={tmp_path / 'back'}", "--max_shard=100KB"], 0, "model_index.json ->"),
+    (
+      [f"--source={source}", f"--out={out}", "--dtype=bfloat16"],
+      0,
+      "parameters in 69 tensors, bfloat16",
+    ),
+    (
+      [f"--export={out}", "--layout=diffusers", f"--out={tmp_path / 'back'}", "--max_shard=100KB"],
+      0,
+      "model_index.json ->",
+    ),
     ([f"--out={out}"], 2, "give either --source=FILES"),
     ([f"--source={source}", f"--export={out}", f"--out={out}"], 2, "give either --source=FILES"),
     ([f"--source={source}"], 2, "--out is missing"),
-    ([f"--source={source}", f"--out={out}", "--layout=original"], 2, "--layout=original belongs to --export"),
-    ([f"--export={out}", f"--out={out}", "--layout=original", "--heads=3"], 2, "--heads=3 belongs to --source"),
-    ([f"--export={out}", f"--out={out}"], 2, "--layout is missing; give one of original, diffusers"),
-    ([f"--export={out}", f"--out={tmp_path / 'a'}", "--layout=original", "--max_shard=5 bananas"], 2, "a size such as 5GB"),
-    ([f"--export={tmp_path / 'empty'}", f"--out={tmp_path / 'a'}", "--layout=original"], 2, "holds nothing to write"),
+    (
+      [f"--source={source}", f"--out={out}", "--layout=original"],
+      2,
+      "--layout=original belongs to --export",
+    ),
+    (
+      [f"--export={out}", f"--out={out}", "--layout=original", "--heads=3"],
+      2,
+      "--heads=3 belongs to --source",
+    ),
+    (
+      [f"--export={out}", f"--out={out}"],
+      2,
+      "--layout is missing; give one of original, diffusers",
+    ),
+    (
+      [f"--export={out}", f"--out={tmp_path / 'a'}", "--layout=original", "--max_shard=5 bananas"],
+      2,
+      "a size such as 5GB",
+    ),
+    (
+      [f"--export={tmp_path / 'empty'}", f"--out={tmp_path / 'a'}", "--layout=original"],
+      2,
+      "holds nothing to write",
+    ),
     ([f"--source={tmp_path / 'nowhere'}", f"--out={out}"], 2, "there is no such file or folder"),
     ([f"--source={tmp_path / 'empty'}", f"--out={out}"], 2, "holds no weights"),
-    ([f"--source={tmp_path / 'cut.safetensors'}", f"--out={tmp_path / 'a'}"], 2, "cut.safetensors is cut off or damaged"),
+    (
+      [f"--source={tmp_path / 'cut.safetensors'}", f"--out={tmp_path / 'a'}"],
+      2,
+      "cut.safetensors is cut off or damaged",
+    ),
     ([f"--source={source}", f"--out={out}", "--dtype=float8"], 2, "dtype"),
     ([f"--source={source}", f"--out={out}", "--sauce=1"], 2, "sauce"),
   ]
   chain = tiny_run.chain(tmp_path_factory.getbasetemp())
-  for (arguments, status, text), found in zip(cases, chain.commands([("hiar_jax.convert", case[0]) for case in cases]), strict=True):
+  for (arguments, status, text), found in zip(
+    cases, chain.commands([("hiar_jax.convert", case[0]) for case in cases]), strict=True
+  ):
     code, printed, errors = found
     assert code == status and text in (errors if status else printed), (arguments, found)
     assert not status or len(errors.strip().splitlines()) == 1, (arguments, errors)

@@ -1,4 +1,6 @@
-"""Batches: every clip once an epoch, split over processes, resumed to the batch, whatever the number of threads."""
+"""Batches: every clip once an epoch, split over processes, resumed to the batch, whatever the
+number of threads.
+"""
 
 import json
 
@@ -34,7 +36,11 @@ def numbers(clips):
 
 
 def _iterator(directory, **changes):
-  options = {"batch_size": 4, "seed": 0, "tokenize": lambda record: _tokenize(record["caption"].decode())} | changes
+  options = {
+    "batch_size": 4,
+    "seed": 0,
+    "tokenize": lambda record: _tokenize(record["caption"].decode()),
+  } | changes
   return pipeline.make_iterator(directory, **options)
 
 
@@ -52,9 +58,15 @@ def test_a_batch_holds_clips_with_their_own_captions(clips, numbers):
   batch = next(_iterator(clips))
   shapes = {k: (v.shape, v.dtype) for k, v in batch.items()}
   assert shapes == {
-      "video": ((4, 9, 32, 32, 3), np.uint8), "tokens": ((4, 20), np.int32), "background": ((4,), np.int32),
-      "position": ((4, 9, 1, 2), np.float32), "velocity": ((4, 9, 1, 2), np.float32),
-      "colour": ((4, 1), np.int32), "shape": ((4, 1), np.int32), "start": ((4,), np.int32)}
+    "video": ((4, 9, 32, 32, 3), np.uint8),
+    "tokens": ((4, 20), np.int32),
+    "background": ((4,), np.int32),
+    "position": ((4, 9, 1, 2), np.float32),
+    "velocity": ((4, 9, 1, 2), np.float32),
+    "colour": ((4, 1), np.int32),
+    "shape": ((4, 1), np.int32),
+    "start": ((4,), np.int32),
+  }
   for row, number in enumerate(numbers(batch)):
     clip = shapes_clips.make_clip(WorldConfig(), 0, number)
     np.testing.assert_array_equal(batch["video"][row], clip["video"])
@@ -62,8 +74,9 @@ def test_a_batch_holds_clips_with_their_own_captions(clips, numbers):
 
 
 def test_every_epoch_is_another_permutation(clips, numbers):
-  stream = [n for batch in _take(_iterator(clips), CLIPS) for n in numbers(batch)]  # 4 epochs of 23 clips
-  epochs = [tuple(stream[i:i + CLIPS]) for i in range(0, len(stream), CLIPS)]
+  # 4 epochs of 23 clips
+  stream = [n for batch in _take(_iterator(clips), CLIPS) for n in numbers(batch)]
+  epochs = [tuple(stream[i : i + CLIPS]) for i in range(0, len(stream), CLIPS)]
   assert len(set(epochs)) == 4
   assert all(sorted(epoch) == list(range(CLIPS)) for epoch in epochs)
 
@@ -75,8 +88,13 @@ def test_seeds_differ_and_repeat(clips, numbers):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_share_the_global_batch(clips, processes):
-  """Together, in order, they hold what one process would: so an epoch is covered once, and no clip is read twice."""
-  parts = [_iterator(clips, batch_size=2, process_index=p, process_count=processes) for p in range(processes)]
+  """Together, in order, they hold what one process would: so an epoch is covered once, and no clip
+  is read twice.
+  """
+  parts = [
+    _iterator(clips, batch_size=2, process_index=p, process_count=processes)
+    for p in range(processes)
+  ]
   whole = _iterator(clips, batch_size=2 * processes)
   for _ in range(8):
     shares = [next(part) for part in parts]
@@ -110,7 +128,9 @@ def test_trajectories_arrive_as_float32(tmp_path):
   writer.finish()
   batch = next(_iterator(tmp_path))
   assert batch["trajectory"].shape == (4, 2, 3, 2, 2, 4) and batch["trajectory"].dtype == np.float32
-  np.testing.assert_array_equal(batch["tokens"], np.stack([_tokenize("a red circle moving left")] * 4))
+  np.testing.assert_array_equal(
+    batch["tokens"], np.stack([_tokenize("a red circle moving left")] * 4)
+  )
 
 
 def test_captions_in_order(clips):
@@ -129,13 +149,21 @@ def test_too_few_clips_or_none(clips, tmp_path):
 
 def test_prompts_file(tmp_path):
   path = tmp_path / "prompts.txt"
-  path.write_text("# mine\n\n a red circle moving left \n\ta blue square  # kept\n", encoding="utf-8-sig")
+  path.write_text(
+    "# mine\n\n a red circle moving left \n\ta blue square  # kept\n", encoding="utf-8-sig"
+  )
   assert pipeline.read_prompts(path) == ["a red circle moving left", "a blue square  # kept"]
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "does not exist"), (b"", "holds no prompt"), (b"# nothing\n\n", "holds no prompt"),
-    (b"\xff\xfe\x00", "UTF-8")])
+@pytest.mark.parametrize(
+  "content, message",
+  [
+    (None, "does not exist"),
+    (b"", "holds no prompt"),
+    (b"# nothing\n\n", "holds no prompt"),
+    (b"\xff\xfe\x00", "UTF-8"),
+  ],
+)
 def test_bad_prompts_file_is_one_clear_line(tmp_path, content, message):
   path = tmp_path / "prompts.txt"
   if content is not None:

@@ -18,12 +18,20 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def _python(code, **kwargs):
-  return subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, **kwargs)
+  return subprocess.Popen(
+    [sys.executable, "-W", "error", "-c", code],
+    cwd=ROOT,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    **kwargs,
+  )
 
 
 def _files(directory):
-  return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+  return {
+    str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+  }
 
 
 def _records(directory):
@@ -48,8 +56,13 @@ def test_records_are_the_clips_in_order(tmp_path, difficulty):
 
 
 def test_some_clips_are_cut_from_further_on():
-  """The same scenes; a share of them at their video's second to fourth clip, under the caption of its beginning."""
-  early, mixed, late = ([shapes_clips.make_clip(WorldConfig(later=share), 0, i) for i in range(200)] for share in (0, 0.35, 1))
+  """The same scenes; a share of them at their video's second to fourth clip, under the caption of
+  its beginning.
+  """
+  early, mixed, late = (
+    [shapes_clips.make_clip(WorldConfig(later=share), 0, i) for i in range(200)]
+    for share in (0, 0.35, 1)
+  )
   assert not any(clip["start"] for clip in early)
   assert 0.25 < np.mean([clip["start"] > 0 for clip in mixed]) < 0.45
   assert {int(clip["start"]) for clip in late} == {9, 18, 27}
@@ -107,7 +120,10 @@ def test_shards_hold_all_clips_in_order(tmp_path, monkeypatch):
 
 def test_killed_in_the_middle_then_the_same(tmp_path):
   killed, straight = tmp_path / "killed", tmp_path / "straight"
-  prepare = "from hiar_jax.data import shapes_clips, world; shapes_clips.prepare({!r}, world.WorldConfig(), 30, 1)"
+  prepare = (
+    "from hiar_jax.data import shapes_clips, world; shapes_clips.prepare({!r}, "
+    "world.WorldConfig(), 30, 1)"
+  )
   # Stops for good at clip 15, so that the kill always falls in the middle of the write.
   stall = """
 import time
@@ -157,11 +173,14 @@ except UserError as error:
   assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["recipe.json"]
 
 
-@pytest.mark.parametrize("change, field", [
+@pytest.mark.parametrize(
+  "change, field",
+  [
     ({"clips": 6}, "clips=5"),
     ({"seed": 1}, "seed=0"),
     ({"world": WorldConfig(size=64)}, "size=32"),
-])
+  ],
+)
 def test_another_recipe_names_the_field(tmp_path, change, field):
   asked = {"world": WorldConfig(), "clips": 5, "seed": 0}
   shapes_clips.prepare(tmp_path, **asked)

@@ -11,7 +11,9 @@ SIGMAS = (1.0, 0.9375, 0.8333, 0.625)
 
 
 def _part(rows, dtype=np.float32):
-  latents = np.stack([np.random.default_rng(r).normal(size=(4, 3, 2, 2, 5)) for r in rows]).astype(dtype)
+  latents = np.stack([np.random.default_rng(r).normal(size=(4, 3, 2, 2, 5)) for r in rows]).astype(
+    dtype
+  )
   return latents, [f"clip number {r} é" for r in rows]
 
 
@@ -37,7 +39,8 @@ def test_a_stop_anywhere_resumes_at_the_first_missing_part(tmp_path):
   writer = _writer(tmp_path)
   assert writer.missing_parts() == [0, 1, 2] and len(writer.rows(2)) == 2
   _compute(writer, [0])
-  (tmp_path / "parts" / ".part-00001-of-00003.npz.77.tmp").write_bytes(b"half a part")  # killed inside a write
+  # killed inside a write
+  (tmp_path / "parts" / ".part-00001-of-00003.npz.77.tmp").write_bytes(b"half a part")
   writer = _writer(tmp_path)
   assert writer.missing_parts() == [1, 2] and not writer.complete
   with pytest.raises(ValueError, match=r"\[1, 2\] are missing"):
@@ -51,7 +54,10 @@ def test_a_stop_anywhere_resumes_at_the_first_missing_part(tmp_path):
 
 
 def test_a_stop_inside_finish(tmp_path, monkeypatch):
-  """Before the data set has its name: all parts are still there. After it: only the parts remain to be removed."""
+  """Before the data set has its name: all parts are still there.
+
+  After it: only the parts remain to be removed.
+  """
   writer = _writer(tmp_path)
   _compute(writer, writer.missing_parts())
   with monkeypatch.context() as patch:
@@ -143,13 +149,16 @@ def test_sigmas_are_kept_and_checked(tmp_path):
     trajectories.read_sigmas(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("change, message", [
+@pytest.mark.parametrize(
+  "change, message",
+  [
     ({"sigmas": (1.0, 0.5)}, "sigmas="),
     ({"part_size": 5}, "part_size=4"),
     ({"recipe": {"guidance": 3.0}}, "guidance=2.0.*guidance=3.0"),
     ({"total": 0}, "at least 1"),
     ({"dtype": "int8"}, "use 'float32' or 'float16'"),
-])
+  ],
+)
 def test_other_settings_are_refused(tmp_path, change, message):
   _writer(tmp_path, recipe={"guidance": 2.0})
   with pytest.raises(UserError, match=message):

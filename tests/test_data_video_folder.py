@@ -1,4 +1,6 @@
-"""A folder of real H.264 files: what can be used is used at the right time and size, the rest is named."""
+"""A folder of real H.264 files: what can be used is used at the right time and size, the rest is
+named.
+"""
 
 import json
 
@@ -13,27 +15,35 @@ from hiar_jax.errors import UserError
 SAMPLING = Sampling(frames=5, height=32, width=48, fps=8, stride=5)
 
 
-def _write(path, seconds=2.0, fps=24, size=(64, 48), codec="libx264", pictures=None, options=None, rotation=0):
-  """A film whose red rises from 0 to 250 with time; green marks the left half, blue the top half."""
+def _write(
+  path, seconds=2.0, fps=24, size=(64, 48), codec="libx264", pictures=None, options=None, rotation=0
+):
+  """A film whose red rises from 0 to 250 with time; green marks the left half, blue the top
+  half.
+  """
   width, height = size
   count = round(seconds * fps)
   with av.open(str(path), "w", options=options or {}) as container:
-    stream = container.add_stream(codec, rate=fps, options={"g": "12", "crf": "10"} if codec == "libx264" else {})
+    stream = container.add_stream(
+      codec, rate=fps, options={"g": "12", "crf": "10"} if codec == "libx264" else {}
+    )
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     if rotation:
       stream.set_display_rotation(rotation)
     for i in range(count):
       image = np.zeros((height, width, 3), np.uint8)
       image[..., 0] = 250 * (i / fps) / seconds
-      image[:, :width // 2, 1] = 200
-      image[:height // 2, :, 2] = 200
+      image[:, : width // 2, 1] = 200
+      image[: height // 2, :, 2] = 200
       container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
     container.mux(stream.encode())
   return path
 
 
 def _prepare(directory, folder, **changes):
-  video_folder.prepare(directory, folder, **{"frames": 5, "height": 32, "width": 48, "fps": 8, **changes})
+  video_folder.prepare(
+    directory, folder, **{"frames": 5, "height": 32, "width": 48, "fps": 8, **changes}
+  )
 
 
 def _reds(clips):
@@ -41,9 +51,13 @@ def _reds(clips):
   return np.concatenate([c[:, 28, 44, 0].astype(float) for c in clips])
 
 
-@pytest.mark.parametrize("fps, size", [(24, (64, 48)), (30, (90, 160)), (5, (200, 40)), (8, (48, 32)), (60, (32, 32))])
+@pytest.mark.parametrize(
+  "fps, size", [(24, (64, 48)), (30, (90, 160)), (5, (200, 40)), (8, (48, 32)), (60, (32, 32))]
+)
 def test_frames_are_those_on_screen(tmp_path, fps, size):
-  """Two seconds at any frame rate and size are 16 frames at 8 a second, each the picture shown at its time."""
+  """Two seconds at any frame rate and size are 16 frames at 8 a second, each the picture shown at
+  its time.
+  """
   path = _write(tmp_path / "a.mp4", 2.0, fps, size)
   sampling = Sampling(4, 32, 48, 8, 4)
   assert video_file.count_clips(path, sampling) == 4
@@ -78,7 +92,9 @@ def test_a_phone_held_upright(tmp_path, rotation, turns):
   path = _write(tmp_path / "a.mp4", 1.0, 8, (64, 48), rotation=rotation)
   height, width = (64, 48) if rotation % 180 else (48, 64)
   clip = next(video_file.clips(path, Sampling(5, height, width, 8, 5)))
-  flat = next(video_file.clips(_write(tmp_path / "b.mp4", 1.0, 8, (64, 48)), Sampling(5, 48, 64, 8, 5)))
+  flat = next(
+    video_file.clips(_write(tmp_path / "b.mp4", 1.0, 8, (64, 48)), Sampling(5, 48, 64, 8, 5))
+  )
   np.testing.assert_allclose(clip.astype(int), np.rot90(flat, turns, axes=(1, 2)), atol=3)
 
 
@@ -111,7 +127,7 @@ def mixed(tmp_path_factory):
   _shorten(folder / "ends.mp4", ends[30])  # between two
   damaged = bytearray((folder / "good.mp4").read_bytes())
   start = damaged.find(b"mdat") + 1500
-  damaged[start:start + 1000] = np.random.default_rng(0).bytes(1000)
+  damaged[start : start + 1000] = np.random.default_rng(0).bytes(1000)
   (folder / "damaged.mp4").write_bytes(damaged)
   (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
   (folder / "empty.mp4").touch()
@@ -130,10 +146,16 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
   said = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
   *lines, summary = said
   reasons = {line.split()[1].rstrip(":"): line for line in lines}
-  expected = {"cut.mp4": "", "damaged.mp4": "", "ends.mp4": "cut off: 31 of 60",
-              "noise.mp4": "Invalid data", "empty.mp4": "Invalid data",
-              "short.mp4": "too short: 4 frames at 8", "silent.mp4": "no caption in silent.txt",
-              "blank.mp4": "no caption in blank.txt"}
+  expected = {
+    "cut.mp4": "",
+    "damaged.mp4": "",
+    "ends.mp4": "cut off: 31 of 60",
+    "noise.mp4": "Invalid data",
+    "empty.mp4": "Invalid data",
+    "short.mp4": "too short: 4 frames at 8",
+    "silent.mp4": "no caption in silent.txt",
+    "blank.mp4": "no caption in blank.txt",
+  }
   assert set(reasons) == set(expected)
   for name, reason in expected.items():
     assert reason in reasons[name] and "\n" not in reasons[name]
@@ -143,7 +165,9 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
   assert captions == ["the film deeper/old"] + ["the film good"] * 3 + ["the film tall"] * 2
   assert [int(r["start"]) for r in source] == [0, 0, 5, 10, 0, 5]
   assert all(r["video"].shape == (5, 32, 48, 3) for r in source)
-  np.testing.assert_allclose(_reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6)
+  np.testing.assert_allclose(
+    _reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6
+  )
 
 
 def test_preparing_again_needs_no_folder_and_says_what_changed(tmp_path, caplog):
@@ -178,18 +202,30 @@ def test_metadata_names_files_and_captions(tmp_path, kind):
   if kind == "jsonl":
     text = "".join(json.dumps({"file": f, "caption": c}) + "\n" for f, c in rows) + "\n"
   else:
-    text = "\ufefffile,caption\n" + "".join('{},"{}"\n'.format(f, c.replace('"', '""')) for f, c in rows)
+    text = "\ufefffile,caption\n" + "".join(
+      '{},"{}"\n'.format(f, c.replace('"', '""')) for f, c in rows
+    )
   (folder / f"metadata.{kind}").write_text(text, encoding="utf-8")
   _prepare(tmp_path / "data", folder)
-  assert [r["caption"].decode() for r in store.open_source(tmp_path / "data")] == ["first", 'one, "two"']
+  assert [r["caption"].decode() for r in store.open_source(tmp_path / "data")] == [
+    "first",
+    'one, "two"',
+  ]
 
 
-@pytest.mark.parametrize("name, text, message", [
-    ("metadata.jsonl", '{"file": "a.mp4", "caption": "x"}\n{"file_name": "b.mp4"}\n', "row 2: .*found file_name"),
+@pytest.mark.parametrize(
+  "name, text, message",
+  [
+    (
+      "metadata.jsonl",
+      '{"file": "a.mp4", "caption": "x"}\n{"file_name": "b.mp4"}\n',
+      "row 2: .*found file_name",
+    ),
     ("metadata.jsonl", '["a.mp4"]\n', "row 1: .*found list"),
     ("metadata.jsonl", "{file: a}\n", "cannot be read"),
     ("metadata.csv", "video,caption\na.mp4,x\n", "found video, caption"),
-])
+  ],
+)
 def test_bad_metadata_is_one_clear_line(tmp_path, name, text, message):
   (tmp_path / name).write_text(text)
   with pytest.raises(UserError, match=message) as error:

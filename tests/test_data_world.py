@@ -1,4 +1,6 @@
-"""The shapes world: exact pictures, exact motion, words that match, and a held-out set that stays held out."""
+"""The shapes world: exact pictures, exact motion, words that match, and a held-out set that stays
+held out.
+"""
 
 import collections
 import itertools
@@ -10,7 +12,11 @@ from hiar_jax.data import world
 from hiar_jax.data.world import WorldConfig
 from hiar_jax.errors import UserError
 
-CONFIGS = [WorldConfig(), WorldConfig(difficulty="textured"), WorldConfig(size=64, difficulty="textured")]
+CONFIGS = [
+  WorldConfig(),
+  WorldConfig(difficulty="textured"),
+  WorldConfig(size=64, difficulty="textured"),
+]
 IDS = ["plain", "textured", "large"]
 
 
@@ -20,14 +26,18 @@ def _scenes(config, count=100, split="train"):
 
 
 def _inside(shape, x, y, radius):
-  """Is the point in the shape? Written from the shapes' definitions, not from the renderer's scan lines."""
+  """Is the point in the shape? Written from the shapes' definitions, not from the renderer's scan
+  lines.
+  """
   if shape == "circle":
     return x**2 + y**2 < radius**2
   if shape == "square":
     return np.maximum(abs(x), abs(y)) < 0.9 * radius
   corners = np.array([(0, -radius), (radius, radius), (-radius, radius)])
   edges = zip(corners, np.roll(corners, -1, 0), strict=True)
-  return np.all([(b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]) > 0 for a, b in edges], axis=0)
+  return np.all(
+    [(b[0] - a[0]) * (y - a[1]) - (b[1] - a[1]) * (x - a[0]) > 0 for a, b in edges], axis=0
+  )
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
@@ -39,13 +49,16 @@ def test_coverage_is_that_of_supersampling(shape):
     expected = inside.reshape(32, fine, 32, fine).mean((1, 3))
     alpha = world.alpha_mask(shape, np.array(centre), 5.5, 32)
     assert alpha.dtype == np.float32
-    assert np.abs(alpha - expected).max() < 0.03  # the samples' own error where an edge runs along their grid
+    # the samples' own error where an edge runs along their grid
+    assert np.abs(alpha - expected).max() < 0.03
     assert np.abs(alpha - expected).mean() < 5e-4
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
 def test_coverage_moves_smoothly(shape):
-  """A tenth of a pixel of motion moves the centre of mass by a tenth of a pixel, in any direction."""
+  """A tenth of a pixel of motion moves the centre of mass by a tenth of a pixel, in any
+  direction.
+  """
   steps = np.array([(12 + 0.1 * i, 15 + 0.07 * i) for i in range(30)])
   alpha = world.alpha_mask(shape, steps, 5.5, 32)
   pixel = np.arange(32) + 0.5
@@ -74,12 +87,16 @@ def test_render_composes_in_order(config):
     assert video.shape == (config.frames, config.size, config.size, 3) and video.dtype == np.uint8
     expected = np.broadcast_to(background, video.shape).astype(np.float64)
     for n, shape in enumerate(scene.shapes):
-      alpha = world.alpha_mask(shape.shape, states.position[:, n], shape.radius, config.size)[..., None]
+      alpha = world.alpha_mask(shape.shape, states.position[:, n], shape.radius, config.size)[
+        ..., None
+      ]
       expected = (1 - alpha) * expected + alpha * np.array(world.COLOURS[shape.colour])
     assert np.abs(video - 255 * expected).max() <= 0.51
     # The front shape's centre shows its colour in every frame.
     for frame, (x, y) in zip(video, states.position[:, -1], strict=True):
-      np.testing.assert_allclose(frame[int(y), int(x)], 255 * np.array(world.COLOURS[scene.shapes[-1].colour]), atol=1)
+      np.testing.assert_allclose(
+        frame[int(y), int(x)], 255 * np.array(world.COLOURS[scene.shapes[-1].colour]), atol=1
+      )
 
 
 def test_backgrounds_are_distinct_and_grey():
@@ -102,7 +119,9 @@ def test_bounces_keep_speed_and_walls(config):
     states = world.simulate(scene, 200)
     low, high = config.radius, config.size - config.radius
     assert states.position.min() >= low - 1e-9 and states.position.max() <= high + 1e-9
-    np.testing.assert_array_equal(np.abs(states.velocity), np.abs(states.velocity[:1]) + 0 * states.velocity)
+    np.testing.assert_array_equal(
+      np.abs(states.velocity), np.abs(states.velocity[:1]) + 0 * states.velocity
+    )
     # Between bounces the position moves by exactly the velocity; around one it moves by less.
     step = np.diff(states.position, axis=0)
     free = np.all(states.velocity[1:] == states.velocity[:-1], axis=-1)
@@ -114,7 +133,9 @@ def test_any_frame_count_is_exact():
   """Against reflection step by step in exact fractions, at a far frame."""
   from fractions import Fraction
 
-  scene = world.Scene((world.Shape("red", "circle", "left", "", (9.25, 20.0), (-1.625, 0.0), 5.5),), "plain", 32)
+  scene = world.Scene(
+    (world.Shape("red", "circle", "left", "", (9.25, 20.0), (-1.625, 0.0), 5.5),), "plain", 32
+  )
   x, v = Fraction(37, 4), Fraction(-13, 8)
   low, high = Fraction(11, 2), Fraction(53, 2)
   for _ in range(5000):
@@ -142,7 +163,11 @@ def test_motion_is_what_the_caption_says(config):
     for n, shape in enumerate(scene.shapes):
       step = np.diff(states.position[: world.FREE_FRAMES, n], axis=0)
       speed = world.SPEEDS[shape.speed] * config.size / 32
-      np.testing.assert_allclose(step, np.tile(np.array(world.DIRECTIONS[shape.direction]) * speed, (len(step), 1)), atol=1e-9)
+      np.testing.assert_allclose(
+        step,
+        np.tile(np.array(world.DIRECTIONS[shape.direction]) * speed, (len(step), 1)),
+        atol=1e-9,
+      )
 
 
 def test_two_shapes_meet():
@@ -163,18 +188,26 @@ def test_captions_parse_back(config):
     for scene in _scenes(config, 50, split):
       parsed = world.parse_caption(world.caption(scene))
       assert [(s.colour, s.shape, s.direction, s.speed) for s in parsed.shapes] == [
-          (s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
+        (s.colour, s.shape, s.direction, s.speed) for s in scene.shapes
+      ]
       assert parsed.background == (None if scene.background == "plain" else scene.background)
       assert not parsed.unknown
       assert set(world.caption(scene).split()) <= set(world.VOCABULARY)
 
 
 def test_parsing_is_tolerant():
-  parsed = world.parse_caption("A BLUE square, flying upwards; then green circle on checkered stuff")
-  assert parsed.shapes == (world.ParsedShape("blue", "square"), world.ParsedShape("green", "circle"))
+  parsed = world.parse_caption(
+    "A BLUE square, flying upwards; then green circle on checkered stuff"
+  )
+  assert parsed.shapes == (
+    world.ParsedShape("blue", "square"),
+    world.ParsedShape("green", "circle"),
+  )
   assert parsed.background == "checkered"
   assert parsed.unknown == ("flying", "upwards", "then", "stuff")
-  assert world.parse_caption("circle moving left").shapes == (world.ParsedShape(None, "circle", "left"),)
+  assert world.parse_caption("circle moving left").shapes == (
+    world.ParsedShape(None, "circle", "left"),
+  )
   assert world.parse_caption("a dog") is None and world.parse_caption("") is None
 
 
@@ -209,11 +242,14 @@ def test_scenes_follow_the_seed_alone():
   assert world.sample_scene(np.random.default_rng(1), config) != _scenes(config, 1)[0]
 
 
-@pytest.mark.parametrize("fields, message", [
+@pytest.mark.parametrize(
+  "fields, message",
+  [
     ({"difficulty": "hard"}, "difficulty 'hard' is unknown"),
     ({"size": 8}, "too small"),
     ({"frames": 0}, "too small"),
-])
+  ],
+)
 def test_bad_config_is_one_clear_line(fields, message):
   with pytest.raises(UserError, match=message) as error:
     WorldConfig(**fields)

@@ -38,9 +38,13 @@ def _velocity(config: dit.DiTConfig = tiny.CONFIG):
   return functools.partial(apply, tiny.params())
 
 
-def velocity(x=None, timestep=LEVELS, text=None, positions=POSITIONS, mask=ALL, config=tiny.CONFIG) -> np.ndarray:
+def velocity(
+  x=None, timestep=LEVELS, text=None, positions=POSITIONS, mask=ALL, config=tiny.CONFIG
+) -> np.ndarray:
   x = tiny.video(1, FRAMES) if x is None else x
-  return np.asarray(_velocity(config)(x, timestep, tiny.text() if text is None else text, positions, mask))
+  return np.asarray(
+    _velocity(config)(x, timestep, tiny.text() if text is None else text, positions, mask)
+  )
 
 
 # -- sizes
@@ -63,7 +67,9 @@ def test_published_sizes(config, count):
 
 
 def test_parameters_are_float32_in_a_bfloat16_model():
-  shapes = jax.eval_shape(lambda: dit.init(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), jax.random.key(0)))
+  shapes = jax.eval_shape(
+    lambda: dit.init(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), jax.random.key(0))
+  )
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
@@ -89,7 +95,10 @@ def test_a_level_acts_on_its_own_frame():
   """Frames that see themselves alone: another frame's level changes nothing, bit for bit."""
   changed = LEVELS.copy()
   changed[:, 1] = 700.0
-  a, b = velocity(mask=np.eye(FRAMES, dtype=bool)), velocity(timestep=changed, mask=np.eye(FRAMES, dtype=bool))
+  a, b = (
+    velocity(mask=np.eye(FRAMES, dtype=bool)),
+    velocity(timestep=changed, mask=np.eye(FRAMES, dtype=bool)),
+  )
   np.testing.assert_array_equal(a[:, [0, 2]], b[:, [0, 2]])
   assert np.abs(a[:, 1] - b[:, 1]).max() > 1e-3
 
@@ -131,7 +140,9 @@ def test_every_text_token_matters():
 def test_positions_are_relative_and_do_not_drift(start):
   """At frame 1,000,000 as at frame 0, to float32 rounding."""
   near = velocity()
-  np.testing.assert_allclose(velocity(positions=POSITIONS + start), near, rtol=0, atol=1e-5 * np.abs(near).max())
+  np.testing.assert_allclose(
+    velocity(positions=POSITIONS + start), near, rtol=0, atol=1e-5 * np.abs(near).max()
+  )
 
 
 def test_positions_matter():
@@ -145,18 +156,24 @@ def placed(places: tuple[int, int]) -> dit.DiTConfig:
 def placed_velocity(places, x, positions=POSITIONS, level=LEVELS, start=None) -> np.ndarray:
   config = placed(places)
   forward = quick_jit(lambda params, *inputs: dit.DiT(config).apply({"params": params}, *inputs)[0])
-  return np.asarray(forward(tiny.params(config), x, level, tiny.text(), positions, ALL, None, start))
+  return np.asarray(
+    forward(tiny.params(config), x, level, tiny.text(), positions, ALL, None, start)
+  )
 
 
 def test_places_share_their_parameters():
-  short, long = (jax.eval_shape(lambda n=n: dit.init(placed((n, 3)), jax.random.key(0))) for n in (3, 1024))
+  short, long = (
+    jax.eval_shape(lambda n=n: dit.init(placed((n, 3)), jax.random.key(0))) for n in (3, 1024)
+  )
   assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
   assert "place_embedding" in short and "place_embedding" not in tiny.params()
 
 
 @pytest.mark.parametrize("places", [(0, 1), (1024, 1)])
 def test_a_token_knows_its_place(places):
-  """The same patch everywhere: rotations alone cannot tell the places apart, since all values are equal."""
+  """The same patch everywhere: rotations alone cannot tell the places apart, since all values are
+  equal.
+  """
   x = np.tile(tiny.video(1, 1)[:, :, :2, :2], (1, FRAMES, tiny.HEIGHT // 2, tiny.WIDTH // 2, 1))
   level = np.full_like(LEVELS, 500.0)
   by_row = lambda v: np.ptp(v.reshape(tiny.BATCH, FRAMES, tiny.HEIGHT // 2, -1), axis=2).max()
@@ -166,12 +183,19 @@ def test_a_token_knows_its_place(places):
 
 
 def test_late_frames_repeat_their_places():
-  """A student trained on two blocks of three goes on for ever: frames 903 .. 905 are to it as 3 .. 5, and not as 0 .. 2."""
+  """A student trained on two blocks of three goes on for ever: frames 903 .. 905 are to it as 3 ..
+  5, and not as 0 .. 2.
+  """
   x, near = tiny.video(1, FRAMES), POSITIONS + 3
   later = placed_velocity((3, 3), x, POSITIONS + 903)
   np.testing.assert_allclose(later, placed_velocity((3, 3), x, near), atol=2e-5)
   assert np.abs(later - placed_velocity((3, 3), x)).max() > 1e-2
-  assert np.abs(placed_velocity((1024, 1), x, POSITIONS + 903) - placed_velocity((1024, 1), x, near)).max() > 1e-2
+  assert (
+    np.abs(
+      placed_velocity((1024, 1), x, POSITIONS + 903) - placed_velocity((1024, 1), x, near)
+    ).max()
+    > 1e-2
+  )
 
 
 def test_a_clip_may_start_anywhere_in_its_video():
@@ -179,7 +203,9 @@ def test_a_clip_may_start_anywhere_in_its_video():
   x = tiny.video(1, FRAMES)
   there = placed_velocity((1024, 1), x, start=np.asarray([0, 5], np.int32))
   for example, start in enumerate((0, 5)):
-    np.testing.assert_allclose(there[example], placed_velocity((1024, 1), x, POSITIONS + start)[example], atol=2e-5)
+    np.testing.assert_allclose(
+      there[example], placed_velocity((1024, 1), x, POSITIONS + start)[example], atol=2e-5
+    )
   assert np.abs(there[1] - placed_velocity((1024, 1), x)[1]).max() > 1e-2
 
 
@@ -193,7 +219,9 @@ def test_a_cache_equals_one_forward():
     return apply(x[:, 2:], levels[:, 2:], text, positions[2:], None, past)
 
   v, own = quick_jit(cached)(tiny.params(), tiny.video(1, FRAMES), LEVELS, tiny.text())
-  expected = velocity(mask=np.asarray(history.block_causal_mask(jnp.asarray(POSITIONS), History(block=1, window=0))))
+  expected = velocity(
+    mask=np.asarray(history.block_causal_mask(jnp.asarray(POSITIONS), History(block=1, window=0)))
+  )
   np.testing.assert_allclose(v, expected[:, 2:], rtol=0, atol=1e-5 * np.abs(expected).max())
   tokens = tiny.CONFIG.tokens(tiny.HEIGHT, tiny.WIDTH)
   assert own.k.shape == own.v.shape == (2, tiny.BATCH, 1, tokens, 2, 8)
@@ -232,8 +260,14 @@ def test_merged_tokens_are_the_rows_of_one_matrix():
   """Values cannot tell; the hidden activations of the traced MLP do."""
   tokens = FRAMES * tiny.CONFIG.tokens(*tiny.video(1, FRAMES).shape[2:4])
   for merged in (False, True):
-    forward = dit.bind(dataclasses.replace(tiny.CONFIG, merge_tokens=merged), tiny.params(), tiny.text())
-    traced = str(jax.make_jaxpr(lambda x, forward=forward: forward(x, 0.5, jnp.asarray(POSITIONS))[0])(tiny.video(1, FRAMES)))
+    forward = dit.bind(
+      dataclasses.replace(tiny.CONFIG, merge_tokens=merged), tiny.params(), tiny.text()
+    )
+    traced = str(
+      jax.make_jaxpr(lambda x, forward=forward: forward(x, 0.5, jnp.asarray(POSITIONS))[0])(
+        tiny.video(1, FRAMES)
+      )
+    )
     assert (f"f32[{tiny.BATCH * tokens},{tiny.CONFIG.ffn_dim}]" in traced) == merged
 
 
@@ -241,8 +275,12 @@ def test_remat_recomputes():
   """Values cannot tell; the matrix products of the traced gradient do."""
   products = []
   for remat in dit.REMATS:
-    forward = functools.partial(dit.bind, dataclasses.replace(tiny.CONFIG, remat=remat), text=tiny.text())
-    loss = lambda params, forward=forward: jnp.sum(forward(params)(tiny.video(1, FRAMES), 0.5, jnp.asarray(POSITIONS))[0])
+    forward = functools.partial(
+      dit.bind, dataclasses.replace(tiny.CONFIG, remat=remat), text=tiny.text()
+    )
+    loss = lambda params, forward=forward: jnp.sum(
+      forward(params)(tiny.video(1, FRAMES), 0.5, jnp.asarray(POSITIONS))[0]
+    )
     products.append(str(jax.make_jaxpr(jax.grad(loss))(tiny.params())).count("dot_general"))
   none, dots, full = products
   assert none < dots < full  # `dots` still recomputes attention's products, which have batch axes
@@ -257,7 +295,9 @@ def test_bfloat16_is_close_and_returns_float32():
 
 def test_bound_levels_may_be_a_scalar_or_per_example_or_per_frame(monkeypatch):
   seen = []
-  monkeypatch.setattr(dit.DiT, "apply", lambda self, params, x, timestep, *rest: seen.append(np.asarray(timestep)))
+  monkeypatch.setattr(
+    dit.DiT, "apply", lambda self, params, x, timestep, *rest: seen.append(np.asarray(timestep))
+  )
   forward = dit.bind(tiny.CONFIG, None, tiny.text())
   x = tiny.video(1, FRAMES)
   for sigma in (0.5, np.asarray([0.1, 0.2]), LEVELS / 1000):

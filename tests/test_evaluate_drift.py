@@ -10,7 +10,9 @@ from hiar_jax.evaluate import drift
 
 
 def painted(*colours, size=8):
-  return np.broadcast_to(np.asarray(colours, np.uint8)[:, None, None], (len(colours), size, size, 3))
+  return np.broadcast_to(
+    np.asarray(colours, np.uint8)[:, None, None], (len(colours), size, size, 3)
+  )
 
 
 def test_saturation_is_hsv():
@@ -44,7 +46,8 @@ def test_trend_of_a_line():
   assert up["segments"] == pytest.approx([1.5, 5.5, 9.5, 13.5, 17.5])
   assert up["slope"] == pytest.approx(4) and up["relative_slope"] == pytest.approx(4 / 9.5)
   assert both["slope"] == pytest.approx(0, abs=1e-9)
-  assert both["start_end"] == pytest.approx(17)  # frames 0-2 against 17-19; opposite drifts do not cancel
+  # frames 0-2 against 17-19; opposite drifts do not cancel
+  assert both["start_end"] == pytest.approx(17)
 
 
 def test_start_end_uses_fifteen_percent():

@@ -1,4 +1,6 @@
-"""The fit finds what the world drew: form, colour, place, order, also through noise, blur and other shapes."""
+"""The fit finds what the world drew: form, colour, place, order, also through noise, blur and other
+shapes.
+"""
 
 import itertools
 
@@ -36,19 +38,28 @@ def crossing(size=32, frames=12, background="striped"):
   """A yellow circle that passes behind a blue square."""
   config = WorldConfig(size=size, difficulty="textured")
   k = config.scale
-  circle = Shape("yellow", "circle", "right", "", (7 * k, 16 * k), (1.6 * k, 0.3 * k), config.radius)
+  circle = Shape(
+    "yellow", "circle", "right", "", (7 * k, 16 * k), (1.6 * k, 0.3 * k), config.radius
+  )
   square = Shape("blue", "square", "left", "", (25 * k, 16 * k), (-1.6 * k, 0.3 * k), config.radius)
   scene = Scene((circle, square), background, size)
   states = world_lib.simulate(scene, frames)
-  return config, states, world_lib.render(states, world_lib.background_image(background, config), config)[None]
+  return (
+    config,
+    states,
+    world_lib.render(states, world_lib.background_image(background, config), config)[None],
+  )
 
 
-@pytest.mark.parametrize("size, degrade, tolerance", [
-  (32, lambda x: x, 0.01),
-  (32, lambda x: x + np.random.default_rng(1).normal(0, 0.1, x.shape), 0.15),
-  (32, blur, 0.3),  # the nearest sharp square to a blurred one leans towards whole pixels
-  (48, lambda x: x, 0.02),
-])
+@pytest.mark.parametrize(
+  "size, degrade, tolerance",
+  [
+    (32, lambda x: x, 0.01),
+    (32, lambda x: x + np.random.default_rng(1).normal(0, 0.1, x.shape), 0.15),
+    (32, blur, 0.3),  # the nearest sharp square to a blurred one leans towards whole pixels
+    (48, lambda x: x, 0.02),
+  ],
+)
 def test_one_shape(size, degrade, tolerance):
   config = WorldConfig(size=size)
   videos, kinds, xy = stills(config, margin=2.0)
@@ -91,7 +102,9 @@ def test_frames_do_not_depend_on_their_company():
   alone = fit.fit_videos(videos[:, 3:5], ["plain"], PLAIN)
   together = fit.fit_videos(many, ["plain"] * 12, PLAIN)
   np.testing.assert_allclose(together.xy[-1, 3:5], alone.xy[0], atol=1e-4)
-  np.testing.assert_array_equal(together.colour, np.broadcast_to(together.colour[:1], together.colour.shape))
+  np.testing.assert_array_equal(
+    together.colour, np.broadcast_to(together.colour[:1], together.colour.shape)
+  )
 
 
 @pytest.mark.parametrize("degrade, tolerance", [(lambda x: x, 0.02), (blur, 0.4)])
@@ -105,8 +118,12 @@ def test_two_shapes_cross(degrade, tolerance):
 
   seen = take(found.visible[0]) > 0.5
   assert 0 < (~seen).sum() < 8
-  np.testing.assert_array_equal(take(found.colour[0])[seen], np.broadcast_to(states.colour, (12, 2))[seen])
-  np.testing.assert_array_equal(take(found.shape[0])[seen], np.broadcast_to(states.shape, (12, 2))[seen])
+  np.testing.assert_array_equal(
+    take(found.colour[0])[seen], np.broadcast_to(states.colour, (12, 2))[seen]
+  )
+  np.testing.assert_array_equal(
+    take(found.shape[0])[seen], np.broadcast_to(states.shape, (12, 2))[seen]
+  )
   assert np.linalg.norm(take(found.xy[0]) - states.position, axis=-1)[seen].max() < tolerance
   overlap = (found.visible[0] < 0.9).any(-1)
   assert overlap.sum() >= 4 and (found.colour[0, overlap, 1] == 2).all()  # the square is in front
@@ -134,7 +151,9 @@ def test_one_spoilt_shape_is_not_held_against_the_other():
   config, states, videos = crossing(frames=2)
   x = videos / 127.5 - 1
   for i in range(2):
-    square = world_lib.alpha_mask("square", states.position[i, 1], config.radius, config.size)[..., None]
+    square = world_lib.alpha_mask("square", states.position[i, 1], config.radius, config.size)[
+      ..., None
+    ]
     x[0, i] += square * (1 - x[0, i])  # white: no colour of the world
   found = fit.fit_videos(x, ["striped"], config)
   assert (found.relative.max(-1) > 0.3).all() and (found.relative.min(-1) < 0.05).all()
@@ -156,17 +175,22 @@ def test_neighbours_help_where_one_shape_hides_the_other():
 def test_unknown_background_is_found():
   videos = np.concatenate([crossing(frames=2, background=name)[2] for name in BACKGROUNDS[1:]])
   noisy = videos / 127.5 - 1 + np.random.default_rng(0).normal(0, 0.1, videos.shape)
-  np.testing.assert_array_equal(fit.nearest_background(noisy, TEXTURED), np.repeat([[1], [2], [3], [4]], 2, 1))
+  np.testing.assert_array_equal(
+    fit.nearest_background(noisy, TEXTURED), np.repeat([[1], [2], [3], [4]], 2, 1)
+  )
   assert fit.fit_videos(videos, [None] * 4, TEXTURED).error.max() < 1e-4
   assert fit.fit_videos(videos, ["gradient"] * 4, TEXTURED).error[:3].min() > 1e-2
 
 
-@pytest.mark.parametrize("shape, backgrounds, words", [
-  ((1, 2, 16, 16, 3), ["plain"], "32, 32, 3"),
-  ((2, 32, 32, 3), ["plain"], "expected"),
-  ((2, 1, 32, 32, 3), ["plain"], "2 videos but 1"),
-  ((1, 1, 32, 32, 3), ["paisley"], "'paisley' is unknown"),
-])
+@pytest.mark.parametrize(
+  "shape, backgrounds, words",
+  [
+    ((1, 2, 16, 16, 3), ["plain"], "32, 32, 3"),
+    ((2, 32, 32, 3), ["plain"], "expected"),
+    ((2, 1, 32, 32, 3), ["plain"], "2 videos but 1"),
+    ((1, 1, 32, 32, 3), ["paisley"], "'paisley' is unknown"),
+  ],
+)
 def test_bad_input_is_one_line(shape, backgrounds, words):
   with pytest.raises(UserError, match=words) as error:
     fit.fit_videos(np.zeros(shape, np.uint8), backgrounds, PLAIN)

@@ -24,8 +24,14 @@ SCENES = [
   Scene((shape(PLAIN, "yellow", "triangle", "down", "quickly", 9.0, 7.0),), "plain", 32),
   Scene((shape(PLAIN, "blue", "square", "up", "slowly", 20.5, 26.5),), "plain", 32),
 ]
-PAIR = Scene((shape(TEXTURED, "green", "circle", "right", "", 7.0, 15.0),
-              shape(TEXTURED, "magenta", "square", "left", "", 25.0, 16.0)), "checkered", 32)
+PAIR = Scene(
+  (
+    shape(TEXTURED, "green", "circle", "right", "", 7.0, 15.0),
+    shape(TEXTURED, "magenta", "square", "left", "", 25.0, 16.0),
+  ),
+  "checkered",
+  32,
+)
 CAPTIONS = [world_lib.caption(scene) for scene in SCENES]
 
 
@@ -84,10 +90,15 @@ def test_trembling_in_place_is_no_direction(clips):
 
 
 def test_trembling_at_a_wall_is_no_bounce():
-  scenes = [Scene((shape(PLAIN, "red", "circle", "left", "slowly", x, 16.0),), "plain", 32) for x in (6.5, 5.5)]
+  scenes = [
+    Scene((shape(PLAIN, "red", "circle", "left", "slowly", x, 16.0),), "plain", 32)
+    for x in (6.5, 5.5)
+  ]
   at = [draw(scene, frames=1) for scene in scenes]
   trembling = np.tile(np.concatenate(at), (18, 1, 1, 1))[None]
-  assert shapes.measure(trembling, ["a red circle moving left slowly"], PLAIN)["direction"]["total"] == 0
+  assert (
+    shapes.measure(trembling, ["a red circle moving left slowly"], PLAIN)["direction"]["total"] == 0
+  )
 
 
 def test_a_turn_in_the_open_is_no_bounce(clips):
@@ -95,10 +106,15 @@ def test_a_turn_in_the_open_is_no_bounce(clips):
   assert shapes.measure(turning, CAPTIONS[:1], PLAIN)["direction"]["total"] == 0
 
 
-@pytest.mark.parametrize("fault, old, new", [
-  ("colour", "red", "green"), ("shape", "circle", "square"), ("direction", "left", "right"),
-  ("direction", "left", "up"),
-])
+@pytest.mark.parametrize(
+  "fault, old, new",
+  [
+    ("colour", "red", "green"),
+    ("shape", "circle", "square"),
+    ("direction", "left", "right"),
+    ("direction", "left", "up"),
+  ],
+)
 def test_one_wrong_word_lowers_one_number(clips, fault, old, new):
   prompts = [CAPTIONS[0].replace(old, new), *CAPTIONS[1:]]
   result = shapes.measure(clips, prompts, PLAIN)
@@ -110,7 +126,9 @@ def test_one_wrong_word_lowers_one_number(clips, fault, old, new):
 def test_a_wrong_speed_shows_in_the_ratio_alone(clips):
   result = shapes.measure(clips[:1], [CAPTIONS[0] + " quickly"], PLAIN)
   assert_perfect_but(result, "motion_ratio")
-  assert result["motion_ratio"]["total"] == pytest.approx(world_lib.SPEEDS[""] / world_lib.SPEEDS["quickly"], abs=0.04)
+  assert result["motion_ratio"]["total"] == pytest.approx(
+    world_lib.SPEEDS[""] / world_lib.SPEEDS["quickly"], abs=0.04
+  )
 
 
 def test_vanishing_is_wrong_from_then_on(clips):
@@ -138,8 +156,13 @@ def test_dissolving_raises_the_error_before_the_shape_is_lost(clips):
 def test_noise_shows_nothing(clips):
   noise = np.random.default_rng(0).uniform(-1, 1, clips.shape)
   result = shapes.measure(noise, CAPTIONS, PLAIN)
-  assert totals(result) | {"error": 0} == {**dict.fromkeys(RATES, 0), "background": result["background"]["total"],
-                                           "motion_ratio": None, "jumps": None, "error": 0}
+  assert totals(result) | {"error": 0} == {
+    **dict.fromkeys(RATES, 0),
+    "background": result["background"]["total"],
+    "motion_ratio": None,
+    "jumps": None,
+    "error": 0,
+  }
   json.dumps(result, allow_nan=False)
 
 
@@ -150,36 +173,63 @@ def test_a_second_copy_is_no_true_rendering(clips):
 
 def test_jumps_are_counted_and_are_no_motion(clips):
   jumping = clips[:1].copy()
-  jumping[:, 18:] = jumping[:, 18:, ::-1, ::-1]  # seen through a point reflection: one leap, then the same speed
+  # seen through a point reflection: one leap, then the same speed
+  jumping[:, 18:] = jumping[:, 18:, ::-1, ::-1]
   result = shapes.measure(jumping, CAPTIONS[:1], PLAIN)
   assert_perfect_but(result, "jumps")
   assert result["jumps"]["total"] == pytest.approx(1 / 35)
 
 
 def test_a_bounce_within_the_first_clip_does_not_turn_the_direction():
-  scene = Scene((shape(PLAIN, "red", "circle", "left", "quickly", 5.5 + world_lib.SPEEDS["quickly"] * 3, 16.0),), "plain", 32)
+  scene = Scene(
+    (
+      shape(PLAIN, "red", "circle", "left", "quickly", 5.5 + world_lib.SPEEDS["quickly"] * 3, 16.0),
+    ),
+    "plain",
+    32,
+  )
   result = shapes.measure(draw(scene)[None], [world_lib.caption(scene)], PLAIN, train_frames=12)
-  assert_perfect_but(result, "motion_ratio")  # a single clip meets the walls as often as it happens to
+  # a single clip meets the walls as often as it happens to
+  assert_perfect_but(result, "motion_ratio")
   reversed_clip = draw(scene)[None, 4:]
   assert shapes.measure(reversed_clip, [world_lib.caption(scene)], PLAIN)["direction"]["total"] == 0
 
 
 def test_a_turn_within_a_step_is_a_turn():
-  """Half of the third step leads to the wall, half of it back: that step is nothing, the next ones lead away."""
+  """Half of the third step leads to the wall, half of it back: that step is nothing, the next ones
+  lead away.
+  """
   speed = world_lib.SPEEDS["quickly"]
-  scene = Scene((shape(PLAIN, "red", "circle", "right", "quickly", 26.5 - 2.5 * speed, 16.0),), "plain", 32)
-  assert shapes.measure(draw(scene)[None], [world_lib.caption(scene)], PLAIN, train_frames=9)["direction"]["total"] == 1
+  scene = Scene(
+    (shape(PLAIN, "red", "circle", "right", "quickly", 26.5 - 2.5 * speed, 16.0),), "plain", 32
+  )
+  assert (
+    shapes.measure(draw(scene)[None], [world_lib.caption(scene)], PLAIN, train_frames=9)[
+      "direction"
+    ]["total"]
+    == 1
+  )
 
 
 def test_a_wrong_start_is_not_saved_by_a_later_bounce():
-  scene = Scene((shape(PLAIN, "red", "circle", "right", "quickly", 26.5 - world_lib.SPEEDS["quickly"] * 2, 16.0),), "plain", 32)
+  scene = Scene(
+    (
+      shape(
+        PLAIN, "red", "circle", "right", "quickly", 26.5 - world_lib.SPEEDS["quickly"] * 2, 16.0
+      ),
+    ),
+    "plain",
+    32,
+  )
   prompt = world_lib.caption(scene).replace("right", "left")  # most frames of the clip do move left
   assert shapes.measure(draw(scene)[None], [prompt], PLAIN)["direction"]["total"] == 0
 
 
 def test_a_wrong_background_is_its_own_number():
   videos = draw(PAIR, TEXTURED)[None]
-  result = shapes.measure(videos, [world_lib.caption(PAIR).replace("checkered", "striped")], TEXTURED)
+  result = shapes.measure(
+    videos, [world_lib.caption(PAIR).replace("checkered", "striped")], TEXTURED
+  )
   assert result["background"]["total"] == 0 and result["error"]["total"] > 0.01
 
 
@@ -197,15 +247,29 @@ def test_a_prompt_of_two_shapes_in_the_other_order_is_the_same_prompt():
 
 def test_shapes_without_colours_are_told_apart_by_where_they_were():
   prompt = "a circle moving right and a circle moving left on a checkered background"
-  scene = Scene((shape(TEXTURED, "green", "circle", "right", "", 7.0, 13.0),
-                 shape(TEXTURED, "magenta", "circle", "left", "", 25.0, 19.0)), "checkered", 32)
+  scene = Scene(
+    (
+      shape(TEXTURED, "green", "circle", "right", "", 7.0, 13.0),
+      shape(TEXTURED, "magenta", "circle", "left", "", 25.0, 19.0),
+    ),
+    "checkered",
+    32,
+  )
   result = shapes.measure(draw(scene, TEXTURED)[None], [prompt], TEXTURED)
-  assert result["jumps"]["total"] == 0 and result["motion_ratio"]["total"] == pytest.approx(1, abs=0.05)
+  assert result["jumps"]["total"] == 0 and result["motion_ratio"]["total"] == pytest.approx(
+    1, abs=0.05
+  )
 
 
 def test_a_start_behind_another_shape_is_not_judged():
-  scene = Scene((shape(TEXTURED, "green", "circle", "right", "slowly", 8.0, 16.0),
-                 shape(TEXTURED, "magenta", "square", "right", "", 8.0, 16.0)), "checkered", 32)
+  scene = Scene(
+    (
+      shape(TEXTURED, "green", "circle", "right", "slowly", 8.0, 16.0),
+      shape(TEXTURED, "magenta", "square", "right", "", 8.0, 16.0),
+    ),
+    "checkered",
+    32,
+  )
   result = shapes.measure(draw(scene, TEXTURED, 18)[None], [world_lib.caption(scene)], TEXTURED)
   assert result["hidden"]["fifths"][0] == 0.5  # the circle, in every frame
   assert_perfect_but(result, "motion_ratio")
@@ -219,9 +283,18 @@ def test_one_of_two_shapes_missing_is_half_wrong():
 
 
 def test_exchanged_colours_are_two_wrong_shapes_or_two_wrong_colours():
-  prompt = world_lib.caption(PAIR).replace("green", "x").replace("magenta", "green").replace("x", "magenta")
+  prompt = (
+    world_lib.caption(PAIR)
+    .replace("green", "x")
+    .replace("magenta", "green")
+    .replace("x", "magenta")
+  )
   result = shapes.measure(draw(PAIR, TEXTURED)[None], [prompt], TEXTURED)
-  assert result["recognised"]["total"] == 1 and result["colour"]["total"] == 1 and result["shape"]["total"] == 0
+  assert (
+    result["recognised"]["total"] == 1
+    and result["colour"]["total"] == 1
+    and result["shape"]["total"] == 0
+  )
 
 
 def test_what_a_prompt_does_not_say_is_not_judged(clips):
@@ -249,9 +322,15 @@ def test_data_reference_through_a_codec_measures_the_codec():
 def test_expected_motion_is_the_mean_of_true_clips():
   for word, speed in world_lib.SPEEDS.items():
     start = np.random.default_rng(0).uniform(5.5, 26.5, 200)
-    clips = [world_lib.simulate(Scene((shape(PLAIN, "red", "circle", "right", word, x, 16.0),), "plain", 32), 50)
-             for x in start]
-    steps = np.concatenate([np.linalg.norm(np.diff(clip.position, axis=0), axis=-1) for clip in clips])
+    clips = [
+      world_lib.simulate(
+        Scene((shape(PLAIN, "red", "circle", "right", word, x, 16.0),), "plain", 32), 50
+      )
+      for x in start
+    ]
+    steps = np.concatenate(
+      [np.linalg.norm(np.diff(clip.position, axis=0), axis=-1) for clip in clips]
+    )
     assert shapes.expected_motion(speed, PLAIN) == pytest.approx(steps.mean(), rel=0.005)
 
 
@@ -265,7 +344,10 @@ def test_bad_input_is_one_line(clips):
 def test_table_and_figure(clips, tmp_path):
   gone = clips.copy()
   gone[:, 10:] = 0
-  results = {"data": shapes.measure(clips, CAPTIONS, PLAIN), "gone": shapes.measure(gone, CAPTIONS, PLAIN)}
+  results = {
+    "data": shapes.measure(clips, CAPTIONS, PLAIN),
+    "gone": shapes.measure(gone, CAPTIONS, PLAIN),
+  }
   lines = report.format_table(results).splitlines()
   assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
   cells = [cell.strip() for cell in lines[2].strip("|").split("|")]

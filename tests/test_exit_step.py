@@ -1,7 +1,9 @@
-"""The training rollout: the exit step in parallel equals the sequential one, in values and in gradients.
+"""The training rollout: the exit step in parallel equals the sequential one, in values and in
+gradients.
 
-The reference for gradients walks from block to block with a Python list for a cache, an entry per frame. The toy shows
-the logic; the true network's gradients are in the recordings, and below for attached history.
+The reference for gradients walks from block to block with a Python list for a cache, an entry per
+frame. The toy shows the logic; the true network's gradients are in the recordings, and below for
+attached history.
 """
 
 import dataclasses
@@ -28,7 +30,9 @@ TRAINED = {
   **{name: row for name, row in ROWS.items() if name != "hiar_clean_sink"},  # see the last test
   "hiar_attached": History(block=2, window=0, gradient="attached"),
   "clean_attached": History(block=2, window=4, level="clean", gradient="attached"),
-  "self_forcing_attached": History(block=2, window=5, sink=1, order="block_first", level="clean", gradient="attached"),
+  "self_forcing_attached": History(
+    block=2, window=5, sink=1, order="block_first", level="clean", gradient="attached"
+  ),
   "input_attached": History(block=2, window=4, level="input", gradient="attached"),
   "self_aligned_detached": DETACHED_INPUT,
 }
@@ -41,10 +45,15 @@ def _noise(row: History) -> np.ndarray:
 
 @functools.cache
 def program(row: History, stopped: bool = True):
-  """(table, exit level, weight) -> gradients of sum(x0 weight), (x0, exit_sample's); for all exit levels."""
+  """(table, exit level, weight) -> gradients of sum(x0 weight), (x0, exit_sample's); for all exit
+  levels.
+  """
 
   def loss(params, table, level, weight):
-    cache, frozen = tiny.cache(row, BLOCKS * row.block, tiny.TOY_CONFIG), tiny.toy(jax.lax.stop_gradient(params) if stopped else params)
+    cache, frozen = (
+      tiny.cache(row, BLOCKS * row.block, tiny.TOY_CONFIG),
+      tiny.toy(jax.lax.stop_gradient(params) if stopped else params),
+    )
     arguments = tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, BLOCKS, level
     x0 = exit_step.exit_rollout(tiny.toy(params), frozen, *arguments)
     return jnp.sum(x0 * weight), (x0, exit_step.exit_sample(frozen, *arguments))
@@ -53,11 +62,15 @@ def program(row: History, stopped: bool = True):
 
 
 def plain_x0(row: History, level: int) -> np.ndarray:
-  return np.concatenate(Plain("toy", row, BLOCKS * row.block, _noise(row)).rollout(BLOCKS, stop=level), axis=1)
+  return np.concatenate(
+    Plain("toy", row, BLOCKS * row.block, _noise(row)).rollout(BLOCKS, stop=level), axis=1
+  )
 
 
 def _walk(row: History, params, noisy: list, sigma, context: list, skip: int = 0) -> list:
-  """x0 of the noisy blocks >= skip, one at a time; context[m] = (latents, level) is what block m shows."""
+  """x0 of the noisy blocks >= skip, one at a time; context[m] = (latents, level) is what block m
+  shows.
+  """
   forward, frames, outputs = tiny.toy(params), [], []
 
   def run(n, latents, level):
@@ -78,7 +91,9 @@ def _walk(row: History, params, noisy: list, sigma, context: list, skip: int = 0
 
 
 def plain_gradients(row: History, level: int, weight: np.ndarray):
-  """Of sum(x0 weight): the latents before the exit step come from the plain loops and are constants."""
+  """Of sum(x0 weight): the latents before the exit step come from the plain loops and are
+  constants.
+  """
   table, k = _noise(row), row.block
   plain = Plain("toy", row, BLOCKS * k, table)
   sigma, lower = tiny.SIGMAS[level], tiny.SIGMAS[level + 1]
@@ -115,20 +130,27 @@ def test_values_equal_plain_loops_at_every_exit_level(name):
     assert_same(sample, x0)
 
 
-@pytest.mark.parametrize(("level", "name"), [(i % len(LEVELS), name) for i, name in enumerate(TRAINED)])
+@pytest.mark.parametrize(
+  ("level", "name"), [(i % len(LEVELS), name) for i, name in enumerate(TRAINED)]
+)
 def test_gradients_equal_a_walk_over_blocks(name, level):
   row, weight = TRAINED[name], _weight(TRAINED[name])
   gradients, _ = program(row)(_noise(row), level, weight)
   assert_same_tree(gradients, plain_gradients(row, level, weight))
 
 
-@pytest.mark.parametrize("name", ["self_aligned", "hiar_attached", "clean_attached", "input_attached"])
+@pytest.mark.parametrize(
+  "name", ["self_aligned", "hiar_attached", "clean_attached", "input_attached"]
+)
 def test_attached_and_detached_history_differ_in_gradient_alone(name):
   attached = TRAINED[name]
   detached = dataclasses.replace(attached, gradient="detached")
   results = [program(row)(_noise(row), 1, _weight(row)) for row in (attached, detached)]
   assert_same(results[0][1][0], results[1][1][0])
-  assert np.abs(results[0][0]["value"] - results[1][0]["value"]).max() > 1e-3 * np.abs(results[0][0]["value"]).max()
+  assert (
+    np.abs(results[0][0]["value"] - results[1][0]["value"]).max()
+    > 1e-3 * np.abs(results[0][0]["value"]).max()
+  )
 
 
 @pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])
@@ -185,17 +207,24 @@ def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_
   row = History(block=2, window=5, sink=1, gradient="attached")
   context, noisy, weight = (tiny.video(seed, 6) for seed in (1, 2, 3))
   levels = np.linspace(0.2, 0.9, tiny.BATCH * 6, dtype=np.float32).reshape(tiny.BATCH, 6)
-  context_sigma, sigma = (levels[::-1], levels) if per_frame else (np.full_like(levels, 0.3), np.full_like(levels, 0.8))
+  context_sigma, sigma = (
+    (levels[::-1], levels) if per_frame else (np.full_like(levels, 0.3), np.full_like(levels, 0.8))
+  )
   positions = jnp.arange(6, dtype=jnp.int32)
   mask = histories.teacher_forcing_mask(positions, row)
   short = (lambda level: level) if per_frame else (lambda level: level[0, 0])
 
   def two(params):
-    x0 = exit_step.teacher_forcing(make(params), context, short(context_sigma), noisy, short(sigma), row)
+    x0 = exit_step.teacher_forcing(
+      make(params), context, short(context_sigma), noisy, short(sigma), row
+    )
     return jnp.sum(x0 * weight), x0
 
   def one(params):
-    both, both_sigma = np.concatenate([context, noisy], axis=1), np.concatenate([context_sigma, sigma], axis=1)
+    both, both_sigma = (
+      np.concatenate([context, noisy], axis=1),
+      np.concatenate([context_sigma, sigma], axis=1),
+    )
     v, _ = make(params)(both, both_sigma, jnp.concatenate([positions, positions]), mask=mask)
     x0 = noisy - sigma[..., None, None, None] * v[:, 6:]
     return jnp.sum(x0 * weight), x0
@@ -206,5 +235,7 @@ def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_
 
 def test_a_clean_sink_is_trained_at_the_input_level_alone():
   row = ROWS["hiar_clean_sink"]
-  with pytest.raises(UserError, match="'clean' is trained at history.level = 'input' alone, not at 'output'"):
+  with pytest.raises(
+    UserError, match="'clean' is trained at history.level = 'input' alone, not at 'output'"
+  ):
     program(row)(_noise(row), 0, _weight(row))

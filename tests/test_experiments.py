@@ -1,4 +1,6 @@
-"""Every experiment builds in every variant, and a rival differs from shapes.py in its own lines alone."""
+"""Every experiment builds in every variant, and a rival differs from shapes.py in its own lines
+alone.
+"""
 
 import runpy
 
@@ -14,7 +16,13 @@ HISTORY = ("order", "level", "gradient", "window", "sink", "sink_level", "renois
 # The fields in which each must differ from shapes.py; beyond them only those of the history may.
 RIVALS = {
   "shapes_self_forcing": {"history.order", "history.level", "distill.forward_kl.weight"},
-  "shapes_self_aligned": {"history.level", "history.gradient", "history.sink", "history.sink_level", "distill.forward_kl.weight"},
+  "shapes_self_aligned": {
+    "history.level",
+    "history.gradient",
+    "history.sink",
+    "history.sink_level",
+    "distill.forward_kl.weight",
+  },
   "shapes_no_forward_kl": {"distill.forward_kl.weight"},
 }
 
@@ -28,12 +36,18 @@ def load(path, variant: str):
 def test_it_builds(path, variant):
   experiment = configs.build(Experiment, load(path, variant))
   assert experiment.stages_from == "" and experiment.dit.channels == experiment.codec.channels
-  assert experiment.sample.length >= 4  # a video four times longer than anything that was trained on
+  # a video four times longer than anything that was trained on
+  assert experiment.sample.length >= 4
 
 
 def test_the_method_of_shapes_is_hiar():
   history = configs.build(Experiment, load(FILES[0], "main")).history
-  assert (history.order, history.level, history.gradient, history.sink) == ("step_first", "output", "detached", 0)
+  assert (history.order, history.level, history.gradient, history.sink) == (
+    "step_first",
+    "output",
+    "detached",
+    0,
+  )
   distill = configs.build(Experiment, load(FILES[0], "main")).distill
   assert distill.critic_updates == 5 and distill.forward_kl.weight > 0
 
@@ -45,10 +59,16 @@ def test_every_rival_is_known():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_differs_in_its_own_lines_alone(name, variant):
-  first, rival = (load(tiny_run.ROOT / "experiments" / f"{stem}.py", variant) for stem in ("shapes", name))
+  first, rival = (
+    load(tiny_run.ROOT / "experiments" / f"{stem}.py", variant) for stem in ("shapes", name)
+  )
   differing = {line.partition(":")[0] for line in configs.difference(first, rival)}
   assert RIVALS[name] <= differing
-  allowed = RIVALS[name] if name == "shapes_no_forward_kl" else RIVALS[name] | {f"history.{field}" for field in HISTORY}
+  allowed = (
+    RIVALS[name]
+    if name == "shapes_no_forward_kl"
+    else RIVALS[name] | {f"history.{field}" for field in HISTORY}
+  )
   assert differing <= allowed
   assert rival.distill.forward_kl.weight == 0
 
@@ -65,7 +85,9 @@ def test_what_comes_before_distillation_can_come_from_another_run(chain):
   assert done.returncode == 0, done.stderr
   assert tiny_run.files(chain.straight) == before
   assert {path.name for path in workdir.iterdir()} == {"config.json", "distill", "logs", "sample"}
-  tiny_run.assert_same_arrays(tiny_run.state(workdir, "distill", 6), tiny_run.state(chain.straight, "distill", 6))
+  tiny_run.assert_same_arrays(
+    tiny_run.state(workdir, "distill", 6), tiny_run.state(chain.straight, "distill", 6)
+  )
   tiny_run.assert_same_arrays(tiny_run.videos(workdir), tiny_run.videos(chain.straight))
 
 
@@ -73,7 +95,11 @@ def test_what_comes_before_distillation_can_come_from_another_run(chain):
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_goes_on_from_the_same_causal_init(chain, name):
   workdir = chain.directory / name
-  sink = {"data__frames": 6, "history__block": 2, "history__window": 6, "history__sink": 2} if name == "shapes_self_aligned" else {}
+  sink = (
+    {"data__frames": 6, "history__block": 2, "history__window": 6, "history__sink": 2}
+    if name == "shapes_self_aligned"
+    else {}
+  )
   first = chain.straight
   if sink:
     first = chain.directory / "first_of_six_frames"
@@ -89,7 +115,11 @@ def test_a_rival_goes_on_from_the_same_causal_init(chain, name):
 @pytest.mark.slow
 def test_smoke_goes_through_every_stage(chain):
   workdir = chain.directory / "smoke"
-  done = chain.python("-m", "hiar_jax.train", "--config=experiments/shapes.py:smoke", f"--workdir={workdir}")
+  done = chain.python(
+    "-m", "hiar_jax.train", "--config=experiments/shapes.py:smoke", f"--workdir={workdir}"
+  )
   assert done.returncode == 0, done.stderr
   assert {record["stage"] for record in tiny_run.log(workdir)} == set(tiny_run.STAGES)
-  assert (workdir / "sample" / "metrics.json").exists() and (workdir / "sample" / "contact_sheet.png").exists()
+  assert (workdir / "sample" / "metrics.json").exists() and (
+    workdir / "sample" / "contact_sheet.png"
+  ).exists()

@@ -1,4 +1,6 @@
-"""The Wan experiments at their full size, without allocating any of it: configs, shapes of every step, bytes on each device of a pod."""
+"""The Wan experiments at their full size, without allocating any of it: configs, shapes of every
+step, bytes on each device of a pod.
+"""
 
 import dataclasses
 import functools
@@ -28,10 +30,23 @@ SIZES = {  # experiment -> (student and critic, real score)
   "self_aligned_wan_1_3b": ("1.3b", "14b"),
   "hiar_wan_14b": ("14b", "14b"),
 }
-METHOD = {"history.order", "history.level", "history.gradient", "history.window", "history.sink", "history.sink_level"}
+METHOD = {
+  "history.order",
+  "history.level",
+  "history.gradient",
+  "history.window",
+  "history.sink",
+  "history.sink_level",
+}
 RIVALS = {
-  "self_forcing_wan_1_3b": {"history.order", "history.level", "distill.forward_kl.weight", "distill.critic_lr"},
-  "self_aligned_wan_1_3b": METHOD - {"history.order"} | {f"distill.{x}" for x in ("forward_kl.weight", "critic_lr", "steps", "batch")},
+  "self_forcing_wan_1_3b": {
+    "history.order",
+    "history.level",
+    "distill.forward_kl.weight",
+    "distill.critic_lr",
+  },
+  "self_aligned_wan_1_3b": METHOD - {"history.order"}
+  | {f"distill.{x}" for x in ("forward_kl.weight", "critic_lr", "steps", "batch")},
 }
 
 
@@ -45,7 +60,12 @@ def experiment(name: str) -> Experiment:
 
 
 def abstract_task(e: Experiment) -> Task:
-  return Task(encode=lambda batch: None, embed=lambda tokens: tokens, negative=jnp.zeros_like, **e.latent_sizes)
+  return Task(
+    encode=lambda batch: None,
+    embed=lambda tokens: tokens,
+    negative=jnp.zeros_like,
+    **e.latent_sizes,
+  )
 
 
 def abstract_batch(e: Experiment, size: int) -> dict:
@@ -53,8 +73,11 @@ def abstract_batch(e: Experiment, size: int) -> dict:
   text = jax.ShapeDtypeStruct((size, e.text.length, e.text.dim), jnp.float32)
   points = jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32)
   return {
-    "tokens": text, "index": jax.ShapeDtypeStruct((size,), jnp.int32), "trajectory": points, "held": {"tokens": text, "trajectory": points},
-  }  # fmt: skip
+    "tokens": text,
+    "index": jax.ShapeDtypeStruct((size,), jnp.int32),
+    "trajectory": points,
+    "held": {"tokens": text, "trajectory": points},
+  }
 
 
 def count(tree) -> int:
@@ -72,12 +95,18 @@ def test_sizes_are_the_published_ones(name):
   assert e.dit.tokens(60, 104) == 1560
   for config, size in zip((e.dit, e.teacher_dit), SIZES[name], strict=True):
     shapes = jax.eval_shape(lambda config=config: dit.init(config, jax.random.key(0)))
-    assert count(shapes) == sum(int(np.prod(shape)) for shape in published_shapes(config).values()) == PARAMETERS[size]
+    assert (
+      count(shapes)
+      == sum(int(np.prod(shape)) for shape in published_shapes(config).values())
+      == PARAMETERS[size]
+    )
 
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_differs_in_its_own_lines_alone(name):
-  differing = {line.partition(":")[0] for line in configs.difference(load("hiar_wan_1_3b"), load(name))}
+  differing = {
+    line.partition(":")[0] for line in configs.difference(load("hiar_wan_1_3b"), load(name))
+  }
   assert differing == RIVALS[name]
 
 
@@ -94,25 +123,48 @@ def test_trajectories_lie_at_the_published_samplers_levels_or_at_the_students():
 def abstract_state(e: Experiment, key):
   init = lambda: dit.init(e.dit, jax.random.key(0))
   config = e.distill
-  return jax.eval_shape(lambda: states.create(key, init(), config.generator_optimizer(), init(), config.critic_optimizer()))
+  return jax.eval_shape(
+    lambda: states.create(
+      key, init(), config.generator_optimizer(), init(), config.critic_optimizer()
+    )
+  )
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_step_is_traced_at_full_size(name):
-  """What is traced is what a pod would compile: 21 latent frames of 60 x 104, windows, sinks, all levels."""
+  """What is traced is what a pod would compile: 21 latent frames of 60 x 104, windows, sinks, all
+  levels.
+  """
   e = experiment(name)
   state = abstract_state(e, jax.random.key(0))
-  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(e.student.sigmas, jnp.float32), abstract_task(e))
+  who = distill.Student(
+    e.student_dit,
+    e.dit,
+    e.teacher_dit,
+    e.history,
+    jnp.asarray(e.student.sigmas, jnp.float32),
+    abstract_task(e),
+  )
   teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))
   same = lambda tree: tree
   batch = abstract_batch(e, 1)
-  after, measured = jax.eval_shape(functools.partial(distill.make_generator_step(e.distill, who), mean=same), state, batch, teacher)
+  after, measured = jax.eval_shape(
+    functools.partial(distill.make_generator_step(e.distill, who), mean=same), state, batch, teacher
+  )
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert ("forward_kl" in measured) == (e.distill.forward_kl.weight > 0)
-  after, _ = jax.eval_shape(functools.partial(distill.make_critic_step(e.distill, who), mean=same), state, batch)
+  after, _ = jax.eval_shape(
+    functools.partial(distill.make_critic_step(e.distill, who), mean=same), state, batch
+  )
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-  init = causal_init.make_step(e.causal_init, e.student_dit, abstract_task(e), e.student.sigmas, e.history)
-  start = jax.eval_shape(lambda: states.create(jax.random.key(0), dit.init(e.dit, jax.random.key(0)), e.causal_init.optimizer()))
+  init = causal_init.make_step(
+    e.causal_init, e.student_dit, abstract_task(e), e.student.sigmas, e.history
+  )
+  start = jax.eval_shape(
+    lambda: states.create(
+      jax.random.key(0), dit.init(e.dit, jax.random.key(0)), e.causal_init.optimizer()
+    )
+  )
   after, _ = jax.eval_shape(functools.partial(init, mean=same), start, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
 
@@ -120,14 +172,21 @@ def test_every_step_is_traced_at_full_size(name):
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("devices", [8, 64])
 def test_the_state_is_spread_over_the_devices(name, devices):
-  """Bytes of all weights, averages and moments on each device: an even share of every large array; the small ones are few."""
+  """Bytes of all weights, averages and moments on each device: an even share of every large array;
+  the small ones are few.
+  """
   e = experiment(name)
   mesh = jax.sharding.AbstractMesh((1, devices), ("data", "fsdp"))
-  for tree in (abstract_state(e, jax.random.key(0)), jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))):
+  for tree in (
+    abstract_state(e, jax.random.key(0)),
+    jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0))),
+  ):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     large = [leaf for leaf in leaves if leaf.size >= e.mesh.min_shard]
     assert count(leaves) - count(large) < 0.005 * count(leaves)
-    for leaf, where in zip(large, sharding.state_shardings(large, mesh, e.mesh.min_shard), strict=True):
+    for leaf, where in zip(
+      large, sharding.state_shardings(large, mesh, e.mesh.min_shard), strict=True
+    ):
       assert int(np.prod(where.shard_shape(leaf.shape))) * devices == leaf.size, leaf.shape
 
 

@@ -1,4 +1,6 @@
-"""A video from one given latent frame: as a plain loop over visible frames has it, at the published positions 0 | 1 2 3 | 4 5 6 ..."""
+"""A video from one given latent frame: as a plain loop over visible frames has it, at the published
+positions 0 | 1 2 3 | 4 5 6 ...
+"""
 
 import functools
 
@@ -22,7 +24,9 @@ ROWS = {
 
 
 def plain(row, table, image):
-  """No cache and no shift: every forward sees the picture, the blocks before and its own, under a mask written out by hand."""
+  """No cache and no shift: every forward sees the picture, the blocks before and its own, under a
+  mask written out by hand.
+  """
   k, sigmas = row.block, tiny.SIGMAS
   total = 1 + BLOCKS * k
   block_of = [0, *(1 + i // k for i in range(BLOCKS * k))]
@@ -74,7 +78,13 @@ def made(name):
   table, image = tiny.noise_table(row, BLOCKS + 1), tiny.video(5, 1)
   run = quick_jit(
     lambda params, table, image: first_frame.rollout(
-      tiny.bind(params), tiny.lookup(table), tiny.cache(row, 1 + BLOCKS * row.block), jnp.asarray(tiny.SIGMAS), row, BLOCKS, image
+      tiny.bind(params),
+      tiny.lookup(table),
+      tiny.cache(row, 1 + BLOCKS * row.block),
+      jnp.asarray(tiny.SIGMAS),
+      row,
+      BLOCKS,
+      image,
     )
   )
   return np.asarray(run(tiny.params(), table, image)), plain(row, table, image), image

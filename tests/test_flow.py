@@ -36,7 +36,8 @@ def test_formulas(sigma):
   assert_close(flow.velocity_target(X0, EPS), v)
   x_t32, v32 = x_t.astype(np.float32), v.astype(np.float32)
   assert_close(flow.x0_from_velocity(x_t32, v32, sigma), x0)
-  np.testing.assert_allclose(flow.velocity_from_x0(x_t32, X0, sigma), v, atol=3e-5)  # divides by sigma >= .05
+  # divides by sigma >= .05
+  np.testing.assert_allclose(flow.velocity_from_x0(x_t32, X0, sigma), v, atol=3e-5)
   assert_close(flow.euler(x_t32, v32, sigma, sigma / 2), (1 - s / 2) * x0 + s / 2 * eps)
 
 
@@ -52,15 +53,21 @@ def test_shift(shift):
 def test_schedule_walks_from_noise_to_data():
   sigmas = flow.sigma_schedule(4, 3.0)
   assert sigmas.dtype == np.float64
-  np.testing.assert_allclose(sigmas, [1, 3 * 0.75 / 2.5, 3 * 0.5 / 2, 3 * 0.25 / 1.5, 0], rtol=1e-14)
+  np.testing.assert_allclose(
+    sigmas, [1, 3 * 0.75 / 2.5, 3 * 0.5 / 2, 3 * 0.25 / 1.5, 0], rtol=1e-14
+  )
 
 
 def test_published_levels():
-  np.testing.assert_allclose(flow.warped_levels((1000, 750, 500, 250), 5), [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-14)
+  np.testing.assert_allclose(
+    flow.warped_levels((1000, 750, 500, 250), 5), [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-14
+  )
   np.testing.assert_allclose(flow.warped_levels((600,), 1), [0.6, 0])
 
 
-@pytest.mark.parametrize("timesteps", [(), (1001, 500), (500, 500), (500, 750), (500, 0), (500, -1)], ids=str)
+@pytest.mark.parametrize(
+  "timesteps", [(), (1001, 500), (500, 500), (500, 750), (500, 0), (500, -1)], ids=str
+)
 def test_levels_that_do_not_fall_are_refused(timesteps):
   with pytest.raises(UserError, match="must fall from at most 1000 and stay above 0"):
     flow.warped_levels(timesteps, 5)
@@ -77,9 +84,11 @@ def test_sixteen_bit_latents_are_widened():
   assert x_t.dtype == jnp.float32
   np.testing.assert_allclose(x_t.ravel(), 0.001, rtol=1e-3)
   results = (
-    flow.velocity_target(half, half), flow.x0_from_velocity(half, half, 0.5), flow.velocity_from_x0(half, half, 0.5),
+    flow.velocity_target(half, half),
+    flow.x0_from_velocity(half, half, 0.5),
+    flow.velocity_from_x0(half, half, 0.5),
     flow.euler(half, half, 0.5, 0.25),
-  )  # fmt: skip
+  )
   assert {result.dtype for result in results} == {jnp.dtype("float32")}
 
 

@@ -1,4 +1,6 @@
-"""Videos from a trained run: the same for a prompt and a seed, said what was done, and nothing overwritten by halves."""
+"""Videos from a trained run: the same for a prompt and a seed, said what was done, and nothing
+overwritten by halves.
+"""
 
 import json
 import shutil
@@ -21,30 +23,74 @@ def chain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(chain, tmp_path_factory):
-  """What several commands made: name -> (status, stdout, stderr), and the directory that they wrote to."""
+  """What several commands made: name -> (status, stdout, stderr), and the directory that they wrote
+  to.
+  """
   out, workdir = tmp_path_factory.mktemp("generate"), chain.straight
   (out / "prompts.txt").write_text("# three prompts\n" + "\n\n".join(PROMPTS) + "\n")
   (out / "old.mp4").write_bytes(b"an old file")
   other = out / "other_batch"  # the same run, but videos are made three at a time
   shutil.copytree(workdir, other)
   config = json.loads((other / "config.json").read_text())
-  config["sample"]["batch"], config["mesh"]["data"] = 3, 64  # and trained on a machine that is not this one
+  # and trained on a machine that is not this one
+  config["sample"]["batch"], config["mesh"]["data"] = 3, 64
   (other / "config.json").write_text(json.dumps(config))
   before = tiny_run.files(workdir)
   commands = {
-    "file": [f"--workdir={workdir}", f"--prompts={out}/prompts.txt", "--frames=7", "--seed=5", f"--out={out}/new/dir"],
-    "batch": [f"--workdir={other}", f"--prompts={out}/prompts.txt", "--frames=8", "--seed=5", f"--out={out}/batch"],
-    "alone": [f"--workdir={workdir}", f"--prompt={PROMPTS[1]}", "--frames=8", "--seed=6", f"--out={out}/a/b/clip.mp4"],
-    "old": [f"--workdir={workdir}", f"--prompt={PROMPTS[1]}", "--frames=8", "--seed=7", f"--out={out}/old.mp4", "--strict"],
-    "init": [f"--workdir={workdir}", "--prompt=", "--frames=8", "--stage=causal_init", f"--out={out}/empty.mp4"],
+    "file": [
+      f"--workdir={workdir}",
+      f"--prompts={out}/prompts.txt",
+      "--frames=7",
+      "--seed=5",
+      f"--out={out}/new/dir",
+    ],
+    "batch": [
+      f"--workdir={other}",
+      f"--prompts={out}/prompts.txt",
+      "--frames=8",
+      "--seed=5",
+      f"--out={out}/batch",
+    ],
+    "alone": [
+      f"--workdir={workdir}",
+      f"--prompt={PROMPTS[1]}",
+      "--frames=8",
+      "--seed=6",
+      f"--out={out}/a/b/clip.mp4",
+    ],
+    "old": [
+      f"--workdir={workdir}",
+      f"--prompt={PROMPTS[1]}",
+      "--frames=8",
+      "--seed=7",
+      f"--out={out}/old.mp4",
+      "--strict",
+    ],
+    "init": [
+      f"--workdir={workdir}",
+      "--prompt=",
+      "--frames=8",
+      "--stage=causal_init",
+      f"--out={out}/empty.mp4",
+    ],
     "long": [f"--workdir={workdir}", f"--prompt={LONG}", f"--out={out}/long.mp4"],
   }
-  results = dict(zip(commands, chain.commands([("hiar_jax.generate", command) for command in commands.values()]), strict=True))
+  results = dict(
+    zip(
+      commands,
+      chain.commands([("hiar_jax.generate", command) for command in commands.values()]),
+      strict=True,
+    )
+  )
   assert tiny_run.files(workdir) == before  # a run is read and not touched
   return results, out
 
 
-NAMES = ["a-red-circle-moving-left.mp4", "a-purple-zebra-moving-up.mp4", "a-red-circle-moving-left-2.mp4"]
+NAMES = [
+  "a-red-circle-moving-left.mp4",
+  "a-purple-zebra-moving-up.mp4",
+  "a-red-circle-moving-left-2.mp4",
+]
 
 
 def test_every_command_ends_well(made):
@@ -140,7 +186,13 @@ def refused(chain, tmp_path_factory):
     "a bare word": [run, prompt, "quickly"],
     "below a file": [run, prompt, "--frames=2", f"--out={out}/a_file/x.mp4"],
   }
-  return dict(zip(commands, chain.commands([("hiar_jax.generate", command) for command in commands.values()]), strict=True)), out
+  return dict(
+    zip(
+      commands,
+      chain.commands([("hiar_jax.generate", command) for command in commands.values()]),
+      strict=True,
+    )
+  ), out
 
 
 REFUSED = {
@@ -148,7 +200,8 @@ REFUSED = {
   "a missing workdir": "/nowhere holds no run (no config.json); train one first, or check the path",
   "not a run": "/not_a_run holds no run (no config.json)",
   "nothing trained": "there are no checkpoints in ",
-  "stage not trained": "/half/distill/checkpoints: no such directory; train first, or check the path",
+  "stage not trained": "/half/distill/checkpoints: no such directory; train first, or check the "
+  "path",
   "no prompt": 'give either --prompt="a red circle moving left" or --prompts=FILE',
   "both prompts": "give either --prompt=",
   "missing prompts": "/nowhere.txt does not exist; write one prompt a line into it",
@@ -172,7 +225,8 @@ REFUSED = {
 def test_what_cannot_be_done_is_one_line(refused, name):
   results, out = refused
   status, printed, err = results[name]
-  lines = [line for line in err.splitlines() if not line.startswith("generate: ")]  # the bar of what had begun
+  # the bar of what had begun
+  lines = [line for line in err.splitlines() if not line.startswith("generate: ")]
   assert status == 2 and printed == "" and len(lines) == 1, err
   assert lines[0].startswith("error: ") and REFUSED[name] in lines[0]
   assert not [*out.rglob("*.mp4"), *out.rglob("*.tmp")]
@@ -185,5 +239,8 @@ def test_a_file_where_the_videos_should_go(tmp_path):
 
 
 def test_where_videos_go_by_default():
-  assert [str(path) for path in generate.outputs(["A cat", "a cat"], None, many=True)] == ["videos/a-cat.mp4", "videos/a-cat-2.mp4"]
+  assert [str(path) for path in generate.outputs(["A cat", "a cat"], None, many=True)] == [
+    "videos/a-cat.mp4",
+    "videos/a-cat-2.mp4",
+  ]
   assert [str(path) for path in generate.outputs(["A cat"], None, many=False)] == ["a-cat.mp4"]

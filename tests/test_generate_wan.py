@@ -1,4 +1,6 @@
-"""Videos from a config and converted weights of Wan's layout, small and random: text, a picture, a video; resumed, planned, refused."""
+"""Videos from a config and converted weights of Wan's layout, small and random: text, a picture, a
+video; resumed, planned, refused.
+"""
 
 import dataclasses
 import json
@@ -23,7 +25,7 @@ from hiar_jax.models.tokenizer import clean
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.stages import medium
 
-CONFIG = '''
+CONFIG = """
 from experiments import hiar_wan_1_3b
 
 def get_config():
@@ -34,7 +36,7 @@ def get_config():
   c.history.window = 6
   c.student.timesteps = (1000, 500)
   return c
-'''
+"""
 DIT = dit.DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16)
 VAE = vae.VAEConfig(dim=4, num_res_blocks=1, dim_mult=(1, 1, 1, 1))
 TINY_VAE = tiny_vae.TinyVAEConfig(encoder_width=4, decoder_widths=(8, 4, 4, 4), blocks=1)
@@ -45,13 +47,17 @@ def random_like(config, init, seed, scale):
   shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
   leaves, tree = jax.tree.flatten(shapes)
   draw = np.random.default_rng(seed)
-  return tree.unflatten([scale * draw.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
+  return tree.unflatten(
+    [scale * draw.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
+  )
 
 
 def save_weights(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
   weights.save(folder, "dit", DIT, random_like(DIT, dit.init, seed, 0.2))
   weights.save(folder, "vae", VAE, jax.device_get(vae.init(VAE, jax.random.key(1))))
-  weights.save(folder, "tiny_vae", TINY_VAE, jax.device_get(tiny_vae.init(TINY_VAE, jax.random.key(2))))
+  weights.save(
+    folder, "tiny_vae", TINY_VAE, jax.device_get(tiny_vae.init(TINY_VAE, jax.random.key(2)))
+  )
   weights.save(folder, "umt5", UMT5, random_like(UMT5, umt5.init, 3, 0.3))
   save_small_tokenizer(folder / "tokenizer")
   return folder
@@ -65,14 +71,20 @@ def place(tmp_path_factory):
   save_weights(root / "weights")
   pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
   Image.fromarray(pixels).save(root / "cat.png")
-  ramp = np.broadcast_to(np.linspace(0, 255, 24).astype(np.uint8)[:, None, None, None], (24, 16, 32, 3))
+  ramp = np.broadcast_to(
+    np.linspace(0, 255, 24).astype(np.uint8)[:, None, None, None], (24, 16, 32, 3)
+  )
   media.write_mp4(root / "before.mp4", ramp, 16)
   return root
 
 
-def commands(place, tmp_path_factory, cases: dict[str, list[str]], common: list[str], devices: int = 1) -> dict[str, tuple[int, str, str]]:
+def commands(
+  place, tmp_path_factory, cases: dict[str, list[str]], common: list[str], devices: int = 1
+) -> dict[str, tuple[int, str, str]]:
   chain = tiny_run.chain(tmp_path_factory.getbasetemp())
-  done = chain.commands([("hiar_jax.generate", [*common, *case]) for case in cases.values()], devices=devices)
+  done = chain.commands(
+    [("hiar_jax.generate", [*common, *case]) for case in cases.values()], devices=devices
+  )
   return dict(zip(cases, done, strict=True))
 
 
@@ -100,9 +112,23 @@ def made(place, tmp_path_factory):
     "video": [cat, f"--video={place}/before.mp4", "--frames=40", f"--out={out}/video.mp4"],
     "starts": [f"--prompts={out}/starts.jsonl", f"--out={out}/starts", "--config.sample.batch=2"],
     "tiny": [cat, "--seed=4", "--decoder=tiny_vae", f"--out={out}/tiny.mp4"],
-    "tiled": [f"--prompt={LONG}", "--height=32", "--width=64", "--frames=9", "--tile=4", "--dtype=bfloat16", f"--out={out}/tiled.mp4"],
+    "tiled": [
+      f"--prompt={LONG}",
+      "--height=32",
+      "--width=64",
+      "--frames=9",
+      "--tile=4",
+      "--dtype=bfloat16",
+      f"--out={out}/tiled.mp4",
+    ],
     "plan": ["--plan", "--frames=81"],
-    "plan, no weights": ["--plan", f"--prompt={PROMPTS[0]}", "--weights=", f"--image={place}/cat.png", "--decoder=tiny_vae"],
+    "plan, no weights": [
+      "--plan",
+      f"--prompt={PROMPTS[0]}",
+      "--weights=",
+      f"--image={place}/cat.png",
+      "--decoder=tiny_vae",
+    ],
   }
   before = tiny_run.files(place / "weights" / "dit")
   results = commands(place, tmp_path_factory, cases, base(place))
@@ -122,19 +148,31 @@ def test_a_file_of_prompts(made):
   for name, prompt, seed in zip(names, PROMPTS, ("4", "9", "6"), strict=True):
     frames, fps, said = media.read_mp4(out / "many" / name)
     assert frames.shape == (21, 16, 32, 3) and fps == 16
-    assert (said["prompt"], said["seed"], said["frames"], said["weights"]) == (prompt, seed, "21", "weights")
+    assert (said["prompt"], said["seed"], said["frames"], said["weights"]) == (
+      prompt,
+      seed,
+      "21",
+      "weights",
+    )
     assert frames.std() > 1
 
 
 def test_a_video_depends_on_its_prompt_and_seed_alone(made):
   _, out = made
-  np.testing.assert_array_equal(media.read_mp4(out / "many" / "dog.mp4")[0], media.read_mp4(out / "alone.mp4")[0])
+  np.testing.assert_array_equal(
+    media.read_mp4(out / "many" / "dog.mp4")[0], media.read_mp4(out / "alone.mp4")[0]
+  )
 
 
 def test_finished_files_are_not_made_again(made):
   results, out = made
   assert results["again"][1] == ""
-  assert results["again"][2].count("is there already, made of the same prompt, seed and weights; --overwrite makes it again") == 3
+  assert (
+    results["again"][2].count(
+      "is there already, made of the same prompt, seed and weights; --overwrite makes it again"
+    )
+    == 3
+  )
 
 
 def test_memory_is_said(made):
@@ -143,24 +181,42 @@ def test_memory_is_said(made):
 
 
 def test_a_picture_is_the_first_frame(made, place):
-  """One latent frame, then whole blocks: 1 + 6 latent frames. The first frame is what the autoencoder makes of the picture."""
+  """One latent frame, then whole blocks: 1 + 6 latent frames.
+
+  The first frame is what the autoencoder makes of the picture.
+  """
   results, out = made
   _, params = weights.load(place / "weights", "vae")
-  there = quick_jit(lambda params, video: vae.decode_chunk(params, vae.encode_chunk(params, video, None, VAE)[0], None, VAE)[0])
-  cat, none = pictures.read_image(place / "cat.png", 16, 32)[0], np.full((1, 16, 32, 3), 128, np.uint8)
-  luma = lambda frame: frame @ np.asarray([0.2126, 0.7152, 0.0722])  # a file halves the resolution of colour
+  there = quick_jit(
+    lambda params, video: vae.decode_chunk(
+      params, vae.encode_chunk(params, video, None, VAE)[0], None, VAE
+    )[0]
+  )
+  cat, none = (
+    pictures.read_image(place / "cat.png", 16, 32)[0],
+    np.full((1, 16, 32, 3), 128, np.uint8),
+  )
+  # a file halves the resolution of colour
+  luma = lambda frame: frame @ np.asarray([0.2126, 0.7152, 0.0722])
   first = luma(media.read_mp4(out / "image.mp4")[0][0])
-  far = [np.abs(first - luma(media.to_uint8(there(params, media.to_float(x)[None]))[0, 0])).mean() for x in (cat, none)]
+  far = [
+    np.abs(first - luma(media.to_uint8(there(params, media.to_float(x)[None]))[0, 0])).mean()
+    for x in (cat, none)
+  ]
   assert far[0] < 6 and far[0] < far[1] / 3, far
   frames, _, said = media.read_mp4(out / "image.mp4")
   assert len(frames) == 25 and said["start"] == "image cat.png"
-  assert "cat.png: 50x40, scaled by 0.8 to cover 16x32, 60% of its height cropped\n" in results["image"][2]
+  assert (
+    "cat.png: 50x40, scaled by 0.8 to cover 16x32, 60% of its height cropped\n"
+    in results["image"][2]
+  )
 
 
 def test_a_video_goes_on_from_its_end(made):
   results, out = made
   frames, _, said = media.read_mp4(out / "video.mp4")
-  assert len(frames) == 45 and said["start"] == "video before.mp4"  # 21 of 24 frames are two blocks, two more follow
+  # 21 of 24 frames are two blocks, two more follow
+  assert len(frames) == 45 and said["start"] == "video before.mp4"
   assert "frames = 40 is not whole blocks of 3 latent frames: making 45\n" in results["video"][2]
   assert "before.mp4: its last 21 of 24 frames, which are whole blocks\n" in results["video"][2]
 
@@ -168,21 +224,44 @@ def test_a_video_goes_on_from_its_end(made):
 def test_starts_in_a_file_of_prompts(made):
   """A picture for one, nothing for the others, which are made two at a time."""
   results, out = made
-  assert [len(media.read_mp4(out / "starts" / name)[0]) for name in ("a.mp4", "b.mp4", "dog.mp4", "c.mp4")] == [25, 21, 21, 21]
-  together, alone = (media.read_mp4(out / name)[0].astype(int) for name in ("starts/dog.mp4", "alone.mp4"))
+  assert [
+    len(media.read_mp4(out / "starts" / name)[0]) for name in ("a.mp4", "b.mp4", "dog.mp4", "c.mp4")
+  ] == [25, 21, 21, 21]
+  together, alone = (
+    media.read_mp4(out / name)[0].astype(int) for name in ("starts/dog.mp4", "alone.mp4")
+  )
   assert np.abs(together - alone).mean() < 1  # a batch of another size rounds otherwise
 
 
 @pytest.mark.slow
 def test_two_devices_make_the_same_video(made, place, tmp_path, tmp_path_factory):
-  """From a picture: text encoder, autoencoder both ways and network, each with devices of its own."""
+  """From a picture: text encoder, autoencoder both ways and network, each with devices of its
+  own.
+  """
   cat = [f"--prompt={PROMPTS[0]}", f"--image={place}/cat.png"]
-  cases = {"whole": [*cat, f"--out={tmp_path}/image.mp4"], "tiled": [*cat, "--height=32", "--width=64", "--frames=9", "--tile=4",
-                                                                     f"--out={tmp_path}/tiled.mp4"]}  # fmt: skip
-  results = commands(place, tmp_path_factory, cases, [*base(place), f"--config.text.cache={tmp_path}/texts"], devices=2)
+  cases = {
+    "whole": [*cat, f"--out={tmp_path}/image.mp4"],
+    "tiled": [
+      *cat,
+      "--height=32",
+      "--width=64",
+      "--frames=9",
+      "--tile=4",
+      f"--out={tmp_path}/tiled.mp4",
+    ],
+  }
+  results = commands(
+    place,
+    tmp_path_factory,
+    cases,
+    [*base(place), f"--config.text.cache={tmp_path}/texts"],
+    devices=2,
+  )
   for name, (status, _, err) in results.items():
     assert status == 0 and "Traceback" not in err, f"{name}: {err}"
-  two, one = (media.read_mp4(path)[0].astype(int) for path in (tmp_path / "image.mp4", made[1] / "image.mp4"))
+  two, one = (
+    media.read_mp4(path)[0].astype(int) for path in (tmp_path / "image.mp4", made[1] / "image.mp4")
+  )
   assert np.abs(two - one).mean() < 1
 
 
@@ -190,7 +269,9 @@ def test_other_decoders(made):
   _, out = made
   whole = media.read_mp4(out / "many" / "a-cat-walks-on-the-grass.mp4")[0].astype(int)
   tiny, _, said = media.read_mp4(out / "tiny.mp4")
-  assert tiny.shape == whole.shape and np.abs(tiny - whole).mean() > 0.5 and said["codec"] == "tiny_vae"
+  assert (
+    tiny.shape == whole.shape and np.abs(tiny - whole).mean() > 0.5 and said["codec"] == "tiny_vae"
+  )
   frames, _, said = media.read_mp4(out / "tiled.mp4")
   assert frames.shape == (9, 32, 64, 3) and said["size"] == "32x64" and said["dtype"] == "bfloat16"
 
@@ -200,7 +281,10 @@ def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(made):
   results, out = made
   cut = len(small_tokenizer().encode(clean(LONG)).ids) - 512
   assert cut > 0
-  assert f"prompt {LONG[:60]!r}...: {512 + cut} tokens, the encoder reads 512; the last {cut} are left out\n" in results["tiled"][2]
+  assert (
+    f"prompt {LONG[:60]!r}...: {512 + cut} tokens, the encoder reads 512; the last {cut} are left "
+    "out\n" in results["tiled"][2]
+  )
   assert "are left out" not in results["file"][2]  # an empty prompt, and one in Chinese
   assert media.read_metadata(out / "tiled.mp4")["prompt"] == LONG
 
@@ -208,30 +292,45 @@ def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(made):
 def test_a_plan_makes_nothing(made):
   results, out = made
   text = results["plan"][1]
-  assert "blocks: 7, 6 tokens each (2 a latent frame)" in text and "compiled for cpu, generate: " in text
+  assert (
+    "blocks: 7, 6 tokens each (2 a latent frame)" in text and "compiled for cpu, generate: " in text
+  )
   assert "VAE: 0.000 billion" in text
   picture = results["plan, no weights"][1]
   assert "UMT5: 5.681 billion" in picture and "1 of 1 frames on " in picture
   assert len([*out.rglob("*.mp4")]) == 3 + 4 + 5 and not [*out.rglob("*.tmp")]
 
 
-# ------------------------------------------------------------------------------------------------ resumed, and refused
+# ----------------------------------------------------------------------------- resumed, and refused
 
 
 def test_only_what_is_missing_or_other_is_made(place, tmp_path, tmp_path_factory):
-  """Between two commands one file is deleted and one is torn; then everything is asked for otherwise."""
+  """Between two commands one file is deleted and one is torn; then everything is asked for
+  otherwise.
+  """
   (tmp_path / "p.csv").write_text("prompt\na\nb\nc\n")
   other = save_weights(tmp_path / "other", seed=8)
   command = [f"--prompts={tmp_path}/p.csv", f"--out={tmp_path}/v"]
-  run = lambda *cases: commands(place, tmp_path_factory, {i: [*command, *case] for i, case in enumerate(cases)}, base(place))
+  run = lambda *cases: commands(
+    place, tmp_path_factory, {i: [*command, *case] for i, case in enumerate(cases)}, base(place)
+  )
   assert run([])[0][0] == 0
   old = {name: (tmp_path / "v" / name).read_bytes() for name in ("a.mp4", "b.mp4", "c.mp4")}
   (tmp_path / "v" / "a.mp4").unlink()
   (tmp_path / "v" / "b.mp4").write_bytes(old["b.mp4"][:100])
   status, out, err = run([])[0]
-  assert status == 0 and out.splitlines() == [f"{tmp_path}/v/a.mp4", f"{tmp_path}/v/b.mp4"] and err.count("is there already") == 1
+  assert (
+    status == 0
+    and out.splitlines() == [f"{tmp_path}/v/a.mp4", f"{tmp_path}/v/b.mp4"]
+    and err.count("is there already") == 1
+  )
   assert {name: (tmp_path / "v" / name).read_bytes() for name in old} == old
-  otherwise = run(["--overwrite"], ["--seed=1"], ["--seed=1", f"--weights={other}"], ["--seed=1", f"--weights={other}"])
+  otherwise = run(
+    ["--overwrite"],
+    ["--seed=1"],
+    ["--seed=1", f"--weights={other}"],
+    ["--seed=1", f"--weights={other}"],
+  )
   assert [len(out.splitlines()) for _, out, _ in otherwise.values()] == [3, 3, 3, 0]
 
 
@@ -247,13 +346,24 @@ def refused(place, tmp_path_factory):
   cases = {
     "no weights": [config, prompt],
     "missing weights": [config, f"--weights={out}/nowhere", prompt],
-    "another model": [config, f"--weights={out}/larger", prompt, f"--config.codec.weights={place}/weights",
-                      f"--config.text.weights={place}/weights"],
+    "another model": [
+      config,
+      f"--weights={out}/larger",
+      prompt,
+      f"--config.codec.weights={place}/weights",
+      f"--config.text.weights={place}/weights",
+    ],
     "both sources": [config, there, "--workdir=runs/x", prompt],
     "weights of a run": ["--workdir=runs/x", there, prompt],
     "a small world": ["--config=experiments/shapes.py", there, prompt],
     "no prompt": [config, there],
-    "both starts": [config, there, prompt, f"--image={place}/cat.png", f"--video={place}/before.mp4"],
+    "both starts": [
+      config,
+      there,
+      prompt,
+      f"--image={place}/cat.png",
+      f"--video={place}/before.mp4",
+    ],
     "odd size": [config, there, prompt, "--height=20", "--width=32"],
     "strict": [config, there, prompt, "--frames=20", "--strict"],
     "too few": [config, there, prompt, f"--video={place}/before.mp4", "--frames=21"],
@@ -265,7 +375,7 @@ def refused(place, tmp_path_factory):
     "small tiles": [config, there, prompt, "--tile=2"],
     "a dtype": [config, there, prompt, "--dtype=float16"],
     "a decoder": [config, there, prompt, "--decoder=wan"],
-  }  # fmt: skip
+  }
   return commands(place, tmp_path_factory, cases, [f"--out={out}/x.mp4"]), out
 
 
@@ -302,7 +412,7 @@ def test_what_cannot_be_done_is_one_line(refused, name):
   assert not (out / "x.mp4").exists() and not [*out.rglob("*.tmp")]
 
 
-# ------------------------------------------------------------------------------------------------- what the model is given
+# -------------------------------------------------------------------------- what the model is given
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +429,9 @@ def clip(model, kind, path, given, prompt="A cat"):
 
 @pytest.mark.parametrize("kind, name, given", [("image", "cat.png", 1), ("video", "before.mp4", 6)])
 def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
-  """The first latents of the result are the autoencoder's of the start, to the bit; and what follows depends on them."""
+  """The first latents of the result are the autoencoder's of the start, to the bit; and what
+  follows depends on them.
+  """
   start = clip(model, kind, place / name, given)
   pixels, _ = start.start.read(model.experiment)
   assert pixels.shape == (1 + 4 * (given - 1), 16, 32, 3)
@@ -336,7 +448,10 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
 
 
 def test_pictures_of_a_size_are_encoded_by_one_program(model):
-  """A file of prompts may hold a hundred of them. The mesh that the network runs on is set around it."""
+  """A file of prompts may hold a hundred of them.
+
+  The mesh that the network runs on is set around it.
+  """
   sizes = []
   for value in (0, 255):
     with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=8))):
@@ -360,7 +475,9 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
 
 
 def test_a_frame_is_decoded_over_all_devices(model):
-  """Inside the mesh that the network runs on, which is another: a width of 4 latents goes to 4 of the 8."""
+  """Inside the mesh that the network runs on, which is another: a width of 4 latents goes to 4 of
+  the 8.
+  """
   latents = np.random.default_rng(0).normal(size=(1, 1, 2, 4, 16)).astype(np.float32)
   assert len(model.run.medium._wide_stream.place(4).device_set) == 4
   mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
@@ -371,13 +488,20 @@ def test_a_frame_is_decoded_over_all_devices(model):
 
 
 def test_identity_is_of_what_matters(model, place, tmp_path):
-  """Another place on the disk is the same model; other weights, another dtype, window or decoder are not."""
+  """Another place on the disk is the same model; other weights, another dtype, window or decoder
+  are not.
+  """
   config = lambda: runpy.run_path(str(place / "config.py"))["get_config"]()
-  identity = lambda c, folder, **changes: student_model.of_config(c, str(folder), student_model.Changes(**changes)).identity
+  identity = lambda c, folder, **changes: (
+    student_model.of_config(c, str(folder), student_model.Changes(**changes)).identity
+  )
   moved, other = save_weights(tmp_path / "moved"), save_weights(tmp_path / "other", seed=5)
   assert identity(config(), moved) == model.identity
   wider = config()
   wider.history.window = 9
   others = [identity(wider, moved), identity(config(), other)]
-  others += [identity(config(), moved, **change) for change in ({"dtype": "bfloat16"}, {"decoder": "tiny_vae"}, {"tile": 4})]
+  others += [
+    identity(config(), moved, **change)
+    for change in ({"dtype": "bfloat16"}, {"decoder": "tiny_vae"}, {"tile": 4})
+  ]
   assert len({model.identity, *others}) == 6

@@ -1,7 +1,7 @@
 """Every recording of the published DiT, its rollouts and its losses, reproduced.
 
-A case is a folder; each of its files, and each array in a file, must be known here. Nothing is assumed of sizes: they
-come from config.json, the arrays and the names.
+A case is a folder; each of its files, and each array in a file, must be known here. Nothing is
+assumed of sizes: they come from config.json, the arrays and the names.
 """
 
 import functools
@@ -23,7 +23,8 @@ from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
 from hiar_jax.rollout import exit_step, generate
 
-KINDS = {golden_cases.DIT, "vae.npz", "umt5.npz"}  # what marks a folder as a recorded DiT, VAE or text encoder
+# what marks a folder as a recorded DiT, VAE or text encoder
+KINDS = {golden_cases.DIT, "vae.npz", "umt5.npz"}
 CASES = golden_cases.cases()
 FILES = [(case, path.name) for case in CASES for path in sorted(case.path.iterdir())]
 GUIDANCE = 3.0  # of the published distribution matching
@@ -33,7 +34,10 @@ TARGETS = {"pred_x0": "x0", "gt_x0": "end"}
 
 def _arrays(named: dict, prefix: str) -> dict:
   """Takes the arrays under `prefix` out of a recording."""
-  return {name.removeprefix(prefix): named.pop(name) for name in [name for name in named if name.startswith(prefix)]}
+  return {
+    name.removeprefix(prefix): named.pop(name)
+    for name in [name for name in named if name.startswith(prefix)]
+  }
 
 
 def _assert_gradients(case: Case, gradients, recorded: dict) -> None:
@@ -50,7 +54,9 @@ def _assert_gradients(case: Case, gradients, recorded: dict) -> None:
 def weights(case: Case, z: dict, network: str) -> None:
   params = case.params(network)
   like = jax.eval_shape(lambda: dit.init(case.config, jax.random.key(0)))
-  assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(lambda leaf: leaf.shape, like)
+  assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(
+    lambda leaf: leaf.shape, like
+  )
   for name, back in convert.params_to_torch(params, case.config).items():
     expected = z.pop(name)
     assert back.dtype == expected.dtype and back.tobytes() == expected.tobytes(), name
@@ -63,7 +69,9 @@ def schedule(case: Case, z: dict) -> None:
       assert_close(flow.sigma_schedule(int(match[1]), float(match[2]))[:-1], z.pop(name), name)
     elif match := re.fullmatch(r"warped_([\d_]+)_shift([\d.]+)", name):
       nominal = tuple(float(part) for part in match[1].split("_"))
-      assert_close(flow.timestep(flow.warped_levels(nominal, float(match[2])))[:-1], z.pop(name), name)
+      assert_close(
+        flow.timestep(flow.warped_levels(nominal, float(match[2])))[:-1], z.pop(name), name
+      )
 
 
 # -- forward passes
@@ -96,7 +104,9 @@ def teacher_forcing_forward(case: Case, z: dict) -> None:
   both, timestep = np.concatenate([clean, x], axis=1), z.pop("timestep")
   timestep = np.concatenate([np.zeros_like(timestep), timestep], axis=1)
   text = z.pop("prompt_embeds")
-  velocity = _apply(case, "generator", both, timestep, text, jnp.concatenate([positions, positions]), mask)
+  velocity = _apply(
+    case, "generator", both, timestep, text, jnp.concatenate([positions, positions]), mask
+  )
   _assert_forward(z, velocity[:, clean.shape[1] :])
 
 
@@ -104,7 +114,9 @@ def teacher_forcing_forward(case: Case, z: dict) -> None:
 
 
 def _noise_table(noise: np.ndarray, steps: np.ndarray | None, block: int, count: int) -> np.ndarray:
-  """Recorded noise as [level, block, b, k, h, w, c] with `count` levels; levels that draw none are 0."""
+  """Recorded noise as [level, block, b, k, h, w, c] with `count` levels; levels that draw none are
+  0.
+  """
   blocks = np.stack(np.split(channels_last(noise), noise.shape[1] // block, axis=1))
   table = np.zeros((count, *blocks.shape), np.float32)
   table[0] = blocks
@@ -113,7 +125,9 @@ def _noise_table(noise: np.ndarray, steps: np.ndarray | None, block: int, count:
   return table
 
 
-def rollout(case: Case, z: dict, start: str, order: str, renoise: str, context: str, window: str, sink: str) -> None:
+def rollout(
+  case: Case, z: dict, start: str, order: str, renoise: str, context: str, window: str, sink: str
+) -> None:
   """`start`: rollout, or continuation of given frames. The rest names what differs from HiAR."""
   row = case.history(
     order=f"{order}_first",
@@ -130,22 +144,36 @@ def rollout(case: Case, z: dict, start: str, order: str, renoise: str, context: 
 
   def run(params, table, sigmas, given):
     return generate.rollout(
-      dit.bind(case.config, params, text), lambda level, n: table[level, n - first], case.cache(row, video), sigmas,
-      row, table.shape[1], given=given,
-    )  # fmt: skip
+      dit.bind(case.config, params, text),
+      lambda level, n: table[level, n - first],
+      case.cache(row, video),
+      sigmas,
+      row,
+      table.shape[1],
+      given=given,
+    )
 
-  assert_close(quick_jit(run)(case.params("generator"), jnp.asarray(table), jnp.asarray(sigmas), given), video)
+  assert_close(
+    quick_jit(run)(case.params("generator"), jnp.asarray(table), jnp.asarray(sigmas), given), video
+  )
 
 
 @functools.cache
 def _exit_step(case: Case):
-  """One program for every exit level: (params, text, table, sigmas, level, weight) -> gradients, x0."""
+  """One program for every exit level: (params, text, table, sigmas, level, weight) -> gradients,
+  x0.
+  """
   row = case.history()
 
   def loss(params, text, table, sigmas, level, weight):
-    bound, frozen = dit.bind(case.config, params, text), dit.bind(case.config, jax.lax.stop_gradient(params), text)
+    bound, frozen = (
+      dit.bind(case.config, params, text),
+      dit.bind(case.config, jax.lax.stop_gradient(params), text),
+    )
     noise = lambda level, n: table[level, n]
-    x0 = exit_step.exit_rollout(bound, frozen, noise, case.cache(row, weight), sigmas, row, table.shape[1], level)
+    x0 = exit_step.exit_rollout(
+      bound, frozen, noise, case.cache(row, weight), sigmas, row, table.shape[1], level
+    )
     return jnp.sum(x0 * weight), x0
 
   return quick_jit(jax.grad(loss, has_aux=True))
@@ -153,11 +181,17 @@ def _exit_step(case: Case):
 
 def training_rollout(case: Case, z: dict, exit_level: str) -> None:
   assert int(z.pop("exit_step")) == int(exit_level) < len(case.levels) - 1
-  table = _noise_table(z.pop("noise"), z.pop("step_noise", None), case.history().block, len(case.levels) - 1)
+  table = _noise_table(
+    z.pop("noise"), z.pop("step_noise", None), case.history().block, len(case.levels) - 1
+  )
   gradients, x0 = _exit_step(case)(
-    case.params("generator"), z.pop("prompt_embeds"), table, case.levels, int(exit_level),
+    case.params("generator"),
+    z.pop("prompt_embeds"),
+    table,
+    case.levels,
+    int(exit_level),
     channels_last(z.pop("loss_weight")),
-  )  # fmt: skip
+  )
   assert_close(x0, channels_last(z.pop("output")), "x0")
   _assert_gradients(case, gradients, _arrays(z, "grad/"))
 
@@ -165,17 +199,29 @@ def training_rollout(case: Case, z: dict, exit_level: str) -> None:
 # -- losses
 
 
-def _drawn_level(case: Case, raw: np.ndarray, shift: float, batch: int) -> tuple[jax.Array, jax.Array]:
-  """(timestep, sigma), each [b]: sigma is looked up at the nearest of the published scheduler's 1,000 points."""
+def _drawn_level(
+  case: Case, raw: np.ndarray, shift: float, batch: int
+) -> tuple[jax.Array, jax.Array]:
+  """(timestep, sigma), each [b]: sigma is looked up at the nearest of the published scheduler's
+  1,000 points.
+  """
   timestep = np.clip(1000 * flow.shift_sigma(raw.reshape(-1) / 1000, shift), *CLAMP)
   grid = flow.sigma_schedule(1000, case.sizes["shift"])[:-1]
   sigma = grid[np.abs(1000 * grid - timestep[:, None]).argmin(axis=1)]
-  return tuple(jnp.broadcast_to(jnp.asarray(level, jnp.float32), batch) for level in (timestep, sigma))
+  return tuple(
+    jnp.broadcast_to(jnp.asarray(level, jnp.float32), batch) for level in (timestep, sigma)
+  )
 
 
 def dmd_losses(case: Case, z: dict) -> None:
-  x, text, negative = channels_last(z.pop("x")), z.pop("prompt_embeds"), z.pop("negative_prompt_embeds")
-  timestep, sigma = _drawn_level(case, z.pop("raw_timestep"), float(z.pop("timestep_shift")), x.shape[0])
+  x, text, negative = (
+    channels_last(z.pop("x")),
+    z.pop("prompt_embeds"),
+    z.pop("negative_prompt_embeds"),
+  )
+  timestep, sigma = _drawn_level(
+    case, z.pop("raw_timestep"), float(z.pop("timestep_shift")), x.shape[0]
+  )
 
   def at_timestep(params, text):
     bound = dit.bind(case.config, params, text)
@@ -183,7 +229,13 @@ def dmd_losses(case: Case, z: dict) -> None:
 
   def distribution_matching(x, fake, real, eps):
     gradient = dmd.dmd_gradient(
-      at_timestep(fake, text), at_timestep(real, text), at_timestep(real, negative), x, eps, sigma, GUIDANCE
+      at_timestep(fake, text),
+      at_timestep(real, text),
+      at_timestep(real, negative),
+      x,
+      eps,
+      sigma,
+      GUIDANCE,
     )
     return jnp.mean(dmd.dmd(x, gradient))
 
@@ -196,7 +248,9 @@ def dmd_losses(case: Case, z: dict) -> None:
   )
   assert_close(loss, z.pop("generator_loss"), "distribution-matching loss")
   assert_close(gradient, channels_last(z.pop("grad_x")), "its gradient")
-  loss, gradient = quick_jit(jax.value_and_grad(critic_loss))(fake, channels_last(z.pop("critic_noise")))
+  loss, gradient = quick_jit(jax.value_and_grad(critic_loss))(
+    fake, channels_last(z.pop("critic_noise"))
+  )
   assert_close(loss, z.pop("critic_loss"), "critic loss")
   _assert_gradients(case, gradient, _arrays(z, "critic_grad/"))
 
@@ -208,18 +262,31 @@ def forward_kl_losses(case: Case, z: dict) -> None:
 
   def loss(params, step, attention, kind):
     terms = forward_kl.forward_kl(
-      dit.bind(case.config, params, text), points, step, sigmas, case.history(), attention=attention,
-      target=TARGETS[kind], point_sigmas=point_sigmas,
-    )  # fmt: skip
+      dit.bind(case.config, params, text),
+      points,
+      step,
+      sigmas,
+      case.history(),
+      attention=attention,
+      target=TARGETS[kind],
+      point_sigmas=point_sigmas,
+    )
     return jnp.mean(terms)
+
+  def gradient(params, step, attention):
+    return quick_jit(jax.grad(lambda params: loss(params, step, attention, "pred_x0")))(params)
 
   params, kinds = case.params("generator"), list(itertools.product(forward_kl.ATTENTIONS, TARGETS))
   values = quick_jit(lambda params, step: {kind: loss(params, step, *kind) for kind in kinds})
-  for name in [name for name in z if re.fullmatch(r"(causal|bidirectional)/step\d+/(pred_x0|gt_x0)", name)]:
+  for name in [
+    name for name in z if re.fullmatch(r"(causal|bidirectional)/step\d+/(pred_x0|gt_x0)", name)
+  ]:
     attention, step, kind = name.split("/")
     assert_close(values(params, int(step.removeprefix("step")))[attention, kind], z.pop(name), name)
-  for attention, step in sorted({match.groups() for name in z if (match := re.match(GRADIENT, name))}):
-    gradients = quick_jit(jax.grad(lambda params: loss(params, int(step), attention, "pred_x0")))(params)  # noqa: B023
+  for attention, step in sorted(
+    {match.groups() for name in z if (match := re.match(GRADIENT, name))}
+  ):
+    gradients = gradient(params, int(step), attention)
     _assert_gradients(case, gradients, _arrays(z, f"{attention}_grad_step{step}/"))
 
 
@@ -241,7 +308,11 @@ def check(case: Case, file: str) -> None:
   """Reproduces one file; fails where the file or one of its arrays is unknown."""
   if file == "config.json":
     return
-  matches = [(reproduce, match) for pattern, reproduce in KNOWN.items() if (match := re.fullmatch(pattern, file))]
+  matches = [
+    (reproduce, match)
+    for pattern, reproduce in KNOWN.items()
+    if (match := re.fullmatch(pattern, file))
+  ]
   assert matches, f"{case.path / file}: no test knows this file"
   (reproduce, match), arrays = matches[0], case.load(file)
   reproduce(case, arrays, *match.groups())
@@ -256,7 +327,9 @@ def test_recordings_are_found():
   assert not unknown, f"no test knows what is recorded in {unknown}"
 
 
-@pytest.mark.parametrize(("case", "file"), FILES, ids=lambda part: part.path.name if isinstance(part, Case) else part)
+@pytest.mark.parametrize(
+  ("case", "file"), FILES, ids=lambda part: part.path.name if isinstance(part, Case) else part
+)
 def test_recording(case, file):
   check(case, file)
 
@@ -297,7 +370,9 @@ def test_a_changed_array_fails(copy):
 
 
 def test_unknown_weights_fail(copy):
-  np.savez(copy.path / "weights_generator.npz", **copy.load("weights_generator.npz"), bogus=np.zeros(3))
+  np.savez(
+    copy.path / "weights_generator.npz", **copy.load("weights_generator.npz"), bogus=np.zeros(3)
+  )
   with pytest.raises(UserError, match="bogus"):
     check(copy, "weights_generator.npz")
 

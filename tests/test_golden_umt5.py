@@ -25,7 +25,12 @@ def test_a_case_is_found():
 def _load(case):
   config = umt5.UMT5Config(**json.loads((case / "config.json").read_text()))
   weights = dict(np.load(case / "umt5_weights.npz"))
-  return config, dict(np.load(case / "umt5.npz")), weights, umt5_params_from_published(weights, config)
+  return (
+    config,
+    dict(np.load(case / "umt5.npz")),
+    weights,
+    umt5_params_from_published(weights, config),
+  )
 
 
 @each_case
@@ -37,7 +42,9 @@ def test_nothing_is_unknown(case):
 @each_case
 def test_prompt_embeds(case):
   config, arrays, _, params = _load(case)
-  text = umt5.encode_text(params, arrays["token_ids"].astype(np.int32), arrays["mask"].astype(np.int32), config)
+  text = umt5.encode_text(
+    params, arrays["token_ids"].astype(np.int32), arrays["mask"].astype(np.int32), config
+  )
   assert_close(text, arrays["prompt_embeds"], "prompt_embeds")
 
 

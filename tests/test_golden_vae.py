@@ -67,7 +67,9 @@ def test_latents(case, chunk):
 def test_reconstruction(case, chunk):
   config, arrays, _, params = _load(case)
   decode = jax.jit(lambda params, latents: vae.decode(params, latents, config, chunk))
-  assert_close(decode(params, _last(arrays["latents"])), _last(arrays["reconstruction"]), "reconstruction")
+  assert_close(
+    decode(params, _last(arrays["latents"])), _last(arrays["reconstruction"]), "reconstruction"
+  )
 
 
 @each_case

@@ -12,10 +12,17 @@ from hiar_jax.errors import UserError
 from hiar_jax.history import History
 
 ROWS = [
-  History(block=1, window=0), History(block=3, window=0), History(block=1, window=3, sink=1), History(block=3, window=6),
-  History(block=2, window=5, sink=1), History(block=3, window=7, sink=4), History(block=2, window=9, sink=2),
-]  # fmt: skip
-each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: f"block{row.block}_window{row.window}_sink{row.sink}")
+  History(block=1, window=0),
+  History(block=3, window=0),
+  History(block=1, window=3, sink=1),
+  History(block=3, window=6),
+  History(block=2, window=5, sink=1),
+  History(block=3, window=7, sink=4),
+  History(block=2, window=9, sink=2),
+]
+each_row = pytest.mark.parametrize(
+  "row", ROWS, ids=lambda row: f"block{row.block}_window{row.window}_sink{row.sink}"
+)
 N = 12
 POSITIONS = jnp.arange(N, dtype=jnp.int32)
 
@@ -26,7 +33,9 @@ def table(rule) -> np.ndarray:
 
 @each_row
 def test_block_causal_mask(row):
-  np.testing.assert_array_equal(histories.block_causal_mask(POSITIONS, row), table(lambda q, p: sees(q, p, row)))
+  np.testing.assert_array_equal(
+    histories.block_causal_mask(POSITIONS, row), table(lambda q, p: sees(q, p, row))
+  )
 
 
 @each_row
@@ -43,11 +52,15 @@ def test_teacher_forcing_mask(row):
   mask = np.asarray(histories.teacher_forcing_mask(POSITIONS, row))
   causal = table(lambda q, p: sees(q, p, row))
   own = table(lambda q, p: q // row.block == p // row.block)
-  np.testing.assert_array_equal(mask, np.block([[causal, np.zeros_like(causal)], [causal & ~own, own]]))
+  np.testing.assert_array_equal(
+    mask, np.block([[causal, np.zeros_like(causal)], [causal & ~own, own]])
+  )
 
 
 def test_window_counts_the_block_and_keeps_the_sink():
-  """Blocks of 2, a window of 5 with a sink of 1: frames 6 and 7 see the sink, the two frames before, and themselves."""
+  """Blocks of 2, a window of 5 with a sink of 1: frames 6 and 7 see the sink, the two frames
+  before, and themselves.
+  """
   mask = np.asarray(histories.block_causal_mask(POSITIONS, History(block=2, window=5, sink=1)))
   assert np.flatnonzero(mask[6]).tolist() == np.flatnonzero(mask[7]).tolist() == [0, 4, 5, 6, 7]
   assert (mask.sum(axis=1) <= 5).all()
@@ -57,13 +70,17 @@ def test_masks_need_no_order_and_skip_empty_slots():
   row = History(block=2, window=0)
   slots = jnp.asarray([4, -1, 0, 3, 5], jnp.int32)
   query = jnp.asarray([4, 5], jnp.int32)
-  np.testing.assert_array_equal(histories.past_mask(query, slots, row), [[False, False, True, True, False]] * 2)
+  np.testing.assert_array_equal(
+    histories.past_mask(query, slots, row), [[False, False, True, True, False]] * 2
+  )
 
 
 def test_masks_hold_at_frame_a_million():
   row, shift = History(block=3, window=7, sink=1), 999_999
   far = histories.block_causal_mask(POSITIONS + shift, row)
-  np.testing.assert_array_equal(far, histories.block_causal_mask(POSITIONS, History(block=3, window=6)))
+  np.testing.assert_array_equal(
+    far, histories.block_causal_mask(POSITIONS, History(block=3, window=6))
+  )
 
 
 def test_context_levels():
@@ -75,14 +92,21 @@ def test_a_clean_sink_is_one_that_is_generated_first():
   row = History(block=3, window=12, sink=3, sink_level="clean")
   assert row.clean_sink == 3
   assert dataclasses.replace(row, sink_level="history").clean_sink == 0
-  assert dataclasses.replace(row, order="block_first", level="clean").clean_sink == 0  # clean as all history there
+  # clean as all history there
+  assert dataclasses.replace(row, order="block_first", level="clean").clean_sink == 0
 
 
 def test_the_default_is_hiar():
   expected = dict(
-    block=3, order="step_first", level="output", gradient="detached", window=21, sink=0, sink_level="history",
+    block=3,
+    order="step_first",
+    level="output",
+    gradient="detached",
+    window=21,
+    sink=0,
+    sink_level="history",
     renoise="fresh",
-  )  # fmt: skip
+  )
   assert dataclasses.asdict(History()) == expected
 
 

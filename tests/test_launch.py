@@ -1,4 +1,6 @@
-"""The launch scripts, as far as they go without a cluster: syntax, usage, and the command that they would run."""
+"""The launch scripts, as far as they go without a cluster: syntax, usage, and the command that they
+would run.
+"""
 
 import os
 import pathlib
@@ -10,14 +12,26 @@ import pytest
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = ["local.sh", "gpu_node.sh", "tpu_pod.sh"]
-ARGUMENTS = ["--config=experiments/shapes.py:smoke", "--workdir=runs/a run", "--config.distill.levels=(1.0, 0.5)"]
+ARGUMENTS = [
+  "--config=experiments/shapes.py:smoke",
+  "--workdir=runs/a run",
+  "--config.distill.levels=(1.0, 0.5)",
+]
 POD = {"TPU_NAME": "pod", "ZONE": "zone-a"}
 
 
 def launch(script, *arguments, **environment):
-  clean = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TPU_", "XLA_", "PYTHON"))}
+  clean = {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("SLURM_", "TPU_", "XLA_", "PYTHON"))
+  }
   return subprocess.run(
-    [str(LAUNCH / script), *arguments], capture_output=True, text=True, env={**clean, **environment}, timeout=60
+    [str(LAUNCH / script), *arguments],
+    capture_output=True,
+    text=True,
+    env={**clean, **environment},
+    timeout=60,
   )
 
 

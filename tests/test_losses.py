@@ -49,7 +49,9 @@ def noised():
 @pytest.mark.parametrize("loss", [flow_matching.flow_matching, critic.critic])
 def test_velocity_regression(loss):
   expected = mean(0.7 * noised() + 0.2 * wide(SIGMA) - (EPS.astype(np.float64) - X))
-  np.testing.assert_allclose(loss(linear(0.7, 0.2), jnp.asarray(X), EPS, SIGMA), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+    loss(linear(0.7, 0.2), jnp.asarray(X), EPS, SIGMA), expected, rtol=1e-5
+  )
 
 
 def test_flow_matching_takes_a_level_per_frame():
@@ -74,7 +76,9 @@ def test_flow_matching_passes_the_mask_on():
 def test_the_critic_does_not_train_the_generator():
   gradient = jax.grad(lambda x: critic.critic(linear(0.7), x, EPS, SIGMA).sum())(jnp.asarray(X))
   assert not np.asarray(gradient).any()
-  teacher = jax.grad(lambda x: flow_matching.flow_matching(linear(0.7), x, EPS, SIGMA).sum())(jnp.asarray(X))
+  teacher = jax.grad(lambda x: flow_matching.flow_matching(linear(0.7), x, EPS, SIGMA).sum())(
+    jnp.asarray(X)
+  )
   assert np.asarray(teacher).any()
 
 
@@ -106,7 +110,9 @@ def test_dmd_gradient(guidance):
 
 def test_dmd_gradient_of_a_perfect_sample_is_finite():
   zero = jnp.zeros_like(X)
-  assert np.isfinite(dmd.dmd_gradient(linear(0.0), linear(0.0), never, zero, zero, SIGMA, 0.0)).all()
+  assert np.isfinite(
+    dmd.dmd_gradient(linear(0.0), linear(0.0), never, zero, zero, SIGMA, 0.0)
+  ).all()
 
 
 def test_dmd_surrogate_hands_the_gradient_to_x():
@@ -150,7 +156,9 @@ def test_drawn_level_indices(shared):
 
 def test_trajectory():
   levels = np.asarray([[0, 0, 2, 2], [1, 1, 1, 1]])
-  x = np.take_along_axis(POINTS, levels[:, None, :, None, None, None], axis=1)[:, 0].astype(np.float64)
+  x = np.take_along_axis(POINTS, levels[:, None, :, None, None, None], axis=1)[:, 0].astype(
+    np.float64
+  )
   s = tiny.SIGMAS.astype(np.float64)[levels][..., None, None, None]
   expected = mean(x - s * 0.7 * x - POINTS[:, -1])
   loss = trajectory.trajectory(linear(0.7), jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, ROW)
@@ -168,12 +176,16 @@ def test_trajectory_shows_what_the_rollout_will_show(level):
     return 0.7 * x, "kv of the context"
 
   row = History(block=2, window=0, level=level, gradient="attached")
-  loss = trajectory.trajectory_with_history(forward, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row)
+  loss = trajectory.trajectory_with_history(
+    forward, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row
+  )
   pick = lambda index: np.take_along_axis(POINTS, index[:, None, :, None, None, None], axis=1)[:, 0]
   noisy, s = pick(levels), tiny.SIGMAS[levels]
   np.testing.assert_allclose(calls[-1][0], noisy)
   np.testing.assert_allclose(calls[-1][1], s)
-  np.testing.assert_allclose(loss, mean(noisy - s[..., None, None, None] * 0.7 * noisy - POINTS[:, -1]), rtol=1e-5)
+  np.testing.assert_allclose(
+    loss, mean(noisy - s[..., None, None, None] * 0.7 * noisy - POINTS[:, -1]), rtol=1e-5
+  )
   if level == "input":
     assert len(calls) == 1
     return
@@ -191,9 +203,15 @@ def test_forward_kl_forms(step):
   x, x_next, end = (POINTS[:, i].astype(np.float64) for i in (step, step + 1, -1))
   sigma, lower = (float(tiny.SIGMAS[i]) for i in (step, step + 1))
   v, chord = 0.7 * x + 0.2 * sigma, (x_next - x) / (lower - sigma)
-  expected = {"velocity": mean(v - chord), "x0": sigma**2 * mean(v - chord), "end": mean(x - sigma * v - end)}
+  expected = {
+    "velocity": mean(v - chord),
+    "x0": sigma**2 * mean(v - chord),
+    "end": mean(x - sigma * v - end),
+  }
   for target in forward_kl.TARGETS:
-    loss = forward_kl.forward_kl(linear(0.7, 0.2), jnp.asarray(POINTS), step, LEVELS, ROW, target=target)
+    loss = forward_kl.forward_kl(
+      linear(0.7, 0.2), jnp.asarray(POINTS), step, LEVELS, ROW, target=target
+    )
     np.testing.assert_allclose(loss, expected[target], rtol=1e-4)
 
 
@@ -203,7 +221,15 @@ def test_forward_kl_with_the_teachers_own_levels():
   x, x_next = (POINTS[:, i].astype(np.float64) for i in (step, step + 1))
   sigma, v = float(tiny.SIGMAS[step]), 0.7 * x
   chord = (x_next - x) / (own[2] - own[1])
-  loss = forward_kl.forward_kl(linear(0.7), jnp.asarray(POINTS), step, LEVELS, ROW, target="x0", point_sigmas=jnp.asarray(own, jnp.float32))
+  loss = forward_kl.forward_kl(
+    linear(0.7),
+    jnp.asarray(POINTS),
+    step,
+    LEVELS,
+    ROW,
+    target="x0",
+    point_sigmas=jnp.asarray(own, jnp.float32),
+  )
   np.testing.assert_allclose(loss, mean((x - sigma * v) - (x - own[1] * chord)), rtol=1e-4)
 
 
@@ -218,7 +244,9 @@ def test_forward_kl_attention():
   for attention in forward_kl.ATTENTIONS:
     forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW, attention=attention)
   assert masks["bidirectional"] is None
-  np.testing.assert_array_equal(masks["causal"], np.kron(np.tri(2, dtype=bool), np.ones((2, 2), bool)))
+  np.testing.assert_array_equal(
+    masks["causal"], np.kron(np.tri(2, dtype=bool), np.ones((2, 2), bool))
+  )
   attention = "default"
   forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW)
   assert masks["default"] is None

@@ -1,4 +1,6 @@
-"""What a run writes about itself: one schema, whole lines, and a resumed file equal to a straight one."""
+"""What a run writes about itself: one schema, whole lines, and a resumed file equal to a straight
+one.
+"""
 
 import io
 import json
@@ -16,7 +18,9 @@ from hiar_jax import metrics
 
 
 def without_time(path):
-  return [{key: value for key, value in record.items() if key != "time"} for record in metrics.read(path)]
+  return [
+    {key: value for key, value in record.items() if key != "time"} for record in metrics.read(path)
+  ]
 
 
 def write(directory, stage, steps):
@@ -29,7 +33,9 @@ def write(directory, stage, steps):
 def test_a_line_has_one_schema_and_is_there_at_once(tmp_path):
   before = time.time()
   with metrics.Writer(tmp_path / "logs") as writer:
-    writer.scalars("teacher", 3, {"loss": jnp.float32(0.5), "seen": np.int64(96), "norm": float("nan")})
+    writer.scalars(
+      "teacher", 3, {"loss": jnp.float32(0.5), "seen": np.int64(96), "norm": float("nan")}
+    )
     (line,) = (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()
   record = json.loads(line)
   assert list(record) == ["stage", "step", "time", "scalars"]
@@ -53,7 +59,9 @@ def test_resuming_a_stage_leaves_the_others(tmp_path):
   write(tmp_path, "init", range(1, 4))
   with metrics.Writer(tmp_path) as writer:
     writer.resume("init", 0)
-  assert [(r["stage"], r["step"]) for r in without_time(writer.path)] == [("teacher", s) for s in range(1, 6)]
+  assert [(r["stage"], r["step"]) for r in without_time(writer.path)] == [
+    ("teacher", s) for s in range(1, 6)
+  ]
   assert len(metrics.read(writer.path, "teacher")) == 5 and not metrics.read(writer.path, "init")
 
 
@@ -82,12 +90,16 @@ def test_clips_are_pictures_that_the_log_names(tmp_path):
   scalars, image = without_time(writer.path)
   assert scalars == {"stage": "init", "step": 20, "scalars": {"loss": 0.5}}
   assert image == {"stage": "init", "step": 20, "image": "clip/init-000020.png"}
-  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / image["image"])), metrics.film_strip(clips))
+  np.testing.assert_array_equal(
+    np.asarray(Image.open(tmp_path / image["image"])), metrics.film_strip(clips)
+  )
 
 
 def test_pictures_of_another_kind_are_refused(tmp_path):
   with metrics.Writer(tmp_path) as writer:
-    with pytest.raises(ValueError, match=r"expected uint8 \[b, f, h, w, 3\], got uint8 \[5, 8, 8, 3\]"):
+    with pytest.raises(
+      ValueError, match=r"expected uint8 \[b, f, h, w, 3\], got uint8 \[5, 8, 8, 3\]"
+    ):
       writer.video("init", 1, "clip", np.zeros((5, 8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"got float32"):
       writer.video("init", 1, "clip", np.zeros((2, 5, 8, 8, 3), np.float32))

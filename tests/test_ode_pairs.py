@@ -1,4 +1,6 @@
-"""A folder of published trajectories becomes ours: levels, order and layout kept, resumed where it was stopped, misfits named."""
+"""A folder of published trajectories becomes ours: levels, order and layout kept, resumed where it
+was stopped, misfits named.
+"""
 
 import pickle
 import zipfile
@@ -12,11 +14,18 @@ from hiar_jax.errors import UserError
 
 SHAPE = (5, 3, 4, 2, 6)  # levels, frames, channels, height, width
 PROMPTS = [*(f"prompt {i}" for i in range(6)), "一只猫 🐈"]
-STORAGES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}
+STORAGES = {
+  "float32": "FloatStorage",
+  "float16": "HalfStorage",
+  "bfloat16": "BFloat16Storage",
+  "int64": "LongStorage",
+}
 
 
 def save_pt(path, content):
-  """What torch.save writes of {name: array}: a pickle that names storages, and the storages, in a ZIP archive."""
+  """What torch.save writes of {name: array}: a pickle that names storages, and the storages, in a
+  ZIP archive.
+  """
 
   def plain(value):
     return pickle.dumps(value, 2)[2:-1]  # without the header and the end
@@ -25,8 +34,23 @@ def save_pt(path, content):
   with zipfile.ZipFile(path, "w") as archive:
     for key, (name, array) in enumerate(content.items()):
       strides = tuple(int(step) // array.itemsize for step in array.strides)
-      storage = plain("storage") + f"ctorch\n{STORAGES[array.dtype.name]}\n".encode() + plain(str(key)) + plain("cpu") + plain(array.size)
-      tensor = b"(" + storage + b"tQ" + plain(0) + plain(array.shape) + plain(strides) + plain(False) + b"ccollections\nOrderedDict\n)R"
+      storage = (
+        plain("storage")
+        + f"ctorch\n{STORAGES[array.dtype.name]}\n".encode()
+        + plain(str(key))
+        + plain("cpu")
+        + plain(array.size)
+      )
+      tensor = (
+        b"("
+        + storage
+        + b"tQ"
+        + plain(0)
+        + plain(array.shape)
+        + plain(strides)
+        + plain(False)
+        + b"ccollections\nOrderedDict\n)R"
+      )
       program += plain(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + tensor + b"tRs"
       archive.writestr(f"archive/data/{key}", array.tobytes())
     archive.writestr("archive/data.pkl", program + b".")
@@ -47,7 +71,9 @@ def folder(tmp_path):
 
 
 def _prepare(directory, folder, **changes):
-  ode_pairs.prepare(directory, folder, **{"dtype": "float32", "part_size": 3, "channels": 4, **changes})
+  ode_pairs.prepare(
+    directory, folder, **{"dtype": "float32", "part_size": 3, "channels": 4, **changes}
+  )
 
 
 def _check(directory, dtype="float32", atol=0.0):
@@ -56,7 +82,9 @@ def _check(directory, dtype="float32", atol=0.0):
   for i, record in enumerate(source):
     assert record["caption"].decode() == PROMPTS[i]
     assert record["trajectory"].shape == (5, 3, 2, 6, 4) and record["trajectory"].dtype == dtype
-    np.testing.assert_allclose(record["trajectory"], np.moveaxis(_latents(i), 2, -1), rtol=0, atol=atol)
+    np.testing.assert_allclose(
+      record["trajectory"], np.moveaxis(_latents(i), 2, -1), rtol=0, atol=atol
+    )
 
 
 def test_every_trajectory_in_order(folder, tmp_path):
@@ -66,10 +94,14 @@ def test_every_trajectory_in_order(folder, tmp_path):
 
 
 def test_the_levels_are_the_published_ones(folder, tmp_path):
-  """Wan's sampler with shift 8: what the published configs call pd_teacher_save_indices of 48 steps."""
+  """Wan's sampler with shift 8: what the published configs call pd_teacher_save_indices of 48
+  steps.
+  """
   _prepare(tmp_path / "out", folder)
   expected = [8 * t / (1 + 7 * t) for t in (1, 0.75, 0.5, 0.25, 0)]
-  np.testing.assert_allclose(trajectories.read_sigmas(tmp_path / "out"), expected, rtol=0, atol=1e-12)
+  np.testing.assert_allclose(
+    trajectories.read_sigmas(tmp_path / "out"), expected, rtol=0, atol=1e-12
+  )
   np.testing.assert_allclose(expected, [1, 0.96, 0.8889, 0.7273, 0], rtol=0, atol=5e-5)
   assert Sampler(steps=4, shift=1.0, kept=(0, 1, -1)).sigmas == [1, 0.75, 0]
 
@@ -88,7 +120,9 @@ def test_any_floating_dtype_with_or_without_the_first_axis(stored, tmp_path):
   save_pt(tmp_path / "1.pt", {"b": latents})
   _prepare(tmp_path / "out", tmp_path)
   for record in store.open_source(tmp_path / "out"):
-    np.testing.assert_array_equal(record["trajectory"], np.moveaxis(latents, 2, -1).astype(np.float32))
+    np.testing.assert_array_equal(
+      record["trajectory"], np.moveaxis(latents, 2, -1).astype(np.float32)
+    )
 
 
 def test_float16_is_the_default(folder, tmp_path):
@@ -109,10 +143,16 @@ def test_a_stop_resumes_at_the_first_missing_part(folder, tmp_path, monkeypatch)
     patch.setattr(ode_pairs, "read_latents", stops)
     with pytest.raises(KeyboardInterrupt):
       _prepare(tmp_path / "out", folder)
-  assert len(list((tmp_path / "out/parts").iterdir())) == 1 and not store.is_complete(tmp_path / "out")
+  assert len(list((tmp_path / "out/parts").iterdir())) == 1 and not store.is_complete(
+    tmp_path / "out"
+  )
   seen.clear()
   with monkeypatch.context() as patch:
-    patch.setattr(ode_pairs, "read_latents", lambda pair, *args: seen.append(pair.path.name) or read(pair, *args))
+    patch.setattr(
+      ode_pairs,
+      "read_latents",
+      lambda pair, *args: seen.append(pair.path.name) or read(pair, *args),
+    )
     _prepare(tmp_path / "out", folder)
     _prepare(tmp_path / "out", folder)  # done
   assert seen == [f"{i:05d}.pt" for i in range(3, 7)]
@@ -122,9 +162,15 @@ def test_a_stop_resumes_at_the_first_missing_part(folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
   ("content", "words"),
   [
-    ({"a": _latents(0, shape=(1, 4, *SHAPE[1:]))}, "float32 [4, 3, 4, 2, 6]; expected 5 levels and 4 channels"),
+    (
+      {"a": _latents(0, shape=(1, 4, *SHAPE[1:]))},
+      "float32 [4, 3, 4, 2, 6]; expected 5 levels and 4 channels",
+    ),
     ({"a": _latents(0, shape=(1, 5, 4, 3, 2, 6))}, "expected 5 levels and 4 channels"),
-    ({"a": _latents(0, shape=(2, *SHAPE))}, "float32 [2, 5, 3, 4, 2, 6]; expected floating numbers [1, levels"),
+    (
+      {"a": _latents(0, shape=(2, *SHAPE))},
+      "float32 [2, 5, 3, 4, 2, 6]; expected floating numbers [1, levels",
+    ),
     ({"a": _latents(0)[0]}, "float32 [3, 4, 2, 6]; expected floating numbers"),
     ({"a": np.zeros((1, *SHAPE), np.int64)}, "int64 [1, 5, 3, 4, 2, 6]; expected floating numbers"),
     ({"a": _latents(0, shape=(1, *SHAPE[:4], 8))}, "expected one size"),

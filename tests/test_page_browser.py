@@ -1,4 +1,6 @@
-"""The page in a real browser, by clicking: the video plays while it is made, the prompt changes, tabs come and go."""
+"""The page in a real browser, by clicking: the video plays while it is made, the prompt changes,
+tabs come and go.
+"""
 
 import importlib.util
 import pathlib
@@ -11,7 +13,9 @@ _MISSING = [name for name in ("chromium", "chromedriver") if not shutil.which(na
 _MISSING += [name for name in ("selenium", "aiohttp") if importlib.util.find_spec(name) is None]
 if _MISSING:
   pytest.skip(
-    f"clicking through the page: not installed: {', '.join(_MISSING)} (apt-get install chromium chromium-driver)", allow_module_level=True
+    f"clicking through the page: not installed: {', '.join(_MISSING)} (apt-get install chromium "
+    "chromium-driver)",
+    allow_module_level=True,
   )
 
 from PIL import Image  # noqa: E402
@@ -32,8 +36,12 @@ pytestmark = pytest.mark.browser
 
 PROMPT = "a red circle moving left"
 OPTIONS = [
-  "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=900,1180",
-]  # fmt: skip
+  "--headless=new",
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-dev-shm-usage",
+  "--window-size=900,1180",
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +50,9 @@ def browser():
   for option in OPTIONS:
     options.add_argument(option)
   options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-  driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
+  driver = webdriver.Chrome(
+    options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
+  )
   driver.set_page_load_timeout(120)
   yield driver
   driver.quit()
@@ -57,7 +67,9 @@ def server(tmp_path, browser):
       browser.switch_to.window(other)
       browser.close()
     browser.switch_to.window(first)
-    complaints = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    complaints = [
+      entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ]
     browser.get("about:blank")
   assert complaints == []
 
@@ -104,7 +116,8 @@ def colour(browser):
     const context = canvas.getContext('2d');
     context.drawImage(video, 0, 0);
     const pixels = context.getImageData(0, 0, canvas.width, canvas.height).data;
-    return [0, 1, 2].map((channel) => pixels.filter((_, i) => i % 4 === channel).reduce((a, b) => Math.max(a, b), 0));
+    const brightest = (values) => values.reduce((a, b) => Math.max(a, b), 0);
+    return [0, 1, 2].map((channel) => brightest(pixels.filter((_, i) => i % 4 === channel)));
   """)
 
 
@@ -119,7 +132,11 @@ def test_the_video_plays_while_it_is_made(browser, server):
   assert not video.get_property("error")
   assert find(browser, "latency").text.endswith(" s") and "frames/s" in find(browser, "speed").text
   rows = browser.find_elements(By.CSS_SELECTOR, "#levels li")
-  assert len(rows) == 5 and rows[0].text.startswith("noise 1.00") and rows[-1].text.startswith("finished")
+  assert (
+    len(rows) == 5
+    and rows[0].text.startswith("noise 1.00")
+    and rows[-1].text.startswith("finished")
+  )
   picture = pathlib.Path(server.desk.house.clips) / "page.png"
   browser.save_screenshot(str(picture))
   assert picture.stat().st_size > 10_000
@@ -136,7 +153,8 @@ def test_a_changed_prompt_is_seen_within_the_levels(browser, server):
   until(browser, lambda: "will be the first to show it" in find(browser, "message").text)
   ((first, prompt, recache),) = server.source.opened[0].changes
   assert (prompt, recache) == ("a blue square", False)
-  assert first - made <= server.source.opened[0].levels + 1 + 3  # ticks between reading `made` and the click's arrival
+  # ticks between reading `made` and the click's arrival
+  assert first - made <= server.source.opened[0].levels + 1 + 3
   until(browser, lambda: find(browser, "caption").text == "a blue square")
   seconds = (3 * first) / server.source.fps
   until(browser, lambda: played(browser) > seconds + 0.3)
@@ -145,7 +163,9 @@ def test_a_changed_prompt_is_seen_within_the_levels(browser, server):
 
 @pytest.mark.slow
 def test_a_networks_own_pipe(browser, tmp_path):
-  """The prompt is changed while it stands still, so that blocks can be counted; the page says where it will be seen, and there it is."""
+  """The prompt is changed while it stands still, so that blocks can be counted; the page says where
+  it will be seen, and there it is.
+  """
   source = Source(untrained(tmp_path, tiny_run.make_config()), Options(layout=Layout()))
   source.engine.warm(PROMPT)
   (tmp_path / "clips").mkdir()
@@ -164,9 +184,13 @@ def test_a_networks_own_pipe(browser, tmp_path):
     until(browser, lambda: "will be the first to show it" in find(browser, "message").text)
     first = int(find(browser, "message").text.split()[1])
     levels = len(source.sigmas) - 1
-    assert [block for _, block, _ in flight] == list(range(first - 1, made - 1, -1)) and first <= made + levels
+    assert [block for _, block, _ in flight] == list(
+      range(first - 1, made - 1, -1)
+    ) and first <= made + levels
     rows = [row.text.split("\n") for row in browser.find_elements(By.CSS_SELECTOR, "#levels li")]
-    assert [row[1:] for row in rows[1:levels]] == [[str(block), prompt] for _, block, prompt in flight]
+    assert [row[1:] for row in rows[1:levels]] == [
+      [str(block), prompt] for _, block, prompt in flight
+    ]
     click(browser, "pause")
     until(browser, lambda: find(browser, "caption").text == "a blue square moving up")
     assert played(browser) == pytest.approx(first * source.block_frames / source.fps, abs=0.5)
@@ -187,10 +211,14 @@ def test_pause_extend_and_download(browser, server):
   click(browser, "extend")
   until(browser, lambda: "of 20.0 s" in find(browser, "made").text)
   link = find(browser, "download").get_attribute("href")
-  kind = browser.execute_async_script("""
+  kind = browser.execute_async_script(
+    """
     const [link, done] = arguments;
-    fetch(link).then(async (answer) => done([answer.status, (await answer.arrayBuffer()).byteLength]));
-  """, link)
+    const size = async (answer) => (await answer.arrayBuffer()).byteLength;
+    fetch(link).then(async (answer) => done([answer.status, await size(answer)]));
+  """,
+    link,
+  )
   assert kind[0] == 200 and kind[1] > 1000
   click(browser, "stop")
   until(browser, lambda: state(browser) == "ended: stopped")
@@ -219,20 +247,40 @@ def test_it_starts_from_a_picture(browser, server, tmp_path_factory):
   until(browser, lambda: played(browser) > 0.5)
   find(browser, "given").send_keys(str(folder / "cat.png"))
   click(browser, "start")
-  until(browser, lambda: find(browser, "message").text.startswith("cat.png is neither a picture nor a video"))
+  until(
+    browser,
+    lambda: find(browser, "message").text.startswith("cat.png is neither a picture nor a video"),
+  )
   before = played(browser)
   until(browser, lambda: played(browser) > before + 0.5)
-  assert len(server.source.opened) == 1 and state(browser) == "making" and find(browser, "caption").text == PROMPT
+  assert (
+    len(server.source.opened) == 1
+    and state(browser) == "making"
+    and find(browser, "caption").text == PROMPT
+  )
 
   find(browser, "given").send_keys(str(folder / "red.png"))
   click(browser, "start")
-  until(browser, lambda: find(browser, "message").text == "red.png: 20x40, scaled by 0.8 to cover 16x16, 50% of its width cropped")
+  until(
+    browser,
+    lambda: (
+      find(browser, "message").text
+      == "red.png: 20x40, scaled by 0.8 to cover 16x16, 50% of its width cropped"
+    ),
+  )
   until(browser, lambda: len(server.source.opened) == 2 and played(browser) > 0.5)
-  assert server.source.starts[0] is None and server.source.starts[1].pixels[0, 8, 8].tolist() == [220, 30, 30]
+  assert server.source.starts[0] is None and server.source.starts[1].pixels[0, 8, 8].tolist() == [
+    220,
+    30,
+    30,
+  ]
   until(browser, lambda: server.making() == 1)
 
   click(browser, "nothing")
-  assert find(browser, "given").get_property("value") == "" and not find(browser, "nothing").is_displayed()
+  assert (
+    find(browser, "given").get_property("value") == ""
+    and not find(browser, "nothing").is_displayed()
+  )
   click(browser, "start")
   until(browser, lambda: len(server.source.opened) == 3)
   assert server.source.starts[2] is None
@@ -245,7 +293,10 @@ def test_a_file_that_is_too_large_is_not_sent(browser, server, tmp_path_factory)
   until(browser, lambda: state(browser) == "ready")
   find(browser, "given").send_keys(str(large))
   click(browser, "start")
-  until(browser, lambda: find(browser, "message").text == "large.mp4 has 16.0 MB; at most 15 can be sent.")
+  until(
+    browser,
+    lambda: find(browser, "message").text == "large.mp4 has 16.0 MB; at most 15 can be sent.",
+  )
   assert state(browser) == "ready" and server.source.opened == []
 
 
@@ -257,11 +308,15 @@ def test_the_strip_shows_the_prompts_and_goes_back(browser, server):
   click(browser, "change")
   parts = lambda: browser.find_elements(By.CSS_SELECTOR, "#parts i")
   until(browser, lambda: len(parts()) == 2)
-  titles = browser.execute_script("return [...document.querySelectorAll('#parts i')].map((part) => part.title)")
+  titles = browser.execute_script(
+    "return [...document.querySelectorAll('#parts i')].map((part) => part.title)"
+  )
   assert titles == [PROMPT, "a blue square"]
   until(browser, lambda: played(browser) > 3)
   strip = find(browser, "strip")
-  ActionChains(browser).move_to_element_with_offset(strip, 2 - strip.size["width"] // 2, 0).click().perform()
+  ActionChains(browser).move_to_element_with_offset(
+    strip, 2 - strip.size["width"] // 2, 0
+  ).click().perform()
   assert played(browser) < 1
   before = played(browser)
   until(browser, lambda: played(browser) > before + 0.5)
@@ -289,7 +344,9 @@ def test_a_prompt_is_a_text(browser, server):
   """What somebody types is shown as it is typed, and is never markup."""
   start(browser, server, "<img src=x onerror=alert(1)> <b>circle</b>")
   until(browser, lambda: played(browser) > 0.5)
-  until(browser, lambda: find(browser, "caption").text == "<img src=x onerror=alert(1)> <b>circle</b>")
+  until(
+    browser, lambda: find(browser, "caption").text == "<img src=x onerror=alert(1)> <b>circle</b>"
+  )
   assert not browser.find_elements(By.CSS_SELECTOR, "main img, main b")
   assert find(browser, "prompt").get_attribute("maxlength") == "2000"
 

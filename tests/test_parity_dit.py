@@ -1,6 +1,8 @@
-"""diffusers' Wan models with small random weights: the same numbers, and weights that go there and back through this project's files.
+"""diffusers' Wan models with small random weights: the same numbers, and weights that go there and
+back through this project's files.
 
-Needs the extra `[parity]` (torch, diffusers, transformers, and accelerate, without which diffusers loads no Wan transformer).
+Needs the extra `[parity]` (torch, diffusers, transformers, and accelerate, without which diffusers
+loads no Wan transformer).
 """
 
 import importlib.util
@@ -21,12 +23,31 @@ from hiar_jax.published.export import export
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 
 SIZES = {  # num_heads, head width, layers, ...: no two alike
-  "narrow": dict(num_attention_heads=3, attention_head_dim=12, num_layers=2, ffn_dim=40, text_dim=7, freq_dim=10, in_channels=5),
-  "heads of 128": dict(num_attention_heads=2, attention_head_dim=128, num_layers=1, ffn_dim=24, text_dim=6, freq_dim=8, in_channels=4),
+  "narrow": dict(
+    num_attention_heads=3,
+    attention_head_dim=12,
+    num_layers=2,
+    ffn_dim=40,
+    text_dim=7,
+    freq_dim=10,
+    in_channels=5,
+  ),
+  "heads of 128": dict(
+    num_attention_heads=2,
+    attention_head_dim=128,
+    num_layers=1,
+    ffn_dim=24,
+    text_dim=6,
+    freq_dim=8,
+    in_channels=4,
+  ),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-loads = pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="the extra [parity] is not installed (accelerate)")
+loads = pytest.mark.skipif(
+  importlib.util.find_spec("accelerate") is None,
+  reason="the extra [parity] is not installed (accelerate)",
+)
 
 
 def randomise(model):
@@ -90,8 +111,12 @@ def test_weights_go_back_and_load(peer, folder, converted, tmp_path):
   assert back.keys() == original.keys()
   assert all(back[name].tobytes() == array.tobytes() for name, array in original.items())
   loaded = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
-  assert all((loaded.state_dict()[name] == tensor).all() for name, tensor in peer.state_dict().items())
-  sizes = lambda model: json.loads(json.dumps({name: value for name, value in model.config.items() if not name.startswith("_")}))
+  assert all(
+    (loaded.state_dict()[name] == tensor).all() for name, tensor in peer.state_dict().items()
+  )
+  sizes = lambda model: json.loads(
+    json.dumps({name: value for name, value in model.config.items() if not name.startswith("_")})
+  )
   assert sizes(loaded) == sizes(peer)
 
 
@@ -105,7 +130,7 @@ def test_shards_load(peer, converted, tmp_path):
   assert all((loaded[name] == tensor).all() for name, tensor in peer.state_dict().items())
 
 
-# ------------------------------------------------------------------------------------------- the other parts, and the whole
+# ------------------------------------------------------------------- the other parts, and the whole
 
 
 def _save_peers(folder):
@@ -117,12 +142,24 @@ def _save_peers(folder):
   t = c["umt5"]
   transformer = diffusers.WanTransformer3DModel(out_channels=4, **SIZES["heads of 128"])
   vae = diffusers.AutoencoderKLWan(
-    base_dim=c["vae"].dim, z_dim=c["vae"].z_dim, dim_mult=list(c["vae"].dim_mult), num_res_blocks=1, temperal_downsample=[True]
+    base_dim=c["vae"].dim,
+    z_dim=c["vae"].z_dim,
+    dim_mult=list(c["vae"].dim_mult),
+    num_res_blocks=1,
+    temperal_downsample=[True],
   )
-  text = transformers.UMT5EncoderModel(transformers.UMT5Config(
-    vocab_size=t.vocab, d_model=t.dim, d_kv=t.dim_attn // t.num_heads, d_ff=t.dim_ffn, num_layers=t.num_layers, num_heads=t.num_heads,
-    feed_forward_proj="gated-gelu", relative_attention_num_buckets=t.num_buckets,
-  ))  # fmt: skip
+  text = transformers.UMT5EncoderModel(
+    transformers.UMT5Config(
+      vocab_size=t.vocab,
+      d_model=t.dim,
+      d_kv=t.dim_attn // t.num_heads,
+      d_ff=t.dim_ffn,
+      num_layers=t.num_layers,
+      num_heads=t.num_heads,
+      feed_forward_proj="gated-gelu",
+      relative_attention_num_buckets=t.num_buckets,
+    )
+  )
   models = {"transformer": transformer, "vae": vae, "text_encoder": text}
   for name, model in models.items():
     randomise(model).save_pretrained(folder / name)
@@ -132,7 +169,9 @@ def _save_peers(folder):
 
 @loads
 def test_a_pipeline_goes_there_and_back(tmp_path):
-  """From folders that the peers wrote, to weights here, to a folder that the published pipeline loads as a whole."""
+  """From folders that the peers wrote, to weights here, to a folder that the published pipeline
+  loads as a whole.
+  """
   import diffusers
 
   models = _save_peers(tmp_path / "source")
@@ -146,7 +185,9 @@ def test_a_pipeline_goes_there_and_back(tmp_path):
     assert all((loaded[key] == tensor).all() for key, tensor in model.state_dict().items()), name
     for path in (tmp_path / "source" / name).glob("*.safetensors"):
       back, original = load_file(tmp_path / "back" / name / path.name), load_file(path)
-      assert back.keys() == original.keys() and all(back[key].tobytes() == array.tobytes() for key, array in original.items())
+      assert back.keys() == original.keys() and all(
+        back[key].tobytes() == array.tobytes() for key, array in original.items()
+      )
   assert pipeline.tokenizer("a").input_ids[0] == 3 and pipeline.scheduler.config.flow_shift == 3.0
 
 
@@ -159,9 +200,13 @@ def test_the_original_names_are_those_of_the_published_model(tmp_path):
   weights.save(tmp_path / "weights", "dit", config, published_files.params("dit"))
   list(export(tmp_path / "weights", "original", tmp_path / "original"))
   list(export(tmp_path / "weights", "diffusers", tmp_path / "back"))
-  assert json.loads((tmp_path / "original" / "config.json").read_text())["_class_name"] == "WanModel"
+  assert (
+    json.loads((tmp_path / "original" / "config.json").read_text())["_class_name"] == "WanModel"
+  )
   model = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "back" / "transformer")
   loaded = diffusers.WanTransformer3DModel.from_single_file(
     str(tmp_path / "original" / WEIGHTS), config=str(tmp_path / "back"), subfolder="transformer"
   )
-  assert all((loaded.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items())
+  assert all(
+    (loaded.state_dict()[name] == tensor).all() for name, tensor in model.state_dict().items()
+  )

@@ -1,4 +1,5 @@
-"""The peers' own lists of tensors at the published sizes, on torch's meta device, which allocates nothing.
+"""The peers' own lists of tensors at the published sizes, on torch's meta device, which allocates
+nothing.
 
 Needs the extra `[parity]` (torch, diffusers, transformers).
 """
@@ -15,9 +16,11 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peer
 
 LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 SIZES = {
-  "1.3B": ("dit", dit.DiTConfig(), dit_rules), "14B": ("dit", LARGE, dit_rules), "VAE": ("vae", vae.VAEConfig(), vae_rules),
+  "1.3B": ("dit", dit.DiTConfig(), dit_rules),
+  "14B": ("dit", LARGE, dit_rules),
+  "VAE": ("vae", vae.VAEConfig(), vae_rules),
   "UMT5-XXL": ("umt5", umt5.UMT5Config(), umt5_rules),
-}  # fmt: skip
+}
 
 
 def _peer(kind: str, sizes: dict):

@@ -1,4 +1,7 @@
-"""Trajectories as torch.save writes them: the numbers that torch.load gives. Needs the extra `[parity]` (torch)."""
+"""Trajectories as torch.save writes them: the numbers that torch.load gives.
+
+Needs the extra `[parity]` (torch).
+"""
 
 import numpy as np
 import pytest
@@ -20,4 +23,6 @@ def test_what_torch_saved(dtype, tmp_path):
   for i, record in enumerate(store.open_source(tmp_path / "out")):
     ((prompt, expected),) = torch.load(tmp_path / f"{i:05d}.pt").items()
     assert record["caption"].decode() == prompt
-    np.testing.assert_array_equal(record["trajectory"], expected[0].float().permute(0, 1, 3, 4, 2).numpy())
+    np.testing.assert_array_equal(
+      record["trajectory"], expected[0].float().permute(0, 1, 3, 4, 2).numpy()
+    )

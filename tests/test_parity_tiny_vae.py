@@ -1,7 +1,9 @@
-"""The tiny autoencoder against a restatement of it in torch: frame by frame, on tensors under their published names.
+"""The tiny autoencoder against a restatement of it in torch: frame by frame, on tensors under their
+published names.
 
-TAEHV is on no package index, so the published layer lists are written out here once more, from their description: a block at a time,
-channels first, with a queue of the frames that each block has seen. Needs the extra `[parity]` (torch).
+TAEHV is on no package index, so the published layer lists are written out here once more, from
+their description: a block at a time, channels first, with a queue of the frames that each block has
+seen. Needs the extra `[parity]` (torch).
 """
 
 import jax
@@ -14,9 +16,32 @@ from hiar_jax.models.tiny_vae_names import tiny_vae_params_from_published, tiny_
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 
 CONFIG = tiny_vae.TinyVAEConfig(encoder_width=8, decoder_widths=(16, 8, 8, 8))
-# Layer by layer: a convolution of 3x3 ("conv", with its stride), a memory block, pairs of frames merged or split by 1x1, and the rest.
-ENCODER = ["conv", "relu", *["merge", "half", "block", "block", "block"] * 2, "point", "half", "block", "block", "block", "conv"]
-DECODER = ["clamp", "conv", "relu", *["block"] * 3, "double", "point", "conv", *["block"] * 3, "double", "split", "conv"]
+# Layer by layer: a convolution of 3x3 ("conv", with its stride), a memory block, pairs of frames
+# merged or split by 1x1, and the rest.
+ENCODER = [
+  "conv",
+  "relu",
+  *["merge", "half", "block", "block", "block"] * 2,
+  "point",
+  "half",
+  "block",
+  "block",
+  "block",
+  "conv",
+]
+DECODER = [
+  "clamp",
+  "conv",
+  "relu",
+  *["block"] * 3,
+  "double",
+  "point",
+  "conv",
+  *["block"] * 3,
+  "double",
+  "split",
+  "conv",
+]
 DECODER += [*["block"] * 3, "double", "split", "conv", "relu", "conv"]
 
 
@@ -33,20 +58,26 @@ def named():
 
 
 class Restated:
-  """One half: `frames(x)` yields what comes out as the frames x [b c h w] go in, one after another."""
+  """One half: `frames(x)` yields what comes out as the frames x [b c h w] go in, one after
+  another.
+  """
 
   def __init__(self, half, kinds, named):
     import torch
 
     self.half, self.kinds = half, kinds
-    self.named = {name: torch.from_numpy(array) for name, array in named.items() if name.startswith(half)}
+    self.named = {
+      name: torch.from_numpy(array) for name, array in named.items() if name.startswith(half)
+    }
     self.seen = {}
 
   def convolve(self, name, x, **kwargs):
     import torch.nn.functional as F
 
     weight = self.named[f"{self.half}.{name}.weight"]
-    return F.conv2d(x, weight, self.named.get(f"{self.half}.{name}.bias"), padding=weight.shape[-1] // 2, **kwargs)
+    return F.conv2d(
+      x, weight, self.named.get(f"{self.half}.{name}.bias"), padding=weight.shape[-1] // 2, **kwargs
+    )
 
   def push(self, x, layer=0):
     """One frame into a layer -> the list of frames that leave the last layer because of it."""
@@ -91,7 +122,11 @@ def _run(half, kinds, named, x):
 
   restated = Restated(half, kinds, named)
   with torch.no_grad():
-    frames = [y for i in range(x.shape[1]) for y in restated.push(torch.from_numpy(np.moveaxis(x[:, i], -1, 1).copy()))]
+    frames = [
+      y
+      for i in range(x.shape[1])
+      for y in restated.push(torch.from_numpy(np.moveaxis(x[:, i], -1, 1).copy()))
+    ]
   return np.stack([np.moveaxis(frame.numpy(), 1, -1) for frame in frames], axis=1)
 
 
@@ -107,12 +142,15 @@ def test_encode(named):
   expected = _run("encoder", ENCODER, named, filled)
   assert expected.shape[1] == 3
   params = tiny_vae_params_from_published(named, CONFIG)
-  _assert_close(jax.jit(lambda p, x: tiny_vae.encode(p, x, CONFIG))(params, 2 * video - 1), expected)
+  _assert_close(
+    jax.jit(lambda p, x: tiny_vae.encode(p, x, CONFIG))(params, 2 * video - 1), expected
+  )
 
 
 def test_decode(named):
   latents = 2 * np.random.default_rng(2).normal(size=(2, 3, 2, 3, 16)).astype(np.float32)
-  expected = 2 * _run("decoder", DECODER, named, latents)[:, 3:].clip(0, 1) - 1  # the first three frames come before the video
+  # the first three frames come before the video
+  expected = 2 * _run("decoder", DECODER, named, latents)[:, 3:].clip(0, 1) - 1
   assert expected.shape[1] == 9 and np.abs(expected).max() < 1
   params = tiny_vae_params_from_published(named, CONFIG)
   _assert_close(jax.jit(lambda p, z: tiny_vae.decode(p, z, CONFIG))(params, latents), expected)

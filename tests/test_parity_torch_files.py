@@ -12,7 +12,11 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peer
 
 def _model(torch):
   torch.manual_seed(0)
-  return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.LayerNorm(4).to(torch.bfloat16), torch.nn.Conv3d(2, 3, (1, 2, 2)).half())
+  return torch.nn.Sequential(
+    torch.nn.Linear(5, 4),
+    torch.nn.LayerNorm(4).to(torch.bfloat16),
+    torch.nn.Conv3d(2, 3, (1, 2, 2)).half(),
+  )
 
 
 def _numpy(torch, tensor):
@@ -26,15 +30,33 @@ def test_a_training_checkpoint(tmp_path):
 
   base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
   state = _model(torch).state_dict()
-  odd = {"transposed": base.T, "slice": base[1:3, ::2], "empty": torch.zeros(0, 3), "scalar": torch.tensor(3), "bool": torch.tensor([True])}
-  other = {"step": 7, "size": torch.Size([1, 2]), "dtype": torch.bfloat16, "device": torch.device("cpu")}
-  torch.save({"generator": state, "odd": odd, "parameter": torch.nn.Parameter(base), **other}, tmp_path / "a.pt")
+  odd = {
+    "transposed": base.T,
+    "slice": base[1:3, ::2],
+    "empty": torch.zeros(0, 3),
+    "scalar": torch.tensor(3),
+    "bool": torch.tensor([True]),
+  }
+  other = {
+    "step": 7,
+    "size": torch.Size([1, 2]),
+    "dtype": torch.bfloat16,
+    "device": torch.device("cpu"),
+  }
+  torch.save(
+    {"generator": state, "odd": odd, "parameter": torch.nn.Parameter(base), **other},
+    tmp_path / "a.pt",
+  )
   found = read_torch(tmp_path / "a.pt")
   assert found["step"] == 7 and found["size"] == (1, 2) and found["device"] == "cpu"
   np.testing.assert_array_equal(found["parameter"], base.numpy())
   for name, tensor in [*state.items(), *odd.items()]:
     expected, got = _numpy(torch, tensor), {**found["generator"], **found["odd"]}[name]
-    assert got.dtype == expected.dtype and got.shape == expected.shape and got.tobytes() == expected.tobytes(), name
+    assert (
+      got.dtype == expected.dtype
+      and got.shape == expected.shape
+      and got.tobytes() == expected.tobytes()
+    ), name
 
 
 def test_eight_bit_floats(tmp_path):

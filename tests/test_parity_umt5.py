@@ -1,4 +1,5 @@
-"""transformers' UMT5EncoderModel with small random weights: the same numbers, and weights that go there and back.
+"""transformers' UMT5EncoderModel with small random weights: the same numbers, and weights that go
+there and back.
 
 Needs the extra `[parity]` (torch, transformers).
 """
@@ -24,12 +25,18 @@ def peer():
 
   torch.manual_seed(0)
   config = transformers.UMT5Config(
-    vocab_size=CONFIG.vocab, d_model=CONFIG.dim, d_kv=CONFIG.dim_attn // CONFIG.num_heads, d_ff=CONFIG.dim_ffn,
-    num_layers=CONFIG.num_layers, num_heads=CONFIG.num_heads, feed_forward_proj="gated-gelu",
-  )  # fmt: skip
+    vocab_size=CONFIG.vocab,
+    d_model=CONFIG.dim,
+    d_kv=CONFIG.dim_attn // CONFIG.num_heads,
+    d_ff=CONFIG.dim_ffn,
+    num_layers=CONFIG.num_layers,
+    num_heads=CONFIG.num_heads,
+    feed_forward_proj="gated-gelu",
+  )
   model = transformers.UMT5EncoderModel(config).eval()
   with torch.no_grad():
-    for parameter in model.parameters():  # gains of one and tiny biases of distance would hide mistakes
+    # gains of one and tiny biases of distance would hide mistakes
+    for parameter in model.parameters():
       parameter += 0.2 * torch.randn_like(parameter)
   return model
 
@@ -53,7 +60,10 @@ def test_encode(peer, params, length):
   ids = np.random.default_rng(0).integers(0, CONFIG.vocab, size=(2, length))
   mask = (np.arange(length) < np.asarray([[length], [length // 2]])).astype(np.int64)
   with torch.no_grad():
-    expected = peer(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy() * mask[..., None]
+    expected = (
+      peer(torch.from_numpy(ids), torch.from_numpy(mask)).last_hidden_state.numpy()
+      * mask[..., None]
+    )
   encode = jax.jit(lambda params, ids, mask: umt5.encode_text(params, ids, mask, CONFIG))
   text = encode(params, ids.astype(np.int32), mask.astype(np.int32))
   assert np.abs(text - expected).max() <= 1e-4 * np.abs(expected).max()
@@ -66,14 +76,18 @@ def test_distance_buckets_are_the_peers(peer):
   length = 512  # the published prompt length
   distance = torch.arange(length)[None, :] - torch.arange(length)[:, None]
   np.testing.assert_array_equal(
-    umt5.relative_buckets(length, CONFIG.num_buckets), attention._relative_position_bucket(distance).numpy()
+    umt5.relative_buckets(length, CONFIG.num_buckets),
+    attention._relative_position_bucket(distance).numpy(),
   )
 
 
 def test_weights_go_back_and_load(peer, folder, params, tmp_path):
   import transformers
 
-  back, original = umt5_params_to_published(params, CONFIG, "diffusers"), load_file(folder / WEIGHTS)
+  back, original = (
+    umt5_params_to_published(params, CONFIG, "diffusers"),
+    load_file(folder / WEIGHTS),
+  )
   assert set(back) == set(original)
   assert all(back[name].tobytes() == array.tobytes() for name, array in original.items())
   save_file(back, tmp_path / WEIGHTS, metadata={"format": "pt"})

@@ -1,4 +1,5 @@
-"""diffusers' AutoencoderKLWan with small random weights: the same numbers, and weights that go there and back.
+"""diffusers' AutoencoderKLWan with small random weights: the same numbers, and weights that go
+there and back.
 
 Needs the extra `[parity]` (torch, diffusers).
 """
@@ -24,9 +25,12 @@ def peer():
 
   torch.manual_seed(0)
   model = diffusers.AutoencoderKLWan(
-    base_dim=CONFIG.dim, z_dim=CONFIG.z_dim, dim_mult=list(CONFIG.dim_mult), num_res_blocks=CONFIG.num_res_blocks,
+    base_dim=CONFIG.dim,
+    z_dim=CONFIG.z_dim,
+    dim_mult=list(CONFIG.dim_mult),
+    num_res_blocks=CONFIG.num_res_blocks,
     temperal_downsample=list(CONFIG.temporal_downsample),
-  ).eval()  # fmt: skip
+  ).eval()
   with torch.no_grad():
     for parameter in model.parameters():  # gains of one and biases of zero would hide mistakes
       parameter += 0.1 * torch.randn_like(parameter)
@@ -55,20 +59,27 @@ def _assert_close(actual, expected):
 def test_encode_and_decode(peer, params, frames, height, width):
   import torch
 
-  video = np.random.default_rng(0).uniform(-1, 1, size=(2, 3, frames, height, width)).astype(np.float32)
+  video = (
+    np.random.default_rng(0).uniform(-1, 1, size=(2, 3, frames, height, width)).astype(np.float32)
+  )
   with torch.no_grad():
     latents = peer.encode(torch.from_numpy(video)).latent_dist.mode()
     frames_back = peer.decode(latents).sample.numpy()
   latents = latents.numpy()
   # The peer leaves normalisation to its pipeline and clips what it decodes.
   encode = jax.jit(lambda params, x: vae.denormalise(vae.encode(params, x, CONFIG), CONFIG))
-  decode = jax.jit(lambda params, z: vae.decode(params, vae.normalise(z, CONFIG), CONFIG).clip(-1, 1))
+  decode = jax.jit(
+    lambda params, z: vae.decode(params, vae.normalise(z, CONFIG), CONFIG).clip(-1, 1)
+  )
   _assert_close(encode(params, np.moveaxis(video, 1, -1)), latents)
   _assert_close(decode(params, np.moveaxis(latents, 1, -1)), frames_back)
 
 
 def test_normalisation_is_the_peers(peer):
-  assert tuple(peer.config.latents_mean) == vae.LATENTS_MEAN and tuple(peer.config.latents_std) == vae.LATENTS_STD
+  assert (
+    tuple(peer.config.latents_mean) == vae.LATENTS_MEAN
+    and tuple(peer.config.latents_std) == vae.LATENTS_STD
+  )
 
 
 def test_weights_go_back_and_load(peer, folder, params, tmp_path):

@@ -1,4 +1,6 @@
-"""What a video starts from: every size and kind of picture becomes the frames that were asked for, and it is said how."""
+"""What a video starts from: every size and kind of picture becomes the frames that were asked for,
+and it is said how.
+"""
 
 from fractions import Fraction
 
@@ -38,22 +40,38 @@ def test_the_right_size_passes_through(tmp_path):
   assert said == ""
 
 
-@pytest.mark.parametrize("height, width, cropped", [
-  (480, 800, ""), (50, 400, "width"), (400, 50, "height"), (16, 16, "height"), (33, 47, "height"), (8, 16, "width"), (1, 1, "height"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "height, width, cropped",
+  [
+    (480, 800, ""),
+    (50, 400, "width"),
+    (400, 50, "height"),
+    (16, 16, "height"),
+    (33, 47, "height"),
+    (8, 16, "width"),
+    (1, 1, "height"),
+  ],
+)
 def test_any_size_covers_and_keeps_its_middle(tmp_path, height, width, cropped):
   """The middle of the picture stays the middle of the frame, and nothing is squeezed."""
   frames, said = pictures.read_image(save(tmp_path / "a.png", quarters(height, width)), 48, 80)
   assert frames.shape == (1, 48, 80, 3) and frames.dtype == np.uint8
   assert said.startswith(f"a.png: {height}x{width}, scaled by ") and "to cover 48x80" in said
-  assert ("width cropped" in said, "height cropped" in said) == (cropped == "width", cropped == "height")
+  assert ("width cropped" in said, "height cropped" in said) == (
+    cropped == "width",
+    cropped == "height",
+  )
   if min(height, width) >= 8:
     assert np.abs(np.subtract(corners(frames[0]), [RED, GREEN, BLUE, WHITE])).max() <= 3
 
 
 def test_a_circle_stays_round(tmp_path):
   y, x = np.mgrid[:300, :900] + 0.5
-  image = np.where((((y - 150) ** 2 + (x - 450) ** 2) < 100**2)[..., None], 255, 0).repeat(3, -1).astype(np.uint8)
+  image = (
+    np.where((((y - 150) ** 2 + (x - 450) ** 2) < 100**2)[..., None], 255, 0)
+    .repeat(3, -1)
+    .astype(np.uint8)
+  )
   frames, said = pictures.read_image(save(tmp_path / "a.png", image), 96, 96)
   inside = frames[0, ..., 0] > 127
   assert abs(inside.any(0).sum() - 64) <= 1 and abs(inside.any(1).sum() - 64) <= 1
@@ -62,12 +80,17 @@ def test_a_circle_stays_round(tmp_path):
 
 @pytest.mark.parametrize("orientation", [2, 3, 4, 5, 6, 7, 8])
 def test_exif_rotation(tmp_path, orientation):
-  """A camera's picture is turned as viewers turn it: Pillow's own transpositions undone here one by one."""
-  stored = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the Image.Transpose that makes upright into stored
+  """A camera's picture is turned as viewers turn it: Pillow's own transpositions undone here one by
+  one.
+  """
+  # the Image.Transpose that makes upright into stored
+  stored = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
   image = Image.fromarray(quarters(32, 64)).transpose(Image.Transpose(stored))
   exif = Image.Exif()
   exif[0x0112] = orientation
-  frames, said = pictures.read_image(save(tmp_path / "a.jpg", image, exif=exif, quality=95, subsampling=0), 32, 64)
+  frames, said = pictures.read_image(
+    save(tmp_path / "a.jpg", image, exif=exif, quality=95, subsampling=0), 32, 64
+  )
   assert np.abs(np.subtract(corners(frames[0]), [RED, GREEN, BLUE, WHITE])).max() < 25
   assert said == "a.jpg: 32x64, turned upright by its EXIF note"
 
@@ -79,10 +102,27 @@ def mode(name):
   return rgb.convert(name, palette=Image.Palette.ADAPTIVE)
 
 
-@pytest.mark.parametrize("name, suffix", [
-  ("RGB", "png"), ("RGB", "webp"), ("RGB", "jpg"), ("RGB", "bmp"), ("RGB", "tiff"), ("P", "png"), ("P", "gif"), ("RGBA", "png"),
-  ("RGBA", "webp"), ("CMYK", "jpg"), ("L", "png"), ("LA", "png"), ("1", "png"), ("I;16", "png"), ("I;16", "tiff"), ("YCbCr", "jpg"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, suffix",
+  [
+    ("RGB", "png"),
+    ("RGB", "webp"),
+    ("RGB", "jpg"),
+    ("RGB", "bmp"),
+    ("RGB", "tiff"),
+    ("P", "png"),
+    ("P", "gif"),
+    ("RGBA", "png"),
+    ("RGBA", "webp"),
+    ("CMYK", "jpg"),
+    ("L", "png"),
+    ("LA", "png"),
+    ("1", "png"),
+    ("I;16", "png"),
+    ("I;16", "tiff"),
+    ("YCbCr", "jpg"),
+  ],
+)
 def test_modes_and_formats(tmp_path, name, suffix):
   frames, said = pictures.read_image(save(tmp_path / f"a.{suffix}", mode(name)), 16, 16)
   wanted = quarters(16, 16)
@@ -102,9 +142,17 @@ def test_transparency_is_black(tmp_path):
 
 
 def test_of_an_animation_the_first_frame(tmp_path):
-  first, second = Image.fromarray(np.full((16, 16, 3), RED, np.uint8)), Image.fromarray(np.full((16, 16, 3), BLUE, np.uint8))
-  frames, said = pictures.read_image(save(tmp_path / "a.gif", first, save_all=True, append_images=[second]), 16, 16)
-  assert np.abs(frames[0, 5, 5].astype(int) - RED).max() < 3 and said == "a.gif: 16x16, the first of 2 frames"
+  first, second = (
+    Image.fromarray(np.full((16, 16, 3), RED, np.uint8)),
+    Image.fromarray(np.full((16, 16, 3), BLUE, np.uint8)),
+  )
+  frames, said = pictures.read_image(
+    save(tmp_path / "a.gif", first, save_all=True, append_images=[second]), 16, 16
+  )
+  assert (
+    np.abs(frames[0, 5, 5].astype(int) - RED).max() < 3
+    and said == "a.gif: 16x16, the first of 2 frames"
+  )
 
 
 def bad_image(tmp_path, case):
@@ -123,17 +171,28 @@ def bad_image(tmp_path, case):
   elif case == "head alone":
     path.write_bytes(save(tmp_path / "whole.png", quarters(64, 64)).read_bytes()[:20])
   elif case == "video":
-    path.write_bytes(media.write_mp4(tmp_path / "a.mp4", np.stack([quarters(16, 16)] * 3)).read_bytes())
+    path.write_bytes(
+      media.write_mp4(tmp_path / "a.mp4", np.stack([quarters(16, 16)] * 3)).read_bytes()
+    )
   elif case == "float":
     path = save(tmp_path / "start.tiff", Image.fromarray(np.ones((16, 16), np.float32)))
   return path
 
 
-@pytest.mark.parametrize("case, message", [
-  ("none", "image .*start.png does not exist"), ("a directory", "start.png is a directory"), ("text", "start.png is not an image"),
-  ("empty", "start.png is empty"), ("cut", "start.png is a damaged or cut off image"), ("cut jpeg", "damaged or cut off"),
-  ("head alone", "damaged or cut off"), ("video", r"not an image; .* \(a video is given as --video\)"), ("float", "whose white is unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "case, message",
+  [
+    ("none", "image .*start.png does not exist"),
+    ("a directory", "start.png is a directory"),
+    ("text", "start.png is not an image"),
+    ("empty", "start.png is empty"),
+    ("cut", "start.png is a damaged or cut off image"),
+    ("cut jpeg", "damaged or cut off"),
+    ("head alone", "damaged or cut off"),
+    ("video", r"not an image; .* \(a video is given as --video\)"),
+    ("float", "whose white is unknown"),
+  ],
+)
 def test_what_is_no_image_is_one_line(tmp_path, case, message):
   with pytest.raises(UserError, match=message) as error:
     pictures.read_image(bad_image(tmp_path, case), 16, 16)
@@ -147,12 +206,14 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
     pictures.read_image(path, 16, 16)
 
 
-# ------------------------------------------------------------------------------------------------------------- videos
+# ------------------------------------------------------------------------------------------- videos
 
 
 def count_up(frames, height=32, width=48):
   """Frame i is grey i * 10."""
-  return np.broadcast_to((np.arange(frames, dtype=np.uint8) * 10)[:, None, None, None], (frames, height, width, 3)).copy()
+  return np.broadcast_to(
+    (np.arange(frames, dtype=np.uint8) * 10)[:, None, None, None], (frames, height, width, 3)
+  ).copy()
 
 
 def test_a_video_of_the_right_size_and_rate(tmp_path):
@@ -163,15 +224,21 @@ def test_a_video_of_the_right_size_and_rate(tmp_path):
 
 
 def test_the_last_frames_of_a_video(tmp_path):
-  frames, said = pictures.read_video(media.write_mp4(tmp_path / "a.mp4", count_up(9), 16), 32, 48, 16, last=4)
+  frames, said = pictures.read_video(
+    media.write_mp4(tmp_path / "a.mp4", count_up(9), 16), 32, 48, 16, last=4
+  )
   assert np.abs(frames[:, 9, 9, 0] - np.arange(5.0, 9) * 10).max() <= 2
   assert said == "a.mp4: 32x48, the last 4 of 9 frames"
 
 
-@pytest.mark.parametrize("rate, wanted", [(32, [0, 2, 4, 6, 8]), (8, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])])
+@pytest.mark.parametrize(
+  "rate, wanted", [(32, [0, 2, 4, 6, 8]), (8, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4])]
+)
 def test_a_video_is_resampled(tmp_path, rate, wanted):
   count = 10 if rate == 32 else 5
-  frames, said = pictures.read_video(media.write_mp4(tmp_path / "a.mp4", count_up(count), rate), 32, 48, 16)
+  frames, said = pictures.read_video(
+    media.write_mp4(tmp_path / "a.mp4", count_up(count), rate), 32, 48, 16
+  )
   assert np.abs(frames[:, 9, 9, 0] - 10.0 * np.asarray(wanted)).max() <= 2
   assert said == f"a.mp4: 32x48, resampled from {rate} to 16 frames a second"
 
@@ -192,22 +259,31 @@ def test_a_telephone_video_is_upright(tmp_path):
       container.mux(stream.encode(av.VideoFrame.from_ndarray(quarters(48, 64), format="rgb24")))
     container.mux(stream.encode())
   matrix = bytes.fromhex("00010000" + "00000000" * 3 + "00010000" + "00000000" * 3 + "40000000")
-  turned = bytes.fromhex("00000000" + "00010000" + "00000000" + "ffff0000" + "00000000" * 4 + "40000000")  # 90 degrees clockwise
+  # 90 degrees clockwise
+  turned = bytes.fromhex(
+    "00000000" + "00010000" + "00000000" + "ffff0000" + "00000000" * 4 + "40000000"
+  )
   content = path.read_bytes()
   track = content.index(b"tkhd")
   place = content.index(matrix, track)
-  path.write_bytes(content[:place] + turned + content[place + len(turned):])
+  path.write_bytes(content[:place] + turned + content[place + len(turned) :])
   frames, said = pictures.read_video(path, 64, 48, 16)
   assert frames.shape == (3, 64, 48, 3)
   assert np.abs(np.subtract(corners(frames[1]), [BLUE, RED, WHITE, GREEN])).max() < 25
   assert said == "a.mp4: 64x48, turned upright by its container's note"
 
 
-@pytest.mark.parametrize("case, message", [
-  ("none", "video .*start.mp4 does not exist"), ("text", "start.mp4 is not a video"), ("empty", "start.mp4 is empty"),
-  ("cut", "start.mp4 is not a video, or a damaged one"), ("sound", "cannot be used .no video stream"),
-  ("short", "is not a video|cannot be used"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "case, message",
+  [
+    ("none", "video .*start.mp4 does not exist"),
+    ("text", "start.mp4 is not a video"),
+    ("empty", "start.mp4 is empty"),
+    ("cut", "start.mp4 is not a video, or a damaged one"),
+    ("sound", "cannot be used .no video stream"),
+    ("short", "is not a video|cannot be used"),
+  ],
+)
 def test_what_is_no_video_is_one_line(tmp_path, case, message):
   path = tmp_path / "start.mp4"
   if case == "text":
@@ -215,12 +291,16 @@ def test_what_is_no_video_is_one_line(tmp_path, case, message):
   elif case == "empty":
     path.touch()
   elif case in ("cut", "short"):
-    whole = media.write_mp4(tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8))
+    whole = media.write_mp4(
+      tmp_path / "a.mp4", np.random.default_rng(0).integers(0, 256, (20, 32, 48, 3), dtype=np.uint8)
+    )
     path.write_bytes(whole.read_bytes()[: {"cut": 3000, "short": 40}[case]])
   elif case == "sound":
     with av.open(str(path), "w") as container:
       stream = container.add_stream("aac", rate=8000)
-      frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+      frame = av.AudioFrame.from_ndarray(
+        np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+      )
       frame.sample_rate = 8000
       container.mux(stream.encode(frame))
       container.mux(stream.encode())

@@ -1,4 +1,6 @@
-"""Decoding piece by piece: the same frames as at once, compiled once, for both autoencoders and in tiles."""
+"""Decoding piece by piece: the same frames as at once, compiled once, for both autoencoders and in
+tiles.
+"""
 
 import dataclasses
 import itertools
@@ -13,8 +15,14 @@ from hiar_jax.models import pixel_stream, tiny_vae, vae
 from hiar_jax.models.vae_tiling import Tiling
 
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
-TINY = tiny_vae.TinyVAEConfig(z_dim=16, encoder_width=4, decoder_widths=(8, 4), blocks=1, temporal_downsample=(True,),
-                              temporal_upsample=(True,))  # fmt: skip
+TINY = tiny_vae.TinyVAEConfig(
+  z_dim=16,
+  encoder_width=4,
+  decoder_widths=(8, 4),
+  blocks=1,
+  temporal_downsample=(True,),
+  temporal_upsample=(True,),
+)
 LATENTS = np.random.default_rng(0).normal(size=(1, 7, 6, 8, 16)).astype(np.float32)
 
 
@@ -37,7 +45,9 @@ def whole(kind, decoder):
 def test_pieces_are_the_whole(kind):
   decoder = stream(kind, 1)
   pieces = list(decoder(LATENTS))
-  assert [piece.shape[1] for piece in pieces] == [1, 2, 2, 2, 2, 2, 2] and pieces[0].dtype == np.uint8
+  assert [piece.shape[1] for piece in pieces] == [1, 2, 2, 2, 2, 2, 2] and pieces[
+    0
+  ].dtype == np.uint8
   larger = list(stream(kind, 4)(LATENTS))
   assert [piece.shape[1] for piece in larger] == [1, 8, 4]
   joined = np.concatenate(pieces, axis=1).astype(int)
@@ -50,10 +60,17 @@ def test_pieces_are_the_whole(kind):
 
 @pytest.mark.parametrize("kind", ["vae", "tiny"])
 def test_a_frame_is_spread_over_devices(kind):
-  """Its width, over as many of four as divide it; the pictures are those of one device, and each holds its share of the cache."""
+  """Its width, over as many of four as divide it; the pictures are those of one device, and each
+  holds its share of the cache.
+  """
   latents, calls, alone = LATENTS[:, :3], [], stream(kind, 1)
   spread = dataclasses.replace(alone, devices=tuple(jax.devices()[:4]))
-  assert [len(spread.place(width).device_set) for width in (8, 6, 7, 104)] == [4, 3, 1, 4] and alone.place(8) is None
+  assert [len(spread.place(width).device_set) for width in (8, 6, 7, 104)] == [
+    4,
+    3,
+    1,
+    4,
+  ] and alone.place(8) is None
   step = spread._step
   object.__setattr__(spread, "_step", lambda *args: calls.append(args) or step(*args))
   pieces = np.concatenate(list(spread(latents)), axis=1)

@@ -1,4 +1,6 @@
-"""A prompts file becomes a data set of texts: in order, unpadded, built once, resumed where it was stopped."""
+"""A prompts file becomes a data set of texts: in order, unpadded, built once, resumed where it was
+stopped.
+"""
 
 import grain
 import jax
@@ -9,12 +11,20 @@ import pytest
 from hiar_jax.data import prompt_texts, store
 from hiar_jax.errors import UserError
 
-PROMPTS = [*(f"prompt number {i}, " * (1 + i % 4) for i in range(9)), "一只猫 🐈", "prompt number 0, "]
+PROMPTS = [
+  *(f"prompt number {i}, " * (1 + i % 4) for i in range(9)),
+  "一只猫 🐈",
+  "prompt number 0, ",
+]
 DIM = 6
 
 
 def _text(prompt, dtype=ml_dtypes.bfloat16):
-  return np.random.default_rng(list(prompt.encode())).normal(size=(1 + len(prompt.split()), DIM)).astype(dtype)
+  return (
+    np.random.default_rng(list(prompt.encode()))
+    .normal(size=(1 + len(prompt.split()), DIM))
+    .astype(dtype)
+  )
 
 
 class Texts:
@@ -70,7 +80,9 @@ def test_a_stop_anywhere_resumes(prompts_file, tmp_path, monkeypatch):
   assert len(texts.done) == 4 and not store.is_complete(directory)
   texts.stop = 10  # what is left: ten prompts are different
   with monkeypatch.context() as patch:  # while writing
-    patch.setattr(prompt_texts.PromptTexts, "examples", _stopping(prompt_texts.PromptTexts.examples))
+    patch.setattr(
+      prompt_texts.PromptTexts, "examples", _stopping(prompt_texts.PromptTexts.examples)
+    )
     with pytest.raises(KeyboardInterrupt):
       prompt_texts.prepare(directory, prompts_file, texts)
   assert not store.is_complete(directory)
@@ -99,7 +111,11 @@ def test_shards_are_of_even_size(prompts_file, tmp_path, monkeypatch):
 def test_grain_reads_batches(prompts_file, tmp_path):
   prompt_texts.prepare(tmp_path / "texts", prompts_file, Texts())
   length = max(len(_text(prompt.strip())) for prompt in PROMPTS)
-  batches = grain.MapDataset.source(store.open_source(tmp_path / "texts")).map(prompt_texts.PadText(length)).batch(5)
+  batches = (
+    grain.MapDataset.source(store.open_source(tmp_path / "texts"))
+    .map(prompt_texts.PadText(length))
+    .batch(5)
+  )
   batch = batches[0]
   assert batch["text"].shape == (5, length, DIM) and batch["text"].dtype == ml_dtypes.bfloat16
   for prompt, text in zip(PROMPTS, batch["text"], strict=False):

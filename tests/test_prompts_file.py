@@ -29,26 +29,47 @@ def test_all_formats_say_the_same(tmp_path, name):
   (tmp_path / "my cat.png").write_bytes(b"x")
   (tmp_path / "dog.mp4").write_bytes(b"x")
   rows = [
-    {"prompt": "plain"}, {"prompt": "A cat, still", "seed": 7, "image": "my cat.png", "out": "c/cat 1.mp4"},
-    {"prompt": "走る犬", "video": "dog.mp4"}, {"prompt": "seed=3 is no setting"}, {"prompt": "", "seed": 0},
-  ]  # fmt: skip
+    {"prompt": "plain"},
+    {"prompt": "A cat, still", "seed": 7, "image": "my cat.png", "out": "c/cat 1.mp4"},
+    {"prompt": "走る犬", "video": "dog.mp4"},
+    {"prompt": "seed=3 is no setting"},
+    {"prompt": "", "seed": 0},
+  ]
   content = {
-    "prompts.txt": 'plain\nseed=7 image="my cat.png" out=\'c/cat 1.mp4\' | A cat, still\nvideo=dog.mp4|走る犬\n'
-                   "seed=3 is no setting\nseed=0 | \"\"\n",
+    "prompts.txt": "plain\nseed=7 image=\"my cat.png\" out='c/cat 1.mp4' | A cat, "
+    "still\nvideo=dog.mp4|走る犬\n"
+    'seed=3 is no setting\nseed=0 | ""\n',
     "prompts.jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
-    "prompts.csv": 'seed, prompt,image,video,out\n,plain,,,\n7,"A cat, still",my cat.png,,c/cat 1.mp4\n,走る犬,,dog.mp4,\n'
-                   ',seed=3 is no setting,,,\n0,"""""",,,\n',
-  }[name]  # fmt: skip
+    "prompts.csv": 'seed, prompt,image,video,out\n,plain,,,\n7,"A cat, still",my cat.png,,c/cat '
+    "1.mp4\n,走る犬,,dog.mp4,\n"
+    ',seed=3 is no setting,,,\n0,"""""",,,\n',
+  }[name]
   found = jobs(tmp_path, content, name, seed=100)
-  assert told(found) == [("plain", 100), ("A cat, still", 7), ("走る犬", 102), ("seed=3 is no setting", 103), ("", 0)]
-  assert found[1].image == tmp_path / "my cat.png" and found[1].out == "c/cat 1.mp4" and found[1].video is None
+  assert told(found) == [
+    ("plain", 100),
+    ("A cat, still", 7),
+    ("走る犬", 102),
+    ("seed=3 is no setting", 103),
+    ("", 0),
+  ]
+  assert (
+    found[1].image == tmp_path / "my cat.png"
+    and found[1].out == "c/cat 1.mp4"
+    and found[1].video is None
+  )
   assert found[2].video == tmp_path / "dog.mp4" and found[2].image is None
 
 
-@pytest.mark.parametrize("content", [
-  "a cät\na dog\n".encode("utf-8-sig"), "a cät\na dog\n".encode("utf-16"), b"\xfe\xff" + "a cät\na dog".encode("utf-16-be"),
-  "a cät\r\na dog\r\n".encode(), "a cät\ra dog".encode(),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "content",
+  [
+    "a cät\na dog\n".encode("utf-8-sig"),
+    "a cät\na dog\n".encode("utf-16"),
+    b"\xfe\xff" + "a cät\na dog".encode("utf-16-be"),
+    "a cät\r\na dog\r\n".encode(),
+    "a cät\ra dog".encode(),
+  ],
+)
 def test_encodings_and_line_ends(tmp_path, content):
   assert told(jobs(tmp_path, content)) == [("a cät", 0), ("a dog", 1)]
 
@@ -68,9 +89,13 @@ def test_a_prompt_over_several_lines_of_a_csv_file(tmp_path):
 
 
 def test_what_is_asked_for_twice_is_made_once(tmp_path, capsys):
-  found = jobs(tmp_path, "seed=1 | a cat\na dog\nseed=1|a cat\nseed=2|a cat\nseed=1 out=b.mp4 | a cat\n")
+  found = jobs(
+    tmp_path, "seed=1 | a cat\na dog\nseed=1|a cat\nseed=2|a cat\nseed=1 out=b.mp4 | a cat\n"
+  )
   assert told(found) == [("a cat", 1), ("a dog", 1), ("a cat", 2), ("a cat", 1)]
-  assert capsys.readouterr().err.endswith("prompts.txt, line 3: the same prompt and seed as in line 1; made once\n")
+  assert capsys.readouterr().err.endswith(
+    "prompts.txt, line 3: the same prompt and seed as in line 1; made once\n"
+  )
 
 
 WRONG = {
@@ -79,28 +104,68 @@ WRONG = {
   "empty": ("a.txt", "# nothing\n\n", "holds no prompt; write one a line"),
   "empty csv": ("a.csv", "", "holds no prompt"),
   "typo": ("a.txt", "ok\nsed=4 | a cat", "line 2: there is no field 'sed'; did you mean 'seed'?"),
-  "unknown": ("a.jsonl", '{"prompt": "a", "colour": 1}', "line 1: there is no field 'colour'; there is prompt, seed, "),
+  "unknown": (
+    "a.jsonl",
+    '{"prompt": "a", "colour": 1}',
+    "line 1: there is no field 'colour'; there is prompt, seed, ",
+  ),
   "twice": ("a.txt", "seed=4 seed=5 | a cat", "line 1: seed is given twice"),
   "prompt before": ("a.txt", "prompt=x | a cat", "line 1: the prompt stands after the |"),
   "no prompt": ("a.txt", "seed=4 | ", 'line 1: there is no prompt; an empty one is written ""'),
   "no prompt csv": ("a.csv", "prompt,seed\na,1\n,2\n", "line 3: there is no prompt"),
-  "open quote before": ("a.txt", 'image="a b.png | a', "line 1: expected name=value settings before the |, in quotes"),
-  "blank in a name": ("a.txt", "image=a b.png | a", "line 1: expected name=value settings before the |, in quotes"),
+  "open quote before": (
+    "a.txt",
+    'image="a b.png | a',
+    "line 1: expected name=value settings before the |, in quotes",
+  ),
+  "blank in a name": (
+    "a.txt",
+    "image=a b.png | a",
+    "line 1: expected name=value settings before the |, in quotes",
+  ),
   "no prompt json": ("a.jsonl", '{"prompt": "a"}\n{"seed": 4}', "line 2: there is no prompt"),
-  "word": ("a.txt", "seed=four | a cat", "line 1: seed = 'four': expected a whole number from 0 to 2147483647"),
+  "word": (
+    "a.txt",
+    "seed=four | a cat",
+    "line 1: seed = 'four': expected a whole number from 0 to 2147483647",
+  ),
   "negative": ("a.csv", "prompt,seed\na,1\nb,-1\n", "line 3: seed = '-1': expected"),
   "fraction": ("a.jsonl", '{"prompt": "a", "seed": 1.5}', "line 1: seed = 1.5: expected"),
   "truth": ("a.jsonl", '{"prompt": "a", "seed": true}', "line 1: seed = True: expected"),
   "large": ("a.txt", "seed=2147483648 | a", "line 1: seed = '2147483648': expected"),
   "no picture": ("a.txt", "image=cat.png | a", "line 1: image = 'cat.png': there is no file "),
-  "both": ("a.txt", "image=a.txt video=a.txt | a", "line 1: a video starts from an image or from a video"),
+  "both": (
+    "a.txt",
+    "image=a.txt video=a.txt | a",
+    "line 1: a video starts from an image or from a video",
+  ),
   "gif": ("a.txt", "out=a.gif | a", "line 1: out = 'a.gif': expected a name that ends in .mp4"),
-  "same name": ("a.txt", "out=a.mp4 | a\n\nout=a.mp4 | b", "line 3: out = 'a.mp4' is the name of another video already, in line 1"),
-  "no json": ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', "line 2: not JSON (Expecting value at column"),
-  "no object": ("a.jsonl", '["a"]', 'line 1: expected an object, as {"prompt": "a cat"}, got \'["a"]\''),
+  "same name": (
+    "a.txt",
+    "out=a.mp4 | a\n\nout=a.mp4 | b",
+    "line 3: out = 'a.mp4' is the name of another video already, in line 1",
+  ),
+  "no json": (
+    "a.jsonl",
+    '{"prompt": "a"}\n{"prompt": ',
+    "line 2: not JSON (Expecting value at column",
+  ),
+  "no object": (
+    "a.jsonl",
+    '["a"]',
+    'line 1: expected an object, as {"prompt": "a cat"}, got \'["a"]\'',
+  ),
   "number": ("a.jsonl", '{"prompt": 3}', "line 1: prompt = 3: expected text"),
-  "no header": ("a.csv", "a cat,4\na dog,5\n", "line 1: the first line names the columns, one of them prompt; got a cat, 4"),
-  "comma": ("a.csv", "prompt,seed\na cat, a dog,4\n", "line 2: more than the 2 columns of the first line; quote"),
+  "no header": (
+    "a.csv",
+    "a cat,4\na dog,5\n",
+    "line 1: the first line names the columns, one of them prompt; got a cat, 4",
+  ),
+  "comma": (
+    "a.csv",
+    "prompt,seed\na cat, a dog,4\n",
+    "line 2: more than the 2 columns of the first line; quote",
+  ),
   "open quote": ("a.csv", 'prompt,seed\n"a cat,4\n', "not CSV (unexpected end of data)"),
 }
 
@@ -114,5 +179,7 @@ def test_what_is_wrong_is_one_line_with_its_place(tmp_path, case):
 
 
 def test_no_file(tmp_path):
-  with pytest.raises(UserError, match="nowhere.txt does not exist; write one prompt a line into it"):
+  with pytest.raises(
+    UserError, match="nowhere.txt does not exist; write one prompt a line into it"
+  ):
     prompts_file.read_jobs(tmp_path / "nowhere.txt")

@@ -1,4 +1,6 @@
-"""Rollouts: fused, separate and plain loops agree; no block reaches an earlier one; windows hold for long videos."""
+"""Rollouts: fused, separate and plain loops agree; no block reaches an earlier one; windows hold
+for long videos.
+"""
 
 import functools
 
@@ -25,11 +27,17 @@ ROWS = {
   "euler": History(block=2, window=0, renoise="euler"),
   "clean": History(block=2, window=5, level="clean"),
   "input": History(block=2, window=5, sink=1, level="input"),
-  "self_aligned": History(block=2, window=5, sink=2, sink_level="clean", level="input", gradient="attached"),
-  "self_aligned_euler": History(block=1, window=4, sink=2, sink_level="clean", level="input", renoise="euler"),
+  "self_aligned": History(
+    block=2, window=5, sink=2, sink_level="clean", level="input", gradient="attached"
+  ),
+  "self_aligned_euler": History(
+    block=1, window=4, sink=2, sink_level="clean", level="input", renoise="euler"
+  ),
   "self_forcing": History(block=2, window=0, order="block_first", level="clean"),
   "self_forcing_window": History(block=2, window=5, sink=1, order="block_first", level="clean"),
-  "self_forcing_euler": History(block=2, window=3, order="block_first", level="clean", renoise="euler"),
+  "self_forcing_euler": History(
+    block=2, window=3, order="block_first", level="clean", renoise="euler"
+  ),
 }
 # One of each loop with the true network; the toy goes through all rows.
 DIT_ROWS = ("hiar_sink", "self_aligned", "self_forcing_window")
@@ -44,16 +52,24 @@ def program(network: str, row: History, fused: bool = True, given: int = 0):
 
   def run(params, table, given_video):
     return generate.rollout(
-      make(params), tiny.lookup(table), tiny.cache(row, table.shape[1] * row.block, config), jnp.asarray(tiny.SIGMAS),
-      row, table.shape[1] - given, given=given_video, fused=fused,
-    )  # fmt: skip
+      make(params),
+      tiny.lookup(table),
+      tiny.cache(row, table.shape[1] * row.block, config),
+      jnp.asarray(tiny.SIGMAS),
+      row,
+      table.shape[1] - given,
+      given=given_video,
+      fused=fused,
+    )
 
   return functools.partial(quick_jit(run), params)
 
 
 def plain(network, row, table, given=None) -> np.ndarray:
   blocks = table.shape[1]
-  return np.concatenate(Plain(network, row, blocks * row.block, table).rollout(blocks, given), axis=1)
+  return np.concatenate(
+    Plain(network, row, blocks * row.block, table).rollout(blocks, given), axis=1
+  )
 
 
 def assert_same(actual, expected):
@@ -67,7 +83,9 @@ def test_equals_plain_loops(network, name):
   assert_same(program(network, row)(table, None), plain(network, row, table))
 
 
-@pytest.mark.parametrize(("network", "name"), [case for case in CASES if ROWS[case[1]].level == "output"])
+@pytest.mark.parametrize(
+  ("network", "name"), [case for case in CASES if ROWS[case[1]].level == "output"]
+)
 def test_separate_forwards_equal_fused_ones(network, name):
   row = ROWS[name]
   table = tiny.noise_table(row, BLOCKS)
@@ -77,10 +95,15 @@ def test_separate_forwards_equal_fused_ones(network, name):
 @pytest.mark.parametrize(
   ("name", "given", "fused"),
   [
-    ("hiar_sink", 1, False), ("hiar_sink", 2, True), ("hiar_sink_across_blocks", 1, True), ("self_aligned", 2, True),
-    ("self_forcing_window", 1, True), ("self_forcing_window", 2, True), ("clean", 3, False),
+    ("hiar_sink", 1, False),
+    ("hiar_sink", 2, True),
+    ("hiar_sink_across_blocks", 1, True),
+    ("self_aligned", 2, True),
+    ("self_forcing_window", 1, True),
+    ("self_forcing_window", 2, True),
+    ("clean", 3, False),
   ],
-)  # fmt: skip
+)
 def test_continuation_equals_plain_loops(name, given, fused):
   row = ROWS[name]
   table, video = tiny.noise_table(row, BLOCKS), tiny.video(5, given * row.block)
@@ -90,7 +113,9 @@ def test_continuation_equals_plain_loops(name, given, fused):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("name", ["hiar", "self_aligned", "self_aligned_euler", "self_forcing_window"])
+@pytest.mark.parametrize(
+  "name", ["hiar", "self_aligned", "self_aligned_euler", "self_forcing_window"]
+)
 def test_videos_shorter_than_the_window(name, blocks):
   row = ROWS[name]
   table = tiny.noise_table(row, blocks)
@@ -158,7 +183,7 @@ def test_an_earlier_block_changes_later_outputs(network, name):
     (3, 8, 5),
     (3, 11, 2),
     (3, 12, 3),
-  ],  # fmt: skip
+  ],
 )
 def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
   row = History(block=block, window=window, sink=sink)
@@ -168,7 +193,9 @@ def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
     frames = np.arange(n * block, n * block + block)
     visible = {p for p in range(n * block) if p < sink or p > frames[-1] - (window - sink)}
     assert visible <= set(position.tolist())
-    assert [p for p in range(sink) if p < n * block] == [p for p in sorted(position) if 0 <= p < sink]
+    assert [p for p in range(sink) if p < n * block] == [
+      p for p in sorted(position) if 0 <= p < sink
+    ]
     if not position.size:
       continue
     slots = np.asarray(caches.slots_of(jnp.asarray(frames), position.size, sink))
@@ -186,9 +213,13 @@ def test_a_cache_does_not_grow_with_the_video():
 
 def test_writing_keeps_what_it_does_not_replace():
   row = History(block=2, window=5, sink=1)
-  before = caches.Cache(jax.tree.map(lambda leaf: leaf + 7, tiny.cache(row, 20).kv), jnp.asarray([0, 2, 1], jnp.int32))
+  before = caches.Cache(
+    jax.tree.map(lambda leaf: leaf + 7, tiny.cache(row, 20).kv), jnp.asarray([0, 2, 1], jnp.int32)
+  )
   shape = (*before.kv.k.shape[:2], 2, *before.kv.k.shape[3:])
-  after = caches.write(before, jax.tree.map(lambda leaf: jnp.zeros(shape) + 1, before.kv), jnp.asarray([3, 4]), row)
+  after = caches.write(
+    before, jax.tree.map(lambda leaf: jnp.zeros(shape) + 1, before.kv), jnp.asarray([3, 4]), row
+  )
   assert sorted(after.position.tolist()) == [0, 3, 4]
   np.testing.assert_array_equal(after.kv.k[:, :, 0], before.kv.k[:, :, 0])
   assert (np.asarray(after.kv.v[:, :, 1:]) == 1).all()
@@ -201,13 +232,17 @@ def test_bidirectional_trajectory_is_euler_with_guidance():
   eps, sigmas, keep = tiny.video(3, 2), np.asarray([1.0, 0.7, 0.3, 0.0], np.float32), (0, 2, 3)
   forward = lambda x, sigma, positions: (0.3 * x + sigma, None)
   negative = lambda x, sigma, positions: (-0.2 * x, None)
-  points = bidirectional.trajectory(forward, negative, jnp.asarray(eps), jnp.asarray(sigmas), keep, 1.5)
+  points = bidirectional.trajectory(
+    forward, negative, jnp.asarray(eps), jnp.asarray(sigmas), keep, 1.5
+  )
   x, expected = eps.astype(np.float64), [eps]
   for sigma, lower in zip(sigmas[:-1], sigmas[1:], strict=True):
     v, w = 0.3 * x + sigma, -0.2 * x
     x = x + (lower - sigma) * (v + 1.5 * (v - w))
     expected.append(x)
-  np.testing.assert_allclose(points, np.stack([expected[i] for i in keep], axis=1), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(
+    points, np.stack([expected[i] for i in keep], axis=1), rtol=1e-5, atol=1e-5
+  )
 
 
 def test_bidirectional_trajectory_without_guidance_needs_no_negative():
@@ -215,5 +250,7 @@ def test_bidirectional_trajectory_without_guidance_needs_no_negative():
     raise AssertionError("called")
 
   forward = lambda x, sigma, positions: (0.3 * x, None)
-  points = bidirectional.trajectory(forward, negative, jnp.ones((1, 1, 1, 1, 1)), jnp.asarray([1.0, 0.0]), (1,), 0.0)
+  points = bidirectional.trajectory(
+    forward, negative, jnp.ones((1, 1, 1, 1, 1)), jnp.asarray([1.0, 0.0]), (1,), 0.0
+  )
   np.testing.assert_allclose(points.ravel(), 0.7, rtol=1e-6)

@@ -7,15 +7,36 @@ import tiny
 
 from hiar_jax.models import rope
 
-FRAMES = [0, 1, 2, 21, 1023, 1024, 1025, 65_535, 1_000_000, 2**20 - 1, 2**20, 2**20 + 1, 123_456_789, 2**30 - 1]
+FRAMES = [
+  0,
+  1,
+  2,
+  21,
+  1023,
+  1024,
+  1025,
+  65_535,
+  1_000_000,
+  2**20 - 1,
+  2**20,
+  2**20 + 1,
+  123_456_789,
+  2**30 - 1,
+]
 
 
 def reference(frames, rows: int, columns: int, head_dim: int) -> np.ndarray:
-  """exp(i angle) [f, rows, columns, pairs] as Wan2.1 defines it: theta^(-2i / d) per axis with d = 2 * pairs."""
+  """exp(i angle) [f, rows, columns, pairs] as Wan2.1 defines it: theta^(-2i / d) per axis with d =
+  2 * pairs.
+  """
   pairs = head_dim // 2
   parts = pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
-  grid = np.stack(np.meshgrid(frames, np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).astype(np.float64)
-  angles = [grid[..., axis, None] / 10_000.0 ** (2 * np.arange(n) / (2 * n)) for axis, n in enumerate(parts)]
+  grid = np.stack(
+    np.meshgrid(frames, np.arange(rows), np.arange(columns), indexing="ij"), axis=-1
+  ).astype(np.float64)
+  angles = [
+    grid[..., axis, None] / 10_000.0 ** (2 * np.arange(n) / (2 * n)) for axis, n in enumerate(parts)
+  ]
   return np.exp(1j * np.concatenate(angles, axis=-1))
 
 
@@ -44,7 +65,9 @@ def test_heads_of_the_published_model_split_as_published():
 def test_pairs_turn_as_complex_numbers():
   x = tiny.random(1, 2, 3, 4, 2, 12)
   cos, sin = rope.rotation(jnp.asarray([0, 7, 1_000_000], jnp.int32), 2, 2, 12)
-  turned = (x[..., ::2] + 1j * x[..., 1::2]) * reference([0, 7, 1_000_000], 2, 2, 12).reshape(3, 4, 1, 6)
+  turned = (x[..., ::2] + 1j * x[..., 1::2]) * reference([0, 7, 1_000_000], 2, 2, 12).reshape(
+    3, 4, 1, 6
+  )
   expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
   np.testing.assert_allclose(rope.apply(jnp.asarray(x), cos, sin), expected, rtol=0, atol=5e-6)
 
@@ -54,7 +77,9 @@ def test_sixteen_bit_vectors_turn_in_float32():
   cos, sin = rope.rotation(jnp.asarray([5], jnp.int32), 2, 2, 12)
   turned = rope.apply(x, cos, sin)
   assert turned.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(turned, rope.apply(x.astype(jnp.float32), cos, sin).astype(jnp.bfloat16))
+  np.testing.assert_array_equal(
+    turned, rope.apply(x.astype(jnp.float32), cos, sin).astype(jnp.bfloat16)
+  )
 
 
 def test_products_depend_on_distance_alone():
@@ -68,4 +93,9 @@ def test_products_depend_on_distance_alone():
 
   near = products(0)
   np.testing.assert_allclose(products(1_000_000), near, rtol=0, atol=1e-5)
-  assert np.abs(near - np.asarray(q, np.float64)[0, :, 0, 0] @ np.asarray(k, np.float64)[0, :, 0, 0].T).max() > 0.1
+  assert (
+    np.abs(
+      near - np.asarray(q, np.float64)[0, :, 0, 0] @ np.asarray(k, np.float64)[0, :, 0, 0].T
+    ).max()
+    > 0.1
+  )

@@ -23,7 +23,7 @@ from hiar_jax.page.showing import Rules  # noqa: E402
 PROMPT = "a red circle"
 
 
-# ------------------------------------------------------------------------------------------------------------- watching
+# ----------------------------------------------------------------------------------------- watching
 
 
 def test_a_video_is_watched_while_it_is_made(tmp_path):
@@ -32,13 +32,23 @@ def test_a_video_is_watched_while_it_is_made(tmp_path):
       await one.until(lambda tab: tab.is_in("idle"))
       await one.say(do="start", prompt=PROMPT, seed=3, seconds=3)
       await one.until(lambda tab: len(tab.video) > 1000)
-      assert one.is_in("idle", "starting", "running") and one.heard["begin"]["mime"].startswith('video/mp4; codecs="avc1.')
+      assert one.is_in("idle", "starting", "running") and one.heard["begin"]["mime"].startswith(
+        'video/mp4; codecs="avc1.'
+      )
       await one.until(lambda tab: tab.is_in("finished"))
       assert one.status["target"] == 3 and 24 <= one.status["frames"] < 24 + 3
-      assert one.status["latency"] > 0 and [level["sigma"] for level in one.status["levels"]] == [1.0, 0.94, 0.83, 0.62]
+      assert one.status["latency"] > 0 and [level["sigma"] for level in one.status["levels"]] == [
+        1.0,
+        0.94,
+        0.83,
+        0.62,
+      ]
       await one.say(do="extend", seconds=1)
       await one.until(lambda tab: tab.status["frames"] >= 32 and tab.is_in("finished"))
-      async with aiohttp.ClientSession() as session, session.get(server.url + one.heard["begin"]["clip"]) as answer:
+      async with (
+        aiohttp.ClientSession() as session,
+        session.get(server.url + one.heard["begin"]["clip"]) as answer,
+      ):
         assert answer.status == 200 and "attachment" in answer.headers["Content-Disposition"]
         assert sum(news["say"] == "begin" for news in one.said) == 1
         return one.video, await answer.read()
@@ -64,7 +74,8 @@ def test_blocks_in_flight_and_a_changed_prompt(tmp_path):
       await one.until(lambda tab: "prompt" in tab.heard)
       first = one.heard["prompt"]["block"]
       await one.until(lambda tab: tab.status["prompts"][-1][1] == "a blue zebra")
-      assert first <= made + 4 + 8  # ticks may pass between the counting and the asking, as many as the lead allows
+      # ticks may pass between the counting and the asking, as many as the lead allows
+      assert first <= made + 4 + 8
       assert one.status["blocks"] - 1 >= first
       assert one.status["prompts"] == [[0, PROMPT], [3 * first / 8, "a blue zebra"]]
       assert one.status["remarks"] == ["the model does not know 'zebra'; it is made without"]
@@ -107,7 +118,10 @@ def test_pause_go_stop(tmp_path):
       await one.say(do="stop")
       await one.until(lambda tab: tab.is_in("ended"))
       assert one.status["why"] == "stopped" and server.making() == 0
-      async with aiohttp.ClientSession() as session, session.get(server.url + one.heard["begin"]["clip"]) as answer:
+      async with (
+        aiohttp.ClientSession() as session,
+        session.get(server.url + one.heard["begin"]["clip"]) as answer,
+      ):
         assert answer.status == 200  # it can still be fetched
       await one.say(do="start", prompt="a blue square")
       await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == "a blue square")
@@ -119,7 +133,9 @@ def test_pause_go_stop(tmp_path):
 
 @pytest.mark.parametrize("leaves", [True, False])
 def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
-  """The thread waits for a block that does not come; a closed tab ends it, and others come in, all the same."""
+  """The thread waits for a block that does not come; a closed tab ends it, and others come in, all
+  the same.
+  """
 
   async def visit(server):
     async with tab(server) as two:
@@ -174,6 +190,7 @@ def test_what_fails_is_said_and_ends_nothing_else(tmp_path, capfd):
 
 def test_colours_come_through(tmp_path):
   """What is played is what was made."""
+
   async def visit(server):
     async with tab(server) as one:
       await one.say(do="start", prompt=PROMPT, seconds=1)
@@ -186,7 +203,7 @@ def test_colours_come_through(tmp_path):
   assert np.abs(frames.astype(int) - expected([PROMPT] * 4)[: len(frames)]).mean() < 4
 
 
-# ------------------------------------------------------------------------------------------------------- several viewers
+# ---------------------------------------------------------------------------------- several viewers
 
 
 def test_who_comes_later_waits_and_comes_in_when_a_tab_closes(tmp_path):
@@ -242,7 +259,9 @@ def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
 
 
 def test_one_that_was_extended_stands_no_more(tmp_path):
-  """It had been finished for longer than it may when others wait; from then on it is counted anew."""
+  """It had been finished for longer than it may when others wait; from then on it is counted
+  anew.
+  """
 
   async def visit(server):
     async with tab(server) as one, tab(server) as two:
@@ -280,7 +299,9 @@ def test_two_at_once(tmp_path):
     async with tab(server) as one, tab(server) as two:
       await one.say(do="start", prompt=PROMPT, seconds=2)
       await two.say(do="start", prompt="a blue square", seconds=2)
-      await asyncio.gather(*(one_of.until(lambda tab: tab.is_in("finished")) for one_of in (one, two)))
+      await asyncio.gather(
+        *(one_of.until(lambda tab: tab.is_in("finished")) for one_of in (one, two))
+      )
       assert one.status["prompt"] == PROMPT and two.status["prompt"] == "a blue square"
 
   with page(tmp_path) as server:
@@ -351,7 +372,9 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
 
   source = FakeSource(0.01, decoder=Snow)
   source.scale = 1
-  with page(tmp_path, rules=Rules(patience=3.0, lead=1000.0, heartbeat=1000.0), source=source) as server:
+  with page(
+    tmp_path, rules=Rules(patience=3.0, lead=1000.0, heartbeat=1000.0), source=source
+  ) as server:
     run(visit(server))
 
 
@@ -359,10 +382,17 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
 def raw_tab(server, text):
   """A socket that shakes hands, asks, and never reads again."""
   raw = socket.create_connection(("127.0.0.1", server.port))
-  raw.sendall(f"GET /watch HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-              "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())  # fmt: skip
+  raw.sendall(
+    f"GET /watch HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: "
+    "Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+  )
   mask, data = b"abcd", text.encode()
-  raw.sendall(bytes([0x81, 0x80 | len(data)]) + mask + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data)))
+  raw.sendall(
+    bytes([0x81, 0x80 | len(data)])
+    + mask
+    + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+  )
   with raw:
     yield
 
@@ -390,20 +420,26 @@ def test_videos_are_kept_where_that_is_wanted(tmp_path):
   assert len(media.read_mp4(path)[0]) >= 8
 
 
-# ------------------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 
 
 def test_a_port_in_use_is_one_line():
   with serve.listen("127.0.0.1", 0) as first:
     port = first.getsockname()[1]
-    with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use; give another one, as --port={port + 1}"):
+    with pytest.raises(
+      UserError, match=f"port {port} of 127.0.0.1 is in use; give another one, as --port={port + 1}"
+    ):
       serve.listen("127.0.0.1", port)
   with pytest.raises(UserError, match="cannot listen on 192.0.2.1"):
     serve.listen("192.0.2.1", 0)
 
 
 def test_a_port_in_use_is_known_before_anything_is_loaded(monkeypatch):
-  monkeypatch.setattr(stream, "open_source", lambda _: pytest.fail("the model is loaded before the port is known to be free"))
+  monkeypatch.setattr(
+    stream,
+    "open_source",
+    lambda _: pytest.fail("the model is loaded before the port is known to be free"),
+  )
   with serve.listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="is in use"):
     serve.start(stream.Options(workdir="nowhere"), serve.Options(port=first.getsockname()[1]))
 

@@ -1,4 +1,6 @@
-"""What a viewer hands in to start from: a picture, the end of a video, and whatever else somebody may send instead."""
+"""What a viewer hands in to start from: a picture, the end of a video, and whatever else somebody
+may send instead.
+"""
 
 import asyncio
 import io
@@ -47,20 +49,26 @@ def nothing_stays(monkeypatch, tmp_path_factory):
   assert os.listdir(place) == []
 
 
-# --------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_a_picture_is_read(kind):
   frames, said = given.read(FakeSource(), "C:\\cats\\../red cat.png", picture(kind))
-  assert (frames.kind, frames.path, frames.pixels.shape) == ("image", pathlib.Path("red cat.png"), (1, 16, 16, 3))
+  assert (frames.kind, frames.path, frames.pixels.shape) == (
+    "image",
+    pathlib.Path("red cat.png"),
+    (1, 16, 16, 3),
+  )
   assert np.abs(frames.pixels.astype(int) - RED).max() <= 8
   assert said == "red cat.png: 20x40, scaled by 0.8 to cover 16x16, 50% of its width cropped"
 
 
 def test_the_end_of_a_video_is_read(tmp_path):
   frames, said = given.read(FakeSource(), "start.mp4", video(tmp_path))
-  assert frames.kind == "video" and np.abs(frames.pixels[:, 3, 3, 0] - 10.0 * np.arange(3, 9)).max() <= 2
+  assert (
+    frames.kind == "video" and np.abs(frames.pixels[:, 3, 3, 0] - 10.0 * np.arange(3, 9)).max() <= 2
+  )
   assert said == "start.mp4: 16x16, the last 6 of 9 frames"
 
 
@@ -71,7 +79,11 @@ def test_a_video_of_another_kind_is_read(tmp_path):
     stream = container.add_stream("libx264", rate=8)
     stream.width = stream.height = 16
     for _ in range(3):
-      container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 90, np.uint8), format="rgb24")))
+      container.mux(
+        stream.encode(
+          av.VideoFrame.from_ndarray(np.full((16, 16, 3), 90, np.uint8), format="rgb24")
+        )
+      )
     container.mux(stream.encode())
   assert given.read(FakeSource(), "a.mkv", file.getvalue())[0].pixels.shape == (3, 16, 16, 3)
 
@@ -80,18 +92,36 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n%s\n#EXT-X-ENDLIST\n"
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
 
 
-@pytest.mark.parametrize("content, why", [
-  (b"", "neither"), (b"a cat", "neither"), (b"\x89PN", "neither"), (b"RIFF\0\0\0\0WAVEfmt ", "neither"), (EPS, "neither"),
-  (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither"), (b"ffconcat version 1.0\nfile secret.mp4\n", "neither"),
-  (PLAYLIST % b"secret.mp4", "neither"), (b"\0\0\0\0ftypisom" + PLAYLIST % b"secret.mp4", "is a damaged video, or none"),
-  (picture()[:30], "damaged"), (picture()[:-20] + b"x" * 20, "damaged"), (b"\x89PNG\r\n\x1a\n" + b"x" * 100, "damaged picture, or none"),
-  (picture("JPEG", (300, 300))[:-300], "damaged"), (b"\x1a\x45\xdf\xa3" + bytes(500), "is a damaged video, or none"),
-], ids=range(14))  # fmt: skip
+@pytest.mark.parametrize(
+  "content, why",
+  [
+    (b"", "neither"),
+    (b"a cat", "neither"),
+    (b"\x89PN", "neither"),
+    (b"RIFF\0\0\0\0WAVEfmt ", "neither"),
+    (EPS, "neither"),
+    (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither"),
+    (b"ffconcat version 1.0\nfile secret.mp4\n", "neither"),
+    (PLAYLIST % b"secret.mp4", "neither"),
+    (b"\0\0\0\0ftypisom" + PLAYLIST % b"secret.mp4", "is a damaged video, or none"),
+    (picture()[:30], "damaged"),
+    (picture()[:-20] + b"x" * 20, "damaged"),
+    (b"\x89PNG\r\n\x1a\n" + b"x" * 100, "damaged picture, or none"),
+    (picture("JPEG", (300, 300))[:-300], "damaged"),
+    (b"\x1a\x45\xdf\xa3" + bytes(500), "is a damaged video, or none"),
+  ],
+  ids=range(14),
+)
 def test_what_cannot_be_read_is_one_line(content, why):
   with pytest.raises(UserError, match=why) as error:
     given.read(FakeSource(), "cat.png", content)
   said = str(error.value)
-  assert said.startswith("cat.png ") and "\n" not in said and tempfile.gettempdir() not in said and "start" not in said, said
+  assert (
+    said.startswith("cat.png ")
+    and "\n" not in said
+    and tempfile.gettempdir() not in said
+    and "start" not in said
+  ), said
 
 
 def test_no_other_file_is_opened_by_way_of_it(tmp_path, monkeypatch):
@@ -104,10 +134,18 @@ def test_no_other_file_is_opened_by_way_of_it(tmp_path, monkeypatch):
       given.read(FakeSource(), "list.mp4", content)
 
 
-@pytest.mark.parametrize("limit, most, why", [
-  ("MAX_FRAMES", 8, "long.mp4 is too long: of its size 8 frames are read, 120 seconds at most; cut it first"),
-  ("MAX_SECONDS", 1.0, "too long: of its size 3600 frames are read, 1 seconds at most"), ("MAX_VIDEO", 8 * 256, "of its size 8 frames"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "limit, most, why",
+  [
+    (
+      "MAX_FRAMES",
+      8,
+      "long.mp4 is too long: of its size 8 frames are read, 120 seconds at most; cut it first",
+    ),
+    ("MAX_SECONDS", 1.0, "too long: of its size 3600 frames are read, 1 seconds at most"),
+    ("MAX_VIDEO", 8 * 256, "of its size 8 frames"),
+  ],
+)
 def test_a_video_that_would_take_long_is_refused_unread(tmp_path, monkeypatch, limit, most, why):
   monkeypatch.setattr(given, limit, most)
   monkeypatch.setattr(FakeSource, "read_start", lambda *_: pytest.fail("it was read"))
@@ -123,11 +161,14 @@ def test_a_video_at_the_limit_is_read(tmp_path, monkeypatch):
 
 def test_a_picture_of_too_many_pixels_is_refused_unread(monkeypatch):
   monkeypatch.setattr(FakeSource, "read_start", lambda *_: pytest.fail("it was read"))
-  with pytest.raises(UserError, match="a.png has 9000 x 9000 pixels, at most 64 million are read; scale it down first"):
+  with pytest.raises(
+    UserError,
+    match="a.png has 9000 x 9000 pixels, at most 64 million are read; scale it down first",
+  ):
     given.read(FakeSource(), "a.png", picture(size=(9000, 9000), mode="1", colour=0))
 
 
-# ------------------------------------------------------------------------------------------------------------ on the page
+# -------------------------------------------------------------------------------------- on the page
 
 
 def test_a_video_starts_from_a_picture(tmp_path):
@@ -165,19 +206,32 @@ def test_who_waits_keeps_the_start(tmp_path):
 
 
 def message(content, **wish):
-  return json.dumps({"do": "start", "prompt": "a", "name": "cat.png", **wish}).encode() + b"\n" + content
+  return (
+    json.dumps({"do": "start", "prompt": "a", "name": "cat.png", **wish}).encode() + b"\n" + content
+  )
 
 
 WRONG = [
-  (b"\0" * 1000, "expected a JSON"), (b"\n" + picture(), "expected a JSON object"), (b"\xff\n" + picture(), "expected a JSON object"),
-  (b"[]\n" + picture(), 'with "do"'), (b"x" * 10_000_000, "a message of 10000000 characters"), (message(b""), "cat.png is neither"),
-  (message(b"x" * 10_000_000), "cat.png is neither"), (message(picture()[:-30]), "damaged"), (message(picture(), name=3), "name: expected"),
-  (message(picture(), name=None), "name: expected a text"), (message(picture(), name="\ud800"), "half a pair"),
-  (message(picture(), name="x" * 3000), "a name of 3000 characters"), (message(picture(), prompt=3), "prompt: expected a text"),
-  (message(picture(), seed=-1), "seed"), (message(picture(), do="prompt"), 'a file comes with "start" alone'),
-  (message(picture(), do="at", seconds=1), 'a file comes with "start" alone'), (message(PLAYLIST % b"/etc/passwd"), "neither"),
-  (message(b"text", name="../../etc/passwd"), "passwd is neither"), (message(b"text", name="/"), "the start is neither"),
-]  # fmt: skip
+  (b"\0" * 1000, "expected a JSON"),
+  (b"\n" + picture(), "expected a JSON object"),
+  (b"\xff\n" + picture(), "expected a JSON object"),
+  (b"[]\n" + picture(), 'with "do"'),
+  (b"x" * 10_000_000, "a message of 10000000 characters"),
+  (message(b""), "cat.png is neither"),
+  (message(b"x" * 10_000_000), "cat.png is neither"),
+  (message(picture()[:-30]), "damaged"),
+  (message(picture(), name=3), "name: expected"),
+  (message(picture(), name=None), "name: expected a text"),
+  (message(picture(), name="\ud800"), "half a pair"),
+  (message(picture(), name="x" * 3000), "a name of 3000 characters"),
+  (message(picture(), prompt=3), "prompt: expected a text"),
+  (message(picture(), seed=-1), "seed"),
+  (message(picture(), do="prompt"), 'a file comes with "start" alone'),
+  (message(picture(), do="at", seconds=1), 'a file comes with "start" alone'),
+  (message(PLAYLIST % b"/etc/passwd"), "neither"),
+  (message(b"text", name="../../etc/passwd"), "passwd is neither"),
+  (message(b"text", name="/"), "the start is neither"),
+]
 
 
 def test_what_cannot_be_started_from_is_answered_and_changes_nothing(tmp_path):
@@ -190,14 +244,19 @@ def test_what_cannot_be_started_from_is_answered_and_changes_nothing(tmp_path):
         await one.socket.send_bytes(content)
         await one.until(lambda tab: "refused" in tab.heard)
         said = one.heard["refused"]["why"]
-        assert why in said and "\n" not in said and tempfile.gettempdir() not in said, (content[:60], said)
+        assert why in said and "\n" not in said and tempfile.gettempdir() not in said, (
+          content[:60],
+          said,
+        )
       frames = one.status["frames"]
       await one.until(lambda tab: tab.is_in("running") and tab.status["frames"] > frames + 6)
       assert one.status["prompt"] == PROMPT
 
   with page(tmp_path) as server:
     run(visit(server))
-  assert len(server.source.opened) == 1 and server.source.starts == [None] and os.listdir(tmp_path) == []
+  assert (
+    len(server.source.opened) == 1 and server.source.starts == [None] and os.listdir(tmp_path) == []
+  )
 
 
 def test_what_is_handed_in_cannot_be_fetched(tmp_path, monkeypatch):

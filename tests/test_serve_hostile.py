@@ -1,4 +1,6 @@
-"""What comes in to the page's server from people who mean no good leaves the running generation alone."""
+"""What comes in to the page's server from people who mean no good leaves the running generation
+alone.
+"""
 
 import asyncio
 import json
@@ -18,15 +20,28 @@ PROMPT = "a red circle"
 HOSTILE = [
   ("x" * 10_000_000, "a message of 10000000 characters"),
   (json.dumps({"do": "prompt", "prompt": "x" * 5000}), "a prompt of 5000 characters; at most 2000"),
-  ("not json", "expected a JSON object"), ("[" * 60_000, "expected a JSON object"), ("[]", 'with "do"'), ("{}", 'with "do"'),
-  ('{"do": 3}', 'with "do"'), ('{"do": "__class__"}', "there is no '__class__'"), ('{"do": "carry_out"}', "there is no 'carry_out'"),
-  ('{"do": "prompt", "prompt": 3}', "prompt: expected a text"), ('{"do": "prompt"}', "prompt: expected a text"),
-  ('{"do": "prompt", "prompt": "\\ud800"}', "half a pair"), ('{"do": "prompt", "prompt": "a", "recache": 1}', "true or false"),
-  ('{"do": "start", "prompt": "a", "seed": -1}', "seed"), ('{"do": "start", "prompt": "a", "seed": 1.5}', "seed"),
-  ('{"do": "start", "prompt": "a", "seconds": "many"}', "seconds"), ('{"do": "start", "prompt": "a", "seconds": 1e9}', "seconds"),
-  ('{"do": "start", "prompt": ["a"]}', "prompt"), ('{"do": "extend"}', "seconds"), ('{"do": "extend", "seconds": NaN}', "seconds"),
-  ('{"do": "at", "seconds": "now"}', "seconds"), ('{"do": "at", "seconds": -1}', "seconds"), ('{"do": "at", "seconds": true}', "seconds"),
-]  # fmt: skip
+  ("not json", "expected a JSON object"),
+  ("[" * 60_000, "expected a JSON object"),
+  ("[]", 'with "do"'),
+  ("{}", 'with "do"'),
+  ('{"do": 3}', 'with "do"'),
+  ('{"do": "__class__"}', "there is no '__class__'"),
+  ('{"do": "carry_out"}', "there is no 'carry_out'"),
+  ('{"do": "prompt", "prompt": 3}', "prompt: expected a text"),
+  ('{"do": "prompt"}', "prompt: expected a text"),
+  ('{"do": "prompt", "prompt": "\\ud800"}', "half a pair"),
+  ('{"do": "prompt", "prompt": "a", "recache": 1}', "true or false"),
+  ('{"do": "start", "prompt": "a", "seed": -1}', "seed"),
+  ('{"do": "start", "prompt": "a", "seed": 1.5}', "seed"),
+  ('{"do": "start", "prompt": "a", "seconds": "many"}', "seconds"),
+  ('{"do": "start", "prompt": "a", "seconds": 1e9}', "seconds"),
+  ('{"do": "start", "prompt": ["a"]}', "prompt"),
+  ('{"do": "extend"}', "seconds"),
+  ('{"do": "extend", "seconds": NaN}', "seconds"),
+  ('{"do": "at", "seconds": "now"}', "seconds"),
+  ('{"do": "at", "seconds": -1}', "seconds"),
+  ('{"do": "at", "seconds": true}', "seconds"),
+]
 
 
 def test_wishes_that_cannot_be_granted_are_answered_and_change_nothing(tmp_path):
@@ -67,7 +82,12 @@ def test_who_claims_to_have_seen_what_is_not_made_gets_no_more_than_the_lead(tmp
 def test_wishes_without_a_video(tmp_path):
   async def visit(server):
     async with tab(server) as one:
-      for does in ({"do": "prompt", "prompt": "a"}, {"do": "pause"}, {"do": "go"}, {"do": "extend", "seconds": 3}):
+      for does in (
+        {"do": "prompt", "prompt": "a"},
+        {"do": "pause"},
+        {"do": "go"},
+        {"do": "extend", "seconds": 3},
+      ):
         one.heard.pop("refused", None)
         await one.say(**does)
         await one.until(lambda tab: "refused" in tab.heard)
@@ -88,9 +108,13 @@ def test_a_hundred_sockets(tmp_path):
       await one.say(do="start", prompt=PROMPT)
       await one.until(lambda tab: tab.is_in("running"))
       silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
-      answers = await asyncio.gather(*(session.ws_connect(f"{server.url}/watch") for _ in range(100)), return_exceptions=True)
+      answers = await asyncio.gather(
+        *(session.ws_connect(f"{server.url}/watch") for _ in range(100)), return_exceptions=True
+      )
       taken = [answer for answer in answers if not isinstance(answer, Exception)]
-      assert len(taken) == 7 and {answer.status for answer in answers if isinstance(answer, Exception)} == {503}
+      assert len(taken) == 7 and {
+        answer.status for answer in answers if isinstance(answer, Exception)
+      } == {503}
       frames = one.status["frames"]
       await one.until(lambda tab: tab.status["frames"] > frames + 6)
       for other in taken:
@@ -106,7 +130,13 @@ def test_a_hundred_sockets(tmp_path):
 
 def ask(server, target, headers=()):
   """(status, body) of a GET whose target goes out as it is written."""
-  lines = [f"GET {target} HTTP/1.1", *(headers or [f"Host: 127.0.0.1:{server.port}"]), "Connection: close", "", ""]
+  lines = [
+    f"GET {target} HTTP/1.1",
+    *(headers or [f"Host: 127.0.0.1:{server.port}"]),
+    "Connection: close",
+    "",
+    "",
+  ]
   with socket.create_connection(("127.0.0.1", server.port)) as raw:
     raw.sendall("\r\n".join(lines).encode())
     answer = b""
@@ -120,22 +150,46 @@ def test_only_its_own_files_can_be_fetched(tmp_path):
   (tmp_path / "secret.mp4").write_bytes(b"secret")
   with page(tmp_path) as server:
     for target in (
-      "/clips/secret.mp4", "/clips/../secret.mp4", "/clips/%2e%2e%2fsecret.mp4", "/clips/..%2f..%2fetc%2fpasswd", "/clips/", "/../serve.py",
-      "/static/index.html", "/app.py", "//etc/passwd", "/clips//etc/passwd", "/clips/%00", "/index.html",
-    ):  # fmt: skip
+      "/clips/secret.mp4",
+      "/clips/../secret.mp4",
+      "/clips/%2e%2e%2fsecret.mp4",
+      "/clips/..%2f..%2fetc%2fpasswd",
+      "/clips/",
+      "/../serve.py",
+      "/static/index.html",
+      "/app.py",
+      "//etc/passwd",
+      "/clips//etc/passwd",
+      "/clips/%00",
+      "/index.html",
+    ):
       status, _, body = ask(server, target)
       assert status == 404 and "secret" not in body and "root:" not in body, target
-    for target, part in (("/", "<title>hiar_jax</title>"), ("/page.js", "MediaSource"), ("/page.css", "--accent")):
+    for target, part in (
+      ("/", "<title>hiar_jax</title>"),
+      ("/page.js", "MediaSource"),
+      ("/page.css", "--accent"),
+    ):
       status, head, body = ask(server, target)
       assert status == 200 and part in body and "nosniff" in head and "default-src 'self'" in head
 
 
-@pytest.mark.parametrize("headers, status", [
-  (["Host: localhost:{port}"], 200), (["Host: [::1]:{port}"], 200), (["Host: box.lan:{port}"], 200),
-  (["Host: evil.example"], 403), (["Host: evil.example:{port}"], 403), (["Host: localhost.evil.example"], 403), (["Host: "], 403),
-  (["Host: 127.0.0.1:{port}", "Origin: http://evil.example"], 403), (["Host: 127.0.0.1:{port}", "Origin: null"], 403),
-  (["Host: 127.0.0.1:{port}", "Origin: http://127.0.0.1:9"], 403), (["Host: 127.0.0.1:{port}", "Origin: http://127.0.0.1:{port}"], 200),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "headers, status",
+  [
+    (["Host: localhost:{port}"], 200),
+    (["Host: [::1]:{port}"], 200),
+    (["Host: box.lan:{port}"], 200),
+    (["Host: evil.example"], 403),
+    (["Host: evil.example:{port}"], 403),
+    (["Host: localhost.evil.example"], 403),
+    (["Host: "], 403),
+    (["Host: 127.0.0.1:{port}", "Origin: http://evil.example"], 403),
+    (["Host: 127.0.0.1:{port}", "Origin: null"], 403),
+    (["Host: 127.0.0.1:{port}", "Origin: http://127.0.0.1:9"], 403),
+    (["Host: 127.0.0.1:{port}", "Origin: http://127.0.0.1:{port}"], 200),
+  ],
+)
 def test_other_names_and_other_sites_are_turned_away(tmp_path_factory, headers, status, server):
   assert ask(server, "/", [line.format(port=server.port) for line in headers])[0] == status
 

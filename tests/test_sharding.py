@@ -66,14 +66,22 @@ def test_weights_are_split_along_their_largest_dimension(shape, size, min_shard,
 
 def test_a_state_is_split_leaf_by_leaf():
   mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-  tree = {"big": jax.ShapeDtypeStruct((8, 16), jnp.float32), "small": jax.ShapeDtypeStruct((3,), jnp.float32), "none": None}
+  tree = {
+    "big": jax.ShapeDtypeStruct((8, 16), jnp.float32),
+    "small": jax.ShapeDtypeStruct((3,), jnp.float32),
+    "none": None,
+  }
   found = sharding.state_shardings(tree, mesh, min_shard=100)
-  assert found["big"].spec == P(None, "fsdp") and found["small"].spec == P() and found["none"] is None
+  assert (
+    found["big"].spec == P(None, "fsdp") and found["small"].spec == P() and found["none"] is None
+  )
   placed = jax.device_put(jnp.zeros((8, 16)), found["big"])
   assert {shard.data.shape for shard in placed.addressable_shards} == {(8, 4)}
 
 
-@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=8)])
+@pytest.mark.parametrize(
+  "config", [MeshConfig(), MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=8)]
+)
 def test_every_device_gets_rows_of_its_own(config):
   mesh = make_mesh(config)
   rows = np.arange(16 * 3).reshape(16, 3)
@@ -85,11 +93,15 @@ def test_every_device_gets_rows_of_its_own(config):
 
 
 @pytest.mark.parametrize(
-  "batch, accumulate, nearest", [(12, 1, 16), (11, 1, 8), (1, 1, 8), (24, 2, 32), (39, 1, 40), (8, 2, 16)]
+  "batch, accumulate, nearest",
+  [(12, 1, 16), (11, 1, 8), (1, 1, 8), (24, 2, 32), (39, 1, 40), (8, 2, 16)],
 )
 def test_a_batch_that_does_not_divide_names_the_nearest(batch, accumulate, nearest):
   mesh = make_mesh(MeshConfig())
-  line = rf"teacher.batch = {batch} must be a multiple of {8 * accumulate} \(8 devices x accumulate = {accumulate}\); "
+  line = (
+    rf"teacher.batch = {batch} must be a multiple of {8 * accumulate} \(8 devices x "
+    rf"accumulate = {accumulate}\); "
+  )
   with pytest.raises(UserError, match=line + f"the nearest is {nearest}$"):
     sharding.check_batch(batch, accumulate, mesh, "teacher")
   sharding.check_batch(nearest, accumulate, mesh, "teacher")
@@ -108,7 +120,9 @@ def test_a_mapped_step_sees_the_whole_batch_on_any_devices(mapping):
     step = sharding.map_step(count_step, sharding.state_shardings(state, mesh, 1), mesh, mapping)
     with jax.set_mesh(mesh):
       for _ in range(2):  # the state goes round
-        state, metrics = step(state, sharding.put_batch({"x": np.arange(16.0)}, mesh), {"scale": jnp.float32(2)})
+        state, metrics = step(
+          state, sharding.put_batch({"x": np.arange(16.0)}, mesh), {"scale": jnp.float32(2)}
+        )
     np.testing.assert_allclose(state["w"], np.full((16, 16), 2 * 2 * 7.5))
     assert float(metrics["loss"]) == 7.5
 
@@ -118,6 +132,8 @@ def test_a_mapped_step_keeps_the_state_where_it_was():
   shardings = sharding.state_shardings({"w": jax.ShapeDtypeStruct((16, 16), jnp.float32)}, mesh, 1)
   state = jax.jit(lambda: {"w": jnp.zeros((16, 16))}, out_shardings=shardings)()
   step = sharding.map_step(count_step, shardings, mesh)
-  after, _ = step(state, sharding.put_batch({"x": np.arange(16.0)}, mesh), {"scale": jnp.float32(1)})
+  after, _ = step(
+    state, sharding.put_batch({"x": np.arange(16.0)}, mesh), {"scale": jnp.float32(1)}
+  )
   assert after["w"].sharding.spec == P("fsdp")
   assert state["w"].is_deleted()  # its memory was used again

@@ -29,29 +29,46 @@ def count_up(path, frames, fps=16):
   return media.write_mp4(path, np.broadcast_to(grey, (frames, 32, 48, 3)), fps)
 
 
-@pytest.mark.parametrize("frames, first, kept, latent", [(9, 0, 9, 3), (12, 3, 9, 3), (21, 0, 21, 6), (24, 3, 21, 6)])
+@pytest.mark.parametrize(
+  "frames, first, kept, latent", [(9, 0, 9, 3), (12, 3, 9, 3), (21, 0, 21, 6), (24, 3, 21, 6)]
+)
 def test_of_a_video_the_end_is_kept(experiment, tmp_path, frames, first, kept, latent):
   """It goes on from there: what does not fill a block is left out at its beginning."""
   pixels, said = Start(count_up(tmp_path / "a.mp4", frames), "video").read(experiment)
   assert len(pixels) == kept and start_frames.latent_frames(pixels, experiment) == latent
   assert np.abs(pixels[:, 9, 9, 0] - 10.0 * np.arange(first, frames)).max() <= 2
-  assert said == (f"a.mp4: its last {kept} of {frames} frames, which are whole blocks" if kept < frames else "")
+  assert said == (
+    f"a.mp4: its last {kept} of {frames} frames, which are whole blocks" if kept < frames else ""
+  )
 
 
 def test_frames_are_counted_at_the_models_rate(experiment, tmp_path):
-  pixels, said = Start(count_up(tmp_path / "a.mp4", 12, fps=8), "video").read(experiment)  # 1.5 seconds: 24 frames at 16 a second
+  # 1.5 seconds: 24 frames at 16 a second
+  pixels, said = Start(count_up(tmp_path / "a.mp4", 12, fps=8), "video").read(experiment)
   assert len(pixels) == 21
-  assert said == "a.mp4: 32x48, resampled from 8 to 16 frames a second, its last 21 of 24 frames, which are whole blocks"
+  assert (
+    said
+    == "a.mp4: 32x48, resampled from 8 to 16 frames a second, its last 21 of 24 frames, which are "
+    "whole blocks"
+  )
 
 
 def test_an_image_is_one_frame(experiment, tmp_path):
   Image.fromarray(np.full((32, 48, 3), 99, np.uint8)).save(tmp_path / "a.png")
   pixels, said = Start(tmp_path / "a.png", "image").read(experiment)
-  assert pixels.shape == (1, 32, 48, 3) and said == "" and start_frames.latent_frames(pixels, experiment) == 1
+  assert (
+    pixels.shape == (1, 32, 48, 3)
+    and said == ""
+    and start_frames.latent_frames(pixels, experiment) == 1
+  )
 
 
 def test_too_short_a_video(experiment, tmp_path):
-  with pytest.raises(UserError, match="a.mp4 has 8 frames at 16 a second, a start needs whole blocks, at least 9 frames; give a longer"):
+  with pytest.raises(
+    UserError,
+    match="a.mp4 has 8 frames at 16 a second, a start needs whole blocks, at least 9 frames; give "
+    "a longer",
+  ):
     Start(count_up(tmp_path / "a.mp4", 8), "video").read(experiment)
 
 

@@ -44,7 +44,9 @@ def rates(optimizer, steps: int) -> list[float]:
 
 def test_the_rate_warms_up_and_stays():
   config = training(warmup=4, weight_decay=0.0)
-  np.testing.assert_allclose(rates(config.optimizer(), 7), [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-5)
+  np.testing.assert_allclose(
+    rates(config.optimizer(), 7), [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-5
+  )
 
 
 def test_the_rate_falls_to_zero_over_the_stage_s_own_steps():
@@ -77,7 +79,8 @@ def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
 def test_the_average_is_a_copy_until_it_starts_and_then_slows_down():
   config = training(ema_decay=0.5, ema_start=3)
   old, new = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
-  weight = lambda updates: 1 - float(update_ema(old, new, updates, config)["w"])  # of the old average
+  # of the old average
+  weight = lambda updates: 1 - float(update_ema(old, new, updates, config)["w"])
   assert [weight(n) for n in (0, 2)] == [0.0, 0.0]
   np.testing.assert_allclose([weight(n) for n in (3, 4, 5)], [1 / 10, 2 / 11, 3 / 12], rtol=1e-6)
   assert weight(1000) == pytest.approx(0.5)
@@ -91,14 +94,23 @@ def quadratic(params, part):
 
 def batch(count: int = 8) -> dict:
   rng = np.random.default_rng(0)
-  return {"x": jnp.asarray(rng.normal(size=(count, 3)), jnp.float32), "y": jnp.asarray(rng.normal(size=count), jnp.float32)}
+  return {
+    "x": jnp.asarray(rng.normal(size=(count, 3)), jnp.float32),
+    "y": jnp.asarray(rng.normal(size=count), jnp.float32),
+  }
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
   params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.1)
   run = lambda parts: states.descend(
-    quadratic, params, optimizer.init(params), optimizer, batch(), accumulate=parts, mean=lambda x: x
+    quadratic,
+    params,
+    optimizer.init(params),
+    optimizer,
+    batch(),
+    accumulate=parts,
+    mean=lambda x: x,
   )
   (one, _, metrics), (other, _, metrics_parts) = run(1), run(accumulate)
   np.testing.assert_allclose(one["w"], other["w"], rtol=1e-6)
@@ -115,7 +127,9 @@ def test_the_mean_over_devices_is_taken_before_the_update():
   )
   halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), whole)
   mean = lambda tree: jax.lax.pmean(tree, "devices")
-  step = lambda part: states.descend(quadratic, params, optimizer.init(params), optimizer, part, mean=mean)
+  step = lambda part: states.descend(
+    quadratic, params, optimizer.init(params), optimizer, part, mean=mean
+  )
   found, _, found_metrics = jax.vmap(step, axis_name="devices")(halves)
   for device in range(2):
     np.testing.assert_allclose(found["w"][device], expected["w"], rtol=1e-6)
@@ -135,6 +149,8 @@ def test_a_fresh_state_is_complete():
   alone = states.create(jax.random.key(0), params, optimizer)
   assert alone.critic is None and alone.critic_opt_state is None and int(alone.step) == 0
   np.testing.assert_array_equal(alone.ema["w"], params["w"])
-  both = states.create(jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(0.2))
+  both = states.create(
+    jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(0.2)
+  )
   assert jax.tree.structure(both.critic_opt_state) == jax.tree.structure(both.opt_state)
   np.testing.assert_array_equal(both.critic["w"], np.zeros(3))

@@ -1,4 +1,6 @@
-"""A stream: chunks in order while they are made, prompts at block boundaries, errors where they are seen, and nothing left behind."""
+"""A stream: chunks in order while they are made, prompts at block boundaries, errors where they are
+seen, and nothing left behind.
+"""
 
 import gc
 import subprocess
@@ -30,7 +32,9 @@ def expected(prompts, seed=0):
 
 
 def open_stream(blocks=None, generation=None, decoder=None, **options):
-  return Stream(generation or FakeGeneration(), decoder or FakeDecoder(), fps=8, blocks=blocks, **options)
+  return Stream(
+    generation or FakeGeneration(), decoder or FakeDecoder(), fps=8, blocks=blocks, **options
+  )
 
 
 def threads():
@@ -56,8 +60,12 @@ def test_chunks_come_in_order_and_say_what_they_are():
     chunks = list(stream)
   assert [chunk.block for chunk in chunks] == [0, 1, 2, 3, 4]
   assert [chunk.time for chunk in chunks] == [0, 3 / 8, 6 / 8, 9 / 8, 12 / 8]
-  assert {chunk.prompt for chunk in chunks} == {"a red circle"} and chunks[0].frames.dtype == np.uint8
-  np.testing.assert_array_equal(np.concatenate([chunk.frames for chunk in chunks]), expected(PROMPTS[:1] * 5))
+  assert {chunk.prompt for chunk in chunks} == {"a red circle"} and chunks[
+    0
+  ].frames.dtype == np.uint8
+  np.testing.assert_array_equal(
+    np.concatenate([chunk.frames for chunk in chunks]), expected(PROMPTS[:1] * 5)
+  )
 
 
 def test_a_changed_prompt_is_seen_within_the_levels():
@@ -75,7 +83,9 @@ def test_a_changed_prompt_is_seen_within_the_levels():
 
 
 def test_a_timeline_changes_prompts_at_its_blocks():
-  changes = timeline.parse("0s: a red circle, 1s: a blue square, 2s recache: a green star").changes(lambda block: block * 3 / 8)
+  changes = timeline.parse("0s: a red circle, 1s: a blue square, 2s recache: a green star").changes(
+    lambda block: block * 3 / 8
+  )
   with open_stream(9, changes=changes) as stream:
     told = [chunk.prompt for chunk in stream]
   assert told == PROMPTS[:1] * 3 + PROMPTS[1:2] * 3 + PROMPTS[2:] * 3
@@ -89,7 +99,9 @@ def test_denoising_goes_on_while_a_block_is_decoded():
   class Waits(FakeDecoder):
     def __call__(self, latents, memory):
       block = int(latents[0, 0, 0, 0, 0])
-      assert eventually(lambda: begun[-1] >= block + generation.levels), "no tick began while this block was decoded"
+      assert eventually(lambda: begun[-1] >= block + generation.levels), (
+        "no tick began while this block was decoded"
+      )
       return super().__call__(latents, memory)
 
   decoder = Waits()
@@ -141,9 +153,13 @@ def test_after_the_end_it_can_be_extended():
     assert [chunk.block for chunk in stream] == [2, 3, 4]
 
 
-@pytest.mark.parametrize("broken, error", [
-  ({"generation": FakeGeneration(fail_at=2)}, FloatingPointError), ({"decoder": FakeDecoder(fail_at=2)}, ValueError),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "broken, error",
+  [
+    ({"generation": FakeGeneration(fail_at=2)}, FloatingPointError),
+    ({"decoder": FakeDecoder(fail_at=2)}, ValueError),
+  ],
+)
 def test_what_breaks_in_a_thread_is_raised_where_chunks_are_taken(broken, error):
   stream = open_stream(**broken)
   assert [next(stream).block, next(stream).block] == [0, 1]
@@ -201,7 +217,9 @@ def test_a_stream_that_nobody_refers_to_ends():
 
 @pytest.mark.parametrize("taken", [0, 1, 5])
 def test_saved_and_gone_on_with_it_makes_the_same_frames(tmp_path, taken):
-  """Whatever waited for the decoder or for the caller when it was saved; and the one that was saved goes on too."""
+  """Whatever waited for the decoder or for the caller when it was saved; and the one that was saved
+  goes on too.
+  """
   changes = [Change(0, PROMPTS[0]), Change(4, PROMPTS[1]), Change(9, PROMPTS[2])]
   told = PROMPTS[:1] * 4 + PROMPTS[1:2] * 5 + PROMPTS[2:] * 3
   whole = expected(told)
@@ -211,11 +229,17 @@ def test_saved_and_gone_on_with_it_makes_the_same_frames(tmp_path, taken):
     assert stream.taken == 3 * taken
     after = list(stream)
   np.testing.assert_array_equal(np.concatenate([chunk.frames for chunk in before + after]), whole)
-  with Stream.resume(FakeGeneration.restore(tmp_path), FakeDecoder(), (1, 3, 1, 1, 2), fps=8, blocks=12) as again:
+  with Stream.resume(
+    FakeGeneration.restore(tmp_path), FakeDecoder(), (1, 3, 1, 1, 2), fps=8, blocks=12
+  ) as again:
     assert again.taken == 3 * taken
     rest = list(again)
-  assert [(chunk.block, chunk.prompt, chunk.time) for chunk in rest] == [(chunk.block, chunk.prompt, chunk.time) for chunk in after]
-  np.testing.assert_array_equal(np.concatenate([chunk.frames for chunk in rest]), whole[3 * taken :])
+  assert [(chunk.block, chunk.prompt, chunk.time) for chunk in rest] == [
+    (chunk.block, chunk.prompt, chunk.time) for chunk in after
+  ]
+  np.testing.assert_array_equal(
+    np.concatenate([chunk.frames for chunk in rest]), whole[3 * taken :]
+  )
 
 
 def test_what_no_stream_saved(tmp_path):
@@ -227,7 +251,9 @@ def test_what_no_stream_saved(tmp_path):
 def test_a_start_comes_first():
   with open_stream(2, given=latents_of(7, "given", frames=1)) as stream:
     chunks = list(stream)
-  assert [len(chunk.frames) for chunk in chunks] == [1, 3, 3] and [chunk.time for chunk in chunks] == [0, 1 / 8, 4 / 8]
+  assert [len(chunk.frames) for chunk in chunks] == [1, 3, 3] and [
+    chunk.time for chunk in chunks
+  ] == [0, 1 / 8, 4 / 8]
 
 
 def test_seconds_of_blocks():
@@ -238,11 +264,14 @@ def test_seconds_of_blocks():
   assert [after(block) * 16 for block in range(1, 4)] == [1, 13, 25]
 
 
-# ------------------------------------------------------------------------------------------------------------- the name
+# ----------------------------------------------------------------------------------------- the name
 
 
 def test_importing_the_package_loads_no_jax():
-  code = "import sys, hiar_jax; assert 'jax' not in sys.modules; import hiar_jax.stream; assert callable(hiar_jax.stream)"
+  code = (
+    "import sys, hiar_jax; assert 'jax' not in sys.modules; import hiar_jax.stream; assert "
+    "callable(hiar_jax.stream)"
+  )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
 
@@ -252,18 +281,21 @@ def test_there_is_nothing_else_in_the_package():
     hiar_jax.steam  # noqa: B018
 
 
-@pytest.mark.parametrize("options, what", [
-  ({"promt": "a"}, "did you mean 'prompt'"),
-  ({}, "give either --prompt"),
-  ({"prompt": "a", "timeline": "0s: b"}, "give either --prompt"),
-  ({"timeline": "0s: a, 3s: b, 2s: c"}, "timeline, line 1, column 15: 2s comes after 3s"),
-  ({"prompt": "a", "frames": "many"}, "frames = 'many': expected a whole number, or 'endless'"),
-  ({"prompt": "a", "frames": 0}, "expected at least 1"),
-  ({"prompt": "a", "image": "a.png", "video": "b.mp4"}, "either image or video"),
-  ({"prompt": "a", "resume": "saved"}, "leave --prompt"),
-  ({"prompt": "a", "stages": 0}, "stage = 0"),
-  ({"prompt": "a"}, "--workdir is missing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "options, what",
+  [
+    ({"promt": "a"}, "did you mean 'prompt'"),
+    ({}, "give either --prompt"),
+    ({"prompt": "a", "timeline": "0s: b"}, "give either --prompt"),
+    ({"timeline": "0s: a, 3s: b, 2s: c"}, "timeline, line 1, column 15: 2s comes after 3s"),
+    ({"prompt": "a", "frames": "many"}, "frames = 'many': expected a whole number, or 'endless'"),
+    ({"prompt": "a", "frames": 0}, "expected at least 1"),
+    ({"prompt": "a", "image": "a.png", "video": "b.mp4"}, "either image or video"),
+    ({"prompt": "a", "resume": "saved"}, "leave --prompt"),
+    ({"prompt": "a", "stages": 0}, "stage = 0"),
+    ({"prompt": "a"}, "--workdir is missing"),
+  ],
+)
 def test_wrong_options_are_one_line(options, what):
   with pytest.raises(UserError) as error:
     hiar_jax.stream(**options)

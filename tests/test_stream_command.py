@@ -1,4 +1,6 @@
-"""`python -m hiar_jax.stream` and `hiar_jax.serve` on a trained run: the same video as generate's, in a file, in pictures, gone on with."""
+"""`python -m hiar_jax.stream` and `hiar_jax.serve` on a trained run: the same video as generate's,
+in a file, in pictures, gone on with.
+"""
 
 import dataclasses
 import json
@@ -32,19 +34,36 @@ def chain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(chain, tmp_path_factory):
-  """What several commands made: name -> (status, stdout, stderr), and the directory that they wrote to."""
+  """What several commands made: name -> (status, stdout, stderr), and the directory that they wrote
+  to.
+  """
   out, workdir = tmp_path_factory.mktemp("stream"), chain.straight
   (out / "day.txt").write_text("# two things\n" + DAY.replace(", ", "\n"))
   Image.fromarray(np.full((20, 20, 3), (200, 40, 40), np.uint8)).save(out / "start.png")
   run, before = f"--workdir={workdir}", tiny_run.files(workdir)
   prompt, saved = f"--prompt={PROMPT}", out / "saved"
   commands = {
-    "generated": ("generate", [run, prompt, "--frames=12", "--seed=5", f"--out={out}/generated.mp4"]),
+    "generated": (
+      "generate",
+      [run, prompt, "--frames=12", "--seed=5", f"--out={out}/generated.mp4"],
+    ),
     "whole": ("stream", [run, prompt, "--frames=12", "--seed=5", f"--out={out}/whole.mp4"]),
-    "first": ("stream", [run, prompt, "--frames=5", "--seed=5", f"--out={out}/parts.mp4", f"--save={saved}"]),
-    "rest": ("stream", [run, f"--resume={saved}", "--frames=12", f"--out={out}/parts.mp4", "--stages=2"]),
-    "day": ("stream", [run, f"--timeline={out}/day.txt", "--frames=16", "--seed=5", f"--out={out}/day"]),
-    "picture": ("stream", [run, prompt, f"--image={out}/start.png", "--frames=5", f"--out={out}/picture.mp4"]),
+    "first": (
+      "stream",
+      [run, prompt, "--frames=5", "--seed=5", f"--out={out}/parts.mp4", f"--save={saved}"],
+    ),
+    "rest": (
+      "stream",
+      [run, f"--resume={saved}", "--frames=12", f"--out={out}/parts.mp4", "--stages=2"],
+    ),
+    "day": (
+      "stream",
+      [run, f"--timeline={out}/day.txt", "--frames=16", "--seed=5", f"--out={out}/day"],
+    ),
+    "picture": (
+      "stream",
+      [run, prompt, f"--image={out}/start.png", "--frames=5", f"--out={out}/picture.mp4"],
+    ),
   }
   cases = [(f"hiar_jax.{module}", command) for module, command in commands.values()]
   results = dict(zip(commands, chain.commands(cases, devices=2), strict=True))
@@ -59,7 +78,9 @@ def test_every_command_ends_well(made):
 
 def test_it_is_the_video_that_generate_makes(made):
   _, out = made
-  a, b = (media.read_mp4(out / name, scale=8)[0].astype(int) for name in ("generated.mp4", "whole.mp4"))
+  a, b = (
+    media.read_mp4(out / name, scale=8)[0].astype(int) for name in ("generated.mp4", "whole.mp4")
+  )
   assert a.shape == b.shape == (12, 16, 16, 3)
   assert np.abs(a - b).mean() < 2
 
@@ -68,7 +89,8 @@ def test_the_file_says_how_it_was_made(made):
   results, out = made
   said = media.read_metadata(out / "whole.mp4")
   assert said["prompt"] == PROMPT and said["seed"] == "5" and said["workdir"] == "straight"
-  assert [fragment.frames for fragment in growing_mp4.scan(out / "whole.mp4")[1:]] == [2] * 6  # a block each
+  # a block each
+  assert [fragment.frames for fragment in growing_mp4.scan(out / "whole.mp4")[1:]] == [2] * 6
   assert results["whole"][1] == f"{out}/whole.mp4\n"
 
 
@@ -77,7 +99,14 @@ def test_saved_and_gone_on_with_on_another_layout(made):
   a, b = (media.read_mp4(out / name, scale=8)[0].astype(int) for name in ("whole.mp4", "parts.mp4"))
   assert a.shape == b.shape and np.abs(a - b).mean() < 2
   assert "goes on from there" in results["first"][2]
-  assert [fragment.first for fragment in growing_mp4.scan(out / "parts.mp4")[1:]] == [0, 2, 4, 6, 8, 10]
+  assert [fragment.first for fragment in growing_mp4.scan(out / "parts.mp4")[1:]] == [
+    0,
+    2,
+    4,
+    6,
+    8,
+    10,
+  ]
 
 
 def test_a_timeline_into_pictures(made):
@@ -92,7 +121,9 @@ def test_a_timeline_into_pictures(made):
 def test_a_picture_comes_first(made):
   _, out = made
   frames = media.read_mp4(out / "picture.mp4", scale=8)[0]
-  assert len(frames) == 5 and [fragment.frames for fragment in growing_mp4.scan(out / "picture.mp4")[1:]] == [1, 2, 2]
+  assert len(frames) == 5 and [
+    fragment.frames for fragment in growing_mp4.scan(out / "picture.mp4")[1:]
+  ] == [1, 2, 2]
 
 
 @pytest.fixture(scope="module")
@@ -122,27 +153,40 @@ def refused(chain, made, tmp_path_factory):
   }
   with serve.listen("127.0.0.1", 0) as taken:
     commands["a port in use"] = ["serve", run, f"--port={taken.getsockname()[1]}"]
-    results = chain.commands([(f"hiar_jax.{module}", command) for module, *command in commands.values()], devices=2)
+    results = chain.commands(
+      [(f"hiar_jax.{module}", command) for module, *command in commands.values()], devices=2
+    )
   return dict(zip(commands, results, strict=True)), out
 
 
 WRONG = {
-  "no workdir": "--workdir is missing", "no prompt": "give either --prompt", "both": "give either --prompt",
+  "no workdir": "--workdir is missing",
+  "no prompt": "give either --prompt",
+  "both": "give either --prompt",
   "a timeline that goes back": "line 3, column 2: 2s comes after 5s",
   "a timeline that cannot be read": "timeline, line 1, column 8: 1:75 is not a time",
   "prompts too close": "0.1s falls on the same block as 0.05s",
-  "no such timeline": "No such file", "not an image": "text.png is not an image", "a wrong ending": "expected a name that ends in .mp4",
-  "already there": "is there already", "three stages": "stage can be 1, 2 or 4", "nothing saved": "holds no saved generation",
-  "another model": "was saved by another model", "as many already": "frames", "frames in words": "expected a whole number, or 'endless'",
-  "a wrong port": "port", "a port in use": "of 127.0.0.1 is in use; give another one, as --port=",
-}  # fmt: skip
+  "no such timeline": "No such file",
+  "not an image": "text.png is not an image",
+  "a wrong ending": "expected a name that ends in .mp4",
+  "already there": "is there already",
+  "three stages": "stage can be 1, 2 or 4",
+  "nothing saved": "holds no saved generation",
+  "another model": "was saved by another model",
+  "as many already": "frames",
+  "frames in words": "expected a whole number, or 'endless'",
+  "a wrong port": "port",
+  "a port in use": "of 127.0.0.1 is in use; give another one, as --port=",
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_work_is_one_line(refused, name):
   results, out = refused
   status, said, err = results[name]
-  assert status == 2 and said.count("\n") <= 1 and err.startswith("error: ") and err.count("\n") == 1, (status, said, err)
+  assert (
+    status == 2 and said.count("\n") <= 1 and err.startswith("error: ") and err.count("\n") == 1
+  ), (status, said, err)
   assert WRONG[name] in err, err
   assert not (out / "x.mp4").exists()
 
@@ -156,18 +200,26 @@ def test_every_command_of_the_page_runs(chain, tmp_path):
   lines = [shlex.split(line) for line in "".join(blocks).splitlines()]
   assert len(lines) == 5
   there = {"--workdir=runs/shapes": f"--workdir={chain.straight}"}
-  move = lambda word: there.get(word) or re.sub(r"^--(out|save|resume)=", rf"--\1={tmp_path}/", word)
+  move = lambda word: (
+    there.get(word) or re.sub(r"^--(out|save|resume)=", rf"--\1={tmp_path}/", word)
+  )
   results = chain.commands([(line[2], [move(word) for word in line[3:]]) for line in lines])
   assert [(status, err.count("Traceback")) for status, _, err in results] == [(0, 0)] * 5, results
-  assert len(media.read_mp4(tmp_path / "part.mp4")[0]) == 120 and len(os.listdir(tmp_path / "pictures")) == 40
+  assert (
+    len(media.read_mp4(tmp_path / "part.mp4")[0]) == 120
+    and len(os.listdir(tmp_path / "pictures")) == 40
+  )
 
 
 def test_the_page_tells_the_truth():
   text = PAGE.read_text()
   (day,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
   assert [(entry.time, entry.prompt, entry.recache) for entry in timeline.parse(day).entries] == [
-    (0, "a red circle moving left", False), (10, "a blue square, moving up", False), (90, "a green star", True), (120, "", False)
-  ]  # fmt: skip
+    (0, "a red circle moving left", False),
+    (10, "a blue square, moving up", False),
+    (90, "a green star", True),
+    (120, "", False),
+  ]
   defaults = {field.name: field.default for field in dataclasses.fields(serve.Options)}
   for name in ("places", "viewers", "lead", "patience", "hold", "longest"):
     assert re.search(rf"`--{name}`[^(]*\({defaults[name]:g}\)", text), name
@@ -178,10 +230,19 @@ def test_the_page_tells_the_truth():
 
 
 def test_ctrl_c_ends_an_endless_stream_with_a_whole_file(chain, tmp_path):
-  command = [sys.executable, "-m", "hiar_jax.stream", f"--workdir={chain.straight}", f"--prompt={PROMPT}", f"--out={tmp_path}/x.mp4"]
+  command = [
+    sys.executable,
+    "-m",
+    "hiar_jax.stream",
+    f"--workdir={chain.straight}",
+    f"--prompt={PROMPT}",
+    f"--out={tmp_path}/x.mp4",
+  ]
   environment = {**tiny_run.environment(chain.cache), "GLIBC_TUNABLES": ""}
   command += [f"--save={tmp_path}/saved"]
-  with subprocess.Popen(command, env=environment, cwd=tiny_run.ROOT, stderr=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(
+    command, env=environment, cwd=tiny_run.ROOT, stderr=subprocess.PIPE, text=True
+  ) as process:
     while not (tmp_path / "x.mp4").exists() or (tmp_path / "x.mp4").stat().st_size < 10_000:
       assert process.poll() is None
       time.sleep(0.05)
@@ -198,8 +259,19 @@ def test_the_page_of_a_trained_run(chain, made, tmp_path):
   from test_serve import run, tab
 
   command = [sys.executable, "-m", "hiar_jax.serve", f"--workdir={chain.straight}", "--port=0"]
-  environment = {**tiny_run.environment(chain.cache), "GLIBC_TUNABLES": "", "PYTHONPATH": os.pathsep.join(sys.path)}
-  with subprocess.Popen(command, env=environment, cwd=tiny_run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+  environment = {
+    **tiny_run.environment(chain.cache),
+    "GLIBC_TUNABLES": "",
+    "PYTHONPATH": os.pathsep.join(sys.path),
+  }
+  with subprocess.Popen(
+    command,
+    env=environment,
+    cwd=tiny_run.ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
     line = process.stdout.readline()
     assert line.startswith("watch at http://127.0.0.1:"), line + process.stderr.read()
 
@@ -211,7 +283,9 @@ def test_the_page_of_a_trained_run(chain, made, tmp_path):
         await one.say(do="start", prompt="a purple zebra", seconds=2)
         await one.until(lambda tab: tab.is_in("finished"))
         async with tab(Server) as two:
-          await two.hand_in((out / "start.png").read_bytes(), name="start.png", prompt=PROMPT, seconds=1)
+          await two.hand_in(
+            (out / "start.png").read_bytes(), name="start.png", prompt=PROMPT, seconds=1
+          )
           await two.until(lambda tab: tab.is_in("finished"))
         return one.video, one.status, two.video, two.heard["given"]["done"]
 
@@ -222,9 +296,14 @@ def test_the_page_of_a_trained_run(chain, made, tmp_path):
     err = process.communicate()[1]
   assert process.returncode == 0 and "Traceback" not in err, err
   assert len(status["levels"]) == 4 and len(video) > 1000 and json.dumps(status)
-  assert status["remarks"] == ["prompt 'a purple zebra': the model does not know 'purple', 'zebra'; it is made without"]
+  assert status["remarks"] == [
+    "prompt 'a purple zebra': the model does not know 'purple', 'zebra'; it is made without"
+  ]
   (tmp_path / "started.mp4").write_bytes(started)
-  a, b = (media.read_mp4(path, scale=8)[0].astype(int)[:5] for path in (tmp_path / "started.mp4", out / "picture.mp4"))
+  a, b = (
+    media.read_mp4(path, scale=8)[0].astype(int)[:5]
+    for path in (tmp_path / "started.mp4", out / "picture.mp4")
+  )
   assert np.abs(a - b).mean() < 2  # as the command makes it of the same picture
   assert said == "start.png: 20x20, scaled by 0.8 to cover 16x16"
   assert media.read_metadata(tmp_path / "started.mp4")["start"] == "image start.png"

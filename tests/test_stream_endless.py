@@ -16,7 +16,10 @@ from hiar_jax.streaming.engine import Options
 from hiar_jax.streaming.generation import Generation
 from hiar_jax.streaming.layout import Layout
 
-ROWS = {"window": History(block=2, window=6, renoise="euler"), "carried": History(block=2, window=7, sink=2, renoise="euler")}
+ROWS = {
+  "window": History(block=2, window=6, renoise="euler"),
+  "carried": History(block=2, window=7, sink=2, renoise="euler"),
+}
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 REACH = 2 * 4  # blocks that a block's numbers depend on: a window for each of two layers
 FAR = 300_000_000  # blocks: at 4 latent frames a second, 4 years
@@ -24,7 +27,9 @@ FAR = 300_000_000  # blocks: at 4 latent frames a second, 4 years
 
 @functools.cache
 def engine(row: History):
-  return quick_engine(parts(row), Options(layout=Layout(), sink_place="carried" if row.sink else "true"))
+  return quick_engine(
+    parts(row), Options(layout=Layout(), sink_place="carried" if row.sink else "true")
+  )
 
 
 def jump(generation: Generation, blocks: int) -> None:
@@ -51,13 +56,22 @@ def watch(generation: Generation, ticks: int) -> list[tuple[np.ndarray, np.ndarr
 
 
 def assert_as_freshly_built(row: History, seen, sink: np.ndarray) -> None:
-  """The last tick again, level by level: a window built from frame 0 on of what the ticks before it have shown, then one step."""
+  """The last tick again, level by level: a window built from frame 0 on of what the ticks before it
+  have shown, then one step.
+  """
   for level in range(1, len(SIGMAS) - 1):  # what level 0 denoises enters within the tick
     sigma, lower = SIGMAS[level], SIGMAS[level + 1]
     shown = [sink[level]] * bool(row.sink) + [context[level] for context, _ in seen[:-1]]
     fresh = PlainStream(
-      CONFIG, tiny.params(CONFIG), row, SIGMAS, REACH + 4, texts=None, noise=None, carried=row.sink > 0
-    )  # fmt: skip
+      CONFIG,
+      tiny.params(CONFIG),
+      row,
+      SIGMAS,
+      REACH + 4,
+      texts=None,
+      noise=None,
+      carried=row.sink > 0,
+    )
     past = {}
     for n, latents in enumerate(shown):
       past.update(fresh.forward(past, n, latents, lower, text("a")[None])[1])

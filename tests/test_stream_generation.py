@@ -1,4 +1,6 @@
-"""A generation: prompts that change, windows, sinks, starts, and what it says of itself, against plain loops that switch texts by block."""
+"""A generation: prompts that change, windows, sinks, starts, and what it says of itself, against
+plain loops that switch texts by block.
+"""
 
 import dataclasses
 import functools
@@ -34,7 +36,9 @@ def test_equals_plain_loops_and_numbers_its_blocks():
   assert emitted[: LEVELS - 1] == [None] * (LEVELS - 1)
   found = emitted[LEVELS - 1 :]
   assert [(e.block, e.frames_before) for e in found] == [(n, n * ROW.block) for n in range(6)]
-  assert_same(np.concatenate([e.latents for e in found], axis=1), plain(ROW, 6, {0: "a red circle"}, seed=3))
+  assert_same(
+    np.concatenate([e.latents for e in found], axis=1), plain(ROW, 6, {0: "a red circle"}, seed=3)
+  )
 
 
 @pytest.mark.parametrize("recache", [False, True])
@@ -57,9 +61,17 @@ def test_prompts_change_at_block_boundaries(row, options, recache):
   later = generation.change_prompt("a red circle", recache=recache)
   rest = np.concatenate([first, rest, take(generation, 7)], axis=1)
   plan = engine(row, **options).plan
-  prompts, anew = {0: "a red circle", entered: "a blue square", later: "a red circle"}, {entered, later} if recache else set()
-  assert_same(rest, plain(plan.history, 11, prompts, seed=1, anew=frozenset(anew), carried=plan.carries))
-  assert np.abs(rest - plain(plan.history, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max() > 1e-2
+  prompts, anew = (
+    {0: "a red circle", entered: "a blue square", later: "a red circle"},
+    {entered, later} if recache else set(),
+  )
+  assert_same(
+    rest, plain(plan.history, 11, prompts, seed=1, anew=frozenset(anew), carried=plan.carries)
+  )
+  assert (
+    np.abs(rest - plain(plan.history, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max()
+    > 1e-2
+  )
 
 
 def test_a_change_leaves_what_is_in_flight():
@@ -92,7 +104,17 @@ def test_starts_from_given_frames(blocks):
   entered = generation.change_prompt("a blue square", recache=True)
   video = np.concatenate([given, emitted.latents, take(generation, 6)], axis=1)
   prompts = {0: "a red circle", entered: "a blue square"}
-  assert_same(video, plain(ROW, blocks + 7, prompts, seed=2, given=np.split(given, blocks, axis=1), anew=frozenset({entered})))
+  assert_same(
+    video,
+    plain(
+      ROW,
+      blocks + 7,
+      prompts,
+      seed=2,
+      given=np.split(given, blocks, axis=1),
+      anew=frozenset({entered}),
+    ),
+  )
 
 
 def test_starts_from_a_picture():
@@ -107,7 +129,10 @@ def test_a_clean_sink_is_made_first():
   """SAF: the sink's blocks leave before the others enter, which see them clean."""
   generation = Generation(engine(SAF), "a red circle", seed=4)
   emitted = [generation.step() for _ in range(LEVELS + LEVELS + 4)]
-  assert [i for i, e in enumerate(emitted) if e] == [LEVELS - 1, *range(2 * LEVELS - 1, 2 * LEVELS + 4)]
+  assert [i for i, e in enumerate(emitted) if e] == [
+    LEVELS - 1,
+    *range(2 * LEVELS - 1, 2 * LEVELS + 4),
+  ]
   assert [e.block for e in emitted if e] == list(range(6))
   found = np.concatenate([e.latents for e in emitted if e], axis=1)
   head = plain(dataclasses.replace(SAF, sink_level="history"), 1, {0: "a red circle"}, seed=4)
@@ -115,14 +140,17 @@ def test_a_clean_sink_is_made_first():
 
 
 @pytest.mark.parametrize(
-  ("ticks", "recache", "entered"), [(1, False, 1), (2, False, 2), (3, True, 2), (4, False, 2), (5, True, 2), (6, True, 3)]
+  ("ticks", "recache", "entered"),
+  [(1, False, 1), (2, False, 2), (3, True, 2), (4, False, 2), (5, True, 2), (6, True, 3)],
 )
 def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
   """A sink of two blocks: they have left after 5 ticks, and what follows enters only then."""
   row = dataclasses.replace(SAF, sink=4, window=8)
   generation = Generation(engine(row), "a red circle", seed=4)
   emitted = [generation.step() for _ in range(ticks)]
-  assert generation.next_block == entered == generation.change_prompt("a blue square", recache=recache)
+  assert (
+    generation.next_block == entered == generation.change_prompt("a blue square", recache=recache)
+  )
   found = [np.asarray(e.latents) for e in emitted if e]
   found = np.concatenate([*found, take(generation, 6 - len(found))], axis=1)
   prompts = {0: "a red circle", entered: "a blue square"}
@@ -132,12 +160,16 @@ def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
 
 
 def test_a_change_may_be_taken_back():
-  """What was to be encoded again is not, when another change for the same block does not ask for it."""
+  """What was to be encoded again is not, when another change for the same block does not ask for
+  it.
+  """
   generation = Generation(engine(), "a red circle", seed=2)
   first = take(generation, 2)
   generation.change_prompt("a blue square", recache=True)
   generation.change_prompt("a red circle")
-  assert_same(np.concatenate([first, take(generation, 6)], axis=1), plain(ROW, 8, {0: "a red circle"}, seed=2))
+  assert_same(
+    np.concatenate([first, take(generation, 6)], axis=1), plain(ROW, 8, {0: "a red circle"}, seed=2)
+  )
 
 
 def test_the_pipes_memory_is_used_again():
@@ -150,7 +182,9 @@ def test_the_pipes_memory_is_used_again():
 
 
 def test_a_video_depends_on_its_prompt_and_seed():
-  a, b, c, d = (take(Generation(engine(), *of), 2) for of in (("a", 1), ("a", 1), ("b", 1), ("a", 2)))
+  a, b, c, d = (
+    take(Generation(engine(), *of), 2) for of in (("a", 1), ("a", 1), ("b", 1), ("a", 2))
+  )
   np.testing.assert_array_equal(a, b)
   assert np.abs(a - c).max() > 1e-2 and np.abs(a - d).max() > 1e-2
 
@@ -177,10 +211,26 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
     (History(block=2, window=0), {}, "window = 0.*a stream has no end; give a window"),
     (History(order="block_first", level="clean"), {}, "block_first.*cannot be streamed"),
     (ROW, {"window": 2}, "window = 2 cannot hold a block"),
-    (ROW, {"layout": Layout(stage=3)}, "stage = 3 does not divide the 4 noise levels; stage can be 1, 2 or 4"),
-    (ROW, {"layout": Layout(tensor=3)}, "tensor = 3 does not divide 4 heads and 24 hidden units; tensor can be 1, 2 or 4"),
-    (ROW, {"layout": Layout(sequence=4)}, "sequence = 4 does not divide 4 heads and 2 rows of tokens; sequence can be 1 or 2"),
-    (ROW, {"layout": Layout(tensor=4, sequence=2)}, "tensor x sequence = 8 does not divide the 4 heads"),
+    (
+      ROW,
+      {"layout": Layout(stage=3)},
+      "stage = 3 does not divide the 4 noise levels; stage can be 1, 2 or 4",
+    ),
+    (
+      ROW,
+      {"layout": Layout(tensor=3)},
+      "tensor = 3 does not divide 4 heads and 24 hidden units; tensor can be 1, 2 or 4",
+    ),
+    (
+      ROW,
+      {"layout": Layout(sequence=4)},
+      "sequence = 4 does not divide 4 heads and 2 rows of tokens; sequence can be 1 or 2",
+    ),
+    (
+      ROW,
+      {"layout": Layout(tensor=4, sequence=2)},
+      "tensor x sequence = 8 does not divide the 4 heads",
+    ),
     (ROW, {"layout": Layout(stage=4, tensor=2, sequence=2)}, "takes 16 devices; here are 8"),
   ],
 )
@@ -204,7 +254,15 @@ def test_a_start_that_does_not_fit(given, said):
 
 @pytest.mark.parametrize(
   ("count", "layout"),
-  [(1, Layout()), (2, Layout(2)), (3, Layout(2)), (4, Layout(4)), (7, Layout(4)), (8, Layout(4, 2)), (64, Layout(4, 4))],
+  [
+    (1, Layout()),
+    (2, Layout(2)),
+    (3, Layout(2)),
+    (4, Layout(4)),
+    (7, Layout(4)),
+    (8, Layout(4, 2)),
+    (64, Layout(4, 4)),
+  ],
 )
 def test_as_many_devices_as_can_be_used(count, layout):
   assert layouts.widest(count, LEVELS, CONFIG, SIZE[0]) == layout

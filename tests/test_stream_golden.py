@@ -1,4 +1,6 @@
-"""Recordings of the published implementation, streamed on 1, 2, 4 and 8 devices: windows, sinks, continuation, clean context."""
+"""Recordings of the published implementation, streamed on 1, 2, 4 and 8 devices: windows, sinks,
+continuation, clean context.
+"""
 
 import golden_cases
 from golden_cases import assert_close, channels_last
@@ -13,20 +15,31 @@ from hiar_jax.streaming.layout import Layout
 
 NO_WINDOW = 12  # latent frames, more than any recording has
 WINDOW, SINK, GIVEN, CLEAN = (
-  ("dit_small", "rollout_step_first_window6_sink0"), ("dit_framewise", "rollout_step_first_window3_sink1"),
-  ("dit_small", "continuation_step_first"), ("dit_small", "rollout_step_first_clean_context"),
-)  # fmt: skip
+  ("dit_small", "rollout_step_first_window6_sink0"),
+  ("dit_framewise", "rollout_step_first_window3_sink1"),
+  ("dit_small", "continuation_step_first"),
+  ("dit_small", "rollout_step_first_clean_context"),
+)
 ON = [
-  *((WINDOW, sizes) for sizes in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1))),
+  *(
+    (WINDOW, sizes) for sizes in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (2, 2, 1), (4, 2, 1), (2, 4, 1))
+  ),
   *((SINK, sizes) for sizes in ((1, 1, 1), (1, 1, 2), (2, 1, 2), (4, 1, 2))),
-  *((GIVEN, sizes) for sizes in ((2, 1, 1), (4, 2, 1))), (CLEAN, (4, 2, 1)),
-]  # fmt: skip
+  *((GIVEN, sizes) for sizes in ((2, 1, 1), (4, 2, 1))),
+  (CLEAN, (4, 2, 1)),
+]
 QUICK = ((WINDOW, (4, 2, 1)), (SINK, (4, 1, 2)), (GIVEN, (2, 1, 1)))
 CASES = [
-  pytest.param(*recording, Layout(*sizes), marks=() if (recording, sizes) in QUICK else pytest.mark.slow, id=f"{recording[1]}-{sizes}")
+  pytest.param(
+    *recording,
+    Layout(*sizes),
+    marks=() if (recording, sizes) in QUICK else pytest.mark.slow,
+    id=f"{recording[1]}-{sizes}",
+  )
   for recording, sizes in ON
-  if (golden_cases.ROOT / recording[0] / f"{recording[1]}.npz").exists()  # HIAR_GOLDEN_DIR may have others
-]  # fmt: skip
+  # HIAR_GOLDEN_DIR may have others
+  if (golden_cases.ROOT / recording[0] / f"{recording[1]}.npz").exists()
+]
 
 
 class Recording:
@@ -42,14 +55,30 @@ class Recording:
   def parts(self) -> Parts:
     rolled = self.case.sizes if "window" in self.file else {}
     row = self.case.history(
-      level="clean" if "clean_context" in self.file else "output", window=rolled.get("window", NO_WINDOW), sink=rolled.get("sink", 0)
+      level="clean" if "clean_context" in self.file else "output",
+      window=rolled.get("window", NO_WINDOW),
+      sink=rolled.get("sink", 0),
     )
-    size, levels = channels_last(self.z["latents"]).shape[2:4], tuple(float(sigma) for sigma in self.sigmas)
-    return Parts(self.case.config, row, levels, self.case.params("generator"), jax.random.key(0), size, texts=None, identity="recorded")
+    size, levels = (
+      channels_last(self.z["latents"]).shape[2:4],
+      tuple(float(sigma) for sigma in self.sigmas),
+    )
+    return Parts(
+      self.case.config,
+      row,
+      levels,
+      self.case.params("generator"),
+      jax.random.key(0),
+      size,
+      texts=None,
+      identity="recorded",
+    )
 
   def noise_table(self, first: int) -> np.ndarray:
     """[level, block ...], the given blocks counted."""
-    table = _noise_table(self.z["noise"], self.z.get("step_noise"), self.parts.history.block, len(self.sigmas))
+    table = _noise_table(
+      self.z["noise"], self.z.get("step_noise"), self.parts.history.block, len(self.sigmas)
+    )
     return np.concatenate([np.zeros_like(table[:, :1])] * first + [table], axis=1)
 
 
@@ -73,7 +102,9 @@ def test_a_recording_on_a_layout(folder, file, layout):
   video, table = channels_last(recording.z["latents"]), recording.noise_table(first)
   programs = Recorded(quick_engine(recording.parts, Options(layout=layout)), table)
   text = jax.device_put(recording.z["prompt_embeds"], programs.engine.whole)
-  pipe = programs.start(jax.numpy.stack([text] * max(1, first)), np.zeros(len(text), np.int32), given)
+  pipe = programs.start(
+    jax.numpy.stack([text] * max(1, first)), np.zeros(len(text), np.int32), given
+  )
   out = []
   for _ in range(table.shape[1] - first + levels - 1):
     pipe, block = programs.tick(pipe, text, False)

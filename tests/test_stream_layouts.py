@@ -18,11 +18,30 @@ from hiar_jax.streaming.generation import Generation
 from hiar_jax.streaming.layout import Layout
 
 LONG = History(block=2, window=41)  # caches are larger than anything else
-SIZES = [(2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2), (2, 2, 2), (4, 2, 1), (4, 1, 2)]
+SIZES = [
+  (2, 1, 1),
+  (4, 1, 1),
+  (1, 2, 1),
+  (1, 1, 2),
+  (2, 2, 1),
+  (1, 2, 2),
+  (2, 2, 2),
+  (4, 2, 1),
+  (4, 1, 2),
+]
 QUICK = ((2, 1, 1), (4, 1, 1), (1, 2, 2), (4, 2, 1), (4, 1, 2))
-LAYOUTS = [pytest.param(Layout(*sizes), marks=() if sizes in QUICK else pytest.mark.slow) for sizes in SIZES]
+LAYOUTS = [
+  pytest.param(Layout(*sizes), marks=() if sizes in QUICK else pytest.mark.slow) for sizes in SIZES
+]
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
-KINDS = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "reduce-scatter",
+  "collective-permute",
+  "collective-broadcast",
+)
 COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(?:-start)?\(")
 
 
@@ -32,7 +51,9 @@ def engine(layout: Layout) -> Engine:
 
 
 def video(layout: Layout) -> np.ndarray:
-  """A few blocks after a given one, with a change of prompt on the way, and the history encoded again."""
+  """A few blocks after a given one, with a change of prompt on the way, and the history encoded
+  again.
+  """
   start = tiny.random(5, 1, ROW.block, *SIZE, CONFIG.channels)
   generation = Generation(engine(layout), "a red circle", seed=3, start=start)
   first = take(generation, 3)
@@ -67,11 +88,17 @@ def test_every_level_keeps_its_own_cache():
 
 
 def test_every_device_of_a_stage_has_its_share():
-  """Of the network's weights and of the caches' heads over `tensor`, of the frame's rows over `sequence`."""
+  """Of the network's weights and of the caches' heads over `tensor`, of the frame's rows over
+  `sequence`.
+  """
   share = lambda leaf: {shard.data.size / leaf.size for shard in leaf.addressable_shards}
   split = engine(Layout(4, 2))
   layers = split.params["layers"]
-  for kernel in (layers["self_attention"]["q"]["kernel"], layers["mlp_in"]["kernel"], layers["mlp_out"]["kernel"]):
+  for kernel in (
+    layers["self_attention"]["q"]["kernel"],
+    layers["mlp_in"]["kernel"],
+    layers["mlp_out"]["kernel"],
+  ):
     assert share(kernel) == {1 / 2}
   pipe = Generation(split, "a")._pipe
   assert share(pipe.cache.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
@@ -83,15 +110,27 @@ def test_every_device_of_a_stage_has_its_share():
 def moved(layout: Layout, merge_tokens: bool = False) -> list[tuple[str, int]]:
   """(collective, bytes of its result on a device) of each one in the compiled tick."""
   model = parts(LONG)
-  model = dataclasses.replace(model, config=dataclasses.replace(model.config, merge_tokens=merge_tokens))
+  model = dataclasses.replace(
+    model, config=dataclasses.replace(model.config, merge_tokens=merge_tokens)
+  )
   engine = quick_engine(model, Options(layout=layout))
   text = jax.ShapeDtypeStruct((1, 3, 6), jnp.float32, sharding=engine.whole)
-  lowered = engine.main.compiled_tick.lower(engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool))
+  lowered = engine.main.compiled_tick.lower(
+    engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool)
+  )
   found = []
   for line in lowered.compile().as_text().splitlines():
     if match := COLLECTIVE.search(line):
       shapes = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-      found.append((match[2], sum(BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(",")))) for dtype, sizes in shapes)))
+      found.append(
+        (
+          match[2],
+          sum(
+            BYTES[dtype] * math.prod(map(int, filter(None, sizes.split(","))))
+            for dtype, sizes in shapes
+          ),
+        )
+      )
   return found
 
 
@@ -101,7 +140,9 @@ def block_bytes() -> int:
 
 
 def test_stages_exchange_one_block_and_nothing_else():
-  """Per tick: each block one level on, by collective permute; and the block that leaves, to every device that may want it."""
+  """Per tick: each block one level on, by collective permute; and the block that leaves, to every
+  device that may want it.
+  """
   found, block = moved(Layout(4)), block_bytes()
   permutes = [size for kind, size in found if kind == "collective-permute"]
   others = [size for kind, size in found if kind != "collective-permute"]
@@ -114,7 +155,9 @@ def test_two_levels_a_stage_exchange_as_little():
 
 
 def test_the_parser_sees_what_moves():
-  """On other layouts there is more: were the parser blind, the tests above would hold for anything."""
+  """On other layouts there is more: were the parser blind, the tests above would hold for
+  anything.
+  """
   found = moved(Layout(4, 2))
   assert {kind for kind, _ in found} >= {"collective-permute", "all-reduce"}
   assert len(found) > len(moved(Layout(4)))
@@ -122,9 +165,13 @@ def test_the_parser_sees_what_moves():
 
 @pytest.mark.parametrize("layout", [Layout(4, 2), Layout(4, 1, 2)], ids=str)
 def test_no_layout_moves_a_cache(layout):
-  """Within a stage activations move; the smallest thing that must not, one layer's keys of one level, is larger than all of them."""
+  """Within a stage activations move; the smallest thing that must not, one layer's keys of one
+  level, is larger than all of them.
+  """
   c, (h, w) = parts().config, parts().size
-  keys = 4 * (LONG.window - LONG.block) * c.tokens(h, w) * c.dim // (layout.tensor * layout.sequence)
+  keys = (
+    4 * (LONG.window - LONG.block) * c.tokens(h, w) * c.dim // (layout.tensor * layout.sequence)
+  )
   found = moved(layout)
   assert max(size for _, size in found) < keys, found
 

@@ -42,7 +42,11 @@ def test_every_fragment_is_there_when_write_returns(tmp_path):
   with GrowingMP4(path, 8, {"prompt": "a réd square", "seed": "3"}, scale=4) as file:
     for i, frames in enumerate(videos, 1):
       fragment = file.write(frames)
-      assert (fragment.first, fragment.frames, fragment.end) == (5 * (i - 1), 5, path.stat().st_size)
+      assert (fragment.first, fragment.frames, fragment.end) == (
+        5 * (i - 1),
+        5,
+        path.stat().st_size,
+      )
       shown, fps, said = media.read_mp4(path, scale=4)
       assert len(shown) == 5 * i and fps == 8 and said == {"prompt": "a réd square", "seed": "3"}
   error = np.abs(shown.astype(int)[:, :32, :30] - np.concatenate(videos))
@@ -73,14 +77,20 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
 
 
 def test_a_fragment_half_written_is_passed_over(tmp_path, monkeypatch):
-  """Whatever part of its bytes is on the disk: the file plays to the one before, and can be gone on with."""
+  """Whatever part of its bytes is on the disk: the file plays to the one before, and can be gone on
+  with.
+  """
   path, cut = tmp_path / "clip.mp4", tmp_path / "cut.mp4"
   with monkeypatch.context() as patch:
     made = write(path, pieces(2))
     patch.setattr(GrowingMP4, "_commit", lambda *_: None)  # killed just before that
     write(path, pieces(3)[2:], keep=10)
   content = path.read_bytes()
-  for size in [*range(made[1].end, made[1].end + 200), *range(made[1].end + 200, len(content), 97), len(content)]:
+  for size in [
+    *range(made[1].end, made[1].end + 200),
+    *range(made[1].end + 200, len(content), 97),
+    len(content),
+  ]:
     cut.write_bytes(content[:size])
     assert len(growing_mp4.scan(cut)) == 3 and len(times_until_damage(cut)) == 10
   write(cut, pieces(3)[2:], keep=10)
@@ -104,7 +114,9 @@ def test_a_fragment_is_on_the_disk_before_it_counts_as_one(tmp_path, monkeypatch
     file.write(pieces(1)[0])
     fsync, pwrite = os.fsync, os.pwrite
     monkeypatch.setattr(os, "fsync", lambda *arguments: done.append("fsync") or fsync(*arguments))
-    monkeypatch.setattr(os, "pwrite", lambda *arguments: done.append("pwrite") or pwrite(*arguments))
+    monkeypatch.setattr(
+      os, "pwrite", lambda *arguments: done.append("pwrite") or pwrite(*arguments)
+    )
     file.write(pieces(1)[0])
   assert done == ["fsync", "pwrite", "fsync"]
 
@@ -122,8 +134,14 @@ def test_a_video_is_gone_on_with(tmp_path):
   assert [fragment.first for fragment in growing_mp4.scan(path)[1:]] == [0, 5, 10, 15, 20]
 
 
-@pytest.mark.parametrize("keep, size, what", [(7, (32, 30), "expected the first 7 to be whole"), (20, (32, 30), "holds 10 frames"),
-                                              (10, (64, 64), "another size or quality")])
+@pytest.mark.parametrize(
+  "keep, size, what",
+  [
+    (7, (32, 30), "expected the first 7 to be whole"),
+    (20, (32, 30), "holds 10 frames"),
+    (10, (64, 64), "another size or quality"),
+  ],
+)
 def test_what_cannot_be_gone_on_with_is_left_alone(tmp_path, keep, size, what):
   write(tmp_path / "clip.mp4", pieces(2))
   before = (tmp_path / "clip.mp4").read_bytes()
@@ -182,7 +200,10 @@ with GrowingMP4(sys.argv[1], 8, {"seed": "3"}, scale=4) as file:
 
 def test_a_killed_process_leaves_a_video_that_plays(tmp_path):
   path = tmp_path / "clip.mp4"
-  environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *sys.path])}
+  environment = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), *sys.path]),
+  }
   command = [sys.executable, "-c", WRITER, str(path), str(pathlib.Path(__file__).parent)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
     told = [int(process.stdout.readline()) for _ in range(8)]

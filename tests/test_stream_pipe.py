@@ -1,4 +1,6 @@
-"""The pipe: its diagonals give what the loops of the step-first rollout give, for every row of the table that can be piped."""
+"""The pipe: its diagonals give what the loops of the step-first rollout give, for every row of the
+table that can be piped.
+"""
 
 import functools
 
@@ -35,11 +37,22 @@ CASES = [("toy", name) for name in ROWS] + [("dit", "hiar_sink"), ("dit", "input
 
 
 def piped(plan: Plan, network, config, table, text, given=None, size=(tiny.HEIGHT, tiny.WIDTH)):
-  """All new blocks [b f h w c], one scan over ticks; noise is that of `table` [level, block ...], which counts the given blocks."""
+  """All new blocks [b f h w c], one scan over ticks; noise is that of `table` [level, block ...],
+  which counts the given blocks.
+  """
   k = plan.history.block
   given_blocks = 0 if given is None else -(-given.shape[1] // k)
   frames = table.shape[1] * k
-  start = pipe.empty(plan, config, text, jax.random.key(0), jnp.zeros(len(text), jnp.int32), frames=frames, height=size[0], width=size[1])
+  start = pipe.empty(
+    plan,
+    config,
+    text,
+    jax.random.key(0),
+    jnp.zeros(len(text), jnp.int32),
+    frames=frames,
+    height=size[0],
+    width=size[1],
+  )
   if given is not None:
     start = pipe.give(plan, network, start, given, jnp.stack([text] * given_blocks))
   noise = lambda level, n: table[level, n]
@@ -52,7 +65,11 @@ def piped(plan: Plan, network, config, table, text, given=None, size=(tiny.HEIGH
 
 
 def tiny_network(name: str, params):
-  return (lambda text: tiny.toy(params)) if name == "toy" else functools.partial(dit.bind, tiny.CONFIG, params)
+  return (
+    (lambda text: tiny.toy(params))
+    if name == "toy"
+    else functools.partial(dit.bind, tiny.CONFIG, params)
+  )
 
 
 @functools.cache
@@ -67,7 +84,13 @@ def programs(name: str, row: History, given: int = 0):
   def by_rollout(params, table, start):
     cache = tiny.cache(row, table.shape[1] * row.block, config)
     video = generate.rollout(
-      tiny.NETWORKS[name][0](params), tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, table.shape[1] - given, given=start
+      tiny.NETWORKS[name][0](params),
+      tiny.lookup(table),
+      cache,
+      jnp.asarray(tiny.SIGMAS),
+      row,
+      table.shape[1] - given,
+      given=start,
     )
     return video[:, given * row.block :]
 
@@ -87,7 +110,10 @@ def test_equals_the_step_first_rollout(network, name):
   assert_same(by_pipe(table, None), by_rollout(table, None))
 
 
-@pytest.mark.parametrize(("name", "given"), [("hiar_sink", 1), ("hiar_sink_across_blocks", 3), ("input", 2), ("hiar_frames", 2)])
+@pytest.mark.parametrize(
+  ("name", "given"),
+  [("hiar_sink", 1), ("hiar_sink_across_blocks", 3), ("input", 2), ("hiar_frames", 2)],
+)
 def test_continuation_equals_the_rollouts(name, given):
   row = ROWS[name]
   table, start = jnp.asarray(tiny.noise_table(row, BLOCKS)), tiny.video(5, given * row.block)
@@ -108,7 +134,15 @@ def test_starting_from_a_picture_equals_the_rollout():
   table, picture = jnp.asarray(tiny.noise_table(row, 4)), tiny.video(5, 1)
   cache = tiny.cache(row, 4 * row.block)
   expected = quick_jit(
-    lambda params: first_frame.rollout(tiny.bind(params), tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, 3, jnp.asarray(picture))
+    lambda params: first_frame.rollout(
+      tiny.bind(params),
+      tiny.lookup(table),
+      cache,
+      jnp.asarray(tiny.SIGMAS),
+      row,
+      3,
+      jnp.asarray(picture),
+    )
   )(params)
   by_pipe, _ = programs("dit", row)
   assert_same(by_pipe(table, picture), expected[:, 1:])
@@ -116,16 +150,31 @@ def test_starting_from_a_picture_equals_the_rollout():
 
 @pytest.mark.parametrize("row", [ROWS["hiar_sink"], ROWS["input"]], ids=["hiar_sink", "input"])
 def test_what_the_filling_pipe_holds_is_seen_by_nobody(row):
-  """Blocks that do not exist are made of zeros; were they seen, another beginning would change the video."""
+  """Blocks that do not exist are made of zeros; were they seen, another beginning would change the
+  video.
+  """
   plan = Plan(row, tuple(tiny.SIGMAS.tolist()))
   _, params, config = tiny.NETWORKS["toy"]
   text, table = jnp.asarray(tiny.text()), jnp.asarray(tiny.noise_table(row, 4))
 
   def run(fill):
-    state = pipe.empty(plan, config, text, jax.random.key(0), jnp.zeros(2, jnp.int32), frames=8, height=tiny.HEIGHT, width=tiny.WIDTH)
-    state = state.replace(latents=state.latents + fill, context=None if state.context is None else state.context + fill)
+    state = pipe.empty(
+      plan,
+      config,
+      text,
+      jax.random.key(0),
+      jnp.zeros(2, jnp.int32),
+      frames=8,
+      height=tiny.HEIGHT,
+      width=tiny.WIDTH,
+    )
+    state = state.replace(
+      latents=state.latents + fill, context=None if state.context is None else state.context + fill
+    )
     network = tiny_network("toy", params)
-    tick = lambda state, _: pipe.tick(plan, network, tiny.lookup(table), state, text, jnp.asarray(False))
+    tick = lambda state, _: pipe.tick(
+      plan, network, tiny.lookup(table), state, text, jnp.asarray(False)
+    )
     return jax.lax.scan(tick, state, None, length=6)[1][2:]
 
   run = quick_jit(run)
@@ -138,21 +187,27 @@ RECORDED = [
   (case, path.name)
   for case in golden_cases.cases()
   for path in sorted(case.path.glob("*_step_first*.npz"))
-]  # fmt: skip
+]
 
 
 def test_recordings_are_found():
-  assert {name.split("_")[0] for _, name in RECORDED} == {"rollout", "continuation"} and len(RECORDED) >= 8
+  assert {name.split("_")[0] for _, name in RECORDED} == {"rollout", "continuation"} and len(
+    RECORDED
+  ) >= 8
 
 
-@pytest.mark.parametrize(("case", "file"), RECORDED, ids=lambda part: part if isinstance(part, str) else part.path.name)
+@pytest.mark.parametrize(
+  ("case", "file"), RECORDED, ids=lambda part: part if isinstance(part, str) else part.path.name
+)
 def test_recording(case, file):
   z = case.load(file)
   rolled = case.sizes if "window" in file else {}
   row = case.history(
-    level="clean" if "clean_context" in file else "output", renoise="euler" if "ode" in file else "fresh",
-    window=rolled.get("window", 0), sink=rolled.get("sink", 0),
-  )  # fmt: skip
+    level="clean" if "clean_context" in file else "output",
+    renoise="euler" if "ode" in file else "fresh",
+    window=rolled.get("window", 0),
+    sink=rolled.get("sink", 0),
+  )
   sigmas = golden_cases.levels(z["denoising_timesteps"])
   table = _noise_table(z["noise"], z.get("step_noise"), row.block, len(sigmas))
   video, text = channels_last(z["latents"]), jnp.asarray(z["prompt_embeds"])
@@ -162,7 +217,15 @@ def test_recording(case, file):
   plan = Plan(row, tuple(float(sigma) for sigma in sigmas))
 
   def run(params, table, given):
-    return piped(plan, functools.partial(dit.bind, case.config, params), case.config, table, text, given, size=video.shape[2:4])
+    return piped(
+      plan,
+      functools.partial(dit.bind, case.config, params),
+      case.config,
+      table,
+      text,
+      given,
+      size=video.shape[2:4],
+    )
 
   out = quick_jit(run)(case.params("generator"), jnp.asarray(table), given)
   assert_close(out, video[:, first * row.block :], "video")
@@ -189,15 +252,25 @@ def test_the_sink_is_carried_as_far_as_the_window_rolls():
 
 
 def test_block_first_is_refused_with_its_reason():
-  with pytest.raises(UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"):
+  with pytest.raises(
+    UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"
+  ):
     Plan(History(order="block_first", level="clean"), (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
   ("row", "place", "said"),
   [
-    (History(block=2, window=5, sink=1), "moving", "sink_place = 'moving': expected one of true, carried"),
-    (History(block=2, window=3, sink=1), "carried", "window = 3 is too short to carry a sink of 1 along.* at least 4"),
+    (
+      History(block=2, window=5, sink=1),
+      "moving",
+      "sink_place = 'moving': expected one of true, carried",
+    ),
+    (
+      History(block=2, window=3, sink=1),
+      "carried",
+      "window = 3 is too short to carry a sink of 1 along.* at least 4",
+    ),
   ],
 )
 def test_what_a_plan_cannot_be(row, place, said):

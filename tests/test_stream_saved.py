@@ -1,4 +1,6 @@
-"""A generation on disk: restored on any layout it goes on with the same frames; what does not fit is one line."""
+"""A generation on disk: restored on any layout it goes on with the same frames; what does not fit
+is one line.
+"""
 
 import dataclasses
 import functools
@@ -25,11 +27,14 @@ def engine(layout: Layout = ONE, row=ROW, identity: str = "tiny", **options):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-  """(directory of a generation saved at block 37 on four stages, what it made of the next 12 blocks)."""
+  """(directory of a generation saved at block 37 on four stages, what it made of the next 12
+  blocks).
+  """
   directory = tmp_path_factory.mktemp("saved") / "generation"
   generation = Generation(engine(Layout(4)), "a red circle", seed=5)
   take(generation, 35)
-  generation.change_prompt("a blue square", recache=True)  # still on its way through the levels when saved
+  # still on its way through the levels when saved
+  generation.change_prompt("a blue square", recache=True)
   take(generation, 2)
   generation.decoder = {"frames": jnp.arange(6.0).reshape(2, 3), "count": np.int32(7)}
   generation.save(directory)
@@ -41,7 +46,11 @@ def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   directory, expected = running
   generation = Generation.restore(directory, engine(layout))
   assert generation.engine.layout == layout and generation.prompt == "a blue square"
-  assert generation.in_flight == [(1, 39, "a blue square"), (2, 38, "a blue square"), (3, 37, "a red circle")]
+  assert generation.in_flight == [
+    (1, 39, "a blue square"),
+    (2, 38, "a blue square"),
+    (3, 37, "a red circle"),
+  ]
   found = take(generation, 12)
   if layout == Layout(4):
     np.testing.assert_array_equal(found, expected)
@@ -91,7 +100,10 @@ def test_saving_again_replaces(tmp_path):
 
 def test_the_model_that_did_not_make_it_is_refused(running):
   directory, _ = running
-  with pytest.raises(UserError, match="was saved by another model .tiny; this one is other.*give the model that made it") as raised:
+  with pytest.raises(
+    UserError,
+    match="was saved by another model .tiny; this one is other.*give the model that made it",
+  ) as raised:
     Generation.restore(directory, engine(identity="other"))
   assert "\n" not in str(raised.value)
   with pytest.raises(UserError, match="another model"):

@@ -1,4 +1,6 @@
-"""A stream from end to end: the pixels of the video that generate makes, prompts by the second, saved and gone on with elsewhere."""
+"""A stream from end to end: the pixels of the video that generate makes, prompts by the second,
+saved and gone on with elsewhere.
+"""
 
 import jax
 import numpy as np
@@ -42,17 +44,22 @@ def frames(chunks):
 
 
 def assert_same_pixels(a, b):
-  assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1  # rounding may fall on the other side
+  # rounding may fall on the other side
+  assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
 
 
 def test_it_is_the_video_that_generate_makes(source, whole):
   with source.open(PROMPT, seed=SEED, frames=12) as stream:
     chunks = list(stream)
-  assert [len(chunk.frames) for chunk in chunks] == [2] * 6 and [chunk.time for chunk in chunks] == [i / 4 for i in range(6)]
+  assert [len(chunk.frames) for chunk in chunks] == [2] * 6 and [
+    chunk.time for chunk in chunks
+  ] == [i / 4 for i in range(6)]
   assert_same_pixels(frames(chunks), whole)
 
 
-def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(source, wide, whole, tmp_path):
+def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(
+  source, wide, whole, tmp_path
+):
   day = timeline.parse(f"0s: {PROMPT}, 1s: {ANOTHER}")
   with source.open(timeline=day, seed=SEED, frames=16) as stream:
     first = [next(stream), next(stream)]
@@ -64,7 +71,9 @@ def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(sourc
   with wide.resume(tmp_path / "saved", frames=16) as again:
     assert (again.taken, again.seed) == (4, SEED)
     chunks = list(again)
-  assert [(chunk.block, chunk.prompt, chunk.time) for chunk in chunks] == [(chunk.block, chunk.prompt, chunk.time) for chunk in rest]
+  assert [(chunk.block, chunk.prompt, chunk.time) for chunk in chunks] == [
+    (chunk.block, chunk.prompt, chunk.time) for chunk in rest
+  ]
   assert_same_pixels(frames(chunks), frames(rest))
   with pytest.raises(UserError, match="frames = 4, but .*saved has 4 already"):
     wide.resume(tmp_path / "saved", frames=4)
@@ -72,9 +81,13 @@ def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(sourc
 
 def test_a_picture_is_the_first_frame(source, tmp_path):
   Image.fromarray(np.full((16, 16, 3), (250, 10, 10), np.uint8)).save(tmp_path / "red.png")
-  with source.open(PROMPT, seed=SEED, frames=5, start=Start(tmp_path / "red.png", "image")) as stream:
+  with source.open(
+    PROMPT, seed=SEED, frames=5, start=Start(tmp_path / "red.png", "image")
+  ) as stream:
     chunks = list(stream)
-  assert [len(chunk.frames) for chunk in chunks] == [1, 2, 2] and [chunk.block for chunk in chunks] == [0, 1, 2]
+  assert [len(chunk.frames) for chunk in chunks] == [1, 2, 2] and [
+    chunk.block for chunk in chunks
+  ] == [0, 1, 2]
   with pytest.raises(UserError, match="the given start has 1 already"):
     source.open(PROMPT, frames=1, start=Start(tmp_path / "red.png", "image"))
 
@@ -85,7 +98,7 @@ def test_what_to_show_is_said_once(source):
       source.open(**options)
 
 
-# ----------------------------------------------------------------------------------------------------- causal autoencoders
+# ------------------------------------------------------------------------------ causal autoencoders
 
 
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
@@ -99,9 +112,13 @@ def test_a_causal_decoder_remembers():
   decoder, memory, pieces = Streamed(stream, device), None, []
   for start in range(0, 6, 2):
     pixels, memory = decoder(latents[:, start : start + 2], memory)
-    memory = decoder.remember([np.asarray(leaf) for leaf in jax.tree.leaves(memory)], latents[:, :2].shape)
+    memory = decoder.remember(
+      [np.asarray(leaf) for leaf in jax.tree.leaves(memory)], latents[:, :2].shape
+    )
     pieces.append(pixels)
   assert [len(piece) for piece in pieces] == [3, 4, 4]
-  np.testing.assert_array_equal(np.concatenate(pieces), np.concatenate([piece[0] for piece in stream(latents)]))
+  np.testing.assert_array_equal(
+    np.concatenate(pieces), np.concatenate([piece[0] for piece in stream(latents)])
+  )
   assert {leaf.device for leaf in jax.tree.leaves(memory)} == {device}
   assert decoder.remember([], latents.shape) is None

@@ -1,4 +1,6 @@
-"""The shapes world's student, streamed: the frames that `hiar_jax.generate` makes of the same prompt and seed."""
+"""The shapes world's student, streamed: the frames that `hiar_jax.generate` makes of the same
+prompt and seed.
+"""
 
 import functools
 import runpy
@@ -20,7 +22,13 @@ from hiar_jax.streaming.generation import Generation
 from hiar_jax.streaming.layout import Layout
 
 PROMPT, SEED = "a red circle moving left", 3
-SAF = {"history__level": "input", "history__sink": 2, "history__window": 6, "history__sink_level": "clean", "history__gradient": "attached"}
+SAF = {
+  "history__level": "input",
+  "history__sink": 2,
+  "history__window": 6,
+  "history__sink_level": "clean",
+  "history__gradient": "attached",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +49,9 @@ class Untrained(StudentModel):
     shapes = jax.eval_shape(lambda: dit.init(self.experiment.dit, jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
     scale = lambda leaf: 1.5 / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 4)
-    return tree.unflatten(scale(leaf) * tiny.random(i, *leaf.shape) for i, leaf in enumerate(leaves))
+    return tree.unflatten(
+      scale(leaf) * tiny.random(i, *leaf.shape) for i, leaf in enumerate(leaves)
+    )
 
   def params(self):
     return self._params
@@ -50,7 +60,11 @@ class Untrained(StudentModel):
 def untrained(directory, config) -> StudentModel:
   run = open_run(config, directory, save=False)
   pixels, channels = 3 * run.experiment.codec.patch**2, run.experiment.codec.channels
-  codec = PatchCodec(np.zeros(pixels, np.float32), np.eye(pixels, channels, dtype=np.float32), np.ones(channels, np.float32))
+  codec = PatchCodec(
+    np.zeros(pixels, np.float32),
+    np.eye(pixels, channels, dtype=np.float32),
+    np.ones(channels, np.float32),
+  )
   medium.save_codec(run.directory("data") / CODEC, codec)
   return Untrained(run, "", "distill")
 
@@ -83,13 +97,27 @@ def test_from_a_picture(tmp_path):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
   """The shipped experiment at its size, and what is generated of it."""
-  model = untrained(tmp_path_factory.mktemp("shapes"), runpy.run_path(str(tiny_run.ROOT / "experiments" / "shapes.py"))["get_config"]())
+  model = untrained(
+    tmp_path_factory.mktemp("shapes"),
+    runpy.run_path(str(tiny_run.ROOT / "experiments" / "shapes.py"))["get_config"](),
+  )
   return model, generated(model, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "layout", [Layout(), Layout(2), Layout(1, 2), Layout(4), Layout(2, 2), Layout(1, 2, 2), Layout(2, 2, 2), None], ids=str
+  "layout",
+  [
+    Layout(),
+    Layout(2),
+    Layout(1, 2),
+    Layout(4),
+    Layout(2, 2),
+    Layout(1, 2, 2),
+    Layout(2, 2, 2),
+    None,
+  ],
+  ids=str,
 )
 def test_the_shapes_student_on_one_to_eight_devices(shapes, layout):
   """None: all of them, a pipe of four stages of two devices."""

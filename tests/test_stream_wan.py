@@ -1,4 +1,6 @@
-"""Wan streamed from end to end, on small random weights of its layout: the frames that generate makes, through the streamed autoencoder."""
+"""Wan streamed from end to end, on small random weights of its layout: the frames that generate
+makes, through the streamed autoencoder.
+"""
 
 import dataclasses
 import os
@@ -25,7 +27,8 @@ from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.source import Source
 
 PROMPT, SEED = "A cat walks on the grass", 9
-COUNTS = [9, 12, 12]  # frames of the first blocks: 4 latent frames of 3, the very first of one frame
+# frames of the first blocks: 4 latent frames of 3, the very first of one frame
+COUNTS = [9, 12, 12]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def place(tmp_path_factory):
   root = tmp_path_factory.mktemp("wan")
   (root / "config.py").write_text(CONFIG)
   save_weights(root / "weights")
-  Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)).save(root / "cat.png")
+  Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)).save(
+    root / "cat.png"
+  )
   ramp = np.linspace(0, 255, 9).astype(np.uint8)[:, None, None, None]
   media.write_mp4(root / "before.mp4", np.broadcast_to(ramp, (9, 16, 32, 3)), 16)
   return root
@@ -62,7 +67,10 @@ def generated(model, blocks, start=None):
   model.prepare_texts([PROMPT])
   given = [] if start is None else [start]
   make = model.generator(blocks * model.experiment.history.block, start.shape[1] if given else 0)
-  return medium.pixels(model.run.medium, np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)))[0]
+  return medium.pixels(
+    model.run.medium,
+    np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),
+  )[0]
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +83,18 @@ def test_it_is_the_video_that_generate_makes(source, whole):
   assert isinstance(source.decoder, Streamed) and source.decoder.device == jax.devices()[2]
   with source.open(PROMPT, seed=SEED, frames=33) as stream:
     chunks = list(stream)
-  assert [len(chunk.frames) for chunk in chunks] == COUNTS and [chunk.time for chunk in chunks] == [0, 9 / 16, 21 / 16]
+  assert [len(chunk.frames) for chunk in chunks] == COUNTS and [chunk.time for chunk in chunks] == [
+    0,
+    9 / 16,
+    21 / 16,
+  ]
   assert whole.shape == (33, 16, 32, 3) and whole.std() > 1
   assert_same_pixels(frames(chunks), whole)
 
 
-def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(model, source, whole, tmp_path):
+def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(
+  model, source, whole, tmp_path
+):
   with source.open(PROMPT, seed=SEED, frames=33) as stream:
     first = next(stream)
     stream.save(tmp_path / "saved")
@@ -90,7 +104,9 @@ def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, name, counts", [("image", "cat.png", [1, 12, 12]), ("video", "before.mp4", [9, 12, 12])])
+@pytest.mark.parametrize(
+  "kind, name, counts", [("image", "cat.png", [1, 12, 12]), ("video", "before.mp4", [9, 12, 12])]
+)
 def test_from_a_start(model, source, place, kind, name, counts):
   start = Start(place / name, kind)
   latents = model.run.medium.latents(start.read(model.experiment)[0][None])
@@ -114,22 +130,44 @@ def test_the_name_of_the_package_streams_it(place, whole):
 
 @pytest.mark.slow
 def test_the_commands(place, tmp_path, tmp_path_factory):
-  """Pictures, for H.264 is too coarse for such noise: in one go, and in two parts on other layouts."""
+  """Pictures, for H.264 is too coarse for such noise: in one go, and in two parts on other
+  layouts.
+  """
   chain = tiny_run.chain(tmp_path_factory.getbasetemp())
-  base = ["hiar_jax.stream", f"--config={place}/config.py", f"--weights={place}/weights", f"--seed={SEED}"]
+  base = [
+    "hiar_jax.stream",
+    f"--config={place}/config.py",
+    f"--weights={place}/weights",
+    f"--seed={SEED}",
+  ]
   prompt, saved = f"--prompt={PROMPT}", tmp_path / "saved"
   cases = [
     [*base, prompt, "--frames=33", f"--out={tmp_path}/whole"],
     [*base, prompt, "--frames=21", f"--out={tmp_path}/parts", f"--save={saved}"],
     [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts", "--stages=1"],
-    [*base, prompt, "--frames=33", f"--out={tmp_path}/tiny.mp4", "--decoder=tiny_vae", f"--image={place}/cat.png"],
+    [
+      *base,
+      prompt,
+      "--frames=33",
+      f"--out={tmp_path}/tiny.mp4",
+      "--decoder=tiny_vae",
+      f"--image={place}/cat.png",
+    ],
   ]
   results = chain.commands([(module, arguments) for module, *arguments in cases], devices=2)
   assert [(status, err.count("Traceback")) for status, _, err in results] == [(0, 0)] * 4, results
   names = [f"{i:06d}.png" for i in range(33)]
   assert sorted(os.listdir(tmp_path / "whole")) == sorted(os.listdir(tmp_path / "parts")) == names
-  whole, parts = (np.stack([np.asarray(Image.open(tmp_path / of / name)) for name in names]) for of in ("whole", "parts"))
+  whole, parts = (
+    np.stack([np.asarray(Image.open(tmp_path / of / name)) for name in names])
+    for of in ("whole", "parts")
+  )
   assert whole.std() > 1
   assert_same_pixels(whole, parts)
-  assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / "tiny.mp4")[1:]] == [1, 12, 12, 12]
+  assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / "tiny.mp4")[1:]] == [
+    1,
+    12,
+    12,
+    12,
+  ]
   assert media.read_metadata(tmp_path / "tiny.mp4")["start"] == "image cat.png"

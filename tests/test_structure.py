@@ -1,4 +1,6 @@
-"""The shape of the code: arrows that point one way, files and functions that fit on a screen, no torch on the way."""
+"""The shape of the code: arrows that point one way, files and functions that fit on a screen, no
+torch on the way.
+"""
 
 import ast
 import pathlib
@@ -32,7 +34,7 @@ LAYERS = [
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "history"}
-MAX_FILE, MAX_FUNCTION = 450, 60  # lines; a function's docstring is not counted
+MAX_FILE, MAX_FUNCTION = 480, 60  # lines; a function's docstring is not counted
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
@@ -95,15 +97,27 @@ def test_imports_make_no_circle():
 
 
 def test_experiments_are_light():
-  """A config is read on every host and by every tool: it may not drag models, or JAX itself, behind it."""
+  """A config is read on every host and by every tool: it may not drag models, or JAX itself, behind
+  it.
+  """
   allowed = {f"hiar_jax.{name}" for name in EXPERIMENTS_MAY_IMPORT}
   for path in EXPERIMENTS:
     found = imports(path)
-    assert own_imports(path) <= allowed, f"{path.name} imports {sorted(own_imports(path) - allowed)}"
-    assert not {name.split(".")[0] for name in found} & {"jax", "flax", "optax", "torch", "tensorflow"}, path.name
+    assert own_imports(path) <= allowed, (
+      f"{path.name} imports {sorted(own_imports(path) - allowed)}"
+    )
+    assert not {name.split(".")[0] for name in found} & {
+      "jax",
+      "flax",
+      "optax",
+      "torch",
+      "tensorflow",
+    }, path.name
 
 
-@pytest.mark.parametrize("path", SOURCES + EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+  "path", SOURCES + EXPERIMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_files_and_functions_are_short(path):
   lines = path.read_text().splitlines()
   assert len(lines) <= MAX_FILE
@@ -111,7 +125,9 @@ def test_files_and_functions_are_short(path):
     if isinstance(node, ast.FunctionDef) and path not in EXPERIMENTS:  # a config is one long list
       first = node.body[0]
       docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) else 0
-      assert node.end_lineno - node.lineno + 1 - docstring <= MAX_FUNCTION, f"{node.name} is too long"
+      assert node.end_lineno - node.lineno + 1 - docstring <= MAX_FUNCTION, (
+        f"{node.name} is too long"
+      )
 
 
 def test_nothing_loads_torch_or_tensorflow():
@@ -123,5 +139,7 @@ for name in {sorted(MODULES)!r}:
   heavy = {{"torch", "tensorflow"}} & set(sys.modules)
   assert not heavy, f"{{name}} loads {{heavy}}"
 """
-  result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+  result = subprocess.run(
+    [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+  )
   assert result.returncode == 0, result.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""Named tensors from safetensors, whole or in shards, and what wrappers and training loops do to names."""
+"""Named tensors from safetensors, whole or in shards, and what wrappers and training loops do to
+names.
+"""
 
 import json
 
@@ -12,23 +14,35 @@ from torch_archive import save
 from hiar_jax.errors import UserError
 from hiar_jax.formats.tensor_files import open_tensors
 
-ARRAYS = {"a.weight": tiny.random(0, 3, 4), "a.bias": tiny.random(1, 3).astype(ml_dtypes.bfloat16), "b": np.asarray(2, np.float32)}
+ARRAYS = {
+  "a.weight": tiny.random(0, 3, 4),
+  "a.bias": tiny.random(1, 3).astype(ml_dtypes.bfloat16),
+  "b": np.asarray(2, np.float32),
+}
 STEM = "diffusion_pytorch_model"
 
 
 def shards(folder, arrays=ARRAYS):
   """One tensor a shard, and the index."""
-  names = {name: f"{STEM}-{i:05d}-of-{len(arrays):05d}.safetensors" for i, name in enumerate(arrays, 1)}
+  names = {
+    name: f"{STEM}-{i:05d}-of-{len(arrays):05d}.safetensors" for i, name in enumerate(arrays, 1)
+  }
   for name, file in names.items():
     save_file({name: arrays[name]}, folder / file)
-  (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+  (folder / f"{STEM}.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": names})
+  )
   return names
 
 
 def assert_same(found, expected=ARRAYS):
   assert found.keys() == expected.keys()
   for name, array in expected.items():
-    assert found[name].dtype == array.dtype and found[name].shape == array.shape and found[name].tobytes() == array.tobytes(), name
+    assert (
+      found[name].dtype == array.dtype
+      and found[name].shape == array.shape
+      and found[name].tobytes() == array.tobytes()
+    ), name
 
 
 @pytest.mark.parametrize("form", ["file", "folder of one", "index", "folder of shards"])
@@ -37,11 +51,15 @@ def test_safetensors(tmp_path, form):
     save_file(ARRAYS, tmp_path / f"{STEM}.safetensors")
   else:
     shards(tmp_path)
-  path = {"file": tmp_path / f"{STEM}.safetensors", "index": tmp_path / f"{STEM}.safetensors.index.json"}.get(form, tmp_path)
+  path = {
+    "file": tmp_path / f"{STEM}.safetensors",
+    "index": tmp_path / f"{STEM}.safetensors.index.json",
+  }.get(form, tmp_path)
   found = open_tensors(path)
   assert_same(found.named)
   assert len(found.files) == (1 if form in ("file", "folder of one") else 3)
-  assert not any(array.flags.owndata for array in found.named.values())  # all are views of mapped files
+  # all are views of mapped files
+  assert not any(array.flags.owndata for array in found.named.values())
 
 
 def test_files_cut_off_at_any_length(tmp_path):
@@ -84,7 +102,10 @@ def test_what_the_index_forgets_is_not_lost(tmp_path):
   ("files", "message"),
   [
     ([], "holds no weights"),
-    (["a.safetensors", "b.safetensors"], r"several sets of weights \(a.safetensors, b.safetensors\)"),
+    (
+      ["a.safetensors", "b.safetensors"],
+      r"several sets of weights \(a.safetensors, b.safetensors\)",
+    ),
     ([f"{STEM}-00001-of-00002.safetensors"], "shards without their index"),
   ],
 )
@@ -104,7 +125,7 @@ def test_a_mistyped_path_names_the_nearest(tmp_path):
     open_tensors(tmp_path / "a.txt")
 
 
-# ------------------------------------------------------------------------------------------------ what training code leaves
+# ------------------------------------------------------------------------ what training code leaves
 
 F32 = {"blocks.0.a": tiny.random(0, 2), "head.modulation": tiny.random(1, 2)}
 SCALED = {name: 2 * array for name, array in F32.items()}
@@ -124,7 +145,9 @@ SCALED = {name: 2 * array for name, array in F32.items()}
 def test_entries(tmp_path, saved, entry, expected, notes):
   found = open_tensors(save(saved, tmp_path / "hiar.pt"), entry)
   assert_same(found.named, expected)
-  assert len(found.notes) == notes and all("generator_ema" in note or "model" in note for note in found.notes)
+  assert len(found.notes) == notes and all(
+    "generator_ema" in note or "model" in note for note in found.notes
+  )
 
 
 @pytest.mark.parametrize(
@@ -153,9 +176,12 @@ def test_entries_are_for_torch_files(tmp_path):
   "wrapped",
   [
     "model._fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.a",
-    "_orig_mod.model.blocks.0.a", "module.blocks.0._orig_mod.a", "model.diffusion_model.blocks.0.a", "blocks.0.a",
+    "_orig_mod.model.blocks.0.a",
+    "module.blocks.0._orig_mod.a",
+    "model.diffusion_model.blocks.0.a",
+    "blocks.0.a",
   ],
-)  # fmt: skip
+)
 def test_wrappers_are_stripped(tmp_path, wrapped):
   state = {wrapped: F32["blocks.0.a"], "model.head.modulation": F32["head.modulation"]}
   assert_same(open_tensors(save({"generator": state}, tmp_path / "a.pt")).named, F32)
@@ -163,4 +189,8 @@ def test_wrappers_are_stripped(tmp_path, wrapped):
 
 def test_names_that_become_one_are_refused(tmp_path):
   with pytest.raises(UserError, match="two tensors are called 'blocks.0.a'"):
-    open_tensors(save({"blocks.0.a": F32["blocks.0.a"], "model.blocks.0.a": F32["blocks.0.a"]}, tmp_path / "a.pt"))
+    open_tensors(
+      save(
+        {"blocks.0.a": F32["blocks.0.a"], "model.blocks.0.a": F32["blocks.0.a"]}, tmp_path / "a.pt"
+      )
+    )

@@ -1,4 +1,6 @@
-"""Text embeddings: what the encoder gives, encoded once, kept without padding; the encoder is in memory only while it is needed."""
+"""Text embeddings: what the encoder gives, encoded once, kept without padding; the encoder is in
+memory only while it is needed.
+"""
 
 from concurrent import futures
 
@@ -15,12 +17,24 @@ from hiar_jax.text_cache import TextCache
 
 CONFIG = umt5.UMT5Config(vocab=200, dim=16, dim_attn=24, dim_ffn=20, num_heads=3, num_layers=2)
 LENGTH = 160  # buckets of 64, 128 and 160 tokens
-PROMPTS = ["A cat walks on the grass", "", "一只狗在海滩上奔跑", "A dog runs " * 15, "A cat  walks on\nthe grass "]  # the last is the first
+# the last is the first
+PROMPTS = [
+  "A cat walks on the grass",
+  "",
+  "一只狗在海滩上奔跑",
+  "A dog runs " * 15,
+  "A cat  walks on\nthe grass ",
+]
 
 
 def _params(seed=0):
   params = umt5.init(CONFIG, jax.random.key(seed))
-  return jax.tree.map(lambda leaf: leaf + 0.1 * np.random.default_rng(seed).normal(size=leaf.shape).astype(np.float32), params)
+  return jax.tree.map(
+    lambda leaf: (
+      leaf + 0.1 * np.random.default_rng(seed).normal(size=leaf.shape).astype(np.float32)
+    ),
+    params,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +71,15 @@ def test_the_texts_are_the_encoders(folder, tmp_path):
   tokens = tokenizer.Tokenizer(folder, LENGTH)(PROMPTS)
   counts = tokens.mask.sum(axis=1)
   assert sorted(-(-counts // 64)) == [1, 1, 1, 1, 2] and not any(tokens.cut)
-  expected = np.asarray(umt5.encode_text(_params(), tokens.ids, tokens.mask, CONFIG))  # padded to the full length, all at once
+  # padded to the full length, all at once
+  expected = np.asarray(umt5.encode_text(_params(), tokens.ids, tokens.mask, CONFIG))
   text = _cache(folder, tmp_path)(PROMPTS)
   assert text.shape == (5, LENGTH, 16) and text.dtype == np.float32
   np.testing.assert_allclose(text, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-  assert all((row[count:] == 0).all() and (np.abs(row[:count]).max(axis=-1) > 0).all() for row, count in zip(text, counts, strict=True))
+  assert all(
+    (row[count:] == 0).all() and (np.abs(row[:count]).max(axis=-1) > 0).all()
+    for row, count in zip(text, counts, strict=True)
+  )
 
 
 def test_the_encoder_is_loaded_for_new_prompts_alone_and_freed(folder, tmp_path, loaded):
@@ -107,13 +125,20 @@ def test_padding_is_not_stored(folder, tmp_path):
 
 def test_bfloat16(folder, tmp_path, loaded):
   text = _cache(folder, tmp_path, dtype="bfloat16")(PROMPTS)
-  assert text.dtype == jax.numpy.bfloat16 and {leaf.dtype for leaf in jax.tree.leaves(loaded[0])} == {text.dtype}
+  assert text.dtype == jax.numpy.bfloat16 and {
+    leaf.dtype for leaf in jax.tree.leaves(loaded[0])
+  } == {text.dtype}
   exact = _cache(folder, tmp_path)(PROMPTS)
-  assert 0 < np.abs(text.astype(np.float32) - exact).max() < 0.1 * np.abs(exact).max()
+  # By mean squares: the small tokenizer numbers its words anew in every process, and the largest
+  # error of a handful of tokens moves between .03 and .09 of the largest value with them.
+  rms = lambda x: np.sqrt(np.mean(np.square(x, dtype=np.float64)))
+  assert 0.002 < rms(text.astype(np.float32) - exact) / rms(exact) < 0.05
 
 
 def test_other_encoders_have_other_texts(folder, tmp_path, loaded):
-  """Weights, tokenizer, dtype or length: each changes the numbers, none may be mixed up with another."""
+  """Weights, tokenizer, dtype or length: each changes the numbers, none may be mixed up with
+  another.
+  """
   other = tmp_path / "weights"
   weights.save(other, "umt5", CONFIG, _params(1))
   written = save_small_tokenizer(other / "tokenizer")
@@ -156,13 +181,18 @@ def test_long_prompts_are_cut_and_that_is_said_once_a_run(folder, tmp_path, caps
     assert (cache([long, "moon", long])[0, -1] != 0).any()
     cache([long])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt")]
-    assert said == [f"prompt {long[:60]!r}...: {count} tokens, the encoder reads 160; the last {count - 160} are left out"]
+    assert said == [
+      f"prompt {long[:60]!r}...: {count} tokens, the encoder reads 160; the last {count - 160} "
+      "are left out"
+    ]
 
 
 def test_a_traced_step_may_ask(folder, tmp_path, loaded):
   cache = _cache(folder, tmp_path)
   add = jax.jit(lambda x: x + cache(["moon"]))
-  np.testing.assert_allclose(add(np.ones((1, LENGTH, 16), np.float32)), 1 + cache(["moon"]), rtol=0, atol=1e-6)
+  np.testing.assert_allclose(
+    add(np.ones((1, LENGTH, 16), np.float32)), 1 + cache(["moon"]), rtol=0, atol=1e-6
+  )
   assert len(loaded) == 1
 
 
@@ -187,7 +217,9 @@ def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path):
   whole = path.read_bytes()
   for content in (b"", whole[:50], whole[:-4]):
     path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path.name} is damaged .* was removed; run again") as error:
+    with pytest.raises(
+      UserError, match=f"{path.name} is damaged .* was removed; run again"
+    ) as error:
       cache(["moon"])
     assert "\n" not in str(error.value)
     np.testing.assert_array_equal(cache(["moon"]), text)

@@ -10,16 +10,25 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.models import tiny_vae
 from hiar_jax.models.published_names import shape_here
-from hiar_jax.models.tiny_vae_names import tiny_vae_params_from_published, tiny_vae_params_to_published, tiny_vae_rules
+from hiar_jax.models.tiny_vae_names import (
+  tiny_vae_params_from_published,
+  tiny_vae_params_to_published,
+  tiny_vae_rules,
+)
 
 CONFIG = tiny_vae.TinyVAEConfig(z_dim=3, encoder_width=6, decoder_widths=(8, 6, 4, 5), blocks=2)
 FRAMES = 4  # latent; 13 pixel frames
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+# compiles twice as fast
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ROUNDING = 1e-5  # of the largest value
 
-VIDEO = np.tanh(np.random.default_rng(0).normal(size=(2, 16, 16, 24, 3))).astype(np.float32)  # four whole groups
+# four whole groups
+VIDEO = np.tanh(np.random.default_rng(0).normal(size=(2, 16, 16, 24, 3))).astype(np.float32)
 LATENTS = np.random.default_rng(1).normal(size=(2, FRAMES, 2, 3, 3)).astype(np.float32)
-CODERS = {"encode": (tiny_vae.encode_chunk, VIDEO, 4), "decode": (tiny_vae.decode_chunk, LATENTS, 1)}
+CODERS = {
+  "encode": (tiny_vae.encode_chunk, VIDEO, 4),
+  "decode": (tiny_vae.decode_chunk, LATENTS, 1),
+}
 either = pytest.mark.parametrize("way", CODERS)
 
 
@@ -27,9 +36,15 @@ either = pytest.mark.parametrize("way", CODERS)
 def _params():
   """Random weights with random biases, and pixels around grey, so that clipping hides nothing."""
   draw = np.random.default_rng(0).normal
-  params = jax.tree.map(lambda leaf: leaf + 0.05 * draw(size=leaf.shape).astype(np.float32), tiny_vae.init(CONFIG, jax.random.key(0)))
+  params = jax.tree.map(
+    lambda leaf: leaf + 0.05 * draw(size=leaf.shape).astype(np.float32),
+    tiny_vae.init(CONFIG, jax.random.key(0)),
+  )
   last = params["decoder"]["conv_out"]
-  return params | {"decoder": params["decoder"] | {"conv_out": {"kernel": 0.01 * last["kernel"], "bias": last["bias"] + 0.5}}}
+  return params | {
+    "decoder": params["decoder"]
+    | {"conv_out": {"kernel": 0.01 * last["kernel"], "bias": last["bias"] + 0.5}}
+  }
 
 
 @functools.cache
@@ -62,7 +77,8 @@ def test_shapes_and_range():
   assert _whole("encode").shape == LATENTS.shape
   pixels = _whole("decode")
   assert pixels.shape == (2, 13, 16, 24, 3)
-  assert 0.01 < np.abs(pixels).mean() < 0.5 and np.abs(pixels).max() < 1  # nothing below was clipped
+  # nothing below was clipped
+  assert 0.01 < np.abs(pixels).mean() < 0.5 and np.abs(pixels).max() < 1
 
 
 @either
@@ -84,7 +100,8 @@ def test_whole_functions(chunk, unroll):
   decode = jit(lambda params, z: tiny_vae.decode(params, z, CONFIG, chunk, unroll))
   _close(decode(_params(), LATENTS), _whole("decode"))
   encode = jit(lambda params, x: tiny_vae.encode(params, x, CONFIG, chunk, unroll))
-  filled = np.concatenate([VIDEO[:, :13], *[VIDEO[:, 12:13]] * 3], axis=1)  # as published: the last frame fills the last group
+  # as published: the last frame fills the last group
+  filled = np.concatenate([VIDEO[:, :13], *[VIDEO[:, 12:13]] * 3], axis=1)
   _close(encode(_params(), VIDEO[:, :13]), _jitted("encode")(_params(), filled, None)[0])
 
 
@@ -110,35 +127,68 @@ def test_pixels_are_clipped_and_latents_bounded():
   bright = jax.tree.map(jnp.asarray, _params())
   bright["decoder"]["conv_out"]["bias"] = jnp.asarray([5.0, -5.0, 0.5])
   pixels = np.asarray(_jitted("decode")(bright, LATENTS, None)[0])
-  assert (pixels[..., 0] == 1).all() and (pixels[..., 1] == -1).all() and np.abs(pixels[..., 2]).max() < 1
-  far, further = (_jitted("decode")(_params(), np.full_like(LATENTS, value), None)[0] for value in (100, 1000))
+  assert (
+    (pixels[..., 0] == 1).all()
+    and (pixels[..., 1] == -1).all()
+    and np.abs(pixels[..., 2]).max() < 1
+  )
+  far, further = (
+    _jitted("decode")(_params(), np.full_like(LATENTS, value), None)[0] for value in (100, 1000)
+  )
   np.testing.assert_array_equal(far, further)
 
 
 def test_bfloat16_is_near_float32():
   config = tiny_vae.dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
-  y, memory = jit(lambda params, z: tiny_vae.decode_chunk(params, z, None, config))(_params(), LATENTS)
-  assert y.dtype == jnp.float32 and {leaf.dtype for leaf in jax.tree.leaves(memory)} == {jnp.dtype(jnp.bfloat16)}
+  y, memory = jit(lambda params, z: tiny_vae.decode_chunk(params, z, None, config))(
+    _params(), LATENTS
+  )
+  assert y.dtype == jnp.float32 and {leaf.dtype for leaf in jax.tree.leaves(memory)} == {
+    jnp.dtype(jnp.bfloat16)
+  }
   assert np.abs(y - _whole("decode")).max() < 0.1 * np.abs(_whole("decode")).max()
 
 
-# --------------------------------------------------------------------------------------------------- published tensors
+# -------------------------------------------------------------------------------- published tensors
 
 
 def published():
   """taew2_1, written out place by place."""
-  facts = {"encoder.0.weight": (64, 3, 3, 3), "encoder.0.bias": (64,), "encoder.17.weight": (16, 64, 3, 3), "encoder.17.bias": (16,)}
-  facts |= {"decoder.1.weight": (256, 16, 3, 3), "decoder.1.bias": (256,), "decoder.22.weight": (3, 64, 3, 3), "decoder.22.bias": (3,)}
-  facts |= {f"encoder.{i}.conv.weight": (64, fan_in, 1, 1) for i, fan_in in ((2, 128), (7, 128), (12, 64))}
+  facts = {
+    "encoder.0.weight": (64, 3, 3, 3),
+    "encoder.0.bias": (64,),
+    "encoder.17.weight": (16, 64, 3, 3),
+    "encoder.17.bias": (16,),
+  }
+  facts |= {
+    "decoder.1.weight": (256, 16, 3, 3),
+    "decoder.1.bias": (256,),
+    "decoder.22.weight": (3, 64, 3, 3),
+    "decoder.22.bias": (3,),
+  }
+  facts |= {
+    f"encoder.{i}.conv.weight": (64, fan_in, 1, 1) for i, fan_in in ((2, 128), (7, 128), (12, 64))
+  }
   facts |= {f"encoder.{i}.weight": (64, 64, 3, 3) for i in (3, 8, 13)}
-  facts |= {f"decoder.{i}.conv.weight": shape for i, shape in ((7, (256, 256, 1, 1)), (13, (256, 128, 1, 1)), (19, (128, 64, 1, 1)))}
-  facts |= {f"decoder.{i}.weight": shape for i, shape in ((8, (128, 256, 3, 3)), (14, (64, 128, 3, 3)), (20, (64, 64, 3, 3)))}
+  facts |= {
+    f"decoder.{i}.conv.weight": shape
+    for i, shape in ((7, (256, 256, 1, 1)), (13, (256, 128, 1, 1)), (19, (128, 64, 1, 1)))
+  }
+  facts |= {
+    f"decoder.{i}.weight": shape
+    for i, shape in ((8, (128, 256, 3, 3)), (14, (64, 128, 3, 3)), (20, (64, 64, 3, 3)))
+  }
   blocks = [("encoder", i, 64) for i in (4, 5, 6, 9, 10, 11, 14, 15, 16)]
-  blocks += [("decoder", 3 + j, 256) for j in range(3)] + [("decoder", 9 + j, 128) for j in range(3)]
+  blocks += [("decoder", 3 + j, 256) for j in range(3)] + [
+    ("decoder", 9 + j, 128) for j in range(3)
+  ]
   blocks += [("decoder", 15 + j, 64) for j in range(3)]
   for half, i, width in blocks:
     for j, fan_in in ((0, 2 * width), (2, width), (4, width)):
-      facts |= {f"{half}.{i}.conv.{j}.weight": (width, fan_in, 3, 3), f"{half}.{i}.conv.{j}.bias": (width,)}
+      facts |= {
+        f"{half}.{i}.conv.{j}.weight": (width, fan_in, 3, 3),
+        f"{half}.{i}.conv.{j}.bias": (width,),
+      }
   return facts
 
 
@@ -151,28 +201,39 @@ def test_every_published_tensor_is_accounted_for():
 def test_the_rules_fill_the_model_of_the_real_size():
   rules = tiny_vae_rules(tiny_vae.TinyVAEConfig())
   leaves = jax.tree_util.tree_leaves_with_path(tiny_vae.abstract_params(tiny_vae.TinyVAEConfig()))
-  assert {rule.path: shape_here(rule) for rule in rules} == {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+  assert {rule.path: shape_here(rule) for rule in rules} == {
+    tuple(key.key for key in path): leaf.shape for path, leaf in leaves
+  }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_there_and_back_bit_for_bit(dtype):
   rng = np.random.default_rng(0)
-  named = {rule.name: rng.normal(size=rule.shape).astype(jnp.dtype(dtype)) for rule in tiny_vae_rules(CONFIG)}
+  named = {
+    rule.name: rng.normal(size=rule.shape).astype(jnp.dtype(dtype))
+    for rule in tiny_vae_rules(CONFIG)
+  }
   params = tiny_vae_params_from_published(named, CONFIG)
   back = tiny_vae_params_to_published(jax.tree.map(jnp.asarray, params), CONFIG)
   assert list(back) == list(named)
-  assert all(back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes() for name, array in named.items())
+  assert all(
+    back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes()
+    for name, array in named.items()
+  )
 
 
 def test_a_clip_of_the_real_size_keeps_its_shape():
   config = tiny_vae.TinyVAEConfig()
-  params, latents = tiny_vae.abstract_params(config), jax.ShapeDtypeStruct((1, 21, 60, 104, 16), np.float32)
+  params, latents = (
+    tiny_vae.abstract_params(config),
+    jax.ShapeDtypeStruct((1, 21, 60, 104, 16), np.float32),
+  )
   there = jax.eval_shape(lambda p, z: tiny_vae.decode(p, z, config), params, latents)
   back = jax.eval_shape(lambda p, x: tiny_vae.encode(p, x, config), params, there)
   assert there.shape == (1, 81, 480, 832, 3) and back.shape == latents.shape
 
 
-# ------------------------------------------------------------------------------------------------------------ bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize(

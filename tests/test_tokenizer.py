@@ -1,4 +1,6 @@
-"""Prompts to tokens: cleaned, closed, cut and filled up as published, in any script; and files that are none."""
+"""Prompts to tokens: cleaned, closed, cut and filled up as published, in any script; and files that
+are none.
+"""
 
 import hashlib
 import json
@@ -40,17 +42,27 @@ def test_cleaning(prompt, cleaned):
   assert clean(cleaned) == cleaned
 
 
-PROMPTS = ["A cat walks on the grass", "一只猫在草地上行走", "قطة تمشي على العشب", "кошка идёт по траве", "🐈 🌊 moon", ""]
+PROMPTS = [
+  "A cat walks on the grass",
+  "一只猫在草地上行走",
+  "قطة تمشي على العشب",
+  "кошка идёт по траве",
+  "🐈 🌊 moon",
+  "",
+]
 
 
 def test_every_prompt_is_closed_and_filled_up(path):
   ids, mask, cut = Tokenizer(path, 64)(PROMPTS)
-  assert ids.shape == mask.shape == (6, 64) and ids.dtype == mask.dtype == np.int32 and cut == (0,) * 6
+  assert (
+    ids.shape == mask.shape == (6, 64) and ids.dtype == mask.dtype == np.int32 and cut == (0,) * 6
+  )
   for prompt, row, seen in zip(PROMPTS, ids, mask, strict=True):
     count = seen.sum()
     assert (seen == (np.arange(64) < count)).all()
     assert row[count - 1] == 1 and (row[:count] != 0).all() and (row[count:] == 0).all()
-    assert 2 not in row[:count] and small_tokenizer().decode(row[:count]) == prompt  # nothing unknown, nothing lost
+    # nothing unknown, nothing lost
+    assert 2 not in row[:count] and small_tokenizer().decode(row[:count]) == prompt
   assert list(ids[5, :2]) == [1, 0]  # an empty prompt is its end mark
 
 
@@ -76,7 +88,9 @@ def test_what_the_file_says_of_length_does_not_count(path, tmp_path):
   asking.enable_truncation(4)
   asking.enable_padding(length=100, pad_id=0, pad_token="<pad>", direction="left")
   asking.save(str(tmp_path / "tokenizer.json"))
-  np.testing.assert_array_equal(Tokenizer(tmp_path, 32)(PROMPTS).ids, Tokenizer(path, 32)(PROMPTS).ids)
+  np.testing.assert_array_equal(
+    Tokenizer(tmp_path, 32)(PROMPTS).ids, Tokenizer(path, 32)(PROMPTS).ids
+  )
 
 
 @pytest.mark.parametrize("place", ["", "tokenizer", "google/umt5-xxl"])
@@ -120,7 +134,9 @@ def test_files_that_are_none(path, tmp_path):
 def test_tokenizers_of_another_kind(change, path, tmp_path):
   content = json.loads(path.read_text())
   if "added_tokens" in change:
-    content["model"]["vocab"] = [[token.strip("<>/"), score] for token, score in content["model"]["vocab"]]
+    content["model"]["vocab"] = [
+      [token.strip("<>/"), score] for token, score in content["model"]["vocab"]
+    ]
     content["post_processor"] = None
   (tmp_path / "tokenizer.json").write_text(json.dumps(content | change))
   _says("does not close prompts with </s>", Tokenizer, tmp_path)

@@ -1,4 +1,6 @@
-"""Reading .pt and .pth files: every form of tensor that they hold, and nothing that they ask to run."""
+"""Reading .pt and .pth files: every form of tensor that they hold, and nothing that they ask to
+run.
+"""
 
 from collections import OrderedDict
 import io
@@ -19,20 +21,35 @@ from hiar_jax.formats.torch_files import read_torch
 
 def test_nested_values_come_back(tmp_path):
   weight = tiny.random(0, 3, 4)
-  state = OrderedDict(weight=weight, half=weight.astype(ml_dtypes.bfloat16), step=np.asarray(7), none=np.zeros((0, 3), np.float32))
-  saved = {"generator": state, "list": [1, (2.5, "three", None, True)], "parameter": Parameter(weight[1])}
+  state = OrderedDict(
+    weight=weight,
+    half=weight.astype(ml_dtypes.bfloat16),
+    step=np.asarray(7),
+    none=np.zeros((0, 3), np.float32),
+  )
+  saved = {
+    "generator": state,
+    "list": [1, (2.5, "three", None, True)],
+    "parameter": Parameter(weight[1]),
+  }
   found = read_torch(save(saved, tmp_path / "a.pt"))
   assert found["list"] == [1, (2.5, "three", None, True)]
   np.testing.assert_array_equal(found["parameter"], weight[1])
   for name, array in state.items():
     got = found["generator"][name]
-    assert got.dtype == array.dtype and got.shape == array.shape and got.tobytes() == array.tobytes(), name
+    assert (
+      got.dtype == array.dtype and got.shape == array.shape and got.tobytes() == array.tobytes()
+    ), name
 
 
 def test_views_of_one_storage(tmp_path):
   """Transposes and slices are saved as strides over a shared storage."""
   base = tiny.random(0, 12)
-  saved = {"transposed": Slice(base, 0, (4, 3), (1, 4)), "row": Slice(base, 5, (2,), (3,)), "scalar": Slice(base, 11, (), ())}
+  saved = {
+    "transposed": Slice(base, 0, (4, 3), (1, 4)),
+    "row": Slice(base, 5, (2,), (3,)),
+    "scalar": Slice(base, 11, (), ()),
+  }
   found = read_torch(save(saved, tmp_path / "a.pt"))
   np.testing.assert_array_equal(found["transposed"], base.reshape(3, 4).T)
   np.testing.assert_array_equal(found["row"], base[[5, 8]])
@@ -47,7 +64,10 @@ def test_nothing_is_copied(tmp_path):
 
 
 def test_compressed_archives_are_read_too(tmp_path):
-  np.testing.assert_array_equal(read_torch(save({"a": tiny.random(0, 9)}, tmp_path / "a.pt", compress=True))["a"], tiny.random(0, 9))
+  np.testing.assert_array_equal(
+    read_torch(save({"a": tiny.random(0, 9)}, tmp_path / "a.pt", compress=True))["a"],
+    tiny.random(0, 9),
+  )
 
 
 class Touch:
@@ -64,14 +84,22 @@ class Touch:
 def test_a_file_that_would_run_something_is_refused_by_its_name(tmp_path, protocol):
   with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
     archive.writestr("a/data.pkl", pickle.dumps({"a": Touch(tmp_path / "trace")}, protocol))
-  with pytest.raises(UserError, match=r"asks to run (posix|nt)\.mkdir.*nothing of it was run") as error:
+  with pytest.raises(
+    UserError, match=r"asks to run (posix|nt)\.mkdir.*nothing of it was run"
+  ) as error:
     read_torch(tmp_path / "a.pt")
   assert "\n" not in str(error.value) and not (tmp_path / "trace").exists()
 
 
-@pytest.mark.parametrize("name", ["builtins.eval", "builtins.getattr", "importlib.import_module", "torch.load", "numpy.ndarray"])
+@pytest.mark.parametrize(
+  "name",
+  ["builtins.eval", "builtins.getattr", "importlib.import_module", "torch.load", "numpy.ndarray"],
+)
 def test_what_else_is_refused(tmp_path, name):
-  """Also the tools with which harmless names are turned into others. The names stand in the pickle as they are: protocol 0."""
+  """Also the tools with which harmless names are turned into others.
+
+  The names stand in the pickle as they are: protocol 0.
+  """
   module, function = name.rsplit(".", 1)
   with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
     archive.writestr("a/data.pkl", f"c{module}\n{function}\n(S'1'\ntR.")
@@ -89,7 +117,8 @@ def test_names_with_dots_lead_nowhere(tmp_path):
 
 
 FORGED = {
-  "object": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\nS'O'\nsb",  # attributes written into an allowed object
+  # attributes written into an allowed object
+  "object": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\nS'O'\nsb",
   "unhashable": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\n(lsb",
   "string": b"(S'storage'\nS'S4'\nS'0'\nS'cpu'\nI4\ntQ",
   "unknown reference": b"(S'module'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ",
@@ -99,7 +128,9 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_storages_that_are_none(tmp_path, name):
   """Bytes of a file must never become references to objects."""
-  program = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + FORGED[name] + b"I0\n(I1\nt(I1\ntI00\n)tR."
+  program = (
+    b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + FORGED[name] + b"I0\n(I1\nt(I1\ntI00\n)tR."
+  )
   with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
     archive.writestr("a/data.pkl", program)
     archive.writestr("a/data/0", bytes(16))
@@ -115,7 +146,15 @@ def test_a_call_of_an_allowed_name_with_nonsense_is_damage(tmp_path):
 
 @pytest.mark.parametrize(
   ("offset", "shape", "strides"),
-  [(0, (13,), (1,)), (9, (2, 2), (3, 1)), (12, (1,), (1,)), (-1, (2,), (1,)), (4, (4,), (-1,)), (0, (2, 2), (1,)), (0, ("2",), (1,))],
+  [
+    (0, (13,), (1,)),
+    (9, (2, 2), (3, 1)),
+    (12, (1,), (1,)),
+    (-1, (2,), (1,)),
+    (4, (4,), (-1,)),
+    (0, (2, 2), (1,)),
+    (0, ("2",), (1,)),
+  ],
 )
 def test_tensors_outside_their_storage(tmp_path, offset, shape, strides):
   path = save({"a": Slice(tiny.random(0, 12), offset, shape, strides)}, tmp_path / "a.pt")

@@ -1,4 +1,6 @@
-"""The whole chain in processes of its own: every stage, stopped and killed wherever it hurts, to the same numbers bit for bit."""
+"""The whole chain in processes of its own: every stage, stopped and killed wherever it hurts, to
+the same numbers bit for bit.
+"""
 
 import json
 import random
@@ -59,7 +61,9 @@ def test_a_second_start_is_quick_and_changes_nothing(chain):
   again = chain.train(chain.straight)
   assert again.returncode == 0 and again.stdout == "", again.stderr
   lines = again.stderr.splitlines()  # no table, no bar: no stage has started
-  assert len(lines) == 6 and all(re.fullmatch(r"\w+: \d s, peak memory so far .* GiB", line) for line in lines), again.stderr
+  assert len(lines) == 6 and all(
+    re.fullmatch(r"\w+: \d s, peak memory so far .* GiB", line) for line in lines
+  ), again.stderr
   after = files(chain.straight)
   before.pop("config.json"), after.pop("config.json")  # written anew, see below
   assert after == before
@@ -71,14 +75,20 @@ def test_sigterm_saves_and_the_same_command_goes_on(chain):
   workdir = chain.directory / "terminated"
   stopped = chain.train(workdir, die="step::3")
   assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-  assert "teacher: stopped and saved at step 3; the same command goes on from there" in stopped.stderr
+  assert (
+    "teacher: stopped and saved at step 3; the same command goes on from there" in stopped.stderr
+  )
   assert (workdir / "teacher" / "checkpoints" / "3").is_dir() and len(log(workdir)) == 3
   stopped = chain.train(workdir, die="step::7")
   assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
-  assert "causal_init: stopped and saved at step 4;" in stopped.stderr  # asked for in its last update, obeyed
+  # asked for in its last update, obeyed
+  assert "causal_init: stopped and saved at step 4;" in stopped.stderr
   assert not (workdir / "distill").exists()
   stopped = chain.train(workdir, die="step::5")
-  assert stopped.returncode == 128 + signal.SIGTERM and (workdir / "distill" / "checkpoints" / "5").is_dir(), stopped.stderr
+  assert (
+    stopped.returncode == 128 + signal.SIGTERM
+    and (workdir / "distill" / "checkpoints" / "5").is_dir()
+  ), stopped.stderr
   finished = chain.train(workdir)
   assert finished.returncode == 0, finished.stderr
   assert_same_run(workdir, chain.straight)
@@ -93,13 +103,16 @@ KILLS = {
 }
 RARER_KILLS = {
   "data": "os.rename:codec.npz:1",
-  "a checkpoint of the teacher, complete but for its name": "os.rename:teacher/checkpoints/6.orbax:1",
+  "a checkpoint of the teacher, complete but for its "
+  "name": "os.rename:teacher/checkpoints/6.orbax:1",
   "a checkpoint of causal init, its checksums": "open:checksums.json:5",
   "the measurements": "os.rename:metrics.json:1",
 }
 
 
-@pytest.mark.parametrize("kills", [KILLS, pytest.param(RARER_KILLS, marks=pytest.mark.slow)], ids=["often", "rarely"])
+@pytest.mark.parametrize(
+  "kills", [KILLS, pytest.param(RARER_KILLS, marks=pytest.mark.slow)], ids=["often", "rarely"]
+)
 def test_sigkill_anywhere_and_the_same_command_goes_on(chain, kills):
   workdir = chain.directory / ("killed" if kills is KILLS else "killed_rarely")
   kept = {}
@@ -110,7 +123,9 @@ def test_sigkill_anywhere_and_the_same_command_goes_on(chain, kills):
     for name, stamp in kept.items():
       assert now.get(name) == stamp, f"{where}: {name} was made again"
     if where == "the second part of the trajectories":
-      kept = {name: stamp for name, stamp in now.items() if name.endswith("part-00000-of-00002.npz")}
+      kept = {
+        name: stamp for name, stamp in now.items() if name.endswith("part-00000-of-00002.npz")
+      }
       assert len(kept) == 1
     else:
       kept = {}
@@ -128,7 +143,11 @@ def test_sigkill_at_random_moments(chain):
   command = [sys.executable, "-m", "hiar_jax.train", *tiny_run.arguments(workdir)]
   for attempt in range(40):
     process = subprocess.Popen(
-      command, cwd=tiny_run.ROOT, env=tiny_run.environment(chain.cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+      command,
+      cwd=tiny_run.ROOT,
+      env=tiny_run.environment(chain.cache),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
     )
     try:
       _, err = process.communicate(timeout=dice.uniform(2, 8 + 3 * attempt))
@@ -143,11 +162,15 @@ def test_sigkill_at_random_moments(chain):
 
 
 def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(chain):
-  """The last one of a stage that is done: the others are not touched, and the numbers are what they were."""
+  """The last one of a stage that is done: the others are not touched, and the numbers are what they
+  were.
+  """
   workdir = chain.directory / "damaged"
   shutil.copytree(chain.straight, workdir)
   checkpoint = workdir / "teacher" / "checkpoints" / "6"
-  biggest = max((p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  biggest = max(
+    (p for p in (checkpoint / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
+  )
   content = bytearray(biggest.read_bytes())
   content[len(content) // 2] ^= 1
   biggest.write_bytes(content)
@@ -157,15 +180,21 @@ def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(chain):
   assert str(checkpoint) in line and "trying the one before" in line
   shutil.rmtree(workdir / "teacher" / "checkpoints" / "6.damaged")
   assert sorted(log(workdir), key=json.dumps) == sorted(log(chain.straight), key=json.dumps)
-  tiny_run.assert_same_arrays(tiny_run.state(workdir, "teacher", 6), tiny_run.state(chain.straight, "teacher", 6))
+  tiny_run.assert_same_arrays(
+    tiny_run.state(workdir, "teacher", 6), tiny_run.state(chain.straight, "teacher", 6)
+  )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "mesh", [{"mesh__fsdp": 2, "mesh__min_shard": 64}, {"mesh__mapping": "pmap"}], ids=["data and fsdp", "pmap"]
+  "mesh",
+  [{"mesh__fsdp": 2, "mesh__min_shard": 64}, {"mesh__mapping": "pmap"}],
+  ids=["data and fsdp", "pmap"],
 )
 def test_every_stage_on_four_devices(chain, mesh):
-  """Learning what one device learns: each stage's first losses are the same, before rounding can grow."""
+  """Learning what one device learns: each stage's first losses are the same, before rounding can
+  grow.
+  """
   workdir = chain.directory / f"four_{len(mesh)}"
   done = chain.train(workdir, devices=4, **mesh)
   assert done.returncode == 0, done.stderr

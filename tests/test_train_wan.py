@@ -1,4 +1,6 @@
-"""Distillation from published pieces: prompts and converted weights of Wan's layout, small and random, through every stage."""
+"""Distillation from published pieces: prompts and converted weights of Wan's layout, small and
+random, through every stage.
+"""
 
 import dataclasses
 import json
@@ -21,7 +23,7 @@ from hiar_jax.stages.run import open_run, read_config
 
 # The 14B model's part is played by a network of another size than the student's.
 TEACHER = dit.DiTConfig(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=16)
-CONFIG = '''
+CONFIG = """
 from experiments import hiar_wan_1_3b
 
 def get_config():
@@ -29,8 +31,10 @@ def get_config():
   c.data.size, c.data.frames, c.data.prompts = (16, 32), 21, "{place}/prompts.txt"
   c.weights.base = c.codec.weights = c.text.weights = "{place}/weights"
   c.weights.teacher = "{place}/teacher"
-  c.model.update(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, dtype="float32", remat="none")
-  c.teacher_model.update(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, dtype="float32", remat="none")
+  c.model.update(dim=32, ffn_dim=48, num_heads=2, num_layers=2)
+  c.teacher_model.update(dim=48, ffn_dim=32, num_heads=2, num_layers=3)
+  for model in (c.model, c.teacher_model):
+    model.update(freq_dim=16, dtype="float32", remat="none")
   c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
   c.trajectories.update(count=4, batch=2, steps=4)
   c.causal_init.update(steps=2, batch=2)
@@ -38,7 +42,7 @@ def get_config():
   c.sample.update(count=2, length=2.0)
   c.log.update(every=1, checkpoint_every=1)
   return c
-'''
+"""
 PROMPTS = ["A cat walks on the grass", "一只狗在海滩上奔跑", "waves", "snow falls"]
 
 
@@ -58,7 +62,9 @@ def chain(tmp_path_factory):
 
 
 def train(chain, place, workdir: pathlib.Path, *overrides: str):
-  return chain.python("-m", "hiar_jax.train", f"--config={place}/config.py", f"--workdir={workdir}", *overrides)
+  return chain.python(
+    "-m", "hiar_jax.train", f"--config={place}/config.py", f"--workdir={workdir}", *overrides
+  )
 
 
 @pytest.fixture(scope="module")
@@ -87,21 +93,31 @@ def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
 
 
 def test_the_walk_has_a_shift_of_its_own(trained):
-  """The first Euler step goes as far as its levels say: from 1 to .96 with the published shift 8, to .9375 with the student's 5."""
-  assert read_sigmas(trained / "trajectories") == pytest.approx([1, 0.96, 0.8889, 0.7273, 0], abs=5e-5)
+  """The first Euler step goes as far as its levels say: from 1 to .96 with the published shift 8,
+  to .9375 with the student's 5.
+  """
+  assert read_sigmas(trained / "trajectories") == pytest.approx(
+    [1, 0.96, 0.8889, 0.7273, 0], abs=5e-5
+  )
   moves = []
   for shift in (8.0, 0.0):
     config = read_config(trained)
     config.trajectories.shift = shift
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
-    points = teacher.make_walk(run, jax.random.key(0))(teacher.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
+    points = teacher.make_walk(run, jax.random.key(0))(
+      teacher.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32)
+    )
     moves.append(np.asarray(points[:, 1] - points[:, 0]))
-  np.testing.assert_allclose(moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max())
+  np.testing.assert_allclose(
+    moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max()
+  )
 
 
 def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
-  """Two hosts on one disk, of which one is stopped and goes on: each makes its own parts once, together those of one host."""
+  """Two hosts on one disk, of which one is stopped and goes on: each makes its own parts once,
+  together those of one host.
+  """
   config, made = read_config(trained), []
   config.trajectories.count = 6  # three parts, of which the first host makes two
   one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -124,19 +140,27 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     made.append(part)
     return write_part(self, part, *args)
 
-  walk, write_part, stopping = teacher.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)), TrajectoryWriter.write_part, False
+  walk, write_part, stopping = (
+    teacher.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)),
+    TrajectoryWriter.write_part,
+    False,
+  )
   monkeypatch.setattr(teacher, "make_walk", lambda run, key: walk)  # compiled once
   monkeypatch.setattr(TrajectoryWriter, "write_part", write)
   monkeypatch.setattr(trajectories.multihost_utils, "sync_global_devices", lambda name: None)
   assert run_as(0, 1, tmp_path / "alone") == [0, 1, 2]
   stopping = True
-  assert run_as(1, 2, tmp_path / "hosts") == [1] and not store.is_complete(tmp_path / "hosts" / "trajectories")
+  assert run_as(1, 2, tmp_path / "hosts") == [1] and not store.is_complete(
+    tmp_path / "hosts" / "trajectories"
+  )
   with pytest.raises(KeyboardInterrupt):
     run_as(0, 2, tmp_path / "hosts")
   assert made == [0]
   stopping = False
   assert run_as(0, 2, tmp_path / "hosts") == [2]
-  (alone, captions), (shared, same) = (tiny_run.trajectories(tmp_path / name) for name in ("alone", "hosts"))
+  (alone, captions), (shared, same) = (
+    tiny_run.trajectories(tmp_path / name) for name in ("alone", "hosts")
+  )
   np.testing.assert_array_equal(alone, shared)
   assert captions == same and [caption.decode() for caption in captions] == [*PROMPTS, *PROMPTS[:2]]
 
@@ -146,14 +170,20 @@ def test_the_student_starts_from_the_base_and_moves(trained, place):
   for stage in ("causal_init", "distill"):
     after = checkpoint.load_params(trained / stage / "checkpoints")
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, base)
-    moved = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (after, base)), strict=True)]
+    moved = [
+      float(np.abs(np.asarray(a) - np.asarray(b)).max())
+      for a, b in zip(*map(jax.tree.leaves, (after, base)), strict=True)
+    ]
     assert 0 < max(moved) < 1e-3
   assert not (trained / "teacher").exists()
 
 
 def test_it_ends_in_videos_twice_the_training_length(trained):
   videos = sorted((trained / "sample").glob("*.mp4"))
-  assert len(videos) == 2 and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[:2]
+  assert (
+    len(videos) == 2
+    and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[:2]
+  )
   frames, fps, made = media.read_mp4(videos[0])
   assert frames.shape == (45, 16, 32, 3) and fps == 16  # 12 latent frames
   assert made["prompt"] in PROMPTS
@@ -164,16 +194,24 @@ def test_two_devices_train_alike(chain, trained, place):
   """The networks over both, in halves; the text encoder on one."""
   config = (place / "config.py").read_text()
   (place / "two.py").write_text(config.replace("  return c", "  c.mesh.min_shard = 64\n  return c"))
-  done = chain.python("-m", "hiar_jax.train", f"--config={place}/two.py", f"--workdir={place}/two", devices=2)
+  done = chain.python(
+    "-m", "hiar_jax.train", f"--config={place}/two.py", f"--workdir={place}/two", devices=2
+  )
   assert done.returncode == 0, done.stderr
   for stage in ("causal_init", "distill"):
-    for one, two in zip(tiny_run.log(trained, stage), tiny_run.log(place / "two", stage), strict=True):
+    for one, two in zip(
+      tiny_run.log(trained, stage), tiny_run.log(place / "two", stage), strict=True
+    ):
       assert two["scalars"]["loss"] == pytest.approx(one["scalars"]["loss"], rel=1e-3)
 
 
 @pytest.mark.slow
 def test_a_finished_run_does_nothing_again(chain, trained, place):
-  kept = lambda: {name: value for name, value in tiny_run.files(trained).items() if name != "config.json" and not name.startswith("logs")}
+  kept = lambda: {
+    name: value
+    for name, value in tiny_run.files(trained).items()
+    if name != "config.json" and not name.startswith("logs")
+  }
   before = kept()
   again = train(chain, place, trained)
   assert again.returncode == 0 and kept() == before
@@ -183,7 +221,13 @@ def test_a_finished_run_does_nothing_again(chain, trained, place):
 def test_a_student_that_exists_skips_causal_init(chain, trained, place):
   """As the published run starts from Self-Forcing's."""
   weights.save(place / "student", "dit", DIT, random_like(DIT, dit.init, 9, 0.2))
-  done = train(chain, place, place / "from_student", f"--config.weights.student={place}/student", "--config.distill.forward_kl.weight=0.0")
+  done = train(
+    chain,
+    place,
+    place / "from_student",
+    f"--config.weights.student={place}/student",
+    "--config.distill.forward_kl.weight=0.0",
+  )
   assert done.returncode == 0, done.stderr
   assert not (place / "from_student" / "causal_init").exists()
 
@@ -210,4 +254,9 @@ def test_bad_input_is_one_line(chain, place, case):
   overrides, expected = BAD[case]
   done = train(chain, place, place / f"bad {case}", *overrides)
   lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-  assert done.returncode == 2 and len(lines) == 1 and expected in lines[0] and "Traceback" not in done.stderr, done.stderr
+  assert (
+    done.returncode == 2
+    and len(lines) == 1
+    and expected in lines[0]
+    and "Traceback" not in done.stderr
+  ), done.stderr

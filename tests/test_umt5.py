@@ -10,7 +10,11 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
 from hiar_jax.models.published_names import shape_here
-from hiar_jax.models.umt5_names import umt5_params_from_published, umt5_params_to_published, umt5_rules
+from hiar_jax.models.umt5_names import (
+  umt5_params_from_published,
+  umt5_params_to_published,
+  umt5_rules,
+)
 
 SMALL = umt5.UMT5Config(vocab=50, dim=16, dim_attn=24, dim_ffn=20, num_heads=3, num_layers=3)
 IDS = np.random.default_rng(0).integers(2, 50, size=(2, 9)).astype(np.int32)
@@ -20,13 +24,18 @@ layouts = pytest.mark.parametrize("layout", ["original", "diffusers"])
 
 def _named(layout="original", dtype=np.float32):
   rng = np.random.default_rng(1)
-  return {rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in umt5_rules(SMALL, layout)}
+  return {
+    rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in umt5_rules(SMALL, layout)
+  }
 
 
 @functools.cache
 def _params():
   named = _named()
-  scaled = {name: array / np.sqrt(array.shape[-1]) if array.ndim == 2 else array for name, array in named.items()}
+  scaled = {
+    name: array / np.sqrt(array.shape[-1]) if array.ndim == 2 else array
+    for name, array in named.items()
+  }
   return umt5_params_from_published(scaled, SMALL)
 
 
@@ -42,12 +51,27 @@ def test_near_distances_have_buckets_of_their_own_and_far_ones_share():
   assert (np.diff(buckets[0, 1:]) >= 0).all() and set(buckets.ravel()) == set(range(32)) - {16}
   assert buckets[0, 90] == 30 and (buckets[0, 128:] == 31).all() and (buckets[128:, 0] == 15).all()
   # At powers of two the published float32 logarithms decide; these are their answers.
-  assert [buckets[0, d] for d in (11, 12, 15, 16, 22, 23, 31, 32, 63, 64)] == [24, 25, 25, 26, 26, 27, 27, 28, 29, 30]
+  assert [buckets[0, d] for d in (11, 12, 15, 16, 22, 23, 31, 32, 63, 64)] == [
+    24,
+    25,
+    25,
+    26,
+    26,
+    27,
+    27,
+    28,
+    29,
+    30,
+  ]
 
 
 def test_padding_is_zero_and_unseen():
   text = np.asarray(_encode()(_params(), IDS, MASK))
-  assert text.shape == (2, 9, 16) and (text[1, 4:] == 0).all() and (np.abs(text[1, :4]).max(axis=-1) > 0).all()
+  assert (
+    text.shape == (2, 9, 16)
+    and (text[1, 4:] == 0).all()
+    and (np.abs(text[1, :4]).max(axis=-1) > 0).all()
+  )
   other = IDS.copy()
   other[1, 4:] = 7
   np.testing.assert_array_equal(_encode()(_params(), other, MASK), text)
@@ -92,7 +116,9 @@ def test_the_rules_fill_the_model_of_the_real_size(layout):
     tuple(key.key for key in path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(umt5.abstract_params(umt5.UMT5Config()))
   }
-  expected = {rule.path: shape_here(rule) if rule.layer is None else (24, *shape_here(rule)) for rule in rules}
+  expected = {
+    rule.path: shape_here(rule) if rule.layer is None else (24, *shape_here(rule)) for rule in rules
+  }
   assert here == expected
 
 

@@ -1,4 +1,6 @@
-"""The VAE as a stream: any cutting gives the whole, nothing depends on later frames, bad sizes are told."""
+"""The VAE as a stream: any cutting gives the whole, nothing depends on later frames, bad sizes are
+told.
+"""
 
 import functools
 
@@ -11,11 +13,17 @@ from hiar_jax.errors import UserError
 from hiar_jax.models import vae
 
 CONFIG = vae.VAEConfig(
-  dim=4, z_dim=3, dim_mult=(1, 1, 2), num_res_blocks=1, temporal_downsample=(True, True),
-  latents_mean=(0.1, -0.2, 0.3), latents_std=(1.5, 0.5, 2.0),
-)  # fmt: skip
+  dim=4,
+  z_dim=3,
+  dim_mult=(1, 1, 2),
+  num_res_blocks=1,
+  temporal_downsample=(True, True),
+  latents_mean=(0.1, -0.2, 0.3),
+  latents_std=(1.5, 0.5, 2.0),
+)
 FRAMES = 4  # latent; 13 pixel frames
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+# compiles twice as fast
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 ROUNDING = 1e-5  # of the largest value: float32, through some twenty layers
 
 
@@ -24,11 +32,14 @@ def _params():
   """Random weights with random gains and biases: zeros and ones would hide mistakes."""
   draw = np.random.default_rng(0).normal
   return jax.tree.map(
-    lambda leaf: leaf + 0.1 * draw(size=leaf.shape).astype(np.float32), vae.init(CONFIG, jax.random.key(0))
+    lambda leaf: leaf + 0.1 * draw(size=leaf.shape).astype(np.float32),
+    vae.init(CONFIG, jax.random.key(0)),
   )
 
 
-VIDEO = np.tanh(np.random.default_rng(0).normal(size=(2, 1 + 4 * (FRAMES - 1), 8, 12, 3))).astype(np.float32)
+VIDEO = np.tanh(np.random.default_rng(0).normal(size=(2, 1 + 4 * (FRAMES - 1), 8, 12, 3))).astype(
+  np.float32
+)
 LATENTS = np.random.default_rng(1).normal(size=(2, FRAMES, 2, 3, 3)).astype(np.float32)
 CODERS = {"encode": (vae.encode_chunk, VIDEO, 4), "decode": (vae.decode_chunk, LATENTS, 1)}
 either = pytest.mark.parametrize("way", CODERS)
@@ -66,14 +77,20 @@ def test_shapes(way):
 @either
 @pytest.mark.parametrize("cuts", [(1, 1, 1, 1), (2, 2), (1, 2, 1)])
 def test_any_cutting_gives_the_whole(way, cuts):
-  np.testing.assert_allclose(_streamed(way, cuts)[0], _whole(way), rtol=0, atol=ROUNDING * np.abs(_whole(way)).max())
+  np.testing.assert_allclose(
+    _streamed(way, cuts)[0], _whole(way), rtol=0, atol=ROUNDING * np.abs(_whole(way)).max()
+  )
 
 
 @either
 def test_the_cache_does_not_know_how_the_video_was_cut(way):
   (_, one), (_, other) = _streamed(way, (1, 1, 1, 1)), _streamed(way, (4,))
   assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * np.abs(b).max()), one, other)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * np.abs(b).max()),
+    one,
+    other,
+  )
 
 
 @either
@@ -122,30 +139,49 @@ def test_scan_needs_no_more_memory_for_a_longer_video():
 
 def test_latents_are_normalised():
   latents = jnp.asarray(LATENTS)
-  np.testing.assert_allclose(vae.normalise(vae.denormalise(latents, CONFIG), CONFIG), LATENTS, atol=1e-6)
+  np.testing.assert_allclose(
+    vae.normalise(vae.denormalise(latents, CONFIG), CONFIG), LATENTS, atol=1e-6
+  )
   raw = np.asarray(CONFIG.latents_mean, np.float32) + np.asarray(CONFIG.latents_std, np.float32)
-  np.testing.assert_allclose(vae.normalise(jnp.asarray(raw)[None, None, None, None], CONFIG), 1.0, atol=1e-6)
+  np.testing.assert_allclose(
+    vae.normalise(jnp.asarray(raw)[None, None, None, None], CONFIG), 1.0, atol=1e-6
+  )
 
 
 def test_bfloat16_is_near_float32():
   config = vae.dataclasses.replace(CONFIG, dtype=jnp.bfloat16)
   y, cache = jit(lambda params, x: vae.decode_chunk(params, x, None, config))(_params(), LATENTS)
-  assert y.dtype == jnp.float32 and {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.bfloat16)}
+  assert y.dtype == jnp.float32 and {leaf.dtype for leaf in jax.tree.leaves(cache)} == {
+    jnp.dtype(jnp.bfloat16)
+  }
   assert np.abs(y - _whole("decode")).max() < 0.1 * np.abs(_whole("decode")).max()
 
 
-@pytest.mark.parametrize(("way", "axis"), [("encode", 2), ("decode", 3)], ids=["encode height", "decode width"])
+@pytest.mark.parametrize(
+  ("way", "axis"), [("encode", 2), ("decode", 3)], ids=["encode height", "decode width"]
+)
 def test_frames_may_be_spread_over_devices(way, axis):
-  """The compiler exchanges the seams: frames split over devices give the frames of one device, and stay split."""
+  """The compiler exchanges the seams: frames split over devices give the frames of one device, and
+  stay split.
+  """
   mesh = jax.make_mesh((4,), ("space",), axis_types=(jax.sharding.AxisType.Auto,))
   spec = jax.P(*[None] * axis, "space")
   size = (8, 8) if way == "decode" else (32, 32)
-  x = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2 if way == "decode" else 5, *size, 3)).astype(np.float32))
+  x = jnp.asarray(
+    np.random.default_rng(2)
+    .normal(size=(1, 2 if way == "decode" else 5, *size, 3))
+    .astype(np.float32)
+  )
   coder = {"encode": vae.encode, "decode": vae.decode}[way]
   code = jit(lambda params, x: coder(params, x, CONFIG))
-  result = code(jax.device_put(_params(), jax.NamedSharding(mesh, jax.P())), jax.device_put(x, jax.NamedSharding(mesh, spec)))
+  result = code(
+    jax.device_put(_params(), jax.NamedSharding(mesh, jax.P())),
+    jax.device_put(x, jax.NamedSharding(mesh, spec)),
+  )
   assert result.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 5)
-  np.testing.assert_allclose(result, code(_params(), x), rtol=0, atol=ROUNDING * np.abs(result).max())
+  np.testing.assert_allclose(
+    result, code(_params(), x), rtol=0, atol=ROUNDING * np.abs(result).max()
+  )
 
 
 @pytest.mark.parametrize(

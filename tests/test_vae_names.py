@@ -1,4 +1,6 @@
-"""Published tensors of the VAE: the full lists of names and shapes, both layouts, there and back."""
+"""Published tensors of the VAE: the full lists of names and shapes, both layouts, there and
+back.
+"""
 
 import jax
 import numpy as np
@@ -18,8 +20,13 @@ def _conv(name, *shape):
 
 
 def _res(name, fan_in, width):
-  facts = {f"{name}.residual.0.gamma": (fan_in, 1, 1, 1), f"{name}.residual.3.gamma": (width, 1, 1, 1)}
-  facts |= _conv(f"{name}.residual.2", width, fan_in, 3, 3, 3) | _conv(f"{name}.residual.6", width, width, 3, 3, 3)
+  facts = {
+    f"{name}.residual.0.gamma": (fan_in, 1, 1, 1),
+    f"{name}.residual.3.gamma": (width, 1, 1, 1),
+  }
+  facts |= _conv(f"{name}.residual.2", width, fan_in, 3, 3, 3) | _conv(
+    f"{name}.residual.6", width, width, 3, 3, 3
+  )
   return facts | (_conv(f"{name}.shortcut", width, fan_in, 1, 1, 1) if fan_in != width else {})
 
 
@@ -27,12 +34,18 @@ def _ends(half, first, width, last, out):
   facts = _conv(f"{half}.conv1", first, {"encoder": 3, "decoder": 16}[half], 3, 3, 3)
   facts |= _res(f"{half}.middle.0", width, width) | _res(f"{half}.middle.2", width, width)
   facts |= {f"{half}.middle.1.norm.gamma": (width, 1, 1)}
-  facts |= _conv(f"{half}.middle.1.to_qkv", 3 * width, width, 1, 1) | _conv(f"{half}.middle.1.proj", width, width, 1, 1)
-  return facts | {f"{half}.head.0.gamma": (last, 1, 1, 1)} | _conv(f"{half}.head.2", out, last, 3, 3, 3)
+  facts |= _conv(f"{half}.middle.1.to_qkv", 3 * width, width, 1, 1) | _conv(
+    f"{half}.middle.1.proj", width, width, 1, 1
+  )
+  return (
+    facts | {f"{half}.head.0.gamma": (last, 1, 1, 1)} | _conv(f"{half}.head.2", out, last, 3, 3, 3)
+  )
 
 
 def _resample(name, width, out, time):
-  return _conv(f"{name}.resample.1", out, width, 3, 3) | (_conv(f"{name}.time_conv", *time, 3, 1, 1) if time else {})
+  return _conv(f"{name}.resample.1", out, width, 3, 3) | (
+    _conv(f"{name}.time_conv", *time, 3, 1, 1) if time else {}
+  )
 
 
 def published(d):
@@ -71,14 +84,19 @@ def test_the_rules_fill_the_model_of_the_real_size(layout):
 
 
 def test_both_layouts_hold_the_same_tensors():
-  first, second = ({rule.path: rule.shape for rule in vae_rules(SMALL, layout)} for layout in ("original", "diffusers"))
+  first, second = (
+    {rule.path: rule.shape for rule in vae_rules(SMALL, layout)}
+    for layout in ("original", "diffusers")
+  )
   assert first == second
 
 
 def test_a_clip_of_the_real_size_keeps_its_shape():
   config = vae.VAEConfig()
   latents = jax.ShapeDtypeStruct((1, 21, 60, 104, 16), np.float32)
-  there = jax.eval_shape(lambda p, z: vae.decode(p, z, config), vae.abstract_params(config), latents)
+  there = jax.eval_shape(
+    lambda p, z: vae.decode(p, z, config), vae.abstract_params(config), latents
+  )
   back = jax.eval_shape(lambda p, x: vae.encode(p, x, config), vae.abstract_params(config), there)
   assert there.shape == (1, 81, 480, 832, 3) and back.shape == latents.shape
 

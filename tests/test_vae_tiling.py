@@ -12,16 +12,24 @@ from hiar_jax.models import vae, vae_tiling
 from hiar_jax.models.vae_tiling import Tiling
 
 CONFIG = vae.VAEConfig(
-  dim=4, z_dim=3, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,),
-  latents_mean=(0.0,) * 3, latents_std=(1.0,) * 3,
-)  # fmt: skip
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles twice as fast
+  dim=4,
+  z_dim=3,
+  dim_mult=(1, 1),
+  num_res_blocks=1,
+  temporal_downsample=(True,),
+  latents_mean=(0.0,) * 3,
+  latents_std=(1.0,) * 3,
+)
+# compiles twice as fast
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TILING = Tiling(size=24, overlap=8)
 
 
 @functools.cache
 def _params():
-  """Random, but calm as a trained network is: pixels listen mostly to themselves, less to neighbours and the frame."""
+  """Random, but calm as a trained network is: pixels listen mostly to themselves, less to
+  neighbours and the frame.
+  """
 
   def calm(path, leaf):
     if [key.key for key in path][1:3] == ["mid_attention", "out"]:
@@ -39,7 +47,9 @@ def _without_attention(params):
   """Every pixel sees only its neighbourhood."""
 
   def cut_off(path, leaf):
-    return jnp.zeros_like(leaf) if [key.key for key in path][1:3] == ["mid_attention", "out"] else leaf
+    return (
+      jnp.zeros_like(leaf) if [key.key for key in path][1:3] == ["mid_attention", "out"] else leaf
+    )
 
   return jax.tree_util.tree_map_with_path(cut_off, params)
 
@@ -55,19 +65,25 @@ def _smooth(frames, height, width):
 def test_tiles_cover_a_side(length):
   starts = vae_tiling.starts(length, TILING)
   assert starts[0] == 0 and starts[-1] == max(0, length - TILING.size)
-  assert all(0 < b - a <= TILING.size - TILING.overlap for a, b in zip(starts, starts[1:], strict=False))
+  assert all(
+    0 < b - a <= TILING.size - TILING.overlap for a, b in zip(starts, starts[1:], strict=False)
+  )
 
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_blending_what_was_cut_gives_it_back(scale):
-  picture = np.random.default_rng(0).normal(size=(1, 2, 30 * scale, 50 * scale, 3)).astype(np.float32)
+  picture = (
+    np.random.default_rng(0).normal(size=(1, 2, 30 * scale, 50 * scale, 3)).astype(np.float32)
+  )
   tiles = vae_tiling.cut(jnp.asarray(picture), TILING, scale)
   assert tiles.shape[0] == 2 * 3
   np.testing.assert_allclose(vae_tiling.blend(tiles, 30, 50, TILING, scale), picture, atol=1e-6)
 
 
 def test_a_seam_is_a_ramp():
-  """One tile black, its neighbour white: the result climbs in even steps, nowhere by more than one over the seam."""
+  """One tile black, its neighbour white: the result climbs in even steps, nowhere by more than one
+  over the seam.
+  """
   tiles = jnp.stack([jnp.zeros((1, 1, 4, 24, 1)), jnp.ones((1, 1, 4, 24, 1))])
   row = np.asarray(vae_tiling.blend(tiles, 4, 40, TILING))[0, 0, 0, :, 0]
   assert (row[:16] == 0).all() and (row[24:] == 1).all()
@@ -103,7 +119,8 @@ def test_without_attention_pixels_far_from_seams_are_exact():
   params = _without_attention(_params())
   y = jit(lambda params, x: vae_tiling.decode(params, x, CONFIG, Tiling(30, 20)))(params, x)
   expected = jit(lambda params, x: vae.decode(params, x, CONFIG))(params, x)
-  # The first tile alone covers latent columns 0..9; its own end is more than the network's reach away.
+  # The first tile alone covers latent columns 0..9; its own end is more than the network's reach
+  # away.
   np.testing.assert_allclose(y[:, :, :, :20], expected[:, :, :, :20], atol=1e-5)
 
 

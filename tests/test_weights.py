@@ -1,4 +1,6 @@
-"""A weights directory: what goes in comes out, on any devices, or one line says what is wrong with it."""
+"""A weights directory: what goes in comes out, on any devices, or one line says what is wrong with
+it.
+"""
 
 import asyncio
 import dataclasses
@@ -47,7 +49,9 @@ def assert_same(found, expected=PARAMS):
 
 def chunks(directory):
   params = directory / "dit" / "params"
-  return sorted(path for path in params.rglob("*") if path.is_file() and "c" in path.relative_to(params).parts)
+  return sorted(
+    path for path in params.rglob("*") if path.is_file() and "c" in path.relative_to(params).parts
+  )
 
 
 def test_there_and_back(saved):
@@ -63,14 +67,27 @@ def test_every_config_comes_back(tmp_path, kind):
   config = weights.read_config(tmp_path, kind)
   assert config == published_files.CONFIGS[kind] and type(config) is weights.config_class(kind)
   changed = dataclasses.replace(config, dtype="bfloat16" if kind == "dit" else jnp.bfloat16)
-  assert weights.config_from_json(kind, json.loads(json.dumps(weights.config_to_json(changed)))) == changed
+  assert (
+    weights.config_from_json(kind, json.loads(json.dumps(weights.config_to_json(changed))))
+    == changed
+  )
 
 
 def test_the_description(tmp_path):
   params = {"a": tiny.random(0, 3), "b": tiny.random(0, 2, 2).astype(jnp.bfloat16)}
   found = weights.save(tmp_path, "dit", CONFIG, params, "x.pth", tensors=7)
-  assert found == weights.describe(tmp_path, "dit") and weights.exists(tmp_path, "dit") and not weights.exists(tmp_path, "vae")
-  assert (found.kind, found.source, found.tensors, found.parameters, found.dtype) == ("dit", "x.pth", 7, 7, "bfloat16+float32")
+  assert (
+    found == weights.describe(tmp_path, "dit")
+    and weights.exists(tmp_path, "dit")
+    and not weights.exists(tmp_path, "vae")
+  )
+  assert (found.kind, found.source, found.tensors, found.parameters, found.dtype) == (
+    "dit",
+    "x.pth",
+    7,
+    7,
+    "bfloat16+float32",
+  )
   assert_same(weights.load(tmp_path, "dit")[1], params)
 
 
@@ -93,7 +110,12 @@ def test_onto_several_devices(saved):
 def test_reading_row_by_row(saved):
   config, arrays = weights.open_arrays(saved, "dit")
   kernel = arrays["layers"]["kernel"]
-  assert config == CONFIG and kernel.shape == (3, 8, 4) and kernel.dtype == np.float32 and kernel.size == 96
+  assert (
+    config == CONFIG
+    and kernel.shape == (3, 8, 4)
+    and kernel.dtype == np.float32
+    and kernel.size == 96
+  )
   np.testing.assert_array_equal(kernel[2], PARAMS["layers"]["kernel"][2])
   np.testing.assert_array_equal(np.asarray(kernel), PARAMS["layers"]["kernel"])
 
@@ -105,16 +127,22 @@ def test_orbax_reads_it(saved):
   assert_same(jax.tree.map(np.asarray, found))
 
 
-# ------------------------------------------------------------------------------------------------------------- chunks
+# ------------------------------------------------------------------------------------------- chunks
 
 
 @pytest.mark.parametrize(
   ("shape", "itemsize", "limit", "expected"),
   [
-    ((), 4, 64, ()), ((5,), 4, 64, (5,)), ((100,), 4, 64, (16,)), ((3, 8, 4), 4, 64, (1, 4, 4)), ((3, 2, 2), 4, 32, (2, 2, 2)),
-    ((3, 4, 100), 4, 64, (1, 1, 16)), ((0, 3), 4, 64, (1, 3)), ((40, 5120, 13824), 4, 64 << 20, (1, 1213, 13824)),
+    ((), 4, 64, ()),
+    ((5,), 4, 64, (5,)),
+    ((100,), 4, 64, (16,)),
+    ((3, 8, 4), 4, 64, (1, 4, 4)),
+    ((3, 2, 2), 4, 32, (2, 2, 2)),
+    ((3, 4, 100), 4, 64, (1, 1, 16)),
+    ((0, 3), 4, 64, (1, 3)),
+    ((40, 5120, 13824), 4, 64 << 20, (1, 1213, 13824)),
   ],
-)  # fmt: skip
+)
 def test_chunks_are_no_larger_than_the_limit(shape, itemsize, limit, expected):
   assert stored_arrays.chunk_shape(shape, itemsize, limit) == expected
 
@@ -123,12 +151,16 @@ def test_chunks_are_no_larger_than_the_limit(shape, itemsize, limit, expected):
 def test_however_it_is_cut(tmp_path, monkeypatch, limit):
   monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", limit)
   weights.save(tmp_path, "dit", CONFIG, PARAMS)
-  assert len(chunks(tmp_path)) >= max(5, sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS)) // limit)
+  assert len(chunks(tmp_path)) >= max(
+    5, sum(leaf.nbytes for leaf in jax.tree.leaves(PARAMS)) // limit
+  )
   assert_same(weights.load(tmp_path, "dit")[1])
 
 
 def test_what_is_in_flight_stays_within_its_budget():
-  """However many leaves are written at once; what is larger than all of it goes alone, and everyone's turn comes."""
+  """However many leaves are written at once; what is larger than all of it goes alone, and
+  everyone's turn comes.
+  """
   budget, held, peak, done = stored_arrays._Budget(100), 0, 0, []
 
   async def hold(size):
@@ -170,7 +202,13 @@ class Rows:
   """A stack that remembers which rows were asked for."""
 
   def __init__(self, array):
-    self.array, self.shape, self.dtype, self.size, self.asked = array, array.shape, array.dtype, array.size, []
+    self.array, self.shape, self.dtype, self.size, self.asked = (
+      array,
+      array.shape,
+      array.dtype,
+      array.size,
+      [],
+    )
 
   def __getitem__(self, row):
     self.asked.append(row)
@@ -181,13 +219,18 @@ def test_stacks_are_read_one_row_at_a_time(tmp_path, monkeypatch):
   monkeypatch.setattr(stored_arrays, "CHUNK_BYTES", 8 * 4 * 4)
   rows = Rows(PARAMS["layers"]["kernel"])
   stack = Stack([*PARAMS["layers"]["bias"]])
-  weights.save(tmp_path, "dit", CONFIG, {"kernel": stored_arrays.Cast(rows, jnp.bfloat16), "bias": stack})
+  weights.save(
+    tmp_path, "dit", CONFIG, {"kernel": stored_arrays.Cast(rows, jnp.bfloat16), "bias": stack}
+  )
   assert rows.asked == [0, 1, 2]
-  expected = {"kernel": PARAMS["layers"]["kernel"].astype(jnp.bfloat16), "bias": PARAMS["layers"]["bias"]}
+  expected = {
+    "kernel": PARAMS["layers"]["kernel"].astype(jnp.bfloat16),
+    "bias": PARAMS["layers"]["bias"],
+  }
   assert_same(weights.load(tmp_path, "dit")[1], expected)
 
 
-# -------------------------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------------------------------- fingerprints
 
 
 def test_fingerprints(saved, tmp_path_factory):
@@ -197,7 +240,9 @@ def test_fingerprints(saved, tmp_path_factory):
     return weights.fingerprint(directory, "dit")
 
   changed = jax.tree.map(np.copy, PARAMS)
-  changed["layers"]["kernel"][2, 7, 3] = np.nextafter(changed["layers"]["kernel"][2, 7, 3], np.float32(9))
+  changed["layers"]["kernel"][2, 7, 3] = np.nextafter(
+    changed["layers"]["kernel"][2, 7, 3], np.float32(9)
+  )
   renamed = {**PARAMS, "scale_": PARAMS["scale"]}
   del renamed["scale"]
   cast = {**PARAMS, "zeros": PARAMS["zeros"].view(np.int32)}  # the same bytes
@@ -207,11 +252,13 @@ def test_fingerprints(saved, tmp_path_factory):
   assert len({first, *map(of, (changed, renamed, cast, reshaped))}) == 5
 
 
-# ------------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 
 
 def test_what_is_missing(saved):
-  with pytest.raises(UserError, match=r"no directory .*nowhere.*hiar_jax\.convert --source=FILES --out=.*nowhere"):
+  with pytest.raises(
+    UserError, match=r"no directory .*nowhere.*hiar_jax\.convert --source=FILES --out=.*nowhere"
+  ):
     weights.load(saved / "nowhere", "dit")
   with pytest.raises(UserError, match=r"no weights of kind 'vae' \(there is dit\)"):
     weights.read_config(saved, "vae")
@@ -274,7 +321,9 @@ class Failing(Rows):
     return super().__getitem__(row)
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+  "error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_an_interrupted_save_leaves_what_was_there(saved, error):
   expected = UserError if isinstance(error, OSError) else type(error)
   with pytest.raises(expected):
@@ -285,7 +334,8 @@ def test_an_interrupted_save_leaves_what_was_there(saved, error):
   assert sorted(path.name for path in saved.iterdir()) == ["dit"]
 
 
-# A fork for each step of a save: killed there, what it leaves is read by another; after some a third saves again and is left alone.
+# A fork for each step of a save: killed there, what it leaves is read by another; after some a
+# third saves again and is left alone.
 KILLS = """
 import json, os, pathlib, shutil, signal, sys
 import numpy as np
@@ -344,7 +394,10 @@ results = []
 for step in range(1, total + 1):
   directory = prepare(str(step))
   killed = fork(lambda: save(directory, step)) is None
-  results.append([killed, fork(lambda: found(directory)), fork(lambda: again(directory)) if step % 3 == total % 3 else None])
+  third = step % 3 == total % 3
+  results.append([
+    killed, fork(lambda: found(directory)), fork(lambda: again(directory)) if third else None
+  ])
 print(json.dumps(results))
 """
 
@@ -354,7 +407,10 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, there):
   if there:
     weights.save(tmp_path / "old", "dit", CONFIG, {"a": np.ones((3, 2), np.float32)})
   done = subprocess.run(
-    [sys.executable, "-W", "ignore", "-c", KILLS, tmp_path, tmp_path / "old" if there else ""], cwd=ROOT, capture_output=True, text=True
+    [sys.executable, "-W", "ignore", "-c", KILLS, tmp_path, tmp_path / "old" if there else ""],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
   results = json.loads(done.stdout)
@@ -364,7 +420,9 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, there):
   if there:
     assert set(states[:new]) == {1.0}, states
   else:
-    assert all("no weights of kind 'dit'" in found or "no directory" in found for found in states[:new]), states
+    assert all(
+      "no weights of kind 'dit'" in found or "no directory" in found for found in states[:new]
+    ), states
   assert new > 5 and all(found == 2.0 for found in states[new:]), states
   for found, names in filter(None, (again for *_, again in results)):
     assert found == 2.0 and len(names) == 2 and names[0] == "model.json", names
@@ -401,7 +459,9 @@ def test_weights_over_a_damaged_description(saved):
 
 def test_a_place_where_nothing_can_be_made(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(UserError, match=r"file/dit cannot be made \(Not a directory\); choose another place"):
+  with pytest.raises(
+    UserError, match=r"file/dit cannot be made \(Not a directory\); choose another place"
+  ):
     weights.save(tmp_path / "file", "dit", CONFIG, PARAMS)
 
 

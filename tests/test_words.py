@@ -1,4 +1,6 @@
-"""Words to numbers: padded, cut, unknown words known as such, and the empty prompt nothing at all."""
+"""Words to numbers: padded, cut, unknown words known as such, and the empty prompt nothing at
+all.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +40,17 @@ def test_size_counts_padding_and_unknown():
 
 
 def test_unknown_words_are_named_once_in_order():
-  assert tokenizer().unknown("A PURPLE circle, flying (purple) <pad>") == ["purple", "flying", "pad"]
+  assert tokenizer().unknown("A PURPLE circle, flying (purple) <pad>") == [
+    "purple",
+    "flying",
+    "pad",
+  ]
   assert tokenizer().unknown("a red circle") == []
 
 
-@pytest.mark.parametrize("prompt, too_many", [("a red", 0), ("a red circle moving", 0), ("a red circle moving left a", 2)])
+@pytest.mark.parametrize(
+  "prompt, too_many", [("a red", 0), ("a red circle moving", 0), ("a red circle moving left a", 2)]
+)
 def test_words_that_do_not_fit_are_counted(prompt, too_many):
   assert tokenizer(4).cut_off(prompt) == too_many
 

@@ -1,4 +1,6 @@
-"""Networks that compile in a second: a DiT of a few thousand numbers, and a toy that obeys the same interface."""
+"""Networks that compile in a second: a DiT of a few thousand numbers, and a toy that obeys the same
+interface.
+"""
 
 import functools
 
@@ -15,7 +17,9 @@ CONFIG = dit.DiTConfig(
   dim=16, ffn_dim=24, num_heads=2, num_layers=2, patch=(1, 2, 2), channels=2, text_dim=6, freq_dim=8
 )
 BATCH, HEIGHT, WIDTH = 2, 4, 2
-TOY_CONFIG = dit.DiTConfig(dim=2, ffn_dim=2, num_heads=1, num_layers=2, patch=(1, HEIGHT, WIDTH), channels=2)
+TOY_CONFIG = dit.DiTConfig(
+  dim=2, ffn_dim=2, num_heads=1, num_layers=2, patch=(1, HEIGHT, WIDTH), channels=2
+)
 SIGMAS = np.asarray([1.0, 0.9, 0.6, 0.0], np.float32)
 
 
@@ -58,23 +62,40 @@ def cache(row: History, frames: int, config: dit.DiTConfig = CONFIG) -> caches.C
   return caches.empty(config, row, batch=BATCH, frames=frames, height=HEIGHT, width=WIDTH)
 
 
-TOY_PARAMS = {"sigma": 0.7, "position": 0.5, "value": np.asarray([0.9, -1.1], np.float32), "mix": 1.3, "out": 0.8}
+TOY_PARAMS = {
+  "sigma": 0.7,
+  "position": 0.5,
+  "value": np.asarray([0.9, -1.1], np.float32),
+  "mix": 1.3,
+  "out": 0.8,
+}
 
 
 def toy(params):
-  """Two rounds of averaging over visible frames: depends on latents, levels, positions, and what the past had seen."""
+  """Two rounds of averaging over visible frames: depends on latents, levels, positions, and what
+  the past had seen.
+  """
 
   def forward(x, sigma, positions, mask=None, past=None):
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma[:, None] if sigma.ndim == 1 else sigma
     sigma = jnp.broadcast_to(sigma.reshape((1,) * (2 - sigma.ndim) + sigma.shape), x.shape[:2])
     place = params["position"] * jnp.sin(positions.astype(jnp.float32))
-    h = jnp.tanh(x[:, :, 0, 0] + 0.5 * x[:, :, 1, 1] + params["sigma"] * sigma[..., None] + place[None, :, None])
+    h = jnp.tanh(
+      x[:, :, 0, 0]
+      + 0.5 * x[:, :, 1, 1]
+      + params["sigma"] * sigma[..., None]
+      + place[None, :, None]
+    )
     values = []
     for layer in range(2):
       own = jnp.tanh(params["value"][layer] * h)
       values.append(own)
-      seen = own if past is None else jnp.concatenate([past.v[layer].reshape(len(x), -1, own.shape[-1]), own], axis=1)
+      seen = (
+        own
+        if past is None
+        else jnp.concatenate([past.v[layer].reshape(len(x), -1, own.shape[-1]), own], axis=1)
+      )
       weight = jnp.ones((x.shape[1], seen.shape[1])) if mask is None else mask.astype(jnp.float32)
       mean = jnp.einsum("fp,bpc->bfc", weight / weight.sum(1, keepdims=True), seen)
       h = jnp.tanh(h + params["mix"] * mean)
@@ -91,4 +112,6 @@ NETWORKS = {"toy": (toy, TOY_PARAMS, TOY_CONFIG), "dit": (bind, params(), CONFIG
 def full_forward(network: str):
   """(params, x, sigma, positions, mask) -> velocity, compiled."""
   make = NETWORKS[network][0]
-  return quick_jit(lambda params, x, sigma, positions, mask: make(params)(x, sigma, positions, mask)[0])
+  return quick_jit(
+    lambda params, x, sigma, positions, mask: make(params)(x, sigma, positions, mask)[0]
+  )

@@ -1,4 +1,7 @@
-"""A run so small that compiling it is what takes time: every stage in seconds. Shared by the tests of the whole chain."""
+"""A run so small that compiling it is what takes time: every stage in seconds.
+
+Shared by the tests of the whole chain.
+"""
 
 import functools
 import json
@@ -19,49 +22,94 @@ ROOT = pathlib.Path(__file__).parents[1]
 STAGES = ("teacher", "causal_init", "distill")
 
 TINY = {
-  "data.clips": 16, "data.size": 16, "data.frames": 4, "history.block": 2, "history.window": 4,
-  "codec.channels": 8, "text.dim": 8, "text.length": 12,
-  "model.dim": 16, "model.ffn_dim": 16, "model.num_layers": 1, "model.num_heads": 1, "model.freq_dim": 16,
-  "teacher.steps": 6, "teacher.batch": 4, "trajectories.count": 6, "trajectories.batch": 4, "trajectories.steps": 4,
-  "causal_init.steps": 4, "causal_init.batch": 4, "distill.steps": 6, "distill.batch": 4, "distill.critic_updates": 2,
-  "sample.count": 3, "sample.measure": 3, "sample.batch": 2, "log.every": 1, "log.checkpoint_every": 2, "log.preview_every": 100,
-}  # fmt: skip
+  "data.clips": 16,
+  "data.size": 16,
+  "data.frames": 4,
+  "history.block": 2,
+  "history.window": 4,
+  "codec.channels": 8,
+  "text.dim": 8,
+  "text.length": 12,
+  "model.dim": 16,
+  "model.ffn_dim": 16,
+  "model.num_layers": 1,
+  "model.num_heads": 1,
+  "model.freq_dim": 16,
+  "teacher.steps": 6,
+  "teacher.batch": 4,
+  "trajectories.count": 6,
+  "trajectories.batch": 4,
+  "trajectories.steps": 4,
+  "causal_init.steps": 4,
+  "causal_init.batch": 4,
+  "distill.steps": 6,
+  "distill.batch": 4,
+  "distill.critic_updates": 2,
+  "sample.count": 3,
+  "sample.measure": 3,
+  "sample.batch": 2,
+  "log.every": 1,
+  "log.checkpoint_every": 2,
+  "log.preview_every": 100,
+}
 
 
 def make_config(**changes):
   """The config as a ConfigDict, for tests in this process; names with __ for dots."""
   config = runpy.run_path(str(ROOT / "experiments" / "shapes.py"))["get_config"]("smoke")
-  config.update_from_flattened_dict({**TINY, **{name.replace("__", "."): value for name, value in changes.items()}})
+  config.update_from_flattened_dict(
+    {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+  )
   return config
 
 
-def arguments(workdir, *extra: str, config: str = "experiments/shapes.py:smoke", **changes) -> list[str]:
+def arguments(
+  workdir, *extra: str, config: str = "experiments/shapes.py:smoke", **changes
+) -> list[str]:
   """The command line of the tiny run; `changes` as in make_config."""
   overrides = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
-  return [f"--config={config}", f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in overrides.items()), *extra]
+  return [
+    f"--config={config}",
+    f"--workdir={workdir}",
+    *(f"--config.{k}={v}" for k, v in overrides.items()),
+    *extra,
+  ]
 
 
 def environment(cache: pathlib.Path, devices: int = 1) -> dict[str, str]:
   """Compiles little and once: what one process has compiled the next ones read."""
   return {
-    **os.environ, "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONPATH": str(ROOT),
-  }  # fmt: skip
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PYTHONPATH": str(ROOT),
+  }
 
 
 class Chain:
-  """Runs `python -m hiar_jax.train` in processes of its own; `straight` is the workdir of one that nobody disturbed."""
+  """Runs `python -m hiar_jax.train` in processes of its own; `straight` is the workdir of one that
+  nobody disturbed.
+  """
 
   def __init__(self, directory: pathlib.Path):
     self.directory, self.cache = directory, directory / "compiled"
 
   def python(self, *command: str, devices: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
-      [sys.executable, *command], cwd=ROOT, env=environment(self.cache, devices), capture_output=True, text=True, timeout=900
+      [sys.executable, *command],
+      cwd=ROOT,
+      env=environment(self.cache, devices),
+      capture_output=True,
+      text=True,
+      timeout=900,
     )
 
-  def train(self, workdir, *extra: str, die: str = "", devices: int = 1, **changes) -> subprocess.CompletedProcess:
+  def train(
+    self, workdir, *extra: str, die: str = "", devices: int = 1, **changes
+  ) -> subprocess.CompletedProcess:
     """die: see VICTIM."""
     start = ["-c", VICTIM, die] if die else ["-m", "hiar_jax.train"]
     return self.python(*start, *arguments(workdir, *extra, **changes), devices=devices)
@@ -72,12 +120,21 @@ class Chain:
     assert done.returncode == 0, done.stderr
     return self.directory / "straight"
 
-  def commands(self, cases: list[tuple[str, list[str]]], devices: int = 1) -> list[tuple[int, str, str]]:
-    """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process that has imported jax."""
+  def commands(
+    self, cases: list[tuple[str, list[str]]], devices: int = 1
+  ) -> list[tuple[int, str, str]]:
+    """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process
+    that has imported jax.
+    """
     done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", FORKS], cwd=ROOT, env=environment(self.cache, devices), input=json.dumps(cases),
-      capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+      [sys.executable, "-W", "ignore", "-c", FORKS],
+      cwd=ROOT,
+      env=environment(self.cache, devices),
+      input=json.dumps(cases),
+      capture_output=True,
+      text=True,
+      timeout=900,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -88,8 +145,9 @@ def chain(directory: pathlib.Path) -> Chain:
   return Chain(directory)
 
 
-# Trains, and comes to grief at a chosen moment: `open:teacher/checkpoints/2:3` is SIGKILL when the third file whose path holds
-# `teacher/checkpoints/2` is opened (os.rename: when a file gets its name); `step::7` is SIGTERM before the end of update 7.
+# Trains, and comes to grief at a chosen moment: `open:teacher/checkpoints/2:3` is SIGKILL when the
+# third file whose path holds `teacher/checkpoints/2` is opened (os.rename: when a file gets its
+# name); `step::7` is SIGTERM before the end of update 7.
 VICTIM = """
 import os, runpy, signal, sys
 
@@ -150,7 +208,7 @@ json.dump([run(*case) for case in json.load(sys.stdin)], sys.stdout)
 """
 
 
-# ------------------------------------------------------------------------------------------------- what a run leaves
+# -------------------------------------------------------------------------------- what a run leaves
 
 
 def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
@@ -162,18 +220,26 @@ def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
 
   tree = checkpoint._load(pathlib.Path(workdir) / stage / "checkpoints", step, read)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves
+  }
 
 
 def numbers(leaf: jax.Array) -> np.ndarray:
   """An array's numbers, also of a random key."""
-  return np.asarray(jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+  return np.asarray(
+    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+  )
 
 
 def log(workdir, stage: str | None = None) -> list[dict]:
   """The records of numbers in metrics.jsonl, without their times."""
   records = metrics.read(pathlib.Path(workdir) / "logs" / "metrics.jsonl", stage)
-  return [{name: value for name, value in record.items() if name != "time"} for record in records if "scalars" in record]
+  return [
+    {name: value for name, value in record.items() if name != "time"}
+    for record in records
+    if "scalars" in record
+  ]
 
 
 def trajectories(workdir) -> tuple[np.ndarray, list[bytes]]:
@@ -184,7 +250,10 @@ def trajectories(workdir) -> tuple[np.ndarray, list[bytes]]:
 
 def videos(workdir) -> dict[str, np.ndarray]:
   """Name -> frames of the videos of stage `sample`."""
-  return {path.name: media.read_mp4(path)[0] for path in sorted((pathlib.Path(workdir) / "sample").glob("*.mp4"))}
+  return {
+    path.name: media.read_mp4(path)[0]
+    for path in sorted((pathlib.Path(workdir) / "sample").glob("*.mp4"))
+  }
 
 
 def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
@@ -194,7 +263,9 @@ def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> No
 
 
 def assert_same_run(a, b, steps={"teacher": 6, "causal_init": 4, "distill": 6}) -> None:  # noqa: B006
-  """Bit for bit: every stage's whole state, the log, the trajectories, the videos and what was measured on them."""
+  """Bit for bit: every stage's whole state, the log, the trajectories, the videos and what was
+  measured on them.
+  """
   a, b = pathlib.Path(a), pathlib.Path(b)
   assert log(a) == log(b)
   for stage, step in steps.items():

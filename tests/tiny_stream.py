@@ -40,17 +40,34 @@ def quick_engine(parts: Parts, options: Options) -> Engine:
 @functools.cache
 def noise(seed: int, block: int):
   """noise(level, n) as a generation of this seed draws it."""
-  task = Task(encode=None, embed=None, negative=None, frames=1, height=SIZE[0], width=SIZE[1], channels=CONFIG.channels)
+  task = Task(
+    encode=None,
+    embed=None,
+    negative=None,
+    frames=1,
+    height=SIZE[0],
+    width=SIZE[1],
+    channels=CONFIG.channels,
+  )
   draw = block_noise(jax.random.key(KEY), np.asarray([seed]), History(block=block, window=0), task)
   return jax.jit(draw)
 
 
-def plain(row: History, blocks: int, prompts: dict[int, str], *, seed: int = 0, given=None, **options) -> np.ndarray:
+def plain(
+  row: History, blocks: int, prompts: dict[int, str], *, seed: int = 0, given=None, **options
+) -> np.ndarray:
   """[1 f h w c] of all blocks. prompts: by the first block that has them."""
   last = lambda n: prompts[max(start for start in prompts if start <= n)]
   stream = PlainStream(
-    CONFIG, tiny.params(CONFIG), row, SIGMAS, blocks, lambda n: text(last(n))[None], noise(seed, row.block), **options
-  )  # fmt: skip
+    CONFIG,
+    tiny.params(CONFIG),
+    row,
+    SIGMAS,
+    blocks,
+    lambda n: text(last(n))[None],
+    noise(seed, row.block),
+    **options,
+  )
   return np.concatenate(stream.run(given), axis=1)
 
 

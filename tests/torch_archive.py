@@ -1,4 +1,6 @@
-"""Files as torch.save writes them, made without PyTorch: stand-ins for its modules give the pickle the names that it uses."""
+"""Files as torch.save writes them, made without PyTorch: stand-ins for its modules give the pickle
+the names that it uses.
+"""
 
 from collections import OrderedDict
 import contextlib
@@ -12,9 +14,13 @@ import zipfile
 import numpy as np
 
 STORAGES = {
-  "float32": "FloatStorage", "bfloat16": "BFloat16Storage", "float16": "HalfStorage", "float64": "DoubleStorage",
-  "int64": "LongStorage", "uint8": "ByteStorage",
-}  # fmt: skip
+  "float32": "FloatStorage",
+  "bfloat16": "BFloat16Storage",
+  "float16": "HalfStorage",
+  "float64": "DoubleStorage",
+  "int64": "LongStorage",
+  "uint8": "ByteStorage",
+}
 
 
 class Slice:
@@ -88,16 +94,28 @@ class _Pickler(pickle.Pickler):
       steps = tuple(step // flat.itemsize for step in flat.strides) if value.ndim else ()
       value = Slice(flat.reshape(-1), 0, value.shape, steps)
     if isinstance(value, Slice):
-      parts = (_Storage(value.storage), value.offset, value.shape, value.strides, False, OrderedDict())
+      parts = (
+        _Storage(value.storage),
+        value.offset,
+        value.shape,
+        value.strides,
+        False,
+        OrderedDict(),
+      )
       return self.utils._rebuild_tensor_v2, parts
     if isinstance(value, Parameter):
       return self.utils._rebuild_parameter, (value.data, True, OrderedDict())
     return NotImplemented
 
 
-def save(value: Any, path: pathlib.Path, *, byteorder: str = "little", compress: bool = False) -> pathlib.Path:
+def save(
+  value: Any, path: pathlib.Path, *, byteorder: str = "little", compress: bool = False
+) -> pathlib.Path:
   """torch.save(value, path), for arrays, Slices and Parameters in plain containers."""
-  with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive, _named_as_torch() as modules:
+  with (
+    zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive,
+    _named_as_torch() as modules,
+  ):
     with archive.open(f"{path.stem}/data.pkl", "w") as file:
       pickler = _Pickler(file, modules)
       pickler.dump(value)

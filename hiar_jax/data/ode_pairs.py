@@ -1,8 +1,10 @@
-"""The teacher trajectories that HiAR's and Self-Forcing's `generate_ode_pairs.py` write, as a trajectory data set.
+"""The teacher trajectories that HiAR's and Self-Forcing's `generate_ode_pairs.py` write, as a
+trajectory data set.
 
-Their folder holds a `.pt` file a prompt, {prompt: tensor [1, s, f, c, h, w]}: latents of Wan2.1 1.3B, normalised, from noise to data, at
-s of the levels of its sampler (48 Euler steps, shift 8, guidance 6; the levels before steps 0, 12, 24, 36 and the end). The files are read
-without PyTorch and without running what is in them.
+Their folder holds a `.pt` file a prompt, {prompt: tensor [1, s, f, c, h, w]}: latents of Wan2.1
+1.3B, normalised, from noise to data, at s of the levels of its sampler (48 Euler steps, shift 8,
+guidance 6; the levels before steps 0, 12, 24, 36 and the end). The files are read without PyTorch
+and without running what is in them.
 """
 
 from collections.abc import Sequence
@@ -27,7 +29,10 @@ _AXES = "[1, levels, frames, channels, height, width]"
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How the trajectories were made; the defaults are the published scripts'. kept: which of the steps + 1 levels are in the files."""
+  """How the trajectories were made; the defaults are the published scripts'.
+
+  kept: which of the steps + 1 levels are in the files.
+  """
 
   steps: int = 48
   shift: float = 8.0
@@ -37,7 +42,10 @@ class Sampler:
     at_least(1, steps=self.steps)
     there = all(-self.steps - 1 <= index <= self.steps for index in self.kept)
     if len(self.kept) < 2 or not there or (np.diff(self.sigmas) >= 0).any():
-      raise UserError(f"kept = {self.kept}: expected at least two of the levels 0 to {self.steps} (-1 is the last), from noise to data")
+      raise UserError(
+        f"kept = {self.kept}: expected at least two of the levels 0 to {self.steps} (-1 is the "
+        "last), from noise to data"
+      )
 
   @property
   def sigmas(self) -> list[float]:
@@ -64,57 +72,91 @@ def list_pairs(folder: str | os.PathLike) -> list[Pair]:
   paths = sorted(folder.glob("*.pt"))
   if not paths:
     what = "holds no .pt file" if folder.is_dir() else "is no folder"
-    raise UserError(f"{folder} {what}; give the folder that generate_ode_pairs.py wrote, with 00000.pt and so on")
-  return [Pair(path, prompt) for path in tqdm.tqdm(paths, desc="ode pairs", unit="file") for prompt in _entries(path)]
+    raise UserError(
+      f"{folder} {what}; give the folder that generate_ode_pairs.py wrote, with 00000.pt and so on"
+    )
+  return [
+    Pair(path, prompt)
+    for path in tqdm.tqdm(paths, desc="ode pairs", unit="file")
+    for prompt in _entries(path)
+  ]
 
 
 def _entries(path: pathlib.Path) -> dict[str, Any]:
   """What a file holds: arrays in the file, by prompt."""
   content = read_torch(path)
-  if not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content):
-    held = f"a dict of {len(content)} entries" if isinstance(content, dict) else type(content).__name__
+  if (
+    not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content)
+  ):
+    held = (
+      f"a dict of {len(content)} entries" if isinstance(content, dict) else type(content).__name__
+    )
     raise UserError(f"{path} holds {held}; expected a trajectory, {{prompt: tensor {_AXES}}}")
   return content
 
 
 def read_latents(pair: Pair, levels: int, channels: int = 16) -> np.ndarray:
-  """The latents of a trajectory, channels last: [s, f, h, w, c], noisiest first, in the file's dtype.
+  """The latents of a trajectory, channels last: [s, f, h, w, c], noisiest first, in the file's
+  dtype.
 
   Raises:
     UserError: a tensor of another shape or kind.
   """
   array = _entries(pair.path)[pair.prompt]
   shape = getattr(array, "shape", None)
-  if shape is None or len(shape) < 5 or shape[:-5] not in ((), (1,)) or array.dtype.name not in _FLOATING:
+  if (
+    shape is None
+    or len(shape) < 5
+    or shape[:-5] not in ((), (1,))
+    or array.dtype.name not in _FLOATING
+  ):
     raise UserError(f"{pair.path} holds {_describe(array)}; expected floating numbers {_AXES}")
   array = array.reshape(shape[-5:])
   if array.shape[0] != levels or array.shape[2] != channels:
     raise UserError(
-      f"{pair.path} holds {_describe(array)}; expected {levels} levels and {channels} channels, {_AXES}; "
+      f"{pair.path} holds {_describe(array)}; expected {levels} levels and {channels} channels, "
+      f"{_AXES}; "
       "say which levels were kept if there are others"
     )
   return np.moveaxis(array, 2, -1)
 
 
 def prepare(
-  directory: str | os.PathLike, folder: str | os.PathLike, sampler: Sampler = Sampler(), *, dtype: str = "float16", part_size: int = 8,
+  directory: str | os.PathLike,
+  folder: str | os.PathLike,
+  sampler: Sampler = Sampler(),
+  *,
+  dtype: str = "float16",
+  part_size: int = 8,
   channels: int = 16,
-) -> None:  # fmt: skip
-  """Writes the trajectory data set of a folder of `.pt` files; stopped anywhere, the same call goes on.
+) -> None:
+  """Writes the trajectory data set of a folder of `.pt` files; stopped anywhere, the same call goes
+  on.
 
-  dtype: of the data set; the published pipeline keeps float16 too. part_size: trajectories between two points of resumption, held in
-  memory at once (42 MB each at 480p in float32).
+  dtype: of the data set; the published pipeline keeps float16 too. part_size: trajectories between
+  two points of resumption, held in memory at once (42 MB each at 480p in float32).
 
   Raises:
-    UserError: files that hold something else, values that are not finite, or a directory with other trajectories.
+    UserError: files that hold something else, values that are not finite, or a directory with other
+    trajectories.
   """
   pairs = list_pairs(folder)
-  digest = hashlib.sha256(json.dumps([(pair.path.name, pair.prompt) for pair in pairs]).encode()).hexdigest()[:16]
-  recipe = {"source": "ode_pairs", "digest": digest, "steps": sampler.steps, "shift": sampler.shift, "kept": list(sampler.kept)}
+  digest = hashlib.sha256(
+    json.dumps([(pair.path.name, pair.prompt) for pair in pairs]).encode()
+  ).hexdigest()[:16]
+  recipe = {
+    "source": "ode_pairs",
+    "digest": digest,
+    "steps": sampler.steps,
+    "shift": sampler.shift,
+    "kept": list(sampler.kept),
+  }
   writer = TrajectoryWriter(directory, sampler.sigmas, len(pairs), part_size, dtype, recipe)
   for part in tqdm.tqdm(writer.missing_parts(), desc="trajectories", unit="part"):
     chosen = [pairs[row] for row in writer.rows(part)]
-    writer.write_part(part, _stack(chosen, len(sampler.kept), channels), [pair.prompt for pair in chosen])
+    writer.write_part(
+      part, _stack(chosen, len(sampler.kept), channels), [pair.prompt for pair in chosen]
+    )
   writer.finish()
 
 
@@ -122,9 +164,14 @@ def _stack(pairs: Sequence[Pair], levels: int, channels: int) -> np.ndarray:
   latents = [read_latents(pair, levels, channels) for pair in pairs]
   for pair, one in zip(pairs, latents, strict=True):
     if one.shape != latents[0].shape:
-      raise UserError(f"{pair.path} holds {_describe(one)}, {pairs[0].path} {_describe(latents[0])}; expected one size, import them apart")
+      raise UserError(
+        f"{pair.path} holds {_describe(one)}, {pairs[0].path} {_describe(latents[0])}; expected "
+        "one size, import them apart"
+      )
   return np.stack(latents)
 
 
 def _describe(value: Any) -> str:
-  return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+  return (
+    f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+  )

@@ -1,6 +1,8 @@
-"""Prompts with their encoded text as a TFDS data set: what distillation needs of its prompts, without the text encoder at hand.
+"""Prompts with their encoded text as a TFDS data set: what distillation needs of its prompts,
+without the text encoder at hand.
 
-A record is {caption, text [l, d]}: only the tokens of the prompt, without padding. `PadText` gives records one length.
+A record is {caption, text [l, d]}: only the tokens of the prompt, without padding. `PadText` gives
+records one length.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +27,9 @@ class Encoded(Protocol):
   identity: str  # of the encoder: another one gives other numbers
 
   def fill(self, prompts: Sequence[str]) -> None:
-    """Encodes those prompts that were not encoded before; what is done stays done, wherever it is stopped."""
+    """Encodes those prompts that were not encoded before; what is done stays done, wherever it is
+    stopped.
+    """
 
   def rows(self, prompt: str) -> np.ndarray:
     """The text [l, d] of a prompt that `fill` has seen."""
@@ -53,7 +57,10 @@ class PromptTexts(store.SequentialBuilder):
   def features(self) -> dict[str, Any]:
     config = self.builder_config
     text = config.texts.rows(config.prompts[0])
-    return {"text": store.tensor((None, text.shape[-1]), text.dtype), "caption": tfds.features.Text()}
+    return {
+      "text": store.tensor((None, text.shape[-1]), text.dtype),
+      "caption": tfds.features.Text(),
+    }
 
   def examples(self) -> Iterator[dict[str, Any]]:
     config = self.builder_config
@@ -71,7 +78,12 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
   """
   prompts = tuple(pipeline.read_prompts(prompts_file))
   digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
-  recipe = {"kind": "prompt texts", "prompts": len(prompts), "digest": digest, "encoder": texts.identity}
+  recipe = {
+    "kind": "prompt texts",
+    "prompts": len(prompts),
+    "digest": digest,
+    "encoder": texts.identity,
+  }
   store.check_recipe(directory, recipe)
   if store.is_complete(directory):
     return
@@ -89,14 +101,19 @@ def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
   padded = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
   for i, row in enumerate(rows):
     if len(row) > length:
-      raise UserError(f"a text of {len(row)} tokens does not fit into {length}; use the length that it was encoded with")
+      raise UserError(
+        f"a text of {len(row)} tokens does not fit into {length}; use the length that it was "
+        "encoded with"
+      )
     padded[i, : len(row)] = row
   return padded
 
 
 @dataclasses.dataclass(frozen=True)
 class PadText:
-  """Record -> the same with text [length, d], so that records stack: `MapDataset.source(open_source(d)).map(PadText(512)).batch(8)`."""
+  """Record -> the same with text [length, d], so that records stack:
+  `MapDataset.source(open_source(d)).map(PadText(512)).batch(8)`.
+  """
 
   length: int
 

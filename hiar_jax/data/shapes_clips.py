@@ -24,9 +24,10 @@ class ShapesClipsConfig(tfds.core.BuilderConfig):
 
 
 class ShapesClips(store.SequentialBuilder):
-  """video uint8 [f, H, W, 3], start int32 [] (the frame of its video at which it begins), caption, and the state of n shapes:
-  position and velocity float32 [f, n, 2] (x y, pixels, pixels per frame), colour, shape int32 [n] and background int32 [] as indices
-  into `world`'s lists."""
+  """video uint8 [f, H, W, 3], start int32 [] (the frame of its video at which it begins), caption,
+  and the state of n shapes: position and velocity float32 [f, n, 2] (x y, pixels, pixels per
+  frame), colour, shape int32 [n] and background int32 [] as indices into `world`'s lists.
+  """
 
   @property
   def count(self) -> int:
@@ -41,14 +42,14 @@ class ShapesClips(store.SequentialBuilder):
     world = self.builder_config.world
     f, n = world.frames, world.shapes_per_clip
     return {
-        "video": store.tensor((f, world.size, world.size, 3), np.uint8),
-        "start": store.tensor((), np.int32),
-        "caption": tfds.features.Text(),
-        "position": store.tensor((f, n, 2), np.float32),
-        "velocity": store.tensor((f, n, 2), np.float32),
-        "colour": store.tensor((n,), np.int32),
-        "shape": store.tensor((n,), np.int32),
-        "background": store.tensor((), np.int32),
+      "video": store.tensor((f, world.size, world.size, 3), np.uint8),
+      "start": store.tensor((), np.int32),
+      "caption": tfds.features.Text(),
+      "position": store.tensor((f, n, 2), np.float32),
+      "velocity": store.tensor((f, n, 2), np.float32),
+      "colour": store.tensor((n,), np.int32),
+      "shape": store.tensor((n,), np.int32),
+      "background": store.tensor((), np.int32),
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
@@ -64,19 +65,20 @@ def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -
   start = world_lib.sample_start(rng, world)
   states = world_lib.simulate(scene, world.frames, start)
   return {
-      "video": world_lib.render(states, world_lib.background_image(scene.background, world), world),
-      "start": np.int32(start),
-      "caption": world_lib.caption(scene),
-      "position": states.position.astype(np.float32),
-      "velocity": states.velocity.astype(np.float32),
-      "colour": states.colour,
-      "shape": states.shape,
-      "background": np.int32(states.background),
+    "video": world_lib.render(states, world_lib.background_image(scene.background, world), world),
+    "start": np.int32(start),
+    "caption": world_lib.caption(scene),
+    "position": states.position.astype(np.float32),
+    "velocity": states.velocity.astype(np.float32),
+    "colour": states.colour,
+    "shape": states.shape,
+    "background": np.int32(states.background),
   }
 
 
 def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: int) -> None:
-  """Writes `clips` clips of the train split. Returns at once where they are complete; starts over where they are not.
+  """Writes `clips` clips of the train split. Returns at once where they are complete; starts over
+  where they are not.
 
   Raises:
     UserError: no clips asked for, or the directory holds clips of another world, count or seed.

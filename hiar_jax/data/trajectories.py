@@ -1,7 +1,8 @@
 """Teacher ODE trajectories: computed in parts that survive a stop, then one TFDS data set.
 
-A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first; causal init
-regresses on it. Parts may be computed by several hosts over a shared file system; one of them then calls `finish`.
+A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first;
+causal init regresses on it. Parts may be computed by several hosts over a shared file system; one
+of them then calls `finish`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,9 @@ class TrajectoriesConfig(tfds.core.BuilderConfig):
 
 
 class Trajectories(store.SequentialBuilder):
-  """trajectory [s, f, h, w, c] (s noise levels), start int32 [] and caption (of the clip it was made for), in the order of the parts."""
+  """trajectory [s, f, h, w, c] (s noise levels), start int32 [] and caption (of the clip it was
+  made for), in the order of the parts.
+  """
 
   @property
   def count(self) -> int:
@@ -45,9 +48,9 @@ class Trajectories(store.SequentialBuilder):
   def features(self) -> dict[str, Any]:
     config = self.builder_config
     return {
-        "trajectory": store.tensor(config.shape, np.dtype(config.dtype)),
-        "start": store.tensor((), np.int32),
-        "caption": tfds.features.Text(),
+      "trajectory": store.tensor(config.shape, np.dtype(config.dtype)),
+      "start": store.tensor((), np.int32),
+      "caption": tfds.features.Text(),
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
@@ -58,32 +61,43 @@ class Trajectories(store.SequentialBuilder):
 
 
 class TrajectoryWriter:
-  """Collects `total` trajectories at `sigmas` (noisiest first) in parts of `part_size`, the last one shorter.
+  """Collects `total` trajectories at `sigmas` (noisiest first) in parts of `part_size`, the last
+  one shorter.
 
-  `recipe` is whatever else the trajectories depend on (guidance, seed, teacher step): JSON values, kept and compared.
+  `recipe` is whatever else the trajectories depend on (guidance, seed, teacher step): JSON values,
+  kept and compared.
 
   Raises:
-    UserError: counts below 1, a dtype that can't store latents, or the directory holds trajectories made otherwise.
+    UserError: counts below 1, a dtype that can't store latents, or the directory holds trajectories
+    made otherwise.
   """
 
   def __init__(
-      self,
-      directory: str | os.PathLike,
-      sigmas: Sequence[float],
-      total: int,
-      part_size: int,
-      dtype: str = "float32",
-      recipe: dict[str, Any] | None = None,
+    self,
+    directory: str | os.PathLike,
+    sigmas: Sequence[float],
+    total: int,
+    part_size: int,
+    dtype: str = "float32",
+    recipe: dict[str, Any] | None = None,
   ):
     if total < 1 or part_size < 1:
-      raise UserError(f"{total} trajectories in parts of {part_size} asked for; both must be at least 1")
+      raise UserError(
+        f"{total} trajectories in parts of {part_size} asked for; both must be at least 1"
+      )
     if dtype not in ("float32", "float16"):
       raise UserError(f"trajectories stored as {dtype!r} asked for; use 'float32' or 'float16'")
     self.directory = pathlib.Path(directory)
     self.sigmas = [float(s) for s in sigmas]
     self.total, self.part_size, self.dtype = total, part_size, dtype
     self.parts = -(-total // part_size)
-    fields = {"kind": "trajectories", "sigmas": self.sigmas, "total": total, "part_size": part_size, "dtype": dtype}
+    fields = {
+      "kind": "trajectories",
+      "sigmas": self.sigmas,
+      "total": total,
+      "part_size": part_size,
+      "dtype": dtype,
+    }
     fields |= recipe or {}
     store.check_recipe(directory, fields)
     if store.read_recipe(directory) is None:
@@ -102,10 +116,19 @@ class TrajectoryWriter:
     """Parts that this process has still to compute, in order; none once complete."""
     if self.complete:
       return []
-    return [i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()]
+    return [
+      i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()
+    ]
 
-  def write_part(self, index: int, latents: np.ndarray, captions: Sequence[str], starts: Sequence[int] | None = None) -> None:
-    """Keeps part `index` for good: latents [m, s, f, h, w, c], m captions and starts (default 0), m = len(rows(index)). Atomic.
+  def write_part(
+    self,
+    index: int,
+    latents: np.ndarray,
+    captions: Sequence[str],
+    starts: Sequence[int] | None = None,
+  ) -> None:
+    """Keeps part `index` for good: latents [m, s, f, h, w, c], m captions and starts (default 0), m
+    = len(rows(index)). Atomic.
 
     Raises:
       ValueError: shapes that don't fit the part (a bug of the caller).
@@ -113,31 +136,40 @@ class TrajectoryWriter:
     """
     expected = (len(self.rows(index)), len(self.sigmas))
     if latents.ndim != 6 or latents.shape[:2] != expected or len(captions) != expected[0]:
-      raise ValueError(f"part {index} needs latents {expected} + [f, h, w, c] and {expected[0]} captions, got "
-                       f"{latents.shape} and {len(captions)}")
+      raise ValueError(
+        f"part {index} needs latents {expected} + [f, h, w, c] and {expected[0]} captions, got "
+        f"{latents.shape} and {len(captions)}"
+      )
     with np.errstate(over="ignore"):  # said below
       latents = np.asarray(latents).astype(self.dtype)
     if not np.isfinite(latents).all():
-      raise UserError(f"the teacher's trajectories {self.rows(index)} are not finite as {self.dtype}; the teacher has "
-                      "diverged, or its latents need float32")
+      raise UserError(
+        f"the teacher's trajectories {self.rows(index)} are not finite as {self.dtype}; the "
+        "teacher has "
+        "diverged, or its latents need float32"
+      )
     content = io.BytesIO()
     starts = np.zeros(len(captions), np.int32) if starts is None else np.asarray(starts, np.int32)
     np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_), starts=starts)
     write_atomic(self._part(index), content.getvalue())
 
   def finish(self) -> None:
-    """Builds the data set from all parts, then removes them. Killed anywhere, calling it again completes it.
+    """Builds the data set from all parts, then removes them. Killed anywhere, calling it again
+    completes it.
 
     Raises:
       ValueError: parts are missing.
-      UserError: a part is damaged (it is removed, so that the next run computes it anew), or the disk is full.
+      UserError: a part is damaged (it is removed, so that the next run computes it anew), or the
+      disk is full.
     """
     if not self.complete:
       if missing := self.missing_parts():
         raise ValueError(f"trajectory parts {missing} are missing")
       paths = tuple(self._part(i) for i in range(self.parts))
       shape = _read_part(paths[0])[0].shape[1:]
-      config = TrajectoriesConfig(name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype)
+      config = TrajectoriesConfig(
+        name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype
+      )
       store.build(Trajectories, config, self.directory)
     shutil.rmtree(self.directory / _PARTS, ignore_errors=True)
 
@@ -164,10 +196,15 @@ def check_sigmas(directory: str | os.PathLike, sigmas: Sequence[float]) -> None:
     UserError: other levels, or no trajectories there.
   """
   stored = read_sigmas(directory)
-  if len(stored) != len(sigmas) or not np.allclose(stored, np.asarray(sigmas, np.float64), rtol=0, atol=1e-6):
+  if len(stored) != len(sigmas) or not np.allclose(
+    stored, np.asarray(sigmas, np.float64), rtol=0, atol=1e-6
+  ):
     there, wanted = (", ".join(f"{s:.4f}" for s in levels) for levels in (stored, sigmas))
-    raise UserError(f"{directory} holds trajectories at sigmas {there}, but the student uses {wanted}; make them anew "
-                    "in another directory")
+    raise UserError(
+      f"{directory} holds trajectories at sigmas {there}, but the student uses {wanted}; make "
+      "them anew "
+      "in another directory"
+    )
 
 
 def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -176,4 +213,6 @@ def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
       return part["latents"], part["captions"], part["starts"]
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
-    raise UserError(f"{path} is damaged ({error}) and was removed; run again to compute it anew") from error
+    raise UserError(
+      f"{path} is damaged ({error}) and was removed; run again to compute it anew"
+    ) from error

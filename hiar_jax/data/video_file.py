@@ -1,4 +1,6 @@
-"""One video file as clips: decoded in order, resampled in time by its timestamps, resized and cropped to cover."""
+"""One video file as clips: decoded in order, resampled in time by its timestamps, resized and
+cropped to cover.
+"""
 
 import collections
 from collections.abc import Iterator
@@ -10,7 +12,8 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 
-_TRUNCATED = 0.9  # a file that decodes to less than this share of the frames it declares was cut off
+# a file that decodes to less than this share of the frames it declares was cut off
+_TRUNCATED = 0.9
 
 
 class Unusable(Exception):
@@ -19,7 +22,8 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The clips wanted: `frames` frames of height x width pixels at `fps`, one starting every `stride` frames.
+  """The clips wanted: `frames` frames of height x width pixels at `fps`, one starting every
+  `stride` frames.
 
   Raises:
     UserError: a number that is not positive.
@@ -46,12 +50,18 @@ def count_clips(path: str | os.PathLike, sampling: Sampling) -> int:
   """
   shown = sum(repeats for _, repeats in _resampled(path, sampling.fps))
   if shown < sampling.frames:
-    raise Unusable(f"too short: {shown} frames at {sampling.fps:g} frames a second, a clip needs {sampling.frames}")
+    raise Unusable(
+      f"too short: {shown} frames at {sampling.fps:g} frames a second, a clip needs "
+      f"{sampling.frames}"
+    )
   return (shown - sampling.frames) // sampling.stride + 1
 
 
 def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
-  """The clips of a file, uint8 [f, H, W, 3] each, reading forward once. Raises what `count_clips` raises."""
+  """The clips of a file, uint8 [f, H, W, 3] each, reading forward once.
+
+  Raises what `count_clips` raises.
+  """
   window: collections.deque[np.ndarray] = collections.deque(maxlen=sampling.frames)
   index = 0
   for frame, repeats in _resampled(path, sampling.fps):
@@ -79,7 +89,10 @@ def _resampled(path: str | os.PathLike, fps: float) -> Iterator[tuple[av.VideoFr
 
 
 def _ticks(seconds: float, fps: float) -> int:
-  """How many of the times 0, 1/fps, 2/fps, ... lie before `seconds`. Timestamps are rounded, hence the tolerance."""
+  """How many of the times 0, 1/fps, 2/fps, ... lie before `seconds`.
+
+  Timestamps are rounded, hence the tolerance.
+  """
   return int(np.ceil(seconds * fps - 1e-3))
 
 
@@ -100,7 +113,9 @@ def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, fl
       if frame.is_corrupt:
         raise Unusable(f"damaged at frame {count}")
       time = count / rate if frame.time is None else float(frame.time)
-      duration = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
+      duration = (
+        float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
+      )
       yield frame, time, duration
       count += 1
     if not count:
@@ -110,7 +125,10 @@ def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, fl
 
 
 def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-  """Upright, scaled until it covers height x width with its shape kept, centre cropped. uint8 [H, W, 3]."""
+  """Upright, scaled until it covers height x width with its shape kept, centre cropped.
+
+  uint8 [H, W, 3].
+  """
   sideways = frame.rotation % 180 != 0
   box_h, box_w = (width, height) if sideways else (height, width)
   scale = max(box_h / frame.height, box_w / frame.width)
@@ -118,5 +136,5 @@ def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
   how = "AREA" if scale < 1 else "BICUBIC"
   image = frame.reformat(width=new_w, height=new_h, format="rgb24", interpolation=how).to_ndarray()
   top, left = (new_h - box_h) // 2, (new_w - box_w) // 2
-  image = image[top:top + box_h, left:left + box_w]
+  image = image[top : top + box_h, left : left + box_w]
   return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

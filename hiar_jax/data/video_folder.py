@@ -1,7 +1,9 @@
-"""A folder of real videos as a TFDS data set: any container, codec, size and frame rate that FFmpeg reads.
+"""A folder of real videos as a TFDS data set: any container, codec, size and frame rate that FFmpeg
+reads.
 
-Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns file, caption) where there is one, else
-from `name.txt` beside `name.mp4`. Files that cannot be used are named, one line each, and skipped.
+Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns file, caption) where
+there is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are named, one line
+each, and skipped.
 """
 
 from collections.abc import Iterator
@@ -56,35 +58,45 @@ class VideoFolder(store.SequentialBuilder):
   def features(self) -> dict[str, Any]:
     sampling = self.builder_config.sampling
     return {
-        "video": store.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
-        "start": store.tensor((), np.int32),
-        "caption": tfds.features.Text(),
+      "video": store.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
+      "start": store.tensor((), np.int32),
+      "caption": tfds.features.Text(),
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
     for source in self.builder_config.sources:
       sampling = self.builder_config.sampling
       for number, clip in enumerate(video_file.clips(source.path, sampling)):
-        yield {"video": clip, "start": np.int32(number * sampling.stride), "caption": source.caption}
+        yield {
+          "video": clip,
+          "start": np.int32(number * sampling.stride),
+          "caption": source.caption,
+        }
 
 
 def prepare(
-    directory: str | os.PathLike,
-    source_folder: str | os.PathLike,
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
-    stride: int | None = None,
+  directory: str | os.PathLike,
+  source_folder: str | os.PathLike,
+  frames: int,
+  height: int,
+  width: int,
+  fps: float,
+  stride: int | None = None,
 ) -> None:
-  """Cuts every usable video of a folder into clips of `frames` frames at `fps`, each `stride` frames after the last
-  (default: end to end). Returns at once where that is done; later changes of the folder are said, not followed.
+  """Cuts every usable video of a folder into clips of `frames` frames at `fps`, each `stride`
+  frames after the last (default: end to end). Returns at once where that is done; later changes of
+  the folder are said, not followed.
 
   Raises:
-    UserError: no such folder, no usable video in it, bad metadata, bad sizes, or a directory of other settings.
+    UserError: no such folder, no usable video in it, bad metadata, bad sizes, or a directory of
+    other settings.
   """
   sampling = Sampling(frames, height, width, fps, stride or frames)
-  recipe = {"kind": "video folder", "folder": os.path.abspath(source_folder), **dataclasses.asdict(sampling)}
+  recipe = {
+    "kind": "video folder",
+    "folder": os.path.abspath(source_folder),
+    **dataclasses.asdict(sampling),
+  }
   store.check_recipe(directory, recipe, ignore=("files",))
   if store.is_complete(directory):
     _say_if_changed(directory, source_folder)
@@ -99,12 +111,16 @@ def prepare(
 def _say_if_changed(directory: str | os.PathLike, source_folder: str | os.PathLike) -> None:
   used = store.read_recipe(directory)["files"]
   if os.path.isdir(source_folder) and used != _fingerprint(pathlib.Path(source_folder)):
-    logging.warning("%s has changed since %s was made from it; delete the latter to use the new files", source_folder,
-                    directory)
+    logging.warning(
+      "%s has changed since %s was made from it; delete the latter to use the new files",
+      source_folder,
+      directory,
+    )
 
 
 def scan(folder: pathlib.Path, sampling: Sampling) -> list[Source]:
-  """Decodes every file once: which can be used, and how many clips each gives. Logs a line for each that can't.
+  """Decodes every file once: which can be used, and how many clips each gives. Logs a line for each
+  that can't.
 
   Raises:
     UserError: none can be used; says why for the first.
@@ -122,11 +138,24 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[Source]:
       skipped.append(f"{name}: {reason}")
       logging.warning("skipped %s", skipped[-1])
   if not sources:
-    why = f"all {len(skipped)} were skipped, the first as {skipped[0]}" if skipped else "no video files there"
-    raise UserError(f"no usable video in {folder} ({why}); it needs clip.mp4 beside clip.txt, or a metadata.jsonl")
+    why = (
+      f"all {len(skipped)} were skipped, the first as {skipped[0]}"
+      if skipped
+      else "no video files there"
+    )
+    raise UserError(
+      f"no usable video in {folder} ({why}); it needs clip.mp4 beside clip.txt, or a metadata.jsonl"
+    )
   level = logging.WARNING if skipped else logging.INFO
-  logging.log(level, "%s: %d of %d videos used, %d skipped, %d clips", folder, len(sources), len(names), len(skipped),
-              sum(s.clips for s in sources))
+  logging.log(
+    level,
+    "%s: %d of %d videos used, %d skipped, %d clips",
+    folder,
+    len(sources),
+    len(names),
+    len(skipped),
+    sum(s.clips for s in sources),
+  )
   return sources
 
 
@@ -141,7 +170,9 @@ def read_captions(folder: pathlib.Path) -> dict[str, str]:
     for line, row in enumerate(_rows(path), 1) if path.exists() else ():
       if not (isinstance(row, dict) and isinstance(row.get("file"), str)):
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise UserError(f"{path}, row {line}: expected the columns file and caption, found {columns}")
+        raise UserError(
+          f"{path}, row {line}: expected the columns file and caption, found {columns}"
+        )
       captions[os.path.normpath(row["file"])] = str(row.get("caption") or "").strip()
   return captions
 
@@ -153,7 +184,9 @@ def _rows(path: pathlib.Path) -> list[Any]:
       return list(csv.DictReader(text.splitlines()))
     return [json.loads(line) for line in text.splitlines() if line.strip()]
   except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise UserError(f"{path} cannot be read ({error}); expected UTF-8: one JSON object a line, or CSV") from error
+    raise UserError(
+      f"{path} cannot be read ({error}); expected UTF-8: one JSON object a line, or CSV"
+    ) from error
 
 
 def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
@@ -175,7 +208,9 @@ def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
 
 def _existing(folder: str | os.PathLike) -> pathlib.Path:
   if not os.path.isdir(folder):
-    raise UserError(f"{folder} is not a folder; give the folder that holds the videos and their captions")
+    raise UserError(
+      f"{folder} is not a folder; give the folder that holds the videos and their captions"
+    )
   return pathlib.Path(folder)
 
 
@@ -185,6 +220,10 @@ def _video_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def _fingerprint(folder: pathlib.Path) -> str:
   """Changes when a video or caption is added, removed or replaced by one of another size."""
-  wanted = (p for p in folder.rglob("*") if p.suffix.lower() in (*_SUFFIXES, ".txt", ".csv", ".jsonl") and p.is_file())
+  wanted = (
+    p
+    for p in folder.rglob("*")
+    if p.suffix.lower() in (*_SUFFIXES, ".txt", ".csv", ".jsonl") and p.is_file()
+  )
   lines = sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in wanted)
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()

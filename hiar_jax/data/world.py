@@ -1,10 +1,12 @@
 """The shapes world: coloured shapes that move and bounce, rendered exactly, described in words.
 
-Everything is known: `Scene` is the full state at t = 0, `simulate` gives the state of any frame in closed form,
-`render` draws it with sub-pixel accurate edges. So what a model drew can be measured against what its prompt asked for.
+Everything is known: `Scene` is the full state at t = 0, `simulate` gives the state of any frame in
+closed form, `render` draws it with sub-pixel accurate edges. So what a model drew can be measured
+against what its prompt asked for.
 
-Units: pixels and pixels per frame; x to the right, y down; pixel (i, j) covers [j, j+1] x [i, i+1]; images in [0, 1]
-unless they say uint8. Lengths and speeds scale with the image: they are quoted here for 32 x 32.
+Units: pixels and pixels per frame; x to the right, y down; pixel (i, j) covers [j, j+1] x [i, i+1];
+images in [0, 1] unless they say uint8. Lengths and speeds scale with the image: they are quoted
+here for 32 x 32.
 """
 
 import dataclasses
@@ -16,34 +18,49 @@ import numpy as np
 from hiar_jax.errors import UserError
 
 COLOURS = {
-    "red": (0.92, 0.16, 0.16),
-    "green": (0.16, 0.76, 0.24),
-    "blue": (0.20, 0.32, 0.96),
-    "yellow": (0.96, 0.86, 0.18),
-    "magenta": (0.90, 0.24, 0.86),
-    "cyan": (0.20, 0.84, 0.90),
+  "red": (0.92, 0.16, 0.16),
+  "green": (0.16, 0.76, 0.24),
+  "blue": (0.20, 0.32, 0.96),
+  "yellow": (0.96, 0.86, 0.18),
+  "magenta": (0.90, 0.24, 0.86),
+  "cyan": (0.20, 0.84, 0.90),
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slowly": 1.5, "": 2.2, "quickly": 3.0}  # fast enough that clips show what comes after a wall, far from it too
+# fast enough that clips show what comes after a wall, far from it too
+SPEEDS = {"slowly": 1.5, "": 2.2, "quickly": 3.0}
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "gradient")
-VOCABULARY = ("a", "and", "on", "moving", "background", *COLOURS, *SHAPES, *DIRECTIONS, *filter(None, SPEEDS),
-              *BACKGROUNDS[1:])
+VOCABULARY = (
+  "a",
+  "and",
+  "on",
+  "moving",
+  "background",
+  *COLOURS,
+  *SHAPES,
+  *DIRECTIONS,
+  *filter(None, SPEEDS),
+  *BACKGROUNDS[1:],
+)
 SPLITS = ("train", "held_out")
 
 _REFERENCE_SIZE = 32
 VIDEO_CLIPS = 4  # the clips of a video
-FREE_FRAMES = 6  # that move as the caption says before a wall is met: so where a shape starts tells its direction from the first noise on
+# that move as the caption says before a wall is met: so where a shape starts tells its direction
+# from the first noise on
+FREE_FRAMES = 6
 _CROSSING_TRIES = 8  # scenes drawn until the two shapes of a textured clip meet
 _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
 
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-  """One difficulty of the world. `plain`: one shape on dark grey; `textured`: two shapes that cross on a texture.
+  """One difficulty of the world. `plain`: one shape on dark grey; `textured`: two shapes that cross
+  on a texture.
 
-  later: share of clips that are the second to fourth clip of their video, if it is cut end to end. Their caption is the video's, so it says
-    how the shapes set out, not how they move now: what a model of long videos has to know.
+  later: share of clips that are the second to fourth clip of their video, if it is cut end to end.
+    Their caption is the video's, so it says how the shapes set out, not how they move now: what a
+    model of long videos has to know.
 
   Raises:
     UserError: an unknown difficulty, no share, or an image or clip too small to show a shape move.
@@ -56,11 +73,16 @@ class WorldConfig:
 
   def __post_init__(self):
     if self.difficulty not in ("plain", "textured"):
-      raise UserError(f"world difficulty {self.difficulty!r} is unknown; choose 'plain' or 'textured'")
+      raise UserError(
+        f"world difficulty {self.difficulty!r} is unknown; choose 'plain' or 'textured'"
+      )
     if not 0 <= self.later <= 1:
       raise UserError(f"later = {self.later}: expected the share of clips that start later, 0 to 1")
     if self.size < 16 or self.frames < 1:
-      raise UserError(f"world of {self.frames} frames of {self.size} px is too small; use size >= 16 and frames >= 1")
+      raise UserError(
+        f"world of {self.frames} frames of {self.size} px is too small; use size >= 16 and frames "
+        ">= 1"
+      )
 
   @property
   def scale(self) -> float:
@@ -116,7 +138,10 @@ class States:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedShape:
-  """What a prompt asks of one shape; None where it does not say. A missing adverb is the speed ''."""
+  """What a prompt asks of one shape; None where it does not say.
+
+  A missing adverb is the speed ''.
+  """
 
   colour: str | None = None
   shape: str | None = None
@@ -126,7 +151,10 @@ class ParsedShape:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCaption:
-  """What a prompt asks for. `background` is None where it names no texture; `unknown` lists words outside the world."""
+  """What a prompt asks for.
+
+  `background` is None where it names no texture; `unknown` lists words outside the world.
+  """
 
   shapes: tuple[ParsedShape, ...]
   background: str | None
@@ -137,13 +165,18 @@ class ParsedCaption:
 
 
 def caption(scene: Scene) -> str:
-  """'a red circle moving left slowly', joined by 'and', then 'on a striped background' unless it is plain."""
+  """'a red circle moving left slowly', joined by 'and', then 'on a striped background' unless it is
+  plain.
+  """
   phrases = [_phrase(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
   return _sentence(phrases, scene.background)
 
 
 def parse_caption(text: str) -> ParsedCaption | None:
-  """Reads a prompt back, tolerantly: whatever it recognises, in order. None where it recognises nothing."""
+  """Reads a prompt back, tolerantly: whatever it recognises, in order.
+
+  None where it recognises nothing.
+  """
   shapes: list[dict] = []
   background, unknown = None, []
   kinds = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS}
@@ -164,7 +197,9 @@ def parse_caption(text: str) -> ParsedCaption | None:
 
 
 def held_out(colour: str, shape: str, direction: str) -> bool:
-  """True for the 9 of 72 triples that training never shows; every pair of their words is still seen in training."""
+  """True for the 9 of 72 triples that training never shows; every pair of their words is still seen
+  in training.
+  """
   i, j, d = list(COLOURS).index(colour), SHAPES.index(shape), list(DIRECTIONS).index(direction)
   return (i + j) % 2 == 0 and d == (i // 2 + j) % 4
 
@@ -183,15 +218,19 @@ def triples(split: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def prompts(split: str, config: WorldConfig) -> list[str]:
-  """Distinct prompts of a split. Plain: every triple at every speed. Textured: every pair of triples of two colours,
-  with speeds and textures that rotate along the list (all of their products would be a hundred thousand)."""
+  """Distinct prompts of a split. Plain: every triple at every speed. Textured: every pair of
+  triples of two colours, with speeds and textures that rotate along the list (all of their products
+  would be a hundred thousand).
+  """
   if config.difficulty == "plain":
     return [_sentence([_phrase(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
   pairs = [(a, b) for a in triples(split) for b in triples(split) if a[0] != b[0]]
   speeds, textures = list(SPEEDS), BACKGROUNDS[1:]
   return [
-      _sentence([_phrase(*a, speeds[i % 3]), _phrase(*b, speeds[i // 3 % 3])], textures[i % len(textures)])
-      for i, (a, b) in enumerate(pairs)
+    _sentence(
+      [_phrase(*a, speeds[i % 3]), _phrase(*b, speeds[i // 3 % 3])], textures[i % len(textures)]
+    )
+    for i, (a, b) in enumerate(pairs)
   ]
 
 
@@ -208,14 +247,18 @@ def _sentence(phrases: list[str], background: str) -> str:
 
 
 def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "train") -> Scene:
-  """Draws a scene of a split. Two shapes have two colours, start apart and mostly meet within the clip."""
+  """Draws a scene of a split.
+
+  Two shapes have two colours, start apart and mostly meet within the clip.
+  """
   tries = 0
   while True:
     scene = _draw_scene(rng, config, split)
     if config.shapes_per_clip == 1:
       return scene
     centres = simulate(scene, config.frames).position
-    gaps = np.abs(centres[:, 0] - centres[:, 1]).max(-1) / config.radius  # 2 = boxes touch, 0 = one hides the other
+    # 2 = boxes touch, 0 = one hides the other
+    gaps = np.abs(centres[:, 0] - centres[:, 1]).max(-1) / config.radius
     tries += gaps[0] > 1.5  # a shape hidden from the start would belie its caption
     if gaps[0] > 1.5 and (gaps.min() < 1 or tries >= _CROSSING_TRIES):
       return scene
@@ -232,14 +275,24 @@ def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Sc
   return Scene(tuple(shapes), background, config.size)
 
 
-def _draw_shape(rng: np.random.Generator, config: WorldConfig, triple: tuple[str, str, str]) -> Shape:
+def _draw_shape(
+  rng: np.random.Generator, config: WorldConfig, triple: tuple[str, str, str]
+) -> Shape:
   colour, shape, direction = triple
   word = list(SPEEDS)[rng.integers(len(SPEEDS))]
   velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
   low, high = config.radius, config.size - config.radius
   run = velocity * FREE_FRAMES
   position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
-  return Shape(colour, shape, direction, word, tuple(position.tolist()), tuple(velocity.tolist()), config.radius)
+  return Shape(
+    colour,
+    shape,
+    direction,
+    word,
+    tuple(position.tolist()),
+    tuple(velocity.tolist()),
+    config.radius,
+  )
 
 
 def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
@@ -248,9 +301,11 @@ def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
 
 
 def simulate(scene: Scene, frames: int, start: int = 0) -> States:
-  """The state of `frames` frames from `start` on: straight motion and elastic bounces of the centre within [radius, size-radius].
+  """The state of `frames` frames from `start` on: straight motion and elastic bounces of the centre
+  within [radius, size-radius].
 
-  In closed form (a triangle wave of the unfolded path), so that frame 10,000 is as exact as frame 1.
+  In closed form (a triangle wave of the unfolded path), so that frame 10,000 is as exact as frame
+  1.
   """
   origin = np.array([s.position for s in scene.shapes])
   speed = np.array([s.velocity for s in scene.shapes])
@@ -260,12 +315,12 @@ def simulate(scene: Scene, frames: int, start: int = 0) -> States:
   path = np.mod(origin - low + np.arange(start, start + frames)[:, None, None] * speed, 2 * room)
   back = path > room
   return States(
-      position=low + np.where(back, 2 * room - path, path),
-      velocity=np.where(back, -speed, speed),
-      radius=radius,
-      colour=np.array([list(COLOURS).index(s.colour) for s in scene.shapes], np.int32),
-      shape=np.array([SHAPES.index(s.shape) for s in scene.shapes], np.int32),
-      background=BACKGROUNDS.index(scene.background),
+    position=low + np.where(back, 2 * room - path, path),
+    velocity=np.where(back, -speed, speed),
+    radius=radius,
+    colour=np.array([list(COLOURS).index(s.colour) for s in scene.shapes], np.int32),
+    shape=np.array([SHAPES.index(s.shape) for s in scene.shapes], np.int32),
+    background=BACKGROUNDS.index(scene.background),
   )
 
 
@@ -273,20 +328,27 @@ def simulate(scene: Scene, frames: int, start: int = 0) -> States:
 
 
 def render(states: States, background: np.ndarray, config: WorldConfig) -> np.ndarray:
-  """Draws every frame over `background` (float32 [H, W, 3] in [0, 1]). Returns uint8 [f, H, W, 3]."""
+  """Draws every frame over `background` (float32 [H, W, 3] in [0, 1]).
+
+  Returns uint8 [f, H, W, 3].
+  """
   image = np.broadcast_to(background, (len(states.position), config.size, config.size, 3))
   for n, (colour, shape) in enumerate(zip(states.colour, states.shape, strict=True)):
     rgb = np.array(list(COLOURS.values())[colour], np.float32)
-    alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)[..., None]
+    alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)[
+      ..., None
+    ]
     image = image + alpha * (rgb - image)
   return np.rint(255 * image).astype(np.uint8)
 
 
 def alpha_mask(shape: str, xy: np.ndarray, radius: float, size: int) -> np.ndarray:
-  """Share of each pixel that the shape covers. `xy` is [..., 2], any leading axes. Returns float32 [..., size, size].
+  """Share of each pixel that the shape covers. `xy` is [..., 2], any leading axes. Returns float32
+  [..., size, size].
 
-  All shapes are one symmetric interval per scan line, so coverage along a line is exact. The lines of a pixel row are
-  spread over the part of the row that the shape's box touches, so horizontal edges are exact too.
+  All shapes are one symmetric interval per scan line, so coverage along a line is exact. The lines
+  of a pixel row are spread over the part of the row that the shape's box touches, so horizontal
+  edges are exact too.
   """
   xy = np.asarray(xy, np.float64)[..., None, None]
   x, y = xy[..., 0, :, :], xy[..., 1, :, :]  # [..., 1, 1]: rows, columns
@@ -302,7 +364,8 @@ def alpha_mask(shape: str, xy: np.ndarray, radius: float, size: int) -> np.ndarr
   return (alpha * (bottom - top) / _SUBLINES).astype(np.float32)
 
 
-_BOX = {"circle": 1.0, "square": 0.9, "triangle": 1.0}  # half height / radius; areas 3.1, 3.2 and 2 radius^2
+# half height / radius; areas 3.1, 3.2 and 2 radius^2
+_BOX = {"circle": 1.0, "square": 0.9, "triangle": 1.0}
 
 
 def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
@@ -315,7 +378,10 @@ def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
 
 
 def background_image(name: str, config: WorldConfig) -> np.ndarray:
-  """The one exact picture that a background's name stands for: greys that no shape wears. float32 [H, W, 3]."""
+  """The one exact picture that a background's name stands for: greys that no shape wears.
+
+  float32 [H, W, 3].
+  """
   return _background(name, config.size).copy()
 
 
@@ -325,11 +391,11 @@ def _background(name: str, size: int) -> np.ndarray:
   axis = (np.arange(size * fine) + 0.5) / fine * _REFERENCE_SIZE / size
   x, y = axis[None, :], axis[:, None]
   light = {
-      "plain": lambda: 0 * (x + y),
-      "striped": lambda: (x + y) % 9 < 4.5,
-      "checkered": lambda: (x // 4 + y // 4) % 2,
-      "dotted": lambda: (x % 6.4 - 3.2) ** 2 + (y % 6.4 - 3.2) ** 2 < 1.7**2,
-      "gradient": lambda: (0 * x + y) / _REFERENCE_SIZE * 1.5,
+    "plain": lambda: 0 * (x + y),
+    "striped": lambda: (x + y) % 9 < 4.5,
+    "checkered": lambda: (x // 4 + y // 4) % 2,
+    "dotted": lambda: (x % 6.4 - 3.2) ** 2 + (y % 6.4 - 3.2) ** 2 < 1.7**2,
+    "gradient": lambda: (0 * x + y) / _REFERENCE_SIZE * 1.5,
   }[name]().astype(np.float32)
   grey = 0.12 + 0.2 * light.reshape(size, fine, size, fine).mean((1, 3))
   return np.repeat(grey[..., None], 3, -1).astype(np.float32)

@@ -1,15 +1,16 @@
-"""The nearest true rendering of the shapes world: what a drawn frame shows, and how far it is from anything exact.
+"""The nearest true rendering of the shapes world: what a drawn frame shows, and how far it is from
+anything exact.
 
-With the picture underneath B, a shape's coverage a, its colour C and the share w of it that nothing hides, a rendering
-is base + w a (C - B). For a frame x and D = x - base the squared error is
+With the picture underneath B, a shape's coverage a, its colour C and the share w of it that nothing
+hides, a rendering is base + w a (C - B). For a frame x and D = x - base the squared error is
 
-    |x - render|^2 = |D|^2 - 2 sum w a D.(C - B) + sum w^2 a^2 |C - B|^2                                      (1)
+    |x - render|^2 = |D|^2 - 2 sum w a D.(C - B) + sum w^2 a^2 |C - B|^2                 (1)
 
-where all that depends on place and form is a and a^2. So one matrix product of a bank of coverages (every form on a
-grid of places) with a few columns per frame scores every form, place and colour at once; Gauss-Newton on the two
-coordinates of the place then goes below the pixel. Two shapes are fitted by coordinate descent: each with the other
-held, in both orders, and from the solutions of the neighbouring frames, which see apart what this frame shows one
-behind the other.
+where all that depends on place and form is a and a^2. So one matrix product of a bank of coverages
+(every form on a grid of places) with a few columns per frame scores every form, place and colour at
+once; Gauss-Newton on the two coordinates of the place then goes below the pixel. Two shapes are
+fitted by coordinate descent: each with the other held, in both orders, and from the solutions of
+the neighbouring frames, which see apart what this frame shows one behind the other.
 """
 
 import dataclasses
@@ -24,17 +25,23 @@ from hiar_jax.media import to_float
 
 RGB = np.asarray(list(COLOURS.values()), np.float32)  # [colours, 3], in [0, 1]
 _CHUNK = 192  # frames fitted at once: bounds memory at about 100 MB
-_SWEEPS = 1  # of coordinate descent over two shapes: a second one changes errors by less than 3e-4, at twice the time
+# of coordinate descent over two shapes: a second one changes errors by less than 3e-4, at twice the
+# time
+_SWEEPS = 1
 
 
 @dataclasses.dataclass
 class Fit:
-  """Nearest renderings of frames; leading axes [...] are those of the frames. Shapes are ordered back to front.
+  """Nearest renderings of frames; leading axes [...] are those of the frames. Shapes are ordered
+  back to front.
 
-  colour:   int [..., shapes], index into COLOURS.         shape: int [..., shapes], index into SHAPES.
-  xy:       float [..., shapes, 2], centres in pixels.     error: float [...], MSE to the frame on the [-1, 1] scale.
-  relative: float [..., shapes], the squared error outside the other shape's visible part, over the squared difference
-            that this shape makes to the picture: 0 exact, 1 as if the shape were not there.
+  colour:   int [..., shapes], index into COLOURS.
+  shape:    int [..., shapes], index into SHAPES.
+  xy:       float [..., shapes, 2], centres in pixels.
+  error:    float [...], MSE to the frame on the [-1, 1] scale.
+  relative: float [..., shapes], the squared error outside the other shape's visible part, over the
+            squared difference that this shape makes to the picture: 0 exact, 1 as if the shape
+            were not there.
   visible:  float [..., shapes], the share of each shape that no other hides.
   """
 
@@ -48,31 +55,43 @@ class Fit:
   def reshape(self, *leading: int) -> "Fit":
     depth = self.error.ndim
     parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return Fit(**{name: value.reshape(*leading, *value.shape[depth:]) for name, value in parts.items()})
+    return Fit(
+      **{name: value.reshape(*leading, *value.shape[depth:]) for name, value in parts.items()}
+    )
 
 
 def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fit:
-  """Fits videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); leading axes of the result are [n, f].
+  """Fits videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); leading axes of the result are [n,
+  f].
 
-  `backgrounds` names the texture of each video; None means unknown: the one that the video is nearest to.
-  Raises UserError for frames of another size than the world's, or for an unknown texture.
+  `backgrounds` names the texture of each video; None means unknown: the one that the video is
+  nearest to. Raises UserError for frames of another size than the world's, or for an unknown
+  texture.
   """
   x = _unit(videos, config)
   if len(backgrounds) != len(x):
-    raise UserError(f"fit: {len(x)} videos but {len(backgrounds)} backgrounds; give one (or None) per video")
+    raise UserError(
+      f"fit: {len(x)} videos but {len(backgrounds)} backgrounds; give one (or None) per video"
+    )
   nearest = nearest_background(videos, config)
-  ids = [int(np.bincount(near).argmax()) if name is None else _background_id(name)
-         for name, near in zip(backgrounds, nearest, strict=True)]
+  ids = [
+    int(np.bincount(near).argmax()) if name is None else _background_id(name)
+    for name, near in zip(backgrounds, nearest, strict=True)
+  ]
   pictures = _backgrounds(config)[ids]
   n, f, pixels, _ = x.shape
   x = x.reshape(n * f, pixels, 3)
   under = np.repeat(pictures, f, 0)
   parts = [slice(start, start + _CHUNK) for start in range(0, n * f, _CHUNK)]
   pairs = config.shapes_per_clip == 2
-  state = _concatenate([(_fit_pair if pairs else _fit_single)(x[part], under[part], config) for part in parts])
+  state = _concatenate(
+    [(_fit_pair if pairs else _fit_single)(x[part], under[part], config) for part in parts]
+  )
   if pairs:
     state = _ask_neighbours(state, x, under, f, config)
-  return _concatenate([_describe(x[part], under[part], state[part], config) for part in parts]).reshape(n, f)
+  return _concatenate(
+    [_describe(x[part], under[part], state[part], config) for part in parts]
+  ).reshape(n, f)
 
 
 def nearest_background(videos, config: WorldConfig) -> np.ndarray:
@@ -81,7 +100,9 @@ def nearest_background(videos, config: WorldConfig) -> np.ndarray:
   The absolute error of a pixel saturates, so that the shapes, wherever they are, decide nothing.
   """
   x = _unit(videos, config)
-  distance = [np.minimum(np.abs(x - picture).mean(-1), 0.1).mean(-1) for picture in _backgrounds(config)]
+  distance = [
+    np.minimum(np.abs(x - picture).mean(-1), 0.1).mean(-1) for picture in _backgrounds(config)
+  ]
   return np.argmin(distance, 0)
 
 
@@ -90,7 +111,9 @@ def nearest_background(videos, config: WorldConfig) -> np.ndarray:
 
 @dataclasses.dataclass
 class _State:
-  """A solution per frame: colour, shape int [F, n], xy [F, n, 2], loss [F]: summed squared error, colours in [0, 1]."""
+  """A solution per frame: colour, shape int [F, n], xy [F, n, 2], loss [F]: summed squared error,
+  colours in [0, 1].
+  """
 
   colour: np.ndarray
   shape: np.ndarray
@@ -103,13 +126,20 @@ class _State:
   def better(self, other: "_State") -> "_State":
     """Frame by frame, the solution of lower loss."""
     win = other.loss < self.loss
-    pairs = ((getattr(self, name), getattr(other, name)) for name in ("colour", "shape", "xy", "loss"))
-    return _State(*(np.where(win.reshape(-1, *[1] * (old.ndim - 1)), new, old) for old, new in pairs))
+    pairs = (
+      (getattr(self, name), getattr(other, name)) for name in ("colour", "shape", "xy", "loss")
+    )
+    return _State(
+      *(np.where(win.reshape(-1, *[1] * (old.ndim - 1)), new, old) for old, new in pairs)
+    )
 
 
 @dataclasses.dataclass
 class _Context:
-  """What is held while one shape moves: x = base + weight a (C - under). Arrays [F, P, 3]; weight [F, P]."""
+  """What is held while one shape moves: x = base + weight a (C - under).
+
+  Arrays [F, P, 3]; weight [F, P].
+  """
 
   residual: np.ndarray  # x - base
   under: np.ndarray
@@ -135,7 +165,9 @@ def _bank(size: int, radius: float) -> _Bank:
 
 
 def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
-  """The best form, colour and place of one shape (n = 1) among all, colours `exclude` [F] left out."""
+  """The best form, colour and place of one shape (n = 1) among all, colours `exclude` [F] left
+  out.
+  """
   scores = _scores(context)
   if exclude is not None:
     scores[np.arange(len(scores)), exclude] = np.inf
@@ -143,25 +175,37 @@ def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
   grid = _bank(context.config.size, context.config.radius).xy
   best = None
   for shape in range(len(SHAPES)):
-    own = scores[:, :, shape * len(grid):(shape + 1) * len(grid)].reshape(count, -1)
+    own = scores[:, :, shape * len(grid) : (shape + 1) * len(grid)].reshape(count, -1)
     colour, place = np.divmod(own.argmin(1), len(grid))
-    start = _State(colour[:, None], np.full((count, 1), shape), grid[place][:, None], np.zeros(count))
+    start = _State(
+      colour[:, None], np.full((count, 1), shape), grid[place][:, None], np.zeros(count)
+    )
     refined = _refine(context, start)
     best = refined if best is None else best.better(refined)
   return best
 
 
 def _scores(context: _Context) -> np.ndarray:
-  """Equation (1) without |D|^2 for every colour and coverage of the bank: [F, colours, shapes * grid]."""
+  """Equation (1) without |D|^2 for every colour and coverage of the bank: [F, colours, shapes *
+  grid].
+  """
   bank = _bank(context.config.size, context.config.radius)
-  pulled, under, square = context.residual * context.weight[..., None], context.under, context.weight**2
+  pulled, under, square = (
+    context.residual * context.weight[..., None],
+    context.under,
+    context.weight**2,
+  )
   count = len(pulled)
   linear = np.stack([*np.moveaxis(pulled, -1, 0), (pulled * under).sum(-1)], 1)  # [F, 4, P]
-  quadratic = np.stack([square, *np.moveaxis(under * square[..., None], -1, 0), (under**2).sum(-1) * square], 1)
+  quadratic = np.stack(
+    [square, *np.moveaxis(under * square[..., None], -1, 0), (under**2).sum(-1) * square], 1
+  )
   linear = (linear.reshape(count * 4, -1) @ bank.alpha.T).reshape(count, 4, -1)
   quadratic = (quadratic.reshape(count * 5, -1) @ bank.square.T).reshape(count, 5, -1)
   gain = RGB @ linear[:, :3] - linear[:, 3:]
-  cost = (RGB**2).sum(-1)[:, None] * quadratic[:, :1] - 2 * (RGB @ quadratic[:, 1:4]) + quadratic[:, 4:]
+  cost = (
+    (RGB**2).sum(-1)[:, None] * quadratic[:, :1] - 2 * (RGB @ quadratic[:, 1:4]) + quadratic[:, 4:]
+  )
   return cost - 2 * gain
 
 
@@ -178,13 +222,17 @@ def _refine(context: _Context, state: _State, steps: int = 3) -> _State:
   for shape in range(len(SHAPES)):
     own = np.flatnonzero(state.shape[:, 0] == shape)
     if own.size:
-      xy[own], loss[own] = _descend(SHAPES[shape], xy[own], corner[own], target[own], curve[own], steps, config)
+      xy[own], loss[own] = _descend(
+        SHAPES[shape], xy[own], corner[own], target[own], curve[own], steps, config
+      )
   loss = loss + (context.residual**2).sum((-2, -1))
   return _State(state.colour, state.shape, xy[:, None], loss)
 
 
 def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarray, np.ndarray]:
-  """Gauss-Newton with a short line search on sum(curve a^2 - 2 target a) over the place of one form."""
+  """Gauss-Newton with a short line search on sum(curve a^2 - 2 target a) over the place of one
+  form.
+  """
   span = target.shape[-1]
 
   def alpha(places):
@@ -217,7 +265,9 @@ def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarra
 
 
 def _windows(maps: np.ndarray, corner: np.ndarray, span: int, size: int) -> np.ndarray:
-  """Squares of `span` pixels of maps [F, P] whose first pixel is `corner` [F, 2] (x, y); zero outside the image."""
+  """Squares of `span` pixels of maps [F, P] whose first pixel is `corner` [F, 2] (x, y); zero
+  outside the image.
+  """
   maps = np.pad(maps.reshape(len(maps), size, size), ((0, 0), (span, span), (span, span)))
   columns, rows = (corner[:, i, None] + span + np.arange(span) for i in (0, 1))
   return maps[np.arange(len(maps))[:, None, None], rows[:, :, None], columns[:, None, :]]
@@ -231,11 +281,15 @@ def _fit_single(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State
 
 
 def _fit_pair(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
-  """Greedy first shape, then coordinate descent with the second in front and with the second behind."""
+  """Greedy first shape, then coordinate descent with the second in front and with the second
+  behind.
+  """
   first = _fit_single(x, under, config)
   best = None
   for place in (0, 1):
-    pair = _State(*(np.repeat(getattr(first, k), 2, 1) for k in ("colour", "shape", "xy")), first.loss)
+    pair = _State(
+      *(np.repeat(getattr(first, k), 2, 1) for k in ("colour", "shape", "xy")), first.loss
+    )
     for _ in range(_SWEEPS):
       for index in (1 - place, place):
         pair = _refit(x, under, pair, index, config)
@@ -244,16 +298,25 @@ def _fit_pair(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
 
 
 def _refit(x, under, pair: _State, index: int, config: WorldConfig, local: bool = False) -> _State:
-  """Fits shape `index` of each pair anew (or, `local`, only moves it), the other held; two shapes have two colours."""
+  """Fits shape `index` of each pair anew (or, `local`, only moves it), the other held; two shapes
+  have two colours.
+  """
   context = _holding(x, under, pair, 1 - index, config)
   if local:
-    found = _refine(context, _State(pair.colour[:, [index]], pair.shape[:, [index]], pair.xy[:, [index]], pair.loss))
+    found = _refine(
+      context,
+      _State(pair.colour[:, [index]], pair.shape[:, [index]], pair.xy[:, [index]], pair.loss),
+    )
   else:
     found = _fit_one(context, exclude=pair.colour[:, 1 - index])
   parts = []
   for name in ("colour", "shape", "xy"):
     held = getattr(pair, name)[:, [1 - index]]
-    parts.append(np.concatenate([getattr(found, name), held] if index == 0 else [held, getattr(found, name)], 1))
+    parts.append(
+      np.concatenate(
+        [getattr(found, name), held] if index == 0 else [held, getattr(found, name)], 1
+      )
+    )
   return _State(*parts, found.loss)
 
 
@@ -266,8 +329,12 @@ def _holding(x, under, pair: _State, held: int, config: WorldConfig) -> _Context
   return _Context(x - covered, under, 1 - alpha[..., 0], config)
 
 
-def _ask_neighbours(state: _State, x, under, frames: int, config: WorldConfig, rounds: int = 1) -> _State:
-  """Moves each frame's two places to fit together, then tries the solutions of the frames before and after it."""
+def _ask_neighbours(
+  state: _State, x, under, frames: int, config: WorldConfig, rounds: int = 1
+) -> _State:
+  """Moves each frame's two places to fit together, then tries the solutions of the frames before
+  and after it.
+  """
   index = np.arange(len(x))
   place = index % frames
   for shift in [0, 1, -1] * rounds:
@@ -294,10 +361,14 @@ def _describe(x: np.ndarray, under: np.ndarray, state: _State, config: WorldConf
   for i in range(len(alphas)):
     contrast = ((RGB[state.colour[:, i]][:, None] - layers[i]) ** 2).sum(-1)
     elsewhere = 1 - sum((v for j, v in enumerate(visible) if j != i), start=np.zeros_like(squared))
-    relative.append((squared * elsewhere).sum(-1) / np.maximum((visible[i] ** 2 * contrast).sum(-1), 1e-6))
+    relative.append(
+      (squared * elsewhere).sum(-1) / np.maximum((visible[i] ** 2 * contrast).sum(-1), 1e-6)
+    )
   shares = [v.sum(-1) / a.sum(-1) for v, a in zip(visible, alphas, strict=True)]
   error = 4 / 3 * squared.mean(-1)  # a mean over channels, and twice the distance between -1 and 1
-  return Fit(state.colour, state.shape, state.xy, error, np.stack(relative, -1), np.stack(shares, -1))
+  return Fit(
+    state.colour, state.shape, state.xy, error, np.stack(relative, -1), np.stack(shares, -1)
+  )
 
 
 # Pictures
@@ -309,7 +380,9 @@ def _alpha(shape: np.ndarray, xy: np.ndarray, config: WorldConfig) -> np.ndarray
   for i, name in enumerate(SHAPES):
     own = np.flatnonzero(shape == i)
     if own.size:
-      alpha[own] = world_lib.alpha_mask(name, xy[own], config.radius, config.size).reshape(own.size, -1)
+      alpha[own] = world_lib.alpha_mask(name, xy[own], config.radius, config.size).reshape(
+        own.size, -1
+      )
   return alpha
 
 
@@ -327,8 +400,10 @@ def _background_id(name: str) -> int:
 def _unit(videos, config: WorldConfig) -> np.ndarray:
   videos = np.asarray(videos)
   if videos.ndim != 5 or videos.shape[2:] != (config.size, config.size, 3):
-    raise UserError(f"videos have shape {videos.shape}; expected [n, f, {config.size}, {config.size}, 3], "
-                    "the world's size: measure with the world that the videos were made in")
+    raise UserError(
+      f"videos have shape {videos.shape}; expected [n, f, {config.size}, {config.size}, 3], "
+      "the world's size: measure with the world that the videos were made in"
+    )
   n, f = videos.shape[:2]
   return (to_float(videos).reshape(n, f, -1, 3) + 1) / 2
 

@@ -9,16 +9,39 @@ import numpy as np
 
 from hiar_jax.media import write_png
 
-_COLUMNS = (("colour", "{:.1%}"), ("shape", "{:.1%}"), ("direction", "{:.0%}"), ("motion", "{:.2f}"),
-            ("motion_ratio", "{:.2f}"), ("jumps", "{:.2%}"), ("error", "{:.4f}"))
-_HEADER = ("method", "colour", "shape", "direction", "motion, px/frame", "motion / data", "jumps", "error",
-           "error per fifth", "last / first")
-_PANELS = (("error", "error to the nearest rendering"), ("motion_ratio", "motion / data"), ("colour", "colour right"),
-           ("shape", "shape right"))
+_COLUMNS = (
+  ("colour", "{:.1%}"),
+  ("shape", "{:.1%}"),
+  ("direction", "{:.0%}"),
+  ("motion", "{:.2f}"),
+  ("motion_ratio", "{:.2f}"),
+  ("jumps", "{:.2%}"),
+  ("error", "{:.4f}"),
+)
+_HEADER = (
+  "method",
+  "colour",
+  "shape",
+  "direction",
+  "motion, px/frame",
+  "motion / data",
+  "jumps",
+  "error",
+  "error per fifth",
+  "last / first",
+)
+_PANELS = (
+  ("error", "error to the nearest rendering"),
+  ("motion_ratio", "motion / data"),
+  ("colour", "colour right"),
+  ("shape", "shape right"),
+)
 
 
 def format_table(results: Mapping[str, Mapping]) -> str:
-  """Markdown: one row per method of name -> `shapes.measure`; a dash where nothing could be measured."""
+  """Markdown: one row per method of name -> `shapes.measure`; a dash where nothing could be
+  measured.
+  """
   rows = [_HEADER, ("---",) * len(_HEADER)]
   for name, result in results.items():
     cells = [_cell(result[key]["total"], form) for key, form in _COLUMNS]
@@ -28,7 +51,9 @@ def format_table(results: Mapping[str, Mapping]) -> str:
 
 
 def plot(results: Mapping[str, Mapping], path) -> Path:
-  """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG; returns the path."""
+  """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG;
+  returns the path.
+  """
   figure = Figure(figsize=(12, 3.9), layout="constrained")
   for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
     for name, result in results.items():
@@ -37,7 +62,9 @@ def plot(results: Mapping[str, Mapping], path) -> Path:
     axes.set(title=title, xlabel="fifth of the video", xticks=range(1, len(values) + 1))
     axes.set_ylim(bottom=0, top=None if key in ("error", "motion_ratio") else 1.03)
     axes.grid(alpha=0.3)
-  figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+  figure.legend(
+    *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+  )
   canvas = FigureCanvasAgg(figure)
   figure.set_dpi(130)
   canvas.draw()

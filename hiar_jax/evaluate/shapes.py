@@ -1,13 +1,16 @@
-"""How well videos of the shapes world do what their prompts ask, measured frame by frame, per fifth of the video.
+"""How well videos of the shapes world do what their prompts ask, measured frame by frame, per fifth
+of the video.
 
-Every frame is compared with its nearest true rendering (`fit`). A shape counts as recognised where that rendering
-explains it: squared error at most UNRECOGNISABLE of the squared difference that the shape itself makes to the picture.
-An empty frame scores 1 there, a red shape faded to half 0.25, noise far more than 1; true clips stay under 0.001, and
-under 0.1 when blurred by a pixel on the plain world (`data_reference` measures it, also through a codec). What is not
-recognised has neither the right colour nor the right form.
+Every frame is compared with its nearest true rendering (`fit`). A shape counts as recognised where
+that rendering
+explains it: squared error at most UNRECOGNISABLE of the squared difference that the shape itself
+makes to the picture. An empty frame scores 1 there, a red shape faded to half 0.25, noise far more
+than 1; true clips stay under 0.001, and under 0.1 when blurred by a pixel on the plain world
+(`data_reference` measures it, also through a codec). What is not recognised has neither the right
+colour nor the right form.
 
-A shape that another hides by more than half cannot be judged, so those frames are left out; but one that stays hidden
-for longer than a training clip is missing, and wrong.
+A shape that another hides by more than half cannot be judged, so those frames are left out; but one
+that stays hidden for longer than a training clip is missing, and wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,32 +42,41 @@ class Asked:
   background: list[str | None]
 
 
-def measure(videos, prompts: Sequence[str], world: WorldConfig, train_frames: int | None = None) -> dict:
+def measure(
+  videos, prompts: Sequence[str], world: WorldConfig, train_frames: int | None = None
+) -> dict:
   """Measures videos [n, f, H, W, 3] (uint8, or float in [-1, 1]) against their prompts.
 
   Args:
     videos: one video per prompt, all of one length f >= 5.
     prompts: captions in the world's words; what a prompt does not name is not judged.
     world: the world that the videos imitate: size and number of shapes.
-    train_frames: pixel frames of a training clip: the direction is measured over these. Default: world.frames.
+    train_frames: pixel frames of a training clip: the direction is measured over these. Default:
+    world.frames.
 
   Returns:
-    JSON-serialisable: per metric {"total": number, "fifths": [5 numbers]}, None where nothing could be judged:
+    JSON-serialisable: per metric {"total": number, "fifths": [5 numbers]}, None where nothing could
+    be judged:
       recognised, colour, shape: share of judged frames that show it and show it right;
       background: share of frames that are nearest to the asked texture;
       hidden: share of frames in which a shape is hidden by more than half;
-      motion: mean pixels between consecutive frames, without jumps;  motion_ratio: over what a true clip would move;
+      motion: mean pixels between consecutive frames, without jumps;
+      motion_ratio: motion over what a true clip would move;
       jumps: share of steps longer than 6 px (at 32 x 32);
       error: MSE to the nearest true rendering on the [-1, 1] scale.
-    direction: {"total": share of clips whose displacement, up to the first turn at a wall, is within 45 degrees of
-    the caption's; standing still is wrong}. error_last_over_first: fifths of `error`. relative_error: quantiles of
-    what UNRECOGNISABLE cuts. drift: `drift.measure`. prompts: the totals per video. settings: the thresholds.
+    direction: {"total": share of clips whose displacement, up to the first turn at a wall, is
+    within 45 degrees of the caption's; standing still is wrong}. error_last_over_first: fifths of
+    `error`. relative_error: quantiles of
+    what UNRECOGNISABLE cuts. drift: `drift.measure`. prompts: the totals per video. settings: the
+    thresholds.
 
   Raises UserError for shapes, lengths or counts that do not fit.
   """
   train_frames = train_frames or world.frames
   if len(videos) != len(prompts) or not len(prompts):
-    raise UserError(f"measure: {len(videos)} videos and {len(prompts)} prompts; give one prompt per video")
+    raise UserError(
+      f"measure: {len(videos)} videos and {len(prompts)} prompts; give one prompt per video"
+    )
   asked = read_prompts(prompts, world)
   track = _tracks(fit_videos(videos, asked.background, world), asked, world)
   values = _per_frame(track, asked, train_frames, world)
@@ -74,25 +86,50 @@ def measure(videos, prompts: Sequence[str], world: WorldConfig, train_frames: in
   result["relative_error"] = _quantiles(track.relative[track.visible >= HIDDEN])
   result["drift"] = drift.measure(videos)
   result["prompts"] = [
-    {"prompt": prompt, **_row(_summary({name: array[i:i + 1] for name, array in values.items()}, headed[i:i + 1]))}
-    for i, prompt in enumerate(prompts)]
-  result["settings"] = {"videos": len(prompts), "frames": int(track.error.shape[1]), "train_frames": train_frames,
-                        "unrecognisable": UNRECOGNISABLE, "hidden": HIDDEN, "jump": JUMP * world.scale}
+    {
+      "prompt": prompt,
+      **_row(
+        _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])
+      ),
+    }
+    for i, prompt in enumerate(prompts)
+  ]
+  result["settings"] = {
+    "videos": len(prompts),
+    "frames": int(track.error.shape[1]),
+    "train_frames": train_frames,
+    "unrecognisable": UNRECOGNISABLE,
+    "hidden": HIDDEN,
+    "jump": JUMP * world.scale,
+  }
   return result
 
 
-def data_reference(world: WorldConfig, codec_roundtrip: Callable[[np.ndarray], np.ndarray] | None = None, *,
-                   clips: int = 32, frames: int | None = None, split: str = "held_out", seed: int = 0) -> dict:
-  """`measure` of true clips of a split: what a perfect model scores, and with a codec what the codec costs.
+def data_reference(
+  world: WorldConfig,
+  codec_roundtrip: Callable[[np.ndarray], np.ndarray] | None = None,
+  *,
+  clips: int = 32,
+  frames: int | None = None,
+  split: str = "held_out",
+  seed: int = 0,
+) -> dict:
+  """`measure` of true clips of a split: what a perfect model scores, and with a codec what the
+  codec costs.
 
-  `codec_roundtrip` maps float32 videos [n, f, H, W, 3] in [-1, 1] to their decoded latents. `frames` defaults to four
-  training lengths. Its "relative_error" says how far UNRECOGNISABLE lies from what true clips reach.
+  `codec_roundtrip` maps float32 videos [n, f, H, W, 3] in [-1, 1] to their decoded latents.
+  `frames` defaults to four training lengths. Its "relative_error" says how far UNRECOGNISABLE lies
+  from what true clips reach.
   """
   rng = np.random.default_rng(seed)
   scenes = [world_lib.sample_scene(rng, world, split) for _ in range(clips)]
   states = [world_lib.simulate(scene, frames or 4 * world.frames) for scene in scenes]
-  videos = np.stack([world_lib.render(state, world_lib.background_image(scene.background, world), world)
-                     for scene, state in zip(scenes, states, strict=True)])
+  videos = np.stack(
+    [
+      world_lib.render(state, world_lib.background_image(scene.background, world), world)
+      for scene, state in zip(scenes, states, strict=True)
+    ]
+  )
   if codec_roundtrip is not None:
     videos = np.asarray(codec_roundtrip(videos.astype(np.float32) / 127.5 - 1))
   return measure(videos, [world_lib.caption(scene) for scene in scenes], world)
@@ -101,12 +138,14 @@ def data_reference(world: WorldConfig, codec_roundtrip: Callable[[np.ndarray], n
 def read_prompts(prompts: Sequence[str], world: WorldConfig) -> Asked:
   """Numbers for words: see `Asked`. Words that the world does not know ask for nothing."""
   shape = (len(prompts), world.shapes_per_clip)
-  asked = Asked(np.full(shape, -1), np.full(shape, -1), np.full((*shape, 2), np.nan), np.full(shape, np.nan), [])
+  asked = Asked(
+    np.full(shape, -1), np.full(shape, -1), np.full((*shape, 2), np.nan), np.full(shape, np.nan), []
+  )
   for i, prompt in enumerate(prompts):
     parsed = world_lib.parse_caption(prompt)
     plain = "plain" if world.difficulty == "plain" else None
     asked.background.append((parsed.background if parsed else None) or plain)
-    for k, said in enumerate(parsed.shapes[:world.shapes_per_clip] if parsed else ()):
+    for k, said in enumerate(parsed.shapes[: world.shapes_per_clip] if parsed else ()):
       asked.colour[i, k] = list(COLOURS).index(said.colour) if said.colour else -1
       asked.shape[i, k] = SHAPES.index(said.shape) if said.shape else -1
       if said.direction:
@@ -116,7 +155,8 @@ def read_prompts(prompts: Sequence[str], world: WorldConfig) -> Asked:
 
 
 def expected_motion(speed, world: WorldConfig):
-  """Mean pixels per frame of a true clip: the speed, less what steps lose that end beyond a wall and come back.
+  """Mean pixels per frame of a true clip: the speed, less what steps lose that end beyond a wall
+  and come back.
 
   A step of length v meets the wall in v / room of all cases, and then covers v / 2 on average.
   """
@@ -141,13 +181,20 @@ def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
     here = np.take_along_axis(here, order[..., None], 1)
     last = np.where(np.isnan(here), last, here)
   order = np.where(swap[..., None], [1, 0], [0, 1])
-  reordered = {name: np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 3)), 2)
-               for name, array in vars(fit).items() if name != "error"}
+  reordered = {
+    name: np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 3)), 2)
+    for name, array in vars(fit).items()
+    if name != "error"
+  }
   return Fit(error=fit.error, **reordered)
 
 
-def _mismatch(fit: Fit, i: int, order: list[int], asked: Asked, last: np.ndarray, world: WorldConfig) -> np.ndarray:
-  """Cost of an order at frame i: colour decides before form, form before the distance to where the shape was last."""
+def _mismatch(
+  fit: Fit, i: int, order: list[int], asked: Asked, last: np.ndarray, world: WorldConfig
+) -> np.ndarray:
+  """Cost of an order at frame i: colour decides before form, form before the distance to where the
+  shape was last.
+  """
   colour = ((fit.colour[:, i, order] != asked.colour) & (asked.colour >= 0)).sum(-1)
   shape = ((fit.shape[:, i, order] != asked.shape) & (asked.shape >= 0)).sum(-1)
   distance = np.nan_to_num(np.linalg.norm(fit.xy[:, i, order] - last, axis=-1)).sum(-1)
@@ -157,7 +204,9 @@ def _mismatch(fit: Fit, i: int, order: list[int], asked: Asked, last: np.ndarray
 # Numbers per frame and shape, nan where not judged
 
 
-def _per_frame(track: Fit, asked: Asked, train_frames: int, world: WorldConfig) -> dict[str, np.ndarray]:
+def _per_frame(
+  track: Fit, asked: Asked, train_frames: int, world: WorldConfig
+) -> dict[str, np.ndarray]:
   hidden = track.visible < HIDDEN
   shown = (track.relative <= UNRECOGNISABLE) & ~hidden
   judged = ~hidden | _missing(hidden, train_frames)
@@ -201,7 +250,9 @@ def _background_right(videos, asked: Asked, world: WorldConfig) -> np.ndarray:
 
 
 def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig) -> np.ndarray:
-  """[n, shapes]: 1 where a clip sets out as its caption says, 0 where not, nan where nobody could say."""
+  """[n, shapes]: 1 where a clip sets out as its caption says, 0 where not, nan where nobody could
+  say.
+  """
   right = np.full(asked.speed.shape, np.nan)
   hidden = track.visible < HIDDEN
   missing = _missing(hidden, train_frames)
@@ -217,11 +268,15 @@ def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig)
     path, frames = _before_the_wall(track.xy[i, frames, k], frames, world)
     move, elapsed = path[-1] - path[0], frames[-1] - frames[0]
     along, length = move @ asked.direction[i, k], np.linalg.norm(move)
-    right[i, k] = along >= length * np.sqrt(0.5) and length >= STANDING * asked.speed[i, k] * max(elapsed, world_lib.FREE_FRAMES)
+    right[i, k] = along >= length * np.sqrt(0.5) and length >= STANDING * asked.speed[i, k] * max(
+      elapsed, world_lib.FREE_FRAMES
+    )
   return right
 
 
-def _before_the_wall(path: np.ndarray, frames: np.ndarray, world: WorldConfig) -> tuple[np.ndarray, np.ndarray]:
+def _before_the_wall(
+  path: np.ndarray, frames: np.ndarray, world: WorldConfig
+) -> tuple[np.ndarray, np.ndarray]:
   """A path [f, 2] up to its first turn near a wall, on the axis along which it moves most."""
   steps = np.diff(path, axis=0)
   axis = int(np.abs(steps).sum(0).argmax()) if len(steps) else 0
@@ -229,10 +284,11 @@ def _before_the_wall(path: np.ndarray, frames: np.ndarray, world: WorldConfig) -
   for i in range(1, len(steps)):
     low, high = path[i, axis] - world.radius, world.size - world.radius - path[i, axis]
     wall = -1 if low < high else 1
-    short = abs(along[i]) <= least and i + 1 < len(steps)  # what is left of a step that ends where it began, beyond the wall
+    # what is left of a step that ends where it began, beyond the wall
+    short = abs(along[i]) <= least and i + 1 < len(steps)
     bounced = along[i - 1] * wall > least and along[i + short] * wall < -least
     if bounced and min(low, high) <= WALL * world.scale:
-      return path[:i + 1], frames[:i + 1]
+      return path[: i + 1], frames[: i + 1]
   return path, frames
 
 
@@ -243,8 +299,10 @@ def _summary(values: dict[str, np.ndarray], headed: np.ndarray) -> dict:
   result = {name: _totals(array) for name, array in values.items()}
   expected = result.pop("expected_motion")
   motion = result["motion"]
-  result["motion_ratio"] = {"total": _ratio(motion["total"], expected["total"]),
-                            "fifths": [_ratio(a, b) for a, b in zip(motion["fifths"], expected["fifths"], strict=True)]}
+  result["motion_ratio"] = {
+    "total": _ratio(motion["total"], expected["total"]),
+    "fifths": [_ratio(a, b) for a, b in zip(motion["fifths"], expected["fifths"], strict=True)],
+  }
   result["direction"] = {"total": _mean(headed)}
   error = result["error"]["fifths"]
   result["error_last_over_first"] = _ratio(error[-1], error[0])
@@ -253,11 +311,16 @@ def _summary(values: dict[str, np.ndarray], headed: np.ndarray) -> dict:
 
 def _totals(values: np.ndarray) -> dict:
   """Mean over [n, f, ...], nan left out: in total and per fifth of the frames."""
-  return {"total": _mean(values), "fifths": [_mean(values[:, part]) for part in drift.segments(values.shape[1])]}
+  return {
+    "total": _mean(values),
+    "fifths": [_mean(values[:, part]) for part in drift.segments(values.shape[1])],
+  }
 
 
 def _row(summary: dict) -> dict:
-  return {name: value["total"] if isinstance(value, dict) else value for name, value in summary.items()}
+  return {
+    name: value["total"] if isinstance(value, dict) else value for name, value in summary.items()
+  }
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -266,7 +329,9 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def _quantiles(values: np.ndarray) -> dict:
-  return {f"q{q}": float(np.percentile(values, q)) if values.size else None for q in (50, 90, 99, 100)}
+  return {
+    f"q{q}": float(np.percentile(values, q)) if values.size else None for q in (50, 90, 99, 100)
+  }
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -1,4 +1,5 @@
-"""A file of videos to make: a prompt for each, and where wanted its seed, what it starts from and the name of its file.
+"""A file of videos to make: a prompt for each, and where wanted its seed, what it starts from and
+the name of its file.
 
     prompts.txt     A cat walks on grass
                     # a comment
@@ -7,9 +8,9 @@
     prompts.csv     prompt,seed,video
                     "A cat, then a dog",7,cat.mp4
 
-In .txt, settings stand before a ` | `, quoted where they hold spaces (image="my cat.png"); a line without settings is a prompt as it
-stands. A video without a seed takes that of the command plus its place in the file, counted from 0. Pictures are looked for in the
-folder of the file.
+In .txt, settings stand before a ` | `, quoted where they hold spaces (image="my cat.png"); a line
+without settings is a prompt as it stands. A video without a seed takes that of the command plus its
+place in the file, counted from 0. Pictures are looked for in the folder of the file.
 """
 
 from collections.abc import Iterator
@@ -37,7 +38,8 @@ _BYTE_ORDER = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One video to make. image, video: what it starts from, at most one of them; out: the name of its file, None for one made of the prompt.
+  """One video to make. image, video: what it starts from, at most one of them; out: the name of its
+  file, None for one made of the prompt.
 
   line: where in the file it stands, 0 for a prompt that came otherwise.
   """
@@ -53,9 +55,10 @@ class Job:
 def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:
   """The videos of a .txt, .jsonl or .csv file (another ending is read as .txt), in its order.
 
-  A line that asks for exactly what an earlier one asks for is left out, and said. Raises UserError, with the file and the line, for no
-  such file, no prompt in it, no UTF-8 or UTF-16 text, a broken row, an unknown field, a seed that is none, a picture that is not there,
-  or two videos that would get the same name.
+  A line that asks for exactly what an earlier one asks for is left out, and said. Raises UserError,
+  with the file and the line, for no such file, no prompt in it, no UTF-8 or UTF-16 text, a broken
+  row, an unknown field, a seed that is none, a picture that is not there, or two videos that would
+  get the same name.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -75,9 +78,14 @@ def _text(path: pathlib.Path) -> io.StringIO:
     text = content.decode(encoding)
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
-    raise UserError(f"prompts file {path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8") from error
+    raise UserError(
+      f"prompts file {path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8"
+    ) from error
   if "\0" in text:
-    raise UserError(f"prompts file {path} is not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} holds a zero byte")
+    raise UserError(
+      f"prompts file {path} is not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} "
+      "holds a zero byte"
+    )
   return io.StringIO(text, newline=None)
 
 
@@ -87,7 +95,9 @@ def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dic
       continue
     match = _SETTINGS.match(line)
     if not match and _BROKEN.match(line):
-      raise _wrong(path, number, "expected name=value settings before the |, in quotes where they hold spaces")
+      raise _wrong(
+        path, number, "expected name=value settings before the |, in quotes where they hold spaces"
+      )
     row = {}
     for name, value in re.findall(_SETTING, match[0]) if match else ():
       if name in row:
@@ -105,9 +115,13 @@ def _json_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dic
     try:
       row = json.loads(line)
     except json.JSONDecodeError as error:
-      raise _wrong(path, number, f"not JSON ({error.msg} at column {error.colno}); write one object a line") from error
+      raise _wrong(
+        path, number, f"not JSON ({error.msg} at column {error.colno}); write one object a line"
+      ) from error
     if not isinstance(row, dict):
-      raise _wrong(path, number, f'expected an object, as {{"prompt": "a cat"}}, got {line.strip()[:40]!r}')
+      raise _wrong(
+        path, number, f'expected an object, as {{"prompt": "a cat"}}, got {line.strip()[:40]!r}'
+      )
     yield number, row
 
 
@@ -116,11 +130,17 @@ def _csv_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict
   try:
     names = [name.strip() for name in reader.fieldnames or ()]
     if names and "prompt" not in names:
-      raise _wrong(path, 1, f"the first line names the columns, one of them prompt; got {', '.join(names)}")
+      raise _wrong(
+        path, 1, f"the first line names the columns, one of them prompt; got {', '.join(names)}"
+      )
     reader.fieldnames = names
     for row in reader:
       if row.pop(None, None) is not None:
-        raise _wrong(path, reader.line_num, f"more than the {len(names)} columns of the first line; quote a prompt that holds commas")
+        raise _wrong(
+          path,
+          reader.line_num,
+          f"more than the {len(names)} columns of the first line; quote a prompt that holds commas",
+        )
       yield reader.line_num, {**row, "prompt": _written(row["prompt"])}
   except csv.Error as error:
     raise _wrong(path, reader.line_num, f"not CSV ({error})") from error
@@ -130,7 +150,12 @@ def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
   for name in row:
     if name not in FIELDS:
       close = difflib.get_close_matches(str(name), FIELDS, n=1)
-      raise _wrong(path, line, f"there is no field {name!r}; {f'did you mean {close[0]!r}?' if close else 'there is ' + ', '.join(FIELDS)}")
+      raise _wrong(
+        path,
+        line,
+        f"there is no field {name!r}; "
+        f"{f'did you mean {close[0]!r}?' if close else 'there is ' + ', '.join(FIELDS)}",
+      )
   given = {name: _string(name, value, path, line) for name, value in row.items() if name != "seed"}
   if given.get("prompt") is None:
     raise _wrong(path, line, f"there is no prompt; an empty one is written {_EMPTY}")
@@ -182,10 +207,17 @@ def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
     content = (job.prompt, job.seed, job.image, job.video)
     same = first.get((*content, job.out))
     if same:
-      print(f"{path}, line {job.line}: the same prompt and seed as in line {same.line}; made once", file=sys.stderr)
+      print(
+        f"{path}, line {job.line}: the same prompt and seed as in line {same.line}; made once",
+        file=sys.stderr,
+      )
       continue
     if job.out in named:
-      raise _wrong(path, job.line, f"out = {job.out!r} is the name of another video already, in line {named[job.out].line}")
+      raise _wrong(
+        path,
+        job.line,
+        f"out = {job.out!r} is the name of another video already, in line {named[job.out].line}",
+      )
     if job.out:
       named[job.out] = job
     first[(*content, job.out)] = job

@@ -2,9 +2,11 @@
 
     0s: a red circle moving left, 10s: a blue square moving up
 
-On one line or on many; a comma, a semicolon or a line's end stands before each time. Times are written `10s`, `1.5s`, `2m`, `1m30s`, `1h`
-or `1:30`, from the start of the video. `10s recache: ...` also shows the model anew, under the new prompt, what it has made so far. A line
-that starts with # is a comment. A prompt may hold commas and colons; only what reads as a time and a colon starts the next one.
+On one line or on many; a comma, a semicolon or a line's end stands before each time. Times are
+written `10s`, `1.5s`, `2m`, `1m30s`, `1h` or `1:30`, from the start of the video. `10s recache:
+...` also shows the model anew, under the new prompt, what it has made so far. A line that starts
+with # is a comment. A prompt may hold commas and colons; only what reads as a time and a colon
+starts the next one.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,8 +54,9 @@ class Timeline:
   def changes(self, start: Callable[[int], float], first: int = 0) -> list[Change]:
     """Each entry at the first block that starts at its time or later.
 
-    start: block -> second at which its first frame is shown, growing. first: blocks before it are made already, or given: what belongs
-    before it is left out but for the last one, which holds at `first`. Raises UserError where two entries fall on one block.
+    start: block -> second at which its first frame is shown, growing. first: blocks before it are
+    made already, or given: what belongs before it is left out but for the last one, which holds at
+    `first`. Raises UserError where two entries fall on one block.
     """
     changes: list[tuple[Change, Entry]] = []
     for entry in self.entries:
@@ -63,7 +66,10 @@ class Timeline:
         changes = []
       elif changes and changes[-1][0].block == change.block:
         apart = start(change.block + 1) - start(change.block)
-        same = f"{entry.time:g}s falls on the same block as {changes[-1][1].time:g}s before it (the block at {start(change.block):g}s)"
+        same = (
+          f"{entry.time:g}s falls on the same block as {changes[-1][1].time:g}s before it "
+          f"(the block at {start(change.block):g}s)"
+        )
         raise _wrong(self.source, entry, f"{same}; blocks start {apart:g}s apart")
       changes.append((change, entry))
     return [change for change, _ in changes]
@@ -75,13 +81,17 @@ class Timeline:
 
 def write(entries: Iterable[tuple[float, str, bool]]) -> str:
   """(seconds, prompt, recache) -> a timeline's text."""
-  return "".join(f"{time:g}s{' recache' if recache else ''}: {prompt}\n" for time, prompt, recache in entries)
+  return "".join(
+    f"{time:g}s{' recache' if recache else ''}: {prompt}\n" for time, prompt, recache in entries
+  )
 
 
 def read(source: str | os.PathLike) -> Timeline:
-  """A file's timeline; where there is no such file, the text itself is one if it starts with a time.
+  """A file's timeline; where there is no such file, the text itself is one if it starts with a
+  time.
 
-  Raises UserError, with line and column, for what `parse` refuses; and for a file that is not there or is no text.
+  Raises UserError, with line and column, for what `parse` refuses; and for a file that is not there
+  or is no text.
   """
   path, text = pathlib.Path(source), os.fspath(source)
   if _MARK.match(text.lstrip()):
@@ -89,7 +99,9 @@ def read(source: str | os.PathLike) -> Timeline:
   try:
     return parse(path.read_text(encoding="utf-8-sig"), f"timeline {path}")
   except UnicodeDecodeError as error:
-    raise UserError(f"timeline {path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8") from error
+    raise UserError(
+      f"timeline {path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
+    ) from error
   except OSError as error:
     wanted = "give a file, or a text as '0s: a red circle, 10s: a blue square'"
     raise UserError(f"timeline {text[:80]!r}: {error.strerror}; {wanted}") from error
@@ -98,15 +110,21 @@ def read(source: str | os.PathLike) -> Timeline:
 def parse(text: str, source: str = "timeline") -> Timeline:
   """The entries of a text.
 
-  Raises UserError, with line and column, for text before the first time, a time that is none, an unknown word after one, a prompt that
-  is missing, times that do not grow, a first one that is not 0.
+  Raises UserError, with line and column, for text before the first time, a time that is none, an
+  unknown word after one, a prompt that is missing, times that do not grow, a first one that is not
+  0.
   """
   text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.splitlines())
   marks = [mark for mark in _MARK.finditer(text) if _BEFORE.search(text, 0, mark.start())]
   head = text[: marks[0].start()] if marks else text
   if head.strip():
     at = _place(text, len(head) - len(head.lstrip()))
-    raise _wrong(source, at, f"expected a time and a colon, as '0s: a red circle', got {head.strip().splitlines()[0][:40]!r}")
+    raise _wrong(
+      source,
+      at,
+      "expected a time and a colon, as '0s: a red circle', got "
+      f"{head.strip().splitlines()[0][:40]!r}",
+    )
   if not marks:
     raise UserError(f"{source} holds no prompt; write '0s: a red circle' into it")
   entries: list[Entry] = []
@@ -119,11 +137,23 @@ def parse(text: str, source: str = "timeline") -> Timeline:
 def _entry(text: str, mark: re.Match, end: int, source: str) -> Entry:
   at, flag = _place(text, mark.start()), (mark["flag"] or "").strip()
   if flag not in ("", "recache"):
-    raise _wrong(source, _place(text, mark.start("flag") + 1), f"expected 'recache' or a colon after the time, got {flag!r}")
+    raise _wrong(
+      source,
+      _place(text, mark.start("flag") + 1),
+      f"expected 'recache' or a colon after the time, got {flag!r}",
+    )
   prompt = " ".join(text[mark.end() : end].rstrip().rstrip(",;").split())
   if not prompt:
-    raise _wrong(source, at, f"no prompt after {mark['time'].strip()}; the empty prompt is written \"\"")
-  return Entry(_seconds(mark["time"], at, source), "" if prompt == '""' else prompt, bool(flag), at.line, at.column)
+    raise _wrong(
+      source, at, f'no prompt after {mark["time"].strip()}; the empty prompt is written ""'
+    )
+  return Entry(
+    _seconds(mark["time"], at, source),
+    "" if prompt == '""' else prompt,
+    bool(flag),
+    at.line,
+    at.column,
+  )
 
 
 def _seconds(text: str, at: Entry, source: str) -> float:
@@ -141,9 +171,16 @@ def _seconds(text: str, at: Entry, source: str) -> float:
 def _check_order(entries: list[Entry], source: str) -> None:
   last = entries[-1]
   if len(entries) == 1 and last.time != 0:
-    raise _wrong(source, last, f"the first prompt starts at {last.time:g}s; expected 0s, for the video needs one from its start")
+    raise _wrong(
+      source,
+      last,
+      f"the first prompt starts at {last.time:g}s; expected 0s, for the video needs one from its "
+      "start",
+    )
   if len(entries) > 1 and last.time <= entries[-2].time:
-    raise _wrong(source, last, f"{last.time:g}s comes after {entries[-2].time:g}s; expected times that grow")
+    raise _wrong(
+      source, last, f"{last.time:g}s comes after {entries[-2].time:g}s; expected times that grow"
+    )
 
 
 def _block_at(time: float, start: Callable[[int], float]) -> int:

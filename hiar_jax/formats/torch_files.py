@@ -1,8 +1,9 @@
 """PyTorch's .pt and .pth files without PyTorch, and without running what is in them.
 
-Such a file is a ZIP archive of a pickle and of one member per storage, uncompressed. The pickle is a program: here it may build plain
-containers and name slices of storages, and a file that asks for anything else is refused by the name of what it asks for. Tensors are
-views of the mapped file, so nothing is read before it is used.
+Such a file is a ZIP archive of a pickle and of one member per storage, uncompressed. The pickle is
+a program: here it may build plain containers and name slices of storages, and a file that asks for
+anything else is refused by the name of what it asks for. Tensors are views of the mapped file, so
+nothing is read before it is used.
 """
 
 from collections import OrderedDict
@@ -20,23 +21,46 @@ import numpy as np
 from hiar_jax.errors import UserError
 
 _STORAGES = {
-  "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-  "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
-  "BoolStorage": "bool", "UntypedStorage": "uint8",
-}  # fmt: skip
-_DTYPES = {**{name: name for name in _STORAGES.values()}, "float8_e4m3fn": "float8_e4m3fn", "float8_e5m2": "float8_e5m2"}
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a ZIP member: lengths of its name and of its extra field
+  "DoubleStorage": "float64",
+  "FloatStorage": "float32",
+  "HalfStorage": "float16",
+  "BFloat16Storage": "bfloat16",
+  "LongStorage": "int64",
+  "IntStorage": "int32",
+  "ShortStorage": "int16",
+  "CharStorage": "int8",
+  "ByteStorage": "uint8",
+  "BoolStorage": "bool",
+  "UntypedStorage": "uint8",
+}
+_DTYPES = {
+  **{name: name for name in _STORAGES.values()},
+  "float8_e4m3fn": "float8_e4m3fn",
+  "float8_e5m2": "float8_e5m2",
+}
+# of a ZIP member: lengths of its name and of its extra field
+_LOCAL_HEADER = struct.Struct("<26xHH")
 _DAMAGED = (
-  zipfile.BadZipFile, pickle.UnpicklingError, EOFError, ArithmeticError, AttributeError, ImportError, LookupError, RecursionError,
-  TypeError, ValueError, struct.error,
-)  # fmt: skip
+  zipfile.BadZipFile,
+  pickle.UnpicklingError,
+  EOFError,
+  ArithmeticError,
+  AttributeError,
+  ImportError,
+  LookupError,
+  RecursionError,
+  TypeError,
+  ValueError,
+  struct.error,
+)
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-  """What was saved, with numpy arrays (read-only views of the file; bfloat16 as ml_dtypes') where it held tensors.
+  """What was saved, with numpy arrays (read-only views of the file; bfloat16 as ml_dtypes') where
+  it held tensors.
 
-  Raises UserError for a file that is damaged, that was saved by PyTorch before 1.6, or that holds anything but tensors,
-  numbers, strings and plain containers.
+  Raises UserError for a file that is damaged, that was saved by PyTorch before 1.6, or that holds
+  anything but tensors, numbers, strings and plain containers.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -48,7 +72,9 @@ def read_torch(path: str | os.PathLike) -> Any:
       return _Archive(path, archive).read()
   except _DAMAGED as error:
     text = (str(error).splitlines() or [""])[0]
-    raise UserError(f"{path} is damaged ({type(error).__name__}: {text}); download or copy it again") from error
+    raise UserError(
+      f"{path} is damaged ({type(error).__name__}: {text}); download or copy it again"
+    ) from error
 
 
 def _not_an_archive(path: pathlib.Path) -> str:
@@ -56,12 +82,19 @@ def _not_an_archive(path: pathlib.Path) -> str:
     start = file.read(4)
   if start[:1] == b"\x80":
     return (
-      f"{path} was saved in the format of PyTorch before 1.6, which cannot be read safely; save it again with a newer one: "
+      f"{path} was saved in the format of PyTorch before 1.6, which cannot be read safely; save "
+      "it again with a newer one: "
       "torch.save(torch.load(old, weights_only=True), new)"
     )
   if start == b"PK\x03\x04":
-    return f"{path} is cut off ({path.stat().st_size:,} bytes, without the archive's directory at the end); download or copy it again"
-  return f"{path} is no file of torch.save (it is neither a ZIP archive nor a pickle); give a .pt, .pth or .safetensors file"
+    return (
+      f"{path} is cut off ({path.stat().st_size:,} bytes, without the archive's directory at "
+      "the end); download or copy it again"
+    )
+  return (
+    f"{path} is no file of torch.save (it is neither a ZIP archive nor a pickle); give a "
+    ".pt, .pth or .safetensors file"
+  )
 
 
 class _Archive:
@@ -70,15 +103,22 @@ class _Archive:
   def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
     self.path, self.archive = path, archive
     self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    pickles = [name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")]
+    pickles = [
+      name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
+    ]
     if len(pickles) != 1:
-      raise UserError(f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members data.pkl, not one)")
+      raise UserError(
+        f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members "
+        "data.pkl, not one)"
+      )
     self.root = pickles[0].removesuffix("data.pkl")
 
   def read(self) -> Any:
     byteorder = f"{self.root}byteorder"
     if byteorder in self.archive.namelist() and self.archive.read(byteorder) != b"little":
-      raise UserError(f"{self.path} was saved on a big-endian machine; save it again on a little-endian one")
+      raise UserError(
+        f"{self.path} was saved on a big-endian machine; save it again on a little-endian one"
+      )
     with self.archive.open(f"{self.root}data.pkl") as file:
       return self._resolve(_Unpickler(file, self.path).load())
 
@@ -96,7 +136,9 @@ class _Archive:
     if tensor.dtype not in _DTYPES:  # a pickle may write into what it has built
       raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
     dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
-    if not all(isinstance(n, int) and n >= 0 for n in (tensor.offset, *shape, *strides)) or len(shape) != len(strides):
+    if not all(isinstance(n, int) and n >= 0 for n in (tensor.offset, *shape, *strides)) or len(
+      shape
+    ) != len(strides):
       raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
     storage = self._member(tensor.key)
     storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
@@ -178,7 +220,8 @@ class _Unpickler(pickle.Unpickler):
     found = _ALLOWED.get((module, name))
     if found is None:
       raise UserError(
-        f"{self.path} asks to run {module}.{name}, which weights have no need of; nothing of it was run. If you trust the file, "
+        f"{self.path} asks to run {module}.{name}, which weights have no need of; nothing of it "
+        "was run. If you trust the file, "
         "save its tensors alone: torch.save(torch.load(file, weights_only=False)['model'], new)"
       )
     return found

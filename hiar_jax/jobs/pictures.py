@@ -1,4 +1,5 @@
-"""What a video starts from: an image or a video of any size as uint8 frames [F H W 3], scaled until it covers the size and centre-cropped.
+"""What a video starts from: an image or a video of any size as uint8 frames [F H W 3], scaled until
+it covers the size and centre-cropped.
 
 Every reader also returns one line that says what it did to the picture, empty where it did nothing.
 """
@@ -22,15 +23,18 @@ _SIXTEEN = 257  # 65535 / 255
 
 
 def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, str]:
-  """(uint8 [1 H W 3], what was done). Turned upright by its EXIF note; alpha over black; of an animation the first frame.
+  """(uint8 [1 H W 3], what was done). Turned upright by its EXIF note; alpha over black; of an
+  animation the first frame.
 
-  Raises UserError where there is no such file, or it is no image, empty, cut off, or of a depth that has no known white.
+  Raises UserError where there is no such file, or it is no image, empty, cut off, or of a depth
+  that has no known white.
   """
   path = _existing(path, "image")
   done = []
   try:
     with warnings.catch_warnings():
-      warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a large photograph; beyond twice that Pillow refuses
+      # a large photograph; beyond twice that Pillow refuses
+      warnings.simplefilter("ignore", Image.DecompressionBombWarning)
       with Image.open(path) as stored:
         if getattr(stored, "n_frames", 1) > 1:
           done.append(f"the first of {stored.n_frames} frames")
@@ -39,20 +43,26 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.nda
         image = ImageOps.exif_transpose(stored)
         image.load()
   except Image.UnidentifiedImageError as error:
-    raise UserError(f"{path} is not an image; give a {_FORMATS} file (a video is given as --video)") from error
+    raise UserError(
+      f"{path} is not an image; give a {_FORMATS} file (a video is given as --video)"
+    ) from error
   except Image.DecompressionBombError as error:
     raise UserError(f"{path} has too many pixels ({error}); scale it down first") from error
-  except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise on damaged files
+  except (OSError, SyntaxError, ValueError, EOFError) as error:
+    # what Pillow's decoders raise on damaged files
     raise UserError(f"{path} is a damaged or cut off image ({error}); save it again") from error
   picture = _cover(_to_rgb(image, path, done), height, width)
   return np.asarray(picture)[None], _said(path, image.size[::-1], (height, width), done)
 
 
-def read_video(path: str | os.PathLike, height: int, width: int, fps: float, last: int | None = None) -> tuple[np.ndarray, str]:
-  """(uint8 [F H W 3], what was done): the frames on screen at 0, 1/fps, 2/fps, ..., or the last of them where `last` says how many.
+def read_video(
+  path: str | os.PathLike, height: int, width: int, fps: float, last: int | None = None
+) -> tuple[np.ndarray, str]:
+  """(uint8 [F H W 3], what was done): the frames on screen at 0, 1/fps, 2/fps, ..., or the last of
+  them where `last` says how many.
 
-  Upright, whatever the container's rotation says. Raises UserError where there is no such file, or it is no video, empty, damaged or
-  cut off.
+  Upright, whatever the container's rotation says. Raises UserError where there is no such file, or
+  it is no video, empty, damaged or cut off.
   """
   path = _existing(path, "video")
   every = video_file.Sampling(frames=1, height=height, width=width, fps=fps, stride=1)
@@ -63,7 +73,10 @@ def read_video(path: str | os.PathLike, height: int, width: int, fps: float, las
       kept.append(clip[0])
       total += 1
   except av.error.InvalidDataError as error:
-    raise UserError(f"{path} is not a video, or a damaged one; give a {_VIDEOS} file (a picture is given as --image)") from error
+    raise UserError(
+      f"{path} is not a video, or a damaged one; give a {_VIDEOS} file (a picture is given as "
+      "--image)"
+    ) from error
   except (video_file.Unusable, av.error.FFmpegError) as error:
     raise UserError(f"{path} cannot be used ({error}); give a {_VIDEOS} file") from error
   if not kept:
@@ -79,14 +92,19 @@ def read_video(path: str | os.PathLike, height: int, width: int, fps: float, las
 def _existing(path: str | os.PathLike, kind: str) -> pathlib.Path:
   path = pathlib.Path(path)
   if not path.is_file():
-    raise UserError(f"{kind} {path} {'is a directory' if path.is_dir() else 'does not exist'}; give the path of a file")
+    raise UserError(
+      f"{kind} {path} {'is a directory' if path.is_dir() else 'does not exist'}; give the path of "
+      "a file"
+    )
   if not path.stat().st_size:
     raise UserError(f"{kind} {path} is empty; give another file, or save it again")
   return path
 
 
 def _look(path: pathlib.Path) -> tuple[tuple[int, int], float, int]:
-  """(height and width upright, frames a second, rotation in degrees) of a container's first video stream."""
+  """(height and width upright, frames a second, rotation in degrees) of a container's first video
+  stream.
+  """
   with av.open(str(path)) as container:
     if not container.streams.video:
       raise video_file.Unusable("no video stream")
@@ -102,10 +120,13 @@ def _look(path: pathlib.Path) -> tuple[tuple[int, int], float, int]:
 def _to_rgb(image: Image.Image, path: pathlib.Path, done: list[str]) -> Image.Image:
   """Any mode as 8-bit RGB; adds to `done` what a person would want to know."""
   if image.mode == "F":
-    raise UserError(f"{path} holds floating-point numbers, whose white is unknown; save it with 8 or 16 bits")
+    raise UserError(
+      f"{path} holds floating-point numbers, whose white is unknown; save it with 8 or 16 bits"
+    )
   if image.mode == "I" or image.mode.startswith("I;16"):
     done.append("16 bits made 8")
-    deep = np.asarray(image).astype(np.float32) / _SIXTEEN  # 16-bit PNGs come as 32-bit integers in some versions of Pillow
+    # 16-bit PNGs come as 32-bit integers in some versions of Pillow
+    deep = np.asarray(image).astype(np.float32) / _SIXTEEN
     image = Image.fromarray(np.clip(np.rint(deep), 0, 255).astype(np.uint8))
   if not image.has_transparency_data:
     return image.convert("RGB")
@@ -123,11 +144,18 @@ def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
   scale = max(height / image.height, width / image.width)
   part_h, part_w = height / scale, width / scale
   left, top = (image.width - part_w) / 2, (image.height - part_h) / 2
-  box = (max(0.0, left), max(0.0, top), min(image.width, left + part_w), min(image.height, top + part_h))
+  box = (
+    max(0.0, left),
+    max(0.0, top),
+    min(image.width, left + part_w),
+    min(image.height, top + part_h),
+  )
   return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def _said(path: pathlib.Path, size: tuple[int, int], wanted: tuple[int, int], done: list[str]) -> str:
+def _said(
+  path: pathlib.Path, size: tuple[int, int], wanted: tuple[int, int], done: list[str]
+) -> str:
   """One line of what was done; '' for nothing. Sizes are height x width."""
   done = [*done, *_resizing(size, wanted)]
   return f"{path.name}: {size[0]}x{size[1]}, {', '.join(done)}" if done else ""

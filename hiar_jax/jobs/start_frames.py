@@ -1,4 +1,6 @@
-"""What a video starts from, as the model takes it: an image's one latent frame, or whole blocks of a video's last frames."""
+"""What a video starts from, as the model takes it: an image's one latent frame, or whole blocks of
+a video's last frames.
+"""
 
 import dataclasses
 import hashlib
@@ -15,7 +17,10 @@ from hiar_jax.jobs import pictures
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """The file, what it is, and its content's hash. last: so many frames of a video, those at its end, are kept at most; None: all."""
+  """The file, what it is, and its content's hash.
+
+  last: so many frames of a video, those at its end, are kept at most; None: all.
+  """
 
   path: pathlib.Path
   kind: str  # "image" or "video"
@@ -36,17 +41,21 @@ class Start:
   def read(self, e: Experiment) -> tuple[np.ndarray, str]:
     """(uint8 [F H W 3] at the experiment's size, what was done to it in a line, '' for nothing).
 
-    An image is one frame. Of a video the most whole blocks are kept, those at its end, since it goes on from there. Raises UserError
-    where the file is not what it should be, or too short for a block.
+    An image is one frame. Of a video the most whole blocks are kept, those at its end, since it
+    goes on from there. Raises UserError where the file is not what it should be, or too short for a
+    block.
     """
     if self.kind == "image":
       return pictures.read_image(self.path, e.data.height, e.data.width)
-    frames, said = pictures.read_video(self.path, e.data.height, e.data.width, e.sample.fps, self.last)
+    frames, said = pictures.read_video(
+      self.path, e.data.height, e.data.width, e.sample.fps, self.last
+    )
     kept, _ = sizes.crop_to_blocks(len(frames), e.history.block, e.pixel_frames)
     if not kept:
       least = e.pixel_frames(e.history.block)
       raise UserError(
-        f"{self.path} has {len(frames)} frames at {e.sample.fps:g} a second, a start needs whole blocks, at least {least} frames; "
+        f"{self.path} has {len(frames)} frames at {e.sample.fps:g} a second, a start needs whole "
+        f"blocks, at least {least} frames; "
         "give a longer video, or one frame of it as an image"
       )
     if kept < len(frames):

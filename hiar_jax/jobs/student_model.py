@@ -1,4 +1,6 @@
-"""A student to generate with: from a training run's directory, or from a config and converted weights, at the size that is asked for."""
+"""A student to generate with: from a training run's directory, or from a config and converted
+weights, at the size that is asked for.
+"""
 
 import dataclasses
 import functools
@@ -33,7 +35,8 @@ LEAST_TILE = 4  # a quarter of it is the seam
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-  """What a command may want otherwise than the config: pixels, dtype, decoder, its tiles in latents; None: as it is.
+  """What a command may want otherwise than the config: pixels, dtype, decoder, its tiles in
+  latents; None: as it is.
 
   dtype: of the products, and of converted weights; those of a run stay as they were trained.
   """
@@ -47,7 +50,10 @@ class Changes:
 
 @dataclasses.dataclass(frozen=True)
 class StudentModel:
-  """run: the experiment and its medium. weights: a directory of converted weights; '' for those of the run's `stage`."""
+  """run: the experiment and its medium.
+
+  weights: a directory of converted weights; '' for those of the run's `stage`.
+  """
 
   run: Run
   weights: str
@@ -69,17 +75,31 @@ class StudentModel:
 
   @functools.cached_property
   def identity(self) -> str:
-    """Differs where anything differs that changes a number of a video: weights, sizes, levels, history, codec, text encoder."""
+    """Differs where anything differs that changes a number of a video: weights, sizes, levels,
+    history, codec, text encoder.
+    """
     e = self.experiment
-    told = {name: configs.to_json(getattr(e, name)) for name in ("seed", "model", "student", "history", "codec", "text")}
+    told = {
+      name: configs.to_json(getattr(e, name))
+      for name in ("seed", "model", "student", "history", "codec", "text")
+    }
     for group in ("codec", "text"):
-      for name in ("weights", "cache"):  # places on this disk; the fingerprints below say what lies there
+      # places on this disk; the fingerprints below say what lies there
+      for name in ("weights", "cache"):
         told[group].pop(name, None)
     if self.weights:
       told["weights"] = weights.fingerprint(self.weights, "dit")
     else:
-      steps = [path.name for path in (self.run.directory(self.stage) / "checkpoints").glob("*") if path.name.isdigit()]
-      made_with = {key: value for key, value in read_config(self.run.workdir).to_dict().items() if key not in FREE}
+      steps = [
+        path.name
+        for path in (self.run.directory(self.stage) / "checkpoints").glob("*")
+        if path.name.isdigit()
+      ]
+      made_with = {
+        key: value
+        for key, value in read_config(self.run.workdir).to_dict().items()
+        if key not in FREE
+      }
       told["weights"] = [self.stage, max(steps, key=int, default=""), configs.to_json(made_with)]
     if isinstance(e.codec, WanCodecConfig):
       told["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
@@ -87,14 +107,19 @@ class StudentModel:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
   def params(self) -> Params:
-    """The network's weights, over the run's devices. Raises UserError where they are missing or of another size."""
+    """The network's weights, over the run's devices.
+
+    Raises UserError where they are missing or of another size.
+    """
     e = self.experiment
     if self.weights:
       return teacher.published(self.run, self.weights, e.dit, e.model.dtype)
     return teacher.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
-    """Says what the model will not understand, and encodes what needs an encoder of its own, all at once: it is then out of memory."""
+    """Says what the model will not understand, and encodes what needs an encoder of its own, all at
+    once: it is then out of memory.
+    """
     if isinstance(self.run.medium, WanMedium):
       self.run.medium.texts.fill(prompts)
     for prompt in prompts:
@@ -105,10 +130,14 @@ class StudentModel:
     """[n l] or [n l d], for prompts that were prepared."""
     if not isinstance(self.run.medium, WanMedium):
       return self.run.tokens(prompts)
-    return prompt_texts.pad([self.run.medium.texts.rows(prompt) for prompt in prompts], self.experiment.text.length)
+    return prompt_texts.pad(
+      [self.run.medium.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
+    )
 
   def generator(self, frames: int, given: int):
-    """generate(params, texts, seeds, given) -> latents [b given + frames h w c]; given latents are None, one frame's, or whole blocks'."""
+    """generate(params, texts, seeds, given) -> latents [b given + frames h w c]; given latents are
+    None, one frame's, or whole blocks'.
+    """
     if given % self.experiment.history.block == 0:
       return student.make_generator(self.run, frames)
     return _from_picture(self.run, frames)
@@ -119,31 +148,61 @@ class StudentModel:
     small = not isinstance(e.codec, WanCodecConfig)
     size = e.latent_sizes
     request = plan.Request(
-      dit=e.student_dit, history=e.history, levels=len(self.run.sigmas) - 1, frames=frames, height=size["height"], width=size["width"],
-      batch=batch, given=given, text=e.text.length, dtype=e.model.dtype,
-      vae=None if small else _stored(e.codec.weights, _kind(e.codec), tiny_vae.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig()),
-      umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()), tiling=None if small else tiling_of(e.codec),
-    )  # fmt: skip
+      dit=e.student_dit,
+      history=e.history,
+      levels=len(self.run.sigmas) - 1,
+      frames=frames,
+      height=size["height"],
+      width=size["width"],
+      batch=batch,
+      given=given,
+      text=e.text.length,
+      dtype=e.model.dtype,
+      vae=None
+      if small
+      else _stored(
+        e.codec.weights,
+        _kind(e.codec),
+        tiny_vae.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig(),
+      ),
+      umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()),
+      tiling=None if small else tiling_of(e.codec),
+    )
     return plan.make(request, self.run.mesh)
 
 
 def of_workdir(workdir: str, stage: str, changes: Changes) -> StudentModel:
-  """A run that hiar_jax.train made. Raises UserError where there is none, or where it cannot be changed so."""
+  """A run that hiar_jax.train made.
+
+  Raises UserError where there is none, or where it cannot be changed so.
+  """
   run = open_run(read_config(workdir), workdir, save=False)
-  return StudentModel(dataclasses.replace(run, experiment=_changed(run.experiment, changes)), "", stage)
+  return StudentModel(
+    dataclasses.replace(run, experiment=_changed(run.experiment, changes)), "", stage
+  )
 
 
-def of_config(config: config_dict.ConfigDict, directory: str | None, changes: Changes, needed: bool = True) -> StudentModel:
-  """A config's experiment with the weights in `directory`, default its weights.student; for a plan they are not `needed`.
+def of_config(
+  config: config_dict.ConfigDict, directory: str | None, changes: Changes, needed: bool = True
+) -> StudentModel:
+  """A config's experiment with the weights in `directory`, default its weights.student; for a plan
+  they are not `needed`.
 
-  The autoencoder and the text encoder are taken from there too, where they are there; else from where the config says.
+  The autoencoder and the text encoder are taken from there too, where they are there; else from
+  where the config says.
   """
   experiment = configs.build(Experiment, config)
   directory = directory or experiment.weights.student or ""
   if needed and not directory:
-    raise UserError("--weights is missing; give a directory of converted weights (python -m hiar_jax.convert makes one)")
+    raise UserError(
+      "--weights is missing; give a directory of converted weights (python -m hiar_jax.convert "
+      "makes one)"
+    )
   if not isinstance(experiment.codec, WanCodecConfig):
-    raise UserError(f"codec.kind = {experiment.codec.kind!r} is fitted by a run: give --workdir, a trained run, instead of --config")
+    raise UserError(
+      f"codec.kind = {experiment.codec.kind!r} is fitted by a run: give --workdir, a trained run, "
+      "instead of --config"
+    )
   if needed:
     weights.describe(directory, "dit")  # says what is missing
   experiment = _changed(experiment, changes)
@@ -153,7 +212,9 @@ def of_config(config: config_dict.ConfigDict, directory: str | None, changes: Ch
   if directory and weights.exists(directory, "umt5"):
     text = dataclasses.replace(text, weights=directory)
   experiment = dataclasses.replace(experiment, codec=codec, text=text)
-  return StudentModel(Run(experiment, pathlib.Path(), sharding.make_mesh(experiment.mesh)), os.fspath(directory), "")
+  return StudentModel(
+    Run(experiment, pathlib.Path(), sharding.make_mesh(experiment.mesh)), os.fspath(directory), ""
+  )
 
 
 def _changed(e: Experiment, changes: Changes) -> Experiment:
@@ -166,12 +227,23 @@ def _changed(e: Experiment, changes: Changes) -> Experiment:
     e = dataclasses.replace(e, model=dataclasses.replace(e.model, dtype=changes.dtype))
   if changes.decoder or changes.tile is not None:
     if not isinstance(e.codec, WanCodecConfig):
-      raise UserError(f"--decoder and --tile are for Wan's autoencoder; this run's codec is {e.codec.kind!r}")
-    tiny, tile = changes.decoder == "tiny_vae" if changes.decoder else e.codec.tiny, e.codec.tile if changes.tile is None else changes.tile
+      raise UserError(
+        f"--decoder and --tile are for Wan's autoencoder; this run's codec is {e.codec.kind!r}"
+      )
+    tiny, tile = (
+      changes.decoder == "tiny_vae" if changes.decoder else e.codec.tiny,
+      e.codec.tile if changes.tile is None else changes.tile,
+    )
     if 0 < tile < LEAST_TILE:
-      raise UserError(f"--tile={tile}: expected at least {LEAST_TILE} latents a side ({8 * LEAST_TILE} pixels), or 0 for whole frames")
+      raise UserError(
+        f"--tile={tile}: expected at least {LEAST_TILE} latents a side ({8 * LEAST_TILE} pixels), "
+        "or 0 for whole frames"
+      )
     if tiny and tile:
-      raise UserError(f"--tile={tile}: the tiny autoencoder decodes whole frames; leave --tile out, or use --decoder=vae")
+      raise UserError(
+        f"--tile={tile}: the tiny autoencoder decodes whole frames; leave --tile out, or use "
+        "--decoder=vae"
+      )
     e = dataclasses.replace(e, codec=dataclasses.replace(e.codec, tiny=tiny, tile=tile))
   return e
 
@@ -182,7 +254,11 @@ def _kind(codec: WanCodecConfig) -> str:
 
 def _stored(directory: str, kind: str, published):
   """The config of weights that are there, else the published one: a plan needs no weights."""
-  return weights.read_config(directory, kind) if directory and weights.exists(directory, kind) else published
+  return (
+    weights.read_config(directory, kind)
+    if directory and weights.exists(directory, kind)
+    else published
+  )
 
 
 def _from_picture(run: Run, frames: int):
@@ -195,6 +271,8 @@ def _from_picture(run: Run, frames: int):
     forward = dit.bind(e.student_dit, params, run.task.embed(texts))
     cache = empty_cache(e.student_dit, e.history, run.task, texts.shape[0], 1 + frames)
     noise = block_noise(key, seeds, e.history, run.task)
-    return first_frame.rollout(forward, noise, cache, sigmas, e.history, frames // e.history.block, given)
+    return first_frame.rollout(
+      forward, noise, cache, sigmas, e.history, frames // e.history.block, given
+    )
 
   return generate

@@ -1,1 +1,5 @@
-"""One objective a file. Each returns [b], one value per example, so that callers may mask or weight; `forward` is models.dit.bind's."""
+"""One objective a file.
+
+Each returns [b], one value per example, so that callers may mask or weight; `forward` is
+models.dit.bind's.
+"""

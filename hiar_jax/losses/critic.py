@@ -1,4 +1,6 @@
-"""The critic (fake score): flow matching on what the student generates, so that its score follows the student's distribution."""
+"""The critic (fake score): flow matching on what the student generates, so that its score follows
+the student's distribution.
+"""
 
 import jax
 

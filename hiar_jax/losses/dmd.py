@@ -24,8 +24,14 @@ def score_x0(forward, x_t: Video, sigma) -> Video:
 
 
 @typed
-def dmd_gradient(fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float) -> Video:
-  """See the module's docstring. fake, real: forwards with the text; real_negative: with the negative text (unused where guidance is 0)."""
+def dmd_gradient(
+  fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float
+) -> Video:
+  """See the module's docstring.
+
+  fake, real: forwards with the text; real_negative: with the negative text (unused where guidance
+  is 0).
+  """
   x_t = flow.add_noise(x, eps, sigma)
   x0_real = score_x0(real, x_t, sigma)
   if guidance:
@@ -36,6 +42,9 @@ def dmd_gradient(fake, real, real_negative, x: Video, eps: Video, sigma: jax.Arr
 
 @typed
 def dmd(x: Video, gradient: Video) -> jax.Array:
-  """The surrogate whose gradient in x is `gradient` / (elements of a sample): [b]. No gradient reaches the scores."""
+  """The surrogate whose gradient in x is `gradient` / (elements of a sample): [b].
+
+  No gradient reaches the scores.
+  """
   target = jax.lax.stop_gradient(flow.wide(x) - flow.wide(gradient))
   return 0.5 * jnp.mean((flow.wide(x) - target) ** 2, axis=range(1, x.ndim))

@@ -1,4 +1,7 @@
-"""Flow matching: regress the velocity of a noised clip. Trains the teacher, and (on the student's own samples) the critic."""
+"""Flow matching: regress the velocity of a noised clip.
+
+Trains the teacher, and (on the student's own samples) the critic.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,5 +19,7 @@ def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 
 @typed
 def flow_matching(forward, x0: Video, eps: Video, sigma: jax.Array, mask=None) -> jax.Array:
   """mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2). sigma [b] or [b f] -> [b]."""
-  v, _ = forward(flow.add_noise(x0, eps, sigma), sigma, jnp.arange(x0.shape[1], dtype=jnp.int32), mask=mask)
+  v, _ = forward(
+    flow.add_noise(x0, eps, sigma), sigma, jnp.arange(x0.shape[1], dtype=jnp.int32), mask=mask
+  )
   return jnp.mean((v - flow.velocity_target(x0, eps)) ** 2, axis=range(1, x0.ndim))

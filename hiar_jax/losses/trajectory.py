@@ -1,4 +1,6 @@
-"""Regression on the teacher's trajectories: the causal student learns where a noisy block ends (the start of distillation)."""
+"""Regression on the teacher's trajectories: the causal student learns where a noisy block ends (the
+start of distillation).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +25,11 @@ def sample_levels(keys: jax.Array, count: int, frames: int, block: int, shared: 
 
 
 @typed
-def trajectory(forward, points: Points, levels: jax.Array, sigmas: jax.Array, history: History) -> jax.Array:
-  """mean |x0_theta - end of the trajectory|^2, blocks seeing each other as they are (published: a level per block). [b]
+def trajectory(
+  forward, points: Points, levels: jax.Array, sigmas: jax.Array, history: History
+) -> jax.Array:
+  """mean |x0_theta - end of the trajectory|^2, blocks seeing each other as they are (published: a
+  level per block). [b]
 
   points [b s+1 f h w c] at sigmas [s+1]; levels [b f].
   """
@@ -35,7 +40,9 @@ def trajectory(forward, points: Points, levels: jax.Array, sigmas: jax.Array, hi
 
 @typed
 def trajectory_with_history(forward, points: Points, levels, sigmas, history: History) -> jax.Array:
-  """The same, each block seeing its predecessors as `history` will show them: at the trajectory's next point, or its end. [b]"""
+  """The same, each block seeing its predecessors as `history` will show them: at the trajectory's
+  next point, or its end. [b]
+  """
   if history.level == "input":
     return trajectory(forward, points, levels, sigmas, history)
   last = sigmas.shape[0] - 1

@@ -1,7 +1,7 @@
 """Scaled dot-product attention over frames of tokens, masked frame by frame.
 
-Masks are [query frames, key frames]: every method here decides by frame who sees whom, so the token mask is never stored where it can be
-avoided. Softmax is float32.
+Masks are [query frames, key frames]: every method here decides by frame who sees whom, so the token
+mask is never stored where it can be avoided. Softmax is float32.
 """
 
 import jax
@@ -12,11 +12,13 @@ from hiar_jax.types import FrameMask
 IMPLEMENTATIONS = ("xla", "chunked", "cudnn")
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: FrameMask | None, implementation: str = "xla") -> jax.Array:
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: FrameMask | None, implementation: str = "xla"
+) -> jax.Array:
   """q [b f t a d], k and v [b p t a d], mask [f p] -> [b f t a d].
 
-  `xla` forms all logits; `chunked` one query frame at a time and recomputes them in the backward pass (memory linear in f);
-  `cudnn` is jax.nn's fused kernel (GPU, 16-bit).
+  `xla` forms all logits; `chunked` one query frame at a time and recomputes them in the backward
+  pass (memory linear in f); `cudnn` is jax.nn's fused kernel (GPU, 16-bit).
   """
   b, f, t, a, d = q.shape
   keys, values = (x.reshape(b, -1, a, d) for x in (k, v))
@@ -28,38 +30,53 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: FrameMask | None, imp
     out = softmax_attention(queries, keys, values, token_mask)
   else:
     token_mask = None if token_mask is None else token_mask[None, None]
-    out = jax.nn.dot_product_attention(queries, keys, values, mask=token_mask, implementation=implementation)
+    out = jax.nn.dot_product_attention(
+      queries, keys, values, mask=token_mask, implementation=implementation
+    )
   return out.reshape(b, f, t, a, d)
 
 
-def softmax_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def softmax_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None
+) -> jax.Array:
   """q [b n a d], k and v [b m a d], mask [n m] -> [b n a d]; every query sees a key.
 
-  softmax(q k^T / sqrt d) v, divided by its sum after the product with v: n d divisions instead of n m, and a shorter backward pass
-  (a tenth of a training step of the small model on a CPU, against jax.nn.dot_product_attention).
+  softmax(q k^T / sqrt d) v, divided by its sum after the product with v: n d divisions instead of n
+  m, and a shorter backward pass (a tenth of a training step of the small model on a CPU, against
+  jax.nn.dot_product_attention).
   """
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-  logits = jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  logits = (
+    jnp.einsum("band,bamd->banm", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+  )
   if mask is not None:
     logits = jnp.where(mask, logits, -jnp.inf)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))  # the shift cancels
-  out = jnp.einsum("banm,bamd->band", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  # the shift cancels
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+  out = jnp.einsum(
+    "banm,bamd->band", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+  )
   return jnp.swapaxes(out / weights.sum(-1, keepdims=True), 1, 2).astype(q.dtype)
 
 
-def _chunked(q: jax.Array, keys: jax.Array, values: jax.Array, mask: FrameMask | None, tokens: int) -> jax.Array:
+def _chunked(
+  q: jax.Array, keys: jax.Array, values: jax.Array, mask: FrameMask | None, tokens: int
+) -> jax.Array:
   """One query frame after another; each sees all keys through its row of the mask."""
 
   @jax.checkpoint
   def one_frame(inputs):
     q_frame, row = inputs
-    return softmax_attention(q_frame, keys, values, None if row is None else jnp.repeat(row, tokens)[None])
+    return softmax_attention(
+      q_frame, keys, values, None if row is None else jnp.repeat(row, tokens)[None]
+    )
 
   return jnp.moveaxis(jax.lax.map(one_frame, (jnp.moveaxis(q, 1, 0), mask)), 0, 1)
 
 
 def attend_text(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """q [b f t a d], k and v [b l a d] -> [b f t a d]; all text slots are seen, padding included, as Wan2.1 was trained.
+  """q [b f t a d], k and v [b l a d] -> [b f t a d]; all text slots are seen, padding included, as
+  Wan2.1 was trained.
 
   k and v [b g l a d]: the frames in g equal groups, each with a text of its own.
   """

@@ -1,4 +1,6 @@
-"""The DiT's tensors in published files: Wan2.1's own names and diffusers' (`transformer/`), as rules."""
+"""The DiT's tensors in published files: Wan2.1's own names and diffusers' (`transformer/`), as
+rules.
+"""
 
 import numpy as np
 
@@ -23,19 +25,27 @@ _MLP = (("ffn.0", "ffn.net.0.proj", "mlp_in"), ("ffn.2", "ffn.net.2", "mlp_out")
 
 
 def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
-  """One rule per published tensor, in the order of the network. Layers are stacked on a leading axis here.
+  """One rule per published tensor, in the order of the network. Layers are stacked on a leading
+  axis here.
 
   layout: "original" (Wan2.1's names) or "diffusers" (WanTransformer3DModel's).
   """
   if layout not in LAYOUTS:
     raise UserError(f"DiT: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
   if config.place_embedding:
-    raise UserError("DiT: place_embedding = True: published models have none, so such weights have no published names.")
+    raise UserError(
+      "DiT: place_embedding = True: published models have none, so such weights have no published "
+      "names."
+    )
   d, text, freq, here = config.dim, config.text_dim, config.freq_dim, LAYOUTS.index(layout)
   shapes = {
-    "text_embedding_in": (d, text), "text_embedding_out": (d, d), "time_embedding_in": (d, freq), "time_embedding_out": (d, d),
-    "time_projection": (6 * d, d), "head": (int(np.prod(config.patch)) * config.channels, d),
-  }  # fmt: skip
+    "text_embedding_in": (d, text),
+    "text_embedding_out": (d, d),
+    "time_embedding_in": (d, freq),
+    "time_embedding_out": (d, d),
+    "time_projection": (6 * d, d),
+    "head": (int(np.prod(config.patch)) * config.channels, d),
+  }
   patch = (d, config.channels, *config.patch)
   rules = [
     Rule("patch_embedding.weight", patch, ("patch_embedding", "kernel"), "patches"),
@@ -45,7 +55,10 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
     rules += _linear(names[here], shapes[ours], (ours,))
   for layer in range(config.num_layers):
     rules += _layer_rules(config, layer, here)
-  return [*rules, Rule(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",))]
+  return [
+    *rules,
+    Rule(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",)),
+  ]
 
 
 def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
@@ -58,7 +71,9 @@ def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
   ]
   for *attention, ours in _ATTENTIONS:
     for *projection, p in _PROJECTIONS:
-      rules += _linear(f"{stem}.{attention[here]}.{projection[here]}", (d, d), ("layers", ours, p), layer)
+      rules += _linear(
+        f"{stem}.{attention[here]}.{projection[here]}", (d, d), ("layers", ours, p), layer
+      )
     for p in "qk":
       path = ("layers", ours, f"norm_{p}", "scale")
       rules.append(Rule(f"{stem}.{attention[here]}.norm_{p}.weight", (d,), path, layer=layer))
@@ -68,7 +83,9 @@ def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
   return rules
 
 
-def _linear(name: str, shape: tuple[int, int], path: tuple[str, ...], layer: int | None = None) -> list[Rule]:
+def _linear(
+  name: str, shape: tuple[int, int], path: tuple[str, ...], layer: int | None = None
+) -> list[Rule]:
   return [
     Rule(f"{name}.weight", shape, (*path, "kernel"), "linear", layer),
     Rule(f"{name}.bias", shape[:1], (*path, "bias"), layer=layer),

@@ -1,7 +1,9 @@
-"""The small worlds' autoencoder: principal components of image patches. Linear, frozen, fitted once on the data.
+"""The small worlds' autoencoder: principal components of image patches. Linear, frozen, fitted once
+on the data.
 
-A frame is cut into patches of `patch` x `patch` pixels; each becomes `channels` numbers: its leading principal components, divided by
-`scale` so that latents have the size that the noise has. It stands where Wan's VAE stands (one latent frame per frame here).
+A frame is cut into patches of `patch` x `patch` pixels; each becomes `channels` numbers: its
+leading principal components, divided by `scale` so that latents have the size that the noise has.
+It stands where Wan's VAE stands (one latent frame per frame here).
 """
 
 import dataclasses
@@ -17,7 +19,9 @@ from hiar_jax.types import Pixels, Video, typed
 
 @dataclasses.dataclass(frozen=True)
 class PatchCodecConfig:
-  """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1 makes them all equal."""
+  """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1
+  makes them all equal.
+  """
 
   kind: str = "patches"
   patch: int = 8
@@ -27,7 +31,10 @@ class PatchCodecConfig:
   def __post_init__(self):
     at_least(1, patch=self.patch, channels=self.channels)
     if self.channels > self.patch**2 * 3:
-      raise UserError(f"codec.channels = {self.channels}: a patch of {self.patch} x {self.patch} pixels has {self.patch**2 * 3} numbers")
+      raise UserError(
+        f"codec.channels = {self.channels}: a patch of {self.patch} x {self.patch} pixels has "
+        f"{self.patch**2 * 3} numbers"
+      )
 
   @property
   def spatial_factor(self) -> int:
@@ -58,7 +65,9 @@ def patches(video: jax.Array, patch: int) -> jax.Array:
 
 
 def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
-  """Principal components of the patches of videos [n f H W 3] in [-1, 1]; float64 inside, signs fixed."""
+  """Principal components of the patches of videos [n f H W 3] in [-1, 1]; float64 inside, signs
+  fixed.
+  """
   rows = patches(videos, config.patch).reshape(-1, config.patch**2 * 3).astype(np.float64)
   mean = rows.mean(0)
   covariance = (rows - mean).T @ (rows - mean) / len(rows)
@@ -66,22 +75,29 @@ def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
   variances, basis = variances[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
   basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
   scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
-  scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))  # mean variance of a latent number: 1
-  return PatchCodec(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
+  # mean variance of a latent number: 1
+  scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))
+  return PatchCodec(
+    *(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch
+  )
 
 
 @typed
 def encode(codec: PatchCodec, video: Pixels) -> Video:
   """Pixels [b f H W 3] in [-1, 1] -> latents [b f h w c]."""
   rows = patches(video, codec.patch)
-  return (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
+  return (
+    (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
+  )
 
 
 @typed
 def decode(codec: PatchCodec, latents: Video) -> Pixels:
   """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
   b, f, h, w, _ = latents.shape
-  rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(1, 1, 1, 1, -1)
+  rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(
+    1, 1, 1, 1, -1
+  )
   grid = rows.reshape(b, f, h, w, codec.patch, codec.patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
   return grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
 

@@ -1,8 +1,9 @@
 """Published tensor names <-> parameter trees, as a table of rules: one rule per published tensor.
 
-A model's rules are data: `Rule(name, shape, path, kind, layer)`. The same table converts in both directions, lists the
-names and shapes to be expected in a file, and says what is missing or left over. Both directions have a form that holds one tensor
-at a time, for weights that are larger than memory.
+A model's rules are data: `Rule(name, shape, path, kind, layer)`. The same table converts in both
+directions, lists the names and shapes to be expected in a file, and says what is missing or left
+over. Both directions have a form that holds one tensor at a time, for weights that are larger than
+memory.
 """
 
 from collections import Counter
@@ -24,12 +25,12 @@ class Rule:
   """One published tensor and the place of its numbers in the parameter tree.
 
   kind says how the array is laid out here:
-    same       as published
-    linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise convolutions) are dropped
-    conv       [out, in, *kernel] -> [*kernel, in, out]
-    patches    [out, in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel, as a linear layer
+    same       as published linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise
+    convolutions) are dropped conv       [out, in, *kernel] -> [*kernel, in, out] patches    [out,
+    in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel, as a linear layer
     vector     [c, 1, ...] -> [c]
-  layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the tensor itself.
+  layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the
+  tensor itself.
   """
 
   name: str
@@ -66,11 +67,15 @@ def shape_here(rule: Rule) -> tuple[int, ...]:
 
 def _some(names: Sequence[str]) -> str:
   names = sorted(names)
-  return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+  return ", ".join(names[:LISTED]) + (
+    f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+  )
 
 
 def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
-  """Raises UserError that lists what is missing and what is left over, compared with the rules of the model `what`."""
+  """Raises UserError that lists what is missing and what is left over, compared with the rules of
+  the model `what`.
+  """
   given, expected = set(names), {rule.name for rule in rules}
   problems = []
   if expected - given:
@@ -78,13 +83,17 @@ def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
   if given - expected:
     problems.append(f"{len(given - expected)} left over ({_some(given - expected)})")
   if problems:
-    raise UserError(f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' config.")
+    raise UserError(
+      f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' "
+      "config."
+    )
 
 
 def _checked(array: Any, rule: Rule, what: str) -> np.ndarray:
   if tuple(array.shape) != rule.shape:
     raise UserError(
-      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}. Use the config of these weights."
+      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}. Use "
+      "the config of these weights."
     )
   return np.asarray(array)
 
@@ -113,7 +122,8 @@ class Stack:
 
 
 def view_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
-  """Parameter tree of views of the given arrays and of Stacks of views, dtypes as given: no number is read.
+  """Parameter tree of views of the given arrays and of Stacks of views, dtypes as given: no number
+  is read.
 
   Raises UserError where a name is missing or left over, a shape differs, or layers differ in dtype.
   """
@@ -129,7 +139,8 @@ def view_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -
     first = next(iter(stack.values()), array)
     if first.dtype != array.dtype:
       raise UserError(
-        f"{what}: {rule.name} is {array.dtype}, other layers are {first.dtype}; expected one dtype. Save the weights in one dtype."
+        f"{what}: {rule.name} is {array.dtype}, other layers are {first.dtype}; expected one "
+        "dtype. Save the weights in one dtype."
       )
     stack[rule.layer] = array
   for path, stack in rows.items():
@@ -142,32 +153,46 @@ def from_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -
   return jax.tree.map(lambda leaf: np.array(leaf, order="C"), view_published(named, rules, what))
 
 
-def iterate_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> Iterator[tuple[str, np.ndarray]]:
-  """Published names and layouts from a parameter tree, one tensor at a time; leaves may be anything that numpy.asarray reads.
+def iterate_published(
+  params: Mapping[str, Any], rules: Sequence[Rule], what: str
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Published names and layouts from a parameter tree, one tensor at a time; leaves may be anything
+  that numpy.asarray reads.
 
-  Raises UserError, before the first tensor, where the tree holds other leaves than the rules, or other shapes.
+  Raises UserError, before the first tensor, where the tree holds other leaves than the rules, or
+  other shapes.
   """
-  leaves = {tuple(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]}
+  leaves = {
+    tuple(str(key.key) for key in path): leaf
+    for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
+  }
   depth = Counter(rule.path for rule in rules)
   if set(leaves) != set(depth):
     odd = [".".join(path) for path in set(leaves) ^ set(depth)]
-    raise UserError(f"{what}: parameters and config differ at {_some(odd)}. Use the config they were made with.")
+    raise UserError(
+      f"{what}: parameters and config differ at {_some(odd)}. Use the config they were made with."
+    )
   for rule in rules:
     shape = shape_here(rule) if rule.layer is None else (depth[rule.path], *shape_here(rule))
     if tuple(leaves[rule.path].shape) != shape:
       raise UserError(
-        f"{what}: {'.'.join(rule.path)} has shape {tuple(leaves[rule.path].shape)}, the config asks for {shape}."
+        f"{what}: {'.'.join(rule.path)} has shape {tuple(leaves[rule.path].shape)}, the config "
+        f"asks for {shape}."
         " Use the config they were made with."
       )
   return _iterate(leaves, rules)
 
 
-def _iterate(leaves: Mapping[tuple[str, ...], Any], rules: Sequence[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+def _iterate(
+  leaves: Mapping[tuple[str, ...], Any], rules: Sequence[Rule]
+) -> Iterator[tuple[str, np.ndarray]]:
   for rule in rules:
     leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
     yield rule.name, _outward(np.asarray(leaf), rule)
 
 
-def to_published(params: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict[str, np.ndarray]:
+def to_published(
+  params: Mapping[str, Any], rules: Sequence[Rule], what: str
+) -> dict[str, np.ndarray]:
   """All of `iterate_published`; the exact inverse of `from_published`."""
   return dict(iterate_published(params, rules, what))

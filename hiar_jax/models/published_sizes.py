@@ -1,4 +1,6 @@
-"""The config of a published model: from the shapes of its tensors, and from the config.json that comes with it."""
+"""The config of a published model: from the shapes of its tensors, and from the config.json that
+comes with it.
+"""
 
 from collections.abc import Callable, Mapping
 import itertools
@@ -14,22 +16,38 @@ HEAD_DIM = 128  # of every published Wan2.1 DiT
 Shape = tuple[int, ...]
 
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "tiny_vae": TinyVAEConfig}
-# Field here -> names in a config.json (original, diffusers, transformers); the first that is there counts.
+# Field here -> names in a config.json (original, diffusers, transformers); the first that is there
+# counts.
 _STATED = {
   "dit": {
-    "dim": ("dim",), "ffn_dim": ("ffn_dim",), "freq_dim": ("freq_dim",), "text_dim": ("text_dim",), "eps": ("eps",),
-    "num_layers": ("num_layers",), "num_heads": ("num_heads", "num_attention_heads"), "patch": ("patch_size",),
+    "dim": ("dim",),
+    "ffn_dim": ("ffn_dim",),
+    "freq_dim": ("freq_dim",),
+    "text_dim": ("text_dim",),
+    "eps": ("eps",),
+    "num_layers": ("num_layers",),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "patch": ("patch_size",),
     "channels": ("in_dim", "in_channels"),
   },
   "vae": {
-    "dim": ("base_dim",), "z_dim": ("z_dim",), "dim_mult": ("dim_mult",), "num_res_blocks": ("num_res_blocks",),
-    "temporal_downsample": ("temperal_downsample",), "latents_mean": ("latents_mean",), "latents_std": ("latents_std",),
+    "dim": ("base_dim",),
+    "z_dim": ("z_dim",),
+    "dim_mult": ("dim_mult",),
+    "num_res_blocks": ("num_res_blocks",),
+    "temporal_downsample": ("temperal_downsample",),
+    "latents_mean": ("latents_mean",),
+    "latents_std": ("latents_std",),
   },
   "umt5": {
-    "vocab": ("vocab_size",), "dim": ("d_model",), "dim_ffn": ("d_ff",), "num_heads": ("num_heads",), "num_layers": ("num_layers",),
+    "vocab": ("vocab_size",),
+    "dim": ("d_model",),
+    "dim_ffn": ("d_ff",),
+    "num_heads": ("num_heads",),
+    "num_layers": ("num_layers",),
     "num_buckets": ("relative_attention_num_buckets",),
   },
-}  # fmt: skip
+}
 
 
 class _Shapes:
@@ -43,25 +61,40 @@ class _Shapes:
 
   def __call__(self, name: str, rank: int) -> Shape:
     if name not in self.shapes:
-      raise UserError(f"{self.what}: the tensor {name} is missing; give the complete weights of one model")
+      raise UserError(
+        f"{self.what}: the tensor {name} is missing; give the complete weights of one model"
+      )
     if len(self.shapes[name]) != rank:
-      raise UserError(f"{self.what}: {name} has shape {self.shapes[name]}, expected {rank} axes; give the weights of Wan2.1 models")
+      raise UserError(
+        f"{self.what}: {name} has shape {self.shapes[name]}, expected {rank} axes; give the "
+        "weights of Wan2.1 models"
+      )
     return self.shapes[name]
 
   def layers(self, stem: str) -> int:
     """How many numbers follow `stem.` in the names, from 0."""
-    parts = (name.removeprefix(f"{stem}.").split(".")[0] for name in self.shapes if name.startswith(f"{stem}."))
+    parts = (
+      name.removeprefix(f"{stem}.").split(".")[0]
+      for name in self.shapes
+      if name.startswith(f"{stem}.")
+    )
     return 1 + max((int(part) for part in parts if part.isdigit()), default=-1)
 
 
 def infer(kind: str, layout: str, shapes: Mapping[str, Shape], what: str) -> dict[str, Any]:
-  """The fields of a config that the shapes tell. Raises UserError where a tensor that tells is missing."""
+  """The fields of a config that the shapes tell.
+
+  Raises UserError where a tensor that tells is missing.
+  """
   rule: Callable = {"dit": _dit, "vae": _vae, "umt5": _umt5, "tiny_vae": _tiny_vae}[kind]
   return rule(_Shapes(shapes, what), layout == "original")
 
 
 def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
-  """The fields of a config that a config.json tells. Raises UserError for sizes that no DiT here can have."""
+  """The fields of a config that a config.json tells.
+
+  Raises UserError for sizes that no DiT here can have.
+  """
   fields = {}
   for field, names in _STATED.get(kind, {}).items():
     found = [config[name] for name in names if config.get(name) is not None]
@@ -82,10 +115,17 @@ def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 
 def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
-  """The config. Raises UserError where the sizes do not fit each other, or where nothing says how many heads a DiT has."""
+  """The config.
+
+  Raises UserError where the sizes do not fit each other, or where nothing says how many heads a DiT
+  has.
+  """
   if kind == "dit" and "num_heads" not in fields:
     if fields["dim"] % HEAD_DIM:
-      raise UserError(f"{what}: a width of {fields['dim']} is not whole heads of {HEAD_DIM}, as Wan2.1 has; say how many with --heads")
+      raise UserError(
+        f"{what}: a width of {fields['dim']} is not whole heads of {HEAD_DIM}, as Wan2.1 has; say "
+        "how many with --heads"
+      )
     fields = {**fields, "num_heads": fields["dim"] // HEAD_DIM}
   try:
     return CONFIGS[kind](**fields)
@@ -104,15 +144,20 @@ def _dit(shape: _Shapes, original: bool) -> dict[str, Any]:
       "(a text-to-video model, image-to-video models have more in)"
     )
   return {
-    "dim": dim, "channels": channels, "patch": tuple(patch),
-    "num_layers": shape.layers("blocks"), "ffn_dim": shape(pick("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"), 2)[0],
+    "dim": dim,
+    "channels": channels,
+    "patch": tuple(patch),
+    "num_layers": shape.layers("blocks"),
+    "ffn_dim": shape(pick("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"), 2)[0],
     "text_dim": shape(pick("text_embedding.0", "condition_embedder.text_embedder.linear_1"), 2)[1],
     "freq_dim": shape(pick("time_embedding.0", "condition_embedder.time_embedder.linear_1"), 2)[1],
-  }  # fmt: skip
+  }
 
 
 def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
-  stem, conv = ("encoder.downsamples", "residual.2") if original else ("encoder.down_blocks", "conv1")
+  stem, conv = (
+    ("encoder.downsamples", "residual.2") if original else ("encoder.down_blocks", "conv1")
+  )
   dim = shape("encoder.conv1.weight" if original else "encoder.conv_in.weight", 5)[0]
   stages, temporal = [[]], []
   for i in itertools.count():
@@ -124,23 +169,35 @@ def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
     else:
       break
   if not all(stages):
-    raise UserError(f"{shape.what}: {stem}.* has stages without residual blocks; give the complete weights of one model")
+    raise UserError(
+      f"{shape.what}: {stem}.* has stages without residual blocks; give the complete weights of "
+      "one model"
+    )
   return {
-    "dim": dim, "z_dim": shape("conv2.weight" if original else "post_quant_conv.weight", 5)[0],
-    "dim_mult": tuple(stage[-1] // dim for stage in stages), "num_res_blocks": len(stages[0]), "temporal_downsample": tuple(temporal),
-  }  # fmt: skip
+    "dim": dim,
+    "z_dim": shape("conv2.weight" if original else "post_quant_conv.weight", 5)[0],
+    "dim_mult": tuple(stage[-1] // dim for stage in stages),
+    "num_res_blocks": len(stages[0]),
+    "temporal_downsample": tuple(temporal),
+  }
 
 
 def _umt5(shape: _Shapes, original: bool) -> dict[str, Any]:
   stem = "blocks" if original else "encoder.block"
   part = lambda a, b: f"{stem}.0.{a if original else b}.weight"
   vocab, dim = shape("token_embedding.weight" if original else "shared.weight", 2)
-  buckets, heads = shape(part("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"), 2)
+  buckets, heads = shape(
+    part("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"), 2
+  )
   return {
-    "vocab": vocab, "dim": dim, "num_buckets": buckets, "num_heads": heads, "num_layers": shape.layers(stem),
+    "vocab": vocab,
+    "dim": dim,
+    "num_buckets": buckets,
+    "num_heads": heads,
+    "num_layers": shape.layers(stem),
     "dim_attn": shape(part("attn.q", "layer.0.SelfAttention.q"), 2)[0],
     "dim_ffn": shape(part("ffn.fc1", "layer.1.DenseReluDense.wi_1"), 2)[0],
-  }  # fmt: skip
+  }
 
 
 def _tiny_vae(shape: _Shapes, original: bool) -> dict[str, Any]:
@@ -156,6 +213,10 @@ def _tiny_vae(shape: _Shapes, original: bool) -> dict[str, Any]:
     up.append(shape(f"decoder.{place}.conv.weight", 4)[0] > widths[-1])
     widths.append(shape(f"decoder.{place + 1}.weight", 4)[0])
   return {
-    "z_dim": shape("decoder.1.weight", 4)[1], "encoder_width": width, "decoder_widths": tuple(widths), "blocks": blocks,
-    "temporal_downsample": tuple(down), "temporal_upsample": tuple(up),
-  }  # fmt: skip
+    "z_dim": shape("decoder.1.weight", 4)[1],
+    "encoder_width": width,
+    "decoder_widths": tuple(widths),
+    "blocks": blocks,
+    "temporal_downsample": tuple(down),
+    "temporal_upsample": tuple(up),
+  }

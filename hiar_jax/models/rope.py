@@ -1,9 +1,10 @@
 """Rotary positions over (frame, row, column), exact for any frame index.
 
-Wan2.1 splits a head's d / 2 complex pairs into three groups for frame, row and column; pair i of a group of m rotates by
-position * 10000^(-i / m). The published table ends at 1,024 frames. Here a frame index is written in base 1,024 and the three digits'
-rotations, tabulated in float64, are multiplied: every angle is right to float32 rounding up to frame 2^30, where a float32
-product position * frequency would already be wrong by a tenth of a radian at frame 1,000,000.
+Wan2.1 splits a head's d / 2 complex pairs into three groups for frame, row and column; pair i of a
+group of m rotates by position * 10000^(-i / m). The published table ends at 1,024 frames. Here a
+frame index is written in base 1,024 and the three digits' rotations, tabulated in float64, are
+multiplied: every angle is right to float32 rounding up to frame 2^30, where a float32 product
+position * frequency would already be wrong by a tenth of a radian at frame 1,000,000.
 """
 
 import functools
@@ -50,7 +51,9 @@ def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Arr
   return cos, sin
 
 
-def rotation(positions: Positions, rows: int, columns: int, head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rotation(
+  positions: Positions, rows: int, columns: int, head_dim: int
+) -> tuple[jax.Array, jax.Array]:
   """(cos, sin), each [f, rows * columns, 1, head_dim / 2], for `apply`."""
   pairs_f, pairs_h, pairs_w = split_pairs(head_dim)
   parts = []
@@ -71,7 +74,9 @@ def rotation(positions: Positions, rows: int, columns: int, head_dim: int) -> tu
 
 
 def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates neighbouring pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's dtype."""
+  """Rotates neighbouring pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's
+  dtype.
+  """
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   real, imag = pairs[..., 0], pairs[..., 1]
   cos, sin = cos[None], sin[None]

@@ -1,11 +1,14 @@
-"""TAEHV, the tiny autoencoder, in its form for Wan2.1 (weights `taew2_1`): Wan's latents at a small part of the VAE's cost.
+"""TAEHV, the tiny autoencoder, in its form for Wan2.1 (weights `taew2_1`): Wan's latents at a small
+part of the VAE's cost.
 
-The functions are those of `models/vae.py`: pixels [b F H W 3] in [-1, 1] <-> normalised latents [b f h w c], F = 1 + 4 (f - 1).
-Inside, the network works on pixels in [0, 1] and on the latents as the diffusion model sees them; it has no others.
+The functions are those of `models/vae.py`: pixels [b F H W 3] in [-1, 1] <-> normalised latents [b
+f h w c], F = 1 + 4 (f - 1). Inside, the network works on pixels in [0, 1] and on the latents as the
+diffusion model sees them; it has no others.
 
-Every block with a memory sees its own frame and the one before, so a video can be decoded in pieces: the memory is an ordinary
-pytree, one past frame a block, and how the video was cut leaves no trace. Decoding is causal. Encoding is not quite: as published,
-a video is cut into groups of 4 frames from its start, each making one latent, and the last group is filled up with the last frame.
+Every block with a memory sees its own frame and the one before, so a video can be decoded in
+pieces: the memory is an ordinary pytree, one past frame a block, and how the video was cut leaves
+no trace. Decoding is causal. Encoding is not quite: as published, a video is cut into groups of 4
+frames from its start, each making one latent, and the last group is filled up with the last frame.
 """
 
 from collections.abc import Sequence
@@ -30,9 +33,11 @@ BOUND = 3.0  # of the decoder's input: latents are squashed into (-3, 3)
 
 @dataclasses.dataclass(frozen=True)
 class TinyVAEConfig:
-  """Sizes; the defaults are those of `taew2_1`. dtype is that of activations and memory, not of weights.
+  """Sizes; the defaults are those of `taew2_1`. dtype is that of activations and memory, not of
+  weights.
 
-  encoder_width: of every encoder stage; decoder_widths: of the stages and of what leaves the last; blocks: memory blocks a stage.
+  encoder_width: of every encoder stage; decoder_widths: of the stages and of what leaves the last;
+  blocks: memory blocks a stage.
   """
 
   z_dim: int = 16
@@ -47,11 +52,16 @@ class TinyVAEConfig:
     stages = len(self.decoder_widths) - 1
     if not len(self.temporal_downsample) == len(self.temporal_upsample) == stages:
       raise UserError(
-        f"tiny VAE: {len(self.decoder_widths)} decoder_widths make {stages} stages; temporal_downsample and temporal_upsample"
-        f" have {len(self.temporal_downsample)} and {len(self.temporal_upsample)} entries, expected {stages} each."
+        f"tiny VAE: {len(self.decoder_widths)} decoder_widths make {stages} stages; "
+        "temporal_downsample and temporal_upsample"
+        f" have {len(self.temporal_downsample)} and {len(self.temporal_upsample)} entries, "
+        f"expected {stages} each."
       )
     if sum(self.temporal_downsample) != sum(self.temporal_upsample):
-      raise UserError("tiny VAE: temporal_downsample and temporal_upsample must change the frame rate equally often.")
+      raise UserError(
+        "tiny VAE: temporal_downsample and temporal_upsample must change the frame rate equally "
+        "often."
+      )
 
   @property
   def spatial_factor(self) -> int:
@@ -65,7 +75,10 @@ class TinyVAEConfig:
 
 
 class MemoryBlock(nn.Module):
-  """x + three convolutions of the frame and the one before it. past: the last frame seen, [b 1 h w c]; zeros before the first."""
+  """x + three convolutions of the frame and the one before it.
+
+  past: the last frame seen, [b 1 h w c]; zeros before the first.
+  """
 
   features: int
   dtype: Any
@@ -82,7 +95,10 @@ class MemoryBlock(nn.Module):
 
 
 class Shrink(nn.Module):
-  """With `time`, merges pairs of frames; then halves height and width. Remembers nothing: frames come in whole groups."""
+  """With `time`, merges pairs of frames; then halves height and width.
+
+  Remembers nothing: frames come in whole groups.
+  """
 
   features: int
   time: bool
@@ -92,9 +108,19 @@ class Shrink(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     if self.time:
       b, f, h, w, c = x.shape
-      x = x.reshape(b, f // 2, 2, h, w, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, f // 2, h, w, 2 * c)
+      x = (
+        x.reshape(b, f // 2, 2, h, w, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, f // 2, h, w, 2 * c)
+      )
     x = nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="pool")(x)
-    conv = nn.Conv(self.features, (3, 3), strides=2, padding=SPATIAL, use_bias=False, dtype=self.dtype, name="conv")
+    conv = nn.Conv(
+      self.features,
+      (3, 3),
+      strides=2,
+      padding=SPATIAL,
+      use_bias=False,
+      dtype=self.dtype,
+      name="conv",
+    )
     return conv(x), None
 
 
@@ -109,11 +135,14 @@ class Grow(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     b, f, h, w, c = x.shape
     times = 2 if self.time else 1
-    # The published order is first larger, then more frames. The latter is pointwise: this way round is the same, for a quarter.
+    # The published order is first larger, then more frames. The latter is pointwise: this way round
+    # is the same, for a quarter.
     x = nn.Dense(times * c, use_bias=False, dtype=self.dtype, name="grow")(x)
     x = x.reshape(b, f, h, w, times, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, f * times, h, w, c)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    return nn.Conv(self.features, (3, 3), padding=SPATIAL, use_bias=False, dtype=self.dtype, name="conv")(x), None
+    return nn.Conv(
+      self.features, (3, 3), padding=SPATIAL, use_bias=False, dtype=self.dtype, name="conv"
+    )(x), None
 
 
 class Encoder(nn.Module):
@@ -142,16 +171,25 @@ class Decoder(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     cfg = self.config
     x = jnp.tanh(x / BOUND) * BOUND
-    x = jax.nn.relu(nn.Conv(cfg.decoder_widths[0], (3, 3), padding=SPATIAL, dtype=cfg.dtype, name="conv_in")(x))
+    x = jax.nn.relu(
+      nn.Conv(cfg.decoder_widths[0], (3, 3), padding=SPATIAL, dtype=cfg.dtype, name="conv_in")(x)
+    )
     layers: list[nn.Module] = []
     for i, time in enumerate(cfg.temporal_upsample):
-      layers += [*_memory(i, cfg.decoder_widths[i], cfg), Grow(cfg.decoder_widths[i + 1], time, cfg.dtype, name=f"up_{i}")]
+      layers += [
+        *_memory(i, cfg.decoder_widths[i], cfg),
+        Grow(cfg.decoder_widths[i + 1], time, cfg.dtype, name=f"up_{i}"),
+      ]
     x, past = chain(layers, x, past)
-    return nn.Conv(3, (3, 3), padding=SPATIAL, dtype=cfg.dtype, name="conv_out")(jax.nn.relu(x)), past
+    return nn.Conv(3, (3, 3), padding=SPATIAL, dtype=cfg.dtype, name="conv_out")(
+      jax.nn.relu(x)
+    ), past
 
 
 def _memory(stage: int, width: int, config: TinyVAEConfig) -> Sequence[nn.Module]:
-  return [MemoryBlock(width, config.dtype, name=f"memory_{stage}_{j}") for j in range(config.blocks)]
+  return [
+    MemoryBlock(width, config.dtype, name=f"memory_{stage}_{j}") for j in range(config.blocks)
+  ]
 
 
 class TinyVAE(nn.Module):
@@ -164,11 +202,16 @@ class TinyVAE(nn.Module):
 
   def encode(self, video: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     """(Pixels of whole groups, memory) -> (latents, memory)."""
-    latents, past = self.encoder(((video.astype(jnp.float32) + 1) / 2).astype(self.config.dtype), past)
+    latents, past = self.encoder(
+      ((video.astype(jnp.float32) + 1) / 2).astype(self.config.dtype), past
+    )
     return latents.astype(jnp.float32), past
 
   def decode(self, latents: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """(Latents, memory) -> (pixels, memory). Of a video's first latent only the last frame is one."""
+    """(Latents, memory) -> (pixels, memory).
+
+    Of a video's first latent only the last frame is one.
+    """
     video, new = self.decoder(latents.astype(self.config.dtype), past)
     if past is None:
       video = video[:, self.config.temporal_factor - 1 :]
@@ -180,28 +223,42 @@ class TinyVAE(nn.Module):
 
 
 @typed
-def encode_chunk(params: Params, video: Pixels, memory: PyTree, config: TinyVAEConfig) -> tuple[Latents, PyTree]:
-  """Encodes the next 4 m frames, in [-1, 1]. memory None: the start of a video; else what the last call returned.
+def encode_chunk(
+  params: Params, video: Pixels, memory: PyTree, config: TinyVAEConfig
+) -> tuple[Latents, PyTree]:
+  """Encodes the next 4 m frames, in [-1, 1]. memory None: the start of a video; else what the last
+  call returned.
 
-  Returns m float32 latents and the memory for the next call. Unlike the VAE's, a video's first latent takes 4 frames, and its end
-  is for the caller to fill up, as `encode` does. Raises UserError for other sizes.
+  Returns m float32 latents and the memory for the next call. Unlike the VAE's, a video's first
+  latent takes 4 frames, and its end is for the caller to fill up, as `encode` does. Raises
+  UserError for other sizes.
   """
   _check_sides(video.shape, config)
   if not video.shape[1] or video.shape[1] % config.temporal_factor:
-    raise UserError(f"tiny VAE: {video.shape[1]} frames do not fit; a piece to encode has {config.temporal_factor} m frames (m whole).")
+    raise UserError(
+      f"tiny VAE: {video.shape[1]} frames do not fit; a piece to encode has "
+      f"{config.temporal_factor} m frames (m whole)."
+    )
   size = (video.shape[2] // 2, video.shape[3] // 2)
   _check_memory(memory, video.shape[0], size, config)
   return TinyVAE(config).apply({"params": params}, video, memory, method="encode")
 
 
 @typed
-def decode_chunk(params: Params, latents: Latents, memory: PyTree, config: TinyVAEConfig) -> tuple[Pixels, PyTree]:
-  """Decodes the next m >= 1 latent frames. memory None: the start of a video, 4 m - 3 frames; else 4 m frames.
+def decode_chunk(
+  params: Params, latents: Latents, memory: PyTree, config: TinyVAEConfig
+) -> tuple[Pixels, PyTree]:
+  """Decodes the next m >= 1 latent frames. memory None: the start of a video, 4 m - 3 frames; else
+  4 m frames.
 
-  Returns float32 pixels in [-1, 1] and the memory for the next call. Raises UserError for wrong channels or a memory of other sizes.
+  Returns float32 pixels in [-1, 1] and the memory for the next call. Raises UserError for wrong
+  channels or a memory of other sizes.
   """
   if latents.shape[-1] != config.z_dim or not latents.shape[1]:
-    raise UserError(f"tiny VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= 1.")
+    raise UserError(
+      f"tiny VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= "
+      "1."
+    )
   _check_memory(memory, latents.shape[0], latents.shape[2:4], config)
   return TinyVAE(config).apply({"params": params}, latents, memory, method="decode")
 
@@ -216,14 +273,18 @@ def _check_memory(memory: PyTree, batch: int, size: tuple[int, ...], config: Tin
   past = memory["memory_0_0"]
   if (past.shape[0], *past.shape[2:4]) != (batch, *size):
     raise UserError(
-      f"tiny VAE: the memory belongs to a batch of {past.shape[0]} with frames of {past.shape[2]}x{past.shape[3]},"
+      f"tiny VAE: the memory belongs to a batch of {past.shape[0]} with frames of "
+      f"{past.shape[2]}x{past.shape[3]},"
       f" the piece is {batch} of {size[0]}x{size[1]}. Start a new video with memory=None."
     )
 
 
 @typed
-def encode(params: Params, video: Pixels, config: TinyVAEConfig, chunk: int | None = 1, unroll: bool = False) -> Latents:
-  """Latents [b 1 + m h w c] of a whole video of 1 + 4 m frames. chunk: latent frames a scan step, None: one pass over all.
+def encode(
+  params: Params, video: Pixels, config: TinyVAEConfig, chunk: int | None = 1, unroll: bool = False
+) -> Latents:
+  """Latents [b 1 + m h w c] of a whole video of 1 + 4 m frames. chunk: latent frames a scan step,
+  None: one pass over all.
 
   `unroll` writes the scan out. Raises UserError for other sizes.
   """
@@ -234,28 +295,52 @@ def encode(params: Params, video: Pixels, config: TinyVAEConfig, chunk: int | No
   if chunk is None:
     return encode_chunk(params, video, None, config)[0]
   group = _checked_chunk(chunk) * factor
-  return vae.stream(lambda x, memory: encode_chunk(params, x, memory, config), video[:, :factor], video[:, factor:], group, unroll)
+  return vae.stream(
+    lambda x, memory: encode_chunk(params, x, memory, config),
+    video[:, :factor],
+    video[:, factor:],
+    group,
+    unroll,
+  )
 
 
 @typed
-def decode(params: Params, latents: Latents, config: TinyVAEConfig, chunk: int | None = 1, unroll: bool = False) -> Pixels:
+def decode(
+  params: Params,
+  latents: Latents,
+  config: TinyVAEConfig,
+  chunk: int | None = 1,
+  unroll: bool = False,
+) -> Pixels:
   """Pixels [b 1 + 4 (f - 1) H W 3] of whole latents; the options are those of `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
   group = _checked_chunk(chunk)
-  return vae.stream(lambda z, memory: decode_chunk(params, z, memory, config), latents[:, :1], latents[:, 1:], group, unroll)
+  return vae.stream(
+    lambda z, memory: decode_chunk(params, z, memory, config),
+    latents[:, :1],
+    latents[:, 1:],
+    group,
+    unroll,
+  )
 
 
 def _checked_chunk(chunk: int) -> int:
   if chunk < 1:
-    raise UserError(f"tiny VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass.")
+    raise UserError(
+      f"tiny VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass."
+    )
   return chunk
 
 
 def abstract_params(config: TinyVAEConfig) -> Params:
   """Shapes and dtypes of the parameters; allocates nothing."""
-  video = jax.ShapeDtypeStruct((1, config.temporal_factor, config.spatial_factor, config.spatial_factor, 3), jnp.float32)
-  return jax.eval_shape(lambda video: TinyVAE(config).init(jax.random.key(0), video)["params"], video)
+  video = jax.ShapeDtypeStruct(
+    (1, config.temporal_factor, config.spatial_factor, config.spatial_factor, 3), jnp.float32
+  )
+  return jax.eval_shape(
+    lambda video: TinyVAE(config).init(jax.random.key(0), video)["params"], video
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -263,7 +348,10 @@ def init(config: TinyVAEConfig, key: Key) -> Params:
   """Random parameters (float32): kernels N(0, 1 / fan-in), biases 0."""
   leaves, tree = jax.tree.flatten(abstract_params(config))
   # One draw for all: compiling one for each leaf takes longer than compiling the decoder.
-  draws = jnp.split(jax.random.normal(key, (sum(leaf.size for leaf in leaves),)), np.cumsum([leaf.size for leaf in leaves])[:-1])
+  draws = jnp.split(
+    jax.random.normal(key, (sum(leaf.size for leaf in leaves),)),
+    np.cumsum([leaf.size for leaf in leaves])[:-1],
+  )
 
   def place(draw, leaf):
     if leaf.ndim == 1:

@@ -1,6 +1,8 @@
-"""The tiny autoencoder's tensors in published files (`taew2_1.pth`, `taew2_1.safetensors`), as rules.
+"""The tiny autoencoder's tensors in published files (`taew2_1.pth`, `taew2_1.safetensors`), as
+rules.
 
-The published halves are lists of layers, and a tensor is named by its layer's place in them; layers without weights count too.
+The published halves are lists of layers, and a tensor is named by its layer's place in them; layers
+without weights count too.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,9 @@ from hiar_jax.types import Params
 _WHAT = "tiny VAE (TAEHV's names)"
 
 
-def _conv(name: str, fan_in: int, width: int, path: tuple[str, ...], bias: bool = True) -> list[Rule]:
+def _conv(
+  name: str, fan_in: int, width: int, path: tuple[str, ...], bias: bool = True
+) -> list[Rule]:
   rules = [Rule(f"{name}.weight", (width, fan_in, 3, 3), (*path, "kernel"), "conv")]
   return [*rules, Rule(f"{name}.bias", (width,), (*path, "bias"))] if bias else rules
 
@@ -37,8 +41,15 @@ def _encoder(config: TinyVAEConfig) -> list[Rule]:
   width, place = config.encoder_width, 2  # after the first convolution and its ReLU
   rules = _conv("encoder.0", 3, width, ("encoder", "conv_in"))
   for stage, time in enumerate(config.temporal_downsample):
-    rules += _pointwise(f"encoder.{place}.conv", width * (2 if time else 1), width, ("encoder", f"down_{stage}", "pool"))
-    rules += _conv(f"encoder.{place + 1}", width, width, ("encoder", f"down_{stage}", "conv"), bias=False)
+    rules += _pointwise(
+      f"encoder.{place}.conv",
+      width * (2 if time else 1),
+      width,
+      ("encoder", f"down_{stage}", "pool"),
+    )
+    rules += _conv(
+      f"encoder.{place + 1}", width, width, ("encoder", f"down_{stage}", "conv"), bias=False
+    )
     rules += _memory("encoder", place + 2, stage, width, config.blocks)
     place += 2 + config.blocks
   return rules + _conv(f"encoder.{place}", width, config.z_dim, ("encoder", "conv_out"))
@@ -51,10 +62,15 @@ def _decoder(config: TinyVAEConfig) -> list[Rule]:
     rules += _memory("decoder", place, stage, widths[stage], config.blocks)
     place += config.blocks + 1  # the upsampling has no weights
     path = ("decoder", f"up_{stage}")
-    rules += _pointwise(f"decoder.{place}.conv", widths[stage], widths[stage] * (2 if time else 1), (*path, "grow"))
-    rules += _conv(f"decoder.{place + 1}", widths[stage], widths[stage + 1], (*path, "conv"), bias=False)
+    rules += _pointwise(
+      f"decoder.{place}.conv", widths[stage], widths[stage] * (2 if time else 1), (*path, "grow")
+    )
+    rules += _conv(
+      f"decoder.{place + 1}", widths[stage], widths[stage + 1], (*path, "conv"), bias=False
+    )
     place += 2
-  return rules + _conv(f"decoder.{place + 1}", widths[-1], 3, ("decoder", "conv_out"))  # after a ReLU
+  # after a ReLU
+  return rules + _conv(f"decoder.{place + 1}", widths[-1], 3, ("decoder", "conv_out"))
 
 
 def tiny_vae_rules(config: TinyVAEConfig) -> list[Rule]:

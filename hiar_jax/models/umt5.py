@@ -1,8 +1,12 @@
-"""The UMT5 text encoder, as Wan2.1 uses it: T5 with relative positions in every layer (arXiv 2304.09151).
+"""The UMT5 text encoder, as Wan2.1 uses it: T5 with relative positions in every layer (arXiv
+2304.09151).
 
-    x = embed(ids);   x += attention(norm(x));   x += (gelu(x g) * x u) d;   text = norm(x), zero on padding
+    x = embed(ids)
+    x += attention(norm(x));   x += (gelu(x g) * x u) d      in every layer
+    text = norm(x), zero on padding
 
-Attention logits are not scaled; each layer adds its own learned bias of the bucketed distance between tokens.
+Attention logits are not scaled; each layer adds its own learned bias of the bucketed distance
+between tokens.
 """
 
 import dataclasses
@@ -26,7 +30,10 @@ Tokens = Int[Array | np.ndarray, "b l"]
 
 @dataclasses.dataclass(frozen=True)
 class UMT5Config:
-  """Sizes; the defaults are UMT5-XXL's, the text encoder of Wan2.1. dtype is that of activations, not of weights."""
+  """Sizes; the defaults are UMT5-XXL's, the text encoder of Wan2.1.
+
+  dtype is that of activations, not of weights.
+  """
 
   vocab: int = 256384
   dim: int = 4096
@@ -39,19 +46,25 @@ class UMT5Config:
 
   def __post_init__(self):
     if self.dim_attn % self.num_heads:
-      raise UserError(f"UMT5: dim_attn={self.dim_attn} is no multiple of num_heads={self.num_heads}; change one.")
+      raise UserError(
+        f"UMT5: dim_attn={self.dim_attn} is no multiple of num_heads={self.num_heads}; change one."
+      )
 
 
 def relative_buckets(length: int, num_buckets: int) -> np.ndarray:
-  """Bucket [q, k] of the distance from each query to each key: half for keys behind, half for keys ahead.
+  """Bucket [q, k] of the distance from each query to each key: half for keys behind, half for keys
+  ahead.
 
-  Distances below num_buckets / 4 have buckets of their own, longer ones share them logarithmically up to MAX_DISTANCE.
+  Distances below num_buckets / 4 have buckets of their own, longer ones share them logarithmically
+  up to MAX_DISTANCE.
   """
   distance = np.arange(length)[None, :] - np.arange(length)[:, None]
   half = num_buckets // 2
   exact = half // 2
   far = np.log(np.maximum(np.abs(distance), 1).astype(np.float32) / np.float32(exact))
-  far = exact + (far / np.float32(math.log(MAX_DISTANCE / exact)) * np.float32(half - exact)).astype(np.int64)
+  far = exact + (
+    far / np.float32(math.log(MAX_DISTANCE / exact)) * np.float32(half - exact)
+  ).astype(np.int64)
   near = np.abs(distance)
   return np.where(near < exact, near, np.minimum(far, half - 1)) + half * (distance > 0)
 
@@ -68,7 +81,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Self-attention with a learned bias of distance, without scaling. x: [b l d], mask: [b l], True on tokens."""
+  """Self-attention with a learned bias of distance, without scaling.
+
+  x: [b l d], mask: [b l], True on tokens.
+  """
 
   config: UMT5Config
 
@@ -83,7 +99,9 @@ class Attention(nn.Module):
 
     table = self.param("distance", nn.initializers.normal(0.02), (cfg.num_buckets, cfg.num_heads))
     bias = table[relative_buckets(length, cfg.num_buckets)].astype(jnp.float32)  # [q k a]
-    logits = jnp.einsum("bqad,bkad->baqk", heads("q"), heads("k"), preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+      "bqad,bkad->baqk", heads("q"), heads("k"), preferred_element_type=jnp.float32
+    )
     logits = logits + bias.transpose(2, 0, 1)[None]
     logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(cfg.dtype)
@@ -120,7 +138,10 @@ class Layer(nn.Module):
 
 
 class UMT5Encoder(nn.Module):
-  """Token ids and mask -> text embeddings. The layers' weights are stacked in front, [layers, ...]."""
+  """Token ids and mask -> text embeddings.
+
+  The layers' weights are stacked in front, [layers, ...].
+  """
 
   config: UMT5Config
 
@@ -129,7 +150,11 @@ class UMT5Encoder(nn.Module):
     cfg = self.config
     x = nn.Embed(cfg.vocab, cfg.dim, dtype=cfg.dtype, name="embed")(token_ids)
     layers = nn.scan(
-      Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.num_layers
+      Layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=cfg.num_layers,
     )
     x, _ = layers(cfg, name="layers")(x, mask)
     x = RMSNorm(name="norm")(x)
@@ -138,11 +163,15 @@ class UMT5Encoder(nn.Module):
 
 @typed
 def encode_text(params: Params, token_ids: Tokens, mask: Tokens, config: UMT5Config) -> Text:
-  """Embeddings [b l d] of tokenised prompts. mask: 1 on tokens, 0 on padding; padding comes out as zeros, as published.
+  """Embeddings [b l d] of tokenised prompts. mask: 1 on tokens, 0 on padding; padding comes out as
+  zeros, as published.
 
-  Every prompt needs at least one token (the tokenizer closes even an empty prompt with its end mark).
+  Every prompt needs at least one token (the tokenizer closes even an empty prompt with its end
+  mark).
   """
-  return UMT5Encoder(config).apply({"params": params}, jnp.asarray(token_ids), jnp.asarray(mask, bool))
+  return UMT5Encoder(config).apply(
+    {"params": params}, jnp.asarray(token_ids), jnp.asarray(mask, bool)
+  )
 
 
 def init(config: UMT5Config, key: jax.Array) -> Params:

@@ -1,10 +1,14 @@
-"""Wan2.1's causal 3D autoencoder (arXiv 2503.20314, section 4.1): video [b F H W 3] in [-1, 1] <-> latents [b f h w c].
+"""Wan2.1's causal 3D autoencoder (arXiv 2503.20314, section 4.1): video [b F H W 3] in [-1, 1] <->
+latents [b f h w c].
 
-    F = 1 + 4 (f - 1),  H = 8 h,  W = 8 w:  the first frame stands alone, then every 4 frames make one latent frame.
+    F = 1 + 4 (f - 1),  H = 8 h,  W = 8 w
 
-Both directions are causal in time, so a video can be coded in pieces: `encode_chunk` and `decode_chunk` take the cache
-that the piece before returned (None at the start) and return the next one. The cache is an ordinary pytree of arrays
-whose shapes do not depend on how the video is cut. Latents are normalised with the published mean and deviation.
+The first frame stands alone, then every 4 frames make one latent frame.
+
+Both directions are causal in time, so a video can be coded in pieces: `encode_chunk` and
+`decode_chunk` take the cache that the piece before returned (None at the start) and return the next
+one. The cache is an ordinary pytree of arrays whose shapes do not depend on how the video is cut.
+Latents are normalised with the published mean and deviation.
 """
 
 from collections.abc import Callable
@@ -20,18 +24,55 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.models.vae_layers import CausalConv, Downsample, FrameAttention, NormConv, Past, ResBlock, Upsample, chain
+from hiar_jax.models.vae_layers import (
+  CausalConv,
+  Downsample,
+  FrameAttention,
+  NormConv,
+  Past,
+  ResBlock,
+  Upsample,
+  chain,
+)
 from hiar_jax.types import Key, Params, PyTree, typed
 
 # Wan2.1 VAE, mean and standard deviation of the 16 latent channels (published with the weights).
 LATENTS_MEAN = (
-  -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
+  -0.7571,
+  -0.7089,
+  -0.9113,
+  0.1075,
+  -0.1745,
+  0.9653,
+  -0.1517,
+  1.5508,
+  0.4134,
+  -0.0715,
+  0.5517,
+  -0.3632,
+  -0.1922,
+  -0.9497,
+  0.2503,
+  -0.2921,
+)
 LATENTS_STD = (
-  2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
+  2.8184,
+  1.4541,
+  2.3275,
+  2.6558,
+  1.2196,
+  1.7708,
+  2.6052,
+  2.0743,
+  3.2687,
+  2.1526,
+  2.8652,
+  1.5579,
+  1.6382,
+  1.1253,
+  2.8251,
+  1.9160,
+)
 
 Pixels = Float[Array | np.ndarray, "b F H W 3"]
 Latents = Float[Array | np.ndarray, "b f h w c"]
@@ -53,7 +94,8 @@ class VAEConfig:
   def __post_init__(self):
     if len(self.temporal_downsample) != len(self.dim_mult) - 1:
       raise UserError(
-        f"VAE: temporal_downsample has {len(self.temporal_downsample)} entries, dim_mult {len(self.dim_mult)};"
+        f"VAE: temporal_downsample has {len(self.temporal_downsample)} entries, dim_mult "
+        f"{len(self.dim_mult)};"
         " it needs one fewer than dim_mult."
       )
     if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
@@ -80,10 +122,15 @@ class Encoder(nn.Module):
     cfg, dtype = self.config, self.config.dtype
     layers = [CausalConv(cfg.dim, dtype, name="conv_in")]
     for i, mult in enumerate(cfg.dim_mult):
-      layers += [ResBlock(cfg.dim * mult, dtype, name=f"down_{i}_res_{j}") for j in range(cfg.num_res_blocks)]
+      layers += [
+        ResBlock(cfg.dim * mult, dtype, name=f"down_{i}_res_{j}") for j in range(cfg.num_res_blocks)
+      ]
       if i < len(cfg.temporal_downsample):
         layers += [Downsample(cfg.temporal_downsample[i], dtype, name=f"down_{i}_resample")]
-    layers += [*_middle(cfg.dim * cfg.dim_mult[-1], dtype), NormConv(2 * cfg.z_dim, dtype, name="head")]
+    layers += [
+      *_middle(cfg.dim * cfg.dim_mult[-1], dtype),
+      NormConv(2 * cfg.z_dim, dtype, name="head"),
+    ]
     return chain(layers, x, past)
 
 
@@ -99,7 +146,9 @@ class Decoder(nn.Module):
     doubled = tuple(reversed(cfg.temporal_downsample))
     layers = [CausalConv(widths[0], dtype, name="conv_in"), *_middle(widths[0], dtype)]
     for i, width in enumerate(widths):
-      layers += [ResBlock(width, dtype, name=f"up_{i}_res_{j}") for j in range(cfg.num_res_blocks + 1)]
+      layers += [
+        ResBlock(width, dtype, name=f"up_{i}_res_{j}") for j in range(cfg.num_res_blocks + 1)
+      ]
       if i < len(doubled):
         layers += [Upsample(doubled[i], dtype, name=f"up_{i}_resample")]
     return chain([*layers, NormConv(3, dtype, name="head")], x, past)
@@ -156,10 +205,14 @@ def denormalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
 
 
 @typed
-def encode_chunk(params: Params, video: Pixels, cache: PyTree, config: VAEConfig) -> tuple[Latents, PyTree]:
-  """Encodes the next frames. cache None: the start of a video, 1 + 4 m frames; else what the last call returned, 4 m.
+def encode_chunk(
+  params: Params, video: Pixels, cache: PyTree, config: VAEConfig
+) -> tuple[Latents, PyTree]:
+  """Encodes the next frames. cache None: the start of a video, 1 + 4 m frames; else what the last
+  call returned, 4 m.
 
-  Returns float32 latents (1 + m or m frames) and the cache for the next call. Raises UserError for other sizes.
+  Returns float32 latents (1 + m or m frames) and the cache for the next call. Raises UserError for
+  other sizes.
   """
   check_pixels(video.shape, cache, config)
   _check_cache(cache, video.shape[0], video.shape[2:4])
@@ -167,20 +220,27 @@ def encode_chunk(params: Params, video: Pixels, cache: PyTree, config: VAEConfig
 
 
 @typed
-def decode_chunk(params: Params, latents: Latents, cache: PyTree, config: VAEConfig) -> tuple[Pixels, PyTree]:
-  """Decodes the next m >= 1 latent frames. cache None: the start of a video, 4 m - 3 frames; else 4 m frames.
+def decode_chunk(
+  params: Params, latents: Latents, cache: PyTree, config: VAEConfig
+) -> tuple[Pixels, PyTree]:
+  """Decodes the next m >= 1 latent frames. cache None: the start of a video, 4 m - 3 frames; else 4
+  m frames.
 
-  Returns float32 pixels, which may overshoot [-1, 1] (clip when writing them), and the cache for the next call. Raises
-  UserError for wrong channels or a cache of other sizes.
+  Returns float32 pixels, which may overshoot [-1, 1] (clip when writing them), and the cache for
+  the next call. Raises UserError for wrong channels or a cache of other sizes.
   """
   if latents.shape[-1] != config.z_dim or not latents.shape[1]:
-    raise UserError(f"VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= 1.")
+    raise UserError(
+      f"VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= 1."
+    )
   _check_cache(cache, latents.shape[0], latents.shape[2:4])
   return WanVAE(config).apply({"params": params}, latents, cache, method="decode")
 
 
 def check_pixels(shape: tuple[int, ...], cache: PyTree, config: VAEConfig) -> None:
-  """Raises UserError unless [b F H W 3] can be encoded: at the start of a video where cache is None, else after it."""
+  """Raises UserError unless [b F H W 3] can be encoded: at the start of a video where cache is
+  None, else after it.
+  """
   _, frames, height, width, _ = shape
   s, t = config.spatial_factor, config.temporal_factor
   if height % s or width % s:
@@ -191,7 +251,9 @@ def check_pixels(shape: tuple[int, ...], cache: PyTree, config: VAEConfig) -> No
   alone = 1 if cache is None else 0
   if frames < 1 or (frames - alone) % t:
     form = f"1 + {t} m frames at the start of a video" if alone else f"{t} m frames after the start"
-    raise UserError(f"VAE: {frames} frames do not fit; expected {form} (m whole). Cut or pad the clip.")
+    raise UserError(
+      f"VAE: {frames} frames do not fit; expected {form} (m whole). Cut or pad the clip."
+    )
 
 
 def _check_cache(cache: PyTree, batch: int, size: tuple[int, int]) -> None:
@@ -200,26 +262,33 @@ def _check_cache(cache: PyTree, batch: int, size: tuple[int, int]) -> None:
   past = cache["conv_in"]  # of the first layer: its last two input frames, [b 2 h w c]
   if (past.shape[0], *past.shape[2:4]) != (batch, *size):
     raise UserError(
-      f"VAE: the cache belongs to a batch of {past.shape[0]} with frames of {past.shape[2]}x{past.shape[3]},"
+      f"VAE: the cache belongs to a batch of {past.shape[0]} with frames of "
+      f"{past.shape[2]}x{past.shape[3]},"
       f" the chunk is {batch} of {size[0]}x{size[1]}. Start a new video with cache=None."
     )
 
 
-Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]  # (next frames, cache) -> (result, cache)
+# (next frames, cache) -> (result, cache)
+Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
-def stream(step: Step, first: jax.Array, rest: jax.Array, group: int, unroll: bool = False) -> jax.Array:
-  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `group` frames; joins the results in time.
+def stream(
+  step: Step, first: jax.Array, rest: jax.Array, group: int, unroll: bool = False
+) -> jax.Array:
+  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `group` frames; joins
+  the results in time.
 
-  The groups run under one `jax.lax.scan`: beside input and result, memory does not grow with m. A shorter last group
-  runs after it.
+  The groups run under one `jax.lax.scan`: beside input and result, memory does not grow with m. A
+  shorter last group runs after it.
   """
   y, cache = step(first, None)
   results = [y]
   full = rest.shape[1] // group
   if full:
     groups = rest[:, : full * group].reshape(rest.shape[0], full, group, *rest.shape[2:])
-    cache, ys = jax.lax.scan(lambda c, x: step(x, c)[::-1], cache, jnp.moveaxis(groups, 1, 0), unroll=unroll)
+    cache, ys = jax.lax.scan(
+      lambda c, x: step(x, c)[::-1], cache, jnp.moveaxis(groups, 1, 0), unroll=unroll
+    )
     ys = jnp.moveaxis(ys, 0, 1)
     results.append(ys.reshape(ys.shape[0], full * ys.shape[2], *ys.shape[3:]))
   if rest.shape[1] % group:
@@ -228,30 +297,50 @@ def stream(step: Step, first: jax.Array, rest: jax.Array, group: int, unroll: bo
 
 
 @typed
-def encode(params: Params, video: Pixels, config: VAEConfig, chunk: int | None = 1, unroll: bool = False) -> Latents:
-  """Normalised latents of a whole video of 1 + 4 m frames. chunk: latent frames a scan step, None: one pass over all.
+def encode(
+  params: Params, video: Pixels, config: VAEConfig, chunk: int | None = 1, unroll: bool = False
+) -> Latents:
+  """Normalised latents of a whole video of 1 + 4 m frames. chunk: latent frames a scan step, None:
+  one pass over all.
 
-  `unroll` writes the scan out: compiles longer, lets the compiler overlap steps. Raises UserError for other sizes.
+  `unroll` writes the scan out: compiles longer, lets the compiler overlap steps. Raises UserError
+  for other sizes.
   """
   check_pixels(video.shape, None, config)
   if chunk is None:
     return encode_chunk(params, video, None, config)[0]
   group = _checked_chunk(chunk) * config.temporal_factor
-  return stream(lambda x, cache: encode_chunk(params, x, cache, config), video[:, :1], video[:, 1:], group, unroll)
+  return stream(
+    lambda x, cache: encode_chunk(params, x, cache, config),
+    video[:, :1],
+    video[:, 1:],
+    group,
+    unroll,
+  )
 
 
 @typed
-def decode(params: Params, latents: Latents, config: VAEConfig, chunk: int | None = 1, unroll: bool = False) -> Pixels:
+def decode(
+  params: Params, latents: Latents, config: VAEConfig, chunk: int | None = 1, unroll: bool = False
+) -> Pixels:
   """Pixels [b 1 + 4 (f - 1) H W 3] of whole latents; the options are those of `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
   group = _checked_chunk(chunk)
-  return stream(lambda z, cache: decode_chunk(params, z, cache, config), latents[:, :1], latents[:, 1:], group, unroll)
+  return stream(
+    lambda z, cache: decode_chunk(params, z, cache, config),
+    latents[:, :1],
+    latents[:, 1:],
+    group,
+    unroll,
+  )
 
 
 def _checked_chunk(chunk: int) -> int:
   if chunk < 1:
-    raise UserError(f"VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass.")
+    raise UserError(
+      f"VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass."
+    )
   return chunk
 
 
@@ -259,7 +348,9 @@ def abstract_params(config: VAEConfig) -> Params:
   """Shapes and dtypes of the parameters; allocates nothing."""
   size = config.spatial_factor
   video = jax.ShapeDtypeStruct((1, 1 + config.temporal_factor, size, size, 3), jnp.float32)
-  return jax.eval_shape(lambda video: WanVAE(config).init(jax.random.key(0), video)["params"], video)
+  return jax.eval_shape(
+    lambda video: WanVAE(config).init(jax.random.key(0), video)["params"], video
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -267,7 +358,8 @@ def init(config: VAEConfig, key: Key) -> Params:
   """Random parameters (float32): kernels N(0, 1 / fan-in), gains 1, biases 0."""
   shapes = abstract_params(config)
   ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(shapes)])
-  # One draw for all: compiling one for each of the many shapes takes longer than compiling the decoder.
+  # One draw for all: compiling one for each of the many shapes takes longer than compiling the
+  # decoder.
   draws = iter(jnp.split(jax.random.normal(key, (int(ends[-1]),)), ends[:-1]))
 
   def leaf(path, shape):

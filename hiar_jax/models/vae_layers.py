@@ -1,8 +1,10 @@
-"""Layers of Wan2.1's causal video autoencoder, in the form that lets a video be streamed through them.
+"""Layers of Wan2.1's causal video autoencoder, in the form that lets a video be streamed through
+them.
 
-Every layer is `(x, past) -> (y, past)`: x holds the next frames [b f h w c], `past` what the layer must remember of the
-frames before (an array, a dict, or None where it remembers nothing). `past=None` on the way in is the start of a video:
-causal convolutions then see zeros, and the temporal resamplers treat the first frame as the published model does.
+Every layer is `(x, past) -> (y, past)`: x holds the next frames [b f h w c], `past` what the layer
+must remember of the frames before (an array, a dict, or None where it remembers nothing).
+`past=None` on the way in is the start of a video: causal convolutions then see zeros, and the
+temporal resamplers treat the first frame as the published model does.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ Past = Any  # None, an array or a dict of pasts
 SPATIAL = ((1, 1), (1, 1))  # padding that keeps height and width under a kernel of 3
 
 
-def chain(layers: Sequence[nn.Module], x: jax.Array, past: Past) -> tuple[jax.Array, dict[str, Past]]:
+def chain(
+  layers: Sequence[nn.Module], x: jax.Array, past: Past
+) -> tuple[jax.Array, dict[str, Past]]:
   """Runs named layers one after another; their pasts are kept by name."""
   new = {}
   for layer in layers:
@@ -39,7 +43,10 @@ class RMSNorm(nn.Module):
 
 
 class CausalConv(nn.Module):
-  """3x3x3 convolution that looks at its own frame and the two before. past: those two, [b 2 h w c]."""
+  """3x3x3 convolution that looks at its own frame and the two before.
+
+  past: those two, [b 2 h w c].
+  """
 
   features: int
   dtype: Any
@@ -49,12 +56,16 @@ class CausalConv(nn.Module):
     if past is None:
       past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
     x = jnp.concatenate([past, x], axis=1)
-    y = nn.Conv(self.features, (3, 3, 3), padding=((0, 0), *SPATIAL), dtype=self.dtype, name="conv")(x)
+    y = nn.Conv(
+      self.features, (3, 3, 3), padding=((0, 0), *SPATIAL), dtype=self.dtype, name="conv"
+    )(x)
     return y, x[:, -2:]
 
 
 class NormConv(nn.Module):
-  """Norm, SiLU, causal convolution: half of a residual block, and the way out of encoder and decoder."""
+  """Norm, SiLU, causal convolution: half of a residual block, and the way out of encoder and
+  decoder.
+  """
 
   features: int
   dtype: Any
@@ -95,7 +106,8 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-  """Halves height and width; with `time`, also the frame rate: a video's first frame stays alone, then pairs merge.
+  """Halves height and width; with `time`, also the frame rate: a video's first frame stays alone,
+  then pairs merge.
 
   past (with `time`): the last frame seen, [b 1 h/2 w/2 c].
   """
@@ -109,7 +121,9 @@ class Downsample(nn.Module):
     x = nn.Conv(c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x)
     if not self.time:
       return x, None
-    merge = nn.Conv(c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv")
+    merge = nn.Conv(
+      c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv"
+    )
     if past is not None:
       return merge(jnp.concatenate([past, x], axis=1)), x[:, -1:]
     y = jnp.concatenate([x[:, :1], merge(x)], axis=1) if x.shape[1] > 1 else x
@@ -117,9 +131,11 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Doubles height and width and halves the channels; with `time`, also doubles all frames but a video's first.
+  """Doubles height and width and halves the channels; with `time`, also doubles all frames but a
+  video's first.
 
-  past (with `time`): the last two frames seen, [b 2 h w c], where the first frame of a video counts as zeros.
+  past (with `time`): the last two frames seen, [b 2 h w c], where the first frame of a video counts
+  as zeros.
   """
 
   time: bool
@@ -143,5 +159,6 @@ class Upsample(nn.Module):
     if not x.shape[1]:
       return first, seen[:, -2:]
     y = nn.Conv(2 * c, (3, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv")(seen)
-    y = y.reshape(b, x.shape[1], h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)  # the halves of the channels are two frames
+    # the halves of the channels are two frames
+    y = y.reshape(b, x.shape[1], h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)
     return jnp.concatenate([first, y.reshape(b, 2 * x.shape[1], h, w, c)], axis=1), seen[:, -2:]

@@ -1,4 +1,6 @@
-"""The VAE's tensors in published files: Wan2.1's own names (`Wan2.1_VAE.pth`) and diffusers' (`vae/`), as rules."""
+"""The VAE's tensors in published files: Wan2.1's own names (`Wan2.1_VAE.pth`) and diffusers'
+(`vae/`), as rules.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -54,28 +56,41 @@ class _Layout:
       else:
         rules += _conv(full, (width, source, 3, 3, 3), (*path, *part))
     if fan_in != width:
-      rules += _conv(f"{name}.{self.pick('shortcut', 'conv_shortcut')}", (width, fan_in, 1, 1, 1), (*path, "shortcut"))
+      rules += _conv(
+        f"{name}.{self.pick('shortcut', 'conv_shortcut')}",
+        (width, fan_in, 1, 1, 1),
+        (*path, "shortcut"),
+      )
     return rules
 
   def middle(self, half: str, width: int) -> list[Rule]:
     rules = []
     blocks = (("middle.0", "mid_block.resnets.0"), ("middle.2", "mid_block.resnets.1"))
     for i, (original, diffusers) in enumerate(blocks):
-      rules += self.res(f"{half}.{self.pick(original, diffusers)}", width, width, (half, f"mid_res_{i}"))
-    name, path = f"{half}.{self.pick('middle.1', 'mid_block.attentions.0')}", (half, "mid_attention")
+      rules += self.res(
+        f"{half}.{self.pick(original, diffusers)}", width, width, (half, f"mid_res_{i}")
+      )
+    name, path = (
+      f"{half}.{self.pick('middle.1', 'mid_block.attentions.0')}",
+      (half, "mid_attention"),
+    )
     rules += _norm(f"{name}.norm", width, (*path, "norm"), axes=2)
     rules += _conv(f"{name}.to_qkv", (3 * width, width, 1, 1), (*path, "qkv"))
     return rules + _conv(f"{name}.proj", (width, width, 1, 1), (*path, "out"))
 
   def ends(self, half: str, fan_in: int, first: int, last: int, out: int) -> list[Rule]:
-    rules = _conv(f"{half}.{self.pick('conv1', 'conv_in')}", (first, fan_in, 3, 3, 3), (half, "conv_in", "conv"))
+    rules = _conv(
+      f"{half}.{self.pick('conv1', 'conv_in')}", (first, fan_in, 3, 3, 3), (half, "conv_in", "conv")
+    )
     rules += _norm(f"{half}.{self.pick('head.0', 'norm_out')}", last, (half, "head", "norm"))
     head = (half, "head", "causal", "conv")
     return rules + _conv(f"{half}.{self.pick('head.2', 'conv_out')}", (out, last, 3, 3, 3), head)
 
   def encoder(self, config: VAEConfig) -> list[Rule]:
     widths = [config.dim * mult for mult in config.dim_mult]
-    rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim) + self.middle("encoder", widths[-1])
+    rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim) + self.middle(
+      "encoder", widths[-1]
+    )
     index, fan_in, stem = 0, config.dim, f"encoder.{self.pick('downsamples', 'down_blocks')}"
     for i, width in enumerate(widths):
       for j in range(config.num_res_blocks):
@@ -92,7 +107,9 @@ class _Layout:
   def decoder(self, config: VAEConfig) -> list[Rule]:
     widths = [config.dim * mult for mult in reversed(config.dim_mult)]
     doubled = tuple(reversed(config.temporal_downsample))
-    rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3) + self.middle("decoder", widths[0])
+    rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3) + self.middle(
+      "decoder", widths[0]
+    )
     index, fan_in = 0, widths[0]
     for i, width in enumerate(widths):
       for j in range(config.num_res_blocks + 1):
@@ -110,7 +127,10 @@ class _Layout:
 
 
 def vae_rules(config: VAEConfig, layout: str = "original") -> list[Rule]:
-  """One rule per published tensor. layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's)."""
+  """One rule per published tensor.
+
+  layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's).
+  """
   names, z = _Layout(layout), config.z_dim
   return [
     *names.encoder(config),
@@ -120,11 +140,15 @@ def vae_rules(config: VAEConfig, layout: str = "original") -> list[Rule]:
   ]
 
 
-def vae_params_from_published(named: Mapping[str, Any], config: VAEConfig, layout: str = "original") -> Params:
+def vae_params_from_published(
+  named: Mapping[str, Any], config: VAEConfig, layout: str = "original"
+) -> Params:
   """Parameters from named tensors; raises UserError where names or shapes do not fit the config."""
   return from_published(named, vae_rules(config, layout), f"VAE ({layout} names)")
 
 
-def vae_params_to_published(params: Params, config: VAEConfig, layout: str = "original") -> dict[str, np.ndarray]:
+def vae_params_to_published(
+  params: Params, config: VAEConfig, layout: str = "original"
+) -> dict[str, np.ndarray]:
   """Named tensors of parameters; the exact inverse of `vae_params_from_published`."""
   return to_published(params, vae_rules(config, layout), f"VAE ({layout} names)")

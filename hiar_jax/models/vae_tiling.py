@@ -1,9 +1,12 @@
 """Spatial tiling of the VAE for small memories: overlapping tiles one after another, seams blended.
 
-    y(p) = sum_i w_i(p) y_i(p) / sum_i w_i(p),   w_i: 1 inside tile i, falling linearly to 0 over its seams.
+    y(p) = sum_i w_i(p) y_i(p) / sum_i w_i(p)
 
-The middle of the VAE attends over a whole frame, so a tiled result is close to the untiled one, not equal; with one
-tile it is equal. Works on pieces of a stream too: the cache then holds each tile's own cache, [tiles, ...].
+w_i is 1 inside tile i and falls linearly to 0 over its seams.
+
+The middle of the VAE attends over a whole frame, so a tiled result is close to the untiled one, not
+equal; with one tile it is equal. Works on pieces of a stream too: the cache then holds each tile's
+own cache, [tiles, ...].
 """
 
 from collections.abc import Callable
@@ -31,11 +34,15 @@ class Tiling:
 
   def __post_init__(self):
     if not 0 < self.overlap < self.size:
-      raise UserError(f"VAE tiling: overlap={self.overlap} of tiles of {self.size}; expected 0 < overlap < size.")
+      raise UserError(
+        f"VAE tiling: overlap={self.overlap} of tiles of {self.size}; expected 0 < overlap < size."
+      )
 
 
 def starts(length: int, tiling: Tiling) -> list[int]:
-  """First pixel of each tile along a side of `length`: evenly spread, the last tile ends with the side."""
+  """First pixel of each tile along a side of `length`: evenly spread, the last tile ends with the
+  side.
+  """
   if length <= tiling.size:
     return [0]
   count = math.ceil((length - tiling.overlap) / (tiling.size - tiling.overlap))
@@ -43,7 +50,9 @@ def starts(length: int, tiling: Tiling) -> list[int]:
 
 
 def ramp(length: int, seam: int, before: bool, after: bool) -> np.ndarray:
-  """Weights along one side of a tile: rising over `seam` pixels after a neighbour before, falling to one after."""
+  """Weights along one side of a tile: rising over `seam` pixels after a neighbour before, falling
+  to one after.
+  """
   position = np.arange(length, dtype=np.float32)
   weight = np.ones(length, np.float32)
   if before:
@@ -65,7 +74,9 @@ class _Grid:
 
 
 def _grid(height: int, width: int, tiling: Tiling) -> _Grid:
-  return _Grid(starts(height, tiling), starts(width, tiling), min(height, tiling.size), min(width, tiling.size))
+  return _Grid(
+    starts(height, tiling), starts(width, tiling), min(height, tiling.size), min(width, tiling.size)
+  )
 
 
 def cut(video: jax.Array, tiling: Tiling, scale: int = 1) -> jax.Array:
@@ -77,17 +88,23 @@ def cut(video: jax.Array, tiling: Tiling, scale: int = 1) -> jax.Array:
 
 
 def blend(tiles: jax.Array, height: int, width: int, tiling: Tiling, scale: int = 1) -> jax.Array:
-  """[tiles b f th tw c] -> [b f h w c]: the inverse of `cut` for a frame of height x width latent pixels."""
+  """[tiles b f th tw c] -> [b f h w c]: the inverse of `cut` for a frame of height x width latent
+  pixels.
+  """
   if tiles.shape[0] == 1:
     return tiles[0]
   grid, seam = _grid(height, width, tiling), tiling.overlap * scale
-  total = jnp.zeros((*tiles.shape[1:3], height * scale, width * scale, tiles.shape[-1]), tiles.dtype)
+  total = jnp.zeros(
+    (*tiles.shape[1:3], height * scale, width * scale, tiles.shape[-1]), tiles.dtype
+  )
   weights = np.zeros((1, 1, height * scale, width * scale, 1), np.float32)
   for tile, (y, x) in zip(tiles, grid.corners(), strict=True):
     rows = ramp(tile.shape[2], seam, y > 0, y + grid.height < height)
     columns = ramp(tile.shape[3], seam, x > 0, x + grid.width < width)
     weight = np.outer(rows, columns)[None, None, :, :, None]
-    there = np.s_[:, :, y * scale : y * scale + tile.shape[2], x * scale : x * scale + tile.shape[3]]
+    there = np.s_[
+      :, :, y * scale : y * scale + tile.shape[2], x * scale : x * scale + tile.shape[3]
+    ]
     total = total.at[there].add(weight * tile)
     weights[there] += weight
   return total / weights
@@ -96,10 +113,13 @@ def blend(tiles: jax.Array, height: int, width: int, tiling: Tiling, scale: int 
 CodeChunk = Callable[..., tuple[jax.Array, PyTree]]
 
 
-def _tiled(code: CodeChunk, params: Params, tiles: jax.Array, cache: PyTree, config) -> tuple[jax.Array, PyTree]:
+def _tiled(
+  code: CodeChunk, params: Params, tiles: jax.Array, cache: PyTree, config
+) -> tuple[jax.Array, PyTree]:
   if cache is not None and cache["conv_in"].shape[:1] != tiles.shape[:1]:
     raise UserError(
-      f"VAE tiling: the cache belongs to {cache['conv_in'].shape[0]} tiles, the chunk is cut into {tiles.shape[0]}."
+      f"VAE tiling: the cache belongs to {cache['conv_in'].shape[0]} tiles, the chunk is cut into "
+      f"{tiles.shape[0]}."
       " Keep one tiling for the whole video."
     )
   # lax.map runs tile after tile: the memory of one tile's activations, however many there are.
@@ -125,12 +145,21 @@ def decode_chunk(
 
 
 def encode(
-  params: Params, video: vae.Pixels, config: vae.VAEConfig, tiling: Tiling, chunk: int | None = 1, unroll: bool = False
+  params: Params,
+  video: vae.Pixels,
+  config: vae.VAEConfig,
+  tiling: Tiling,
+  chunk: int | None = 1,
+  unroll: bool = False,
 ) -> vae.Latents:
-  """`vae.encode` in tiles: a whole tile's video after another, so that only one tile's cache is alive."""
+  """`vae.encode` in tiles: a whole tile's video after another, so that only one tile's cache is
+  alive.
+  """
   vae.check_pixels(video.shape, None, config)
   scale = config.spatial_factor
-  tiles = jax.lax.map(lambda tile: vae.encode(params, tile, config, chunk, unroll), cut(video, tiling, scale))
+  tiles = jax.lax.map(
+    lambda tile: vae.encode(params, tile, config, chunk, unroll), cut(video, tiling, scale)
+  )
   return blend(tiles, video.shape[2] // scale, video.shape[3] // scale, tiling)
 
 
@@ -142,6 +171,10 @@ def decode(
   chunk: int | None = 1,
   unroll: bool = False,
 ) -> vae.Pixels:
-  """`vae.decode` in tiles: a whole tile's video after another, so that only one tile's cache is alive."""
-  tiles = jax.lax.map(lambda tile: vae.decode(params, tile, config, chunk, unroll), cut(latents, tiling))
+  """`vae.decode` in tiles: a whole tile's video after another, so that only one tile's cache is
+  alive.
+  """
+  tiles = jax.lax.map(
+    lambda tile: vae.decode(params, tile, config, chunk, unroll), cut(latents, tiling)
+  )
   return blend(tiles, latents.shape[2], latents.shape[3], tiling, config.spatial_factor)

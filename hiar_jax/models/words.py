@@ -1,6 +1,8 @@
-"""The small worlds' text encoder: a word-level tokenizer and a frozen random table. It stands where UMT5 stands.
+"""The small worlds' text encoder: a word-level tokenizer and a frozen random table. It stands where
+UMT5 stands.
 
-A word's vector and its place in the sentence are fixed random directions; what they mean the DiT learns.
+A word's vector and its place in the sentence are fixed random directions; what they mean the DiT
+learns.
 """
 
 import re
@@ -22,7 +24,9 @@ class WordTokenizer:
     self.size, self.length, self._ids = len(ids), length, ids
     self._tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     self._tokenizer.normalizer = normalizers.Lowercase()
-    self._tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), behavior="removed")
+    self._tokenizer.pre_tokenizer = pre_tokenizers.Split(
+      Regex(r"[^\p{L}\p{N}]+"), behavior="removed"
+    )
     self._tokenizer.enable_truncation(length)
     self._tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=length)
 
@@ -50,13 +54,17 @@ def vocabulary_of(captions: list[str]) -> tuple[str, ...]:
 
 
 def word_table(size: int, length: int, dim: int, seed: int = 0) -> np.ndarray:
-  """Frozen vectors: [size + length, dim], words then places, unit variance; the same for a seed on every machine."""
+  """Frozen vectors: [size + length, dim], words then places, unit variance; the same for a seed on
+  every machine.
+  """
   return np.random.default_rng(seed).standard_normal((size + length, dim)).astype(np.float32)
 
 
 @typed
 def encode(table: np.ndarray, tokens: Tokens) -> Text:
-  """tokens [b l] -> [b l d]; padding is zeroed, so the empty prompt is all zeros (the negative prompt)."""
+  """tokens [b l] -> [b l d]; padding is zeroed, so the empty prompt is all zeros (the negative
+  prompt).
+  """
   length = tokens.shape[1]
   words, places = jnp.asarray(table[:-length]), jnp.asarray(table[-length:])
   return jnp.where(tokens[..., None] > 0, words[tokens] + places[None], 0.0)

@@ -1,8 +1,10 @@
-"""The web side: three files, one WebSocket a tab, downloads. Nothing that comes in reaches a generation unchecked.
+"""The web side: three files, one WebSocket a tab, downloads. Nothing that comes in reaches a
+generation unchecked.
 
-The page sends JSON texts, one wish each (see `Talk`), or one with a file to start from behind it; it gets JSON texts, and the video's bytes
-as they are made. The file on disk is the buffer between a generation and its viewer: a viewer reads it at its own pace, so a slow one holds
-up nobody, and costs no memory.
+The page sends JSON texts, one wish each (see `Talk`), or one with a file to start from behind it;
+it gets JSON texts, and the video's bytes as they are made. The file on disk is the buffer between a
+generation and its viewer: a viewer reads it at its own pace, so a slow one holds up nobody, and
+costs no memory.
 """
 
 import asyncio
@@ -24,26 +26,39 @@ from hiar_jax.formats.prompts_file import MAX_SEED
 from hiar_jax.page.desk import Desk, House, Viewer
 from hiar_jax.page.showing import Wish
 
-FILES = {"/": ("index.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css")}
+FILES = {
+  "/": ("index.html", "text/html"),
+  "/page.js": ("page.js", "text/javascript"),
+  "/page.css": ("page.css", "text/css"),
+}
 MAX_PROMPT = 2000  # characters
 MAX_WISH = 2**16  # bytes of one wish; what is longer is refused unread
 MAX_MESSAGE = 2**24  # bytes, those of a file included; a socket that sends more is closed
 NEWS_EVERY = 0.25  # seconds between two reports without anything new
 
 _POLICY = (
-  "default-src 'self'", "img-src 'self' data:", "media-src 'self' blob:", "frame-ancestors 'none'", "base-uri 'none'", "form-action 'none'",
-)  # fmt: skip
+  "default-src 'self'",
+  "img-src 'self' data:",
+  "media-src 'self' blob:",
+  "frame-ancestors 'none'",
+  "base-uri 'none'",
+  "form-action 'none'",
+)
 HEADERS = {
   "Content-Security-Policy": "; ".join(_POLICY),
-  "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Resource-Policy": "same-origin",
+  "X-Content-Type-Options": "nosniff",
+  "Referrer-Policy": "no-referrer",
+  "Cross-Origin-Resource-Policy": "same-origin",
   "Cache-Control": "no-store",
-}  # fmt: skip
+}
 
 DESK, HOSTS = web.AppKey("desk", Desk), web.AppKey("hosts", frozenset)
 
 
 def make_app(house: House, hosts: frozenset[str] = frozenset()) -> web.Application:
-  """hosts: names, beside localhost and any address in numbers, under which the page may be reached."""
+  """hosts: names, beside localhost and any address in numbers, under which the page may be
+  reached.
+  """
   app = web.Application(middlewares=[_guard], client_max_size=MAX_WISH)
   app[HOSTS] = frozenset(host.lower() for host in hosts)
   app.cleanup_ctx.append(lambda app: _open_desk(app, house))
@@ -68,7 +83,9 @@ async def _open_desk(app: web.Application, house: House):
 
 async def _close_sockets(app: web.Application) -> None:
   sockets = [viewer.socket for viewer in app[DESK].viewers if viewer.socket is not None]
-  farewells = (socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops") for socket in sockets)
+  farewells = (
+    socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops") for socket in sockets
+  )
   await asyncio.gather(*farewells, return_exceptions=True)
 
 
@@ -79,15 +96,21 @@ def _fixed(content: bytes, kind: str):
   return handle
 
 
-# ------------------------------------------------------------------------------------------------------------ the guards
+# --------------------------------------------------------------------------------------- the guards
 
 
 @web.middleware
 async def _guard(request: web.Request, handler) -> web.StreamResponse:
-  """Only for those who came by the page's own address: else another site's page could speak to it, by a name of its own (DNS rebinding)."""
+  """Only for those who came by the page's own address: else another site's page could speak to it,
+  by a name of its own (DNS rebinding).
+  """
   host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
   if not _is_known(host, request.app[HOSTS]):
-    return _refusal(403, f"this page is not reached by the name {host[:80]!r}; use localhost, or start the server with --hosts")
+    return _refusal(
+      403,
+      f"this page is not reached by the name {host[:80]!r}; use localhost, or start the server "
+      "with --hosts",
+    )
   if origin is not None and urllib.parse.urlsplit(origin).netloc.lower() != host.lower():
     return _refusal(403, "another site's page may not speak to this one")
   try:
@@ -104,7 +127,9 @@ def _refusal(status: int, why: str) -> web.Response:
 
 
 def _is_known(host: str, names: frozenset[str]) -> bool:
-  """A name cannot be made to point elsewhere where it is a number, or localhost, or one that the person at the server has named."""
+  """A name cannot be made to point elsewhere where it is a number, or localhost, or one that the
+  person at the server has named.
+  """
   try:
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
   except ValueError:
@@ -116,7 +141,7 @@ def _is_known(host: str, names: frozenset[str]) -> bool:
   return False
 
 
-# ------------------------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- downloads
 
 
 async def _download(request: web.Request) -> web.StreamResponse:
@@ -124,21 +149,29 @@ async def _download(request: web.Request) -> web.StreamResponse:
   path = request.app[DESK].clips.get(request.match_info["name"])
   if path is None or not path.exists():
     raise web.HTTPNotFound(reason="there is no such video; it is kept while its tab is open")
-  headers = {**HEADERS, "Content-Disposition": f'attachment; filename="{path.name}"', "Content-Type": "video/mp4"}
+  headers = {
+    **HEADERS,
+    "Content-Disposition": f'attachment; filename="{path.name}"',
+    "Content-Type": "video/mp4",
+  }
   return web.FileResponse(path, headers=headers)
 
 
-# ------------------------------------------------------------------------------------------------------------- the socket
+# --------------------------------------------------------------------------------------- the socket
 
 
 async def _watch(request: web.Request) -> web.StreamResponse:
   desk = request.app[DESK]
   if desk.is_full:
-    raise web.HTTPServiceUnavailable(reason=f"{desk.house.viewers} viewers are here already; close a tab, or come back later")
+    raise web.HTTPServiceUnavailable(
+      reason=f"{desk.house.viewers} viewers are here already; close a tab, or come back later"
+    )
   viewer = desk.enter()
   try:
     heartbeat = desk.house.rules.heartbeat
-    viewer.socket = socket = web.WebSocketResponse(heartbeat=heartbeat, max_msg_size=MAX_MESSAGE, timeout=2, compress=False)
+    viewer.socket = socket = web.WebSocketResponse(
+      heartbeat=heartbeat, max_msg_size=MAX_MESSAGE, timeout=2, compress=False
+    )
     await socket.prepare(request)
     sending = asyncio.create_task(_send(desk, viewer, request))
     try:
@@ -170,7 +203,9 @@ async def _send(desk: Desk, viewer: Viewer, request: web.Request) -> None:
       async with asyncio.timeout(desk.house.rules.patience):
         for start, end in showing.content(pieces) if showing else ():
           if not pieces:
-            await viewer.socket.send_json({"say": "begin", "mime": showing.mime, "clip": f"/clips/{viewer.name}"})
+            await viewer.socket.send_json(
+              {"say": "begin", "mime": showing.mime, "clip": f"/clips/{viewer.name}"}
+            )
           await viewer.socket.send_bytes(await desk.run(_read, showing.path, start, end))
           pieces += 1
         await viewer.socket.send_json({"say": "status", **_status(desk, viewer)})
@@ -225,10 +260,10 @@ def _parse(message) -> tuple[dict[str, Any], bytes | None]:
 class Talk:
   """What a page may ask for:
 
-      {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}       and behind a line's end a picture or video, with its "name"
-      {"do": "prompt", "prompt": TEXT, "recache": false}
-      {"do": "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"}
-      {"do": "at", "seconds": 3.2}     how much of the video has been seen
+  {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}       and behind a line's end a
+  picture or video, with its "name" {"do": "prompt", "prompt": TEXT, "recache": false} {"do":
+  "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"} {"do": "at", "seconds":
+  3.2}     how much of the video has been seen
   """
 
   def __init__(self, desk: Desk, viewer: Viewer, file: bytes | None = None):
@@ -246,7 +281,11 @@ class Talk:
 
   async def start(self, wish) -> dict[str, Any] | None:
     seconds = wish.get("seconds")
-    wanted = Wish(_text(wish, "prompt"), _seed(wish.get("seed", 0)), None if seconds is None else self._seconds(seconds))
+    wanted = Wish(
+      _text(wish, "prompt"),
+      _seed(wish.get("seed", 0)),
+      None if seconds is None else self._seconds(seconds),
+    )
     done = None
     if self.file is not None:
       frames, done = await self.desk.read(_text(wish, "name"), self.file)
@@ -299,7 +338,9 @@ def _text(wish: dict[str, Any], name: str) -> str:
   try:
     text.encode()
   except UnicodeEncodeError:
-    raise UserError(f"{name}: expected characters that can be written down; this one holds half a pair") from None
+    raise UserError(
+      f"{name}: expected characters that can be written down; this one holds half a pair"
+    ) from None
   return " ".join(text.replace("\0", " ").split())
 
 
@@ -311,5 +352,8 @@ def _seed(value) -> int:
 
 def _number(value, name: str, least: float, most: float) -> float:
   if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-    raise UserError(f"{name}: expected a number" + (f" from {least:g} to {most:g}" if most < math.inf else f", at least {least:g}"))
+    raise UserError(
+      f"{name}: expected a number"
+      + (f" from {least:g} to {most:g}" if most < math.inf else f", at least {least:g}")
+    )
   return float(value)

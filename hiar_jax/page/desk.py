@@ -1,4 +1,6 @@
-"""Who is shown what, and who waits: a generation a viewer, so many at once; the others wait in the order in which they asked."""
+"""Who is shown what, and who waits: a generation a viewer, so many at once; the others wait in the
+order in which they asked.
+"""
 
 import asyncio
 import collections
@@ -20,7 +22,10 @@ READERS = 2  # of what is handed in, at once
 
 @dataclasses.dataclass(frozen=True)
 class House:
-  """places: generations at once. viewers: open tabs at once. clips: the directory of the videos; keep: whether they stay there."""
+  """places: generations at once. viewers: open tabs at once.
+
+  clips: the directory of the videos; keep: whether they stay there.
+  """
 
   source: Source
   clips: pathlib.Path
@@ -31,7 +36,10 @@ class House:
 
 
 class Viewer:
-  """A tab: what it asked for, and its showing while it has one. news: set when there is something to tell it."""
+  """A tab: what it asked for, and its showing while it has one.
+
+  news: set when there is something to tell it.
+  """
 
   def __init__(self):
     self.wish: Wish | None = None
@@ -93,7 +101,10 @@ class Desk:
       for viewer in list(self._shown):
         showing = viewer.showing
         if self._waiting and showing and showing.idle_seconds() > self.house.rules.hold:
-          showing.end(f"others were waiting, and this one had stood still for {self.house.rules.hold:g} seconds")
+          showing.end(
+            f"others were waiting, and this one had stood still for {self.house.rules.hold:g} "
+            "seconds"
+          )
         if showing is None or showing.is_over:
           self._shown.discard(viewer)
       self._admit()
@@ -103,7 +114,10 @@ class Desk:
     return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
   async def read(self, name: str, content: bytes) -> tuple[Frames, str]:
-    """A file that was handed in, and what was done to it. Raises UserError where it cannot be used."""
+    """A file that was handed in, and what was done to it.
+
+    Raises UserError where it cannot be used.
+    """
     async with self._readers:
       return await self.run(given.read, self.house.source, name, content)
 

@@ -1,5 +1,6 @@
-"""A picture or a video that a viewer hands in to start from. It may come from anyone: it is bounded and looked at before it is decoded,
-and on the disk for no longer than that takes, in a directory of its own.
+"""A picture or a video that a viewer hands in to start from. It may come from anyone: it is bounded
+and looked at before it is decoded, and on the disk for no longer than that takes, in a directory of
+its own.
 """
 
 import math
@@ -14,18 +15,23 @@ from hiar_jax.errors import UserError
 from hiar_jax.page.showing import Source
 from hiar_jax.streaming.source import Frames
 
-# How files begin that are taken. Lists of other files (playlists), which FFmpeg would open too, and formats that other programs would be
-# started for (EPS) begin otherwise.
-PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # PNG, JPEG, GIF, and a WebP's container
+# How files begin that are taken. Lists of other files (playlists), which FFmpeg would open too, and
+# formats that other programs would be started for (EPS) begin otherwise.
+# PNG, JPEG, GIF, and a WebP's container
+PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")
 MATROSKA = b"\x1a\x45\xdf\xa3"
 MAX_PIXELS = 64 * 2**20  # of a picture
-MAX_FRAMES, MAX_SECONDS, MAX_VIDEO = 3600, 120.0, 2**32  # of a video; MAX_VIDEO: pixels of all its frames
+# of a video; MAX_VIDEO: pixels of all its frames
+MAX_FRAMES, MAX_SECONDS, MAX_VIDEO = 3600, 120.0, 2**32
 MAX_NAME = 80  # characters
 TAKEN = "give a picture (PNG, JPEG, WebP, GIF) or a video (MP4, MOV, WebM, MKV)"
 
 
 def read(source: Source, name: str, content: bytes) -> tuple[Frames, str]:
-  """(the frames, as the model takes them; what was done to them in a line). Raises UserError, which calls the file by its `name`."""
+  """(the frames, as the model takes them; what was done to them in a line).
+
+  Raises UserError, which calls the file by its `name`.
+  """
   name = pathlib.PurePath(name.replace("\\", "/")).name[-MAX_NAME:] or "the start"
   kind = kind_of(name, content)
   with tempfile.TemporaryDirectory(prefix="hiar_jax_start_") as directory:
@@ -40,7 +46,7 @@ def read(source: Source, name: str, content: bytes) -> tuple[Frames, str]:
 
 
 def kind_of(name: str, content: bytes) -> str:
-  """"image" or "video", by how it begins. Raises UserError for anything else."""
+  """ "image" or "video", by how it begins. Raises UserError for anything else."""
   if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
     return "image"
   if content.startswith(MATROSKA) or content[4:8] == b"ftyp":
@@ -55,14 +61,25 @@ def look_at_picture(name: str, path: pathlib.Path) -> None:
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
       with Image.open(path) as image:
         width, height = image.size
-  except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+  except (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+  ) as error:
     raise UserError(f"{name} is a damaged picture, or none; {TAKEN}") from error
   if width * height > MAX_PIXELS:
-    raise UserError(f"{name} has {width} x {height} pixels, at most {MAX_PIXELS // 2**20} million are read; scale it down first")
+    raise UserError(
+      f"{name} has {width} x {height} pixels, at most {MAX_PIXELS // 2**20} million are read; "
+      "scale it down first"
+    )
 
 
 def look_at_video(name: str, path: pathlib.Path) -> None:
-  """Raises UserError for one that would take too long to decode, by what its container says of every packet, or that is no video."""
+  """Raises UserError for one that would take too long to decode, by what its container says of
+  every packet, or that is no video.
+  """
   try:
     with av.open(str(path)) as container:
       if not container.streams.video:
@@ -73,8 +90,14 @@ def look_at_video(name: str, path: pathlib.Path) -> None:
       for i, packet in enumerate(container.demux(stream)):
         if packet.pts is not None:
           time = float(packet.pts * packet.time_base)
-          first, last = min(first, time), max(last, time + float((packet.duration or 0) * packet.time_base))
+          first, last = (
+            min(first, time),
+            max(last, time + float((packet.duration or 0) * packet.time_base)),
+          )
         if i > frames or last - first > MAX_SECONDS:  # the last packet is empty
-          raise UserError(f"{name} is too long: of its size {frames} frames are read, {MAX_SECONDS:g} seconds at most; cut it first")
+          raise UserError(
+            f"{name} is too long: of its size {frames} frames are read, {MAX_SECONDS:g} seconds "
+            "at most; cut it first"
+          )
   except av.error.FFmpegError as error:
     raise UserError(f"{name} is a damaged video, or none; {TAKEN}") from error

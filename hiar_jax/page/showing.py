@@ -1,4 +1,6 @@
-"""One viewer's generation: a thread that makes it into a growing file, no further ahead of the viewer than is good for either."""
+"""One viewer's generation: a thread that makes it into a growing file, no further ahead of the
+viewer than is good for either.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -24,7 +26,9 @@ class Source(Protocol):
   scale: int
   sigmas: tuple[float, ...]
 
-  def open(self, prompt: str, *, seed: int, frames: int | None, start: Frames | None, ahead: int) -> Stream: ...
+  def open(
+    self, prompt: str, *, seed: int, frames: int | None, start: Frames | None, ahead: int
+  ) -> Stream: ...
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]: ...
   def remarks(self, prompt: str) -> list[str]: ...
   def provenance(self, prompt: str, seed: int, start: Frames | None) -> dict[str, str]: ...
@@ -42,10 +46,12 @@ class Wish:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """lead: seconds of video that may be made ahead of the viewer. patience: seconds that a viewer may stand still with video to watch.
+  """lead: seconds of video that may be made ahead of the viewer. patience: seconds that a viewer
+  may stand still with video to watch.
 
-  hold: seconds that a paused or finished generation keeps its place when others wait. longest: seconds of one video. heartbeat: seconds
-  between two questions whether the tab is still there; one that has not answered after half as many more is gone.
+  hold: seconds that a paused or finished generation keeps its place when others wait. longest:
+  seconds of one video. heartbeat: seconds between two questions whether the tab is still there; one
+  that has not answered after half as many more is gone.
   """
 
   lead: float = 2.0
@@ -56,13 +62,23 @@ class Rules:
 
 
 class Showing:
-  """See the module's docstring. Its methods return at once, but for `change_prompt` and `close`, which wait for the tick at hand.
+  """See the module's docstring. Its methods return at once, but for `change_prompt` and `close`,
+  which wait for the tick at hand.
 
-  changed: called from the thread whenever there is something new to tell. why: for what reason it ended, '' while it has not.
+  changed: called from the thread whenever there is something new to tell. why: for what reason it
+  ended, '' while it has not.
   """
 
-  def __init__(self, source: Source, wish: Wish, path: pathlib.Path, rules: Rules, changed: Callable[[], None]):
-    self.source, self.wish, self.path, self.rules, self._changed = source, wish, path, rules, changed
+  def __init__(
+    self, source: Source, wish: Wish, path: pathlib.Path, rules: Rules, changed: Callable[[], None]
+  ):
+    self.source, self.wish, self.path, self.rules, self._changed = (
+      source,
+      wish,
+      path,
+      rules,
+      changed,
+    )
     self.prompt, self.mime, self.why = wish.prompt, "", ""
     self.remarks: list[str] = []
     self._turn = threading.Condition()
@@ -79,10 +95,13 @@ class Showing:
   def start(self) -> None:
     self._thread.start()
 
-  # ------------------------------------------------------------------------------------------------ the viewer's side
+  # ------------------------------------------------------------------------------ the viewer's side
 
   def change_prompt(self, prompt: str, recache: bool) -> int | None:
-    """The first block that shows it; None where it is not under way. Raises UserError where the generation cannot take it."""
+    """The first block that shows it; None where it is not under way.
+
+    Raises UserError where the generation cannot take it.
+    """
     with self._turn:
       stream = self._stream
     if stream is None or self.why:
@@ -140,7 +159,9 @@ class Showing:
     return time.monotonic() - since if since is not None else 0.0
 
   def content(self, first: int) -> list[tuple[int, int]]:
-    """(start, end) in the file of what can be sent after `first` pieces of it: the head is one, then each fragment."""
+    """(start, end) in the file of what can be sent after `first` pieces of it: the head is one,
+    then each fragment.
+    """
     with self._turn:
       fragments = list(self._fragments)
     pieces = [(0, fragments[0].start)] if fragments else []
@@ -150,20 +171,34 @@ class Showing:
     """For the page."""
     with self._turn:
       stream, made = self._stream, self._frames_made
-      flight = {level: (block, prompt) for level, block, prompt in (stream.in_flight if stream else [])}
+      flight = {
+        level: (block, prompt) for level, block, prompt in (stream.in_flight if stream else [])
+      }
       levels = [
-        {"sigma": round(float(sigma), 3), "block": flight[i][0] if i in flight else None, "prompt": flight[i][1] if i in flight else None}
+        {
+          "sigma": round(float(sigma), 3),
+          "block": flight[i][0] if i in flight else None,
+          "prompt": flight[i][1] if i in flight else None,
+        }
         for i, sigma in enumerate(self.source.sigmas[:-1])
       ]
       return {
-        "state": self._state(), "why": self.why, "prompt": self.prompt, "prompts": self._prompts[-PROMPTS_TOLD:], "blocks": self._blocks,
-        "frames": made, "seconds": made / self.source.fps, "fps": self.source.fps,
-        "target": None if self._target is None else self._target / self.source.fps, "levels": levels, "remarks": self.remarks,
+        "state": self._state(),
+        "why": self.why,
+        "prompt": self.prompt,
+        "prompts": self._prompts[-PROMPTS_TOLD:],
+        "blocks": self._blocks,
+        "frames": made,
+        "seconds": made / self.source.fps,
+        "fps": self.source.fps,
+        "target": None if self._target is None else self._target / self.source.fps,
+        "levels": levels,
+        "remarks": self.remarks,
         "latency": self._first - self._asked if self._first else None,
         "speed": stream.speed if stream else None,
-      }  # fmt: skip
+      }
 
-  # -------------------------------------------------------------------------------------------------------- the thread
+  # ------------------------------------------------------------------------------------- the thread
 
   def _frames(self, seconds: float | None) -> int | None:
     return None if seconds is None else max(1, math.ceil(seconds * self.source.fps - 1e-6))
@@ -176,7 +211,9 @@ class Showing:
     return "paused" if self._paused else "finished" if self._finished else "running"
 
   def _hold(self) -> None:
-    """Where it is paused; one that is to end is let go on, for the thread may wait for its next block."""
+    """Where it is paused; one that is to end is let go on, for the thread may wait for its next
+    block.
+    """
     if self._stream:
       self._stream.pause(self._paused and not self._ending)
 
@@ -185,7 +222,9 @@ class Showing:
     try:
       self.remarks = self.source.remarks(self.wish.prompt)
       told = self.source.provenance(self.wish.prompt, self.wish.seed, self.wish.start)
-      stream = self.source.open(self.wish.prompt, seed=self.wish.seed, frames=None, start=self.wish.start, ahead=1)
+      stream = self.source.open(
+        self.wish.prompt, seed=self.wish.seed, frames=None, start=self.wish.start, ahead=1
+      )
       with stream, GrowingMP4(self.path, self.source.fps, told, scale=self.source.scale) as file:
         with self._turn:
           self._stream = stream
@@ -216,7 +255,10 @@ class Showing:
         self._finished = self._target is not None and file.frames >= self._target
       self._changed()
       if file.frames >= self.rules.longest * self.source.fps:
-        return f"a video is at most {self.rules.longest:g} seconds long; download it and start another one"
+        return (
+          f"a video is at most {self.rules.longest:g} seconds long; download it and start "
+          "another one"
+        )
     return why
 
   def _wait(self, stream: Stream) -> str:

@@ -10,19 +10,31 @@ DIFFUSERS = "0.33.0"  # the first version with Wan2.1
 
 # The published pipeline; 3.0 is its shift for 480p.
 SCHEDULER = {
-  "_class_name": "UniPCMultistepScheduler", "_diffusers_version": DIFFUSERS, "num_train_timesteps": 1000,
-  "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0, "solver_order": 2,
-}  # fmt: skip
+  "_class_name": "UniPCMultistepScheduler",
+  "_diffusers_version": DIFFUSERS,
+  "num_train_timesteps": 1000,
+  "prediction_type": "flow_prediction",
+  "use_flow_sigmas": True,
+  "flow_shift": 3.0,
+  "solver_order": 2,
+}
 PIPELINE = {
-  "_class_name": "WanPipeline", "_diffusers_version": DIFFUSERS,
-  "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
-  "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
+  "_class_name": "WanPipeline",
+  "_diffusers_version": DIFFUSERS,
+  "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+  "text_encoder": ["transformers", "UMT5EncoderModel"],
+  "tokenizer": ["transformers", "T5TokenizerFast"],
+  "transformer": ["diffusers", "WanTransformer3DModel"],
   "vae": ["diffusers", "AutoencoderKLWan"],
-}  # fmt: skip
+}
 TOKENIZER = {
-  "tokenizer_class": "T5TokenizerFast", "model_max_length": 512, "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>",
+  "tokenizer_class": "T5TokenizerFast",
+  "model_max_length": 512,
+  "pad_token": "<pad>",
+  "eos_token": "</s>",
+  "unk_token": "<unk>",
   "extra_ids": 0,
-}  # fmt: skip
+}
 
 
 def model_config(kind: str, config: Any, layout: str) -> dict | None:
@@ -36,36 +48,77 @@ def model_config(kind: str, config: Any, layout: str) -> dict | None:
 
 def _wan_model(config: DiTConfig) -> dict:
   return {
-    "_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v", "text_len": 512,
-    "dim": config.dim, "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "num_heads": config.num_heads,
-    "num_layers": config.num_layers, "in_dim": config.channels, "out_dim": config.channels, "eps": config.eps,
-  }  # fmt: skip
+    "_class_name": "WanModel",
+    "_diffusers_version": "0.30.0",
+    "model_type": "t2v",
+    "text_len": 512,
+    "dim": config.dim,
+    "ffn_dim": config.ffn_dim,
+    "freq_dim": config.freq_dim,
+    "num_heads": config.num_heads,
+    "num_layers": config.num_layers,
+    "in_dim": config.channels,
+    "out_dim": config.channels,
+    "eps": config.eps,
+  }
 
 
 def _wan_transformer(config: DiTConfig) -> dict:
   return {
-    "_class_name": "WanTransformer3DModel", "_diffusers_version": DIFFUSERS, "patch_size": list(config.patch),
-    "num_attention_heads": config.num_heads, "attention_head_dim": config.head_dim,
-    "in_channels": config.channels, "out_channels": config.channels, "text_dim": config.text_dim, "freq_dim": config.freq_dim,
-    "ffn_dim": config.ffn_dim, "num_layers": config.num_layers, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-    "eps": config.eps, "image_dim": None, "added_kv_proj_dim": None, "rope_max_seq_len": 1024,
-  }  # fmt: skip
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": DIFFUSERS,
+    "patch_size": list(config.patch),
+    "num_attention_heads": config.num_heads,
+    "attention_head_dim": config.head_dim,
+    "in_channels": config.channels,
+    "out_channels": config.channels,
+    "text_dim": config.text_dim,
+    "freq_dim": config.freq_dim,
+    "ffn_dim": config.ffn_dim,
+    "num_layers": config.num_layers,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "eps": config.eps,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "rope_max_seq_len": 1024,
+  }
 
 
 def _autoencoder(config: VAEConfig) -> dict:
   return {
-    "_class_name": "AutoencoderKLWan", "_diffusers_version": DIFFUSERS, "base_dim": config.dim, "z_dim": config.z_dim,
-    "dim_mult": list(config.dim_mult), "num_res_blocks": config.num_res_blocks, "attn_scales": [],
-    "temperal_downsample": list(config.temporal_downsample), "dropout": 0.0,  # so spelt
-    "latents_mean": list(config.latents_mean), "latents_std": list(config.latents_std),
-  }  # fmt: skip
+    "_class_name": "AutoencoderKLWan",
+    "_diffusers_version": DIFFUSERS,
+    "base_dim": config.dim,
+    "z_dim": config.z_dim,
+    "dim_mult": list(config.dim_mult),
+    "num_res_blocks": config.num_res_blocks,
+    "attn_scales": [],
+    "temperal_downsample": list(config.temporal_downsample),
+    "dropout": 0.0,  # so spelt
+    "latents_mean": list(config.latents_mean),
+    "latents_std": list(config.latents_std),
+  }
 
 
 def _umt5(config: UMT5Config) -> dict:
   return {
-    "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": config.vocab, "d_model": config.dim,
-    "d_kv": config.dim_attn // config.num_heads, "d_ff": config.dim_ffn, "num_layers": config.num_layers,
-    "num_decoder_layers": config.num_layers, "num_heads": config.num_heads, "feed_forward_proj": "gated-gelu",
-    "relative_attention_num_buckets": config.num_buckets, "relative_attention_max_distance": 128, "layer_norm_epsilon": 1e-6,
-    "is_encoder_decoder": True, "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
-  }  # fmt: skip
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "vocab_size": config.vocab,
+    "d_model": config.dim,
+    "d_kv": config.dim_attn // config.num_heads,
+    "d_ff": config.dim_ffn,
+    "num_layers": config.num_layers,
+    "num_decoder_layers": config.num_layers,
+    "num_heads": config.num_heads,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_num_buckets": config.num_buckets,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+    "is_encoder_decoder": True,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+  }

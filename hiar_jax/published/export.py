@@ -1,4 +1,6 @@
-"""From weights here back to published files: safetensors under Wan2.1's original names or diffusers', with the configs that others read."""
+"""From weights here back to published files: safetensors under Wan2.1's original names or
+diffusers', with the configs that others read.
+"""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -27,7 +29,11 @@ LAYOUTS = ("original", "diffusers")
 STAGES = ("distill", "causal_init", "teacher")
 TOKENIZER = "tokenizer/tokenizer.json"
 # File names without their ending, where they differ from PLACES'.
-STEMS = {("vae", "diffusers"): "diffusion_pytorch_model", ("umt5", "diffusers"): "model", ("dit", "diffusers"): "diffusion_pytorch_model"}
+STEMS = {
+  ("vae", "diffusers"): "diffusion_pytorch_model",
+  ("umt5", "diffusers"): "model",
+  ("dit", "diffusers"): "diffusion_pytorch_model",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +59,30 @@ class Target:
 
 
 def export(
-  source: pathlib.Path, layout: str, out: pathlib.Path, *, kind: str | None = None, dtype: str | None = None,
-  max_shard: int = 5 * 10**9, stage: str = "distill", overwrite: bool = False,
-) -> Iterator[str]:  # fmt: skip
-  """Writes what a weights directory or a training run holds (of one kind, or all); yields a line for each thing that was done.
+  source: pathlib.Path,
+  layout: str,
+  out: pathlib.Path,
+  *,
+  kind: str | None = None,
+  dtype: str | None = None,
+  max_shard: int = 5 * 10**9,
+  stage: str = "distill",
+  overwrite: bool = False,
+) -> Iterator[str]:
+  """Writes what a weights directory or a training run holds (of one kind, or all); yields a line
+  for each thing that was done.
 
-  With a run's model goes what it was trained with: autoencoder, text encoder, tokenizer. Each part is complete or not there. Raises
-  UserError where there is nothing to write, a model has parts that Wan2.1 lacks, or the folder holds one already.
+  With a run's model goes what it was trained with: autoencoder, text encoder, tokenizer. Each part
+  is complete or not there. Raises UserError where there is nothing to write, a model has parts that
+  Wan2.1 lacks, or the folder holds one already.
   """
   directories = _directories(source)
   parts = [part for part in _parts(source, directories, stage) if kind in (None, part.kind)]
   if not parts:
-    raise UserError(f"--export={source} holds nothing{f' of kind {kind!r}' if kind else ''} to write; check the path")
+    raise UserError(
+      f"--export={source} holds nothing{f' of kind {kind!r}' if kind else ''} to write; check the "
+      "path"
+    )
   targets = {part.kind: _target(part.kind, layout, out) for part in parts}
   for part in parts:
     target = targets[part.kind]
@@ -83,18 +101,26 @@ def export(
 
 
 def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Kind -> the weights directory that holds it: the source, or what a run's config names beside the model that it trained."""
+  """Kind -> the weights directory that holds it: the source, or what a run's config names beside
+  the model that it trained.
+  """
   stored = configs.read_resolved(source)
   if stored is None:
     named = dict.fromkeys(weights.KINDS, source)
   else:
     experiment = configs.build(Experiment, stored)
     named = {"vae": experiment.codec, "umt5": experiment.text}
-    named = {kind: pathlib.Path(group.weights) for kind, group in named.items() if getattr(group, "weights", "")}
+    named = {
+      kind: pathlib.Path(group.weights)
+      for kind, group in named.items()
+      if getattr(group, "weights", "")
+    }
   return {kind: directory for kind, directory in named.items() if weights.exists(directory, kind)}
 
 
-def _parts(source: pathlib.Path, directories: Mapping[str, pathlib.Path], stage: str) -> Iterator[Part]:
+def _parts(
+  source: pathlib.Path, directories: Mapping[str, pathlib.Path], stage: str
+) -> Iterator[Part]:
   stored = configs.read_resolved(source)
   if stored is not None:
     experiment = configs.build(Experiment, stored)
@@ -113,7 +139,7 @@ def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
   return Target(out / folder, STEMS[kind, layout]) if folder else None
 
 
-# ------------------------------------------------------------------------------------------------------------ one part
+# ----------------------------------------------------------------------------------------- one part
 
 
 def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_shard: int) -> str:
@@ -127,8 +153,13 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
     with disk_errors(target.folder):
       shutil.rmtree(staging, ignore_errors=True)
       staging.mkdir(parents=True)
-      dtypes = {tuple(key.key for key in path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-      shards = plan_shards({rule.name: np.prod(rule.shape) * dtypes[rule.path].itemsize for rule in rules}, max_shard)
+      dtypes = {
+        tuple(key.key for key in path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      }
+      shards = plan_shards(
+        {rule.name: np.prod(rule.shape) * dtypes[rule.path].itemsize for rule in rules}, max_shard
+      )
       size, count = write_shards(staging, target.stem, tensors, shards)
       for path in target.taken:  # of an earlier export, maybe in more shards
         path.unlink()
@@ -156,14 +187,25 @@ def plan_shards(sizes: Mapping[str, int], max_shard: int) -> list[list[str]]:
 
 
 def write_shards(
-  folder: pathlib.Path, stem: str, tensors: Iterator[tuple[str, np.ndarray]], shards: list[list[str]]
-) -> tuple[int, int]:  # fmt: skip
-  """Writes tensors, which come in the order of `shards`, as safetensors; -> (bytes, files). One shard is in memory at a time."""
+  folder: pathlib.Path,
+  stem: str,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  shards: list[list[str]],
+) -> tuple[int, int]:
+  """Writes tensors, which come in the order of `shards`, as safetensors; -> (bytes, files).
+
+  One shard is in memory at a time.
+  """
   total, places = 0, {}
   for number, names in enumerate(shards, 1):
-    name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+    name = (
+      f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+      if len(shards) > 1
+      else f"{stem}.safetensors"
+    )
     arrays = dict(next(tensors) for _ in names)
-    save_file(arrays, folder / name, metadata={"format": "pt"})  # transformers refuses files that do not say so
+    # transformers refuses files that do not say so
+    save_file(arrays, folder / name, metadata={"format": "pt"})
     with open(folder / name, "rb") as file:
       os.fsync(file.fileno())
     total += sum(array.nbytes for array in arrays.values())
@@ -171,15 +213,21 @@ def write_shards(
     del arrays
   if len(shards) > 1:
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_atomic(folder / f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+    write_atomic(
+      folder / f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode()
+    )
   return total, len(shards)
 
 
-# ------------------------------------------------------------------------------------------------ what lies beside them
+# ---------------------------------------------------------------------------- what lies beside them
 
 
-def _companions(tokenizer: pathlib.Path, layout: str, out: pathlib.Path, written: list[str]) -> Iterator[str]:
-  """The tokenizer; and in diffusers' layout, where all is there, what makes a pipeline of the parts."""
+def _companions(
+  tokenizer: pathlib.Path, layout: str, out: pathlib.Path, written: list[str]
+) -> Iterator[str]:
+  """The tokenizer; and in diffusers' layout, where all is there, what makes a pipeline of the
+  parts.
+  """
   if tokenizer.is_file():
     content = tokenizer.read_bytes()
     target = out / ("google/umt5-xxl" if layout == "original" else "tokenizer")

@@ -1,7 +1,9 @@
-"""Published weights as they lie on a disk: which models are in a source, under whose names, and of what sizes.
+"""Published weights as they lie on a disk: which models are in a source, under whose names, and of
+what sizes.
 
-A source is a folder in Wan2.1's original layout or in diffusers', a folder or index of one model's shards, or a single file. The sizes
-follow from the tensors' shapes; what shapes cannot tell (heads, epsilon, the statistics of latents) from a config.json beside them.
+A source is a folder in Wan2.1's original layout or in diffusers', a folder or index of one model's
+shards, or a single file. The sizes follow from the tensors' shapes; what shapes cannot tell (heads,
+epsilon, the statistics of latents) from a config.json beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,11 +34,14 @@ PLACES = {
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
 # A tensor that nothing else has -> (kind, layout).
 MARKS = {
-  "head.modulation": ("dit", "original"), "condition_embedder.time_proj.weight": ("dit", "diffusers"),
-  "encoder.conv1.weight": ("vae", "original"), "encoder.conv_in.weight": ("vae", "diffusers"),
-  "token_embedding.weight": ("umt5", "original"), "encoder.final_layer_norm.weight": ("umt5", "diffusers"),
+  "head.modulation": ("dit", "original"),
+  "condition_embedder.time_proj.weight": ("dit", "diffusers"),
+  "encoder.conv1.weight": ("vae", "original"),
+  "encoder.conv_in.weight": ("vae", "diffusers"),
+  "token_embedding.weight": ("umt5", "original"),
+  "encoder.final_layer_norm.weight": ("umt5", "diffusers"),
   "encoder.2.conv.weight": ("tiny_vae", "original"),
-}  # fmt: skip
+}
 # What config.json calls its model: kind -> (field, values).
 CLASSES = {
   "dit": ("_class_name", ("WanModel", "CausalWanModel", "WanTransformer3DModel")),
@@ -72,20 +77,32 @@ def rules_of(kind: str, config: Any, layout: str) -> list[Rule]:
 
 
 def find(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
-  """Where the models of a source are: (kind, path), kind None where the tensors must tell. Nothing is opened.
+  """Where the models of a source are: (kind, path), kind None where the tensors must tell. Nothing
+  is opened.
 
   Raises UserError where there is no such source, or nothing in it.
   """
   if not source.exists():
-    raise UserError(f"--source={source}: there is no such file or folder; download it, or check the path")
+    raise UserError(
+      f"--source={source}: there is no such file or folder; download it, or check the path"
+    )
   if source.is_file():
     return [(None, source)]
-  folders = [(kind, source / folder) for kind, (folder, _) in PLACES.items() if folder and (source / folder).is_dir()]
+  folders = [
+    (kind, source / folder)
+    for kind, (folder, _) in PLACES.items()
+    if folder and (source / folder).is_dir()
+  ]
   if folders:
     return folders
-  stems = [(kind, tensor_files.only_set(source, stem)) for kind, (_, stem) in PLACES.items() if any(_weights(source, stem))]
+  stems = [
+    (kind, tensor_files.only_set(source, stem))
+    for kind, (_, stem) in PLACES.items()
+    if any(_weights(source, stem))
+  ]
   whole = [place for place in stems if place[0] != "dit"]
-  # A folder of one model in diffusers' layout has files of the same name as the original DiT's: the tensors tell which it is.
+  # A folder of one model in diffusers' layout has files of the same name as the original DiT's: the
+  # tensors tell which it is.
   return stems if whole else [(None, tensor_files.only_set(source))]
 
 
@@ -98,8 +115,11 @@ def find_tokenizer(source: pathlib.Path) -> pathlib.Path | None:
   return next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
 
 
-def open_model(path: pathlib.Path, kind: str | None = None, *, entry: str | None = None, heads: int | None = None) -> Model:
-  """A model, its tensors not yet read. heads: of a DiT, where neither its config.json nor Wan2.1's width of 128 is right.
+def open_model(
+  path: pathlib.Path, kind: str | None = None, *, entry: str | None = None, heads: int | None = None
+) -> Model:
+  """A model, its tensors not yet read. heads: of a DiT, where neither its config.json nor Wan2.1's
+  width of 128 is right.
 
   Raises UserError where the tensors are those of another kind, or of none that is known.
   """
@@ -107,14 +127,22 @@ def open_model(path: pathlib.Path, kind: str | None = None, *, entry: str | None
   found = [place for mark, place in MARKS.items() if mark in tensors.named]
   if not found and kind is None:
     names = ", ".join(sorted(tensors.named)[:3])
-    raise UserError(f"{path}: its tensors ({names}, ...) are those of no model that is known here; expected {_known()}")
+    raise UserError(
+      f"{path}: its tensors ({names}, ...) are those of no model that is known here; expected "
+      f"{_known()}"
+    )
   if not found or (kind is not None and found[0][0] != kind):
     there = f"those of kind {found[0][0]!r}" if found else "not"
-    raise UserError(f"{path}: expected the tensors of kind {kind!r}, but they are {there}; check --kind and the path")
+    raise UserError(
+      f"{path}: expected the tensors of kind {kind!r}, but they are {there}; check --kind and the "
+      "path"
+    )
   kind, layout = found[0]
   if (kind, layout) == ("umt5", "diffusers"):
     tensors = dataclasses.replace(tensors, named=_untied(tensors.named, path))
-  sizes = published_sizes.infer(kind, layout, {name: tuple(array.shape) for name, array in tensors.named.items()}, str(path))
+  sizes = published_sizes.infer(
+    kind, layout, {name: tuple(array.shape) for name, array in tensors.named.items()}, str(path)
+  )
   stated = published_sizes.stated(kind, _stated(tensors.files[0].parent, kind), str(path))
   if kind == "dit" and heads is not None:
     stated["num_heads"] = heads
@@ -139,13 +167,18 @@ def _stated(folder: pathlib.Path, kind: str) -> dict:
 
 
 def _untied(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Transformers ties two names to one table, and versions differ in which they save: here it is `shared.weight`."""
+  """Transformers ties two names to one table, and versions differ in which they save: here it is
+  `shared.weight`.
+  """
   ours, other = "shared.weight", "encoder.embed_tokens.weight"
   named = dict(named)
   if other in named:
     table = named.pop(other)
     if not _same(named.setdefault(ours, table), table):
-      raise UserError(f"{path}: {ours} and {other} differ; they must be one table, since the encoder has one. Use UMT5's own weights.")
+      raise UserError(
+        f"{path}: {ours} and {other} differ; they must be one table, since the encoder has one. "
+        "Use UMT5's own weights."
+      )
   return named
 
 

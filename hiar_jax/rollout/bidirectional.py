@@ -9,9 +9,15 @@ from hiar_jax.types import Video
 
 
 def trajectory(
-  forward: Forward, negative: Forward, eps: Video, sigmas: jax.Array, keep: tuple[int, ...], guidance: float
+  forward: Forward,
+  negative: Forward,
+  eps: Video,
+  sigmas: jax.Array,
+  keep: tuple[int, ...],
+  guidance: float,
 ) -> jax.Array:
-  """From eps at sigmas[0] down to sigmas[-1]; the points at the kept indices into `sigmas`: [b len(keep) f h w c].
+  """From eps at sigmas[0] down to sigmas[-1]; the points at the kept indices into `sigmas`: [b
+  len(keep) f h w c].
 
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
   """

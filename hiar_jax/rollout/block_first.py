@@ -1,4 +1,6 @@
-"""Block-first order (Self-Forcing): each block is denoised to the end, then shown clean to its successors."""
+"""Block-first order (Self-Forcing): each block is denoised to the end, then shown clean to its
+successors.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from hiar_jax.types import Video
 
 
 def denoise_block(forward, noise, cache, n, sigmas, history: History, exit_level):
-  """Block n from pure noise down to the step at `exit_level` (may be traced): (its input at that step, its x0 prediction)."""
+  """Block n from pure noise down to the step at `exit_level` (may be traced): (its input at that
+  step, its x0 prediction).
+  """
   positions = prims.frames_of(n, history)
 
   def predict(x, level):
@@ -23,8 +27,20 @@ def denoise_block(forward, noise, cache, n, sigmas, history: History, exit_level
   return x, predict(x, exit_level)[1]
 
 
-def sweep(forward: Forward, noise: Noise, cache: Cache, sigmas, history: History, blocks: int, exit_level, *, first=0):
-  """All blocks, each to `exit_level`: (inputs at that level, x0 predictions), each [n b k h w c]."""
+def sweep(
+  forward: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas,
+  history: History,
+  blocks: int,
+  exit_level,
+  *,
+  first=0,
+):
+  """All blocks, each to `exit_level`: (inputs at that level, x0 predictions), each [n b k h w
+  c].
+  """
 
   def one(cache, n):
     x, x0 = denoise_block(forward, noise, cache, n, sigmas, history, exit_level)
@@ -34,9 +50,15 @@ def sweep(forward: Forward, noise: Noise, cache: Cache, sigmas, history: History
 
 
 def rollout(
-  forward: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int,
-  *, given: Video | None = None,
-) -> Video:  # fmt: skip
+  forward: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas: jax.Array,
+  history: History,
+  blocks: int,
+  *,
+  given: Video | None = None,
+) -> Video:
   """As step_first.rollout."""
   first = 0 if given is None else given.shape[1] // history.block
   if given is not None:

@@ -1,4 +1,6 @@
-"""The primitives of every rollout: denoise a block against a cache, show a block to its successors, and both in one forward."""
+"""The primitives of every rollout: denoise a block against a cache, show a block to its successors,
+and both in one forward.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -13,7 +15,8 @@ from hiar_jax.rollout.cache import Cache, write
 from hiar_jax.types import Block, Positions, Video
 
 Forward = Callable[..., tuple[jax.Array, KV]]  # models.dit.bind
-Noise = Callable[[jax.Array | int, jax.Array | int], Block]  # (level, block) -> eps; level 0 is where a block starts
+# (level, block) -> eps; level 0 is where a block starts
+Noise = Callable[[jax.Array | int, jax.Array | int], Block]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,13 @@ def join(blocks: jax.Array) -> Video:
   return jnp.moveaxis(blocks, 0, 1).reshape(b, n * k, *rest)
 
 
-def renoise(history: History, x: Block, v: Block, step: Step, eps: Callable[[], Block]) -> tuple[Block, Block]:
-  """(x at sigma_next, x0 prediction). `fresh`: x0 and new noise; `euler`: along the velocity (paper, Eq. 3)."""
+def renoise(
+  history: History, x: Block, v: Block, step: Step, eps: Callable[[], Block]
+) -> tuple[Block, Block]:
+  """(x at sigma_next, x0 prediction).
+
+  `fresh`: x0 and new noise; `euler`: along the velocity (paper, Eq. 3).
+  """
   x0 = flow.x0_from_velocity(x, v, step.sigma)
   if history.renoise == "euler":
     return flow.euler(x, v, step.sigma, step.sigma_next), x0
@@ -57,38 +65,59 @@ def shown(history: History, x: Block, x_next: Block, x0: Block) -> Block:
 
 def _visible(cache: Cache, history: History, positions: Positions) -> jax.Array:
   return jnp.concatenate(
-    [past_mask(positions, cache.position, history), own_block_mask(positions, positions, history)], axis=1
+    [past_mask(positions, cache.position, history), own_block_mask(positions, positions, history)],
+    axis=1,
   )
 
 
-def against_cache(forward: Forward, cache: Cache, x: Block, sigma, positions: Positions, history: History):
+def against_cache(
+  forward: Forward, cache: Cache, x: Block, sigma, positions: Positions, history: History
+):
   """One block's forward: (velocity, its own K/V)."""
   return forward(x, sigma, positions, mask=_visible(cache, history, positions), past=cache.kv)
 
 
-def show(forward: Forward, cache: Cache, context: Block, sigma, positions: Positions, history: History) -> Cache:
+def show(
+  forward: Forward, cache: Cache, context: Block, sigma, positions: Positions, history: History
+) -> Cache:
   """Writes a block's context at `sigma` into the cache."""
   _, kv = against_cache(forward, cache, context, sigma, positions, history)
   return write(cache, kv, positions, history)
 
 
 def show_and_denoise(
-  forward: Forward, cache: Cache, context: Block, context_sigma, x: Block, step: Step, history: History
+  forward: Forward,
+  cache: Cache,
+  context: Block,
+  context_sigma,
+  x: Block,
+  step: Step,
+  history: History,
 ) -> tuple[Block, Cache]:
-  """[context of block n | noisy block n + 1] in one forward (HiAR, section 3.3): (velocity of n + 1, cache with n)."""
+  """[context of block n | noisy block n + 1] in one forward (HiAR, section 3.3): (velocity of n +
+  1, cache with n).
+  """
   k = history.block
   positions = jnp.concatenate([step.positions - k, step.positions])
-  own = jnp.concatenate([past_mask(positions, step.positions - k, history), jnp.zeros((2 * k, k), bool)], axis=1)
+  own = jnp.concatenate(
+    [past_mask(positions, step.positions - k, history), jnp.zeros((2 * k, k), bool)], axis=1
+  )
   own = own | own_block_mask(positions, positions, history)
   mask = jnp.concatenate([past_mask(positions, cache.position, history), own], axis=1)
-  levels = jnp.concatenate([jnp.full((x.shape[0], k), context_sigma), jnp.full((x.shape[0], k), step.sigma)], axis=1)
-  v, kv = forward(jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=cache.kv)
+  levels = jnp.concatenate(
+    [jnp.full((x.shape[0], k), context_sigma), jnp.full((x.shape[0], k), step.sigma)], axis=1
+  )
+  v, kv = forward(
+    jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=cache.kv
+  )
   kv = jax.tree.map(lambda leaf: leaf[:, :, :k], kv)
   return v[:, k:], write(cache, kv, positions[:k], history)
 
 
 def prefill(forward: Forward, cache: Cache, given: Video, history: History) -> Cache:
-  """Shows given frames (clean, sigma 0) block by block: the start of a continuation, or a clean sink."""
+  """Shows given frames (clean, sigma 0) block by block: the start of a continuation, or a clean
+  sink.
+  """
 
   def one(cache, inputs):
     block, x = inputs

@@ -1,9 +1,11 @@
-"""A sink that is carried along: its frames stand right before the window, however far the video has come.
+"""A sink that is carried along: its frames stand right before the window, however far the video has
+come.
 
-As published, the sink keeps its true distance, which grows without end. LongLive and Rolling Forcing instead turn its keys on, so that it
-is always as far away as when the window first began to roll. Keys are stored as they were rotated at their true positions, and a turned
-copy is made for each use: nothing is turned twice, and no rounding adds up. Values hold no position; what a place embedding told the
-network of the sink's true frame stays as it was.
+As published, the sink keeps its true distance, which grows without end. LongLive and Rolling
+Forcing instead turn its keys on, so that it is always as far away as when the window first began to
+roll. Keys are stored as they were rotated at their true positions, and a turned
+copy is made for each use: nothing is turned twice, and no rounding adds up. Values hold no
+position; what a place embedding told the network of the sink's true frame stays as it was.
 """
 
 import jax
@@ -22,13 +24,16 @@ def check(history: History) -> None:
   least = (-(-history.sink // history.block) + 1) * history.block
   if history.window < least:
     raise UserError(
-      f"window = {history.window} is too short to carry a sink of {history.sink} along: with blocks of {history.block} frames it takes "
+      f"window = {history.window} is too short to carry a sink of {history.sink} along: with "
+      f"blocks of {history.block} frames it takes "
       f"at least {least}"
     )
 
 
 def distance(positions: Positions, history: History) -> jax.Array:
-  """Frames by which the sink is moved on for the block at `positions`, a scalar: 0 until its window begins to roll."""
+  """Frames by which the sink is moved on for the block at `positions`, a scalar: 0 until its window
+  begins to roll.
+  """
   return jnp.maximum(positions[-1] + 1 - history.window, 0)
 
 

@@ -1,8 +1,10 @@
-"""The training rollout: down to a random exit level without gradient, then that level's step for all blocks at once with it.
+"""The training rollout: down to a random exit level without gradient, then that level's step for
+all blocks at once with it.
 
-What a block's history shows depends on latents alone, so the differentiated step needs no sequential graph: the history's K/V come from
-one block-causal forward over the shown latents, and all noisy blocks read them in one masked forward. `detached` history stops the gradient
-at those K/V (HiAR, Self-Forcing); `attached` lets it through (SAF; SGF).
+What a block's history shows depends on latents alone, so the differentiated step needs no
+sequential graph: the history's K/V come from one block-causal forward over the shown latents, and
+all noisy blocks read them in one masked forward. `detached` history stops the gradient at those K/V
+(HiAR, Self-Forcing); `attached` lets it through (SAF; SGF).
 """
 
 import dataclasses
@@ -22,22 +24,41 @@ from hiar_jax.types import Array, Video, typed
 
 
 def exit_rollout(
-  forward: Forward, frozen: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int, exit_level
+  forward: Forward,
+  frozen: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas: jax.Array,
+  history: History,
+  blocks: int,
+  exit_level,
 ) -> Video:
-  """x0 of all blocks at `exit_level` (may be traced), differentiable in forward's parameters through that step alone.
+  """x0 of all blocks at `exit_level` (may be traced), differentiable in forward's parameters
+  through that step alone.
 
-  frozen: the same network with parameters that carry no gradient; it does everything before the exit step.
+  frozen: the same network with parameters that carry no gradient; it does everything before the
+  exit step.
   """
   if history.level == "input":
     return _aligned(forward, frozen, noise, sigmas, history, blocks, exit_level)
-  noisy, shown, _ = jax.lax.stop_gradient(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level))
+  noisy, shown, _ = jax.lax.stop_gradient(
+    _sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)
+  )
   sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
   context_sigma = history.context_sigma(sigma, sigma_next)
-  return teacher_forcing(forward, prims.join(shown), context_sigma, prims.join(noisy), sigma, history)
+  return teacher_forcing(
+    forward, prims.join(shown), context_sigma, prims.join(noisy), sigma, history
+  )
 
 
 def exit_sample(
-  frozen: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int, exit_level
+  frozen: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas: jax.Array,
+  history: History,
+  blocks: int,
+  exit_level,
 ) -> Video:
   """What exit_rollout returns, without gradient and so without its second pass."""
   if history.level == "input":
@@ -46,23 +67,33 @@ def exit_sample(
 
 
 def _sequential(frozen, noise, cache, sigmas, history: History, blocks: int, exit_level):
-  """Each [n b k h w c]: the blocks before the exit step, what their successors see in it, their x0."""
+  """Each [n b k h w c]: the blocks before the exit step, what their successors see in it, their
+  x0.
+  """
   if history.clean_sink:
-    raise UserError(f"history.sink_level = 'clean' is trained at history.level = 'input' alone, not at {history.level!r}")
+    raise UserError(
+      "history.sink_level = 'clean' is trained at history.level = 'input' alone, not at "
+      f"{history.level!r}"
+    )
   if history.order == "block_first":
     noisy, x0 = block_first.sweep(frozen, noise, cache, sigmas, history, blocks, exit_level)
     return noisy, x0, x0
-  noisy = step_first.levels(frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level)
+  noisy = step_first.levels(
+    frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level
+  )
   _, shown, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, history)
   return noisy, shown, x0
 
 
 @typed
-def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Video, sigma, history: History) -> Video:
-  """x0 of `noisy` blocks at `sigma`, block n seeing the `context` blocks < n at `context_sigma`: two parallel forwards.
+def teacher_forcing(
+  forward: Forward, context: Video, context_sigma, noisy: Video, sigma, history: History
+) -> Video:
+  """x0 of `noisy` blocks at `sigma`, block n seeing the `context` blocks < n at `context_sigma`:
+  two parallel forwards.
 
-  sigma, context_sigma: scalar, [b] or [b f]. Equal to one forward over [context | noisy] under history.teacher_forcing_mask, but the
-  context's half needs no backward pass where it is detached.
+  sigma, context_sigma: scalar, [b] or [b f]. Equal to one forward over [context | noisy] under
+  history.teacher_forcing_mask, but the context's half needs no backward pass where it is detached.
   """
   positions = jnp.arange(noisy.shape[1], dtype=jnp.int32)
   mask, past = own_block_mask(positions, positions, history), None
@@ -71,7 +102,9 @@ def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Vide
     earlier = positions[:shown]
     if jnp.ndim(context_sigma) == 2:
       context_sigma = context_sigma[:, :shown]
-    _, past = forward(context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, history))
+    _, past = forward(
+      context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, history)
+    )
     if history.gradient == "detached":
       past = jax.lax.stop_gradient(past)
     mask = jnp.concatenate([past_mask(positions, earlier, history), mask], axis=1)
@@ -80,12 +113,16 @@ def teacher_forcing(forward: Forward, context: Video, context_sigma, noisy: Vide
 
 
 def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit_level) -> Video:
-  """History at the input level (SAF): blocks read each other as they are, so a level is one block-causal forward."""
+  """History at the input level (SAF): blocks read each other as they are, so a level is one
+  block-causal forward.
+  """
   sink = None
   if history.clean_sink and history.clean_sink // history.block < blocks:
     plain = dataclasses.replace(history, sink_level="history")
     sink = jax.lax.stop_gradient(
-      _aligned(frozen, frozen, noise, sigmas, plain, history.clean_sink // history.block, exit_level)
+      _aligned(
+        frozen, frozen, noise, sigmas, plain, history.clean_sink // history.block, exit_level
+      )
     )
 
   def level(forward, xs, j, detached=False):
@@ -106,9 +143,15 @@ def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit
 
 @typed
 def block_causal(
-  forward: Forward, x: Video, sigma, history: History, sink: Float[Array, "b p h w c"] | None = None, detached: bool = False
+  forward: Forward,
+  x: Video,
+  sigma,
+  history: History,
+  sink: Float[Array, "b p h w c"] | None = None,
+  detached: bool = False,
 ) -> Video:
-  """x0 of all blocks, each seeing its predecessors at their own level; a clean `sink` is seen in place of the first frames.
+  """x0 of all blocks, each seeing its predecessors at their own level; a clean `sink` is seen in
+  place of the first frames.
 
   detached: no gradient passes through what a block sees of others, which takes a second forward.
   """
@@ -117,12 +160,15 @@ def block_causal(
   if sink is not None:
     first = positions[: sink.shape[1]]
     _, past = forward(sink, 0.0, first, mask=block_causal_mask(first, history))
-    after = positions[:, None] >= first.size  # the sink's own blocks see each other noisy, as when they were generated
+    # the sink's own blocks see each other noisy, as when they were generated
+    after = positions[:, None] >= first.size
     own_sink = after & (positions[None, :] < first.size)
     mask = jnp.concatenate([past_mask(positions, first, history) & after, mask & ~own_sink], axis=1)
   if detached:
     _, kv = forward(x, sigma, positions, mask=mask, past=past)
-    past = kv if past is None else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), past, kv)
+    past = (
+      kv if past is None else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), past, kv)
+    )
     past, own = jax.lax.stop_gradient(past), own_block_mask(positions, positions, history)
     in_past = jnp.pad(own, ((0, 0), (mask.shape[1] - own.shape[1], 0)))
     mask = jnp.concatenate([mask & ~in_past, own], axis=1)

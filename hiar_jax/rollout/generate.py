@@ -12,12 +12,21 @@ from hiar_jax.types import Video
 
 
 def rollout(
-  forward: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int,
-  *, given: Video | None = None, fused: bool = True,
-) -> Video:  # fmt: skip
-  """`blocks` new blocks after the `given` clean frames, in the order, levels, window and sink of `history`: [b f h w c].
+  forward: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas: jax.Array,
+  history: History,
+  blocks: int,
+  *,
+  given: Video | None = None,
+  fused: bool = True,
+) -> Video:
+  """`blocks` new blocks after the `given` clean frames, in the order, levels, window and sink of
+  `history`: [b f h w c].
 
-  A clean sink (SAF) is generated first, by the same method without one, and is then what every later block sees at sigma 0.
+  A clean sink (SAF) is generated first, by the same method without one, and is then what every
+  later block sees at sigma 0.
   """
   if history.order == "block_first":
     return block_first.rollout(forward, noise, cache, sigmas, history, blocks, given=given)
@@ -29,4 +38,6 @@ def rollout(
     blocks -= head
     if not blocks:
       return given
-  return step_first.rollout(forward, noise, cache, sigmas, history, blocks, given=given, fused=fused)
+  return step_first.rollout(
+    forward, noise, cache, sigmas, history, blocks, given=given, fused=fused
+  )

@@ -1,14 +1,18 @@
-"""Step-first order as a pipe: all noise levels work at once, each on the block that follows the next level's.
+"""Step-first order as a pipe: all noise levels work at once, each on the block that follows the
+next level's.
 
-    tick d:  level j denoises block d - j, and shows block d - j - 1 to it, in one forward;  latents move one level on
+    tick d:  level j denoises block d - j, and shows block d - j - 1 to it, in one forward;
+             latents move one level on
 
-What a block sees at a level depends on earlier blocks at that level alone, so the numbers are those of rollout.step_first, whose loops are
-walked along the diagonals. Every array of a `Pipe` that belongs to a level has a leading axis of levels and `tick` maps over it: on one
-device a batched forward; with that axis sharded over devices a pipeline, whose only communication is one block's latents a tick.
+What a block sees at a level depends on earlier blocks at that level alone, so the numbers are those
+of rollout.step_first, whose loops are walked along the diagonals. Every array of a `Pipe` that
+belongs to a level has a leading axis of levels and `tick` maps over it: on one device a batched
+forward; with that axis sharded over devices a pipeline, whose only communication is one block's
+latents a tick.
 
-Nothing grows: caches are rings, and frames are counted from the video's start by integers that models.rope turns exactly, so numbers far
-on are those of a window freshly built. While the pipe fills, levels work on blocks that do not exist: their results are finite, and nobody
-sees them.
+Nothing grows: caches are rings, and frames are counted from the video's start by integers that
+models.rope turns exactly, so numbers far on are those of a window freshly built. While the pipe
+fills, levels work on blocks that do not exist: their results are finite, and nobody sees them.
 """
 
 from collections.abc import Callable
@@ -35,11 +39,16 @@ Network = Callable[[Text | Texts], Forward]  # models.dit.bind without its text
 class Pipe:
   """A generation under way. `s` levels; `r` = s + 1 texts, block n's at n % r.
 
-  latents: [s b k h w c], what each level is to denoise; before a tick, level 0 holds the block that left in the last one.
-  context: [s b k h w c], what each level has just made and not yet shown; None where the history is at the input level.
-  cache: [s ...], what each level has shown; shown: [s b slots h w c], the latents behind it, for showing them again.
-  texts: [r b l d]; anew: [r], whether the history is shown again under a block's text before that block sees it.
-  block: the next block to enter; first: the first one that was not given. key, seed [b]: of the noise.
+  latents: [s b k h w c], what each level is to denoise; before a tick, level 0 holds the block that
+  left in the last one.
+  context: [s b k h w c], what each level has just made and not yet shown; None where the history is
+  at the input level.
+  cache: [s ...], what each level has shown; shown: [s b slots h w c], the latents behind it, for
+  showing them again.
+  texts: [r b l d]; anew: [r], whether the history is shown again under a block's text before that
+  block sees it.
+  block: the next block to enter; first: the first one that was not given. key, seed [b]: of the
+  noise.
   """
 
   latents: jax.Array
@@ -60,7 +69,9 @@ class Pipe:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How a pipe works: the method, its levels [s + 1], and whether the sink is kept at its `true` distance or `carried` along."""
+  """How a pipe works: the method, its levels [s + 1], and whether the sink is kept at its `true`
+  distance or `carried` along.
+  """
 
   history: History
   sigmas: tuple[float, ...]
@@ -69,11 +80,15 @@ class Plan:
   def __post_init__(self):
     if self.history.order != "step_first":
       raise UserError(
-        f"history.order = {self.history.order!r} cannot be streamed level by level: a block starts only when the one before it is done, "
-        "so there is never more than one to work on; generate whole videos with it (python -m hiar_jax.generate), or use a step_first model"
+        f"history.order = {self.history.order!r} cannot be streamed level by level: a block "
+        "starts only when the one before it is done, "
+        "so there is never more than one to work on; generate whole videos with it (python -m "
+        "hiar_jax.generate), or use a step_first model"
       )
     if self.sink_place not in carried_sink.PLACES:
-      raise UserError(f"sink_place = {self.sink_place!r}: expected one of {', '.join(carried_sink.PLACES)}")
+      raise UserError(
+        f"sink_place = {self.sink_place!r}: expected one of {', '.join(carried_sink.PLACES)}"
+      )
     if self.carries:
       carried_sink.check(self.history)
 
@@ -87,23 +102,48 @@ class Plan:
 
   @property
   def fused(self) -> bool:
-    """Whether a block is shown by a forward of its own; at the input level the one that denoises it has shown it."""
+    """Whether a block is shown by a forward of its own; at the input level the one that denoises it
+    has shown it.
+    """
     return self.history.level != "input"
 
 
-# ----------------------------------------------------------------------------------------------------------------- start
+# -------------------------------------------------------------------------------------------- start
 
 
-def empty(plan: Plan, config: DiTConfig, text: Text, key: Key, seed: jax.Array, *, frames: int, height: int, width: int) -> Pipe:
-  """A pipe that nothing has entered. frames: longest video; with a window the sizes do not depend on it. text: [b l d]."""
-  cache = caches.empty(config, plan.history, batch=text.shape[0], frames=frames, height=height, width=width)
-  block = jnp.zeros((plan.levels, text.shape[0], plan.history.block, height, width, config.channels))
+def empty(
+  plan: Plan,
+  config: DiTConfig,
+  text: Text,
+  key: Key,
+  seed: jax.Array,
+  *,
+  frames: int,
+  height: int,
+  width: int,
+) -> Pipe:
+  """A pipe that nothing has entered.
+
+  frames: longest video; with a window the sizes do not depend on it. text: [b l d].
+  """
+  cache = caches.empty(
+    config, plan.history, batch=text.shape[0], frames=frames, height=height, width=width
+  )
+  block = jnp.zeros(
+    (plan.levels, text.shape[0], plan.history.block, height, width, config.channels)
+  )
   return Pipe(
-    latents=block, context=block if plan.fused else None, cache=_each_level(cache, plan.levels),
+    latents=block,
+    context=block if plan.fused else None,
+    cache=_each_level(cache, plan.levels),
     shown=jnp.zeros((*block.shape[:2], cache.slots, *block.shape[3:])),
-    texts=jnp.zeros((plan.levels + 1, *text.shape), text.dtype), anew=jnp.zeros(plan.levels + 1, bool),
-    block=jnp.zeros((), jnp.int32), first=jnp.zeros((), jnp.int32), key=key, seed=seed,
-  )  # fmt: skip
+    texts=jnp.zeros((plan.levels + 1, *text.shape), text.dtype),
+    anew=jnp.zeros(plan.levels + 1, bool),
+    block=jnp.zeros((), jnp.int32),
+    first=jnp.zeros((), jnp.int32),
+    key=key,
+    seed=seed,
+  )
 
 
 def _each_level(tree, levels: int):
@@ -111,7 +151,8 @@ def _each_level(tree, levels: int):
 
 
 def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Array) -> Pipe:
-  """Shows given clean frames to every level of an empty pipe: whole blocks, or a picture's one frame (see rollout.first_frame).
+  """Shows given clean frames to every level of an empty pipe: whole blocks, or a picture's one
+  frame (see rollout.first_frame).
 
   texts: [n b l d], one for each given block.
   """
@@ -133,7 +174,9 @@ def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Arra
   if not cache.slots:
     return pipe
   blocks = given[None] if picture else prims.split(given, history)
-  (cache, shown), _ = jax.lax.scan(one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts))
+  (cache, shown), _ = jax.lax.scan(
+    one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts)
+  )
   cache, shown = _each_level((cache, shown), plan.levels)
   return pipe.replace(cache=cache, shown=shown)
 
@@ -145,13 +188,17 @@ def _show(plan: Plan, forward: Forward, cache: Cache, x: Block, positions: Posit
   return caches.write(cache, kv, positions, plan.history)
 
 
-# ------------------------------------------------------------------------------------------------------------------ tick
+# --------------------------------------------------------------------------------------------- tick
 
 
-def tick(plan: Plan, network: Network, noise: Noise, pipe: Pipe, text: Text, anew: jax.Array) -> tuple[Pipe, Block]:
-  """One forward of every level; a block of pure noise enters with its `text`, and the block that left the last level is returned.
+def tick(
+  plan: Plan, network: Network, noise: Noise, pipe: Pipe, text: Text, anew: jax.Array
+) -> tuple[Pipe, Block]:
+  """One forward of every level; a block of pure noise enters with its `text`, and the block that
+  left the last level is returned.
 
-  That one is block `pipe.block - (s - 1)`, and means nothing while that is less than `pipe.first`. anew: see Pipe.
+  That one is block `pipe.block - (s - 1)`, and means nothing while that is less than `pipe.first`.
+  anew: see Pipe.
   """
   slot = pipe.block % pipe.texts.shape[0]
   pipe = pipe.replace(texts=pipe.texts.at[slot].set(text), anew=pipe.anew.at[slot].set(anew))
@@ -168,10 +215,22 @@ def tick(plan: Plan, network: Network, noise: Noise, pipe: Pipe, text: Text, ane
 
   x_next, context, cache, shown = jax.vmap(one)(level, noisy, pipe.context, pipe.cache, pipe.shown)
   latents = jnp.roll(x_next, 1, axis=0)
-  return pipe.replace(latents=latents, context=context, cache=cache, shown=shown, block=pipe.block + 1), latents[0]
+  return pipe.replace(
+    latents=latents, context=context, cache=cache, shown=shown, block=pipe.block + 1
+  ), latents[0]
 
 
-def _fused(plan: Plan, network: Network, pipe: Pipe, n, step: Step, x: Block, context: Block, cache: Cache, shown: jax.Array):
+def _fused(
+  plan: Plan,
+  network: Network,
+  pipe: Pipe,
+  n,
+  step: Step,
+  x: Block,
+  context: Block,
+  cache: Cache,
+  shown: jax.Array,
+):
   """[context of block n - 1 | noisy block n] in one forward (HiAR, section 3.3)."""
   history, k, texts = plan.history, plan.history.block, pipe.texts
   before = jnp.maximum(step.positions - k, 0)
@@ -184,24 +243,40 @@ def _fused(plan: Plan, network: Network, pipe: Pipe, n, step: Step, x: Block, co
   sigmas = jnp.stack([history.context_sigma(step.sigma, step.sigma_next), step.sigma])
   levels = jnp.broadcast_to(jnp.repeat(sigmas, k)[None], (x.shape[0], 2 * k))
   positions = jnp.concatenate([before, step.positions])
-  v, kv = network(text)(jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=past)
+  v, kv = network(text)(
+    jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=past
+  )
   kv = jax.tree.map(lambda leaf: leaf[:, :, :k], kv)
   return v[:, k:], *_store(plan, cache, shown, kv, context, before, there)
 
 
-def _alone(plan: Plan, network: Network, pipe: Pipe, n, step: Step, x: Block, context: None, cache: Cache, shown: jax.Array):
+def _alone(
+  plan: Plan,
+  network: Network,
+  pipe: Pipe,
+  n,
+  step: Step,
+  x: Block,
+  context: None,
+  cache: Cache,
+  shown: jax.Array,
+):
   """Block n's forward; what it computes of itself is what its successors read (SAF)."""
   past, mask = _past(plan, cache, step.positions[:0], step.positions)
   own = jnp.ones((x.shape[1], x.shape[1]), bool)
   text = pipe.texts[n % pipe.texts.shape[0]]
-  v, kv = network(text)(x, step.sigma, step.positions, mask=jnp.concatenate([mask, own], axis=1), past=past)
+  v, kv = network(text)(
+    x, step.sigma, step.positions, mask=jnp.concatenate([mask, own], axis=1), past=past
+  )
   return v, *_store(plan, cache, shown, kv, x, step.positions, n >= pipe.first)
 
 
 def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[KV, jax.Array]:
-  """What the queries at `before` and those at `now` (one may be empty) read of a cache: K/V, mask [before + now, past].
+  """What the queries at `before` and those at `now` (one may be empty) read of a cache: K/V, mask
+  [before + now, past].
 
-  A carried sink stands at another distance from each of the two: the cache's own slots are turned for `before`, a copy for `now`.
+  A carried sink stands at another distance from each of the two: the cache's own slots are turned
+  for `before`, a copy for `now`.
   """
   history = plan.history
   queries = jnp.concatenate([before, now])
@@ -217,16 +292,21 @@ def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[
       parts.append(carried_sink.turn(keys[:, :, :sink], carried_sink.distance(positions, history)))
       copies.append(values[:, :, :sink])
       masks.append(mask[:, :sink] & rows)
-  return KV(jnp.concatenate(parts, axis=2), jnp.concatenate(copies, axis=2)), jnp.concatenate(masks, axis=1)
+  return KV(jnp.concatenate(parts, axis=2), jnp.concatenate(copies, axis=2)), jnp.concatenate(
+    masks, axis=1
+  )
 
 
-def _store(plan: Plan, cache: Cache, shown: jax.Array, kv: KV, latents: Block, positions: Positions, there) -> tuple[Cache, jax.Array]:
+def _store(
+  plan: Plan, cache: Cache, shown: jax.Array, kv: KV, latents: Block, positions: Positions, there
+) -> tuple[Cache, jax.Array]:
   """The cache and the latents behind it with one more block, where it is `there`."""
   if not cache.slots:
     return cache, shown
   slots = jnp.where(there, caches.slots_of(positions, cache.slots, plan.history.sink), cache.slots)
   cache = Cache(
-    jax.tree.map(lambda old, new: _put(old, new, slots, axis=2), cache.kv, kv), _put(cache.position, positions, slots, axis=0)
+    jax.tree.map(lambda old, new: _put(old, new, slots, axis=2), cache.kv, kv),
+    _put(cache.position, positions, slots, axis=0),
   )
   return cache, _put(shown, latents, slots, axis=1)
 
@@ -236,13 +316,15 @@ def _put(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Arr
   return old.at[(slice(None),) * axis + (slots,)].set(new.astype(old.dtype), mode="drop")
 
 
-# ------------------------------------------------------------------------------------------------------------ show again
+# --------------------------------------------------------------------------------------- show again
 
 
 def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Array) -> Pipe:
-  """The history of the levels `due` [s] encoded again, from its latents, under the text of the block that each level sees next.
+  """The history of the levels `due` [s] encoded again, from its latents, under the text of the
+  block that each level sees next.
 
-  Block after block, each seeing those before it that are still in the cache, as in a window freshly built; given frames and a clean sink
+  Block after block, each seeing those before it that are still in the cache, as in a window freshly
+  built; given frames and a clean sink
   stay clean. text: of the block that enters next.
   """
   if not pipe.shown.shape[2]:
@@ -251,14 +333,18 @@ def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Ar
 
   def one(level, cache, shown, due):
     n = pipe.block - level
-    new = _encode_again(plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, shown)
+    new = _encode_again(
+      plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, shown
+    )
     return jax.tree.map(lambda old, new: jnp.where(due, new, old), cache, new)
 
   cache = jax.vmap(one)(jnp.arange(pipe.levels), pipe.cache, pipe.shown, due)
   return pipe.replace(cache=cache, texts=texts)
 
 
-def _encode_again(plan: Plan, forward: Forward, level, n, first, cache: Cache, shown: jax.Array) -> Cache:
+def _encode_again(
+  plan: Plan, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
+) -> Cache:
   """One level's cache before it works on block n."""
   history, k, slots = plan.history, plan.history.block, cache.slots
   sigmas = jnp.asarray(plan.sigmas, jnp.float32)
@@ -276,7 +362,13 @@ def _encode_again(plan: Plan, forward: Forward, level, n, first, cache: Cache, s
     past, mask = _past(plan, new, positions, positions[:0])
     own = there[None] | jnp.eye(k, dtype=bool)
     x = shown[:, places]
-    _, kv = forward(x, jnp.broadcast_to(levels[None], x.shape[:2]), positions, mask=jnp.concatenate([mask, own], axis=1), past=past)
+    _, kv = forward(
+      x,
+      jnp.broadcast_to(levels[None], x.shape[:2]),
+      positions,
+      mask=jnp.concatenate([mask, own], axis=1),
+      past=past,
+    )
     places = jnp.where(there, places, slots)
     kv = jax.tree.map(lambda old, leaf: _put(old, leaf, places, axis=2), new.kv, kv)
     return Cache(kv, _put(new.position, positions, places, axis=0)), None

@@ -1,8 +1,10 @@
-"""Step-first order (HiAR, Algorithm 1): every block takes one denoising step before any block takes the next.
+"""Step-first order (HiAR, Algorithm 1): every block takes one denoising step before any block takes
+the next.
 
     for j = 1..S:  for n = 1..N:  x_{j+1}^(n) = step(x_j^(n), t_j | history of blocks < n)
 
-A scan over noise levels; in it a scan over blocks that carries the KV cache, started afresh at every level.
+A scan over noise levels; in it a scan over blocks that carries the KV cache, started afresh at
+every level.
 """
 
 import jax
@@ -16,12 +18,22 @@ from hiar_jax.types import Video
 
 
 def sweep(
-  forward: Forward, noise: Noise, cache: Cache, xs: jax.Array, sigmas: jax.Array, level, history: History,
-  *, first: int = 0, fused: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-  """One noise level for all blocks: xs [n b k h w c] at sigmas[level] -> (xs at the next level, what successors were shown, x0).
+  forward: Forward,
+  noise: Noise,
+  cache: Cache,
+  xs: jax.Array,
+  sigmas: jax.Array,
+  level,
+  history: History,
+  *,
+  first: int = 0,
+  fused: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """One noise level for all blocks: xs [n b k h w c] at sigmas[level] -> (xs at the next level,
+  what successors were shown, x0).
 
-  first: index of the first block (blocks before it are in `cache`). fused: N forwards of two blocks instead of 2 N of one.
+  first: index of the first block (blocks before it are in `cache`). fused: N forwards of two blocks
+  instead of 2 N of one.
   """
   sigma, sigma_next = sigmas[level], sigmas[level + 1]
   context_sigma = history.context_sigma(sigma, sigma_next)
@@ -63,7 +75,9 @@ def start(noise: Noise, blocks: int, first: int = 0) -> jax.Array:
   return jax.lax.map(lambda n: noise(0, n), first + jnp.arange(blocks))
 
 
-def levels(forward, noise, cache, xs, sigmas, history: History, upto, *, first: int = 0, fused: bool = True) -> jax.Array:
+def levels(
+  forward, noise, cache, xs, sigmas, history: History, upto, *, first: int = 0, fused: bool = True
+) -> jax.Array:
   """`upto` levels (may be traced; not differentiable): xs at sigmas[0] -> xs at sigmas[upto]."""
 
   def one(level, xs):
@@ -73,19 +87,30 @@ def levels(forward, noise, cache, xs, sigmas, history: History, upto, *, first: 
 
 
 def rollout(
-  forward: Forward, noise: Noise, cache: Cache, sigmas: jax.Array, history: History, blocks: int,
-  *, given: Video | None = None, fused: bool = True,
-) -> Video:  # fmt: skip
-  """`blocks` new blocks [b f h w c] after the `given` clean ones (which are put first in the result).
+  forward: Forward,
+  noise: Noise,
+  cache: Cache,
+  sigmas: jax.Array,
+  history: History,
+  blocks: int,
+  *,
+  given: Video | None = None,
+  fused: bool = True,
+) -> Video:
+  """`blocks` new blocks [b f h w c] after the `given` clean ones (which are put first in the
+  result).
 
-  cache: an empty one. noise(level, block): block counts from the video's start, given blocks included.
+  cache: an empty one. noise(level, block): block counts from the video's start, given blocks
+  included.
   """
   first = 0 if given is None else given.shape[1] // history.block
   if given is not None:
     cache = prims.prefill(forward, cache, given, history)
 
   def one(xs, level):
-    return sweep(forward, noise, cache, xs, sigmas, level, history, first=first, fused=fused)[0], None
+    return sweep(forward, noise, cache, xs, sigmas, level, history, first=first, fused=fused)[
+      0
+    ], None
 
   xs, _ = jax.lax.scan(one, start(noise, blocks, first), jnp.arange(len(sigmas) - 1))
   video = prims.join(xs)

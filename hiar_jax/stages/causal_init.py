@@ -24,9 +24,13 @@ def run(run: Run) -> None:
     return lambda state, feeds, _: mapped(state, feeds.next("trajectories"))
 
   loop.train(
-    run, "causal_init", e.causal_init,
+    run,
+    "causal_init",
+    e.causal_init,
     create=lambda: create(key, weights, e.causal_init.optimizer()),
     update=update,
-    feeds=loop.Feeds(run, trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4)),
+    feeds=loop.Feeds(
+      run, trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4)
+    ),
     preview=student.preview(run, teacher.preview_tokens(run)),
-  )  # fmt: skip
+  )

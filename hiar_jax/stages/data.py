@@ -1,4 +1,6 @@
-"""Stage 1: the data set (the shapes world, a folder of videos, or encoded prompts) and the codec fitted on its videos."""
+"""Stage 1: the data set (the shapes world, a folder of videos, or encoded prompts) and the codec
+fitted on its videos.
+"""
 
 import jax
 from jax.experimental import multihost_utils

@@ -1,4 +1,7 @@
-"""Stage 5: distillation. The student comes from causal init, the critic from the teacher, or both from published weights."""
+"""Stage 5: distillation.
+
+The student comes from causal init, the critic from the teacher, or both from published weights.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,10 @@ from hiar_jax.steps import distill
 
 
 class Latest:
-  """The generator's last metrics, logged beside the critic's. Saved with the feeds, so that a resumed run logs what a straight one does."""
+  """The generator's last metrics, logged beside the critic's.
+
+  Saved with the feeds, so that a resumed run logs what a straight one does.
+  """
 
   def __init__(self):
     self.metrics: dict[str, jax.Array | float] = {}
@@ -28,9 +34,21 @@ def run(run: Run) -> None:
   e, config = run.experiment, run.experiment.distill
   if loop.is_done(run, "distill", config.steps):
     return
-  real, base, start = teacher.load_real(run), teacher.load(run), teacher.load_weights(run, "causal_init")
+  real, base, start = (
+    teacher.load_real(run),
+    teacher.load(run),
+    teacher.load_weights(run, "causal_init"),
+  )
   key = jax.random.fold_in(jax.random.key(e.seed), 5)
-  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, jnp.asarray(run.sigmas), run.task, jnp.asarray(run.point_sigmas))
+  who = distill.Student(
+    e.student_dit,
+    e.dit,
+    e.teacher_dit,
+    e.history,
+    jnp.asarray(run.sigmas),
+    run.task,
+    jnp.asarray(run.point_sigmas),
+  )
   latest = Latest()
   feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
@@ -56,9 +74,13 @@ def run(run: Run) -> None:
     return both
 
   loop.train(
-    run, "distill", config,
-    create=lambda: create(key, start, config.generator_optimizer(), base, config.critic_optimizer()),
+    run,
+    "distill",
+    config,
+    create=lambda: create(
+      key, start, config.generator_optimizer(), base, config.critic_optimizer()
+    ),
     update=update,
     feeds=loop.Feeds(run, **feeds),
     preview=student.preview(run, teacher.preview_tokens(run)),
-  )  # fmt: skip
+  )

@@ -56,27 +56,37 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
     pass  # training restores the one before, says so, and comes here again
   if run.borrows(stage):
     raise UserError(
-      f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or damaged ({last}); "
+      f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or "
+      f"damaged ({last}); "
       "run the command that made it once more"
     )
   return False
 
 
 def train(
-  run: Run, stage: str, training: Training, *, create: Callable[[], TrainState],
+  run: Run,
+  stage: str,
+  training: Training,
+  *,
+  create: Callable[[], TrainState],
   update: Callable[[PyTree], Callable[[TrainState, Feeds, int], tuple[TrainState, Mapping]]],
-  feeds: Feeds, preview: Callable[[TrainState], np.ndarray] | None = None,
-) -> None:  # fmt: skip
+  feeds: Feeds,
+  preview: Callable[[TrainState], np.ndarray] | None = None,
+) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
 
-  update(shardings) -> (state, feeds, step) -> (state, metrics). preview: state -> clips uint8 [b f H W 3] for the log.
-  Raises Stopped after SIGTERM or SIGINT, with the state saved.
+  update(shardings) -> (state, feeds, step) -> (state, metrics). preview: state -> clips uint8 [b f
+  H W 3] for the log. Raises Stopped after SIGTERM or SIGINT, with the state saved.
   """
   log, shapes = run.experiment.log, jax.eval_shape(create)
   shardings = sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
   config = {"model": to_json(run.experiment.dit), "stage": stage}
-  with Checkpoints(run.directory(stage) / "checkpoints", keep=log.keep, config=config) as checkpoints:
+  with Checkpoints(
+    run.directory(stage) / "checkpoints", keep=log.keep, config=config
+  ) as checkpoints:
     restored = checkpoints.restore(abstract, feeds)
     step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
     run.writer.resume(stage, step)
@@ -89,19 +99,25 @@ def train(
       while step < training.steps and not stopping:
         state, measured = advance(state, feeds, step)
         step += 1
-        _report(run, stage, bar, pending)  # of the step before: fetching this one's would stall the device
+        # of the step before: fetching this one's would stall the device
+        _report(run, stage, bar, pending)
         due = step % log.every == 0 or step == training.steps
         pending = (step, measured) if due else None
         if preview and (step % log.preview_every == 0 or step == training.steps):
           run.writer.video(stage, step, "samples", preview(state))
         stopping = stop.requested(step)
         if stopping or step % log.checkpoint_every == 0 or step == training.steps:
-          _check_finite(stage, step, measured)  # a checkpoint of NaNs would take the place of a good one
-          pending = _report(run, stage, bar, pending)  # what a checkpoint has behind it is in the log
+          # a checkpoint of NaNs would take the place of a good one
+          _check_finite(stage, step, measured)
+          # what a checkpoint has behind it is in the log
+          pending = _report(run, stage, bar, pending)
           checkpoints.save(step, state, state.ema, feeds, force=True)
     checkpoints.wait()
   if stopping:
-    print(f"{stage}: stopped and saved at step {step}; the same command goes on from there", file=sys.stderr)
+    print(
+      f"{stage}: stopped and saved at step {step}; the same command goes on from there",
+      file=sys.stderr,
+    )
     raise Stopped(128 + (stop.signal or 15))
 
 
@@ -118,7 +134,8 @@ def _check_finite(stage: str, step: int, measured: Mapping) -> None:
   bad = [name for name, value in _fetch(measured).items() if not np.isfinite(value)]
   if bad:
     raise UserError(
-      f"{stage}: {', '.join(bad)} is not finite at step {step}; the last checkpoint is from before; "
+      f"{stage}: {', '.join(bad)} is not finite at step {step}; the last checkpoint is from "
+      "before; "
       f"start again in another workdir with a lower learning rate or a lower {stage}.clip"
     )
 
@@ -131,4 +148,7 @@ def print_parameters(stage: str, params: PyTree) -> None:
   """The parameter table, as clu prints it."""
   from clu import parameter_overview  # slow to import, and only a first start needs it
 
-  print(f"\n{stage}\n{parameter_overview.get_parameter_overview(params, include_stats=False)}", file=sys.stderr)
+  print(
+    f"\n{stage}\n{parameter_overview.get_parameter_overview(params, include_stats=False)}",
+    file=sys.stderr,
+  )

@@ -1,7 +1,9 @@
-"""What stands between people and the model: prompts become what it reads, its latents become pictures, and back.
+"""What stands between people and the model: prompts become what it reads, its latents become
+pictures, and back.
 
-Two media with one interface. `SmallMedium`: a codec fitted on the data and a frozen word table, for the small worlds. `WanMedium`: Wan2.1's
-autoencoder (or the tiny one) and UMT5, from a directory of converted weights; texts come from a cache on disk, encoded when they are new.
+Two media with one interface. `SmallMedium`: a codec fitted on the data and a frozen word table, for
+the small worlds. `WanMedium`: Wan2.1's autoencoder (or the tiny one) and UMT5, from a directory of
+converted weights; texts come from a cache on disk, encoded when they are new.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,18 +29,25 @@ from hiar_jax.text_cache import TextCache
 
 
 class Medium(Protocol):
-  """task: what the steps know of it. A prompt's tokens are what `task.embed` takes: word ids, or the text itself."""
+  """task: what the steps know of it.
+
+  A prompt's tokens are what `task.embed` takes: word ids, or the text itself.
+  """
 
   task: Task
 
   def prepare(self, prompts: Sequence[str]) -> None:
-    """Encodes what needs an encoder of its own, all at once, before a loop asks for one prompt after another."""
+    """Encodes what needs an encoder of its own, all at once, before a loop asks for one prompt
+    after another.
+    """
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
     """[n l] ids or [n l d] texts."""
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    """The tokens of one record of a data set: of its text where it brings one, else of its caption."""
+    """The tokens of one record of a data set: of its text where it brings one, else of its
+    caption.
+    """
 
   def remarks(self, prompt: str) -> list[str]:
     """What the model will not understand of it, a line each."""
@@ -55,7 +64,7 @@ def pixels(medium: Medium, latents) -> np.ndarray:
   return np.concatenate(list(medium.pieces(latents)), axis=1)
 
 
-# ------------------------------------------------------------------------------------------------------ the small worlds
+# --------------------------------------------------------------------------------- the small worlds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +109,15 @@ class SmallMedium:
     unknown, too_many = self.tokenizer.unknown(prompt), self.tokenizer.cut_off(prompt)
     lines = []
     if too_many:
-      lines.append(f"prompt {prompt[:60]!r}...: the model reads {self.tokenizer.length} words; the last {too_many} are left out")
+      lines.append(
+        f"prompt {prompt[:60]!r}...: the model reads {self.tokenizer.length} words; the last "
+        f"{too_many} are left out"
+      )
     if unknown:
-      lines.append(f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made without")
+      lines.append(
+        f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made "
+        "without"
+      )
     return lines
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
@@ -127,30 +142,43 @@ def load_codec(path: pathlib.Path) -> PatchCodec:
   return PatchCodec(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
 
 
-# ------------------------------------------------------------------------------------------------------------------- Wan
+# ---------------------------------------------------------------------------------------------- Wan
 
 
 @dataclasses.dataclass(frozen=True)
 class WanMedium:
-  """Wan2.1's VAE and UMT5. Each is read when it is first needed: training from trajectories never needs the VAE."""
+  """Wan2.1's VAE and UMT5.
+
+  Each is read when it is first needed: training from trajectories never needs the VAE.
+  """
 
   experiment: Experiment
 
   @functools.cached_property
   def texts(self) -> TextCache:
     c = self.experiment.text
-    return TextCache(c.weights, c.cache or str(pathlib.Path(c.weights) / "texts"), dtype=c.dtype, length=c.length)
+    return TextCache(
+      c.weights, c.cache or str(pathlib.Path(c.weights) / "texts"), dtype=c.dtype, length=c.length
+    )
 
   @functools.cached_property
   def task(self) -> Task:
-    return Task(encode=self._no_videos, embed=_float32, negative=self._negative, **self.experiment.latent_sizes)
+    return Task(
+      encode=self._no_videos,
+      embed=_float32,
+      negative=self._negative,
+      **self.experiment.latent_sizes,
+    )
 
   def _negative(self, text: jax.Array) -> jax.Array:
     negative = _float32(self.texts([tokenizer.NEGATIVE_PROMPT]))
     return jnp.broadcast_to(negative, (text.shape[0], *negative.shape[1:]))
 
   def _no_videos(self, batch) -> jax.Array:
-    raise UserError("the teacher of this experiment is published, not trained: give weights.base, a directory of converted weights")
+    raise UserError(
+      "the teacher of this experiment is published, not trained: give weights.base, a directory "
+      "of converted weights"
+    )
 
   def prepare(self, prompts: Sequence[str]) -> None:
     self.texts.fill([*prompts, tokenizer.NEGATIVE_PROMPT])
@@ -186,10 +214,13 @@ class WanMedium:
   def _wide_stream(self) -> pixel_stream.PixelStream:
     """The decoder over all devices; tiles are decoded one after another on one."""
     devices = tuple(jax.local_devices())
-    return dataclasses.replace(self.stream, devices=devices[:1] if tiling_of(self.experiment.codec) else devices)
+    return dataclasses.replace(
+      self.stream, devices=devices[:1] if tiling_of(self.experiment.codec) else devices
+    )
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
-    yield from self._wide_stream(np.asarray(latents))  # they may lie on the network's devices, spread otherwise
+    # they may lie on the network's devices, spread otherwise
+    yield from self._wide_stream(np.asarray(latents))
 
   @functools.cached_property
   def _encode(self):
@@ -200,7 +231,9 @@ class WanMedium:
     return jax.jit(lambda params, video: encode(params, patch_codec.to_unit(video), config=config))
 
   def latents(self, video: np.ndarray) -> np.ndarray:
-    return np.asarray(self._wide_stream.spread(self._encode, video, factor=self.experiment.codec.spatial_factor))
+    return np.asarray(
+      self._wide_stream.spread(self._encode, video, factor=self.experiment.codec.spatial_factor)
+    )
 
 
 def _float32(text) -> jax.Array:

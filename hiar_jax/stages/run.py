@@ -1,4 +1,6 @@
-"""What every stage of a run shares: the experiment, its directories, devices, log, and the medium (codec and text encoder)."""
+"""What every stage of a run shares: the experiment, its directories, devices, log, and the medium
+(codec and text encoder).
+"""
 
 import dataclasses
 import functools
@@ -21,10 +23,23 @@ from hiar_jax.models import words
 from hiar_jax.stages import medium
 from hiar_jax.steps.task import Task
 
-# What may differ between the config of a workdir and the one given: it changes no number of the run.
+# What may differ between the config of a workdir and the one given: it changes no number of the
+# run.
 FREE = ("log", "sample", "mesh", "stages_from")
-# The groups that data .. causal_init depend on: stages_from takes these from another workdir, so they must agree.
-SHARED = ("seed", "data", "codec", "text", "model", "student", "teacher", "trajectories", "causal_init", "weights")
+# The groups that data .. causal_init depend on: stages_from takes these from another workdir, so
+# they must agree.
+SHARED = (
+  "seed",
+  "data",
+  "codec",
+  "text",
+  "model",
+  "student",
+  "teacher",
+  "trajectories",
+  "causal_init",
+  "weights",
+)
 CODEC = "codec.npz"  # of the small worlds, in the data stage's directory
 
 
@@ -38,7 +53,9 @@ class Run:
 
   def directory(self, stage: str) -> pathlib.Path:
     """Where a stage keeps its result: in the workdir, or where stages_from has it."""
-    return (pathlib.Path(self.experiment.stages_from) if self.borrows(stage) else self.workdir) / stage
+    return (
+      pathlib.Path(self.experiment.stages_from) if self.borrows(stage) else self.workdir
+    ) / stage
 
   def borrows(self, stage: str) -> bool:
     """Whether a stage's result is that of another workdir."""
@@ -50,7 +67,9 @@ class Run:
 
   @property
   def point_sigmas(self) -> np.ndarray:
-    """The levels of the trajectories: those of the teacher's walk, or those that imported ones have."""
+    """The levels of the trajectories: those of the teacher's walk, or those that imported ones
+    have.
+    """
     e = self.experiment
     if not e.trajectories.pairs or not e.needs_trajectories:
       return e.trajectories.sigmas(e.student).astype(np.float32)
@@ -61,10 +80,14 @@ class Run:
     """The shapes world that the data shows. Raises UserError for real videos."""
     data = self.experiment.data
     if data.source != "shapes":
-      raise UserError(f"this needs the truth of the shapes world, but data.source is {data.source!r}")
+      raise UserError(
+        f"this needs the truth of the shapes world, but data.source is {data.source!r}"
+      )
     if data.height != data.width:
       raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
-    return world.WorldConfig(size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later)
+    return world.WorldConfig(
+      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later
+    )
 
   @functools.cached_property
   def writer(self) -> metrics.Writer:
@@ -95,18 +118,28 @@ class Run:
     return medium.pixels(self.medium, latents)
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
-    """This process's share of a stage's batches from its data set: the data, or the trajectories. With `start` where the model reads it."""
+    """This process's share of a stage's batches from its data set: the data, or the trajectories.
+
+    With `start` where the model reads it.
+    """
     keys = (*keys, "start") if self.experiment.dit.place_embedding else keys
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")
     return pipeline.make_iterator(
-      self.directory(stage), batch_size=batch // count, seed=self.experiment.seed + salt, tokenize=self.medium.of_record,
-      process_index=jax.process_index(), process_count=count, keys=keys,
-    )  # fmt: skip
+      self.directory(stage),
+      batch_size=batch // count,
+      seed=self.experiment.seed + salt,
+      tokenize=self.medium.of_record,
+      process_index=jax.process_index(),
+      process_count=count,
+      keys=keys,
+    )
 
   def held_out(self, count: int) -> list[str]:
-    """Prompts that training never showed, spread over all of them, repeated where there are too few."""
+    """Prompts that training never showed, spread over all of them, repeated where there are too
+    few.
+    """
     known = world.prompts("held_out", self.world)
     return [known[i * len(known) // count] for i in range(count)]
 
@@ -114,8 +147,9 @@ class Run:
 def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   """Checks the config against itself and against what the workdir (and stages_from) were made with.
 
-  save: a run to be trained, whose config goes into the workdir; otherwise one to be read, on whatever devices are here.
-  Raises UserError where configs differ in anything that changes a number, or where a stage could not run in the end.
+  save: a run to be trained, whose config goes into the workdir; otherwise one to be read, on
+  whatever devices are here. Raises UserError where configs differ in anything that changes a
+  number, or where a stage could not run in the end.
   """
   experiment = configs.build(Experiment, config)
   configs.check_workdir(config, workdir, ignore=FREE)
@@ -131,7 +165,9 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
 
 
 def _check_stages(run: Run) -> None:
-  """What a stage would find out only when its turn comes, hours later, in a workdir that by then belongs to this config."""
+  """What a stage would find out only when its turn comes, hours later, in a workdir that by then
+  belongs to this config.
+  """
   e, data = run.experiment, run.experiment.data
   held = math.inf if e.trajectories.pairs else e.trajectories.count
   count = {"teacher": data.clips, "causal_init": held, "distill": held}
@@ -143,7 +179,10 @@ def _check_stages(run: Run) -> None:
   else:
     count["teacher"] = math.inf  # not known yet
     if not os.path.isdir(data.folder) and not store.is_complete(run.directory("data")):
-      raise UserError(f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and their captions")
+      raise UserError(
+        f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and "
+        "their captions"
+      )
   if not e.distill.forward_kl.weight:
     count["distill"] = count["teacher"]  # no trajectories are read there
   for name, directory in (("teacher", e.weights.base), ("causal_init", e.weights.student)):
@@ -153,8 +192,17 @@ def _check_stages(run: Run) -> None:
     training = getattr(e, name)
     sharding.check_batch(training.batch, training.accumulate, run.mesh, name)
     if training.batch > there:
-      of = "trajectories.count" if there == held else "the prompts of data.prompts" if data.source == "prompts" else "data.clips"
-      raise UserError(f"{name}.batch = {training.batch} is more than {of} = {there}; take a smaller batch or make more")
+      of = (
+        "trajectories.count"
+        if there == held
+        else "the prompts of data.prompts"
+        if data.source == "prompts"
+        else "data.clips"
+      )
+      raise UserError(
+        f"{name}.batch = {training.batch} is more than {of} = {there}; take a smaller batch or "
+        "make more"
+      )
   if e.sample.prompts != "held_out":
     pipeline.read_prompts(e.sample.prompts)
 
@@ -162,14 +210,18 @@ def _check_stages(run: Run) -> None:
 def _check_shared(config, experiment: Experiment) -> None:
   stored = configs.read_resolved(experiment.stages_from)
   if stored is None:
-    raise UserError(f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through causal_init")
+    raise UserError(
+      f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through "
+      "causal_init"
+    )
   given = configs.to_json(config)
   block = lambda tree: {"block": tree.get("history", {}).get("block")}
   pick = lambda tree: {**{name: tree.get(name) for name in SHARED}, "history": block(tree)}
   lines = configs.difference(pick(stored), pick(given))
   if lines:
     raise UserError(
-      f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: {'; '.join(lines)}); "
+      f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "
+      f"{'; '.join(lines)}); "
       "use the stored values, or leave stages_from empty"
     )
 
@@ -178,5 +230,8 @@ def read_config(workdir: str) -> config_dict.ConfigDict:
   """The resolved config of a run."""
   stored = configs.read_resolved(workdir)
   if stored is None:
-    raise UserError(f"--workdir={workdir} holds no run (no {configs.RESOLVED}); train one first, or check the path")
+    raise UserError(
+      f"--workdir={workdir} holds no run (no {configs.RESOLVED}); train one first, or check the "
+      "path"
+    )
   return config_dict.ConfigDict(stored)

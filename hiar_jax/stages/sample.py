@@ -1,4 +1,6 @@
-"""Stage 6: long videos from the distilled student: an mp4 per prompt, a contact sheet, and metrics.json where the truth is known."""
+"""Stage 6: long videos from the distilled student: an mp4 per prompt, a contact sheet, and
+metrics.json where the truth is known.
+"""
 
 from collections.abc import Iterator
 import json
@@ -53,7 +55,9 @@ def read_prompts(run: Run) -> list[str]:
 
 
 def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
-  """The prompts to show, then held-out ones up to `measure`; empty where there is no truth to measure against."""
+  """The prompts to show, then held-out ones up to `measure`; empty where there is no truth to
+  measure against.
+  """
   if run.experiment.data.source != "shapes":
     return []
   return prompts + run.held_out(max(0, run.experiment.sample.measure - len(prompts)))
@@ -62,11 +66,16 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 def long_frames(run: Run) -> int:
   """Frames of `length` training lengths, in whole blocks."""
   e = run.experiment
-  return round_to_blocks(run, e.pixel_frames(math.ceil(e.sample.length * e.latent_sizes["frames"] - 1e-9)))
+  return round_to_blocks(
+    run, e.pixel_frames(math.ceil(e.sample.length * e.latent_sizes["frames"] - 1e-9))
+  )
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
-  """Frames of the video that will be made: up to whole blocks, saying so. Raises UserError where they don't fit and `strict`."""
+  """Frames of the video that will be made: up to whole blocks, saying so.
+
+  Raises UserError where they don't fit and `strict`.
+  """
   e = run.experiment
   latent, message = sizes.fit_blocks(frames, e.history.block, e.pixel_frames, strict=strict)
   if message:
@@ -80,12 +89,18 @@ def tell_unknown(run: Run, prompt: str) -> None:
     print(line, file=sys.stderr)
 
 
-def make_videos(run: Run, params: Params, prompts: list[str], frames: int, seed: int, title: str = "sample") -> np.ndarray:
+def make_videos(
+  run: Run, params: Params, prompts: list[str], frames: int, seed: int, title: str = "sample"
+) -> np.ndarray:
   """uint8 [n f H W 3]; video i is made from prompt i and seed + i alone."""
-  return np.concatenate(list(iterate_videos(run, params, prompts, frames, range(seed, seed + len(prompts)), title)))
+  return np.concatenate(
+    list(iterate_videos(run, params, prompts, frames, range(seed, seed + len(prompts)), title))
+  )
 
 
-def iterate_videos(run: Run, params: Params, prompts: list[str], frames: int, seeds, title: str) -> Iterator[np.ndarray]:
+def iterate_videos(
+  run: Run, params: Params, prompts: list[str], frames: int, seeds, title: str
+) -> Iterator[np.ndarray]:
   """The same, a batch at a time."""
   batch = min(run.experiment.sample.batch, len(prompts))
   generate = student.make_generator(run, run.experiment.latent_frames(frames))
@@ -93,7 +108,8 @@ def iterate_videos(run: Run, params: Params, prompts: list[str], frames: int, se
   seeds = np.asarray(list(seeds))
   with metrics.progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):
-      rows = np.arange(start, start + batch) % len(prompts)  # the last batch is filled up, so nothing is compiled twice
+      # the last batch is filled up, so nothing is compiled twice
+      rows = np.arange(start, start + batch) % len(prompts)
       latents = generate(params, tokens[rows], seeds[rows])
       count = min(batch, len(prompts) - start)
       yield run.pixels(latents)[:count]
@@ -110,14 +126,19 @@ def file_name(prompt: str, taken: set[str]) -> str:
   return f"{name}.mp4"
 
 
-def save_videos(run: Run, directory: pathlib.Path, videos: dict[str, np.ndarray], seed: int) -> None:
+def save_videos(
+  run: Run, directory: pathlib.Path, videos: dict[str, np.ndarray], seed: int
+) -> None:
   """An mp4 per prompt and the contact sheet."""
   taken: set[str] = set()
   directory.mkdir(parents=True, exist_ok=True)
   for i, (prompt, frames) in enumerate(videos.items()):
     save_video(run, directory / file_name(prompt, taken), frames, prompt, seed + i)
   sheet = media.contact_sheet(
-    videos, columns=12, train_frames=run.experiment.data.frames, block_frames=run.experiment.history.block
+    videos,
+    columns=12,
+    train_frames=run.experiment.data.frames,
+    block_frames=run.experiment.history.block,
   )
   media.write_png(directory / "contact_sheet.png", sheet)
   print(f"{len(videos)} videos and contact_sheet.png in {directory}", file=sys.stderr)
@@ -126,7 +147,13 @@ def save_videos(run: Run, directory: pathlib.Path, videos: dict[str, np.ndarray]
 def save_video(run: Run, path: pathlib.Path, frames: np.ndarray, prompt: str, seed: int) -> None:
   """One mp4 that says how it was made."""
   config = run.experiment.sample
-  made = {"prompt": prompt, "seed": str(seed), "frames": str(len(frames)), "workdir": run.workdir.name, "hiar_jax": __version__}
+  made = {
+    "prompt": prompt,
+    "seed": str(seed),
+    "frames": str(len(frames)),
+    "workdir": run.workdir.name,
+    "hiar_jax": __version__,
+  }
   media.write_mp4(path, frames, config.fps, made, scale=config.scale)
 
 
@@ -135,7 +162,8 @@ def shapes_line(result: dict) -> str:
   total = lambda name: result[name]["total"]
   show = lambda value, form: "-" if value is None else format(value, form)
   return (
-    f"over {result['settings']['frames']} frames: colour {show(total('colour'), '.1%')}, shape {show(total('shape'), '.1%')}, "
+    f"over {result['settings']['frames']} frames: colour {show(total('colour'), '.1%')}, shape "
+    f"{show(total('shape'), '.1%')}, "
     f"direction {show(total('direction'), '.1%')}, motion {show(total('motion'), '.2f')} px "
     f"({show(total('motion_ratio'), '.2f')} of true), error {show(total('error'), '.4f')} "
     f"(last fifth / first {show(result['error_last_over_first'], '.2f')})"

@@ -1,4 +1,6 @@
-"""The student as the stages use it: its video for tokens and seeds, in the run's own order, window and sink."""
+"""The student as the stages use it: its video for tokens and seeds, in the run's own order, window
+and sink.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,14 @@ def make_generator(run: Run, frames: int, history: History | None = None):
   def generate(params, tokens, seeds, given=None):
     total = frames + (0 if given is None else given.shape[1])
     return rollout(
-      dit.bind(e.student_dit, params, run.task.embed(tokens)), block_noise(key, seeds, history, run.task),
+      dit.bind(e.student_dit, params, run.task.embed(tokens)),
+      block_noise(key, seeds, history, run.task),
       empty_cache(e.student_dit, history, run.task, tokens.shape[0], total),
-      sigmas, history, frames // history.block, given=given,
-    )  # fmt: skip
+      sigmas,
+      history,
+      frames // history.block,
+      given=given,
+    )
 
   return generate
 

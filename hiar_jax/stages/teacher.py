@@ -31,12 +31,14 @@ def run(run: Run) -> None:
     return lambda state, feeds, _: mapped(state, feeds.next("clips"))
 
   loop.train(
-    run, "teacher", e.teacher,
+    run,
+    "teacher",
+    e.teacher,
     create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
     update=update,
     feeds=loop.Feeds(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     preview=lambda state: run.pixels(walk(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
-  )  # fmt: skip
+  )
 
 
 def load(run: Run) -> Params:
@@ -47,11 +49,17 @@ def load(run: Run) -> Params:
 def load_real(run: Run) -> Params:
   """The real score of distribution matching: weights.teacher, or `load`."""
   e = run.experiment
-  return published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype) if e.weights.teacher else load(run)
+  return (
+    published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
+    if e.weights.teacher
+    else load(run)
+  )
 
 
 def load_weights(run: Run, stage: str) -> Params:
-  """The averaged weights of a stage, or the published ones that stand for them, placed over the devices."""
+  """The averaged weights of a stage, or the published ones that stand for them, placed over the
+  devices.
+  """
   e = run.experiment
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
@@ -63,25 +71,46 @@ def load_weights(run: Run, stage: str) -> Params:
 def _placed(run: Run, shapes: PyTree) -> PyTree:
   """Large leaves are cut over the mesh's fsdp axis, as those that train are."""
   shardings = sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+  )
 
 
 def published(run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32") -> Params:
-  """Converted weights, which must have the sizes that the config says; float32 where they are to be trained."""
+  """Converted weights, which must have the sizes that the config says; float32 where they are to be
+  trained.
+  """
   found = weights.read_config(directory, "dit")
   different = [name for name in SIZES if getattr(found, name) != getattr(expected, name)]
   if different:
-    lines = ", ".join(f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in different)
-    raise UserError(f"{directory} holds another model than the config describes: {lines}; give the weights of this size")
+    lines = ", ".join(
+      f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in different
+    )
+    raise UserError(
+      f"{directory} holds another model than the config describes: {lines}; give the weights of "
+      "this size"
+    )
   place = lambda shapes: sharding.state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
   return weights.load(directory, "dit", dtype=dtype, sharding=place)[1]
 
 
-SIZES = ("dim", "ffn_dim", "num_heads", "num_layers", "patch", "channels", "text_dim", "freq_dim", "place_embedding")
+SIZES = (
+  "dim",
+  "ffn_dim",
+  "num_heads",
+  "num_layers",
+  "patch",
+  "channels",
+  "text_dim",
+  "freq_dim",
+  "place_embedding",
+)
 
 
 def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
-  """Prompts for sample frames: held-out ones of the shapes world, else the first captions of the data."""
+  """Prompts for sample frames: held-out ones of the shapes world, else the first captions of the
+  data.
+  """
   if run.experiment.data.source == "shapes":
     prompts = run.held_out(count)
   else:
@@ -90,18 +119,24 @@ def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
 
 
 def make_walk(run: Run, key: jax.Array):
-  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at the student's timesteps [b s+1 f h w c].
+  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at
+  the student's timesteps [b s+1 f h w c].
 
-  index: of each example, for its noise; an example's trajectory does not depend on those beside it. start: of each clip in its video.
+  index: of each example, for its noise; an example's trajectory does not depend on those beside it.
+  start: of each clip in its video.
   """
   e = run.experiment
-  sigmas = jnp.asarray(flow.sigma_schedule(e.trajectories.steps, e.trajectories.shift or e.student.shift), jnp.float32)
+  sigmas = jnp.asarray(
+    flow.sigma_schedule(e.trajectories.steps, e.trajectories.shift or e.student.shift), jnp.float32
+  )
   keep = e.trajectories.kept(e.student)
 
   def call(params, tokens, index, start=None):
     text = run.task.embed(tokens)
     eps = example_normal(example_keys(key, index), run.task.clip)
-    forward, negative = (dit.bind(e.dit, params, of, start) for of in (text, run.task.negative(text)))
+    forward, negative = (
+      dit.bind(e.dit, params, of, start) for of in (text, run.task.negative(text))
+    )
     return bidirectional.trajectory(forward, negative, eps, sigmas, keep, e.trajectories.guidance)
 
   return jax.jit(call)

@@ -1,1 +1,3 @@
-"""Training steps: pure functions step(state, batch, ..., mean) -> (state, metrics), one file each."""
+"""Training steps: pure functions step(state, batch, ..., mean) -> (state, metrics), one file
+each.
+"""

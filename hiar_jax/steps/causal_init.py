@@ -1,4 +1,6 @@
-"""Causal init: the block-causal student regresses the ends of the teacher's trajectories from their points at its own levels."""
+"""Causal init: the block-causal student regresses the ends of the teacher's trajectories from their
+points at its own levels.
+"""
 
 import dataclasses
 
@@ -18,7 +20,9 @@ SHOWS = ("noisy", "history")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalInitConfig(Training):
-  """shows: what a block sees of the others: `noisy`, each block at a level of its own (published), or as `history` will show them."""
+  """shows: what a block sees of the others: `noisy`, each block at a level of its own (published),
+  or as `history` will show them.
+  """
 
   shows: str = "noisy"
 
@@ -29,7 +33,8 @@ class CausalInitConfig(Training):
 
 
 def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: History):
-  """step(state, batch {trajectory, tokens, index, start where places are embedded}, mean) -> (state, metrics).
+  """step(state, batch {trajectory, tokens, index, start where places are embedded}, mean) ->
+  (state, metrics).
 
   sigmas [s+1]: the student's levels.
   """
@@ -53,6 +58,8 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: Hist
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
     averaged = update_ema(state.ema, params, state.step, config)
-    return state.replace(step=state.step + 1, params=params, ema=averaged, opt_state=opt_state), metrics
+    return state.replace(
+      step=state.step + 1, params=params, ema=averaged, opt_state=opt_state
+    ), metrics
 
   return step

@@ -1,6 +1,8 @@
-"""Distillation: the student rolls itself out; the critic follows its distribution, the generator is moved towards the teacher's.
+"""Distillation: the student rolls itself out; the critic follows its distribution, the generator is
+moved towards the teacher's.
 
-HiAR: L = L_DMD + lambda L_FKL (Eq. 11), critic : generator updates 5 : 1, exit level uniform over the student's levels.
+HiAR: L = L_DMD + lambda L_FKL (Eq. 11), critic : generator updates 5 : 1, exit level uniform over
+the student's levels.
 """
 
 import dataclasses
@@ -23,7 +25,9 @@ from hiar_jax.types import Batch, Key, Mean, Params
 
 @dataclasses.dataclass(frozen=True)
 class ForwardKLConfig:
-  """weight: lambda; steps: K, how many first levels it holds; attention, target: see losses.forward_kl."""
+  """weight: lambda; steps: K, how many first levels it holds; attention, target: see
+  losses.forward_kl.
+  """
 
   weight: float = 0.1
   steps: int = 1
@@ -40,10 +44,12 @@ class ForwardKLConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(Training):
-  """`steps` counts critic updates, as the published code does; the generator takes one every `critic_updates`.
+  """`steps` counts critic updates, as the published code does; the generator takes one every
+  `critic_updates`.
 
   critic_lr: of the critic. critic_warmup: critic updates before the generator's first.
-  guidance: g of losses.dmd; score_shift, score_low, score_high: the levels at which scores are compared and the critic trained.
+  guidance: g of losses.dmd; score_shift, score_low, score_high: the levels at which scores are
+  compared and the critic trained.
   """
 
   critic_lr: float
@@ -91,7 +97,9 @@ class Student:
   point_sigmas: jax.Array | None = None
 
   def generate(self, params: Params, frozen: Params, clips: Batch, key: Key) -> jax.Array:
-    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c], differentiable in params."""
+    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c],
+    differentiable in params.
+    """
     return exit_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
 
   def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
@@ -106,13 +114,19 @@ class Student:
     k_exit, k_noise = jax.random.split(key)
     exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
     return (
-      self.bind(self.model, frozen, clips), block_noise(k_noise, clips["index"], self.history, self.task),
+      self.bind(self.model, frozen, clips),
+      block_noise(k_noise, clips["index"], self.history, self.task),
       empty_cache(self.model, self.history, self.task, clips["tokens"].shape[0]),
-      self.sigmas, self.history, self.task.frames // self.history.block, exit_level,
-    )  # fmt: skip
+      self.sigmas,
+      self.history,
+      self.task.frames // self.history.block,
+      exit_level,
+    )
 
 
-def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tuple[jax.Array, jax.Array]:
+def _score_draws(
+  config: DistillConfig, key: Key, index: jax.Array, shape
+) -> tuple[jax.Array, jax.Array]:
   """(sigma [b], eps [b f h w c]) at which scores are taken."""
   keys = jax.vmap(jax.random.split)(example_keys(key, index))
   sigma = sample_sigma(keys[:, 0], config.score_shift, config.score_low, config.score_high)
@@ -120,11 +134,16 @@ def _score_draws(config: DistillConfig, key: Key, index: jax.Array, shape) -> tu
 
 
 def make_critic_step(config: DistillConfig, student: Student):
-  """step(state, batch {tokens, index, start where places are embedded}, mean) -> (state, metrics). Advances state.step."""
+  """step(state, batch {tokens, index, start where places are embedded}, mean) -> (state, metrics).
+
+  Advances state.step.
+  """
   optimizer = config.critic_optimizer()
 
   def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
-    k_rollout, k_score = jax.random.split(jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0))
+    k_rollout, k_score = jax.random.split(
+      jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+    )
 
     def loss(critic, part):
       x = student.sample(state.params, part, k_rollout)
@@ -133,7 +152,13 @@ def make_critic_step(config: DistillConfig, student: Student):
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = descend(
-      loss, state.critic, state.critic_opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+      loss,
+      state.critic,
+      state.critic_opt_state,
+      optimizer,
+      batch,
+      accumulate=config.accumulate,
+      mean=mean,
     )
     return state.replace(step=state.step + 1, critic=critic, critic_opt_state=opt_state), metrics
 
@@ -141,9 +166,11 @@ def make_critic_step(config: DistillConfig, student: Student):
 
 
 def make_generator_step(config: DistillConfig, student: Student):
-  """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts generator updates.
+  """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts
+  generator updates.
 
-  batch {tokens, index, start where places are embedded}, and with forward-KL held {trajectory [b s+1 f h w c], tokens, start}.
+  batch {tokens, index, start where places are embedded}, and with forward-KL held {trajectory [b
+  s+1 f h w c], tokens, start}.
   teacher: frozen params.
   """
   fkl, optimizer = config.forward_kl, config.generator_optimizer()
@@ -154,16 +181,27 @@ def make_generator_step(config: DistillConfig, student: Student):
 
     def loss(params, part):
       x = student.generate(params, state.params, part, k_rollout)
-      gradient = _dmd_gradient(config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score)
+      gradient = _dmd_gradient(
+        config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score
+      )
       dmd = dmd_loss.dmd(x, gradient).mean()
-      metrics = {"dmd": dmd, "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()}
+      metrics = {
+        "dmd": dmd,
+        "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean(),
+      }
       if not fkl.weight:
         return dmd, metrics
       held, level = part["held"], jax.random.randint(k_fkl, (), 0, fkl.steps)
       kept = fkl_loss.forward_kl(
-        student.bind(student.model, params, held), held["trajectory"].astype(jnp.float32), level, student.sigmas, student.history,
-        attention=fkl.attention, target=fkl.target, point_sigmas=student.point_sigmas,
-      ).mean()  # fmt: skip
+        student.bind(student.model, params, held),
+        held["trajectory"].astype(jnp.float32),
+        level,
+        student.sigmas,
+        student.history,
+        attention=fkl.attention,
+        target=fkl.target,
+        point_sigmas=student.point_sigmas,
+      ).mean()
       return dmd + fkl.weight * kept, {**metrics, "forward_kl": kept}
 
     params, opt_state, metrics = descend(
@@ -183,4 +221,6 @@ def _dmd_gradient(config, student, critic, teacher, x, part, key):
   real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
   fake = student.bind(student.critic_model, critic, part)
   negative = student.task.negative(text)
-  return jax.lax.stop_gradient(dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance))
+  return jax.lax.stop_gradient(
+    dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance)
+  )

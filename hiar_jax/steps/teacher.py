@@ -14,14 +14,18 @@ from hiar_jax.types import Batch, Mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Training):
-  """shift: of the training levels; caption_dropout: rate of examples trained on the empty prompt."""
+  """shift: of the training levels; caption_dropout: rate of examples trained on the empty
+  prompt.
+  """
 
   shift: float = 5.0
   caption_dropout: float = 0.1
 
 
 def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
-  """step(state, batch {video, tokens, index, start where places are embedded}, mean) -> (state, metrics)."""
+  """step(state, batch {video, tokens, index, start where places are embedded}, mean) -> (state,
+  metrics).
+  """
 
   optimizer = config.optimizer()
 
@@ -35,12 +39,16 @@ def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
       x0 = task.encode(part)
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      return flow_matching(dit.bind(model, params, text, part.get("start")), x0, eps, sigma).mean(), {}
+      return flow_matching(
+        dit.bind(model, params, text, part.get("start")), x0, eps, sigma
+      ).mean(), {}
 
     params, opt_state, metrics = descend(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
     averaged = update_ema(state.ema, params, state.step, config)
-    return state.replace(step=state.step + 1, params=params, ema=averaged, opt_state=opt_state), metrics
+    return state.replace(
+      step=state.step + 1, params=params, ema=averaged, opt_state=opt_state
+    ), metrics
 
   return step

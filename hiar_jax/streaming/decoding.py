@@ -1,4 +1,6 @@
-"""Latents -> pixels, block after block, with what the decoder remembers of the blocks before as a value that goes in and comes out."""
+"""Latents -> pixels, block after block, with what the decoder remembers of the blocks before as a
+value that goes in and comes out.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,10 +17,15 @@ from hiar_jax.types import PyTree
 
 class Decoder(Protocol):
   def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    """(latents [1 f h w c], memory) -> (uint8 [F H W 3], memory). memory: None at a video's start; the one that goes in is used up."""
+    """(latents [1 f h w c], memory) -> (uint8 [F H W 3], memory).
+
+    memory: None at a video's start; the one that goes in is used up.
+    """
 
   def remember(self, leaves: list[np.ndarray], latents: tuple[int, ...]) -> PyTree:
-    """The memory with these leaves (jax.tree.leaves of one), for latents of a shape [1 f h w c]; None for none."""
+    """The memory with these leaves (jax.tree.leaves of one), for latents of a shape [1 f h w c];
+    None for none.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +35,8 @@ class Stateless:
   pieces: Callable
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    latents = np.asarray(latents)  # by way of the host: the devices of a pipe have other things to do
+    # by way of the host: the devices of a pipe have other things to do
+    latents = np.asarray(latents)
     return np.concatenate([piece[0] for piece in self.pieces(latents)]), None
 
   def remember(self, leaves, latents) -> PyTree:
@@ -44,7 +52,11 @@ class Streamed:
 
   @functools.cached_property
   def _stream(self) -> PixelStream:
-    return dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device)) if self.device else self.stream
+    return (
+      dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device))
+      if self.device
+      else self.stream
+    )
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
     latents = jax.device_put(np.asarray(latents), self.device)
@@ -60,7 +72,10 @@ class Streamed:
 
 
 def of_medium(medium: Medium, device: jax.Device | None = None) -> Decoder:
-  """device: where to decode; None: the first one. Small media decode there too: a few numbers a frame."""
+  """device: where to decode; None: the first one.
+
+  Small media decode there too: a few numbers a frame.
+  """
   if isinstance(medium, WanMedium):
     return Streamed(medium.stream, device)
   return Stateless(medium.pieces)

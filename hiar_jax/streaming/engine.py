@@ -1,4 +1,6 @@
-"""What many generations share: a model's weights on the devices of a layout, and the programs that move a pipe on, compiled once."""
+"""What many generations share: a model's weights on the devices of a layout, and the programs that
+move a pipe on, compiled once.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -26,8 +28,8 @@ from hiar_jax.types import Block, Key, Params
 class Options:
   """How to stream. None: as the model has it.
 
-  layout: devices; None: as many as can be used. window, sink: latent frames. sink_place: `true`, the sink's true distance (as published),
-  or `carried` along with the window.
+  layout: devices; None: as many as can be used. window, sink: latent frames. sink_place: `true`,
+  the sink's true distance (as published), or `carried` along with the window.
   """
 
   layout: Layout | None = None
@@ -38,7 +40,8 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Of a model, what a stream needs. texts: prompts -> [n l d], as the network reads them; identity: differs where a number would differ.
+  """Of a model, what a stream needs. texts: prompts -> [n l d], as the network reads them;
+  identity: differs where a number would differ.
 
   size: latent height and width. key: of the noise. history: as it was trained.
   """
@@ -62,16 +65,33 @@ class Parts:
       return np.asarray(run.task.embed(model.texts(list(prompts))))
 
     return Parts(
-      e.student_dit, e.history, tuple(float(sigma) for sigma in run.sigmas), model.params(), jax.random.fold_in(jax.random.key(e.seed), 3),
-      (size["height"], size["width"]), texts, model.identity,
-    )  # fmt: skip
+      e.student_dit,
+      e.history,
+      tuple(float(sigma) for sigma in run.sigmas),
+      model.params(),
+      jax.random.fold_in(jax.random.key(e.seed), 3),
+      (size["height"], size["width"]),
+      texts,
+      model.identity,
+    )
 
 
 class Engine:
-  """See the module's docstring. Raises UserError where the method cannot be streamed, or the layout does not fit."""
+  """See the module's docstring.
 
-  def __init__(self, model: StudentModel | Parts, options: Options | None = None, devices=None, compiler_options: dict | None = None):
-    """devices: those to use, default all; compiler_options: XLA's, for those who measure or test."""
+  Raises UserError where the method cannot be streamed, or the layout does not fit.
+  """
+
+  def __init__(
+    self,
+    model: StudentModel | Parts,
+    options: Options | None = None,
+    devices=None,
+    compiler_options: dict | None = None,
+  ):
+    """devices: those to use, default all; compiler_options: XLA's, for those who measure or
+    test.
+    """
     self.compiler_options = compiler_options
     self.parts = model if isinstance(model, Parts) else Parts.of(model)
     self.options = options = options or Options()
@@ -119,7 +139,9 @@ class Engine:
 
 
 class Programs:
-  """Compiled for one plan: `start`, `tick` and `show_again` of rollout.pipe, with the weights in place."""
+  """Compiled for one plan: `start`, `tick` and `show_again` of rollout.pipe, with the weights in
+  place.
+  """
 
   def __init__(self, engine: Engine, plan: Plan):
     self.engine, self.plan = engine, plan
@@ -128,19 +150,37 @@ class Programs:
     return jax.jit(function, compiler_options=self.engine.compiler_options, **options)
 
   def network(self, params: Params):
-    config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)  # a frame's may lie on several devices
+    # a frame's may lie on several devices
+    config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
     return functools.partial(dit.bind, config, params)
 
   def noise(self, pipe: Pipe):
     c, (height, width) = self.engine.parts.config, self.engine.parts.size
-    block = Task(encode=None, embed=None, negative=None, frames=self.plan.history.block, height=height, width=width, channels=c.channels)
+    block = Task(
+      encode=None,
+      embed=None,
+      negative=None,
+      frames=self.plan.history.block,
+      height=height,
+      width=width,
+      channels=c.channels,
+    )
     return block_noise(pipe.key, pipe.seed, self.plan.history, block)
 
   def empty(self, text: jax.Array, seed: jax.Array) -> Pipe:
     """Traced; text [b l d]."""
     parts, history = self.engine.parts, self.plan.history
     height, width = parts.size
-    return pipes.empty(self.plan, parts.config, text, parts.key, seed, frames=history.window + history.block, height=height, width=width)
+    return pipes.empty(
+      self.plan,
+      parts.config,
+      text,
+      parts.key,
+      seed,
+      frames=history.window + history.block,
+      height=height,
+      width=width,
+    )
 
   @functools.cached_property
   def shardings(self) -> Pipe:
@@ -149,18 +189,26 @@ class Programs:
   def abstract(self, text: jax.ShapeDtypeStruct) -> Pipe:
     """The shapes of a pipe, and where they lie."""
     shapes = jax.eval_shape(self.empty, text, jax.ShapeDtypeStruct((text.shape[0],), jnp.int32))
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings)
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      shapes,
+      self.shardings,
+    )
 
   @functools.cached_property
   def _start(self):
     def start(params, texts, seed, given):
       pipe = self.empty(texts[0], seed)
-      return pipe if given is None else pipes.give(self.plan, self.network(params), pipe, given, texts)
+      return (
+        pipe if given is None else pipes.give(self.plan, self.network(params), pipe, given, texts)
+      )
 
     return self.jit(start, out_shardings=self.shardings)
 
   def start(self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None) -> Pipe:
-    """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d], one for each given block, or one."""
+    """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d],
+    one for each given block, or one.
+    """
     with jax.set_mesh(self.engine.mesh):
       return self._start(self.engine.params, texts, jnp.asarray(seed, jnp.int32), given)
 
@@ -192,8 +240,15 @@ class Programs:
 
 def _history(history: History, options: Options) -> History:
   """The model's, with what is to be otherwise; a stream has no end, so it needs a window."""
-  changes = {name: getattr(options, name) for name in ("window", "sink") if getattr(options, name) is not None}
+  changes = {
+    name: getattr(options, name)
+    for name in ("window", "sink")
+    if getattr(options, name) is not None
+  }
   history = dataclasses.replace(history, **changes)
   if not history.window:
-    raise UserError("history.window = 0: this model sees all frames, and a stream has no end; give a window in latent frames, as window=21")
+    raise UserError(
+      "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
+      "latent frames, as window=21"
+    )
   return history

@@ -1,9 +1,11 @@
-"""An MP4 that plays while it grows: H.264 in fragments (ISO/IEC 14496-12, 8.8), each whole and on the disk before the next one starts.
+"""An MP4 that plays while it grows: H.264 in fragments (ISO/IEC 14496-12, 8.8), each whole and on
+the disk before the next one starts.
 
-A process that dies leaves a file that plays up to its last whole fragment, and that can be gone on with. FFmpeg writes every box; what
-is done here is to take a fragment out as soon as its last frame is in (the muxer alone would keep it until the next one begins), to put
-the fragment's place in time into it, and to write it so that players pass over a part of one: it is marked as free space until all of it
-is on the disk.
+A process that dies leaves a file that plays up to its last whole fragment, and that can be gone on
+with. FFmpeg writes every box; what is done here is to take a fragment out as soon as its last frame
+is in (the muxer alone would keep it until the next one begins), to put the fragment's place in time
+into it, and to write it so that players pass over a part of one: it is marked as free space until
+all of it is on the disk.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,7 +32,10 @@ _NO_LIMIT = 2**31 - 1  # frames between key frames: only a fragment's first fram
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-  """`frames` frames, the first of them number `first`, in bytes start .. end of the file. The file's head is a fragment of 0 frames."""
+  """`frames` frames, the first of them number `first`, in bytes start .. end of the file.
+
+  The file's head is a fragment of 0 frames.
+  """
 
   first: int
   frames: int
@@ -41,15 +46,25 @@ class Fragment:
 class GrowingMP4:
   """Writes frames uint8 [n, H, W, 3], a call a fragment, all of one size.
 
-  metadata: as media.write_mp4's, in the head. scale, crf: as there. The file's first bytes are written with the first frames.
-  `mime` is its type for a browser's MediaSource, known from then on.
+  metadata: as media.write_mp4's, in the head. scale, crf: as there. The file's first bytes are
+  written with the first frames. `mime` is its type for a browser's MediaSource, known from then on.
   """
 
-  def __init__(self, path: str | os.PathLike, fps: float, metadata: Mapping[str, str] | None = None, *, scale: int = 1, crf: int = 14,
-               keep: int | None = None):  # fmt: skip
-    """keep: goes on with the file that is there, after its first `keep` frames; what follows them is cut off.
+  def __init__(
+    self,
+    path: str | os.PathLike,
+    fps: float,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    scale: int = 1,
+    crf: int = 14,
+    keep: int | None = None,
+  ):
+    """keep: goes on with the file that is there, after its first `keep` frames; what follows them
+    is cut off.
 
-    Raises UserError where a file is there already (without `keep`), or is none that can be gone on with, or none can be written.
+    Raises UserError where a file is there already (without `keep`), or is none that can be gone on
+    with, or none can be written.
     """
     self.path, self.fps, self.frames, self.mime = pathlib.Path(path), fps, 0, ""
     self._metadata, self._scale, self._crf = dict(metadata or {}), scale, crf
@@ -71,7 +86,10 @@ class GrowingMP4:
     if self._encoder is None:
       self._start(frames.shape[1:3])
     if frames.shape[1:3] != self._encoder.size:
-      raise UserError(f"{self.path}: frames of {frames.shape[1:3]}, the first ones of {self._encoder.size}; expected one size")
+      raise UserError(
+        f"{self.path}: frames of {frames.shape[1:3]}, the first ones of {self._encoder.size}; "
+        "expected one size"
+      )
     content = self._encoder.fragment(frames, self.frames, len(self._fragments))
     start = self._append(content[:4] + _FREE + content[8:])
     self._commit(start + 4, content[4:8])
@@ -98,14 +116,19 @@ class GrowingMP4:
       self._open("xb")
       self._append(self._encoder.head)
     elif _decoder_settings(self._head) != _decoder_settings(self._encoder.head):
-      raise UserError(f"{self.path} is a video of another size or quality; give the one that this generation wrote, or start a new one")
+      raise UserError(
+        f"{self.path} is a video of another size or quality; give the one that this generation "
+        "wrote, or start a new one"
+      )
 
   def _open(self, mode: str) -> None:
     try:
       with media.explained(self.path):
         self._file = open(self.path, mode, buffering=0)
     except UserError as error:
-      raise (_taken(self.path) if isinstance(error.__cause__, FileExistsError) else error) from error.__cause__
+      raise (
+        _taken(self.path) if isinstance(error.__cause__, FileExistsError) else error
+      ) from error.__cause__
 
   def _append(self, content: bytes) -> int:
     """Where it starts."""
@@ -125,12 +148,17 @@ class GrowingMP4:
   def _go_back(self, keep: int) -> None:
     """To just after frame `keep`."""
     if not self.path.exists():
-      raise UserError(f"{self.path} is not there to be gone on with; restore it, or start a new video")
+      raise UserError(
+        f"{self.path} is not there to be gone on with; restore it, or start a new video"
+      )
     head, *there = scan(self.path)
     kept = [fragment for fragment in there if fragment.first + fragment.frames <= keep]
     if sum(fragment.frames for fragment in kept) != keep:
       held = sum(fragment.frames for fragment in there)
-      raise UserError(f"{self.path} holds {held} frames in fragments of other lengths; expected the first {keep} to be whole")
+      raise UserError(
+        f"{self.path} holds {held} frames in fragments of other lengths; expected the first "
+        f"{keep} to be whole"
+      )
     end = kept[-1].end if kept else head.end
     self._open("r+b")
     self._head = os.pread(self._file.fileno(), head.end, 0)
@@ -142,16 +170,26 @@ class GrowingMP4:
 class _Encoder:
   """Frames -> fragments. head: the bytes before the first one."""
 
-  def __init__(self, size: tuple[int, int], rate: Fraction, scale: int, crf: int, metadata: Mapping[str, str]):
+  def __init__(
+    self, size: tuple[int, int], rate: Fraction, scale: int, crf: int, metadata: Mapping[str, str]
+  ):
     self.size, self._scale, self._time = size, scale, 1 / rate
     self._height, self._width = (side * scale + side * scale % 2 for side in size)
     head = io.BytesIO()
     # It writes the head and encodes; what it encodes goes into other files, one a fragment.
     self._container = av.open(head, "w", format="mp4", options={"movflags": _MOVFLAGS})
-    self._container.metadata["comment"] = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True)
+    self._container.metadata["comment"] = json.dumps(
+      dict(metadata), ensure_ascii=False, sort_keys=True
+    )
     # zerolatency: each frame comes out when it goes in; one thread: the same bytes on every machine
-    self._stream = self._container.add_stream("libx264", rate=rate, options={"crf": str(crf), "tune": "zerolatency", "threads": "1"})
-    self._stream.width, self._stream.height, self._stream.pix_fmt = self._width, self._height, "yuv420p"
+    self._stream = self._container.add_stream(
+      "libx264", rate=rate, options={"crf": str(crf), "tune": "zerolatency", "threads": "1"}
+    )
+    self._stream.width, self._stream.height, self._stream.pix_fmt = (
+      self._width,
+      self._height,
+      "yuv420p",
+    )
     context = self._stream.codec_context
     context.gop_size, context.max_b_frames = _NO_LIMIT, 0
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
@@ -159,8 +197,12 @@ class _Encoder:
     self.head = head.getvalue()
 
   def fragment(self, frames: np.ndarray, first: int, index: int) -> bytes:
-    """frames uint8 [n, H, W, 3], the first of them number `first`, as fragment `index`: a moof and an mdat box."""
-    packets = [packet for i, frame in enumerate(frames) for packet in self._encode(frame, first + i, i == 0)]
+    """frames uint8 [n, H, W, 3], the first of them number `first`, as fragment `index`: a moof and
+    an mdat box.
+    """
+    packets = [
+      packet for i, frame in enumerate(frames) for packet in self._encode(frame, first + i, i == 0)
+    ]
     file = io.BytesIO()
     options = {"movflags": f"{_MOVFLAGS}+skip_trailer", "fragment_index": str(index + 1)}
     with av.open(file, "w", format="mp4", options=options) as container:
@@ -187,7 +229,7 @@ def _taken(path: pathlib.Path) -> UserError:
   return UserError(f"{path} is there already; give another name, or remove it")
 
 
-# ----------------------------------------------------------------------------------------------------------------- boxes
+# -------------------------------------------------------------------------------------------- boxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,12 +258,16 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
       found.append(Fragment(frames, count, moof.start, box.end))
       frames, moof = frames + count, None
   if not head:
-    raise UserError(f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote")
+    raise UserError(
+      f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote"
+    )
   return found
 
 
 def codec_name(head: bytes) -> str:
-  """What a browser calls the codec (RFC 6381), such as avc1.64001f: profile, constraints and level."""
+  """What a browser calls the codec (RFC 6381), such as avc1.64001f: profile, constraints and
+  level.
+  """
   return f"avc1.{_decoder_settings(head)[1:4].hex()}"
 
 
@@ -242,7 +288,9 @@ def _ticks(content: bytes) -> int:
   return struct.unpack_from(">I", content, box.start + (28 if content[box.start + 8] else 20))[0]
 
 
-def _boxes(content: bytes, start: int = 0, end: int | None = None, deep: bool = False) -> Iterator[_Box]:
+def _boxes(
+  content: bytes, start: int = 0, end: int | None = None, deep: bool = False
+) -> Iterator[_Box]:
   """The whole boxes between two offsets; deep: also those inside."""
   end = len(content) if end is None else end
   while start + 8 <= end:

@@ -1,8 +1,9 @@
-"""Where a pipe lies: `stage` devices share the noise levels, and inside a stage `tensor` and `sequence` split the network and the frame.
+"""Where a pipe lies: `stage` devices share the noise levels, and inside a stage `tensor` and
+`sequence` split the network and the frame.
 
-    stage      levels, each with its cache, its latents in flight and what it has shown
-    tensor     heads and the hidden units of the MLP (weights, caches)
-    sequence   rows of the frame for what is done token by token; attention splits its heads over both, so a cache never moves
+stage      levels, each with its cache, its latents in flight and what it has shown tensor     heads
+and the hidden units of the MLP (weights, caches) sequence   rows of the frame for what is done
+token by token; attention splits its heads over both, so a cache never moves
 """
 
 import dataclasses
@@ -21,9 +22,19 @@ from hiar_jax.types import Params, PyTree
 AXES = ("stage", "tensor", "sequence")
 HEADS = ("tensor", "sequence")
 
-# How a layer's parameters are split: (module, its parameter) -> axis over `tensor`, counted behind the axis of layers.
+# How a layer's parameters are split: (module, its parameter) -> axis over `tensor`, counted behind
+# the axis of layers.
 COLUMNS, ROWS = {"kernel": 1, "bias": 0, "scale": 0}, {"kernel": 0}
-SPLIT = {"q": COLUMNS, "k": COLUMNS, "v": COLUMNS, "norm_q": COLUMNS, "norm_k": COLUMNS, "mlp_in": COLUMNS, "o": ROWS, "mlp_out": ROWS}
+SPLIT = {
+  "q": COLUMNS,
+  "k": COLUMNS,
+  "v": COLUMNS,
+  "norm_q": COLUMNS,
+  "norm_k": COLUMNS,
+  "mlp_in": COLUMNS,
+  "o": ROWS,
+  "mlp_out": ROWS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +56,48 @@ class Layout:
     """Raises UserError where an axis does not divide what it splits. height: of the latents."""
     heads, rows, split = config.num_heads, height // config.patch[1], self.tensor * self.sequence
     _check_divides("stage", self.stage, levels, f"the {levels} noise levels")
-    _check_divides("tensor", self.tensor, math.gcd(heads, config.ffn_dim), f"{heads} heads and {config.ffn_dim} hidden units")
-    _check_divides("sequence", self.sequence, math.gcd(heads, rows), f"{heads} heads and {rows} rows of tokens")
+    _check_divides(
+      "tensor",
+      self.tensor,
+      math.gcd(heads, config.ffn_dim),
+      f"{heads} heads and {config.ffn_dim} hidden units",
+    )
+    _check_divides(
+      "sequence", self.sequence, math.gcd(heads, rows), f"{heads} heads and {rows} rows of tokens"
+    )
     if heads % split:
-      raise UserError(f"tensor x sequence = {split} does not divide the {heads} heads; their product can be {_divisors(heads)}")
+      raise UserError(
+        f"tensor x sequence = {split} does not divide the {heads} heads; their product can be "
+        f"{_divisors(heads)}"
+      )
 
   def mesh(self, devices=None) -> Mesh:
     """Over the first devices. Raises UserError where there are too few."""
     devices = list(jax.devices() if devices is None else devices)
     if self.devices > len(devices):
       raise UserError(
-        f"stage = {self.stage} x tensor = {self.tensor} x sequence = {self.sequence} takes {self.devices} devices; here are {len(devices)}"
+        f"stage = {self.stage} x tensor = {self.tensor} x sequence = {self.sequence} takes "
+        f"{self.devices} devices; here are {len(devices)}"
       )
-    return Mesh(np.asarray(devices[: self.devices]).reshape(self.stage, self.tensor, self.sequence), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(
+      np.asarray(devices[: self.devices]).reshape(self.stage, self.tensor, self.sequence),
+      AXES,
+      axis_types=(AxisType.Auto,) * 3,
+    )
 
 
 def widest(count: int, levels: int, config: DiTConfig, height: int) -> Layout:
-  """As many of `count` devices as can be used: stages first, since they talk least, then tensor, then sequence."""
+  """As many of `count` devices as can be used: stages first, since they talk least, then tensor,
+  then sequence.
+  """
   stage = max(n for n in range(1, count + 1) if levels % n == 0)
-  tensor = max(n for n in range(1, count // stage + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0)
+  tensor = max(
+    n for n in range(1, count // stage + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0
+  )
   rows, left = height // config.patch[1], count // (stage * tensor)
-  sequence = max(n for n in range(1, left + 1) if rows % n == 0 and config.num_heads % (tensor * n) == 0)
+  sequence = max(
+    n for n in range(1, left + 1) if rows % n == 0 and config.num_heads % (tensor * n) == 0
+  )
   return Layout(stage, tensor, sequence)
 
 
@@ -79,7 +111,7 @@ def _divisors(n: int) -> str:
   return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 
-# -------------------------------------------------------------------------------------------------------------- shardings
+# ---------------------------------------------------------------------------------------- shardings
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -90,15 +122,28 @@ def whole(mesh: Mesh) -> NamedSharding:
 def of_pipe(fused: bool, mesh: Mesh) -> Pipe:
   """A sharding for every array of a pipe; fused: as its plan."""
   place = lambda *spec: NamedSharding(mesh, jax.P(*spec))
-  latents, keys = place("stage", None, None, "sequence"), place("stage", None, None, None, None, HEADS)
+  latents, keys = (
+    place("stage", None, None, "sequence"),
+    place("stage", None, None, None, None, HEADS),
+  )
   return Pipe(
-    latents=latents, context=latents if fused else None, cache=Cache(KV(keys, keys), place("stage")), shown=latents,
-    texts=place(), anew=place(), block=place(), first=place(), key=place(), seed=place(),
-  )  # fmt: skip
+    latents=latents,
+    context=latents if fused else None,
+    cache=Cache(KV(keys, keys), place("stage")),
+    shown=latents,
+    texts=place(),
+    anew=place(),
+    block=place(),
+    first=place(),
+    key=place(),
+    seed=place(),
+  )
 
 
 def of_params(params: Params, mesh: Mesh) -> PyTree:
-  """A sharding for every weight: layers split over `tensor`, everything else whole on each device."""
+  """A sharding for every weight: layers split over `tensor`, everything else whole on each
+  device.
+  """
 
   def place(path, leaf):
     names = [entry.key for entry in path]

@@ -10,7 +10,8 @@ from hiar_jax.errors import UserError
 
 
 class PNGFolder:
-  """Writes frames uint8 [n, H, W, 3], each picture whole or not at all. keep: goes on after the first `keep`; what follows is removed.
+  """Writes frames uint8 [n, H, W, 3], each picture whole or not at all. keep: goes on after the
+  first `keep`; what follows is removed.
 
   Raises UserError where there are pictures already (without `keep`), or too few of them.
   """
@@ -21,9 +22,13 @@ class PNGFolder:
       self.path.mkdir(parents=True, exist_ok=True)
       there = sorted(entry for entry in self.path.glob("*.png") if entry.stem.isdigit())
     if there and keep is None:
-      raise UserError(f"{self.path} holds {len(there)} pictures already; give another directory, or empty it")
+      raise UserError(
+        f"{self.path} holds {len(there)} pictures already; give another directory, or empty it"
+      )
     if keep is not None and [int(entry.stem) for entry in there[:keep]] != list(range(keep)):
-      raise UserError(f"{self.path} does not hold the first {keep} pictures; restore them, or start a new video")
+      raise UserError(
+        f"{self.path} does not hold the first {keep} pictures; restore them, or start a new video"
+      )
     for entry in there[self.frames :]:
       entry.unlink()
 

@@ -1,6 +1,7 @@
 """A generation on disk: its arrays by Orbax, and beside them the facts that say what they are.
 
-Checkpoints of one step each: written under another name and renamed, with checksums, the one before removed only then.
+Checkpoints of one step each: written under another name and renamed, with checksums, the one before
+removed only then.
 """
 
 import os
@@ -18,12 +19,16 @@ from hiar_jax.rollout.pipe import Plan
 from hiar_jax.types import PyTree
 
 
-def write(directory: str | os.PathLike, arrays: PyTree, facts: dict[str, Any], decoder: PyTree) -> None:
+def write(
+  directory: str | os.PathLike, arrays: PyTree, facts: dict[str, Any], decoder: PyTree
+) -> None:
   """Returns when it is on disk."""
   leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
   with Checkpoints(directory, keep=1, config=facts) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
-    checkpoints.save(step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True)
+    checkpoints.save(
+      step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True
+    )
 
 
 def facts(directory: str | os.PathLike) -> dict[str, Any]:
@@ -51,16 +56,26 @@ def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:
 def check_identity(directory: str | os.PathLike, facts: dict[str, Any], identity: str) -> None:
   if facts["identity"] != identity:
     raise UserError(
-      f"{directory} was saved by another model ({facts['identity']}; this one is {identity}): its weights, sizes, levels, history or text "
+      f"{directory} was saved by another model ({facts['identity']}; this one is {identity}): its "
+      "weights, sizes, levels, history or text "
       "encoder differ; give the model that made it"
     )
 
 
-def check_options(directory: str | os.PathLike, facts: dict[str, Any], here: dict[str, Any]) -> None:
+def check_options(
+  directory: str | os.PathLike, facts: dict[str, Any], here: dict[str, Any]
+) -> None:
   """here: `options` of the engine that is to go on."""
-  lines = [f"{name} = {there}, here {here[name]}" for name, there in facts["options"].items() if here[name] != there]
+  lines = [
+    f"{name} = {there}, here {here[name]}"
+    for name, there in facts["options"].items()
+    if here[name] != there
+  ]
   if lines:
-    raise UserError(f"{directory} was saved with other options ({'; '.join(lines)}); use those that it was saved with")
+    raise UserError(
+      f"{directory} was saved with other options ({'; '.join(lines)}); use those that it was "
+      "saved with"
+    )
 
 
 def options(plan: Plan) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""A model that is ready to stream: weights and programs in place, shared by as many streams as are opened from it."""
+"""A model that is ready to stream: weights and programs in place, shared by as many streams as are
+opened from it.
+"""
 
 import dataclasses
 import functools
@@ -23,7 +25,9 @@ from hiar_jax.streaming.stream import Stream, block_seconds
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-  """A start that was read before: uint8 [F H W 3] of one `kind`, and the name of the file that it came from."""
+  """A start that was read before: uint8 [F H W 3] of one `kind`, and the name of the file that it
+  came from.
+  """
 
   path: pathlib.Path
   kind: str
@@ -35,7 +39,9 @@ class Frames:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the first."""
+  """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the
+  first.
+  """
 
   model: StudentModel
   options: Options = Options()
@@ -82,7 +88,8 @@ class Source:
     return self.model.run.medium.remarks(prompt)
 
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]:
-    """(a file's frames, of a video those that a window holds, at its end; what was done to them in a line, '' for nothing).
+    """(a file's frames, of a video those that a window holds, at its end; what was done to them in
+    a line, '' for nothing).
 
     kind: "image" or "video"; name: what it is called from then on. Raises UserError, as Start.read.
     """
@@ -91,14 +98,27 @@ class Source:
     pixels, line = Start(path, kind, e.pixel_frames(window)).read(e)
     return Frames(pathlib.Path(name), kind, pixels), line
 
-  def open(self, prompt: str | None = None, *, timeline: Timeline | None = None, seed: int = 0, frames: int | None = None,
-           start: Start | Frames | None = None, ahead: int = 2) -> Stream:  # fmt: skip
-    """A new stream. frames: of the video, those of its start included, rounded up to whole blocks; None: without end.
+  def open(
+    self,
+    prompt: str | None = None,
+    *,
+    timeline: Timeline | None = None,
+    seed: int = 0,
+    frames: int | None = None,
+    start: Start | Frames | None = None,
+    ahead: int = 2,
+  ) -> Stream:
+    """A new stream. frames: of the video, those of its start included, rounded up to whole blocks;
+    None: without end.
 
-    Raises UserError where neither a prompt nor a timeline says what to show, or both do, and where the start cannot be used.
+    Raises UserError where neither a prompt nor a timeline says what to show, or both do, and where
+    the start cannot be used.
     """
     if (prompt is None) == (timeline is None):
-      raise UserError('give either a prompt, as "a red circle moving left", or a timeline, as "0s: a red circle, 10s: a blue square"')
+      raise UserError(
+        'give either a prompt, as "a red circle moving left", or a timeline, as "0s: a red '
+        'circle, 10s: a blue square"'
+      )
     given = self._given(start)
     before = 0 if given is None else given.shape[1]
     changes = timeline.changes(self.seconds(before)) if timeline else []
@@ -106,40 +126,75 @@ class Source:
     generation = Generation(self.engine, first, seed, start=given)
     changes = timeline.changes(self.seconds(before), generation.next_block) if timeline else []
     return Stream(
-      generation, self.decoder, fps=self.fps, blocks=self._blocks(frames, before), changes=changes, given=given, ahead=ahead
+      generation,
+      self.decoder,
+      fps=self.fps,
+      blocks=self._blocks(frames, before),
+      changes=changes,
+      given=given,
+      ahead=ahead,
     )
 
-  def resume(self, directory: str | os.PathLike, *, timeline: Timeline | None = None, frames: int | None = None, ahead: int = 2) -> Stream:
-    """Goes on with what Stream.save wrote; the layout may be another. timeline: in place of the one that it was saved with.
+  def resume(
+    self,
+    directory: str | os.PathLike,
+    *,
+    timeline: Timeline | None = None,
+    frames: int | None = None,
+    ahead: int = 2,
+  ) -> Stream:
+    """Goes on with what Stream.save wrote; the layout may be another. timeline: in place of the one
+    that it was saved with.
 
     Raises UserError where it has as many frames already, or what Generation.restore raises.
     """
     generation = Generation.restore(directory, self.engine)
     k, (height, width) = self.experiment.history.block, self.engine.parts.size
-    changes = {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)} if timeline else {}
+    changes = (
+      {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)}
+      if timeline
+      else {}
+    )
     stream = Stream.resume(
-      generation, self.decoder, (1, k, height, width, self.engine.parts.config.channels), fps=self.fps,
-      blocks=self._blocks(frames, generation.given_frames), ahead=ahead, **changes,
-    )  # fmt: skip
+      generation,
+      self.decoder,
+      (1, k, height, width, self.engine.parts.config.channels),
+      fps=self.fps,
+      blocks=self._blocks(frames, generation.given_frames),
+      ahead=ahead,
+      **changes,
+    )
     taken = stream.taken
     if frames is not None and taken >= frames:
       stream.close()
-      raise UserError(f"frames = {frames}, but {directory} has {taken} already; ask for more, or for frames=endless")
+      raise UserError(
+        f"frames = {frames}, but {directory} has {taken} already; ask for more, or for "
+        "frames=endless"
+      )
     return stream
 
   def seconds(self, given: int):
     """block -> second at which it starts, after so many given latent frames."""
     e = self.experiment
-    return block_seconds(-(-given // e.history.block), given, e.history.block, e.pixel_frames, self.fps)
+    return block_seconds(
+      -(-given // e.history.block), given, e.history.block, e.pixel_frames, self.fps
+    )
 
-  def provenance(self, prompt: str, seed: int, start: Start | Frames | None = None) -> dict[str, str]:
+  def provenance(
+    self, prompt: str, seed: int, start: Start | Frames | None = None
+  ) -> dict[str, str]:
     """What a file says of itself. prompt: the one that it starts with."""
     e = self.experiment
     return {
-      "prompt": prompt, "seed": str(seed), "size": f"{e.data.height}x{e.data.width}", "dtype": e.model.dtype, "codec": self.model.codec,
+      "prompt": prompt,
+      "seed": str(seed),
+      "size": f"{e.data.height}x{e.data.width}",
+      "dtype": e.model.dtype,
+      "codec": self.model.codec,
       "start": f"{start.kind} {pathlib.Path(start.path).name}" if start else "",
-      "weights" if self.model.weights else "workdir": self.model.name, "hiar_jax": __version__,
-    }  # fmt: skip
+      "weights" if self.model.weights else "workdir": self.model.name,
+      "hiar_jax": __version__,
+    }
 
   def _given(self, start: Start | Frames | None) -> np.ndarray | None:
     """[1 f h w c]"""
@@ -148,7 +203,9 @@ class Source:
     pixels, line = start.read(self.experiment)
     if line:
       print(line, file=sys.stderr)
-    return np.asarray(self.model.run.medium.latents(pixels[None]))[:, : latent_frames(pixels, self.experiment)]
+    return np.asarray(self.model.run.medium.latents(pixels[None]))[
+      :, : latent_frames(pixels, self.experiment)
+    ]
 
   def _blocks(self, frames: int | None, given: int) -> int | None:
     if frames is None:

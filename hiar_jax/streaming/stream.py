@@ -1,4 +1,5 @@
-"""Video out while it is being made: one thread denoises, another decodes, the caller takes frames; what lies between them is bounded.
+"""Video out while it is being made: one thread denoises, another decodes, the caller takes frames;
+what lies between them is bounded.
 
     with Stream(generation, decoder, fps=16) as stream:
       for chunk in stream:
@@ -6,7 +7,8 @@
         if bored:
           stream.change_prompt("a blue square moving up")
 
-A caller that takes nothing holds the whole of it up; one that goes away (close, or a stream that is not referred to any more) ends it.
+A caller that takes nothing holds the whole of it up; one that goes away (close, or a stream that is
+not referred to any more) ends it.
 """
 
 import collections
@@ -45,9 +47,11 @@ class Generation(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-  """The frames of one block: uint8 [n H W 3], the block's number and prompt, and the second at which the first of them is shown.
+  """The frames of one block: uint8 [n H W 3], the block's number and prompt, and the second at
+  which the first of them is shown.
 
-  What a video starts from (given frames) comes first, as a chunk of the block before the first new one.
+  What a video starts from (given frames) comes first, as a chunk of the block before the first new
+  one.
   """
 
   frames: np.ndarray
@@ -59,16 +63,29 @@ class Chunk:
 class Stream:
   """An iterator of chunks; see the module's docstring. Its methods may be called from any thread.
 
-  blocks: how many to make, those of a saved stream included; None: without end. After them the iterator ends; `extend` lets it go on.
-  changes: prompts by the block at which they enter. given: latents that the generation was started from, decoded first. ahead: blocks
-  that may wait for the decoder, and chunks that may wait for the caller.
+  blocks: how many to make, those of a saved stream included; None: without end. After them the
+  iterator ends; `extend` lets it go on.
+  changes: prompts by the block at which they enter. given: latents that the generation was started
+  from, decoded first. ahead: blocks that may wait for the decoder, and chunks that may wait for the
+  caller.
   """
 
-  def __init__(self, generation: Generation, decoder: Decoder, *, fps: float, blocks: int | None = None, changes: Iterable[Change] = (),
-               given: np.ndarray | None = None, ahead: int = 2, saved: "Saved | None" = None):  # fmt: skip
+  def __init__(
+    self,
+    generation: Generation,
+    decoder: Decoder,
+    *,
+    fps: float,
+    blocks: int | None = None,
+    changes: Iterable[Change] = (),
+    given: np.ndarray | None = None,
+    ahead: int = 2,
+    saved: "Saved | None" = None,
+  ):
     """saved: see `resume`."""
     at_least(1, ahead=ahead)
-    self.fps, self.prompt, self.seed = fps, generation.prompt, generation.seed  # as it began, or was gone on with
+    # as it began, or was gone on with
+    self.fps, self.prompt, self.seed = fps, generation.prompt, generation.seed
     self._work = work = _Work(generation, decoder, fps, blocks, changes, given, ahead)
     if saved:
       work.frames, work.made, work.memory = saved.frames, saved.made, saved.memory
@@ -77,19 +94,31 @@ class Stream:
     work.begin()
 
   @classmethod
-  def resume(cls, generation: Generation, decoder: Decoder, latents: tuple[int, ...], **options) -> "Stream":
-    """Goes on with a generation that Stream.save wrote, right after the last chunk that was taken. latents: the shape of a block's.
+  def resume(
+    cls, generation: Generation, decoder: Decoder, latents: tuple[int, ...], **options
+  ) -> "Stream":
+    """Goes on with a generation that Stream.save wrote, right after the last chunk that was taken.
+    latents: the shape of a block's.
 
     Raises UserError where the generation was not saved by a stream.
     """
     state, generation.decoder = generation.decoder, None
     if state is None:
-      raise UserError("this generation was saved without what its decoder remembers; give one that a stream saved")
+      raise UserError(
+        "this generation was saved without what its decoder remembers; give one that a stream saved"
+      )
     facts = json.loads(bytes(np.asarray(state[0])))
     frames, leaves = state[1 : 1 + len(facts["chunks"])], state[1 + len(facts["chunks"]) :]
-    chunks = [Chunk(np.asarray(pixels), *told) for pixels, told in zip(frames, facts["chunks"], strict=True)]
+    chunks = [
+      Chunk(np.asarray(pixels), *told) for pixels, told in zip(frames, facts["chunks"], strict=True)
+    ]
     options.setdefault("changes", [Change(*told) for told in facts["changes"]])
-    return cls(generation, decoder, **options, saved=Saved(facts["frames"], facts["made"], chunks, decoder.remember(leaves, latents)))
+    return cls(
+      generation,
+      decoder,
+      **options,
+      saved=Saved(facts["frames"], facts["made"], chunks, decoder.remember(leaves, latents)),
+    )
 
   def __iter__(self) -> Iterator[Chunk]:
     return self
@@ -98,7 +127,10 @@ class Stream:
     return self._work.take()
 
   def change_prompt(self, prompt: str, recache: bool = False) -> int:
-    """For the blocks that enter from now on; returns the first of them. recache: as Generation.change_prompt."""
+    """For the blocks that enter from now on; returns the first of them.
+
+    recache: as Generation.change_prompt.
+    """
     return self._work.call(lambda generation: generation.change_prompt(prompt, recache))
 
   def extend(self, blocks: int) -> None:
@@ -110,12 +142,16 @@ class Stream:
     self._work.pause(wanted)
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Everything that is needed to go on after the last chunk that was taken, whole or not at all; the stream goes on too."""
+    """Everything that is needed to go on after the last chunk that was taken, whole or not at all;
+    the stream goes on too.
+    """
     self._work.save(directory)
 
   @property
   def in_flight(self) -> list[tuple[int, int, str]]:
-    """(level, block, prompt) of the blocks that are being denoised, as they were after the last tick."""
+    """(level, block, prompt) of the blocks that are being denoised, as they were after the last
+    tick.
+    """
     return self._work.flight
 
   @property
@@ -134,7 +170,10 @@ class Stream:
     return self._work.speed()
 
   def close(self) -> None:
-    """Ends both threads, at most one block later, and lets go of all that they held. Chunks that were not taken are lost."""
+    """Ends both threads, at most one block later, and lets go of all that they held.
+
+    Chunks that were not taken are lost.
+    """
     self._end()
 
   def __enter__(self) -> "Stream":
@@ -146,7 +185,9 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-  """Of a stream, beside its generation: frames decoded so far, blocks made, chunks that nobody has taken, what the decoder remembers."""
+  """Of a stream, beside its generation: frames decoded so far, blocks made, chunks that nobody has
+  taken, what the decoder remembers.
+  """
 
   frames: int
   made: int
@@ -162,10 +203,19 @@ class _Block:
 
 
 class _Work:
-  """What the two threads share. They refer to this and not to the Stream, so that a forgotten stream is collected, and ends them."""
+  """What the two threads share.
+
+  They refer to this and not to the Stream, so that a forgotten stream is collected, and ends them.
+  """
 
   def __init__(self, generation, decoder, fps, blocks, changes, given, ahead):
-    self.generation, self.decoder, self.fps, self.blocks_wanted, self.ahead = generation, decoder, fps, blocks, ahead
+    self.generation, self.decoder, self.fps, self.blocks_wanted, self.ahead = (
+      generation,
+      decoder,
+      fps,
+      blocks,
+      ahead,
+    )
     self.changes = collections.deque(sorted(changes, key=lambda change: change.block))
     self.prompts = {block: prompt for _, block, prompt in generation.in_flight}
     self.flight: list[tuple[int, int, str]] = generation.in_flight
@@ -185,12 +235,17 @@ class _Work:
 
   def begin(self) -> None:
     parts = (self._denoise, self._decode)
-    self.threads = [threading.Thread(target=self._run, args=(part,), name=part.__name__, daemon=True) for part in parts]
+    self.threads = [
+      threading.Thread(target=self._run, args=(part,), name=part.__name__, daemon=True)
+      for part in parts
+    ]
     for thread in self.threads:
       thread.start()
 
   def _run(self, part: Callable[[], bool]) -> None:
-    """One part of the work until it says that there is no more; what goes wrong in it is raised where chunks are taken."""
+    """One part of the work until it says that there is no more; what goes wrong in it is raised
+    where chunks are taken.
+    """
     try:
       while part():
         pass
@@ -218,7 +273,7 @@ class _Work:
       if thread is not threading.current_thread():  # a collection may happen in any thread
         thread.join()
 
-  # ------------------------------------------------------------------------------------------------------- denoising
+  # -------------------------------------------------------------------------------------- denoising
 
   def _denoise(self) -> bool:
     """One tick, or one call; False at the end."""
@@ -258,17 +313,21 @@ class _Work:
       self.flight = flight
       if emitted is not None and not self.closed:
         prompt = self.prompts.pop(emitted.block)
-        self.prompts = {block: prompt for block, prompt in self.prompts.items() if block > emitted.block}
+        self.prompts = {
+          block: prompt for block, prompt in self.prompts.items() if block > emitted.block
+        }
         self.blocks.append(_Block(emitted.block, prompt, emitted.latents))
         self.made += 1
 
-  # -------------------------------------------------------------------------------------------------------- decoding
+  # --------------------------------------------------------------------------------------- decoding
 
   def _decode(self) -> bool:
     """One block; False at the end."""
     with self.turn:
       room = lambda: self.held or len(self.chunks) < self.ahead
-      self.turn.wait_for(lambda: self.closed or (self.blocks and room()) or (self.error and not self.blocks))
+      self.turn.wait_for(
+        lambda: self.closed or (self.blocks and room()) or (self.error and not self.blocks)
+      )
       if self.closed or not self.blocks:
         return False
       block, decoder, memory = self.blocks.popleft(), self.decoder, self.memory
@@ -289,7 +348,7 @@ class _Work:
     self.decoding = self.decoding if decoding is None else decoding
     self.clock.run(self.ticking or self.decoding)
 
-  # ------------------------------------------------------------------------------------------------ the caller's side
+  # ------------------------------------------------------------------------------ the caller's side
 
   def take(self) -> Chunk:
     with self.turn:
@@ -309,7 +368,9 @@ class _Work:
       return self.frames - sum(len(chunk.frames) for chunk in self.chunks)
 
   def _at_end(self) -> bool:
-    return (self.error is not None or self._has_enough()) and not (self.blocks or self.decoding or self.ticking)
+    return (self.error is not None or self._has_enough()) and not (
+      self.blocks or self.decoding or self.ticking
+    )
 
   def _raise_error(self) -> None:
     if self.error:
@@ -351,7 +412,9 @@ class _Work:
       self.held = True
       self.turn.notify_all()
       try:
-        self.turn.wait_for(lambda: self.closed or self.error or not (self.ticking or self.blocks or self.decoding))
+        self.turn.wait_for(
+          lambda: self.closed or self.error or not (self.ticking or self.blocks or self.decoding)
+        )
         self._check_open()
         self.generation.decoder = self._state()
         self.generation.save(directory)
@@ -363,8 +426,14 @@ class _Work:
     """[facts, the chunks that nobody has taken yet, the decoder's memory]."""
     chunks = [[chunk.block, chunk.prompt, chunk.time] for chunk in self.chunks]
     changes = [[change.block, change.prompt, change.recache] for change in self.changes]
-    facts = json.dumps({"frames": self.frames, "made": self.made, "chunks": chunks, "changes": changes}).encode()
-    return [np.frombuffer(facts, np.uint8), *(chunk.frames for chunk in self.chunks), *jax.tree.leaves(self.memory)]
+    facts = json.dumps(
+      {"frames": self.frames, "made": self.made, "chunks": chunks, "changes": changes}
+    ).encode()
+    return [
+      np.frombuffer(facts, np.uint8),
+      *(chunk.frames for chunk in self.chunks),
+      *jax.tree.leaves(self.memory),
+    ]
 
 
 def _answer(function: Callable, answer: Future, generation) -> None:
@@ -377,8 +446,13 @@ def _answer(function: Callable, answer: Future, generation) -> None:
     answer.set_exception(error)
 
 
-def block_seconds(first: int, given: int, block: int, pixel_frames: Callable[[int], int], fps: float) -> Callable[[int], float]:
-  """block -> second at which it starts. first: number of the first new block, after `given` latent frames; block: latent frames of one."""
+def block_seconds(
+  first: int, given: int, block: int, pixel_frames: Callable[[int], int], fps: float
+) -> Callable[[int], float]:
+  """block -> second at which it starts.
+
+  first: number of the first new block, after `given` latent frames; block: latent frames of one.
+  """
 
   def start(number: int) -> float:
     before = max(0, given + (number - first) * block)

@@ -1,4 +1,5 @@
-// The page of hiar_jax.serve: sends wishes, plays what comes back by Media Source Extensions, and shows how things stand.
+// The page of hiar_jax.serve: sends requests, plays what comes back by Media Source Extensions, and
+// shows how things stand.
 
 const $ = (id) => document.getElementById(id);
 const video = $("video");
@@ -7,14 +8,14 @@ const MOST = 15; // megabytes of a file to start from; the server takes one more
 
 let socket = null;
 let screen = null; // what is being played
-let status = {state: "connecting"};
+let status = { state: "connecting" };
 let pressed = 0; // when Start was, until something comes of it
 let asked = 0; // when Start was pressed for what is being played
 let prompts = new Map(); // of it: second -> prompt
 let firstSeen = null; // seconds from there to the first picture
 let pausedByHand = false;
 
-// ------------------------------------------------------------------------------------------------------------- playing
+// ----------------------------------------------------------------------------------------- playing
 
 class Screen {
   constructor(mime) {
@@ -22,11 +23,15 @@ class Screen {
     this.source = new MediaSource();
     this.url = URL.createObjectURL(this.source);
     video.src = this.url;
-    this.source.addEventListener("sourceopen", () => {
-      this.buffer = this.source.addSourceBuffer(mime);
-      this.buffer.addEventListener("updateend", () => this.feed());
-      this.feed();
-    }, {once: true});
+    this.source.addEventListener(
+      "sourceopen",
+      () => {
+        this.buffer = this.source.addSourceBuffer(mime);
+        this.buffer.addEventListener("updateend", () => this.feed());
+        this.feed();
+      },
+      { once: true },
+    );
     video.requestVideoFrameCallback?.(() => {
       firstSeen = (performance.now() - asked) / 1000;
       $("curtain").hidden = true;
@@ -54,11 +59,12 @@ class Screen {
         buffer.remove(start, Math.max(start + 0.01, video.currentTime - 1));
       }
     }
-    if (!pausedByHand && video.paused && this.seconds() > video.currentTime) video.play().catch(() => {});
+    if (!pausedByHand && video.paused && this.seconds() > video.currentTime)
+      video.play().catch(() => {});
   }
 
   seconds() {
-    const ranges = this.buffer ? this.buffer.buffered : {length: 0};
+    const ranges = this.buffer ? this.buffer.buffered : { length: 0 };
     return ranges.length ? ranges.end(ranges.length - 1) : 0;
   }
 
@@ -67,10 +73,12 @@ class Screen {
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- talking
+// ----------------------------------------------------------------------------------------- talking
 
 function connect() {
-  socket = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/watch`);
+  socket = new WebSocket(
+    `${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/watch`,
+  );
   socket.binaryType = "arraybuffer";
   socket.onmessage = (event) => {
     if (typeof event.data === "string") hear(JSON.parse(event.data));
@@ -78,7 +86,7 @@ function connect() {
   };
   socket.onclose = (event) => {
     socket = null;
-    show({state: "away", why: event.reason});
+    show({ state: "away", why: event.reason });
     setTimeout(connect, 2000);
   };
 }
@@ -98,7 +106,8 @@ function hear(news) {
     clear();
     $("download").href = news.clip;
     $("download").hidden = false;
-    if (!window.MediaSource?.isTypeSupported(news.mime)) return tell(`This browser does not play ${news.mime}; download the video instead.`);
+    if (!window.MediaSource?.isTypeSupported(news.mime))
+      return tell(`This browser does not play ${news.mime}; download the video instead.`);
     screen = new Screen(news.mime);
   }
 }
@@ -114,18 +123,29 @@ function clear() {
   video.load();
 }
 
-const tell = (text) => { $("message").textContent = text; };
+const tell = (text) => {
+  $("message").textContent = text;
+};
 
-// ------------------------------------------------------------------------------------------------------------- showing
+// ----------------------------------------------------------------------------------------- showing
 
-const number = (value, digits = 1) => value.toLocaleString("en", {minimumFractionDigits: digits, maximumFractionDigits: digits});
+const number = (value, digits = 1) =>
+  value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const hue = (text) => [...text].reduce((sum, char) => (sum * 31 + char.codePointAt(0)) % 360, 7);
 const chip = (text) => `hsl(${hue(text)} 60% 50%)`;
 
 const STATES = {
-  idle: () => "ready", connecting: () => "connecting", away: () => "the server is not there; trying again",
-  waiting: (s) => `${s.places === 1 ? "Another video is" : `${s.places} other videos are`} being made; ${s.before ? `${s.before} before you` : "you are next"}`,
-  starting: () => "starting", running: () => "making", paused: () => "paused", finished: () => "finished: extend it, or start another one",
+  idle: () => "ready",
+  connecting: () => "connecting",
+  away: () => "the server is not there; trying again",
+  waiting: (s) => {
+    const others = s.places === 1 ? "Another video is" : `${s.places} other videos are`;
+    return `${others} being made; ${s.before ? `${s.before} before you` : "you are next"}`;
+  },
+  starting: () => "starting",
+  running: () => "making",
+  paused: () => "paused",
+  finished: () => "finished: extend it, or start another one",
   ended: (s) => `ended: ${s.why}`,
 };
 
@@ -151,7 +171,10 @@ function showFacts() {
   const length = status.target === null ? "" : ` of ${number(status.target)}`;
   $("latency").textContent = firstSeen === null ? "–" : `${number(firstSeen, 2)} s`;
   $("latency").title = status.latency === null ? "" : `made after ${number(status.latency, 2)} s`;
-  $("speed").textContent = status.speed === null ? "–" : `${number(status.speed)} frames/s, plays ${number(status.fps, status.fps % 1 ? 1 : 0)}`;
+  $("speed").textContent =
+    status.speed === null
+      ? "–"
+      : `${number(status.speed)} frames/s, plays ${number(status.fps, status.fps % 1 ? 1 : 0)}`;
   $("made").textContent = `${number(status.seconds)}${length} s`;
   $("blocks").textContent = status.blocks;
   for (const [second, prompt] of status.prompts) prompts.set(second, prompt);
@@ -159,9 +182,18 @@ function showFacts() {
   const remarks = status.remarks.join(" ");
   if (remarks && remarks !== showFacts.told) tell(remarks);
   showFacts.told = remarks;
-  const rows = status.levels.map((level, i) => [`noise ${number(level.sigma, 2)}`, level.block, level.prompt, i ? "empty" : "next block"]);
+  const rows = status.levels.map((level, i) => [
+    `noise ${number(level.sigma, 2)}`,
+    level.block,
+    level.prompt,
+    i ? "empty" : "next block",
+  ]);
   const made = status.prompts.at(-1);
-  rows.push(made ? ["finished", status.blocks - 1, made[1], "", "finished"] : ["finished", null, null, "nothing yet"]);
+  rows.push(
+    made
+      ? ["finished", status.blocks - 1, made[1], "", "finished"]
+      : ["finished", null, null, "nothing yet"],
+  );
   while ($("levels").children.length < rows.length) $("levels").append(newRow());
   rows.forEach((row, i) => fillRow($("levels").children[i], ...row));
 }
@@ -172,14 +204,16 @@ const span = () => Math.max(status.target ?? 0, status.seconds ?? 0) || 1;
 function showStrip() {
   const starts = [...prompts.keys()];
   $("strip").hidden = !starts.length;
-  $("parts").replaceChildren(...starts.map((start, i) => {
-    const part = document.createElement("i");
-    part.title = prompts.get(start);
-    part.style.left = `${100 * start / span()}%`;
-    part.style.width = `${100 * ((starts[i + 1] ?? status.seconds) - start) / span()}%`;
-    part.style.setProperty("--chip", chip(prompts.get(start)));
-    return part;
-  }));
+  $("parts").replaceChildren(
+    ...starts.map((start, i) => {
+      const part = document.createElement("i");
+      part.title = prompts.get(start);
+      part.style.left = `${(100 * start) / span()}%`;
+      part.style.width = `${(100 * ((starts[i + 1] ?? status.seconds) - start)) / span()}%`;
+      part.style.setProperty("--chip", chip(prompts.get(start)));
+      return part;
+    }),
+  );
 }
 
 function newRow() {
@@ -201,38 +235,52 @@ function fillRow(item, name, block, prompt, otherwise, kind = "") {
   if (block !== null) says.style.setProperty("--chip", chip(prompt));
 }
 
-// ------------------------------------------------------------------------------------------------------------ the hands
+// --------------------------------------------------------------------------------------- the hands
 
 function pause(wanted) {
   pausedByHand = wanted;
   if (wanted) video.pause();
   else video.play().catch(() => {});
-  say({do: wanted ? "pause" : "go"});
+  say({ do: wanted ? "pause" : "go" });
 }
 
 $("form").addEventListener("submit", (event) => {
   event.preventDefault();
   const [file, length] = [$("given").files[0], $("length").value];
-  if (file?.size > MOST * 2 ** 20) return tell(`${file.name} has ${number(file.size / 2 ** 20)} MB; at most ${MOST} can be sent.`);
+  if (file?.size > MOST * 2 ** 20)
+    return tell(`${file.name} has ${number(file.size / 2 ** 20)} MB; at most ${MOST} can be sent.`);
   tell(file ? `Sending ${file.name}.` : "");
   pressed = performance.now();
-  const wish = {do: "start", prompt: $("prompt").value, seed: Number($("seed").value), seconds: length ? Number(length) : null};
-  if (file) say({...wish, name: file.name}, file);
+  const wish = {
+    do: "start",
+    prompt: $("prompt").value,
+    seed: Number($("seed").value),
+    seconds: length ? Number(length) : null,
+  };
+  if (file) say({ ...wish, name: file.name }, file);
   else say(wish);
 });
-$("given").onchange = () => { $("nothing").hidden = !$("given").files.length; };
-$("nothing").onclick = () => { $("given").value = ""; $("nothing").hidden = true; };
-$("full").onclick = () => document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen();
+$("given").onchange = () => {
+  $("nothing").hidden = !$("given").files.length;
+};
+$("nothing").onclick = () => {
+  $("given").value = "";
+  $("nothing").hidden = true;
+};
+$("full").onclick = () =>
+  document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen();
 $("strip").onclick = (event) => {
-  const {left, width} = $("strip").getBoundingClientRect(), kept = screen?.buffer?.buffered;
+  const { left, width } = $("strip").getBoundingClientRect(),
+    kept = screen?.buffer?.buffered;
   if (!kept?.length) return;
-  const second = span() * (event.clientX - left) / width;
+  const second = (span() * (event.clientX - left)) / width;
   video.currentTime = Math.min(Math.max(second, kept.start(0)), kept.end(kept.length - 1) - 0.05);
 };
-$("change").onclick = () => say({do: "prompt", prompt: $("prompt").value, recache: $("recache").checked});
+$("change").onclick = () =>
+  say({ do: "prompt", prompt: $("prompt").value, recache: $("recache").checked });
 $("pause").onclick = () => pause(status.state !== "paused");
-$("extend").onclick = () => say({do: "extend", seconds: 10});
-$("stop").onclick = () => say({do: "stop"});
+$("extend").onclick = () => say({ do: "extend", seconds: 10 });
+$("stop").onclick = () => say({ do: "stop" });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
@@ -251,9 +299,11 @@ document.addEventListener("visibilitychange", () => {
 setInterval(() => {
   if (!screen) return;
   $("watched").textContent = `${number(video.currentTime)} s`;
-  $("caption").textContent = [...prompts].findLast(([second]) => second <= video.currentTime)?.[1] ?? "";
+  $("caption").textContent =
+    [...prompts].findLast(([second]) => second <= video.currentTime)?.[1] ?? "";
   $("head").style.left = `${100 * Math.min(1, video.currentTime / span())}%`;
-  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({do: "at", seconds: video.currentTime}));
+  if (socket?.readyState === WebSocket.OPEN)
+    socket.send(JSON.stringify({ do: "at", seconds: video.currentTime }));
 }, 250);
 
 connect();
