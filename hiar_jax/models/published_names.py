@@ -25,9 +25,11 @@ class Rule:
   """One published tensor and the place of its numbers in the parameter tree.
 
   kind says how the array is laid out here:
-    same       as published linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise
-    convolutions) are dropped conv       [out, in, *kernel] -> [*kernel, in, out] patches    [out,
-    in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel, as a linear layer
+    same       as published
+    linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise convolutions) are dropped
+    conv       [out, in, *kernel] -> [*kernel, in, out]
+    patches    [out, in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel,
+               as a linear layer
     vector     [c, 1, ...] -> [c]
   layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the
   tensor itself.

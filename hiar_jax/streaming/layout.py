@@ -1,9 +1,10 @@
 """Where a pipe lies: `stage` devices share the noise levels, and inside a stage `tensor` and
 `sequence` split the network and the frame.
 
-stage      levels, each with its cache, its latents in flight and what it has shown tensor     heads
-and the hidden units of the MLP (weights, caches) sequence   rows of the frame for what is done
-token by token; attention splits its heads over both, so a cache never moves
+    stage      levels, each with its cache, its latents in flight and what it has shown
+    tensor     heads and the hidden units of the MLP (weights, caches)
+    sequence   rows of the frame for what is done token by token; attention splits its heads over
+               both, so a cache never moves
 """
 
 import dataclasses
