@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from hiar_jax import config as configs
-from hiar_jax import weights
+from hiar_jax.checkpoints import weights
+from hiar_jax.config import command_line as configs
+from hiar_jax.conversion import catalog, export, layouts
+from hiar_jax.conversion.dit_keys import dit_rules
 from hiar_jax.errors import UserError
-from hiar_jax.history import History
+from hiar_jax.method import History
 from hiar_jax.models import dit
-from hiar_jax.models.dit_names import dit_rules
-from hiar_jax.published import catalog, export, layouts
-from hiar_jax.rollout import blocks
-from hiar_jax.rollout import cache as caches
+from hiar_jax.rollout import blocks as prims
+from hiar_jax.rollout.past import ring as caches
 
 HISTORY = History()  # HiAR's
 TEXT_TOKENS = 512
@@ -77,8 +77,8 @@ def forward_once(directory: str, height: int, width: int) -> dict:
 
   @jax.jit
   def call(params, x, text, cache):
-    return blocks.against_cache(
-      dit.bind(config, params, text), cache, x, 1.0, blocks.frames_of(0, HISTORY), HISTORY
+    return prims.against_cache(
+      dit.bind(config, params, text), cache, x, 1.0, prims.frames_of(0, HISTORY), HISTORY
     )
 
   times = [time.perf_counter()]

@@ -39,16 +39,17 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
-from hiar_jax import config as configs
+from hiar_jax.components import patch_pca
+from hiar_jax.components.patch_pca import PatchCodec, PatchCodecConfig
+from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.experiment import Experiment
-from hiar_jax.models import dit, patch_codec
-from hiar_jax.models.patch_codec import PatchCodec, PatchCodecConfig
+from hiar_jax.models import dit
+from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
 from hiar_jax.streaming.decoding import Stateless
-from hiar_jax.streaming.engine import Engine, Options, Parts
-from hiar_jax.streaming.generation import Generation
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.stream import Stream
+from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.producer import Stream
+from hiar_jax.training.experiment import Experiment
 
 SAMPLES = 40  # looks at memory
 
@@ -130,8 +131,8 @@ def latents_only(engine: Engine, blocks: int) -> dict:
 
 def decoded(codec: PatchCodec, engine: Engine, blocks: int) -> dict:
   """As a viewer has it who takes every chunk at once."""
-  decode = jax.jit(patch_codec.decode)
-  decoder = Stateless(lambda latents: [patch_codec.to_uint8(decode(codec, np.asarray(latents)))])
+  decode = jax.jit(patch_pca.decode)
+  decoder = Stateless(lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))])
   # compiles
   decoder(
     np.zeros(

@@ -27,13 +27,13 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
-from hiar_jax import config as configs
-from hiar_jax import sharding
-from hiar_jax.experiment import Experiment
+from hiar_jax.config import command_line as configs
 from hiar_jax.models import dit
-from hiar_jax.state import Training, TrainState, create
-from hiar_jax.steps import causal_init, distill, teacher
-from hiar_jax.steps.task import Task
+from hiar_jax.parallel.mesh import make_mesh, map_step, put_batch, state_shardings
+from hiar_jax.rollout.noise import Task
+from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.state import Training, TrainState, create
 from hiar_jax.types import Batch, Params
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
@@ -97,18 +97,18 @@ def stage(
 
 def measure(e: Experiment, name: str, updates: int) -> dict:
   """`updates` updates of a stage after its first."""
-  mesh = sharding.make_mesh(e.mesh)
+  mesh = make_mesh(e.mesh)
   with jax.set_mesh(mesh):
     training, fresh, step, reads_teacher = stage(e, name)
     born = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
-    shardings = sharding.state_shardings(jax.eval_shape(born), mesh, e.mesh.min_shard)
+    shardings = state_shardings(jax.eval_shape(born), mesh, e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(born, out_shardings=shardings)())
     frozen = (
       (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),) if reads_teacher else ()
     )
-    batch = sharding.put_batch(batch_of(e, training), mesh)
+    batch = put_batch(batch_of(e, training), mesh)
     times = list(
-      timed(sharding.map_step(step, shardings, mesh, e.mesh.mapping), state, batch, frozen, updates)
+      timed(map_step(step, shardings, mesh, e.mesh.mapping), state, batch, frozen, updates)
     )
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   return {

@@ -22,17 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from hiar_jax import config as configs
-from hiar_jax import weights
+from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints.stored_arrays import Cast
+from hiar_jax.config import command_line as configs
+from hiar_jax.conversion import export as exports
+from hiar_jax.conversion import layouts
+from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.key_maps import from_published, to_published, view_published
+from hiar_jax.conversion.layouts import Model
 from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.dit_names import dit_rules
-from hiar_jax.models.published_names import from_published, to_published, view_published
-from hiar_jax.published import export as exports
-from hiar_jax.published import layouts
-from hiar_jax.published.layouts import Model
-from hiar_jax.stored_arrays import Cast
 from hiar_jax.types import Params
 
 DTYPES = ("keep", "bfloat16", "float32")

@@ -22,16 +22,18 @@ import jax
 from ml_collections import config_dict, config_flags
 import numpy as np
 
-from hiar_jax import __version__, media, memory, metrics, sizes
-from hiar_jax import config as configs
+from hiar_jax import __version__, peak_memory
+from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.formats import prompts_file
-from hiar_jax.formats.prompts_file import Job
-from hiar_jax.jobs import student_model
-from hiar_jax.jobs.plan import DTYPES
-from hiar_jax.jobs.start_frames import Start, latent_frames
-from hiar_jax.jobs.student_model import Changes, StudentModel
-from hiar_jax.stages import sample
+from hiar_jax.generation import prompts_file, video_model
+from hiar_jax.generation.conditioning import Start, latent_frames
+from hiar_jax.generation.prompts_file import Job
+from hiar_jax.generation.video_model import Changes, StudentModel
+from hiar_jax.planning.costs import DTYPES
+from hiar_jax.training import samples
+from hiar_jax.training.log import progress
+from hiar_jax.video import lengths
+from hiar_jax.video.mp4 import read_metadata, write_mp4
 
 STAGES = ("distill", "causal_init")
 
@@ -58,7 +60,7 @@ class Options:
   tile: int | None = None
   strict: bool = False
   overwrite: bool = False
-  memory: bool = False
+  peak_memory: bool = False
   plan: bool = False
 
   @property
@@ -128,7 +130,7 @@ def generate(options: Options) -> list[pathlib.Path]:
     with jax.set_mesh(model.run.mesh):
       write_clips(model, wanted)
   if options.memory:
-    print(memory.peak().report(), file=sys.stderr)
+    print(peak_memory.peak().report(), file=sys.stderr)
   return paths
 
 
@@ -158,7 +160,7 @@ def open_model(options: Options) -> StudentModel:
   if options.config is not None:
     if options.workdir:
       raise UserError("give either --workdir, a trained run, or --config with --weights")
-    return student_model.of_config(
+    return video_model.of_config(
       options.config, options.weights, options.changes, needed=not options.plan
     )
   if not options.workdir:
@@ -170,7 +172,7 @@ def open_model(options: Options) -> StudentModel:
     raise UserError(
       "--weights needs --config, the config of the model; a --workdir has weights of its own"
     )
-  return student_model.of_workdir(options.workdir, options.stage, options.changes)
+  return video_model.of_workdir(options.workdir, options.stage, options.changes)
 
 
 def outputs(
@@ -183,10 +185,10 @@ def outputs(
     if out and pathlib.Path(out).is_file():
       raise UserError(f"--out={out} is a file; with --prompts it names the directory of the videos")
     names = [
-      name or sample.file_name(prompt, taken) for prompt, name in zip(prompts, named, strict=True)
+      name or samples.file_name(prompt, taken) for prompt, name in zip(prompts, named, strict=True)
     ]
     return [pathlib.Path(out or "videos") / name for name in names]
-  path = pathlib.Path(out or sample.file_name(prompts[0], taken))
+  path = pathlib.Path(out or samples.file_name(prompts[0], taken))
   if path.suffix != ".mp4":
     raise UserError(f"--out={path}: expected a name that ends in .mp4")
   return [path]
@@ -218,9 +220,9 @@ def fit(model: StudentModel, options: Options, given: int) -> int:
   """New latent frames after the given ones, in whole blocks, saying so."""
   e = model.experiment
   if options.frames is None:
-    frames = sample.long_frames(model.run) if options.workdir else e.data.frames
+    frames = samples.long_frames(model.run) if options.workdir else e.data.frames
     return e.latent_frames(frames)
-  latent, message = sizes.fit_blocks(
+  latent, message = lengths.fit_blocks(
     options.frames, e.history.block, e.pixel_frames, given=given, strict=options.strict
   )
   if message:
@@ -232,7 +234,7 @@ def is_done(clip: Clip, model: StudentModel) -> bool:
   """Whether the file is there and was made of the same things; says so."""
   done = (
     clip.path.exists()
-    and (media.read_metadata(clip.path) or {}).get("recipe") == clip.provenance(model)["recipe"]
+    and (read_metadata(clip.path) or {}).get("recipe") == clip.provenance(model)["recipe"]
   )
   if done:
     print(
@@ -252,7 +254,7 @@ def write_clips(model: StudentModel, clips: list[Clip]) -> None:
   alike: dict[tuple[int, int], list[Clip]] = {}
   for clip in clips:
     alike.setdefault((clip.given, clip.frames), []).append(clip)
-  with metrics.progress("generate", len(clips)) as bar:
+  with progress("generate", len(clips)) as bar:
     done = 0
     for (given, frames), group in alike.items():
       for batch, latents in iterate_latents(model, params, group, frames, given):
@@ -291,7 +293,7 @@ def write_clip(model: StudentModel, clip: Clip, latents: np.ndarray) -> None:
   """Decodes piece by piece into a file that says how it was made."""
   config = model.experiment.sample
   pieces = (piece[0] for piece in model.run.medium.pieces(latents))
-  media.write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
+  write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
   print(clip.path, file=sys.stdout, flush=True)
 
 
@@ -344,7 +346,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_string("out", None, "the mp4, or with --prompts a directory")
   flags.DEFINE_enum("dtype", None, DTYPES, "of weights and products; default: the config's")
-  flags.DEFINE_enum("decoder", None, student_model.DECODERS, "Wan's autoencoder, or the tiny one")
+  flags.DEFINE_enum("decoder", None, video_model.DECODERS, "Wan's autoencoder, or the tiny one")
   flags.DEFINE_integer(
     "tile",
     None,

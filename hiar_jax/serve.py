@@ -20,8 +20,8 @@ import tempfile
 
 from absl import flags
 
-from hiar_jax import config as configs
 from hiar_jax import stream as streams
+from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.source import Source
 
@@ -83,9 +83,9 @@ def serve(source: Source, listener: socket.socket, options: Options) -> None:
   """Until SIGINT or SIGTERM."""
   from aiohttp import web
 
-  from hiar_jax.page.app import make_app
-  from hiar_jax.page.desk import House
-  from hiar_jax.page.showing import Rules
+  from hiar_jax.serving.app import make_app
+  from hiar_jax.serving.queue import House
+  from hiar_jax.serving.session import Rules
 
   rules = Rules(options.lead, options.patience, options.hold, options.longest)
   with _clips(options.out) as clips:

@@ -20,22 +20,22 @@ import types
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from hiar_jax import config as configs
-from hiar_jax import generate, memory, metrics
+from hiar_jax import generate, peak_memory
+from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.formats import prompts_file
-from hiar_jax.formats import timeline as timelines
-from hiar_jax.jobs import student_model
-from hiar_jax.jobs.plan import DTYPES
-from hiar_jax.jobs.start_frames import Start
-from hiar_jax.rollout import carried_sink
-from hiar_jax.signals import Preemption
-from hiar_jax.streaming.engine import Options as EngineOptions
-from hiar_jax.streaming.growing_mp4 import GrowingMP4
+from hiar_jax.generation import prompts_file, video_model
+from hiar_jax.generation.conditioning import Start
+from hiar_jax.planning.costs import DTYPES
+from hiar_jax.preemption import Preemption
+from hiar_jax.rollout.past import relative_sink
+from hiar_jax.streaming import timeline as timelines
+from hiar_jax.streaming.compiled_tick import Options as EngineOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.png_folder import PNGFolder
+from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.source import Source
-from hiar_jax.streaming.stream import Stream
+from hiar_jax.training.log import progress
+from hiar_jax.video.fragmented_mp4 import GrowingMP4
+from hiar_jax.video.png_folder import PNGFolder
 
 ENDLESS = "endless"
 
@@ -182,7 +182,7 @@ def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
     _open_out(path, running, source, options) as file,
     Preemption() as stop,
   ):
-    with metrics.progress("stream", options.length, running.taken) as bar:
+    with progress("stream", options.length, running.taken) as bar:
       for chunk in running:
         file.write(chunk.frames)
         bar.update(running.taken, block=chunk.block, seconds=round(chunk.time, 1))
@@ -215,7 +215,7 @@ def main() -> None:
   )
   write(options, flags.FLAGS.out, flags.FLAGS.save)
   if flags.FLAGS.memory:
-    print(memory.peak().report(), file=sys.stderr)
+    print(peak_memory.peak().report(), file=sys.stderr)
 
 
 def define_flags() -> None:
@@ -266,7 +266,7 @@ def define_model_flags() -> None:
   flags.DEFINE_integer("height", None, "in pixels; default: the config's", 1)
   flags.DEFINE_integer("width", None, "in pixels; default: the config's", 1)
   flags.DEFINE_enum("dtype", None, DTYPES, "of weights and products; default: the config's")
-  flags.DEFINE_enum("decoder", None, student_model.DECODERS, "Wan's autoencoder, or the tiny one")
+  flags.DEFINE_enum("decoder", None, video_model.DECODERS, "Wan's autoencoder, or the tiny one")
   flags.DEFINE_integer(
     "tile",
     None,
@@ -287,7 +287,7 @@ def define_model_flags() -> None:
   flags.DEFINE_enum(
     "sink_place",
     "true",
-    carried_sink.PLACES,
+    relative_sink.PLACES,
     "the sink at its true distance, or carried along with the window",
   )
 

@@ -12,9 +12,16 @@ import time
 
 import jax
 
-from hiar_jax import config as configs
-from hiar_jax.stages import causal_init, data, distill, sample, teacher, trajectories
-from hiar_jax.stages.run import open_run
+from hiar_jax.config import command_line as configs
+from hiar_jax.training import (
+  pretrained,
+  samples,
+  stage_causal_init,
+  stage_data,
+  stage_distill,
+  stage_trajectories,
+)
+from hiar_jax.training.run import open_run
 
 
 def main(config, workdir: str) -> None:
@@ -23,12 +30,12 @@ def main(config, workdir: str) -> None:
   run = open_run(config, workdir)
   with run.writer, jax.set_mesh(run.mesh):
     for stage in (
-      data,  # clips with captions, and the codec fitted on them
-      teacher,  # bidirectional, learns the clips
-      trajectories,  # its ODE walks, kept at the student's levels
-      causal_init,  # the causal student learns where they end
-      distill,  # and then from its own rollouts
-      sample,  # long videos, measured
+      stage_data,  # clips with captions, and the codec fitted on them
+      pretrained,  # bidirectional, learns the clips
+      stage_trajectories,  # its ODE walks, kept at the student's levels
+      stage_causal_init,  # the causal student learns where they end
+      stage_distill,  # and then from its own rollouts
+      samples,  # long videos, measured
     ):
       started = time.monotonic()
       stage.run(run)

@@ -7,9 +7,9 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-from absl import flags  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+from absl import flags
+import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

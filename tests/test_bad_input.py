@@ -8,7 +8,8 @@ import subprocess
 import av
 import numpy as np
 import pytest
-import tiny_run
+
+from tests.helpers import tiny_run
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import tiny
 
 from hiar_jax import convert
+from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
-from hiar_jax.models.dit_names import dit_rules
-from hiar_jax.models.published_names import shape_here
+from tests.helpers import tiny
 
 # Every size differs, so that no two axes can be mistaken for each other.
 CONFIG = dit.DiTConfig(

@@ -12,17 +12,16 @@ import sys
 import jax
 import numpy as np
 from PIL import Image
-import published_files
 import pytest
 from safetensors.numpy import save_file
-from small_tokenizer import save_small_tokenizer
-from test_generate_wan import DIT, UMT5, VAE
-import tiny_run
-import torch_archive
 
-from hiar_jax import media, weights
+from hiar_jax.checkpoints import weights
+from hiar_jax.conversion import catalog
 from hiar_jax.models import dit, umt5, vae
-from hiar_jax.published import catalog
+from hiar_jax.video.mp4 import read_mp4
+from tests.helpers import published_files, tiny_run, torch_archive
+from tests.helpers.small_tokenizer import save_small_tokenizer
+from tests.helpers.tiny_wan import DIT, UMT5, VAE
 
 PAGE = tiny_run.ROOT / "docs" / "wan.md"
 SMALL = f'''
@@ -116,7 +115,7 @@ def test_every_command_of_the_page_runs(place, tmp_path_factory):
     ("continued.mp4", 153),
     ("videos/dog.mp4", None),
   ):
-    shown = media.read_mp4(place / video)[0]
+    shown = read_mp4(place / video)[0]
     assert shown.shape[1:] == (16, 32, 3) and (frames is None or abs(len(shown) - frames) <= 12), (
       video,
       shown.shape,

@@ -5,10 +5,10 @@ alone.
 import runpy
 
 import pytest
-import tiny_run
 
-from hiar_jax import config as configs
-from hiar_jax.experiment import Experiment
+from hiar_jax.config import command_line as configs
+from hiar_jax.training.experiment import Experiment
+from tests.helpers import tiny_run
 
 FILES = sorted((tiny_run.ROOT / "experiments").glob("shapes*.py"))
 VARIANTS = ("main", "full", "smoke")

@@ -10,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
 
-from hiar_jax import config as configs
-from hiar_jax import sharding
-from hiar_jax import state as states
+from hiar_jax.config import command_line as configs
 from hiar_jax.convert import published_shapes
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
-from hiar_jax.experiment import Experiment
 from hiar_jax.models import dit
-from hiar_jax.steps import causal_init, distill
-from hiar_jax.steps.task import Task
+from hiar_jax.parallel.mesh import state_shardings
+from hiar_jax.rollout.noise import Task
+from hiar_jax.training import causal_init, distill
+from hiar_jax.training import state as states
+from hiar_jax.training.experiment import Experiment
+from tests.helpers import tiny_run
 
 PARAMETERS = {"1.3b": 1_418_996_800, "14b": 14_288_491_584}  # of the published checkpoints
 SIZES = {  # experiment -> (student and critic, real score)
@@ -184,9 +184,7 @@ def test_the_state_is_spread_over_the_devices(name, devices):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     large = [leaf for leaf in leaves if leaf.size >= e.mesh.min_shard]
     assert count(leaves) - count(large) < 0.005 * count(leaves)
-    for leaf, where in zip(
-      large, sharding.state_shardings(large, mesh, e.mesh.min_shard), strict=True
-    ):
+    for leaf, where in zip(large, state_shardings(large, mesh, e.mesh.min_shard), strict=True):
       assert int(np.prod(where.shard_shape(leaf.shape))) * devices == leaf.size, leaf.shape
 
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError
+from tests.helpers import tiny
 
 X0, EPS = tiny.random(1, 2, 3, 4, 4, 2), tiny.random(2, 2, 3, 4, 4, 2)
 SIGMAS = {

@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
-import tiny_run
 
-from hiar_jax import generate, media
+from hiar_jax import generate
 from hiar_jax.errors import UserError
+from hiar_jax.video.mp4 import read_mp4
+from tests.helpers import tiny_run
 
 PROMPTS = ["a red circle moving left", "a purple zebra moving up", "a red circle moving left"]
 LONG = "a red circle moving left and " * 40
@@ -107,18 +108,18 @@ def test_the_paths_are_printed(made):
 def test_a_video_depends_on_its_prompt_and_seed_alone(made):
   """Not on the others in the file, nor on how many are made at once."""
   _, out = made
-  frames = [media.read_mp4(out / "new" / "dir" / name)[0] for name in NAMES]
-  batch = [media.read_mp4(out / "batch" / name)[0] for name in NAMES]
+  frames = [read_mp4(out / "new" / "dir" / name)[0] for name in NAMES]
+  batch = [read_mp4(out / "batch" / name)[0] for name in NAMES]
   np.testing.assert_array_equal(frames, batch)
-  np.testing.assert_array_equal(frames[1], media.read_mp4(out / "a" / "b" / "clip.mp4")[0])
+  np.testing.assert_array_equal(frames[1], read_mp4(out / "a" / "b" / "clip.mp4")[0])
   assert (frames[0] != frames[2]).any()  # the same prompt, the next seed
-  assert (frames[1] != media.read_mp4(out / "old.mp4")[0]).any()
+  assert (frames[1] != read_mp4(out / "old.mp4")[0]).any()
 
 
 def test_a_file_says_how_it_was_made(made):
   _, out = made
   for seed, (name, prompt) in enumerate(zip(NAMES, PROMPTS, strict=True), 5):
-    frames, fps, said = media.read_mp4(out / "new" / "dir" / name)
+    frames, fps, said = read_mp4(out / "new" / "dir" / name)
     assert fps == 8 and len(frames) == 8
     assert said["prompt"] == prompt and said["seed"] == str(seed) and said["frames"] == "8"
     assert said["workdir"] == "straight" and said["hiar_jax"]
@@ -126,7 +127,7 @@ def test_a_file_says_how_it_was_made(made):
 
 def test_an_old_file_is_replaced_by_a_whole_one(made):
   _, out = made
-  assert len(media.read_mp4(out / "old.mp4")[0]) == 8
+  assert len(read_mp4(out / "old.mp4")[0]) == 8
   assert not [*out.rglob("*.tmp")]
 
 
@@ -139,14 +140,14 @@ def test_rounding_and_unknown_words_are_said(made):
 
 def test_without_frames_it_is_four_training_lengths_and_a_long_prompt_is_cut(made):
   results, out = made
-  frames, _, said = media.read_mp4(out / "long.mp4")
+  frames, _, said = read_mp4(out / "long.mp4")
   assert len(frames) == 16 and said["prompt"] == LONG
   assert "the model reads 12 words" in results["long"][2]
 
 
 def test_weights_of_an_earlier_stage(made):
   _, out = made
-  assert len(media.read_mp4(out / "empty.mp4")[0]) == 8
+  assert len(read_mp4(out / "empty.mp4")[0]) == 8
 
 
 @pytest.fixture(scope="module")

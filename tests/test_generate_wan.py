@@ -7,60 +7,28 @@ import json
 import pathlib
 import runpy
 
-from compiling import quick_jit
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-from small_tokenizer import save_small_tokenizer, small_tokenizer
-import tiny_run
 
-from hiar_jax import generate, media, sharding, weights
-from hiar_jax.formats.prompts_file import Job
-from hiar_jax.jobs import pictures, student_model
-from hiar_jax.jobs.start_frames import Start
-from hiar_jax.models import dit, tiny_vae, umt5, vae
-from hiar_jax.models.tokenizer import clean
+from hiar_jax import generate
+from hiar_jax.checkpoints import weights
+from hiar_jax.components import wan
+from hiar_jax.components.umt5_tokenizer import clean
+from hiar_jax.generation import video_model
+from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.prompts_file import Job
+from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
-from hiar_jax.stages import medium
-
-CONFIG = """
-from experiments import hiar_wan_1_3b
-
-def get_config():
-  c = hiar_wan_1_3b.get_config()
-  c.data.size, c.data.frames = (16, 32), 21
-  c.model.update(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, dtype="float32")
-  c.text.dim, c.text.length, c.text.dtype = 16, 512, "float32"
-  c.history.window = 6
-  c.student.timesteps = (1000, 500)
-  return c
-"""
-DIT = dit.DiTConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=2, freq_dim=16, text_dim=16)
-VAE = vae.VAEConfig(dim=4, num_res_blocks=1, dim_mult=(1, 1, 1, 1))
-TINY_VAE = tiny_vae.TinyVAEConfig(encoder_width=4, decoder_widths=(8, 4, 4, 4), blocks=1)
-UMT5 = umt5.UMT5Config(vocab=200, dim=16, dim_attn=16, dim_ffn=24, num_heads=2, num_layers=1)
-
-
-def random_like(config, init, seed, scale):
-  shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-  leaves, tree = jax.tree.flatten(shapes)
-  draw = np.random.default_rng(seed)
-  return tree.unflatten(
-    [scale * draw.normal(size=leaf.shape).astype(np.float32) for leaf in leaves]
-  )
-
-
-def save_weights(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  weights.save(folder, "dit", DIT, random_like(DIT, dit.init, seed, 0.2))
-  weights.save(folder, "vae", VAE, jax.device_get(vae.init(VAE, jax.random.key(1))))
-  weights.save(
-    folder, "tiny_vae", TINY_VAE, jax.device_get(tiny_vae.init(TINY_VAE, jax.random.key(2)))
-  )
-  weights.save(folder, "umt5", UMT5, random_like(UMT5, umt5.init, 3, 0.3))
-  save_small_tokenizer(folder / "tokenizer")
-  return folder
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.video import foreign
+from hiar_jax.video.mp4 import read_metadata, read_mp4, to_float, to_uint8, write_mp4
+from tests.helpers import tiny_run
+from tests.helpers.compiling import quick_jit
+from tests.helpers.small_tokenizer import small_tokenizer
+from tests.helpers.tiny_wan import CONFIG, DIT, VAE, random_like, save_weights
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +42,7 @@ def place(tmp_path_factory):
   ramp = np.broadcast_to(
     np.linspace(0, 255, 24).astype(np.uint8)[:, None, None, None], (24, 16, 32, 3)
   )
-  media.write_mp4(root / "before.mp4", ramp, 16)
+  write_mp4(root / "before.mp4", ramp, 16)
   return root
 
 
@@ -146,7 +114,7 @@ def test_a_file_of_prompts(made):
   names = ["a-cat-walks-on-the-grass.mp4", "dog.mp4", "prompt.mp4"]
   assert results["file"][1].splitlines() == [f"{out}/many/{name}" for name in names]
   for name, prompt, seed in zip(names, PROMPTS, ("4", "9", "6"), strict=True):
-    frames, fps, said = media.read_mp4(out / "many" / name)
+    frames, fps, said = read_mp4(out / "many" / name)
     assert frames.shape == (21, 16, 32, 3) and fps == 16
     assert (said["prompt"], said["seed"], said["frames"], said["weights"]) == (
       prompt,
@@ -160,7 +128,7 @@ def test_a_file_of_prompts(made):
 def test_a_video_depends_on_its_prompt_and_seed_alone(made):
   _, out = made
   np.testing.assert_array_equal(
-    media.read_mp4(out / "many" / "dog.mp4")[0], media.read_mp4(out / "alone.mp4")[0]
+    read_mp4(out / "many" / "dog.mp4")[0], read_mp4(out / "alone.mp4")[0]
   )
 
 
@@ -193,18 +161,18 @@ def test_a_picture_is_the_first_frame(made, place):
     )[0]
   )
   cat, none = (
-    pictures.read_image(place / "cat.png", 16, 32)[0],
+    foreign.read_image(place / "cat.png", 16, 32)[0],
     np.full((1, 16, 32, 3), 128, np.uint8),
   )
   # a file halves the resolution of colour
   luma = lambda frame: frame @ np.asarray([0.2126, 0.7152, 0.0722])
-  first = luma(media.read_mp4(out / "image.mp4")[0][0])
+  first = luma(read_mp4(out / "image.mp4")[0][0])
   far = [
-    np.abs(first - luma(media.to_uint8(there(params, media.to_float(x)[None]))[0, 0])).mean()
+    np.abs(first - luma(to_uint8(there(params, to_float(x)[None]))[0, 0])).mean()
     for x in (cat, none)
   ]
   assert far[0] < 6 and far[0] < far[1] / 3, far
-  frames, _, said = media.read_mp4(out / "image.mp4")
+  frames, _, said = read_mp4(out / "image.mp4")
   assert len(frames) == 25 and said["start"] == "image cat.png"
   assert (
     "cat.png: 50x40, scaled by 0.8 to cover 16x32, 60% of its height cropped\n"
@@ -214,7 +182,7 @@ def test_a_picture_is_the_first_frame(made, place):
 
 def test_a_video_goes_on_from_its_end(made):
   results, out = made
-  frames, _, said = media.read_mp4(out / "video.mp4")
+  frames, _, said = read_mp4(out / "video.mp4")
   # 21 of 24 frames are two blocks, two more follow
   assert len(frames) == 45 and said["start"] == "video before.mp4"
   assert "frames = 40 is not whole blocks of 3 latent frames: making 45\n" in results["video"][2]
@@ -225,10 +193,10 @@ def test_starts_in_a_file_of_prompts(made):
   """A picture for one, nothing for the others, which are made two at a time."""
   results, out = made
   assert [
-    len(media.read_mp4(out / "starts" / name)[0]) for name in ("a.mp4", "b.mp4", "dog.mp4", "c.mp4")
+    len(read_mp4(out / "starts" / name)[0]) for name in ("a.mp4", "b.mp4", "dog.mp4", "c.mp4")
   ] == [25, 21, 21, 21]
   together, alone = (
-    media.read_mp4(out / name)[0].astype(int) for name in ("starts/dog.mp4", "alone.mp4")
+    read_mp4(out / name)[0].astype(int) for name in ("starts/dog.mp4", "alone.mp4")
   )
   assert np.abs(together - alone).mean() < 1  # a batch of another size rounds otherwise
 
@@ -260,19 +228,19 @@ def test_two_devices_make_the_same_video(made, place, tmp_path, tmp_path_factory
   for name, (status, _, err) in results.items():
     assert status == 0 and "Traceback" not in err, f"{name}: {err}"
   two, one = (
-    media.read_mp4(path)[0].astype(int) for path in (tmp_path / "image.mp4", made[1] / "image.mp4")
+    read_mp4(path)[0].astype(int) for path in (tmp_path / "image.mp4", made[1] / "image.mp4")
   )
   assert np.abs(two - one).mean() < 1
 
 
 def test_other_decoders(made):
   _, out = made
-  whole = media.read_mp4(out / "many" / "a-cat-walks-on-the-grass.mp4")[0].astype(int)
-  tiny, _, said = media.read_mp4(out / "tiny.mp4")
+  whole = read_mp4(out / "many" / "a-cat-walks-on-the-grass.mp4")[0].astype(int)
+  tiny, _, said = read_mp4(out / "tiny.mp4")
   assert (
     tiny.shape == whole.shape and np.abs(tiny - whole).mean() > 0.5 and said["codec"] == "tiny_vae"
   )
-  frames, _, said = media.read_mp4(out / "tiled.mp4")
+  frames, _, said = read_mp4(out / "tiled.mp4")
   assert frames.shape == (9, 32, 64, 3) and said["size"] == "32x64" and said["dtype"] == "bfloat16"
 
 
@@ -286,7 +254,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_that_is_said(made):
     "out\n" in results["tiled"][2]
   )
   assert "are left out" not in results["file"][2]  # an empty prompt, and one in Chinese
-  assert media.read_metadata(out / "tiled.mp4")["prompt"] == LONG
+  assert read_metadata(out / "tiled.mp4")["prompt"] == LONG
 
 
 def test_a_plan_makes_nothing(made):
@@ -341,7 +309,7 @@ def refused(place, tmp_path_factory):
   weights.save(out / "larger", "dit", larger, random_like(larger, dit.init, 0, 0.1))
   (out / "text.txt").write_text("no picture")
   (out / "prompts.txt").write_text("a\nimage=nowhere.png | b\n")
-  media.write_mp4(out / "short.mp4", np.zeros((8, 16, 32, 3), np.uint8), 16)
+  write_mp4(out / "short.mp4", np.zeros((8, 16, 32, 3), np.uint8), 16)
   config, there, prompt = f"--config={place}/config.py", f"--weights={place}/weights", "--prompt=a"
   cases = {
     "no weights": [config, prompt],
@@ -418,8 +386,8 @@ def test_what_cannot_be_done_is_one_line(refused, name):
 @pytest.fixture(scope="module")
 def model(place):
   config = runpy.run_path(str(place / "config.py"))["get_config"]()
-  found = student_model.of_config(config, str(place / "weights"), student_model.Changes())
-  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  found = video_model.of_config(config, str(place / "weights"), video_model.Changes())
+  one = make_mesh(MeshConfig(), jax.devices()[:1])
   return dataclasses.replace(found, run=dataclasses.replace(found.run, mesh=one))
 
 
@@ -454,7 +422,7 @@ def test_pictures_of_a_size_are_encoded_by_one_program(model):
   """
   sizes = []
   for value in (0, 255):
-    with jax.set_mesh(sharding.make_mesh(sharding.MeshConfig(data=8))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=8))):
       latents = model.run.medium.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
     sizes.append(model.run.medium._encode._cache_size())
   assert latents.shape == (1, 1, 2, 4, 16) and sizes[0] == sizes[1] >= 1
@@ -467,9 +435,9 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
     seen.append((video.shape, config, tiling))
     return jnp.zeros((1, 1, 4, 8, 16))
 
-  monkeypatch.setattr(medium.vae_tiling, "encode", encode)
+  monkeypatch.setattr(wan.vae_tiling, "encode", encode)
   e = model.experiment
-  tiled = medium.WanMedium(dataclasses.replace(e, codec=dataclasses.replace(e.codec, tile=4)))
+  tiled = wan.WanMedium(dataclasses.replace(e, codec=dataclasses.replace(e.codec, tile=4)))
   assert tiled.latents(np.zeros((1, 1, 32, 64, 3), np.uint8)).shape == (1, 1, 4, 8, 16)
   assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
 
@@ -480,7 +448,7 @@ def test_a_frame_is_decoded_over_all_devices(model):
   """
   latents = np.random.default_rng(0).normal(size=(1, 1, 2, 4, 16)).astype(np.float32)
   assert len(model.run.medium._wide_stream.place(4).device_set) == 4
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+  mesh = make_mesh(MeshConfig(data=8))
   with jax.set_mesh(mesh):
     (piece,) = model.run.medium.pieces(jax.device_put(latents, jax.NamedSharding(mesh, jax.P())))
   (expected,) = model.run.medium.stream(latents)
@@ -493,7 +461,7 @@ def test_identity_is_of_what_matters(model, place, tmp_path):
   """
   config = lambda: runpy.run_path(str(place / "config.py"))["get_config"]()
   identity = lambda c, folder, **changes: (
-    student_model.of_config(c, str(folder), student_model.Changes(**changes)).identity
+    video_model.of_config(c, str(folder), video_model.Changes(**changes)).identity
   )
   moved, other = save_weights(tmp_path / "moved"), save_weights(tmp_path / "other", seed=5)
   assert identity(config(), moved) == model.identity

@@ -10,21 +10,25 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
-from test_generate_wan import CONFIG, save_weights
-from test_stream_source import assert_same_pixels, frames
-from test_stream_student import compiles_quickly  # noqa: F401
-import tiny_run
 
 import hiar_jax
-from hiar_jax import media, sharding
-from hiar_jax.jobs import student_model
-from hiar_jax.jobs.start_frames import Start
-from hiar_jax.stages import medium
-from hiar_jax.streaming import growing_mp4
+from hiar_jax.components import wan
+from hiar_jax.generation import video_model
+from hiar_jax.generation.conditioning import Start
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.streaming.compiled_tick import Options
 from hiar_jax.streaming.decoding import Streamed
-from hiar_jax.streaming.engine import Options
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.source import Source
+from hiar_jax.video import fragmented_mp4
+from hiar_jax.video.mp4 import read_metadata, write_mp4
+from tests.helpers import tiny_run
+from tests.helpers.tiny_wan import CONFIG, save_weights
+from tests.helpers.untrained import (
+  assert_same_pixels,
+  compiles_quickly,  # noqa: F401
+  frames,
+)
 
 PROMPT, SEED = "A cat walks on the grass", 9
 # frames of the first blocks: 4 latent frames of 3, the very first of one frame
@@ -41,7 +45,7 @@ def place(tmp_path_factory):
     root / "cat.png"
   )
   ramp = np.linspace(0, 255, 9).astype(np.uint8)[:, None, None, None]
-  media.write_mp4(root / "before.mp4", np.broadcast_to(ramp, (9, 16, 32, 3)), 16)
+  write_mp4(root / "before.mp4", np.broadcast_to(ramp, (9, 16, 32, 3)), 16)
   return root
 
 
@@ -51,8 +55,8 @@ def config(place):
 
 @pytest.fixture(scope="module")
 def model(place):
-  found = student_model.of_config(config(place), str(place / "weights"), student_model.Changes())
-  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  found = video_model.of_config(config(place), str(place / "weights"), video_model.Changes())
+  one = make_mesh(MeshConfig(), jax.devices()[:1])
   return dataclasses.replace(found, run=dataclasses.replace(found.run, mesh=one))
 
 
@@ -67,7 +71,7 @@ def generated(model, blocks, start=None):
   model.prepare_texts([PROMPT])
   given = [] if start is None else [start]
   make = model.generator(blocks * model.experiment.history.block, start.shape[1] if given else 0)
-  return medium.pixels(
+  return wan.pixels(
     model.run.medium,
     np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),
   )[0]
@@ -164,10 +168,10 @@ def test_the_commands(place, tmp_path, tmp_path_factory):
   )
   assert whole.std() > 1
   assert_same_pixels(whole, parts)
-  assert [fragment.frames for fragment in growing_mp4.scan(tmp_path / "tiny.mp4")[1:]] == [
+  assert [fragment.frames for fragment in fragmented_mp4.scan(tmp_path / "tiny.mp4")[1:]] == [
     1,
     12,
     12,
     12,
   ]
-  assert media.read_metadata(tmp_path / "tiny.mp4")["start"] == "image cat.png"
+  assert read_metadata(tmp_path / "tiny.mp4")["start"] == "image cat.png"

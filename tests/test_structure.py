@@ -14,26 +14,19 @@ PACKAGE = ROOT / "hiar_jax"
 
 # A module imports only from the lines above its own; within a line, imports make no circle.
 LAYERS = [
-  "errors types files flow history sizes",
-  "config",
-  "formats",
-  "data",
-  "models",
-  "rollout",
-  "losses",
-  "state optim sharding checksums checkpoint metrics media signals memory",
-  "stored_arrays weights text_cache",
-  "steps",
-  "experiment",
-  "evaluate published",
-  "stages",
-  "jobs",
-  "streaming",
-  "page",
-  "train convert generate compare stream serve",
+  "errors types",
+  "preemption peak_memory",
+  "files flow method",
+  "config parallel video",
+  "models checkpoints",
+  "rollout data losses components evaluation training planning",
+  "generation conversion train evaluate",
+  "generate convert",
+  "streaming stream",
+  "serving serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
-EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "history"}
+EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "method"}
 MAX_FILE, MAX_FUNCTION = 480, 60  # lines; a function's docstring is not counted
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -13,10 +13,10 @@ import time
 
 import numpy as np
 import pytest
-import tiny_run
-from tiny_run import assert_same_run, files, log
 
-from hiar_jax.data import store
+from hiar_jax.data import tfds_builder
+from tests.helpers import tiny_run
+from tests.helpers.tiny_run import assert_same_run, files, log
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,9 @@ def test_every_stage_leaves_its_result(chain):
 
 def test_trajectories_are_those_of_the_clips(chain):
   """Caption and start of the clips in their order, some of them from further on in a video."""
-  clips, made = (store.open_source(chain.straight / stage) for stage in ("data", "trajectories"))
+  clips, made = (
+    tfds_builder.open_source(chain.straight / stage) for stage in ("data", "trajectories")
+  )
   for i, record in enumerate(made):
     assert (record["caption"], record["start"]) == (clips[i]["caption"], clips[i]["start"])
   starts = {int(clip["start"]) for clip in clips}

@@ -10,16 +10,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from test_generate_wan import DIT, random_like, save_weights
-import tiny_run
 
-from hiar_jax import checkpoint, media, sharding, weights
-from hiar_jax.data import store
+from hiar_jax.checkpoints import training_state, weights
+from hiar_jax.components import umt5_tokenizer
+from hiar_jax.data import tfds_builder
 from hiar_jax.data.prompt_texts import pad
 from hiar_jax.data.trajectories import TrajectoryWriter, read_sigmas
-from hiar_jax.models import dit, tokenizer, umt5
-from hiar_jax.stages import teacher, trajectories
-from hiar_jax.stages.run import open_run, read_config
+from hiar_jax.models import dit, umt5
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.training import pretrained, stage_trajectories
+from hiar_jax.training.run import open_run, read_config
+from hiar_jax.video.mp4 import read_mp4
+from tests.helpers import tiny_run
+from tests.helpers.tiny_wan import DIT, random_like, save_weights
 
 # The 14B model's part is played by a network of another size than the student's.
 TEACHER = dit.DiTConfig(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=16)
@@ -76,16 +79,16 @@ def trained(chain, place):
 
 def test_prompts_become_a_data_set_of_texts(trained, place):
   """What UMT5 makes of each prompt, without padding, and a second way to the same numbers."""
-  source = store.open_source(trained / "data")
+  source = tfds_builder.open_source(trained / "data")
   assert [source[i]["caption"].decode() for i in range(len(source))] == PROMPTS
   config, params = weights.load(place / "weights", "umt5")
-  tokens = tokenizer.Tokenizer(place / "weights", 64)([PROMPTS[1]])
+  tokens = umt5_tokenizer.Tokenizer(place / "weights", 64)([PROMPTS[1]])
   expected = np.asarray(umt5.encode_text(params, tokens.ids, tokens.mask, config))[0]
   np.testing.assert_allclose(pad([source[1]["text"]], 64)[0], expected, atol=1e-5)
 
 
 def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
-  source = store.open_source(trained / "trajectories")
+  source = tfds_builder.open_source(trained / "trajectories")
   assert [source[i]["caption"].decode() for i in range(4)] == PROMPTS
   points = np.stack([source[i]["trajectory"] for i in range(4)]).astype(np.float32)
   assert points.shape == (4, 5, 6, 2, 4, 16)
@@ -103,10 +106,10 @@ def test_the_walk_has_a_shift_of_its_own(trained):
   for shift in (8.0, 0.0):
     config = read_config(trained)
     config.trajectories.shift = shift
-    one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
     run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
-    points = teacher.make_walk(run, jax.random.key(0))(
-      teacher.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32)
+    points = pretrained.make_walk(run, jax.random.key(0))(
+      pretrained.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32)
     )
     moves.append(np.asarray(points[:, 1] - points[:, 0]))
   np.testing.assert_allclose(
@@ -120,7 +123,7 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
   """
   config, made = read_config(trained), []
   config.trajectories.count = 6  # three parts, of which the first host makes two
-  one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  one = make_mesh(MeshConfig(), jax.devices()[:1])
 
   def a_run(workdir):
     if not workdir.exists():
@@ -131,7 +134,7 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: host)
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     made.clear()
-    trajectories.run(a_run(workdir))
+    stage_trajectories.run(a_run(workdir))
     return list(made)
 
   def write(self, part, *args):
@@ -141,16 +144,16 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     return write_part(self, part, *args)
 
   walk, write_part, stopping = (
-    teacher.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)),
+    pretrained.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)),
     TrajectoryWriter.write_part,
     False,
   )
-  monkeypatch.setattr(teacher, "make_walk", lambda run, key: walk)  # compiled once
+  monkeypatch.setattr(pretrained, "make_walk", lambda run, key: walk)  # compiled once
   monkeypatch.setattr(TrajectoryWriter, "write_part", write)
-  monkeypatch.setattr(trajectories.multihost_utils, "sync_global_devices", lambda name: None)
+  monkeypatch.setattr(stage_trajectories.multihost_utils, "sync_global_devices", lambda name: None)
   assert run_as(0, 1, tmp_path / "alone") == [0, 1, 2]
   stopping = True
-  assert run_as(1, 2, tmp_path / "hosts") == [1] and not store.is_complete(
+  assert run_as(1, 2, tmp_path / "hosts") == [1] and not tfds_builder.is_complete(
     tmp_path / "hosts" / "trajectories"
   )
   with pytest.raises(KeyboardInterrupt):
@@ -168,7 +171,7 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
 def test_the_student_starts_from_the_base_and_moves(trained, place):
   base = weights.load(place / "weights", "dit")[1]
   for stage in ("causal_init", "distill"):
-    after = checkpoint.load_params(trained / stage / "checkpoints")
+    after = training_state.load_params(trained / stage / "checkpoints")
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, base)
     moved = [
       float(np.abs(np.asarray(a) - np.asarray(b)).max())
@@ -184,7 +187,7 @@ def test_it_ends_in_videos_twice_the_training_length(trained):
     len(videos) == 2
     and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[:2]
   )
-  frames, fps, made = media.read_mp4(videos[0])
+  frames, fps, made = read_mp4(videos[0])
   assert frames.shape == (45, 16, 32, 3) and fps == 16  # 12 latent frames
   assert made["prompt"] in PROMPTS
 

@@ -19,9 +19,9 @@ import numpy as np
 import tqdm
 
 from hiar_jax import flow
+from hiar_jax.checkpoints.torch_files import read_torch
 from hiar_jax.data.trajectories import TrajectoryWriter
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.formats.torch_files import read_torch
 
 _FLOATING = ("float32", "float16", "bfloat16", "float64")
 _AXES = "[1, levels, frames, channels, height, width]"

@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from hiar_jax.data import store
+from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
 
 
@@ -46,7 +46,7 @@ def make_iterator(
     UserError: nothing there, fewer records than the global batch, or a feature that the data set
     lacks.
   """
-  source = store.open_source(directory)
+  source = tfds_builder.open_source(directory)
   global_batch = batch_size * process_count
   if batch_size < 1 or len(source) < global_batch:
     raise UserError(
@@ -95,7 +95,7 @@ def read_captions(directory: str | os.PathLike) -> list[str]:
   Raises:
     UserError: no complete data set is there.
   """
-  source = store.open_source(directory)
+  source = tfds_builder.open_source(directory)
   return [source[i]["caption"].decode() for i in range(len(source))]
 
 
@@ -103,7 +103,7 @@ def read_starts(directory: str | os.PathLike) -> list[int]:
   """The frame of its video at which every clip of a data set begins, 0 where the data set does not
   say.
   """
-  source = store.open_source(directory)
+  source = tfds_builder.open_source(directory)
   return [int(source[i].get("start", 0)) for i in range(len(source))]
 
 

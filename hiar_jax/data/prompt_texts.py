@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hiar_jax.data import pipeline, store
+from hiar_jax.data import pipeline, tfds_builder
 from hiar_jax.errors import UserError
 
 _PROBED = 64  # prompts whose mean length decides how many records go into a shard
@@ -41,7 +41,7 @@ class PromptTextsConfig(tfds.core.BuilderConfig):
   texts: Encoded | None = None
 
 
-class PromptTexts(store.SequentialBuilder):
+class PromptTexts(tfds_builder.SequentialBuilder):
   """text [l, d] in the encoder's dtype, and caption as it was written, in the order of the file."""
 
   @property
@@ -58,7 +58,7 @@ class PromptTexts(store.SequentialBuilder):
     config = self.builder_config
     text = config.texts.rows(config.prompts[0])
     return {
-      "text": store.tensor((None, text.shape[-1]), text.dtype),
+      "text": tfds_builder.tensor((None, text.shape[-1]), text.dtype),
       "caption": tfds.features.Text(),
     }
 
@@ -84,12 +84,14 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
     "digest": digest,
     "encoder": texts.identity,
   }
-  store.check_recipe(directory, recipe)
-  if store.is_complete(directory):
+  tfds_builder.check_recipe(directory, recipe)
+  if tfds_builder.is_complete(directory):
     return
-  store.write_recipe(directory, recipe)
+  tfds_builder.write_recipe(directory, recipe)
   texts.fill(prompts)
-  store.build(PromptTexts, PromptTextsConfig(name="texts", prompts=prompts, texts=texts), directory)
+  tfds_builder.build(
+    PromptTexts, PromptTextsConfig(name="texts", prompts=prompts, texts=texts), directory
+  )
 
 
 def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hiar_jax.data import store
-from hiar_jax.data import world as world_lib
-from hiar_jax.data.world import WorldConfig
+from hiar_jax.data import shapes_world, tfds_builder
+from hiar_jax.data.shapes_world import WorldConfig
 from hiar_jax.errors import UserError
 
 
@@ -23,7 +22,7 @@ class ShapesClipsConfig(tfds.core.BuilderConfig):
   seed: int = 0
 
 
-class ShapesClips(store.SequentialBuilder):
+class ShapesClips(tfds_builder.SequentialBuilder):
   """video uint8 [f, H, W, 3], start int32 [] (the frame of its video at which it begins), caption,
   and the state of n shapes: position and velocity float32 [f, n, 2] (x y, pixels, pixels per
   frame), colour, shape int32 [n] and background int32 [] as indices into `world`'s lists.
@@ -42,14 +41,14 @@ class ShapesClips(store.SequentialBuilder):
     world = self.builder_config.world
     f, n = world.frames, world.shapes_per_clip
     return {
-      "video": store.tensor((f, world.size, world.size, 3), np.uint8),
-      "start": store.tensor((), np.int32),
+      "video": tfds_builder.tensor((f, world.size, world.size, 3), np.uint8),
+      "start": tfds_builder.tensor((), np.int32),
       "caption": tfds.features.Text(),
-      "position": store.tensor((f, n, 2), np.float32),
-      "velocity": store.tensor((f, n, 2), np.float32),
-      "colour": store.tensor((n,), np.int32),
-      "shape": store.tensor((n,), np.int32),
-      "background": store.tensor((), np.int32),
+      "position": tfds_builder.tensor((f, n, 2), np.float32),
+      "velocity": tfds_builder.tensor((f, n, 2), np.float32),
+      "colour": tfds_builder.tensor((n,), np.int32),
+      "shape": tfds_builder.tensor((n,), np.int32),
+      "background": tfds_builder.tensor((), np.int32),
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
@@ -61,13 +60,15 @@ class ShapesClips(store.SequentialBuilder):
 def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -> dict[str, Any]:
   """Clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
   rng = np.random.default_rng((seed, index))
-  scene = world_lib.sample_scene(rng, world, split)
-  start = world_lib.sample_start(rng, world)
-  states = world_lib.simulate(scene, world.frames, start)
+  scene = shapes_world.sample_scene(rng, world, split)
+  start = shapes_world.sample_start(rng, world)
+  states = shapes_world.simulate(scene, world.frames, start)
   return {
-    "video": world_lib.render(states, world_lib.background_image(scene.background, world), world),
+    "video": shapes_world.render(
+      states, shapes_world.background_image(scene.background, world), world
+    ),
     "start": np.int32(start),
-    "caption": world_lib.caption(scene),
+    "caption": shapes_world.caption(scene),
     "position": states.position.astype(np.float32),
     "velocity": states.velocity.astype(np.float32),
     "colour": states.colour,
@@ -86,9 +87,9 @@ def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: 
   if clips < 1:
     raise UserError(f"data of {clips} clips asked for; use at least 1")
   recipe = {"kind": "shapes clips", **dataclasses.asdict(world), "clips": clips, "seed": seed}
-  store.check_recipe(directory, recipe)
-  if store.is_complete(directory):
+  tfds_builder.check_recipe(directory, recipe)
+  if tfds_builder.is_complete(directory):
     return
-  store.write_recipe(directory, recipe)
+  tfds_builder.write_recipe(directory, recipe)
   config = ShapesClipsConfig(name=world.difficulty, world=world, clips=clips, seed=seed)
-  store.build(ShapesClips, config, directory)
+  tfds_builder.build(ShapesClips, config, directory)

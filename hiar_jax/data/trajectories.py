@@ -17,7 +17,7 @@ import zipfile
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hiar_jax.data import store
+from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 
@@ -32,7 +32,7 @@ class TrajectoriesConfig(tfds.core.BuilderConfig):
   dtype: str = "float32"
 
 
-class Trajectories(store.SequentialBuilder):
+class Trajectories(tfds_builder.SequentialBuilder):
   """trajectory [s, f, h, w, c] (s noise levels), start int32 [] and caption (of the clip it was
   made for), in the order of the parts.
   """
@@ -48,8 +48,8 @@ class Trajectories(store.SequentialBuilder):
   def features(self) -> dict[str, Any]:
     config = self.builder_config
     return {
-      "trajectory": store.tensor(config.shape, np.dtype(config.dtype)),
-      "start": store.tensor((), np.int32),
+      "trajectory": tfds_builder.tensor(config.shape, np.dtype(config.dtype)),
+      "start": tfds_builder.tensor((), np.int32),
       "caption": tfds.features.Text(),
     }
 
@@ -99,14 +99,14 @@ class TrajectoryWriter:
       "dtype": dtype,
     }
     fields |= recipe or {}
-    store.check_recipe(directory, fields)
-    if store.read_recipe(directory) is None:
-      store.write_recipe(directory, fields)
+    tfds_builder.check_recipe(directory, fields)
+    if tfds_builder.read_recipe(directory) is None:
+      tfds_builder.write_recipe(directory, fields)
 
   @property
   def complete(self) -> bool:
     """True once `finish` has built the data set."""
-    return store.is_complete(self.directory)
+    return tfds_builder.is_complete(self.directory)
 
   def rows(self, index: int) -> range:
     """Which of the `total` trajectories part `index` holds."""
@@ -170,7 +170,7 @@ class TrajectoryWriter:
       config = TrajectoriesConfig(
         name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype
       )
-      store.build(Trajectories, config, self.directory)
+      tfds_builder.build(Trajectories, config, self.directory)
     shutil.rmtree(self.directory / _PARTS, ignore_errors=True)
 
   def _part(self, index: int) -> pathlib.Path:
@@ -183,7 +183,7 @@ def read_sigmas(directory: str | os.PathLike) -> list[float]:
   Raises:
     UserError: no trajectories there.
   """
-  recipe = store.read_recipe(directory) or {}
+  recipe = tfds_builder.read_recipe(directory) or {}
   if recipe.get("kind") != "trajectories":
     raise UserError(f"{directory} holds no trajectories; run the trajectories stage first")
   return recipe["sigmas"]

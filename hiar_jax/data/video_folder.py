@@ -21,9 +21,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
-from hiar_jax.data import store, video_file
-from hiar_jax.data.video_file import Sampling
+from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
+from hiar_jax.video import video_file
+from hiar_jax.video.video_file import Sampling
 
 _SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 
@@ -43,7 +44,7 @@ class VideoFolderConfig(tfds.core.BuilderConfig):
   sampling: Sampling | None = None
 
 
-class VideoFolder(store.SequentialBuilder):
+class VideoFolder(tfds_builder.SequentialBuilder):
   """video uint8 [f, H, W, 3] and caption; the clips of a file in order, files by name."""
 
   @property
@@ -58,8 +59,8 @@ class VideoFolder(store.SequentialBuilder):
   def features(self) -> dict[str, Any]:
     sampling = self.builder_config.sampling
     return {
-      "video": store.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
-      "start": store.tensor((), np.int32),
+      "video": tfds_builder.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
+      "start": tfds_builder.tensor((), np.int32),
       "caption": tfds.features.Text(),
     }
 
@@ -97,19 +98,19 @@ def prepare(
     "folder": os.path.abspath(source_folder),
     **dataclasses.asdict(sampling),
   }
-  store.check_recipe(directory, recipe, ignore=("files",))
-  if store.is_complete(directory):
+  tfds_builder.check_recipe(directory, recipe, ignore=("files",))
+  if tfds_builder.is_complete(directory):
     _say_if_changed(directory, source_folder)
     return
   folder = _existing(source_folder)
   sources = scan(folder, sampling)
-  store.write_recipe(directory, {**recipe, "files": _fingerprint(folder)})
+  tfds_builder.write_recipe(directory, {**recipe, "files": _fingerprint(folder)})
   config = VideoFolderConfig(name="clips", sources=tuple(sources), sampling=sampling)
-  store.build(VideoFolder, config, directory)
+  tfds_builder.build(VideoFolder, config, directory)
 
 
 def _say_if_changed(directory: str | os.PathLike, source_folder: str | os.PathLike) -> None:
-  used = store.read_recipe(directory)["files"]
+  used = tfds_builder.read_recipe(directory)["files"]
   if os.path.isdir(source_folder) and used != _fingerprint(pathlib.Path(source_folder)):
     logging.warning(
       "%s has changed since %s was made from it; delete the latter to use the new files",

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.history import History, block_causal_mask
+from hiar_jax.method import History, block_causal_mask
 from hiar_jax.types import Points, typed
 
 ATTENTIONS = ("bidirectional", "causal")

@@ -5,7 +5,7 @@ start of distillation).
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.history import History
+from hiar_jax.method import History
 from hiar_jax.rollout.exit_step import block_causal, teacher_forcing
 from hiar_jax.types import Points, Video, typed
 

@@ -5,10 +5,10 @@ successors.
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.history import History
+from hiar_jax.method import History
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise, Step
-from hiar_jax.rollout.cache import Cache
+from hiar_jax.rollout.past.ring import Cache
 from hiar_jax.types import Video
 
 

@@ -10,10 +10,10 @@ every level.
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.history import History
+from hiar_jax.method import History
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise, Step
-from hiar_jax.rollout.cache import Cache, write
+from hiar_jax.rollout.past.ring import Cache, write
 from hiar_jax.types import Video
 
 

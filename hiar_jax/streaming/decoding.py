@@ -10,8 +10,8 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from hiar_jax.models.pixel_stream import PixelStream
-from hiar_jax.stages.medium import Medium, WanMedium
+from hiar_jax.components.chunked_decoder import PixelStream
+from hiar_jax.components.wan import Medium, WanMedium
 from hiar_jax.types import PyTree
 
 

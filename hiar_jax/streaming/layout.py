@@ -16,8 +16,8 @@ import numpy as np
 
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models.dit import KV, DiTConfig
-from hiar_jax.rollout.cache import Cache
-from hiar_jax.rollout.pipe import Pipe
+from hiar_jax.rollout.past.ring import Cache
+from hiar_jax.rollout.tick import Pipe
 from hiar_jax.types import Params, PyTree
 
 AXES = ("stage", "tensor", "sequence")

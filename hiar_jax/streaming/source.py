@@ -11,16 +11,17 @@ import sys
 import jax
 import numpy as np
 
-from hiar_jax import __version__, sizes
+from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.experiment import Experiment
-from hiar_jax.formats.timeline import Timeline
-from hiar_jax.jobs.start_frames import Start, latent_frames
-from hiar_jax.jobs.student_model import StudentModel
+from hiar_jax.generation.conditioning import Start, latent_frames
+from hiar_jax.generation.video_model import StudentModel
 from hiar_jax.streaming import decoding
-from hiar_jax.streaming.engine import Engine, Options
-from hiar_jax.streaming.generation import Generation
-from hiar_jax.streaming.stream import Stream, block_seconds
+from hiar_jax.streaming.compiled_tick import Engine, Options
+from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.producer import Stream, block_seconds
+from hiar_jax.streaming.timeline import Timeline
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.video import lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +212,7 @@ class Source:
     if frames is None:
       return None
     e = self.experiment
-    latent, message = sizes.fit_blocks(frames, e.history.block, e.pixel_frames, given=given)
+    latent, message = lengths.fit_blocks(frames, e.history.block, e.pixel_frames, given=given)
     if message:
       print(message, file=sys.stderr)
     return latent // e.history.block

@@ -1,0 +1,242 @@
+"""Named tensors of published files: .safetensors, whole or in shards, and PyTorch's .pt and .pth.
+
+Tensors are views of the mapped files: opening reads headers only, and a tensor is in memory while
+it is being used.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from hiar_jax.checkpoints.torch_files import read_torch
+from hiar_jax.config.command_line import nearest
+from hiar_jax.errors import UserError
+
+_DTYPES = {
+  "F64": "float64",
+  "F32": "float32",
+  "F16": "float16",
+  "BF16": "bfloat16",
+  "I64": "int64",
+  "I32": "int32",
+  "I16": "int16",
+  "I8": "int8",
+  "U8": "uint8",
+  "BOOL": "bool",
+  "F8_E4M3": "float8_e4m3fn",
+  "F8_E5M2": "float8_e5m2",
+}
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *TORCH)
+# Parts of a name that wrappers leave in it: FSDP, activation checkpointing, torch.compile, DDP, the
+# training code's own, ComfyUI's.
+WRAPPERS = {
+  "_fsdp_wrapped_module",
+  "_checkpoint_wrapped_module",
+  "_orig_mod",
+  "module",
+  "model",
+  "diffusion_model",
+}
+# Of a file with several state dicts, the one for inference comes first.
+ENTRIES = ("generator_ema", "generator", "model_ema", "ema", "model", "state_dict", "module")
+
+assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes by name
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSet:
+  """Tensors by name, the files that they are in, and what is worth telling about how they were
+  found.
+  """
+
+  named: Mapping[str, np.ndarray]
+  files: tuple[pathlib.Path, ...]
+  notes: tuple[str, ...] = ()
+
+
+def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet:
+  """The tensors of a file, of an index of shards, or of a folder of safetensors; names without what
+  wrappers add.
+
+  entry: which state dict of a .pt file with several. Raises UserError for what is missing, cut off,
+  damaged or ambiguous.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    return open_tensors(only_set(path), entry)
+  if not path.is_file():
+    there = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
+    raise UserError(f"there is no file {path}; {nearest(str(path), there)}")
+  if path.name.endswith(".index.json"):
+    named, files, notes = *_open_index(path), ()
+  elif path.suffix == ".safetensors":
+    named, files, notes = open_safetensors(path), (path,), ()
+  elif path.suffix in TORCH:
+    (named, notes), files = pick_entry(read_torch(path), entry, path), (path,)
+  else:
+    raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
+  if entry is not None and path.suffix not in TORCH:
+    raise UserError(
+      f"--entry={entry} is for .pt files, which may hold several sets of weights; {path.name} "
+      "holds one: leave it out"
+    )
+  return TensorSet(unwrap(named, path), files, notes)
+
+
+def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Tensors of one file, as read-only views."""
+  try:
+    # the library checks that header and file fit each other
+    with safetensors.safe_open(path, "np"):
+      pass
+  except safetensors.SafetensorError as error:
+    size = path.stat().st_size
+    raise UserError(
+      f"{path} is cut off or damaged ({error}; it has {size:,} bytes); download or copy it again"
+    ) from error
+  with open(path, "rb") as file:
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+  header.pop("__metadata__", None)
+  content = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
+  return {name: _view(path, name, content, **entry) for name, entry in header.items()}
+
+
+def _view(
+  path: pathlib.Path,
+  name: str,
+  content: np.ndarray,
+  dtype: str,
+  shape: list[int],
+  data_offsets: list[int],
+) -> np.ndarray:
+  if dtype not in _DTYPES:
+    raise UserError(f"{path}: {name} has the dtype {dtype}; expected one of {', '.join(_DTYPES)}")
+  if not math.prod(shape):
+    return np.empty(shape, _DTYPES[dtype])
+  return content[slice(*data_offsets)].view(_DTYPES[dtype]).reshape(shape)
+
+
+def _open_index(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[pathlib.Path, ...]]:
+  try:
+    places = json.loads(path.read_text())["weight_map"]
+    shards = sorted(set(places.values()))
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    raise UserError(
+      f"{path} is damaged (no weight_map can be read from it); download it again"
+    ) from error
+  missing = [name for name in shards if not (path.parent / name).is_file()]
+  if missing:
+    raise UserError(
+      f"{path.parent} is incomplete: {path.name} also names {', '.join(missing)}; download the rest"
+    )
+  named: dict[str, np.ndarray] = {}
+  for shard in shards:
+    there = open_safetensors(path.parent / shard)
+    absent = [name for name, place in places.items() if place == shard and name not in there]
+    if absent:
+      raise UserError(
+        f"{path} says that {absent[0]} is in {shard}, but it is not; download both again"
+      )
+    named |= there  # also what the index forgot: it is left over, and reported as such
+  return named, tuple(path.parent / shard for shard in shards)
+
+
+def only_set(folder: pathlib.Path, stem: str = "") -> pathlib.Path:
+  """The file of a folder that stands for its weights: the index, or the only file. stem: how the
+  names begin, if others are there too.
+
+  Raises UserError where there is none, or where there are several.
+  """
+  indices = sorted(folder.glob(f"{stem}*.safetensors.index.json"))
+  files = sorted(folder.glob(f"{stem}*.safetensors")) or [
+    p for p in sorted(folder.glob(f"{stem}*")) if p.suffix in TORCH
+  ]
+  shards = [path for path in files if re.search(r"-\d+-of-\d+\.", path.name)]
+  if len(indices) == 1:
+    return indices[0]
+  if not indices and len(files) == 1 and not shards:
+    return files[0]
+  if not indices and not files:
+    raise UserError(
+      f"{folder} holds no weights ({stem}*.safetensors, or a .pt or .pth file); check the path"
+    )
+  if not indices and shards:
+    raise UserError(
+      f"{folder} holds shards without their index ({stem}*.safetensors.index.json); download it too"
+    )
+  names = ", ".join(path.name for path in indices or files)
+  raise UserError(
+    f"{folder} holds several sets of weights ({names}); give the file instead of the folder"
+  )
+
+
+# ------------------------------------------------------------------------ what training code leaves
+
+
+def pick_entry(
+  saved: Any, entry: str | None, path: pathlib.Path
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+  """The state dict in what torch.save was given -> (tensors by name, notes)."""
+  if not isinstance(saved, dict):
+    raise UserError(
+      f"{path} holds a {type(saved).__name__}; expected tensors by name, or entries such as "
+      "'generator_ema'"
+    )
+  found = {key: value for key, value in saved.items() if _is_state_dict(value)}
+  if entry is not None:
+    if entry not in found:
+      raise UserError(
+        f"--entry={entry}: {path} has no such entry; {nearest(entry, map(str, found))}"
+      )
+    return _only_arrays(found[entry], path), ()
+  if not found:
+    return _only_arrays(saved, path), ()
+  known = [name for name in ENTRIES if name in found]
+  if not known and len(found) > 1:
+    raise UserError(f"{path} has the entries {', '.join(map(str, found))}; choose one with --entry")
+  chosen = known[0] if known else next(iter(found))
+  note = (
+    f"{path.name} has the entries {', '.join(map(str, found))}; taking {chosen} (--entry "
+    "chooses another)"
+  )
+  return _only_arrays(found[chosen], path), (note,) if len(found) > 1 else ()
+
+
+def _is_state_dict(value: Any) -> bool:
+  return isinstance(value, dict) and any(isinstance(item, np.ndarray) for item in value.values())
+
+
+def _only_arrays(state: dict, path: pathlib.Path) -> dict[str, np.ndarray]:
+  for name, value in state.items():
+    if not isinstance(value, np.ndarray) or not isinstance(name, str):
+      raise UserError(
+        f"{path}: {name!r} is a {type(value).__name__}; expected nothing but tensors by name"
+      )
+  if not state:
+    raise UserError(f"{path} holds no tensors")
+  return state
+
+
+def unwrap(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Names without the parts that wrappers add. Raises UserError where two become one."""
+  plain: dict[str, np.ndarray] = {}
+  for name, array in named.items():
+    bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    if bare in plain:
+      raise UserError(
+        f"{path}: two tensors are called {bare!r} (one of them {name!r}); give a file that holds "
+        "one model"
+      )
+    plain[bare] = array
+  return plain

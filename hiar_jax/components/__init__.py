@@ -1,0 +1,1 @@
+"""Prompts in, pixels out: text encoders and autoencoders."""

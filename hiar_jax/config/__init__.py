@@ -1,0 +1,1 @@
+"""From the command line and config files to frozen dataclasses, and the config of a workdir."""

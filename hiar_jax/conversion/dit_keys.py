@@ -1,0 +1,92 @@
+"""The DiT's tensors in published files: Wan2.1's own names and diffusers' (`transformer/`), as
+rules.
+"""
+
+import numpy as np
+
+from hiar_jax.conversion.key_maps import Rule
+from hiar_jax.errors import UserError
+from hiar_jax.models.dit import DiTConfig
+
+LAYOUTS = ("original", "diffusers")
+
+# Original name, diffusers' name, path here.
+_ENDS = (
+  ("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embedding_in"),
+  ("text_embedding.2", "condition_embedder.text_embedder.linear_2", "text_embedding_out"),
+  ("time_embedding.0", "condition_embedder.time_embedder.linear_1", "time_embedding_in"),
+  ("time_embedding.2", "condition_embedder.time_embedder.linear_2", "time_embedding_out"),
+  ("time_projection.1", "condition_embedder.time_proj", "time_projection"),
+  ("head.head", "proj_out", "head"),
+)
+_ATTENTIONS = (("self_attn", "attn1", "self_attention"), ("cross_attn", "attn2", "text_attention"))
+_PROJECTIONS = (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("o", "to_out.0", "o"))
+_MLP = (("ffn.0", "ffn.net.0.proj", "mlp_in"), ("ffn.2", "ffn.net.2", "mlp_out"))
+
+
+def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
+  """One rule per published tensor, in the order of the network. Layers are stacked on a leading
+  axis here.
+
+  layout: "original" (Wan2.1's names) or "diffusers" (WanTransformer3DModel's).
+  """
+  if layout not in LAYOUTS:
+    raise UserError(f"DiT: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+  if config.place_embedding:
+    raise UserError(
+      "DiT: place_embedding = True: published models have none, so such weights have no published "
+      "names."
+    )
+  d, text, freq, here = config.dim, config.text_dim, config.freq_dim, LAYOUTS.index(layout)
+  shapes = {
+    "text_embedding_in": (d, text),
+    "text_embedding_out": (d, d),
+    "time_embedding_in": (d, freq),
+    "time_embedding_out": (d, d),
+    "time_projection": (6 * d, d),
+    "head": (int(np.prod(config.patch)) * config.channels, d),
+  }
+  patch = (d, config.channels, *config.patch)
+  rules = [
+    Rule("patch_embedding.weight", patch, ("patch_embedding", "kernel"), "patches"),
+    Rule("patch_embedding.bias", (d,), ("patch_embedding", "bias")),
+  ]
+  for *names, ours in _ENDS:
+    rules += _linear(names[here], shapes[ours], (ours,))
+  for layer in range(config.num_layers):
+    rules += _layer_rules(config, layer, here)
+  return [
+    *rules,
+    Rule(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",)),
+  ]
+
+
+def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
+  d, stem = config.dim, f"blocks.{layer}"
+  modulation, norm = (("modulation", "norm3"), ("scale_shift_table", "norm2"))[here]
+  rules = [
+    Rule(f"{stem}.{modulation}", (1, 6, d), ("layers", "modulation"), layer=layer),
+    Rule(f"{stem}.{norm}.weight", (d,), ("layers", "norm_text", "scale"), layer=layer),
+    Rule(f"{stem}.{norm}.bias", (d,), ("layers", "norm_text", "bias"), layer=layer),
+  ]
+  for *attention, ours in _ATTENTIONS:
+    for *projection, p in _PROJECTIONS:
+      rules += _linear(
+        f"{stem}.{attention[here]}.{projection[here]}", (d, d), ("layers", ours, p), layer
+      )
+    for p in "qk":
+      path = ("layers", ours, f"norm_{p}", "scale")
+      rules.append(Rule(f"{stem}.{attention[here]}.norm_{p}.weight", (d,), path, layer=layer))
+  for *names, ours in _MLP:
+    shape = (config.ffn_dim, d) if ours == "mlp_in" else (d, config.ffn_dim)
+    rules += _linear(f"{stem}.{names[here]}", shape, ("layers", ours), layer)
+  return rules
+
+
+def _linear(
+  name: str, shape: tuple[int, int], path: tuple[str, ...], layer: int | None = None
+) -> list[Rule]:
+  return [
+    Rule(f"{name}.weight", shape, (*path, "kernel"), "linear", layer),
+    Rule(f"{name}.bias", shape[:1], (*path, "bias"), layer=layer),
+  ]

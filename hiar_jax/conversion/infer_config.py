@@ -1,0 +1,222 @@
+"""The config of a published model: from the shapes of its tensors, and from the config.json that
+comes with it.
+"""
+
+from collections.abc import Callable, Mapping
+import itertools
+from typing import Any
+
+from hiar_jax.errors import UserError
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.taehv import TinyVAEConfig
+from hiar_jax.models.umt5 import UMT5Config
+from hiar_jax.models.vae import VAEConfig
+
+HEAD_DIM = 128  # of every published Wan2.1 DiT
+Shape = tuple[int, ...]
+
+CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "tiny_vae": TinyVAEConfig}
+# Field here -> names in a config.json (original, diffusers, transformers); the first that is there
+# counts.
+_STATED = {
+  "dit": {
+    "dim": ("dim",),
+    "ffn_dim": ("ffn_dim",),
+    "freq_dim": ("freq_dim",),
+    "text_dim": ("text_dim",),
+    "eps": ("eps",),
+    "num_layers": ("num_layers",),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "patch": ("patch_size",),
+    "channels": ("in_dim", "in_channels"),
+  },
+  "vae": {
+    "dim": ("base_dim",),
+    "z_dim": ("z_dim",),
+    "dim_mult": ("dim_mult",),
+    "num_res_blocks": ("num_res_blocks",),
+    "temporal_downsample": ("temperal_downsample",),
+    "latents_mean": ("latents_mean",),
+    "latents_std": ("latents_std",),
+  },
+  "umt5": {
+    "vocab": ("vocab_size",),
+    "dim": ("d_model",),
+    "dim_ffn": ("d_ff",),
+    "num_heads": ("num_heads",),
+    "num_layers": ("num_layers",),
+    "num_buckets": ("relative_attention_num_buckets",),
+  },
+}
+
+
+class _Shapes:
+  """Shapes by name; asking for one that is not there, or has another rank, is bad input."""
+
+  def __init__(self, shapes: Mapping[str, Shape], what: str):
+    self.shapes, self.what = shapes, what
+
+  def __contains__(self, name: str) -> bool:
+    return name in self.shapes
+
+  def __call__(self, name: str, rank: int) -> Shape:
+    if name not in self.shapes:
+      raise UserError(
+        f"{self.what}: the tensor {name} is missing; give the complete weights of one model"
+      )
+    if len(self.shapes[name]) != rank:
+      raise UserError(
+        f"{self.what}: {name} has shape {self.shapes[name]}, expected {rank} axes; give the "
+        "weights of Wan2.1 models"
+      )
+    return self.shapes[name]
+
+  def layers(self, stem: str) -> int:
+    """How many numbers follow `stem.` in the names, from 0."""
+    parts = (
+      name.removeprefix(f"{stem}.").split(".")[0]
+      for name in self.shapes
+      if name.startswith(f"{stem}.")
+    )
+    return 1 + max((int(part) for part in parts if part.isdigit()), default=-1)
+
+
+def infer(kind: str, layout: str, shapes: Mapping[str, Shape], what: str) -> dict[str, Any]:
+  """The fields of a config that the shapes tell.
+
+  Raises UserError where a tensor that tells is missing.
+  """
+  rule: Callable = {"dit": _dit, "vae": _vae, "umt5": _umt5, "tiny_vae": _tiny_vae}[kind]
+  return rule(_Shapes(shapes, what), layout == "original")
+
+
+def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
+  """The fields of a config that a config.json tells.
+
+  Raises UserError for sizes that no DiT here can have.
+  """
+  fields = {}
+  for field, names in _STATED.get(kind, {}).items():
+    found = [config[name] for name in names if config.get(name) is not None]
+    if found:
+      fields[field] = tuple(found[0]) if isinstance(found[0], list) else found[0]
+  if "attention_head_dim" in config and "num_heads" in fields:
+    fields["dim"] = config["attention_head_dim"] * fields["num_heads"]
+  if kind == "umt5" and "d_kv" in config and "num_heads" in fields:
+    fields["dim_attn"] = config["d_kv"] * fields["num_heads"]
+  for name, wanted in (("in_dim", "out_dim"), ("in_channels", "out_channels")):
+    given, back = config.get(name), config.get(wanted)
+    if kind == "dit" and back is not None and given != back:
+      raise UserError(
+        f"{what}: its config.json says {name} = {given}, {wanted} = {back}; "
+        "expected the same (a text-to-video model, image-to-video models have more in)"
+      )
+  return fields
+
+
+def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
+  """The config.
+
+  Raises UserError where the sizes do not fit each other, or where nothing says how many heads a DiT
+  has.
+  """
+  if kind == "dit" and "num_heads" not in fields:
+    if fields["dim"] % HEAD_DIM:
+      raise UserError(
+        f"{what}: a width of {fields['dim']} is not whole heads of {HEAD_DIM}, as Wan2.1 has; say "
+        "how many with --heads"
+      )
+    fields = {**fields, "num_heads": fields["dim"] // HEAD_DIM}
+  try:
+    return CONFIGS[kind](**fields)
+  except UserError as error:
+    raise UserError(f"{what}: {error}") from error
+
+
+def _dit(shape: _Shapes, original: bool) -> dict[str, Any]:
+  pick = lambda a, b: f"{a if original else b}.weight"
+  dim, channels, *patch = shape("patch_embedding.weight", 5)
+  head = shape(pick("head.head", "proj_out"), 2)[0]
+  pixels = patch[0] * patch[1] * patch[2]
+  if head != pixels * channels:
+    raise UserError(
+      f"{shape.what}: takes {channels} channels in and gives {head // pixels}; expected the same "
+      "(a text-to-video model, image-to-video models have more in)"
+    )
+  return {
+    "dim": dim,
+    "channels": channels,
+    "patch": tuple(patch),
+    "num_layers": shape.layers("blocks"),
+    "ffn_dim": shape(pick("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"), 2)[0],
+    "text_dim": shape(pick("text_embedding.0", "condition_embedder.text_embedder.linear_1"), 2)[1],
+    "freq_dim": shape(pick("time_embedding.0", "condition_embedder.time_embedder.linear_1"), 2)[1],
+  }
+
+
+def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
+  stem, conv = (
+    ("encoder.downsamples", "residual.2") if original else ("encoder.down_blocks", "conv1")
+  )
+  dim = shape("encoder.conv1.weight" if original else "encoder.conv_in.weight", 5)[0]
+  stages, temporal = [[]], []
+  for i in itertools.count():
+    if f"{stem}.{i}.{conv}.weight" in shape:
+      stages[-1].append(shape(f"{stem}.{i}.{conv}.weight", 5)[0])
+    elif f"{stem}.{i}.resample.1.weight" in shape:
+      stages.append([])
+      temporal.append(f"{stem}.{i}.time_conv.weight" in shape)
+    else:
+      break
+  if not all(stages):
+    raise UserError(
+      f"{shape.what}: {stem}.* has stages without residual blocks; give the complete weights of "
+      "one model"
+    )
+  return {
+    "dim": dim,
+    "z_dim": shape("conv2.weight" if original else "post_quant_conv.weight", 5)[0],
+    "dim_mult": tuple(stage[-1] // dim for stage in stages),
+    "num_res_blocks": len(stages[0]),
+    "temporal_downsample": tuple(temporal),
+  }
+
+
+def _umt5(shape: _Shapes, original: bool) -> dict[str, Any]:
+  stem = "blocks" if original else "encoder.block"
+  part = lambda a, b: f"{stem}.0.{a if original else b}.weight"
+  vocab, dim = shape("token_embedding.weight" if original else "shared.weight", 2)
+  buckets, heads = shape(
+    part("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"), 2
+  )
+  return {
+    "vocab": vocab,
+    "dim": dim,
+    "num_buckets": buckets,
+    "num_heads": heads,
+    "num_layers": shape.layers(stem),
+    "dim_attn": shape(part("attn.q", "layer.0.SelfAttention.q"), 2)[0],
+    "dim_ffn": shape(part("ffn.fc1", "layer.1.DenseReluDense.wi_1"), 2)[0],
+  }
+
+
+def _tiny_vae(shape: _Shapes, original: bool) -> dict[str, Any]:
+  del original  # there is but one layout
+  width, blocks = shape("encoder.0.weight", 4)[0], 0
+  while f"decoder.{3 + blocks}.conv.0.weight" in shape:
+    blocks += 1
+  down, up, widths = [], [], [shape("decoder.1.weight", 4)[0]]
+  while f"encoder.{2 + len(down) * (2 + blocks)}.conv.weight" in shape:
+    down.append(shape(f"encoder.{2 + len(down) * (2 + blocks)}.conv.weight", 4)[1] > width)
+  while f"decoder.{4 + blocks + len(up) * (3 + blocks)}.conv.weight" in shape:
+    place = 4 + blocks + len(up) * (3 + blocks)
+    up.append(shape(f"decoder.{place}.conv.weight", 4)[0] > widths[-1])
+    widths.append(shape(f"decoder.{place + 1}.weight", 4)[0])
+  return {
+    "z_dim": shape("decoder.1.weight", 4)[1],
+    "encoder_width": width,
+    "decoder_widths": tuple(widths),
+    "blocks": blocks,
+    "temporal_downsample": tuple(down),
+    "temporal_upsample": tuple(up),
+  }

@@ -1,0 +1,73 @@
+"""The UMT5 encoder's tensors in published files: Wan2.1's (`models_t5_*.pth`) and transformers'
+(`text_encoder/`).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hiar_jax.conversion.key_maps import Rule, from_published, to_published
+from hiar_jax.errors import UserError
+from hiar_jax.models.umt5 import UMT5Config
+from hiar_jax.types import Params
+
+LAYOUTS = ("original", "diffusers")
+
+
+def umt5_rules(config: UMT5Config, layout: str = "original") -> list[Rule]:
+  """One rule per published tensor. layout: "original" (Wan2.1's names) or "diffusers"
+  (transformers' UMT5EncoderModel).
+
+  Transformers ties `encoder.embed_tokens.weight` to `shared.weight` and saves the latter alone; so
+  do these rules.
+  """
+  if layout not in LAYOUTS:
+    raise UserError(f"UMT5: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+  here = 0 if layout == "original" else 1
+  dim, attn, ffn = config.dim, config.dim_attn, config.dim_ffn
+  distances = (config.num_buckets, config.num_heads)
+  self_attention, gated = "layer.0.SelfAttention", "layer.1.DenseReluDense"
+  layer_parts = (  # original name, transformers' name, published shape, path here
+    ("norm1", "layer.0.layer_norm", (dim,), "norm_attention/scale"),
+    ("attn.q", f"{self_attention}.q", (attn, dim), "attention/q/kernel"),
+    ("attn.k", f"{self_attention}.k", (attn, dim), "attention/k/kernel"),
+    ("attn.v", f"{self_attention}.v", (attn, dim), "attention/v/kernel"),
+    ("attn.o", f"{self_attention}.o", (dim, attn), "attention/o/kernel"),
+    (
+      "pos_embedding.embedding",
+      f"{self_attention}.relative_attention_bias",
+      distances,
+      "attention/distance",
+    ),
+    ("norm2", "layer.1.layer_norm", (dim,), "norm_ffn/scale"),
+    ("ffn.gate.0", f"{gated}.wi_0", (ffn, dim), "ffn/gate/kernel"),
+    ("ffn.fc1", f"{gated}.wi_1", (ffn, dim), "ffn/up/kernel"),
+    ("ffn.fc2", f"{gated}.wo", (dim, ffn), "ffn/down/kernel"),
+  )
+  embed, stem, norm = (
+    ("token_embedding", "blocks", "norm")
+    if here == 0
+    else ("shared", "encoder.block", "encoder.final_layer_norm")
+  )
+  rules = [Rule(f"{embed}.weight", (config.vocab, dim), ("embed", "embedding"))]
+  for layer in range(config.num_layers):
+    for *names, shape, path in layer_parts:
+      name = f"{stem}.{layer}.{names[here]}.weight"
+      kind = "linear" if path.endswith("kernel") else "same"
+      rules.append(Rule(name, shape, ("layers", *path.split("/")), kind, layer))
+  return [*rules, Rule(f"{norm}.weight", (dim,), ("norm", "scale"))]
+
+
+def umt5_params_from_published(
+  named: Mapping[str, Any], config: UMT5Config, layout: str = "original"
+) -> Params:
+  """Parameters from named tensors; raises UserError where names or shapes do not fit the config."""
+  return from_published(named, umt5_rules(config, layout), f"UMT5 ({layout} names)")
+
+
+def umt5_params_to_published(
+  params: Params, config: UMT5Config, layout: str = "original"
+) -> dict[str, np.ndarray]:
+  """Named tensors of parameters; the exact inverse of `umt5_params_from_published`."""
+  return to_published(params, umt5_rules(config, layout), f"UMT5 ({layout} names)")

@@ -1,0 +1,154 @@
+"""The VAE's tensors in published files: Wan2.1's own names (`Wan2.1_VAE.pth`) and diffusers'
+(`vae/`), as rules.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hiar_jax.conversion.key_maps import Rule, from_published, to_published
+from hiar_jax.errors import UserError
+from hiar_jax.models.vae import VAEConfig
+from hiar_jax.types import Params
+
+LAYOUTS = ("original", "diffusers")
+
+# Parts of a residual block: original name, diffusers' name, path here.
+_HALVES = (
+  ("residual.0", "norm1", ("half_0", "norm")),
+  ("residual.2", "conv1", ("half_0", "causal", "conv")),
+  ("residual.3", "norm2", ("half_1", "norm")),
+  ("residual.6", "conv2", ("half_1", "causal", "conv")),
+)
+
+
+def _norm(name: str, width: int, path: tuple[str, ...], axes: int = 3) -> list[Rule]:
+  return [Rule(f"{name}.gamma", (width, *(1,) * axes), (*path, "gamma"), "vector")]
+
+
+def _conv(name: str, shape: tuple[int, ...], path: tuple[str, ...]) -> list[Rule]:
+  pointwise = all(size == 1 for size in shape[2:])
+  return [
+    Rule(f"{name}.weight", shape, (*path, "kernel"), "linear" if pointwise else "conv"),
+    Rule(f"{name}.bias", shape[:1], (*path, "bias")),
+  ]
+
+
+class _Layout:
+  """Rules of one layout; `original` picks between the two names that each method is given."""
+
+  def __init__(self, layout: str):
+    if layout not in LAYOUTS:
+      raise UserError(f"VAE: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
+    self.original = layout == "original"
+
+  def pick(self, original: str, diffusers: str) -> str:
+    return original if self.original else diffusers
+
+  def res(self, name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[Rule]:
+    rules = []
+    for i, (original, diffusers, part) in enumerate(_HALVES):
+      full = f"{name}.{self.pick(original, diffusers)}"
+      source = fan_in if i < 2 else width
+      if part[-1] == "norm":
+        rules += _norm(full, source, (*path, *part))
+      else:
+        rules += _conv(full, (width, source, 3, 3, 3), (*path, *part))
+    if fan_in != width:
+      rules += _conv(
+        f"{name}.{self.pick('shortcut', 'conv_shortcut')}",
+        (width, fan_in, 1, 1, 1),
+        (*path, "shortcut"),
+      )
+    return rules
+
+  def middle(self, half: str, width: int) -> list[Rule]:
+    rules = []
+    blocks = (("middle.0", "mid_block.resnets.0"), ("middle.2", "mid_block.resnets.1"))
+    for i, (original, diffusers) in enumerate(blocks):
+      rules += self.res(
+        f"{half}.{self.pick(original, diffusers)}", width, width, (half, f"mid_res_{i}")
+      )
+    name, path = (
+      f"{half}.{self.pick('middle.1', 'mid_block.attentions.0')}",
+      (half, "mid_attention"),
+    )
+    rules += _norm(f"{name}.norm", width, (*path, "norm"), axes=2)
+    rules += _conv(f"{name}.to_qkv", (3 * width, width, 1, 1), (*path, "qkv"))
+    return rules + _conv(f"{name}.proj", (width, width, 1, 1), (*path, "out"))
+
+  def ends(self, half: str, fan_in: int, first: int, last: int, out: int) -> list[Rule]:
+    rules = _conv(
+      f"{half}.{self.pick('conv1', 'conv_in')}", (first, fan_in, 3, 3, 3), (half, "conv_in", "conv")
+    )
+    rules += _norm(f"{half}.{self.pick('head.0', 'norm_out')}", last, (half, "head", "norm"))
+    head = (half, "head", "causal", "conv")
+    return rules + _conv(f"{half}.{self.pick('head.2', 'conv_out')}", (out, last, 3, 3, 3), head)
+
+  def encoder(self, config: VAEConfig) -> list[Rule]:
+    widths = [config.dim * mult for mult in config.dim_mult]
+    rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim) + self.middle(
+      "encoder", widths[-1]
+    )
+    index, fan_in, stem = 0, config.dim, f"encoder.{self.pick('downsamples', 'down_blocks')}"
+    for i, width in enumerate(widths):
+      for j in range(config.num_res_blocks):
+        rules += self.res(f"{stem}.{index}", fan_in, width, ("encoder", f"down_{i}_res_{j}"))
+        index, fan_in = index + 1, width
+      if i < len(config.temporal_downsample):
+        path = ("encoder", f"down_{i}_resample")
+        rules += _conv(f"{stem}.{index}.resample.1", (width, width, 3, 3), (*path, "conv"))
+        if config.temporal_downsample[i]:
+          rules += _conv(f"{stem}.{index}.time_conv", (width, width, 3, 1, 1), (*path, "time_conv"))
+        index += 1
+    return rules
+
+  def decoder(self, config: VAEConfig) -> list[Rule]:
+    widths = [config.dim * mult for mult in reversed(config.dim_mult)]
+    doubled = tuple(reversed(config.temporal_downsample))
+    rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3) + self.middle(
+      "decoder", widths[0]
+    )
+    index, fan_in = 0, widths[0]
+    for i, width in enumerate(widths):
+      for j in range(config.num_res_blocks + 1):
+        name = self.pick(f"decoder.upsamples.{index}", f"decoder.up_blocks.{i}.resnets.{j}")
+        rules += self.res(name, fan_in, width, ("decoder", f"up_{i}_res_{j}"))
+        index, fan_in = index + 1, width
+      if i < len(doubled):
+        name = self.pick(f"decoder.upsamples.{index}", f"decoder.up_blocks.{i}.upsamplers.0")
+        path = ("decoder", f"up_{i}_resample")
+        rules += _conv(f"{name}.resample.1", (width // 2, width, 3, 3), (*path, "conv"))
+        if doubled[i]:
+          rules += _conv(f"{name}.time_conv", (2 * width, width, 3, 1, 1), (*path, "time_conv"))
+        index, fan_in = index + 1, width // 2
+    return rules
+
+
+def vae_rules(config: VAEConfig, layout: str = "original") -> list[Rule]:
+  """One rule per published tensor.
+
+  layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's).
+  """
+  names, z = _Layout(layout), config.z_dim
+  return [
+    *names.encoder(config),
+    *_conv(names.pick("conv1", "quant_conv"), (2 * z, 2 * z, 1, 1, 1), ("quant",)),
+    *_conv(names.pick("conv2", "post_quant_conv"), (z, z, 1, 1, 1), ("post_quant",)),
+    *names.decoder(config),
+  ]
+
+
+def vae_params_from_published(
+  named: Mapping[str, Any], config: VAEConfig, layout: str = "original"
+) -> Params:
+  """Parameters from named tensors; raises UserError where names or shapes do not fit the config."""
+  return from_published(named, vae_rules(config, layout), f"VAE ({layout} names)")
+
+
+def vae_params_to_published(
+  params: Params, config: VAEConfig, layout: str = "original"
+) -> dict[str, np.ndarray]:
+  """Named tensors of parameters; the exact inverse of `vae_params_from_published`."""
+  return to_published(params, vae_rules(config, layout), f"VAE ({layout} names)")

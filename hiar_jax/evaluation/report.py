@@ -1,0 +1,75 @@
+"""Results of `shapes.measure` for people: a markdown table and a figure, one line per method."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+import numpy as np
+
+from hiar_jax.video.mp4 import write_png
+
+_COLUMNS = (
+  ("colour", "{:.1%}"),
+  ("shape", "{:.1%}"),
+  ("direction", "{:.0%}"),
+  ("motion", "{:.2f}"),
+  ("motion_ratio", "{:.2f}"),
+  ("jumps", "{:.2%}"),
+  ("error", "{:.4f}"),
+)
+_HEADER = (
+  "method",
+  "colour",
+  "shape",
+  "direction",
+  "motion, px/frame",
+  "motion / data",
+  "jumps",
+  "error",
+  "error per fifth",
+  "last / first",
+)
+_PANELS = (
+  ("error", "error to the nearest rendering"),
+  ("motion_ratio", "motion / data"),
+  ("colour", "colour right"),
+  ("shape", "shape right"),
+)
+
+
+def format_table(results: Mapping[str, Mapping]) -> str:
+  """Markdown: one row per method of name -> `shapes.measure`; a dash where nothing could be
+  measured.
+  """
+  rows = [_HEADER, ("---",) * len(_HEADER)]
+  for name, result in results.items():
+    cells = [_cell(result[key]["total"], form) for key, form in _COLUMNS]
+    fifths = " ".join(_cell(value, "{:.4f}") for value in result["error"]["fifths"])
+    rows.append((name, *cells, fifths, _cell(result["error_last_over_first"], "{:.2f}")))
+  return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(results: Mapping[str, Mapping], path) -> Path:
+  """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG;
+  returns the path.
+  """
+  figure = Figure(figsize=(12, 3.9), layout="constrained")
+  for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+    for name, result in results.items():
+      values = [np.nan if value is None else value for value in result[key]["fifths"]]
+      axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4, label=name)
+    axes.set(title=title, xlabel="fifth of the video", xticks=range(1, len(values) + 1))
+    axes.set_ylim(bottom=0, top=None if key in ("error", "motion_ratio") else 1.03)
+    axes.grid(alpha=0.3)
+  figure.legend(
+    *axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
+  )
+  canvas = FigureCanvasAgg(figure)
+  figure.set_dpi(130)
+  canvas.draw()
+  return write_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _cell(value: float | None, form: str) -> str:
+  return "–" if value is None else form.format(value)

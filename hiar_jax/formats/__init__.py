@@ -1,1 +1,0 @@
-"""Files that others made: tensors, PyTorch archives, lists of prompts."""

@@ -1,0 +1,379 @@
+"""Step-first order as a pipe: all noise levels work at once, each on the block that follows the
+next level's.
+
+    tick d:  level j denoises block d - j, and shows block d - j - 1 to it, in one forward;
+             latents move one level on
+
+What a block sees at a level depends on earlier blocks at that level alone, so the numbers are those
+of rollout.step_first, whose loops are walked along the diagonals. Every array of a `Pipe` that
+belongs to a level has a leading axis of levels and `tick` maps over it: on one device a batched
+forward; with that axis sharded over devices a pipeline, whose only communication is one block's
+latents a tick.
+
+Nothing grows: caches are rings, and frames are counted from the video's start by integers that
+models.rope turns exactly, so numbers far on are those of a window freshly built. While the pipe
+fills, levels work on blocks that do not exist: their results are finite, and nobody sees them.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from hiar_jax.errors import UserError
+from hiar_jax.method import History, past_mask
+from hiar_jax.models.dit import KV, DiTConfig
+from hiar_jax.rollout import blocks as prims
+from hiar_jax.rollout.blocks import Forward, Noise, Step
+from hiar_jax.rollout.past import relative_sink
+from hiar_jax.rollout.past import ring as caches
+from hiar_jax.rollout.past.ring import Cache
+from hiar_jax.types import Block, Key, Positions, Text, Texts, Video
+
+Network = Callable[[Text | Texts], Forward]  # models.dit.bind without its text
+
+
+@flax.struct.dataclass
+class Pipe:
+  """A generation under way. `s` levels; `r` = s + 1 texts, block n's at n % r.
+
+  latents: [s b k h w c], what each level is to denoise; before a tick, level 0 holds the block that
+  left in the last one.
+  context: [s b k h w c], what each level has just made and not yet shown; None where the history is
+  at the input level.
+  cache: [s ...], what each level has shown; shown: [s b slots h w c], the latents behind it, for
+  showing them again.
+  texts: [r b l d]; anew: [r], whether the history is shown again under a block's text before that
+  block sees it.
+  block: the next block to enter; first: the first one that was not given. key, seed [b]: of the
+  noise.
+  """
+
+  latents: jax.Array
+  context: jax.Array | None
+  cache: Cache
+  shown: jax.Array
+  texts: jax.Array
+  anew: jax.Array
+  block: jax.Array
+  first: jax.Array
+  key: Key
+  seed: jax.Array
+
+  @property
+  def levels(self) -> int:
+    return self.latents.shape[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How a pipe works: the method, its levels [s + 1], and whether the sink is kept at its `true`
+  distance or `carried` along.
+  """
+
+  history: History
+  sigmas: tuple[float, ...]
+  sink_place: str = "true"
+
+  def __post_init__(self):
+    if self.history.order != "step_first":
+      raise UserError(
+        f"history.order = {self.history.order!r} cannot be streamed level by level: a block "
+        "starts only when the one before it is done, "
+        "so there is never more than one to work on; generate whole videos with it (python -m "
+        "hiar_jax.generate), or use a step_first model"
+      )
+    if self.sink_place not in relative_sink.PLACES:
+      raise UserError(
+        f"sink_place = {self.sink_place!r}: expected one of {', '.join(relative_sink.PLACES)}"
+      )
+    if self.carries:
+      relative_sink.check(self.history)
+
+  @property
+  def carries(self) -> bool:
+    return self.sink_place == "carried" and self.history.sink > 0 and self.history.window > 0
+
+  @property
+  def levels(self) -> int:
+    return len(self.sigmas) - 1
+
+  @property
+  def fused(self) -> bool:
+    """Whether a block is shown by a forward of its own; at the input level the one that denoises it
+    has shown it.
+    """
+    return self.history.level != "input"
+
+
+# -------------------------------------------------------------------------------------------- start
+
+
+def empty(
+  plan: Plan,
+  config: DiTConfig,
+  text: Text,
+  key: Key,
+  seed: jax.Array,
+  *,
+  frames: int,
+  height: int,
+  width: int,
+) -> Pipe:
+  """A pipe that nothing has entered.
+
+  frames: longest video; with a window the sizes do not depend on it. text: [b l d].
+  """
+  cache = caches.empty(
+    config, plan.history, batch=text.shape[0], frames=frames, height=height, width=width
+  )
+  block = jnp.zeros(
+    (plan.levels, text.shape[0], plan.history.block, height, width, config.channels)
+  )
+  return Pipe(
+    latents=block,
+    context=block if plan.fused else None,
+    cache=_each_level(cache, plan.levels),
+    shown=jnp.zeros((*block.shape[:2], cache.slots, *block.shape[3:])),
+    texts=jnp.zeros((plan.levels + 1, *text.shape), text.dtype),
+    anew=jnp.zeros(plan.levels + 1, bool),
+    block=jnp.zeros((), jnp.int32),
+    first=jnp.zeros((), jnp.int32),
+    key=key,
+    seed=seed,
+  )
+
+
+def _each_level(tree, levels: int):
+  return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (levels, *leaf.shape)), tree)
+
+
+def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Array) -> Pipe:
+  """Shows given clean frames to every level of an empty pipe: whole blocks, or a picture's one
+  frame (see rollout.first_frame).
+
+  texts: [n b l d], one for each given block.
+  """
+  history, k = plan.history, plan.history.block
+  picture = given.shape[1] == 1 and k > 1
+  if given.shape[1] % k and not picture:
+    raise UserError(f"{given.shape[1]} given latent frames: expected one, or whole blocks of {k}")
+  cache, shown = jax.tree.map(lambda leaf: leaf[0], (pipe.cache, pipe.shown))
+
+  def one(carry, inputs):
+    cache, shown = carry
+    n, x, text = inputs
+    positions = jnp.asarray([k - 1], jnp.int32) if picture else prims.frames_of(n, history)
+    slots = caches.slots_of(positions, cache.slots, history.sink)
+    return (_show(plan, network(text), cache, x, positions), _put(shown, x, slots, axis=1)), None
+
+  first = jnp.asarray(-(-given.shape[1] // k), jnp.int32)
+  pipe = pipe.replace(block=first, first=first)
+  if not cache.slots:
+    return pipe
+  blocks = given[None] if picture else prims.split(given, history)
+  (cache, shown), _ = jax.lax.scan(
+    one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts)
+  )
+  cache, shown = _each_level((cache, shown), plan.levels)
+  return pipe.replace(cache=cache, shown=shown)
+
+
+def _show(plan: Plan, forward: Forward, cache: Cache, x: Block, positions: Positions) -> Cache:
+  past, mask = _past(plan, cache, positions, positions[:0])
+  own = jnp.ones((positions.size, positions.size), bool)
+  _, kv = forward(x, 0.0, positions, mask=jnp.concatenate([mask, own], axis=1), past=past)
+  return caches.write(cache, kv, positions, plan.history)
+
+
+# --------------------------------------------------------------------------------------------- tick
+
+
+def tick(
+  plan: Plan, network: Network, noise: Noise, pipe: Pipe, text: Text, anew: jax.Array
+) -> tuple[Pipe, Block]:
+  """One forward of every level; a block of pure noise enters with its `text`, and the block that
+  left the last level is returned.
+
+  That one is block `pipe.block - (s - 1)`, and means nothing while that is less than `pipe.first`.
+  anew: see Pipe.
+  """
+  slot = pipe.block % pipe.texts.shape[0]
+  pipe = pipe.replace(texts=pipe.texts.at[slot].set(text), anew=pipe.anew.at[slot].set(anew))
+  sigmas, level = jnp.asarray(plan.sigmas, jnp.float32), jnp.arange(pipe.levels)
+  noisy = jnp.where(level.reshape(-1, 1, 1, 1, 1, 1) == 0, noise(0, pipe.block)[None], pipe.latents)
+
+  def one(level, x, context, cache, shown):
+    n = pipe.block - level
+    step = Step(sigmas[level], sigmas[level + 1], prims.frames_of(jnp.maximum(n, 0), plan.history))
+    work = _fused if plan.fused else _alone
+    v, cache, shown = work(plan, network, pipe, n, step, x, context, cache, shown)
+    x_next, x0 = prims.renoise(plan.history, x, v, step, lambda: noise(level + 1, n))
+    return x_next, prims.shown(plan.history, x, x_next, x0) if plan.fused else None, cache, shown
+
+  x_next, context, cache, shown = jax.vmap(one)(level, noisy, pipe.context, pipe.cache, pipe.shown)
+  latents = jnp.roll(x_next, 1, axis=0)
+  return pipe.replace(
+    latents=latents, context=context, cache=cache, shown=shown, block=pipe.block + 1
+  ), latents[0]
+
+
+def _fused(
+  plan: Plan,
+  network: Network,
+  pipe: Pipe,
+  n,
+  step: Step,
+  x: Block,
+  context: Block,
+  cache: Cache,
+  shown: jax.Array,
+):
+  """[context of block n - 1 | noisy block n] in one forward (HiAR, section 3.3)."""
+  history, k, texts = plan.history, plan.history.block, pipe.texts
+  before = jnp.maximum(step.positions - k, 0)
+  there = n > pipe.first  # whether block n - 1 came through this pipe
+  past, mask = _past(plan, cache, before, step.positions)
+  own, seen = jnp.ones((k, k), bool), past_mask(step.positions, before, history) & there
+  mask = jnp.concatenate([mask, jnp.concatenate([own, seen]), jnp.concatenate([~own, own])], axis=1)
+  earlier = jnp.where(pipe.anew[n % texts.shape[0]], n, n - 1)
+  text = jnp.stack([texts[earlier % texts.shape[0]], texts[n % texts.shape[0]]], axis=1)
+  sigmas = jnp.stack([history.context_sigma(step.sigma, step.sigma_next), step.sigma])
+  levels = jnp.broadcast_to(jnp.repeat(sigmas, k)[None], (x.shape[0], 2 * k))
+  positions = jnp.concatenate([before, step.positions])
+  v, kv = network(text)(
+    jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=past
+  )
+  kv = jax.tree.map(lambda leaf: leaf[:, :, :k], kv)
+  return v[:, k:], *_store(plan, cache, shown, kv, context, before, there)
+
+
+def _alone(
+  plan: Plan,
+  network: Network,
+  pipe: Pipe,
+  n,
+  step: Step,
+  x: Block,
+  context: None,
+  cache: Cache,
+  shown: jax.Array,
+):
+  """Block n's forward; what it computes of itself is what its successors read (SAF)."""
+  past, mask = _past(plan, cache, step.positions[:0], step.positions)
+  own = jnp.ones((x.shape[1], x.shape[1]), bool)
+  text = pipe.texts[n % pipe.texts.shape[0]]
+  v, kv = network(text)(
+    x, step.sigma, step.positions, mask=jnp.concatenate([mask, own], axis=1), past=past
+  )
+  return v, *_store(plan, cache, shown, kv, x, step.positions, n >= pipe.first)
+
+
+def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[KV, jax.Array]:
+  """What the queries at `before` and those at `now` (one may be empty) read of a cache: K/V, mask
+  [before + now, past].
+
+  A carried sink stands at another distance from each of the two: the cache's own slots are turned
+  for `before`, a copy for `now`.
+  """
+  history = plan.history
+  queries = jnp.concatenate([before, now])
+  mask = past_mask(queries, cache.position, history)
+  if not plan.carries or not cache.slots:
+    return cache.kv, mask
+  sink = history.sink
+  keys, values = cache.kv.k, cache.kv.v
+  is_now = (jnp.arange(queries.size) >= before.size)[:, None]
+  parts, copies, masks = [keys[:, :, sink:]], [values[:, :, sink:]], [mask[:, sink:]]
+  for positions, rows in ((before, ~is_now), (now, is_now)):
+    if positions.size:
+      parts.append(
+        relative_sink.turn(keys[:, :, :sink], relative_sink.distance(positions, history))
+      )
+      copies.append(values[:, :, :sink])
+      masks.append(mask[:, :sink] & rows)
+  return KV(jnp.concatenate(parts, axis=2), jnp.concatenate(copies, axis=2)), jnp.concatenate(
+    masks, axis=1
+  )
+
+
+def _store(
+  plan: Plan, cache: Cache, shown: jax.Array, kv: KV, latents: Block, positions: Positions, there
+) -> tuple[Cache, jax.Array]:
+  """The cache and the latents behind it with one more block, where it is `there`."""
+  if not cache.slots:
+    return cache, shown
+  slots = jnp.where(there, caches.slots_of(positions, cache.slots, plan.history.sink), cache.slots)
+  cache = Cache(
+    jax.tree.map(lambda old, new: _put(old, new, slots, axis=2), cache.kv, kv),
+    _put(cache.position, positions, slots, axis=0),
+  )
+  return cache, _put(shown, latents, slots, axis=1)
+
+
+def _put(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+  """`new` at `slots` of an axis; slots that are out of range are left out."""
+  return old.at[(slice(None),) * axis + (slots,)].set(new.astype(old.dtype), mode="drop")
+
+
+# --------------------------------------------------------------------------------------- show again
+
+
+def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Array) -> Pipe:
+  """The history of the levels `due` [s] encoded again, from its latents, under the text of the
+  block that each level sees next.
+
+  Block after block, each seeing those before it that are still in the cache, as in a window freshly
+  built; given frames and a clean sink
+  stay clean. text: of the block that enters next.
+  """
+  if not pipe.shown.shape[2]:
+    return pipe
+  texts = pipe.texts.at[pipe.block % pipe.texts.shape[0]].set(text)
+
+  def one(level, cache, shown, due):
+    n = pipe.block - level
+    new = _encode_again(
+      plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, shown
+    )
+    return jax.tree.map(lambda old, new: jnp.where(due, new, old), cache, new)
+
+  cache = jax.vmap(one)(jnp.arange(pipe.levels), pipe.cache, pipe.shown, due)
+  return pipe.replace(cache=cache, texts=texts)
+
+
+def _encode_again(
+  plan: Plan, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
+) -> Cache:
+  """One level's cache before it works on block n."""
+  history, k, slots = plan.history, plan.history.block, cache.slots
+  sigmas = jnp.asarray(plan.sigmas, jnp.float32)
+  sigma = history.context_sigma(sigmas[level], sigmas[level + 1])
+  head, tail = -(-min(history.sink, slots) // k), -(-slots // k) + 1
+  order = jnp.concatenate([jnp.arange(head), n - tail + jnp.arange(tail)])
+  fits = (jnp.arange(head + tail) < head) | (order >= head)
+
+  def block(new: Cache, inputs):
+    m, fits = inputs
+    positions = prims.frames_of(jnp.maximum(m, 0), history)
+    places = jnp.minimum(caches.slots_of(positions, slots, history.sink), slots - 1)
+    there = (cache.position[places] == positions) & fits
+    levels = jnp.where(positions < first * k, 0.0, sigma)
+    past, mask = _past(plan, new, positions, positions[:0])
+    own = there[None] | jnp.eye(k, dtype=bool)
+    x = shown[:, places]
+    _, kv = forward(
+      x,
+      jnp.broadcast_to(levels[None], x.shape[:2]),
+      positions,
+      mask=jnp.concatenate([mask, own], axis=1),
+      past=past,
+    )
+    places = jnp.where(there, places, slots)
+    kv = jax.tree.map(lambda old, leaf: _put(old, leaf, places, axis=2), new.kv, kv)
+    return Cache(kv, _put(new.position, positions, places, axis=0)), None
+
+  blank = Cache(jax.tree.map(jnp.zeros_like, cache.kv), jnp.full_like(cache.position, -1))
+  return jax.lax.scan(block, blank, (order, fits))[0]

@@ -1,0 +1,254 @@
+"""What many generations share: a model's weights on the devices of a layout, and the programs that
+move a pipe on, compiled once.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+import numpy as np
+
+from hiar_jax.errors import UserError
+from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.method import History
+from hiar_jax.models import dit
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.rollout import tick as pipes
+from hiar_jax.rollout.noise import Task, block_noise
+from hiar_jax.rollout.tick import Pipe, Plan
+from hiar_jax.streaming import layout as layouts
+from hiar_jax.streaming.layout import Layout
+from hiar_jax.types import Block, Key, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to stream. None: as the model has it.
+
+  layout: devices; None: as many as can be used. window, sink: latent frames. sink_place: `true`,
+  the sink's true distance (as published), or `carried` along with the window.
+  """
+
+  layout: Layout | None = None
+  window: int | None = None
+  sink: int | None = None
+  sink_place: str = "true"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Of a model, what a stream needs. texts: prompts -> [n l d], as the network reads them;
+  identity: differs where a number would differ.
+
+  size: latent height and width. key: of the noise. history: as it was trained.
+  """
+
+  config: DiTConfig
+  history: History
+  sigmas: tuple[float, ...]
+  params: Params
+  key: Key
+  size: tuple[int, int]
+  texts: Callable[[Sequence[str]], np.ndarray]
+  identity: str
+
+  @staticmethod
+  def of(model: StudentModel) -> "Parts":
+    e, run = model.experiment, model.run
+    size = e.latent_sizes
+
+    def texts(prompts: Sequence[str]) -> np.ndarray:
+      model.prepare_texts(list(prompts))
+      return np.asarray(run.task.embed(model.texts(list(prompts))))
+
+    return Parts(
+      e.student_dit,
+      e.history,
+      tuple(float(sigma) for sigma in run.sigmas),
+      model.params(),
+      jax.random.fold_in(jax.random.key(e.seed), 3),
+      (size["height"], size["width"]),
+      texts,
+      model.identity,
+    )
+
+
+class Engine:
+  """See the module's docstring.
+
+  Raises UserError where the method cannot be streamed, or the layout does not fit.
+  """
+
+  def __init__(
+    self,
+    model: StudentModel | Parts,
+    options: Options | None = None,
+    devices=None,
+    compiler_options: dict | None = None,
+  ):
+    """devices: those to use, default all; compiler_options: XLA's, for those who measure or
+    test.
+    """
+    self.compiler_options = compiler_options
+    self.parts = model if isinstance(model, Parts) else Parts.of(model)
+    self.options = options = options or Options()
+    self.plan = Plan(_history(self.parts.history, options), self.parts.sigmas, options.sink_place)
+    levels, config, height = self.plan.levels, self.parts.config, self.parts.size[0]
+    devices = list(jax.devices() if devices is None else devices)
+    self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
+    self.layout.check(levels, config, height)
+    self.mesh: Mesh = self.layout.mesh(devices)
+    self.params = jax.device_put(self.parts.params, layouts.of_params(self.parts.params, self.mesh))
+
+  @functools.cached_property
+  def main(self) -> "Programs":
+    return Programs(self, self.plan)
+
+  @functools.cached_property
+  def head(self) -> "Programs | None":
+    """What makes a clean sink before all else; None where the method has none."""
+    if not self.plan.history.clean_sink:
+      return None
+    plain = dataclasses.replace(self.plan.history, sink_level="history")
+    return Programs(self, dataclasses.replace(self.plan, history=plain))
+
+  @property
+  def whole(self) -> NamedSharding:
+    """On every device."""
+    return layouts.whole(self.mesh)
+
+  @property
+  def head_blocks(self) -> int:
+    """Blocks of a clean sink."""
+    return self.plan.history.clean_sink // self.plan.history.block
+
+  def text(self, prompt: str) -> jax.Array:
+    """[1 l d], on every device."""
+    return jax.device_put(np.asarray(self.parts.texts([prompt])), self.whole)
+
+  def warm(self, prompt: str) -> None:
+    """Compiles now what would else be compiled in the midst of a video."""
+    text = self.text(prompt)
+    for programs in filter(None, (self.head, self.main)):
+      pipe = programs.start(text[None], np.zeros(1, np.int32))
+      pipe = programs.show_again(pipe, text, np.zeros(self.plan.levels, bool))
+      jax.block_until_ready(programs.tick(pipe, text, False))
+
+
+class Programs:
+  """Compiled for one plan: `start`, `tick` and `show_again` of rollout.pipe, with the weights in
+  place.
+  """
+
+  def __init__(self, engine: Engine, plan: Plan):
+    self.engine, self.plan = engine, plan
+
+  def jit(self, function, **options):
+    return jax.jit(function, compiler_options=self.engine.compiler_options, **options)
+
+  def network(self, params: Params):
+    # a frame's may lie on several devices
+    config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
+    return functools.partial(dit.bind, config, params)
+
+  def noise(self, pipe: Pipe):
+    c, (height, width) = self.engine.parts.config, self.engine.parts.size
+    block = Task(
+      encode=None,
+      embed=None,
+      negative=None,
+      frames=self.plan.history.block,
+      height=height,
+      width=width,
+      channels=c.channels,
+    )
+    return block_noise(pipe.key, pipe.seed, self.plan.history, block)
+
+  def empty(self, text: jax.Array, seed: jax.Array) -> Pipe:
+    """Traced; text [b l d]."""
+    parts, history = self.engine.parts, self.plan.history
+    height, width = parts.size
+    return pipes.empty(
+      self.plan,
+      parts.config,
+      text,
+      parts.key,
+      seed,
+      frames=history.window + history.block,
+      height=height,
+      width=width,
+    )
+
+  @functools.cached_property
+  def shardings(self) -> Pipe:
+    return layouts.of_pipe(self.plan.fused, self.engine.mesh)
+
+  def abstract(self, text: jax.ShapeDtypeStruct) -> Pipe:
+    """The shapes of a pipe, and where they lie."""
+    shapes = jax.eval_shape(self.empty, text, jax.ShapeDtypeStruct((text.shape[0],), jnp.int32))
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      shapes,
+      self.shardings,
+    )
+
+  @functools.cached_property
+  def _start(self):
+    def start(params, texts, seed, given):
+      pipe = self.empty(texts[0], seed)
+      return (
+        pipe if given is None else pipes.give(self.plan, self.network(params), pipe, given, texts)
+      )
+
+    return self.jit(start, out_shardings=self.shardings)
+
+  def start(self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None) -> Pipe:
+    """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d],
+    one for each given block, or one.
+    """
+    with jax.set_mesh(self.engine.mesh):
+      return self._start(self.engine.params, texts, jnp.asarray(seed, jnp.int32), given)
+
+  @functools.cached_property
+  def compiled_tick(self):
+    """tick(params, pipe, text, anew) -> (pipe, block), jitted; the old pipe's memory is reused."""
+
+    def tick(params, pipe, text, anew):
+      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, anew)
+
+    return self.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
+
+  def tick(self, pipe: Pipe, text: jax.Array, anew: bool) -> tuple[Pipe, Block]:
+    with jax.set_mesh(self.engine.mesh):
+      return self.compiled_tick(self.engine.params, pipe, text, np.bool_(anew))
+
+  @functools.cached_property
+  def _show_again(self):
+    def again(params, pipe, text, due):
+      return pipes.show_again(self.plan, self.network(params), pipe, text, due)
+
+    return self.jit(again, donate_argnums=1, out_shardings=self.shardings)
+
+  def show_again(self, pipe: Pipe, text: jax.Array, due: np.ndarray) -> Pipe:
+    """due: [s]"""
+    with jax.set_mesh(self.engine.mesh):
+      return self._show_again(self.engine.params, pipe, text, due)
+
+
+def _history(history: History, options: Options) -> History:
+  """The model's, with what is to be otherwise; a stream has no end, so it needs a window."""
+  changes = {
+    name: getattr(options, name)
+    for name in ("window", "sink")
+    if getattr(options, name) is not None
+  }
+  history = dataclasses.replace(history, **changes)
+  if not history.window:
+    raise UserError(
+      "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
+      "latent frames, as window=21"
+    )
+  return history

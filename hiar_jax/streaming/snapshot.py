@@ -1,0 +1,91 @@
+"""A generation on disk: its arrays by Orbax, and beside them the facts that say what they are.
+
+Checkpoints of one step each: written under another name and renamed, with checksums, the one before
+removed only then.
+"""
+
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.checkpoints import training_state
+from hiar_jax.checkpoints.training_state import Checkpoints
+from hiar_jax.errors import UserError
+from hiar_jax.rollout.tick import Plan
+from hiar_jax.types import PyTree
+
+
+def write(
+  directory: str | os.PathLike, arrays: PyTree, facts: dict[str, Any], decoder: PyTree
+) -> None:
+  """Returns when it is on disk."""
+  leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
+  with Checkpoints(directory, keep=1, config=facts) as checkpoints:
+    step = (checkpoints.latest_step() or 0) + 1
+    checkpoints.save(
+      step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True
+    )
+
+
+def facts(directory: str | os.PathLike) -> dict[str, Any]:
+  """Raises UserError where no generation is saved."""
+  path = pathlib.Path(directory)
+  if not path.is_dir() or not any(entry.name.isdigit() for entry in path.iterdir()):
+    raise UserError(f"{directory} holds no saved generation; check the path")
+  found = training_state.load_config(directory)
+  if not {"identity", "options", "prompts", "block"} <= found.keys():
+    raise UserError(f"{directory} holds a checkpoint, but not of a generation; check the path")
+  return found
+
+
+def read(directory: str | os.PathLike, facts: dict[str, Any], abstract: PyTree) -> PyTree:
+  with Checkpoints(directory, keep=1, config=facts) as checkpoints:
+    return checkpoints.restore(abstract)[1]
+
+
+def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:
+  """The leaves of the decoder's state, in order; None where there was none."""
+  leaves = training_state.load_params(directory).get("decoder")
+  return None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
+
+
+def check_identity(directory: str | os.PathLike, facts: dict[str, Any], identity: str) -> None:
+  if facts["identity"] != identity:
+    raise UserError(
+      f"{directory} was saved by another model ({facts['identity']}; this one is {identity}): its "
+      "weights, sizes, levels, history or text "
+      "encoder differ; give the model that made it"
+    )
+
+
+def check_options(
+  directory: str | os.PathLike, facts: dict[str, Any], here: dict[str, Any]
+) -> None:
+  """here: `options` of the engine that is to go on."""
+  lines = [
+    f"{name} = {there}, here {here[name]}"
+    for name, there in facts["options"].items()
+    if here[name] != there
+  ]
+  if lines:
+    raise UserError(
+      f"{directory} was saved with other options ({'; '.join(lines)}); use those that it was "
+      "saved with"
+    )
+
+
+def options(plan: Plan) -> dict[str, Any]:
+  """Those that change a number; the layout does not."""
+  return {"window": plan.history.window, "sink": plan.history.sink, "sink_place": plan.sink_place}
+
+
+def shape(array: jax.Array) -> dict[str, Any]:
+  return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def abstract(shape: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(tuple(shape["shape"]), shape["dtype"], sharding=sharding)

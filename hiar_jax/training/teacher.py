@@ -1,0 +1,61 @@
+"""The teacher: bidirectional flow matching with caption dropout, so that it can be guided."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
+from hiar_jax.models import dit
+from hiar_jax.rollout.noise import Task
+from hiar_jax.training.state import (
+  Training,
+  TrainState,
+  descend,
+  example_keys,
+  example_normal,
+  update_ema,
+)
+from hiar_jax.types import Batch, Mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Training):
+  """shift: of the training levels; caption_dropout: rate of examples trained on the empty
+  prompt.
+  """
+
+  shift: float = 5.0
+  caption_dropout: float = 0.1
+
+
+def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
+  """step(state, batch {video, tokens, index, start where places are embedded}, mean) -> (state,
+  metrics).
+  """
+
+  optimizer = config.optimizer()
+
+  def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(state.key, state.step)
+
+    def loss(params, part):
+      keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["index"]))
+      dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
+      text = task.embed(jnp.where(dropped[:, None], 0, part["tokens"]))
+      x0 = task.encode(part)
+      sigma = sample_sigma(keys[:, 1], config.shift)
+      eps = example_normal(keys[:, 2], x0.shape[1:])
+      return flow_matching(
+        dit.bind(model, params, text, part.get("start")), x0, eps, sigma
+      ).mean(), {}
+
+    params, opt_state, metrics = descend(
+      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+    )
+    averaged = update_ema(state.ema, params, state.step, config)
+    return state.replace(
+      step=state.step + 1, params=params, ema=averaged, opt_state=opt_state
+    ), metrics
+
+  return step

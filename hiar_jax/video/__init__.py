@@ -1,0 +1,1 @@
+"""Files that people watch: ours and those of others."""

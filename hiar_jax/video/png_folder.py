@@ -1,0 +1,47 @@
+"""Frames as pictures in a directory: 000000.png, 000001.png, ..."""
+
+import os
+import pathlib
+
+import numpy as np
+
+from hiar_jax.errors import UserError
+from hiar_jax.video.mp4 import checked_frames, explained, write_png
+
+
+class PNGFolder:
+  """Writes frames uint8 [n, H, W, 3], each picture whole or not at all. keep: goes on after the
+  first `keep`; what follows is removed.
+
+  Raises UserError where there are pictures already (without `keep`), or too few of them.
+  """
+
+  def __init__(self, path: str | os.PathLike, *, keep: int | None = None):
+    self.path, self.frames = pathlib.Path(path), keep or 0
+    with explained(self.path):
+      self.path.mkdir(parents=True, exist_ok=True)
+      there = sorted(entry for entry in self.path.glob("*.png") if entry.stem.isdigit())
+    if there and keep is None:
+      raise UserError(
+        f"{self.path} holds {len(there)} pictures already; give another directory, or empty it"
+      )
+    if keep is not None and [int(entry.stem) for entry in there[:keep]] != list(range(keep)):
+      raise UserError(
+        f"{self.path} does not hold the first {keep} pictures; restore them, or start a new video"
+      )
+    for entry in there[self.frames :]:
+      entry.unlink()
+
+  def write(self, frames: np.ndarray) -> None:
+    for frame in checked_frames(self.path, frames):
+      write_png(self.path / f"{self.frames:06d}.png", frame)
+      self.frames += 1
+
+  def close(self) -> None:
+    """Every picture is on the disk already."""
+
+  def __enter__(self) -> "PNGFolder":
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self.close()

@@ -1,0 +1,43 @@
+"""The benchmark of training updates, at a size of which the numbers say nothing."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers import tiny_run
+
+
+@pytest.mark.slow
+def test_every_stage_is_timed(tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.train",
+    "--config=experiments/shapes.py:smoke",
+    "--updates=3",
+  ]
+  done = subprocess.run(
+    command,
+    cwd=tiny_run.ROOT,
+    env=tiny_run.environment(tmp_path / "compiled"),
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0 and "not finite" not in done.stderr, done.stderr
+  found = json.loads(done.stdout)
+  assert list(found["stages"]) == ["teacher", "causal_init", "critic", "generator"]
+  for stage in found["stages"].values():
+    assert (
+      0
+      < stage["update_s"]["p5"]
+      <= stage["update_s"]["median"]
+      <= stage["update_s"]["p95"]
+      < stage["compile_s"]
+    )
+    assert (
+      stage["clips_per_s"] == pytest.approx(stage["batch"] / stage["update_s"]["median"], rel=0.05)
+      and stage["peak_bytes"] > 2**20
+    )
+  assert found["hardware"]["devices"] == 1 and found["versions"]["jax"]

@@ -1,0 +1,106 @@
+"""The patch autoencoder: as good as a linear one can be, the same every time, and of unit size
+inside.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax.components import patch_pca
+from hiar_jax.components.patch_pca import PatchCodecConfig
+from hiar_jax.errors import UserError
+
+
+def clips(n: int = 3, size: int = 16) -> np.ndarray:
+  """Smooth moving pictures in [-1, 1], whose patches have a spread of variances."""
+  rng = np.random.default_rng(0)
+  y, x, t = np.meshgrid(np.arange(size), np.arange(size), np.arange(4), indexing="ij")
+  waves = [
+    np.sin(0.3 * a * x + 0.4 * b * y + 0.7 * t + c)[..., None] * rng.normal(size=3)
+    for a, b, c in rng.normal(size=(6 * n, 3))
+  ]
+  video = np.stack([sum(waves[6 * i : 6 * i + 6]) for i in range(n)])
+  return np.clip(np.moveaxis(video, 3, 1) / 5, -1, 1).astype(np.float32)
+
+
+def test_patches_are_cut_row_by_row():
+  video = np.arange(2 * 1 * 4 * 6 * 3).reshape(2, 1, 4, 6, 3)
+  cut = patch_pca.patches(video, 2)
+  assert cut.shape == (2, 1, 2, 3, 12)
+  np.testing.assert_array_equal(cut[1, 0, 1, 2], video[1, 0, 2:4, 4:6].reshape(-1))
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_no_linear_code_of_its_size_is_better(whitening):
+  """Its error is that of numpy's singular values that are left out (Eckart and Young)."""
+  video = clips()
+  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7, whitening=whitening))
+  rows = patch_pca.patches(video, 4).reshape(-1, 48).astype(np.float64)
+  singular = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
+  best = (singular[7:] ** 2).sum() / rows.size
+  assert best > 1e-4  # the test means something
+  through = patch_pca.decode(codec, patch_pca.encode(codec, jnp.asarray(video)))
+  assert ((np.asarray(through) - video) ** 2).mean() == pytest.approx(best, rel=1e-3)
+
+
+def test_with_all_components_nothing_is_lost():
+  video = clips()
+  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=48))
+  through = patch_pca.decode(codec, patch_pca.encode(codec, jnp.asarray(video)))
+  np.testing.assert_allclose(through, video, atol=1e-4)
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_latents_have_unit_variance_spread_as_asked(whitening):
+  video = clips()
+  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7, whitening=whitening))
+  latents = np.asarray(patch_pca.encode(codec, jnp.asarray(video))).reshape(-1, 7)
+  variances = latents.var(0)
+  np.testing.assert_allclose(latents.mean(0), 0, atol=1e-3)
+  assert variances.mean() == pytest.approx(1, rel=1e-3)
+  rows = patch_pca.patches(video, 4).reshape(-1, 48).astype(np.float64)
+  true = np.linalg.svd(rows - rows.mean(0), compute_uv=False)[:7] ** 2
+  np.testing.assert_allclose(
+    variances / variances[0], (true / true[0]) ** (1 - whitening), rtol=1e-2
+  )
+
+
+def test_the_basis_is_orthonormal_and_its_signs_are_fixed():
+  """The largest entry of a component is positive, so that two machines fit the same codec."""
+  video = clips()
+  one = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7))
+  basis = np.asarray(one.basis)
+  np.testing.assert_allclose(basis.T @ basis, np.eye(7), atol=1e-5)
+  assert (basis[np.abs(basis).argmax(0), np.arange(7)] > 0).all()
+  again = patch_pca.fit(video.copy(), PatchCodecConfig(patch=4, channels=7))
+  for name in ("mean", "basis", "scale"):
+    np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
+
+
+def test_a_picture_of_one_colour_is_not_divided_by_nothing():
+  video = np.full((2, 3, 8, 8, 3), 0.25, np.float32)
+  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=5))
+  latents = patch_pca.encode(codec, jnp.asarray(video))
+  assert np.isfinite(latents).all()
+  np.testing.assert_allclose(patch_pca.decode(codec, latents), video, atol=1e-5)
+
+
+def test_bytes_come_back():
+  video = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16, 1).repeat(3, -1)
+  unit = patch_pca.to_unit(jnp.asarray(video))
+  assert float(unit.min()) == -1 and float(unit.max()) == 1
+  np.testing.assert_array_equal(patch_pca.to_uint8(unit), video)
+  np.testing.assert_array_equal(patch_pca.to_uint8(np.array([-3.0, 3.0, 0.0039])), [0, 255, 128])
+
+
+@pytest.mark.parametrize(
+  "fields, message",
+  [
+    ({"patch": 4, "channels": 49}, "codec.channels = 49: a patch of 4 x 4 pixels has 48 numbers"),
+    ({"patch": 0}, "patch = 0: expected at least 1"),
+    ({"channels": 0}, "channels = 0: expected at least 1"),
+  ],
+)
+def test_sizes_that_cannot_be(fields, message):
+  with pytest.raises(UserError, match=message):
+    PatchCodecConfig(**fields)

@@ -1,0 +1,336 @@
+"""From the command line to frozen dataclasses; every way to get it wrong is one line and exit
+status 2.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Literal
+
+from ml_collections import ConfigDict
+import pytest
+
+from hiar_jax import files
+from hiar_jax.config import command_line as configs
+from hiar_jax.errors import UserError
+
+EXPERIMENT = """
+from ml_collections import ConfigDict, config_dict
+
+def get_config(variant=""):
+  c = ConfigDict()
+  c.width = 8
+  c.levels = (1.0, 0.5)
+  c.name = "plain"
+  c.remat = False
+  c.distill = ConfigDict(dict(lr=1e-3, ema=config_dict.placeholder(float)))
+  if variant == "smoke":
+    c.width = 2
+  elif variant == "broken":
+    c.distil.lr = 1.0
+  elif variant:
+    raise ValueError(f"no variant {variant!r}")
+  return c
+"""
+
+JOB = """
+import sys
+from hiar_jax import files
+from hiar_jax.config import command_line as config
+from hiar_jax.errors import UserError
+
+def main(c, workdir):
+  if workdir == "taken":
+    raise UserError("the workdir is\\n  taken")
+  if workdir == "locked":
+    c.distill.lrr = 1.0
+  if workdir == "bug":
+    raise ValueError("a bug")
+  print(workdir, c.to_json())
+
+config.run(main)
+"""
+
+TOOL = """
+from absl import flags
+from hiar_jax import files
+from hiar_jax.config import command_line as config
+
+FRAMES = flags.DEFINE_integer("frames", 9, "")
+config.run_flags(lambda: print(FRAMES.value))
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+  """Runs an entry point in a directory that holds shapes.py; -> (exit status, stdout, stderr)."""
+  (tmp_path / "shapes.py").write_text(EXPERIMENT)
+  root = str(pathlib.Path(__file__).parents[2])
+
+  def run(*arguments, code=JOB):
+    code = f"import sys; sys.path.insert(0, {root!r})\n{code}"
+    command = [sys.executable, "-W", "error", "-c", code, *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    return result.returncode, result.stdout, result.stderr
+
+  return run
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def test_variant_and_overrides_reach_main(job):
+  overrides = [
+    "--config.distill.lr=1",
+    "--config.levels=(1.0, 0.7)",
+    "--config.remat",
+    "--config.distill.ema=0.9",
+  ]
+  status, out, err = job("--config=shapes.py:smoke", "--workdir=runs/a", *overrides)
+  workdir, text = out.split(" ", 1)
+  assert (status, workdir, err) == (0, "runs/a", "")
+  assert json.loads(text) == {
+    "width": 2,
+    "levels": [1.0, 0.7],
+    "name": "plain",
+    "remat": True,
+    "distill": {"lr": 1.0, "ema": 0.9},
+  }
+
+
+GOOD = ["--config=shapes.py", "--workdir=w"]
+BAD_INPUT = {
+  "a mistyped key": (
+    [*GOOD, "--config.distill.lrr=1"],
+    "--config.distill.lrr: the config shapes.py has no such key; did you mean 'distill.lr'?",
+  ),
+  "a mistyped group": (
+    [*GOOD, "--config.distil.lr", "1"],
+    "--config.distil.lr: the config shapes.py has no such key",
+  ),
+  "a float for an int": ([*GOOD, "--config.width=1.5"], "--config.width=1.5: expected int, as 8"),
+  "a word for a float": (
+    [*GOOD, "--config.distill.lr=fast"],
+    "--config.distill.lr=fast: expected float, as 0.001",
+  ),
+  "a word for a bool": (
+    [*GOOD, "--config.remat=maybe"],
+    "--config.remat=maybe: expected bool, as False",
+  ),
+  "a word for an empty float": (
+    [*GOOD, "--config.distill.ema=x"],
+    "--config.distill.ema=x: expected float",
+  ),
+  "half a tuple": (
+    [*GOOD, "--config.levels=(1,"],
+    "--config.levels=(1,: expected tuple, as (1.0, 0.5)",
+  ),
+  "a value for a group": (
+    [*GOOD, "--config.distill=3"],
+    "--config.distill=3: expected no value: it is a group, of ",
+  ),
+  "an index into a tuple": ([*GOOD, "--config.levels[0]=3"], "0 is not a valid index"),
+  "a file that is not there": (
+    ["--config=shape.py", "--workdir=w"],
+    "--config=shape.py: there is no file 'shape.py'; did you mean 'shapes.py'?",
+  ),
+  "a variant that is not there": (
+    ["--config=shapes.py:tiny", "--workdir=w"],
+    "--config=shapes.py:tiny: shapes.py:16: ValueError: no variant 'tiny'",
+  ),
+  "a config file with a typo": (
+    ["--config=shapes.py:broken", "--workdir=w"],
+    "--config=shapes.py:broken: shapes.py:14: AttributeError: distil; Did you mean",
+  ),
+  "no config": (
+    ["--workdir=w"],
+    "--config is missing; give a config file, as --config=experiments/shapes.py",
+  ),
+  "no workdir": (["--config=shapes.py"], "--workdir is missing; give the run a directory"),
+  "an override without a config": (
+    ["--config.width=3"],
+    "--config.width overrides a config, but --config is missing",
+  ),
+  "an override before its config": (
+    ["--config.width=3", *GOOD],
+    "Found --config.width=3 in argv before a value for",
+  ),
+  "an unknown flag": (
+    [*GOOD, "--wrkdir=w"],
+    "Unknown command line flag 'wrkdir'. Did you mean: workdir ?",
+  ),
+  "a stray word": ([*GOOD, "smoke"], "unexpected argument 'smoke'; flags are written --name=value"),
+  "a user error below": (["--config=shapes.py", "--workdir=taken"], "the workdir is taken"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(job, case):
+  arguments, message = BAD_INPUT[case]
+  status, out, err = job(*arguments)
+  assert (status, out) == (2, "")
+  assert len(err.splitlines()) == 1 and err.startswith("error: ")
+  assert message in err
+
+
+def test_a_bug_keeps_its_traceback(job):
+  status, _, err = job("--config=shapes.py", "--workdir=bug")
+  assert status == 1 and "Traceback" in err and "ValueError: a bug" in err
+
+
+def test_notes_of_libraries_are_shown_on_request(job):
+  code = (
+    "from absl import logging\nfrom hiar_jax.config import command_line\n"
+    "command_line.run_flags(lambda: logging.info('a note'))"
+  )
+  assert job(code=code) == (0, "", "")
+  assert "a note" in job("--verbosity=0", code=code)[2]
+
+
+def test_a_tool_has_its_own_flags(job):
+  assert job("--frames=3", code=TOOL) == (0, "3\n", "")
+  status, _, err = job("--frames=three", code=TOOL)
+  assert status == 2 and len(err.splitlines()) == 1 and "flag --frames=three" in err
+
+
+def test_main_cannot_add_a_key(job):
+  status, _, err = job("--config=shapes.py", "--workdir=locked")
+  assert status == 1 and "locked" in err and "lrr" in err
+
+
+# -------------------------------------------------------------------------------------------- build
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  frames: int
+  sink: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  width: int
+  lr: float
+  levels: tuple[float, ...]
+  window: Window
+  order: Literal["step_first", "block_first"] = "step_first"
+  teacher: Window | None = None
+  dtype: object = None
+
+
+def good() -> dict:
+  return {"width": 8, "lr": 1, "levels": (1.0, 0.5), "window": {"frames": 3}}
+
+
+@pytest.mark.parametrize("wrap", [dict, ConfigDict])
+def test_build_fills_the_dataclass_and_those_inside(wrap):
+  model = configs.build(Model, wrap({**good(), "teacher": {"frames": 5, "sink": 1}}), dtype=float)
+  assert model == Model(8, 1, (1.0, 0.5), Window(3), teacher=Window(5, 1), dtype=float)
+  assert isinstance(model.levels, tuple)
+
+
+def test_build_reads_back_its_own_json():
+  model = configs.build(Model, good())
+  assert configs.build(Model, json.loads(json.dumps(configs.to_json(model)))) == model
+
+
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"widht": 8}, r"^Model has no field 'widht'; did you mean 'width'\?$"),
+    (
+      {"window": {"frames": 3, "sinks": 1}},
+      r"^Model\.window has no field 'sinks'; did you mean 'sink'\?$",
+    ),
+    (
+      {"window": {"sink": 1}},
+      r"^Model\.window needs a field 'frames' \(int\); the config gives sink$",
+    ),
+    ({"width": 1.5}, r"^Model\.width: expected int, got 1\.5$"),
+    ({"levels": ("a",)}, r"^Model\.levels: expected tuple\[float, \.\.\.\], got \('a',\)$"),
+    (
+      {"order": "both"},
+      r"^Model\.order: expected Literal\['step_first', 'block_first'\], got 'both'$",
+    ),
+    ({"window": 3}, r"^Model\.window: expected Window, got 3$"),
+  ],
+)
+def test_build_refuses_what_does_not_fit(change, message):
+  with pytest.raises(UserError, match=message):
+    configs.build(Model, {**good(), **change})
+
+
+def test_build_names_a_missing_field():
+  given = good()
+  del given["lr"]
+  with pytest.raises(
+    UserError, match=r"^Model needs a field 'lr' \(float\); the config gives width, levels, window$"
+  ):
+    configs.build(Model, given)
+
+
+# ------------------------------------------------------------------------------ the resolved config
+
+
+def test_difference_names_the_fields():
+  stored = {"width": 8, "levels": (1.0,), "window": {"frames": 3}, "old": 1}
+  given = {"width": 16, "levels": [1.0], "window": {"frames": None}, "new": {}}
+  assert configs.difference(stored, stored) == []
+  assert configs.difference(stored, given) == [
+    "old: 1 -> (none)",
+    "width: 8 -> 16",
+    "window.frames: 3 -> null",
+  ]
+  assert configs.difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
+
+
+def test_a_workdir_remembers_its_config(tmp_path):
+  c = ConfigDict({"width": 8, "levels": (1.0, 0.5), "log": {"every": 10}})
+  workdir = tmp_path / "runs" / "a"
+  assert configs.read_resolved(workdir) is None
+  configs.check_workdir(c, workdir)  # a new one takes any
+  configs.save_resolved(c, workdir)
+  assert [path.name for path in workdir.iterdir()] == ["config.json"]
+  assert configs.read_resolved(workdir) == {"width": 8, "levels": [1.0, 0.5], "log": {"every": 10}}
+  configs.check_workdir(c, workdir)
+  c.log.every = 20
+  configs.check_workdir(c, workdir)  # how often it logs does not change a run
+  c.width, c.levels = 16, (1.0,)
+  message = (
+    r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; "
+    r"width: 8 -> 16\); use "
+  )
+  with pytest.raises(UserError, match=message):
+    configs.check_workdir(c, workdir)
+  with pytest.raises(UserError, match="log.every: 10 -> 20"):
+    configs.check_workdir(c, workdir, ignore=("width", "levels"))
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"width": ')
+  with pytest.raises(
+    UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
+  ):
+    configs.check_workdir(ConfigDict({"width": 8}), tmp_path)
+
+
+def test_what_json_cannot_hold_is_refused():
+  with pytest.raises(UserError, match="a config holds numbers, .* got set"):
+    configs.to_json(ConfigDict({"names": {"a"}}))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
+  path = tmp_path / "config.json"
+  files.write_atomic(path, b"old")
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(files.os, call, fail)
+  with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
+    files.write_atomic(path, b"new")
+  assert path.read_bytes() == b"old"
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,249 @@
+"""A folder of real H.264 files: what can be used is used at the right time and size, the rest is
+named.
+"""
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from hiar_jax.data import tfds_builder, video_folder
+from hiar_jax.errors import UserError
+from hiar_jax.video import video_file
+from hiar_jax.video.video_file import Sampling
+
+SAMPLING = Sampling(frames=5, height=32, width=48, fps=8, stride=5)
+
+
+def _write(
+  path, seconds=2.0, fps=24, size=(64, 48), codec="libx264", pictures=None, options=None, rotation=0
+):
+  """A film whose red rises from 0 to 250 with time; green marks the left half, blue the top
+  half.
+  """
+  width, height = size
+  count = round(seconds * fps)
+  with av.open(str(path), "w", options=options or {}) as container:
+    stream = container.add_stream(
+      codec, rate=fps, options={"g": "12", "crf": "10"} if codec == "libx264" else {}
+    )
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    if rotation:
+      stream.set_display_rotation(rotation)
+    for i in range(count):
+      image = np.zeros((height, width, 3), np.uint8)
+      image[..., 0] = 250 * (i / fps) / seconds
+      image[:, : width // 2, 1] = 200
+      image[: height // 2, :, 2] = 200
+      container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+    container.mux(stream.encode())
+  return path
+
+
+def _prepare(directory, folder, **changes):
+  video_folder.prepare(
+    directory, folder, **{"frames": 5, "height": 32, "width": 48, "fps": 8, **changes}
+  )
+
+
+def _reds(clips):
+  """Of the lower right corner, where there is nothing but red."""
+  return np.concatenate([c[:, 28, 44, 0].astype(float) for c in clips])
+
+
+@pytest.mark.parametrize(
+  "fps, size", [(24, (64, 48)), (30, (90, 160)), (5, (200, 40)), (8, (48, 32)), (60, (32, 32))]
+)
+def test_frames_are_those_on_screen(tmp_path, fps, size):
+  """Two seconds at any frame rate and size are 16 frames at 8 a second, each the picture shown at
+  its time.
+  """
+  path = _write(tmp_path / "a.mp4", 2.0, fps, size)
+  sampling = Sampling(4, 32, 48, 8, 4)
+  assert video_file.count_clips(path, sampling) == 4
+  clips = list(video_file.clips(path, sampling))
+  assert len(clips) == 4 and all(c.shape == (4, 32, 48, 3) and c.dtype == np.uint8 for c in clips)
+  times = np.floor(np.arange(16) / 8 * fps + 1e-6) / fps
+  np.testing.assert_allclose(_reds(clips), 250 * times / 2, atol=6)
+  # The crop is centred: the halves still meet in the middle.
+  frame = clips[-1][-1].astype(int)
+  assert (frame[:, :20, 1] > 150).all() and (frame[:, 28:, 1] < 60).all()
+  assert (frame[:12, :, 2] > 150).all() and (frame[20:, :, 2] < 60).all()
+
+
+def test_uneven_timestamps(tmp_path):
+  """A film that holds its third picture for a second: the clock counts, not the pictures."""
+  path = tmp_path / "a.mkv"
+  with av.open(str(path), "w") as container:
+    stream = container.add_stream("libx264", rate=10, options={"crf": "10"})
+    stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+    for i, tick in enumerate([0, 1, 2, 12, 13, 14]):
+      frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 40 * i, np.uint8), format="rgb24")
+      frame.pts = tick
+      container.mux(stream.encode(frame))
+    container.mux(stream.encode())
+  clips = list(video_file.clips(path, Sampling(15, 48, 64, 10, 15)))
+  np.testing.assert_allclose(clips[0][:, 5, 5, 0], [0, 40] + [80] * 10 + [120, 160, 200], atol=4)
+
+
+@pytest.mark.parametrize("rotation, turns", [(90, 1), (-90, -1), (180, 2)])
+def test_a_phone_held_upright(tmp_path, rotation, turns):
+  """The container says how far to turn the picture, counterclockwise, in degrees."""
+  path = _write(tmp_path / "a.mp4", 1.0, 8, (64, 48), rotation=rotation)
+  height, width = (64, 48) if rotation % 180 else (48, 64)
+  clip = next(video_file.clips(path, Sampling(5, height, width, 8, 5)))
+  flat = next(
+    video_file.clips(_write(tmp_path / "b.mp4", 1.0, 8, (64, 48)), Sampling(5, 48, 64, 8, 5))
+  )
+  np.testing.assert_allclose(clip.astype(int), np.rot90(flat, turns, axes=(1, 2)), atol=3)
+
+
+def test_stride_overlaps_clips(tmp_path):
+  path = _write(tmp_path / "a.mp4", 2.0, 24)
+  clips = list(video_file.clips(path, Sampling(5, 32, 48, 8, 2)))
+  assert len(clips) == video_file.count_clips(path, Sampling(5, 32, 48, 8, 2)) == 6
+  np.testing.assert_array_equal(clips[0][2:], clips[1][:3])
+  skipping = Sampling(2, 32, 48, 8, 7)
+  assert len(list(video_file.clips(path, skipping))) == video_file.count_clips(path, skipping) == 3
+
+
+def _shorten(path, size):
+  path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+  """Three good films of different make, and one of every kind that cannot be used."""
+  folder = tmp_path_factory.mktemp("mixed")
+  _write(folder / "good.mp4", 2.0, 24)
+  _write(folder / "tall.mov", 1.5, 30, (90, 160))
+  (folder / "deeper").mkdir()
+  _write(folder / "deeper" / "old.mkv", 1.0, 12, (128, 72), codec="mpeg4")
+  for name in ("cut", "ends"):
+    _write(folder / f"{name}.mp4", 2.0, 30, (96, 64), options={"movflags": "faststart"})
+  with av.open(str(folder / "ends.mp4")) as container:
+    ends = [p.pos + p.size for p in container.demux(video=0) if p.size]
+  _shorten(folder / "cut.mp4", ends[30] - 20)  # in the middle of a picture
+  _shorten(folder / "ends.mp4", ends[30])  # between two
+  damaged = bytearray((folder / "good.mp4").read_bytes())
+  start = damaged.find(b"mdat") + 1500
+  damaged[start : start + 1000] = np.random.default_rng(0).bytes(1000)
+  (folder / "damaged.mp4").write_bytes(damaged)
+  (folder / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+  (folder / "empty.mp4").touch()
+  _write(folder / "short.mp4", 0.5, 24)
+  _write(folder / "silent.mp4", 1.0, 24)
+  _write(folder / "blank.mp4", 1.0, 24)
+  for name in ("good", "tall", "deeper/old", "cut", "ends", "damaged", "noise", "empty", "short"):
+    (folder / f"{name}.txt").write_text(f" the film\n{name} \n")
+  (folder / "blank.txt").write_text(" \n")
+  (folder / "notes.md").write_text("not a video")
+  return folder
+
+
+def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
+  _prepare(tmp_path, mixed)
+  said = [r.getMessage() for r in caplog.records if "skipped" in r.getMessage()]
+  *lines, summary = said
+  reasons = {line.split()[1].rstrip(":"): line for line in lines}
+  expected = {
+    "cut.mp4": "",
+    "damaged.mp4": "",
+    "ends.mp4": "cut off: 31 of 60",
+    "noise.mp4": "Invalid data",
+    "empty.mp4": "Invalid data",
+    "short.mp4": "too short: 4 frames at 8",
+    "silent.mp4": "no caption in silent.txt",
+    "blank.mp4": "no caption in blank.txt",
+  }
+  assert set(reasons) == set(expected)
+  for name, reason in expected.items():
+    assert reason in reasons[name] and "\n" not in reasons[name]
+  assert "3 of 11 videos used, 8 skipped, 6 clips" in summary
+  source = tfds_builder.open_source(tmp_path)
+  captions = [r["caption"].decode() for r in source]
+  assert captions == ["the film deeper/old"] + ["the film good"] * 3 + ["the film tall"] * 2
+  assert [int(r["start"]) for r in source] == [0, 0, 5, 10, 0, 5]
+  assert all(r["video"].shape == (5, 32, 48, 3) for r in source)
+  np.testing.assert_allclose(
+    _reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6
+  )
+
+
+def test_preparing_again_needs_no_folder_and_says_what_changed(tmp_path, caplog):
+  folder, directory = tmp_path / "films", tmp_path / "data"
+  folder.mkdir()
+  _write(folder / "a.mp4")
+  (folder / "a.txt").write_text("a film")
+  _prepare(directory, folder)
+  stamps = {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+  _prepare(directory, folder)
+  assert not caplog.records
+  (folder / "b.mp4").touch()
+  _prepare(directory, folder)
+  assert "has changed since" in caplog.text
+  (folder / "b.mp4").unlink()
+  (folder / "a.mp4").unlink()
+  (folder / "a.txt").unlink()
+  folder.rmdir()
+  _prepare(directory, folder)
+  assert stamps == {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+  with pytest.raises(UserError, match="fps=8.*fps=16"):
+    _prepare(directory, folder, fps=16)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_names_files_and_captions(tmp_path, kind):
+  folder = tmp_path / "films"
+  folder.mkdir()
+  for name in ("a", "b", "unlisted"):
+    _write(folder / f"{name}.mp4", 1.0, 12)
+  rows = [("./b.mp4", 'one, "two"'), ("a.mp4", "first"), ("gone.mp4", "lost")]
+  if kind == "jsonl":
+    text = "".join(json.dumps({"file": f, "caption": c}) + "\n" for f, c in rows) + "\n"
+  else:
+    text = "\ufefffile,caption\n" + "".join(
+      '{},"{}"\n'.format(f, c.replace('"', '""')) for f, c in rows
+    )
+  (folder / f"metadata.{kind}").write_text(text, encoding="utf-8")
+  _prepare(tmp_path / "data", folder)
+  assert [r["caption"].decode() for r in tfds_builder.open_source(tmp_path / "data")] == [
+    "first",
+    'one, "two"',
+  ]
+
+
+@pytest.mark.parametrize(
+  "name, text, message",
+  [
+    (
+      "metadata.jsonl",
+      '{"file": "a.mp4", "caption": "x"}\n{"file_name": "b.mp4"}\n',
+      "row 2: .*found file_name",
+    ),
+    ("metadata.jsonl", '["a.mp4"]\n', "row 1: .*found list"),
+    ("metadata.jsonl", "{file: a}\n", "cannot be read"),
+    ("metadata.csv", "video,caption\na.mp4,x\n", "found video, caption"),
+  ],
+)
+def test_bad_metadata_is_one_clear_line(tmp_path, name, text, message):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(UserError, match=message) as error:
+    _prepare(tmp_path / "data", tmp_path)
+  assert "\n" not in str(error.value)
+
+
+def test_nothing_usable_is_one_clear_line(tmp_path):
+  with pytest.raises(UserError, match="is not a folder"):
+    _prepare(tmp_path / "data", tmp_path / "nowhere")
+  (tmp_path / "films").mkdir()
+  with pytest.raises(UserError, match="no video files there"):
+    _prepare(tmp_path / "data", tmp_path / "films")
+  (tmp_path / "films" / "a.mp4").write_bytes(b"not a film")
+  (tmp_path / "films" / "a.txt").write_text("a film")
+  with pytest.raises(UserError, match=r"all 1 were skipped, the first as a\.mp4: Invalid data"):
+    _prepare(tmp_path / "data", tmp_path / "films")
+  with pytest.raises(UserError, match="fps=0"):
+    _prepare(tmp_path / "data", tmp_path / "films", fps=0)
+  assert not (tmp_path / "data").exists()

@@ -1,0 +1,288 @@
+"""A run so small that compiling it is what takes time: every stage in seconds.
+
+Shared by the tests of the whole chain.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import runpy
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from hiar_jax.checkpoints import training_state
+from hiar_jax.data import tfds_builder
+from hiar_jax.training.log import read
+from hiar_jax.video.mp4 import read_mp4
+
+ROOT = pathlib.Path(__file__).parents[2]
+STAGES = ("teacher", "causal_init", "distill")
+
+TINY = {
+  "data.clips": 16,
+  "data.size": 16,
+  "data.frames": 4,
+  "history.block": 2,
+  "history.window": 4,
+  "codec.channels": 8,
+  "text.dim": 8,
+  "text.length": 12,
+  "model.dim": 16,
+  "model.ffn_dim": 16,
+  "model.num_layers": 1,
+  "model.num_heads": 1,
+  "model.freq_dim": 16,
+  "teacher.steps": 6,
+  "teacher.batch": 4,
+  "trajectories.count": 6,
+  "trajectories.batch": 4,
+  "trajectories.steps": 4,
+  "causal_init.steps": 4,
+  "causal_init.batch": 4,
+  "distill.steps": 6,
+  "distill.batch": 4,
+  "distill.critic_updates": 2,
+  "sample.count": 3,
+  "sample.measure": 3,
+  "sample.batch": 2,
+  "log.every": 1,
+  "log.checkpoint_every": 2,
+  "log.preview_every": 100,
+}
+
+
+def make_config(**changes):
+  """The config as a ConfigDict, for tests in this process; names with __ for dots."""
+  config = runpy.run_path(str(ROOT / "experiments" / "shapes.py"))["get_config"]("smoke")
+  config.update_from_flattened_dict(
+    {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+  )
+  return config
+
+
+def arguments(
+  workdir, *extra: str, config: str = "experiments/shapes.py:smoke", **changes
+) -> list[str]:
+  """The command line of the tiny run; `changes` as in make_config."""
+  overrides = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+  return [
+    f"--config={config}",
+    f"--workdir={workdir}",
+    *(f"--config.{k}={v}" for k, v in overrides.items()),
+    *extra,
+  ]
+
+
+def environment(cache: pathlib.Path, devices: int = 1) -> dict[str, str]:
+  """Compiles little and once: what one process has compiled the next ones read."""
+  return {
+    **os.environ,
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PYTHONPATH": str(ROOT),
+  }
+
+
+class Chain:
+  """Runs `python -m hiar_jax.train` in processes of its own; `straight` is the workdir of one that
+  nobody disturbed.
+  """
+
+  def __init__(self, directory: pathlib.Path):
+    self.directory, self.cache = directory, directory / "compiled"
+
+  def python(self, *command: str, devices: int = 1) -> subprocess.CompletedProcess:
+    return subprocess.run(
+      [sys.executable, *command],
+      cwd=ROOT,
+      env=environment(self.cache, devices),
+      capture_output=True,
+      text=True,
+      timeout=900,
+    )
+
+  def train(
+    self, workdir, *extra: str, die: str = "", devices: int = 1, **changes
+  ) -> subprocess.CompletedProcess:
+    """die: see VICTIM."""
+    start = ["-c", VICTIM, die] if die else ["-m", "hiar_jax.train"]
+    return self.python(*start, *arguments(workdir, *extra, **changes), devices=devices)
+
+  @functools.cached_property
+  def straight(self) -> pathlib.Path:
+    done = self.train(self.directory / "straight")
+    assert done.returncode == 0, done.stderr
+    return self.directory / "straight"
+
+  def commands(
+    self, cases: list[tuple[str, list[str]]], devices: int = 1
+  ) -> list[tuple[int, str, str]]:
+    """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process
+    that has imported jax.
+    """
+    done = subprocess.run(
+      [sys.executable, "-W", "ignore", "-c", FORKS],
+      cwd=ROOT,
+      env=environment(self.cache, devices),
+      input=json.dumps(cases),
+      capture_output=True,
+      text=True,
+      timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def chain(directory: pathlib.Path) -> Chain:
+  """One for all test modules of a session (directory: tmp_path_factory.getbasetemp())."""
+  return Chain(directory)
+
+
+# Trains, and comes to grief at a chosen moment: `open:teacher/checkpoints/2:3` is SIGKILL when the
+# third file whose path holds `teacher/checkpoints/2` is opened (os.rename: when a file gets its
+# name); `step::7` is SIGTERM before the end of update 7.
+VICTIM = """
+import os, runpy, signal, sys
+
+event, part, count = sys.argv[1].split(":")
+left = int(count)
+
+def strike(number):
+  global left
+  left -= 1
+  if left == 0:
+    os.kill(os.getpid(), number)
+
+def audit(name, args):
+  if name == event and part in "".join(str(a) for a in args):
+    strike(signal.SIGKILL)
+
+if event == "step":
+  from hiar_jax.preemption import Preemption
+  ask = Preemption.requested
+  Preemption.requested = lambda self, step: strike(signal.SIGTERM) or ask(self, step)
+else:
+  sys.addaudithook(audit)
+sys.argv = sys.argv[1:]
+runpy.run_module("hiar_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+FORKS = """
+import json, os, runpy, sys, tempfile
+import hiar_jax.train, hiar_jax.generate
+
+def run(module, arguments):
+  out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+  sys.stdout.flush()
+  child = os.fork()
+  if not child:
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.argv, status = [module, *arguments], 1
+    try:
+      runpy.run_path(module.replace(".", "/") + ".py", run_name="__main__")
+      status = 0
+    except SystemExit as end:
+      status = int(end.code or 0)
+    except BaseException:
+      import traceback
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  texts = []
+  for file in (out, err):
+    file.seek(0)
+    texts.append(file.read().decode())
+  return status, *texts
+
+json.dump([run(*case) for case in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
+  """Every array of a checkpoint's `state`, by its path."""
+
+  def read(manager, step):
+    tree = training_state._check_tree(manager, step, "state", None)
+    return training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
+
+  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read)
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves
+  }
+
+
+def numbers(leaf: jax.Array) -> np.ndarray:
+  """An array's numbers, also of a random key."""
+  return np.asarray(
+    jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+  )
+
+
+def log(workdir, stage: str | None = None) -> list[dict]:
+  """The records of numbers in metrics.jsonl, without their times."""
+  records = read(pathlib.Path(workdir) / "logs" / "metrics.jsonl", stage)
+  return [
+    {name: value for name, value in record.items() if name != "time"}
+    for record in records
+    if "scalars" in record
+  ]
+
+
+def trajectories(workdir) -> tuple[np.ndarray, list[bytes]]:
+  source = tfds_builder.open_source(pathlib.Path(workdir) / "trajectories")
+  records = [source[i] for i in range(len(source))]
+  return np.stack([r["trajectory"] for r in records]), [r["caption"] for r in records]
+
+
+def videos(workdir) -> dict[str, np.ndarray]:
+  """Name -> frames of the videos of stage `sample`."""
+  return {
+    path.name: read_mp4(path)[0]
+    for path in sorted((pathlib.Path(workdir) / "sample").glob("*.mp4"))
+  }
+
+
+def assert_same_arrays(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+  assert a.keys() == b.keys()
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def assert_same_run(a, b, steps={"teacher": 6, "causal_init": 4, "distill": 6}) -> None:  # noqa: B006
+  """Bit for bit: every stage's whole state, the log, the trajectories, the videos and what was
+  measured on them.
+  """
+  a, b = pathlib.Path(a), pathlib.Path(b)
+  assert log(a) == log(b)
+  for stage, step in steps.items():
+    assert_same_arrays(state(a, stage, step), state(b, stage, step))
+  (points_a, captions_a), (points_b, captions_b) = trajectories(a), trajectories(b)
+  np.testing.assert_array_equal(points_a, points_b)
+  assert captions_a == captions_b
+  assert_same_arrays(videos(a), videos(b))
+  for name in ("config.json", "data/codec.npz", "sample/metrics.json", "sample/contact_sheet.png"):
+    assert (a / name).read_bytes() == (b / name).read_bytes(), name
+  assert not [*a.rglob("*.tmp"), *a.rglob("*orbax-checkpoint-tmp*"), *a.rglob("*.damaged")]
+
+
+def files(workdir) -> dict[str, tuple[int, int]]:
+  """Path -> (size, time of change) of everything below a directory."""
+  root = pathlib.Path(workdir)
+  found = sorted(p for p in root.rglob("*") if p.is_file())
+  return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in found}

@@ -1,0 +1,73 @@
+"""A run of the shapes world of which nothing has been trained, to generate and to stream with."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from hiar_jax.components import wan
+from hiar_jax.components.patch_pca import PatchCodec
+from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.models import dit
+from hiar_jax.training.run import CODEC, open_run
+from tests.helpers import tiny
+
+PROMPT, SEED = "a red circle moving left", 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiles_quickly():
+  """These programs run once."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+class Untrained(StudentModel):
+  """A run of which nothing has been trained: random weights."""
+
+  identity = "untrained"
+
+  @functools.cached_property
+  def _params(self):
+    shapes = jax.eval_shape(lambda: dit.init(self.experiment.dit, jax.random.key(0)))
+    leaves, tree = jax.tree.flatten(shapes)
+    scale = lambda leaf: 1.5 / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 4)
+    return tree.unflatten(
+      scale(leaf) * tiny.random(i, *leaf.shape) for i, leaf in enumerate(leaves)
+    )
+
+  def params(self):
+    return self._params
+
+
+def untrained(directory, config) -> StudentModel:
+  run = open_run(config, directory, save=False)
+  pixels, channels = 3 * run.experiment.codec.patch**2, run.experiment.codec.channels
+  codec = PatchCodec(
+    np.zeros(pixels, np.float32),
+    np.eye(pixels, channels, dtype=np.float32),
+    np.ones(channels, np.float32),
+  )
+  wan.save_codec(run.directory("data") / CODEC, codec)
+  return Untrained(run, "", "distill")
+
+
+def generated(model: StudentModel, blocks: int, given: np.ndarray | None = None) -> np.ndarray:
+  """The new blocks' latents, as `hiar_jax.generate` has them."""
+  start = [] if given is None else [given]
+  frames = 0 if given is None else given.shape[1]
+  with jax.set_mesh(model.run.mesh):
+    generate = model.generator(blocks * model.experiment.history.block, frames)
+    latents = generate(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *start)
+  return np.asarray(latents)[:, frames:]
+
+
+def frames(chunks):
+  return np.concatenate([chunk.frames for chunk in chunks])
+
+
+def assert_same_pixels(a, b):
+  # rounding may fall on the other side
+  assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1

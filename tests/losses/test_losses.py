@@ -1,0 +1,252 @@
+"""Each loss against its formula in float64, and where its gradient may not go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax import flow
+from hiar_jax.losses import critic, dmd, flow_matching, forward_kl, trajectory
+from hiar_jax.method import History
+from tests.helpers import tiny
+
+X, EPS = tiny.video(1, 4), tiny.video(2, 4)
+SIGMA = jnp.asarray([0.3, 0.8])
+ROW = History(block=2, window=0)
+LEVELS = jnp.asarray(tiny.SIGMAS)
+POINTS = tiny.random(3, tiny.BATCH, LEVELS.size, 4, tiny.HEIGHT, tiny.WIDTH, 2)
+
+
+def linear(slope, offset=0.0):
+  """v = slope x + offset sigma; sees its own frame alone."""
+
+  def forward(x, sigma, positions, mask=None, past=None):
+    del positions, mask, past
+    return slope * x + offset * flow.align(sigma, x), None
+
+  return forward
+
+
+def never(*_, **__):
+  raise AssertionError("this network was called")
+
+
+def wide(sigma):
+  return np.asarray(sigma, np.float64)[:, None, None, None, None]
+
+
+def mean(errors) -> np.ndarray:
+  return np.mean(np.square(errors), axis=(1, 2, 3, 4))
+
+
+def noised():
+  return (1 - wide(SIGMA)) * X + wide(SIGMA) * EPS
+
+
+# -- flow matching and the critic
+
+
+@pytest.mark.parametrize("loss", [flow_matching.flow_matching, critic.critic])
+def test_velocity_regression(loss):
+  expected = mean(0.7 * noised() + 0.2 * wide(SIGMA) - (EPS.astype(np.float64) - X))
+  np.testing.assert_allclose(
+    loss(linear(0.7, 0.2), jnp.asarray(X), EPS, SIGMA), expected, rtol=1e-5
+  )
+
+
+def test_flow_matching_takes_a_level_per_frame():
+  sigma = np.linspace(0.1, 0.9, 8, dtype=np.float32).reshape(2, 4)
+  s = sigma.astype(np.float64)[..., None, None, None]
+  expected = mean(0.7 * ((1 - s) * X + s * EPS) - (EPS.astype(np.float64) - X))
+  loss = flow_matching.flow_matching(linear(0.7), X, EPS, jnp.asarray(sigma))
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+def test_flow_matching_passes_the_mask_on():
+  mask, seen = np.eye(4, dtype=bool), []
+
+  def forward(x, sigma, positions, mask=None):
+    seen.append(mask)
+    return x, None
+
+  flow_matching.flow_matching(forward, X, EPS, SIGMA, mask)
+  assert seen[0] is mask
+
+
+def test_the_critic_does_not_train_the_generator():
+  gradient = jax.grad(lambda x: critic.critic(linear(0.7), x, EPS, SIGMA).sum())(jnp.asarray(X))
+  assert not np.asarray(gradient).any()
+  teacher = jax.grad(lambda x: flow_matching.flow_matching(linear(0.7), x, EPS, SIGMA).sum())(
+    jnp.asarray(X)
+  )
+  assert np.asarray(teacher).any()
+
+
+def test_drawn_levels_are_shifted_then_clamped():
+  keys = jax.random.split(jax.random.key(0), 200)
+  plain = np.asarray(flow_matching.sample_sigma(keys, 1.0))
+  assert 0 <= plain.min() < 0.1 and 0.9 < plain.max() <= 1 and len(set(plain.tolist())) == 200
+  shifted = np.asarray(flow_matching.sample_sigma(keys, 5.0, 0.3, 0.9))
+  np.testing.assert_allclose(shifted, np.clip(5 * plain / (1 + 4 * plain), 0.3, 0.9), rtol=1e-5)
+
+
+# -- distribution matching
+
+
+def dmd_reference(guidance: float) -> np.ndarray:
+  x_t, s = noised(), wide(SIGMA)
+  x0 = lambda slope: x_t - s * slope * x_t
+  real = x0(0.4) + guidance * (x0(0.4) - x0(-0.3))
+  return (x0(0.9) - real) / np.mean(np.abs(X - real), axis=(1, 2, 3, 4), keepdims=True)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 3.0])
+def test_dmd_gradient(guidance):
+  negative = linear(-0.3) if guidance else never
+  gradient = dmd.dmd_gradient(linear(0.9), linear(0.4), negative, X, EPS, SIGMA, guidance)
+  expected = dmd_reference(guidance)
+  np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_dmd_gradient_of_a_perfect_sample_is_finite():
+  zero = jnp.zeros_like(X)
+  assert np.isfinite(
+    dmd.dmd_gradient(linear(0.0), linear(0.0), never, zero, zero, SIGMA, 0.0)
+  ).all()
+
+
+def test_dmd_surrogate_hands_the_gradient_to_x():
+  gradient = tiny.video(4, 4)
+  loss, slope = jax.value_and_grad(lambda x: dmd.dmd(x, gradient).sum())(jnp.asarray(X))
+  np.testing.assert_allclose(loss, 0.5 * mean(gradient.astype(np.float64)).sum(), rtol=1e-5)
+  np.testing.assert_allclose(slope, gradient / X[0].size, rtol=0, atol=1e-6)
+
+
+def test_dmd_trains_neither_score_and_x_through_the_surrogate_alone():
+  def loss(x, fake, real, negative):
+    gradient = dmd.dmd_gradient(linear(fake), linear(real), linear(negative), x, EPS, SIGMA, 3.0)
+    return dmd.dmd(x, gradient).sum()
+
+  slope, *scores = jax.grad(loss, argnums=(0, 1, 2, 3))(jnp.asarray(X), 0.9, 0.4, -0.3)
+  assert [float(score) for score in scores] == [0, 0, 0]
+  expected = dmd_reference(3.0) / X[0].size
+  np.testing.assert_allclose(slope, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# -- regression on trajectories
+
+
+def test_points_at_levels():
+  levels = np.asarray([[0, 0, 2, 2], [3, 3, 1, 1]])
+  picked = np.asarray(trajectory.at_levels(jnp.asarray(POINTS), jnp.asarray(levels)))
+  for b in range(2):
+    for f in range(4):
+      np.testing.assert_array_equal(picked[b, f], POINTS[b, levels[b, f], f])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_drawn_level_indices(shared):
+  keys = jax.random.split(jax.random.key(1), 40)
+  drawn = np.asarray(trajectory.sample_levels(keys, 3, 6, 2, shared))
+  assert drawn.shape == (40, 6) and set(drawn.ravel().tolist()) == {0, 1, 2}
+  blocks = drawn.reshape(40, 3, 2)
+  assert (blocks[..., 0] == blocks[..., 1]).all()
+  assert (blocks[:, 0] == blocks[:, 1]).all() == shared
+
+
+def test_trajectory():
+  levels = np.asarray([[0, 0, 2, 2], [1, 1, 1, 1]])
+  x = np.take_along_axis(POINTS, levels[:, None, :, None, None, None], axis=1)[:, 0].astype(
+    np.float64
+  )
+  s = tiny.SIGMAS.astype(np.float64)[levels][..., None, None, None]
+  expected = mean(x - s * 0.7 * x - POINTS[:, -1])
+  loss = trajectory.trajectory(linear(0.7), jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, ROW)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["output", "clean", "input"])
+def test_trajectory_shows_what_the_rollout_will_show(level):
+  """The forwards that it makes: which points at which levels are context, and which are noisy."""
+  levels = np.asarray([[0, 0, 2, 2], [1, 1, 0, 0]])
+  calls = []
+
+  def forward(x, sigma, positions, mask=None, past=None):
+    calls.append((np.asarray(x), np.asarray(sigma), past))
+    return 0.7 * x, "kv of the context"
+
+  row = History(block=2, window=0, level=level, gradient="attached")
+  loss = trajectory.trajectory_with_history(
+    forward, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row
+  )
+  pick = lambda index: np.take_along_axis(POINTS, index[:, None, :, None, None, None], axis=1)[:, 0]
+  noisy, s = pick(levels), tiny.SIGMAS[levels]
+  np.testing.assert_allclose(calls[-1][0], noisy)
+  np.testing.assert_allclose(calls[-1][1], s)
+  np.testing.assert_allclose(
+    loss, mean(noisy - s[..., None, None, None] * 0.7 * noisy - POINTS[:, -1]), rtol=1e-5
+  )
+  if level == "input":
+    assert len(calls) == 1
+    return
+  shown = levels + 1 if level == "output" else np.full_like(levels, 3)
+  np.testing.assert_allclose(calls[0][0], pick(shown)[:, :2])  # the last block is shown to nobody
+  np.testing.assert_allclose(calls[0][1], tiny.SIGMAS[shown][:, :2])
+  assert calls[-1][2] == "kv of the context"
+
+
+# -- forward-KL
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_forward_kl_forms(step):
+  x, x_next, end = (POINTS[:, i].astype(np.float64) for i in (step, step + 1, -1))
+  sigma, lower = (float(tiny.SIGMAS[i]) for i in (step, step + 1))
+  v, chord = 0.7 * x + 0.2 * sigma, (x_next - x) / (lower - sigma)
+  expected = {
+    "velocity": mean(v - chord),
+    "x0": sigma**2 * mean(v - chord),
+    "end": mean(x - sigma * v - end),
+  }
+  for target in forward_kl.TARGETS:
+    loss = forward_kl.forward_kl(
+      linear(0.7, 0.2), jnp.asarray(POINTS), step, LEVELS, ROW, target=target
+    )
+    np.testing.assert_allclose(loss, expected[target], rtol=1e-4)
+
+
+def test_forward_kl_with_the_teachers_own_levels():
+  """Chord and its x0 at the levels where the points lie, the student asked at its own."""
+  step, own = 1, np.asarray([1.0, 0.95, 0.7, 0.0])
+  x, x_next = (POINTS[:, i].astype(np.float64) for i in (step, step + 1))
+  sigma, v = float(tiny.SIGMAS[step]), 0.7 * x
+  chord = (x_next - x) / (own[2] - own[1])
+  loss = forward_kl.forward_kl(
+    linear(0.7),
+    jnp.asarray(POINTS),
+    step,
+    LEVELS,
+    ROW,
+    target="x0",
+    point_sigmas=jnp.asarray(own, jnp.float32),
+  )
+  np.testing.assert_allclose(loss, mean((x - sigma * v) - (x - own[1] * chord)), rtol=1e-4)
+
+
+def test_forward_kl_attention():
+  """Bidirectional by default; causal only where asked for."""
+  masks = {}
+
+  def forward(x, sigma, positions, mask=None):
+    masks[attention] = mask
+    return x, None
+
+  for attention in forward_kl.ATTENTIONS:
+    forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW, attention=attention)
+  assert masks["bidirectional"] is None
+  np.testing.assert_array_equal(
+    masks["causal"], np.kron(np.tri(2, dtype=bool), np.ones((2, 2), bool))
+  )
+  attention = "default"
+  forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW)
+  assert masks["default"] is None

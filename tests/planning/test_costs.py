@@ -1,0 +1,284 @@
+"""What a video would cost: counted by hand, against the loops as they run, the compiler's count,
+and the published sizes.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax.errors import UserError
+from hiar_jax.method import History
+from hiar_jax.models import dit, vae
+from hiar_jax.models.vae_tiling import Tiling
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.planning import costs
+from hiar_jax.planning.costs import Forward, Request
+from hiar_jax.rollout import image_to_video, sample
+from hiar_jax.rollout.past import ring as caches
+from tests.helpers import tiny
+
+SMALL = dit.DiTConfig(
+  dim=64, ffn_dim=160, num_heads=4, num_layers=3, channels=4, text_dim=24, freq_dim=32
+)
+LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+ROWS = {
+  "hiar": History(block=2, window=4),
+  "hiar_sink": History(block=2, window=6, sink=2),
+  "clean_sink": History(block=2, window=6, sink=4, sink_level="clean"),
+  "self_aligned": History(
+    block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
+  ),
+  "self_forcing": History(block=2, window=4, order="block_first", level="clean"),
+}
+
+
+def small(**changes):
+  return Request(
+    **{
+      "dit": SMALL,
+      "history": ROWS["hiar"],
+      "levels": 3,
+      "frames": 6,
+      "height": 4,
+      "width": 6,
+      "text": 8,
+      "dtype": "float32",
+      "vae": None,
+      "umt5": None,
+      **changes,
+    }
+  )
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("given", [0, 1, 4])
+@pytest.mark.parametrize("frames", [4, 8])
+def test_forwards_are_those_that_run(name, given, frames):
+  """The loops of the rollout itself, unrolled in Python around a network that counts its calls."""
+  row, calls = ROWS[name], {}
+
+  def forward(x, sigma, positions, mask=None, past=None):
+    key = (x.shape[1], mask.shape[1])
+    calls[key] = calls.get(key, 0) + 1
+    kv = jnp.zeros((2, tiny.BATCH, x.shape[1], 1, 1, 2))
+    return x, dit.KV(kv, kv)
+
+  request = small(
+    dit=tiny.TOY_CONFIG,
+    history=row,
+    frames=frames,
+    given=given,
+    height=tiny.HEIGHT,
+    width=tiny.WIDTH,
+  )
+  cache = caches.empty(
+    tiny.TOY_CONFIG,
+    row,
+    batch=tiny.BATCH,
+    frames=given + frames,
+    height=tiny.HEIGHT,
+    width=tiny.WIDTH,
+  )
+  noise = lambda level, n: jnp.zeros((tiny.BATCH, 2, tiny.HEIGHT, tiny.WIDTH, 2))
+  start, blocks = jnp.asarray(tiny.video(0, given)) if given else None, frames // 2
+  with jax.disable_jit():
+    if given == 1:
+      image_to_video.rollout(forward, noise, cache, jnp.asarray(tiny.SIGMAS), row, blocks, start)
+    else:
+      sample.rollout(forward, noise, cache, jnp.asarray(tiny.SIGMAS), row, blocks, given=start)
+  expected = {}
+  for call in costs.forwards(request):
+    expected[call.frames, call.keys] = expected.get((call.frames, call.keys), 0) + call.count
+  assert calls == expected
+
+
+@pytest.mark.slow
+def test_flops_are_the_compilers():
+  """Of one forward with all layers written out, since the compiler counts a loop's body once."""
+  config = dataclasses.replace(SMALL, dim=256, ffn_dim=640, unroll=3)
+  tokens, text = config.tokens(8, 12), 8
+  for frames, past in ((2, 4), (3, 0), (1, 9)):
+    kv = jax.ShapeDtypeStruct((3, 1, past, tokens, 4, config.head_dim), jnp.float32)
+
+    def forward(params, text, x, kv, past=past, frames=frames):
+      mask = jnp.ones((frames, past + frames), bool)
+      past_kv = dit.KV(kv, kv) if past else None
+      return dit.bind(config, params, text)(
+        x, jnp.float32(0.5), jnp.arange(frames) + past, mask=mask, past=past_kv
+      )
+
+    shapes = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+    texts, x = (
+      jax.ShapeDtypeStruct((1, text, 24), jnp.float32),
+      jax.ShapeDtypeStruct((1, frames, 8, 12, 4), jnp.float32),
+    )
+    counted = jax.jit(forward).lower(shapes, texts, x, kv).compile().cost_analysis()["flops"]
+    by_hand = costs.forward_flops(config, tokens, frames, frames + past, text)
+    assert by_hand == pytest.approx(counted, rel=0.05)
+    assert by_hand < counted  # norms, softmax and gates are not in it
+
+
+@pytest.mark.parametrize(
+  "config, parameters, flops",
+  [(dit.DiTConfig(), 1_418_996_800, 41e12), (LARGE, 14_288_491_584, 240e12)],
+)
+def test_the_published_sizes(config, parameters, flops):
+  """In a second, allocating nothing.
+
+  One forward of a block at 480x832 that sees 21 frames: 12 TFLOP of products and 28 of attention.
+  """
+  begin = time.process_time()
+  found = costs.make(
+    Request(config, History(), levels=4, frames=21, height=60, width=104), compile=False
+  )
+  assert time.process_time() - begin < 20
+  assert (
+    found.parts["DiT"].parameters == parameters
+    and found.parts["DiT"].bytes == 2 * parameters == found.weights
+  )
+  assert (
+    found.parts["VAE"].parameters == 126_892_531 and found.parts["UMT5"].parameters == 5_680_910_336
+  )
+  assert (found.tokens_frame, found.tokens_block, found.blocks) == (1560, 4680, 7)
+  assert found.cache == 2 * 18 * 1560 * config.dim * config.num_layers * 2 + 18 * 4
+  assert found.forwards == (Forward(4, 3, 21), Forward(24, 6, 24))
+  assert costs.forward_flops(config, 1560, 3, 21, 512) == pytest.approx(flops, rel=0.05)
+  assert found.flops_video == pytest.approx(7 * found.flops_block)
+  assert found.compiled == {} and "nothing was compiled" in found.note
+  assert found.floor > found.weights + found.cache
+
+
+@pytest.mark.slow
+def test_compiled_memory_is_that_of_the_program():
+  """Arguments are weights, text and seeds; a cache twice as wide costs as much more of the
+  temporary memory.
+  """
+  narrow, wide = (
+    costs.make(small(history=History(block=2, window=w), frames=24, height=8, width=12))
+    for w in (4, 20)
+  )
+  weights = narrow.parts["DiT"].bytes
+  assert narrow.weights == weights
+  generate_ = narrow.compiled["generate"]
+  assert generate_.arguments == pytest.approx(weights + 8 * 24 * 4 + 4, rel=0.01)
+  assert generate_.outputs == 24 * 8 * 12 * 4 * 4
+  assert wide.compiled["generate"].temporary - generate_.temporary > wide.cache - narrow.cache
+  assert narrow.floor < generate_.total and wide.floor < wide.compiled["generate"].total
+
+
+def test_devices_share_what_is_sharded():
+  config = dataclasses.replace(SMALL, dim=1024, ffn_dim=1024, num_heads=4)
+  request = small(dit=config, batch=4)
+  alone = costs.make(request, compile=False)
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+  spread = costs.make(request, mesh)
+  assert spread.devices == 4 and alone.devices == 1
+  assert alone.weights / 4 < spread.weights < alone.weights / 3  # small leaves are everywhere
+  arguments = spread.compiled["generate"].arguments
+  assert arguments == pytest.approx(spread.weights + 8 * 24 * 4, rel=0.01)
+  assert spread.floor < alone.floor / 3
+  # three videos are not split over four devices
+  odd = costs.make(small(dit=config, batch=3), mesh, compile=False)
+  assert odd.floor - odd.weights > 2 * (spread.floor - spread.weights)
+
+
+@pytest.mark.slow
+def test_decoding_is_planned_as_it_runs():
+  """One video at a time, its frames over the devices, or in tiles on one."""
+  config = vae.VAEConfig(
+    dim=8,
+    z_dim=4,
+    dim_mult=(1, 1),
+    num_res_blocks=1,
+    temporal_downsample=(True,),
+    latents_mean=(0.0,) * 4,
+    latents_std=(1.0,) * 4,
+  )
+  mesh = make_mesh(MeshConfig(data=4, fsdp=1), jax.devices()[:4])
+  request = small(vae=config, frames=2, height=32, width=48)
+  decode = lambda request, mesh=None: costs.make(request, mesh).compiled["decode"]
+  whole, spread = decode(request), decode(request, mesh)
+  assert decode(dataclasses.replace(request, batch=2)).total == whole.total
+  assert (
+    spread.arguments < 0.3 * whole.arguments
+    and spread.outputs < 0.3 * whole.outputs
+    and spread.flops < 0.5 * whole.flops
+  )
+  assert decode(dataclasses.replace(request, tiling=Tiling(8, 2))).temporary < 0.5 * whole.temporary
+
+
+@pytest.mark.slow
+def test_a_picture_and_a_continuation_can_be_planned():
+  for given in (1, 4):
+    found = costs.make(small(given=given))
+    assert found.compiled["generate"].outputs == (given + 6) * 4 * 6 * 4 * 4
+
+
+def test_what_is_said():
+  found = costs.make(
+    Request(dit.DiTConfig(), History(), levels=4, frames=21, height=60, width=104), compile=False
+  )
+  text = found.text()
+  for part in (
+    "DiT: 1.419 billion parameters, 2.64 GiB",
+    "VAE: 0.127 billion",
+    "UMT5: 5.681 billion parameters, 10.6 GiB",
+    "blocks: 7, 4680 tokens each (1560 a latent frame)",
+    "forwards: 28 (4 of 3 frames on 21, 24 of 6 frames on 24)",
+    "FLOPs: 328.5 T a block, 2.299 P the video",
+    "KV cache: 4.82 GiB",
+    "memory of each of 1 cpu device: at least ",
+  ):
+    assert part in text, text
+  assert len(text.splitlines()) <= 10 and dataclasses.asdict(found)["tokens_block"] == 4680
+
+
+def test_a_kernel_for_gpus_alone_is_not_compiled_here():
+  found = costs.make(small(dit=dataclasses.replace(SMALL, attention="cudnn")))
+  assert found.compiled == {} and found.note.startswith(
+    "nothing was compiled: attention = 'cudnn' is for GPUs"
+  )
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"frames": 5}, "frames = 5 latent frames are not whole blocks of 2"),
+    ({"given": 3}, "given = 3 latent frames: expected one, or whole"),
+    ({"dtype": "float64"}, "dtype = 'float64': expected one of"),
+    ({"height": 5}, "latents of 5x6 cannot be cut into patches of 2x2"),
+    ({"levels": 0}, "levels = 0: expected at least 1"),
+  ],
+)
+def test_what_does_not_fit_together(changes, message):
+  with pytest.raises(UserError, match=message):
+    small(**changes)
+
+
+def test_memory_of_this_process():
+  from hiar_jax import peak_memory
+
+  before = peak_memory.peak()
+  held = np.ones(2**25)  # 256 MiB
+  after = peak_memory.peak()
+  assert after.process - before.process > 2**27 or after.process > 2**29
+  assert (
+    before.devices == {}
+    and "resident in this process (the cpu devices keep no count of their own)" in after.report()
+  )
+  assert (
+    peak_memory.Peak({"gpu:0": 3 * 2**30}, 2**20).report()
+    == "peak memory: 3 GiB on gpu:0; 1 MiB resident in this process"
+  )
+  assert [peak_memory.size(n) for n in (0, 1023, 1536, 200 * 2**20, 2**50)] == [
+    "0 B",
+    "1023 B",
+    "1.5 KiB",
+    "200 MiB",
+    "1024 TiB",
+  ]
+  del held

@@ -1,0 +1,240 @@
+"""The training rollout: the exit step in parallel equals the sequential one, in values and in
+gradients.
+
+The reference for gradients walks from block to block with a Python list for a cache, an entry per
+frame. The toy shows the logic; the true network's gradients are in the recordings, and below for
+attached history.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax import method
+from hiar_jax.errors import UserError
+from hiar_jax.method import History
+from hiar_jax.models.dit import KV
+from hiar_jax.rollout import exit_step
+from tests.helpers import tiny
+from tests.helpers.compiling import quick_jit
+from tests.helpers.plain_rollout import ROWS, Plain, assert_same, sees
+
+BLOCKS = 3
+DETACHED_INPUT = dataclasses.replace(ROWS["self_aligned"], gradient="detached")
+TRAINED = {
+  **{name: row for name, row in ROWS.items() if name != "hiar_clean_sink"},  # see the last test
+  "hiar_attached": History(block=2, window=0, gradient="attached"),
+  "clean_attached": History(block=2, window=4, level="clean", gradient="attached"),
+  "self_forcing_attached": History(
+    block=2, window=5, sink=1, order="block_first", level="clean", gradient="attached"
+  ),
+  "input_attached": History(block=2, window=4, level="input", gradient="attached"),
+  "self_aligned_detached": DETACHED_INPUT,
+}
+LEVELS = range(tiny.SIGMAS.size - 1)
+
+
+def _noise(row: History) -> np.ndarray:
+  return tiny.noise_table(row, BLOCKS)
+
+
+@functools.cache
+def program(row: History, stopped: bool = True):
+  """(table, exit level, weight) -> gradients of sum(x0 weight), (x0, exit_sample's); for all exit
+  levels.
+  """
+
+  def loss(params, table, level, weight):
+    cache, frozen = (
+      tiny.cache(row, BLOCKS * row.block, tiny.TOY_CONFIG),
+      tiny.toy(jax.lax.stop_gradient(params) if stopped else params),
+    )
+    arguments = tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, BLOCKS, level
+    x0 = exit_step.exit_rollout(tiny.toy(params), frozen, *arguments)
+    return jnp.sum(x0 * weight), (x0, exit_step.exit_sample(frozen, *arguments))
+
+  return functools.partial(quick_jit(jax.grad(loss, has_aux=True)), tiny.TOY_PARAMS)
+
+
+def plain_x0(row: History, level: int) -> np.ndarray:
+  return np.concatenate(
+    Plain("toy", row, BLOCKS * row.block, _noise(row)).rollout(BLOCKS, stop=level), axis=1
+  )
+
+
+def _walk(row: History, params, noisy: list, sigma, context: list, skip: int = 0) -> list:
+  """x0 of the noisy blocks >= skip, one at a time; context[m] = (latents, level) is what block m
+  shows.
+  """
+  forward, frames, outputs = tiny.toy(params), [], []
+
+  def run(n, latents, level):
+    visible = [p for p in range(len(frames)) if sees(n * row.block, p, row)]
+    past = None
+    if visible:
+      past = KV(*(jnp.concatenate([frames[p][i] for p in visible], axis=2) for i in range(2)))
+    positions = n * row.block + jnp.arange(row.block, dtype=jnp.int32)
+    return forward(latents, level, positions, past=past)
+
+  for n in range(BLOCKS):
+    if n >= skip:
+      outputs.append(noisy[n] - sigma * run(n, noisy[n], sigma)[0])
+    _, kv = run(n, *context[n])
+    kv = jax.lax.stop_gradient(kv) if row.gradient == "detached" else kv
+    frames += [(kv.k[:, :, i : i + 1], kv.v[:, :, i : i + 1]) for i in range(row.block)]
+  return outputs
+
+
+def plain_gradients(row: History, level: int, weight: np.ndarray):
+  """Of sum(x0 weight): the latents before the exit step come from the plain loops and are
+  constants.
+  """
+  table, k = _noise(row), row.block
+  plain = Plain("toy", row, BLOCKS * k, table)
+  sigma, lower = tiny.SIGMAS[level], tiny.SIGMAS[level + 1]
+  noisy, shown, head = plain.before(BLOCKS, level)
+
+  def loss(params):
+    if row.level == "input":
+      context = [(x, sigma) for x in noisy]
+    else:
+      context = [(x, lower if row.level == "output" else 0.0) for x in shown]
+    outputs = _walk(row, params, noisy, sigma, context)
+    if head:
+      clean = [(x, 0.0) for x in head] + context[len(head) :]
+      outputs = outputs[: len(head)] + _walk(row, params, noisy, sigma, clean, skip=len(head))
+    return jnp.sum(jnp.concatenate(outputs, axis=1) * weight)
+
+  return quick_jit(jax.grad(loss))(tiny.TOY_PARAMS)
+
+
+def assert_same_tree(actual, expected):
+  jax.tree.map(assert_same, actual, expected)
+
+
+def _weight(row: History) -> np.ndarray:
+  return tiny.video(31, BLOCKS * row.block)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_values_equal_plain_loops_at_every_exit_level(name):
+  row = TRAINED[name]
+  for level in LEVELS:
+    _, (x0, sample) = program(row)(_noise(row), level, _weight(row))
+    assert_same(x0, plain_x0(row, level))
+    assert_same(sample, x0)
+
+
+@pytest.mark.parametrize(
+  ("level", "name"), [(i % len(LEVELS), name) for i, name in enumerate(TRAINED)]
+)
+def test_gradients_equal_a_walk_over_blocks(name, level):
+  row, weight = TRAINED[name], _weight(TRAINED[name])
+  gradients, _ = program(row)(_noise(row), level, weight)
+  assert_same_tree(gradients, plain_gradients(row, level, weight))
+
+
+@pytest.mark.parametrize(
+  "name", ["self_aligned", "hiar_attached", "clean_attached", "input_attached"]
+)
+def test_attached_and_detached_history_differ_in_gradient_alone(name):
+  attached = TRAINED[name]
+  detached = dataclasses.replace(attached, gradient="detached")
+  results = [program(row)(_noise(row), 1, _weight(row)) for row in (attached, detached)]
+  assert_same(results[0][1][0], results[1][1][0])
+  assert (
+    np.abs(results[0][0]["value"] - results[1][0]["value"]).max()
+    > 1e-3 * np.abs(results[0][0]["value"]).max()
+  )
+
+
+@pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])
+def test_the_exit_step_alone_is_differentiated(name):
+  """Whatever the `frozen` network's parameters carry."""
+  row = TRAINED[name]
+  arguments = _noise(row), 1, _weight(row)
+  assert_same_tree(program(row, stopped=False)(*arguments)[0], program(row)(*arguments)[0])
+
+
+@pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])
+def test_a_later_block_changes_no_earlier_x0(name):
+  row, k = TRAINED[name], TRAINED[name].block
+  table = _noise(row)
+  other = table.copy()
+  other[:, 2] = 3.0
+  a, b = (np.asarray(program(row)(each, 1, _weight(row))[1][0]) for each in (table, other))
+  np.testing.assert_array_equal(a[:, : 2 * k], b[:, : 2 * k])
+  assert (a[:, 2 * k :] != b[:, 2 * k :]).any()
+
+
+# -- teacher forcing
+
+
+def _sensitivity(network: str, row: History):
+  """d x0[block 2] / d (context, noisy) of teacher forcing."""
+  make, params, _ = tiny.NETWORKS[network]
+  weight = _weight(row)[:, 2 * row.block :]
+
+  def loss(context, noisy):
+    x0 = exit_step.teacher_forcing(make(params), context, 0.5, noisy, 0.8, row)
+    return jnp.sum(x0[:, 2 * row.block :] * weight)
+
+  return quick_jit(jax.grad(loss, argnums=(0, 1)))(tiny.video(1, 6), tiny.video(2, 6))
+
+
+@pytest.mark.parametrize("network", tiny.NETWORKS)
+def test_detached_context_receives_exactly_no_gradient(network):
+  context, noisy = _sensitivity(network, History(block=2, window=0))
+  assert not np.asarray(context).any()
+  assert not np.asarray(noisy)[:, :4].any() and np.asarray(noisy)[:, 4:].any()
+
+
+def test_attached_context_receives_gradient_from_its_successors_alone():
+  context, noisy = _sensitivity("toy", History(block=2, window=0, gradient="attached"))
+  assert np.asarray(context)[:, :2].any() and np.asarray(context)[:, 2:4].any()
+  assert not np.asarray(context)[:, 4:].any()
+  assert not np.asarray(noisy)[:, :4].any()
+
+
+@pytest.mark.parametrize(("network", "per_frame"), [("toy", False), ("toy", True), ("dit", True)])
+def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_frame):
+  make, params, _ = tiny.NETWORKS[network]
+  row = History(block=2, window=5, sink=1, gradient="attached")
+  context, noisy, weight = (tiny.video(seed, 6) for seed in (1, 2, 3))
+  levels = np.linspace(0.2, 0.9, tiny.BATCH * 6, dtype=np.float32).reshape(tiny.BATCH, 6)
+  context_sigma, sigma = (
+    (levels[::-1], levels) if per_frame else (np.full_like(levels, 0.3), np.full_like(levels, 0.8))
+  )
+  positions = jnp.arange(6, dtype=jnp.int32)
+  mask = method.teacher_forcing_mask(positions, row)
+  short = (lambda level: level) if per_frame else (lambda level: level[0, 0])
+
+  def two(params):
+    x0 = exit_step.teacher_forcing(
+      make(params), context, short(context_sigma), noisy, short(sigma), row
+    )
+    return jnp.sum(x0 * weight), x0
+
+  def one(params):
+    both, both_sigma = (
+      np.concatenate([context, noisy], axis=1),
+      np.concatenate([context_sigma, sigma], axis=1),
+    )
+    v, _ = make(params)(both, both_sigma, jnp.concatenate([positions, positions]), mask=mask)
+    x0 = noisy - sigma[..., None, None, None] * v[:, 6:]
+    return jnp.sum(x0 * weight), x0
+
+  a, b = (quick_jit(jax.grad(form, has_aux=True))(params) for form in (two, one))
+  assert_same_tree(a, b)
+
+
+def test_a_clean_sink_is_trained_at_the_input_level_alone():
+  row = ROWS["hiar_clean_sink"]
+  with pytest.raises(
+    UserError, match="'clean' is trained at history.level = 'input' alone, not at 'output'"
+  ):
+    program(row)(_noise(row), 0, _weight(row))

@@ -1,0 +1,455 @@
+"""The server behind the page: what it sends, and who waits."""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+
+import numpy as np
+import pytest
+
+aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
+
+from hiar_jax import (
+  serve,
+  stream,
+)
+from hiar_jax.errors import UserError
+from hiar_jax.serving.session import Rules
+from hiar_jax.video.mp4 import read_mp4
+from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
+from tests.helpers.fake_generation import (
+  FakeDecoder,
+  expected,
+)
+from tests.helpers.served_page import FakeSource, page
+
+PROMPT = "a red circle"
+
+
+# ----------------------------------------------------------------------------------------- watching
+
+
+def test_a_video_is_watched_while_it_is_made(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.until(lambda tab: tab.is_in("idle"))
+      await one.say(do="start", prompt=PROMPT, seed=3, seconds=3)
+      await one.until(lambda tab: len(tab.video) > 1000)
+      assert one.is_in("idle", "starting", "running") and one.heard["begin"]["mime"].startswith(
+        'video/mp4; codecs="avc1.'
+      )
+      await one.until(lambda tab: tab.is_in("finished"))
+      assert one.status["target"] == 3 and 24 <= one.status["frames"] < 24 + 3
+      assert one.status["latency"] > 0 and [level["sigma"] for level in one.status["levels"]] == [
+        1.0,
+        0.94,
+        0.83,
+        0.62,
+      ]
+      await one.say(do="extend", seconds=1)
+      await one.until(lambda tab: tab.status["frames"] >= 32 and tab.is_in("finished"))
+      async with (
+        aiohttp.ClientSession() as session,
+        session.get(server.url + one.heard["begin"]["clip"]) as answer,
+      ):
+        assert answer.status == 200 and "attachment" in answer.headers["Content-Disposition"]
+        assert sum(news["say"] == "begin" for news in one.said) == 1
+        return one.video, await answer.read()
+
+  with page(tmp_path) as server:
+    seen, fetched = run(visit(server))
+  assert seen == fetched
+  (tmp_path / "seen.mp4").write_bytes(seen)
+  frames, fps, said = read_mp4(tmp_path / "seen.mp4", scale=8)
+  assert len(frames) in (33, 34, 35) and fps == 8 and said == {"prompt": PROMPT, "seed": "3"}
+  assert os.listdir(tmp_path) == ["seen.mp4"]  # the tab is gone, and its video with it
+
+
+def test_blocks_in_flight_and_a_changed_prompt(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.status.get("blocks", 0) >= 3)
+      flight = [level["block"] for level in one.status["levels"]]
+      assert flight[0] is None and flight[1:] == sorted(flight[1:], reverse=True)
+      await one.say(do="prompt", prompt="a blue zebra", recache=True)
+      made = server.source.streams[0].made
+      await one.until(lambda tab: "prompt" in tab.heard)
+      first = one.heard["prompt"]["block"]
+      await one.until(lambda tab: tab.status["prompts"][-1][1] == "a blue zebra")
+      # ticks may pass between the counting and the asking, as many as the lead allows
+      assert first <= made + 4 + 8
+      assert one.status["blocks"] - 1 >= first
+      assert one.status["prompts"] == [[0, PROMPT], [3 * first / 8, "a blue zebra"]]
+      assert one.status["remarks"] == ["the model does not know 'zebra'; it is made without"]
+      assert server.source.opened[0].changes == [(first, "a blue zebra", True)]
+
+  with page(tmp_path) as server:
+    run(visit(server))
+
+
+def test_it_is_made_no_further_ahead_than_the_lead(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.status.get("seconds", 0) >= 1, watch=False)
+      await asyncio.sleep(0.5)
+      await one.say(do="at", seconds=0)
+      await one.until(lambda tab: len(tab.said) > 8, watch=False)
+      assert 1 <= one.status["seconds"] <= 1 + 3 / 8
+      await one.say(do="at", seconds=one.status["seconds"])
+      await one.until(lambda tab: tab.status["seconds"] >= 2, watch=False)
+
+  with page(tmp_path, source=FakeSource(0.0), rules=Rules(lead=1.0)) as server:
+    run(visit(server))
+
+
+def test_pause_go_stop(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.status.get("blocks", 0) >= 2)
+      await one.say(do="pause")
+      await one.until(lambda tab: tab.is_in("paused"))
+      before = one.status["frames"]
+      await asyncio.sleep(0.4)
+      count = len(one.said)
+      await one.until(lambda tab: len(tab.said) > count + 3)
+      assert one.status["frames"] <= before + 3
+      await one.say(do="go")
+      await one.until(lambda tab: tab.status["frames"] >= before + 9)
+      await one.say(do="stop")
+      await one.until(lambda tab: tab.is_in("ended"))
+      assert one.status["why"] == "stopped" and server.making() == 0
+      async with (
+        aiohttp.ClientSession() as session,
+        session.get(server.url + one.heard["begin"]["clip"]) as answer,
+      ):
+        assert answer.status == 200  # it can still be fetched
+      await one.say(do="start", prompt="a blue square")
+      await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == "a blue square")
+
+  with page(tmp_path) as server:
+    run(visit(server))
+  assert [generation.prompt for generation in server.source.opened] == [PROMPT, "a blue square"]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
+  """The thread waits for a block that does not come; a closed tab ends it, and others come in, all
+  the same.
+  """
+
+  async def visit(server):
+    async with tab(server) as two:
+      async with tab(server) as one:
+        await one.say(do="start", prompt=PROMPT)
+        await eventually(lambda: server.source.streams)
+        await one.say(do="pause")
+        await eventually(lambda: server.source.streams[0]._work.paused)
+        if not leaves:
+          await two.say(do="start", prompt=PROMPT)
+          await two.until(lambda tab: tab.is_in("running"), seconds=30)
+      await two.say(do="stop")
+      await eventually(lambda: server.making() == 0, seconds=20)
+
+  with page(tmp_path, source=FakeSource(0.3), places=1, rules=Rules(hold=0.2)) as server:
+    run(visit(server))
+
+
+def test_another_one_ends_the_one_before(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      for prompt in ("first", "second"):
+        await one.say(do="start", prompt=prompt)
+        await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == prompt)  # noqa: B023
+      assert sum(news["say"] == "begin" for news in one.said) == one.video.count(b"ftyp") == 2
+      assert server.making() == 1 and len(os.listdir(tmp_path)) == len(server.desk.clips) == 1
+    await eventually(lambda: not server.desk.viewers)
+    assert server.desk.clips == {}
+
+  with page(tmp_path) as server:
+    run(visit(server))
+
+
+def test_what_fails_is_said_and_ends_nothing_else(tmp_path, capfd):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt="break")
+      await one.until(lambda tab: tab.is_in("ended"))
+      assert "block 0 is not finite" in one.status["why"]
+      await one.say(do="start", prompt="refuse")
+      await one.until(lambda tab: tab.is_in("ended") and tab.status["prompt"] == "refuse")
+      assert one.status["why"] == "there is no such thing"
+
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+
+  with page(tmp_path) as server:
+    run(visit(server))
+  err = capfd.readouterr().err
+  assert "FloatingPointError: block 0 is not finite" in err and "there is no such thing" not in err
+
+
+def test_colours_come_through(tmp_path):
+  """What is played is what was made."""
+
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT, seconds=1)
+      await one.until(lambda tab: tab.is_in("finished"))
+      return one.video
+
+  with page(tmp_path) as server:
+    (tmp_path / "seen.mp4").write_bytes(run(visit(server)))
+  frames = read_mp4(tmp_path / "seen.mp4", scale=8)[0]
+  assert np.abs(frames.astype(int) - expected([PROMPT] * 4)[: len(frames)]).mean() < 4
+
+
+# ---------------------------------------------------------------------------------- several viewers
+
+
+def test_who_comes_later_waits_and_comes_in_when_a_tab_closes(tmp_path):
+  async def visit(server):
+    async with tab(server) as third:
+      async with tab(server) as one:
+        async with tab(server) as two:
+          for one_of in (one, two, third):
+            await one_of.say(do="start", prompt=PROMPT)
+          await two.until(lambda tab: tab.is_in("waiting"))
+          await third.until(lambda tab: tab.is_in("waiting") and tab.status["before"] == 1)
+          await one.until(lambda tab: tab.is_in("running"))
+          assert server.making() == 1
+        await third.until(lambda tab: tab.status.get("before") == 0)  # the second one gave up
+      await third.until(lambda tab: tab.is_in("running"))  # the first one's tab was closed
+      await eventually(lambda: server.making() == 1)
+    await eventually(lambda: server.making() == 0 and not server.desk.viewers)
+
+  with page(tmp_path, places=1) as server:
+    run(visit(server))
+  assert len(server.source.opened) == 2 and os.listdir(tmp_path) == []
+
+
+def test_who_asked_first_comes_first(tmp_path):
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two, tab(server) as three:
+      for i, each in enumerate((one, two, three)):
+        await each.say(do="start", prompt=str(i))
+        await each.until(lambda tab: tab.is_in("running", "waiting"))
+      await three.until(lambda tab: tab.status.get("before") == 1)
+      for each, later in ((one, two), (two, three)):
+        await each.say(do="stop")
+        await later.until(lambda tab: tab.is_in("running"))
+
+  with page(tmp_path, places=1) as server:
+    run(visit(server))
+  assert [generation.prompt for generation in server.source.opened] == ["0", "1", "2"]
+
+
+def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.say(do="pause")
+      await asyncio.sleep(2.5)
+      await one.say(do="go")
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 6)
+
+  with page(tmp_path, rules=Rules(patience=1.0, hold=0.2)) as server:
+    run(visit(server))
+
+
+def test_one_that_was_extended_stands_no_more(tmp_path):
+  """It had been finished for longer than it may when others wait; from then on it is counted
+  anew.
+  """
+
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two:
+      await one.say(do="start", prompt=PROMPT, seconds=1)
+      await one.until(lambda tab: tab.is_in("finished"))
+      await asyncio.sleep(1.5)
+      await one.say(do="extend", seconds=1000)
+      await one.until(lambda tab: tab.is_in("running") and tab.status["frames"] > 12)
+      await two.say(do="start", prompt=PROMPT)
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 24)  # a second and more
+      await two.until(lambda tab: tab.is_in("waiting"))
+      assert one.is_in("running")
+
+  with page(tmp_path, places=1, rules=Rules(hold=1.0)) as server:
+    run(visit(server))
+
+
+def test_one_without_end_stays_one_when_it_is_extended(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.say(do="extend", seconds=1)
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.status["frames"] > frames + 12)
+      assert one.status["target"] is None and one.is_in("running")
+
+  with page(tmp_path) as server:
+    run(visit(server))
+
+
+def test_two_at_once(tmp_path):
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two:
+      await one.say(do="start", prompt=PROMPT, seconds=2)
+      await two.say(do="start", prompt="a blue square", seconds=2)
+      await asyncio.gather(
+        *(one_of.until(lambda tab: tab.is_in("finished")) for one_of in (one, two))
+      )
+      assert one.status["prompt"] == PROMPT and two.status["prompt"] == "a blue square"
+
+  with page(tmp_path) as server:
+    run(visit(server))
+
+
+def test_a_paused_one_gives_way_to_those_who_wait(tmp_path):
+  async def visit(server):
+    async with tab(server) as one, tab(server) as two:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.say(do="pause")
+      await one.until(lambda tab: tab.is_in("paused"))
+      await asyncio.sleep(1)
+      assert server.making() == 1  # nobody waits: it may stand
+      await two.say(do="start", prompt=PROMPT)
+      await two.until(lambda tab: tab.is_in("running"))
+      await one.until(lambda tab: tab.is_in("ended"))
+      assert "others were waiting" in one.status["why"]
+
+  with page(tmp_path, places=1, rules=Rules(hold=0.2)) as server:
+    run(visit(server))
+
+
+def test_who_does_not_watch_loses_the_place(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("ended"), watch=False)
+      assert one.status["why"] == "nobody watched for 1 seconds" and server.making() == 0
+
+  with page(tmp_path, rules=Rules(patience=1.0)) as server:
+    run(visit(server))
+
+
+def test_a_viewer_that_vanished_is_noticed(tmp_path):
+  """It closes nothing; it just answers no more."""
+
+  async def visit(server):
+    with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
+      await eventually(lambda: server.making() == 1)
+      await eventually(lambda: not server.desk.viewers and server.making() == 0)
+
+  with page(tmp_path, rules=Rules(patience=1000.0, heartbeat=1.0)) as server:
+    run(visit(server))
+
+
+class Snow(FakeDecoder):
+  """Frames that cannot be compressed: a block is some megabytes."""
+
+  def __call__(self, latents, memory):
+    return np.random.default_rng(0).integers(0, 256, (3, 480, 480, 3), dtype=np.uint8), None
+
+
+def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
+  """Its socket is full; what it does not take is on the disk, not in memory."""
+
+  async def visit(server):
+    with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
+      await eventually(lambda: server.making() == 1)
+      (viewer,) = server.desk.viewers
+      showing = viewer.showing
+      async with tab(server) as one:
+        await one.say(do="start", prompt=PROMPT, seconds=1)
+        await one.until(lambda tab: tab.is_in("finished"))
+        await eventually(lambda: viewer not in server.desk.viewers and showing.is_over)
+      assert showing.why == "the viewer was too slow to take it"
+
+  source = FakeSource(0.01, decoder=Snow)
+  source.scale = 1
+  with page(
+    tmp_path, rules=Rules(patience=3.0, lead=1000.0, heartbeat=1000.0), source=source
+  ) as server:
+    run(visit(server))
+
+
+@contextlib.contextmanager
+def raw_tab(server, text):
+  """A socket that shakes hands, asks, and never reads again."""
+  raw = socket.create_connection(("127.0.0.1", server.port))
+  raw.sendall(
+    f"GET /watch HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nUpgrade: websocket\r\nConnection: "
+    "Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+  )
+  mask, data = b"abcd", text.encode()
+  raw.sendall(
+    bytes([0x81, 0x80 | len(data)])
+    + mask
+    + bytes(byte ^ mask[i % 4] for i, byte in enumerate(data))
+  )
+  with raw:
+    yield
+
+
+def test_a_video_is_at_most_so_long(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("ended"))
+      assert "at most 1 seconds" in one.status["why"] and one.status["frames"] in (8, 9, 10)
+
+  with page(tmp_path, rules=Rules(longest=1.0)) as server:
+    run(visit(server))
+
+
+def test_videos_are_kept_where_that_is_wanted(tmp_path):
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT, seconds=1)
+      await one.until(lambda tab: tab.is_in("finished"))
+
+  with page(tmp_path, keep=True) as server:
+    run(visit(server))
+  (path,) = tmp_path.glob("*.mp4")
+  assert len(read_mp4(path)[0]) >= 8
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+def test_a_port_in_use_is_one_line():
+  with serve.listen("127.0.0.1", 0) as first:
+    port = first.getsockname()[1]
+    with pytest.raises(
+      UserError, match=f"port {port} of 127.0.0.1 is in use; give another one, as --port={port + 1}"
+    ):
+      serve.listen("127.0.0.1", port)
+  with pytest.raises(UserError, match="cannot listen on 192.0.2.1"):
+    serve.listen("192.0.2.1", 0)
+
+
+def test_a_port_in_use_is_known_before_anything_is_loaded(monkeypatch):
+  monkeypatch.setattr(
+    stream,
+    "open_source",
+    lambda _: pytest.fail("the model is loaded before the port is known to be free"),
+  )
+  with serve.listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="is in use"):
+    serve.start(stream.Options(workdir="nowhere"), serve.Options(port=first.getsockname()[1]))
+
+
+def test_the_page_needs_its_extra(monkeypatch):
+  monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install 'hiar_jax\[serve\]'"):
+    serve.check_installed()

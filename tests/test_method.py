@@ -1,0 +1,133 @@
+"""What a block sees: rows of the table, their masks, and rows that contradict themselves."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax import method
+from hiar_jax.errors import UserError
+from hiar_jax.method import History
+from tests.helpers.plain_rollout import sees
+
+ROWS = [
+  History(block=1, window=0),
+  History(block=3, window=0),
+  History(block=1, window=3, sink=1),
+  History(block=3, window=6),
+  History(block=2, window=5, sink=1),
+  History(block=3, window=7, sink=4),
+  History(block=2, window=9, sink=2),
+]
+each_row = pytest.mark.parametrize(
+  "row", ROWS, ids=lambda row: f"block{row.block}_window{row.window}_sink{row.sink}"
+)
+N = 12
+POSITIONS = jnp.arange(N, dtype=jnp.int32)
+
+
+def table(rule) -> np.ndarray:
+  return np.asarray([[rule(q, p) for p in range(N)] for q in range(N)])
+
+
+@each_row
+def test_block_causal_mask(row):
+  np.testing.assert_array_equal(
+    method.block_causal_mask(POSITIONS, row), table(lambda q, p: sees(q, p, row))
+  )
+
+
+@each_row
+def test_past_mask_is_the_part_before_the_own_block(row):
+  past = np.asarray(method.past_mask(POSITIONS, POSITIONS, row))
+  own = np.asarray(method.own_block_mask(POSITIONS, POSITIONS, row))
+  np.testing.assert_array_equal(own, table(lambda q, p: q // row.block == p // row.block))
+  np.testing.assert_array_equal(past | own, method.block_causal_mask(POSITIONS, row))
+  assert not (past & own).any()
+
+
+@each_row
+def test_teacher_forcing_mask(row):
+  mask = np.asarray(method.teacher_forcing_mask(POSITIONS, row))
+  causal = table(lambda q, p: sees(q, p, row))
+  own = table(lambda q, p: q // row.block == p // row.block)
+  np.testing.assert_array_equal(
+    mask, np.block([[causal, np.zeros_like(causal)], [causal & ~own, own]])
+  )
+
+
+def test_window_counts_the_block_and_keeps_the_sink():
+  """Blocks of 2, a window of 5 with a sink of 1: frames 6 and 7 see the sink, the two frames
+  before, and themselves.
+  """
+  mask = np.asarray(method.block_causal_mask(POSITIONS, History(block=2, window=5, sink=1)))
+  assert np.flatnonzero(mask[6]).tolist() == np.flatnonzero(mask[7]).tolist() == [0, 4, 5, 6, 7]
+  assert (mask.sum(axis=1) <= 5).all()
+
+
+def test_masks_need_no_order_and_skip_empty_slots():
+  row = History(block=2, window=0)
+  slots = jnp.asarray([4, -1, 0, 3, 5], jnp.int32)
+  query = jnp.asarray([4, 5], jnp.int32)
+  np.testing.assert_array_equal(
+    method.past_mask(query, slots, row), [[False, False, True, True, False]] * 2
+  )
+
+
+def test_masks_hold_at_frame_a_million():
+  row, shift = History(block=3, window=7, sink=1), 999_999
+  far = method.block_causal_mask(POSITIONS + shift, row)
+  np.testing.assert_array_equal(
+    far, method.block_causal_mask(POSITIONS, History(block=3, window=6))
+  )
+
+
+def test_context_levels():
+  for level, expected in (("output", 0.6), ("clean", 0.0), ("input", 0.9)):
+    assert History(level=level).context_sigma(0.9, 0.6) == expected
+
+
+def test_a_clean_sink_is_one_that_is_generated_first():
+  row = History(block=3, window=12, sink=3, sink_level="clean")
+  assert row.clean_sink == 3
+  assert dataclasses.replace(row, sink_level="history").clean_sink == 0
+  # clean as all history there
+  assert dataclasses.replace(row, order="block_first", level="clean").clean_sink == 0
+
+
+def test_the_default_is_hiar():
+  expected = dict(
+    block=3,
+    order="step_first",
+    level="output",
+    gradient="detached",
+    window=21,
+    sink=0,
+    sink_level="history",
+    renoise="fresh",
+  )
+  assert dataclasses.asdict(History()) == expected
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"order": "sideways"}, "history.order = 'sideways': expected one of step_first, block_first"),
+    ({"level": "noisy"}, "history.level = 'noisy'"),
+    ({"gradient": "none"}, "history.gradient = 'none'"),
+    ({"renoise": "ode"}, "history.renoise = 'ode'"),
+    ({"sink_level": "output"}, "history.sink_level = 'output'"),
+    ({"block": 0}, "block >= 1"),
+    ({"sink": -1}, "sink >= 0"),
+    ({"window": -3}, "window >= 0"),
+    ({"window": 2}, r"history.window = 2 cannot hold a block \(3\)"),
+    ({"window": 5, "sink": 3}, r"cannot hold a block \(3\) and the sink \(3\)"),
+    ({"order": "block_first"}, "history.level = 'output': block_first"),
+    ({"sink": 2, "sink_level": "clean"}, "history.sink = 2 is not a multiple of block = 3"),
+  ],
+  ids=str,
+)
+def test_contradictions_are_refused(change, message):
+  with pytest.raises(UserError, match=message):
+    History(**change)

@@ -1,0 +1,382 @@
+"""What the stages share: a run and its directories, the training loop, prompts and names.
+
+The chain itself is in test_train.py.
+"""
+
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax.checkpoints import training_state
+from hiar_jax.config.command_line import save_resolved
+from hiar_jax.data import tfds_builder
+from hiar_jax.errors import UserError
+from hiar_jax.training import loop, samples, stage_data
+from hiar_jax.training import state as states
+from hiar_jax.training.log import read
+from hiar_jax.training.run import Run, open_run, read_config
+from hiar_jax.training.state import Training
+from tests.helpers import tiny_run
+
+# devices
+EIGHT = {
+  "teacher__batch": 8,
+  "causal_init__batch": 8,
+  "distill__batch": 8,
+  "trajectories__count": 8,
+}
+
+
+def make_run(workdir, **changes) -> Run:
+  return open_run(tiny_run.make_config(**{**EIGHT, **changes}), workdir)
+
+
+@pytest.fixture(scope="module")
+def with_data(tmp_path_factory) -> Run:
+  run = make_run(tmp_path_factory.mktemp("with_data"))
+  stage_data.run(run)
+  return run
+
+
+# --------------------------------------------------------------------------------- run, directories
+
+
+def test_stages_come_from_another_workdir_up_to_causal_init(tmp_path):
+  save_resolved(tiny_run.make_config(**EIGHT), tmp_path / "first")
+  run = make_run(tmp_path / "second", stages_from=str(tmp_path / "first"))
+  for stage in ("data", "teacher", "trajectories", "causal_init"):
+    assert run.directory(stage) == tmp_path / "first" / stage and run.borrows(stage)
+  for stage in ("distill", "sample"):
+    assert run.directory(stage) == tmp_path / "second" / stage and not run.borrows(stage)
+
+
+def test_a_workdir_keeps_its_config_and_what_may_change_is_free(tmp_path):
+  make_run(tmp_path)
+  make_run(tmp_path, log__every=7, sample__count=2, mesh__data=8)
+  assert read_config(tmp_path).log.every == 7
+  with pytest.raises(UserError, match="belongs to another config .*teacher.lr: "):
+    make_run(tmp_path, teacher__lr=0.5)
+
+
+def test_reading_a_run_leaves_it_alone_and_takes_any_devices(tmp_path):
+  save_resolved(tiny_run.make_config(mesh__data=3), tmp_path)
+  before = tiny_run.files(tmp_path)
+  run = open_run(read_config(tmp_path), tmp_path, save=False)
+  assert tiny_run.files(tmp_path) == before and not (tmp_path / "logs").exists()
+  assert run.mesh.size == 8
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"teacher__batch": 12}, "teacher.batch = 12 must be a multiple of 8"),
+    (
+      {"causal_init__batch": 4},
+      "causal_init.batch = 4 must be a multiple of 8 .* the nearest is 8",
+    ),
+    (
+      {"distill__batch": 24, "distill__accumulate": 2},
+      "distill.batch = 24 must be a multiple of 16",
+    ),
+    ({"causal_init__batch": 16}, "causal_init.batch = 16 is more than trajectories.count = 8"),
+    ({"distill__batch": 16}, "distill.batch = 16 is more than trajectories.count = 8"),
+    ({"sample__prompts": "nowhere.txt"}, "prompts file nowhere.txt does not exist"),
+    ({"mesh__data": 3}, "mesh data = 3, fsdp = 1 does not fit 8 devices"),
+  ],
+)
+def test_what_a_late_stage_would_trip_over_is_said_at_once(tmp_path, changes, message):
+  with pytest.raises(UserError, match=message):
+    make_run(tmp_path / "w", **changes)
+  assert not (tmp_path / "w").exists()
+  if changes == {"distill__batch": 16}:
+    # then it needs no trajectories
+    make_run(tmp_path / "w", **changes, distill__forward_kl__weight=0.0)
+
+
+def test_stages_from_must_hold_the_same_config(tmp_path):
+  with pytest.raises(UserError, match="holds no run; give a workdir that went through causal_init"):
+    make_run(tmp_path / "w", stages_from=str(tmp_path))
+  save_resolved(tiny_run.make_config(**EIGHT, teacher__lr=0.5), tmp_path / "other")
+  with pytest.raises(
+    UserError, match=r"made with another config \(stored -> given: teacher.lr: 0.5 -> "
+  ):
+    make_run(tmp_path / "w", stages_from=str(tmp_path / "other"))
+  (tmp_path / "foreign").mkdir()
+  (tmp_path / "foreign" / "config.json").write_text("{}")
+  with pytest.raises(UserError, match="made with another config"):
+    make_run(tmp_path / "w", stages_from=str(tmp_path / "foreign"))
+  save_resolved(
+    tiny_run.make_config(**EIGHT, distill__lr=0.5, history__gradient="attached"), tmp_path / "first"
+  )
+  # what comes after causal init may differ
+  make_run(tmp_path / "w", stages_from=str(tmp_path / "first"))
+
+
+def test_a_stage_is_done_when_its_last_checkpoint_is_whole(tmp_path):
+  run = make_run(tmp_path)
+  assert not loop.is_done(run, "teacher", 4)
+  train(run, steps=4)
+  assert loop.is_done(run, "teacher", 4) and not loop.is_done(run, "teacher", 5)
+  files = (
+    p for p in (tmp_path / "teacher" / "checkpoints" / "4" / "state").rglob("*") if p.is_file()
+  )
+  biggest = max(files, key=lambda p: p.stat().st_size)
+  biggest.write_bytes(biggest.read_bytes()[:-1])
+  assert not loop.is_done(run, "teacher", 4)
+
+
+def test_borrowed_stages_must_be_done(tmp_path):
+  first = make_run(tmp_path / "first")
+  second = make_run(tmp_path / "second", stages_from=str(tmp_path / "first"))
+  train(first, steps=4)
+  assert loop.is_done(second, "teacher", 4)
+  with pytest.raises(UserError, match="its teacher is not there, not finished or damaged"):
+    loop.is_done(second, "teacher", 6)
+  assert not loop.is_done(second, "distill", 6)
+
+
+def test_the_task_can_be_met_first_inside_a_traced_function(with_data):
+  """As by a run that is resumed after its teacher: what is made there must not be a traced
+  value.
+  """
+  run = open_run(read_config(with_data.workdir), with_data.workdir, save=False)
+  tokens = np.array([[2, 3] + [0] * 10], np.int32)
+  traced = jax.jit(lambda tokens: run.task.embed(tokens))(tokens)
+  np.testing.assert_array_equal(run.task.embed(tokens), traced)
+  assert run.task.clip == (4, 2, 2, 8)
+
+
+def test_data_are_made_once(with_data):
+  before = tiny_run.files(with_data.workdir)
+  stage_data.run(with_data)
+  assert tiny_run.files(with_data.workdir) == before
+  assert len(tfds_builder.open_source(with_data.directory("data"))) == 16
+
+
+def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatch):
+  """As two hosts would: together the rows of one, each example with its index in the whole
+  batch.
+  """
+  whole = with_data.clips("data", 8, ("video",), salt=1)
+  expected = [next(whole) for _ in range(3)]
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  for process in range(2):
+    monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+    feeds = loop.Feeds(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
+    monkeypatch.setattr(loop.sharding, "put_batch", lambda batch, mesh: batch)
+    rows = slice(4 * process, 4 * process + 4)
+    for batch in expected:
+      found = feeds.next("clips")
+      np.testing.assert_array_equal(found["video"], batch["video"][rows])
+      np.testing.assert_array_equal(found["tokens"], batch["tokens"][rows])
+      np.testing.assert_array_equal(found["index"], np.arange(8)[rows])
+  monkeypatch.setattr(jax, "process_count", lambda: 3)
+  with pytest.raises(UserError, match="a batch of 8 cannot be split over 3 processes"):
+    with_data.clips("data", 8, ("video",), salt=1)
+
+
+def test_held_out_prompts_are_as_many_as_asked_for(with_data):
+  assert with_data.held_out(0) == []
+  assert len(set(with_data.held_out(9))) == 9
+  many = with_data.held_out(60)
+  assert len(many) == 60 and set(many) == set(with_data.held_out(27))
+
+
+# ----------------------------------------------------------------------------------------- the loop
+
+
+class Counter:
+  """A feed: 1, 2, 3, ..."""
+
+  def __init__(self):
+    self.count = 0
+
+  def get_state(self):
+    return {"count": self.count}
+
+  def set_state(self, state):
+    self.count = state["count"]
+
+
+def train(
+  run: Run, steps: int, loss=lambda step: 1.0 / step, act=lambda step: None, preview=None
+) -> np.ndarray:
+  """A stage whose state is the running sum of its feed; -> its averaged weights as saved last."""
+  run.__dict__.pop("writer", None)
+
+  def update(shardings):
+    del shardings
+
+    def advance(state, feed, step):
+      feed.count += 1
+      act(step + 1)
+      moved = {"w": state.params["w"] + feed.count}
+      return state.replace(step=state.step + 1, params=moved, ema=moved), {
+        "loss": loss(step + 1),
+        "grad_norm": 1.0,
+      }
+
+    return advance
+
+  create = lambda: states.create(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
+  with run.writer:
+    training = Training(steps=steps, batch=8, lr=0.1)
+    loop.train(
+      run, "teacher", training, create=create, update=update, feeds=Counter(), preview=preview
+    )
+  return training_state.load_params(run.directory("teacher") / "checkpoints")["w"]
+
+
+def logged(run: Run) -> list[int]:
+  return [
+    record["step"] for record in read(run.workdir / "logs" / "metrics.jsonl") if "scalars" in record
+  ]
+
+
+def saved(run: Run) -> list[int]:
+  return sorted(
+    int(path.name)
+    for path in (run.directory("teacher") / "checkpoints").iterdir()
+    if path.name.isdigit()
+  )
+
+
+def test_the_loop_logs_saves_and_previews_when_due(tmp_path):
+  run, shown = (
+    make_run(tmp_path, log__every=3, log__checkpoint_every=4, log__preview_every=5, log__keep=9),
+    [],
+  )
+  clips = np.zeros((1, 2, 4, 4, 3), np.uint8)
+  weights = train(run, steps=11, preview=lambda state: shown.append(int(state.step)) or clips)
+  assert logged(run) == [3, 6, 9, 11]
+  assert saved(run) == [4, 8, 11]
+  assert shown == [5, 10, 11]
+  np.testing.assert_array_equal(weights, np.full(3, 66.0))
+
+
+def test_a_stop_between_updates_is_saved_and_gone_on_from(tmp_path, capfd):
+  run = make_run(tmp_path, log__every=2, log__checkpoint_every=100)
+  with pytest.raises(loop.Stopped) as stopped:
+    train(run, steps=9, act=lambda step: step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+  assert stopped.value.code == 143
+  assert (
+    "teacher: stopped and saved at step 5; the same command goes on from there"
+    in capfd.readouterr().err
+  )
+  assert saved(run) == [5] and logged(run) == [2, 4]
+  np.testing.assert_array_equal(train(run, steps=9), np.full(3, 45.0))
+  assert logged(run) == [2, 4, 6, 8, 9]
+
+
+def test_a_stop_in_the_last_update_stops_before_the_next_stage(tmp_path):
+  run = make_run(tmp_path)
+  with pytest.raises(loop.Stopped):
+    train(run, steps=3, act=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
+  assert loop.is_done(run, "teacher", 3) and logged(run) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_stage_and_is_not_saved(tmp_path, bad, log_every):
+  run = make_run(tmp_path, log__every=log_every, log__checkpoint_every=4)
+  with pytest.raises(
+    UserError, match="teacher: loss is not finite at step 8; .* lower learning rate"
+  ):
+    train(run, steps=20, loss=lambda step: bad if step >= 8 else 1.0)
+  assert saved(run) == [4]
+  np.testing.assert_array_equal(
+    training_state.load_params(tmp_path / "teacher" / "checkpoints")["w"], np.full(3, 10.0)
+  )
+
+
+def test_what_a_checkpoint_has_behind_it_is_in_the_log(tmp_path, monkeypatch):
+  """Killed right after a save, nothing would write the lines before it again."""
+  run, seen = make_run(tmp_path, log__every=1, log__checkpoint_every=3), []
+  save = training_state.Checkpoints.save
+  monkeypatch.setattr(
+    training_state.Checkpoints,
+    "save",
+    lambda self, step, *a, **k: seen.append((step, logged(run)[-1])) or save(self, step, *a, **k),
+  )
+  train(run, steps=7)
+  assert seen == [(3, 3), (6, 6), (7, 7)]
+
+
+def test_several_feeds_are_restored_as_one():
+  a, b = Counter(), Counter()
+  feeds = loop.Feeds(None, prompts=a, trajectories=b)
+  a.count, b.count = 3, 5
+  kept = feeds.get_state()
+  a.count = b.count = 0
+  feeds.set_state(kept)
+  assert (a.count, b.count) == (3, 5)
+
+
+# ------------------------------------------------------------------------------------- sample stage
+
+
+@pytest.mark.parametrize("frames, rounded", [(1, 2), (2, 2), (3, 4), (16, 16)])
+def test_frames_are_rounded_up_to_blocks(with_data, capfd, frames, rounded):
+  assert samples.round_to_blocks(with_data, frames) == rounded
+  said = (
+    f"frames = {frames} is not whole blocks of 2 frames: making {rounded}\n"
+    if frames != rounded
+    else ""
+  )
+  assert capfd.readouterr().err == said
+
+
+def test_strict_frames_name_both_neighbours(with_data):
+  with pytest.raises(
+    UserError, match="frames = 7 is not whole blocks of 2 frames; the nearest counts are 6 and 8$"
+  ):
+    samples.round_to_blocks(with_data, 7, strict=True)
+  with pytest.raises(UserError, match="the nearest count is 2$"):
+    samples.round_to_blocks(with_data, 1, strict=True)
+  with pytest.raises(UserError, match="frames = 0: expected at least 1"):
+    samples.round_to_blocks(with_data, 0)
+
+
+def test_the_length_of_a_sample_is_in_training_lengths(tmp_path):
+  assert samples.long_frames(make_run(tmp_path / "a", sample__length=4.0)) == 16
+  # 4.4 frames: three blocks
+  assert samples.long_frames(make_run(tmp_path / "b", sample__length=1.1)) == 6
+
+
+def test_prompts_of_a_file_are_taken_once(tmp_path):
+  (tmp_path / "p.txt").write_text("a red circle\n# a comment\n\na blue square\na red circle\n")
+  run = make_run(tmp_path / "w", sample__prompts=str(tmp_path / "p.txt"), sample__measure=5)
+  prompts = samples.read_prompts(run)
+  assert prompts == ["a red circle", "a blue square"]
+  assert (
+    len(samples.measured_prompts(run, prompts)) == 5
+    and samples.measured_prompts(run, prompts)[:2] == prompts
+  )
+
+
+def test_words_that_do_nothing_are_said(with_data, capfd):
+  samples.tell_unknown(with_data, "a red circle moving left")
+  assert capfd.readouterr().err == ""
+  samples.tell_unknown(with_data, "a purple circle, dancing")
+  assert capfd.readouterr().err == (
+    "prompt 'a purple circle, dancing': the model does not know 'purple', 'dancing'; it is made "
+    "without\n"
+  )
+  samples.tell_unknown(with_data, "a red circle " * 10)
+  assert "the model reads 12 words; the last 18 are left out" in capfd.readouterr().err
+
+
+def test_file_names_are_short_unique_and_safe():
+  taken = set()
+  names = [
+    samples.file_name(prompt, taken)
+    for prompt in ("A red circle!", "a red circle", "../../etc/passwd", "", "x " * 99)
+  ]
+  assert names[:4] == ["a-red-circle.mp4", "a-red-circle-2.mp4", "etc-passwd.mp4", "prompt.mp4"]
+  assert len(names[4]) <= 84 and all(pathlib.PurePath(name).name == name for name in names)

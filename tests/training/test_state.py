@@ -1,0 +1,156 @@
+"""One named tree, the optimizer that moves it, and the average: alone, without a network."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax.errors import UserError
+from hiar_jax.training import state as states
+from hiar_jax.training.state import Training, update_ema
+
+
+def training(**changes) -> Training:
+  return Training(**{"steps": 10, "batch": 8, "lr": 0.1, **changes})
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"steps": 0}, "steps = 0: expected at least 1"),
+    ({"batch": 0}, "batch = 0: expected at least 1"),
+    ({"accumulate": 0}, "accumulate = 0: expected at least 1"),
+    ({"lr": -1.0}, "lr = -1.0: expected at least 0"),
+    ({"warmup": -1}, "warmup = -1: expected at least 0"),
+    ({"accumulate": 3}, "batch = 8 cannot be taken in accumulate = 3 equal parts"),
+    ({"schedule": "linear"}, "schedule = 'linear': expected one of constant, cosine"),
+  ],
+)
+def test_settings_that_cannot_be(changes, message):
+  with pytest.raises(UserError, match=message):
+    training(**changes)
+
+
+def rates(optimizer, steps: int) -> list[float]:
+  """The size of each update of AdamW on a constant gradient: its learning rate."""
+  params = {"w": jnp.zeros(1)}
+  opt_state, sizes = optimizer.init(params), []
+  for _ in range(steps):
+    update, opt_state = optimizer.update({"w": jnp.ones(1)}, opt_state, params)
+    sizes.append(-float(update["w"][0]))
+  return sizes
+
+
+def test_the_rate_warms_up_and_stays():
+  config = training(warmup=4, weight_decay=0.0)
+  np.testing.assert_allclose(
+    rates(config.optimizer(), 7), [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-5
+  )
+
+
+def test_the_rate_falls_to_zero_over_the_stage_s_own_steps():
+  config = training(warmup=2, schedule="cosine", weight_decay=0.0)
+  assert rates(config.optimizer(), 11)[2] == pytest.approx(0.1, rel=1e-4)
+  assert rates(config.optimizer(), 11)[10] == pytest.approx(0.0, abs=1e-6)
+  assert rates(config.optimizer(steps=4), 5)[4] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_network_beside_the_main_one_has_its_own_rate():
+  config = training(weight_decay=0.0)
+  assert rates(config.optimizer(0.3), 1) == [pytest.approx(0.3, rel=1e-4)]
+  assert rates(config.optimizer(0.0), 1) == [0.0]  # zero is a rate, not "as the others"
+
+
+def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
+  params = {"a": jnp.ones(3), "b": jnp.full(4, 2.0)}
+  gradient = {"a": jnp.full(3, 300.0), "b": jnp.full(4, -400.0)}
+  optimizer = training(clip=1.0, weight_decay=0.0).optimizer()
+  _, opt_state = optimizer.update(gradient, optimizer.init(params), params)
+  norm = np.sqrt(3 * 300**2 + 4 * 400**2)
+  np.testing.assert_allclose(opt_state[1][0].mu["a"], 0.1 * 300 / norm, rtol=1e-5)
+  np.testing.assert_allclose(opt_state[1][0].mu["b"], -0.1 * 400 / norm, rtol=1e-5)
+  zero = jax.tree.map(jnp.zeros_like, params)
+  optimizer = training(weight_decay=0.5).optimizer()
+  update, _ = optimizer.update(zero, optimizer.init(params), params)
+  np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+def test_the_average_is_a_copy_until_it_starts_and_then_slows_down():
+  config = training(ema_decay=0.5, ema_start=3)
+  old, new = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
+  # of the old average
+  weight = lambda updates: 1 - float(update_ema(old, new, updates, config)["w"])
+  assert [weight(n) for n in (0, 2)] == [0.0, 0.0]
+  np.testing.assert_allclose([weight(n) for n in (3, 4, 5)], [1 / 10, 2 / 11, 3 / 12], rtol=1e-6)
+  assert weight(1000) == pytest.approx(0.5)
+
+
+def quadratic(params, part):
+  """Its gradient differs from example to example."""
+  error = part["x"] @ params["w"] - part["y"]
+  return (error**2).mean(), {"error": jnp.abs(error).mean()}
+
+
+def batch(count: int = 8) -> dict:
+  rng = np.random.default_rng(0)
+  return {
+    "x": jnp.asarray(rng.normal(size=(count, 3)), jnp.float32),
+    "y": jnp.asarray(rng.normal(size=count), jnp.float32),
+  }
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
+  params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.1)
+  run = lambda parts: states.descend(
+    quadratic,
+    params,
+    optimizer.init(params),
+    optimizer,
+    batch(),
+    accumulate=parts,
+    mean=lambda x: x,
+  )
+  (one, _, metrics), (other, _, metrics_parts) = run(1), run(accumulate)
+  np.testing.assert_allclose(one["w"], other["w"], rtol=1e-6)
+  assert metrics.keys() == metrics_parts.keys() == {"loss", "error", "grad_norm"}
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, metrics_parts[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_mean_over_devices_is_taken_before_the_update():
+  """Two devices with half a batch each: their mean is the update of the whole."""
+  params, optimizer, whole = {"w": jnp.ones(3)}, optax.sgd(0.1), batch()
+  expected, _, metrics = states.descend(
+    quadratic, params, optimizer.init(params), optimizer, whole, mean=lambda x: x
+  )
+  halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), whole)
+  mean = lambda tree: jax.lax.pmean(tree, "devices")
+  step = lambda part: states.descend(
+    quadratic, params, optimizer.init(params), optimizer, part, mean=mean
+  )
+  found, _, found_metrics = jax.vmap(step, axis_name="devices")(halves)
+  for device in range(2):
+    np.testing.assert_allclose(found["w"][device], expected["w"], rtol=1e-6)
+    np.testing.assert_allclose(found_metrics["grad_norm"][device], metrics["grad_norm"], rtol=1e-5)
+
+
+def test_an_example_s_draws_are_its_own():
+  key = jax.random.key(3)
+  all_of_them = states.example_normal(states.example_keys(key, jnp.arange(6)), (2, 3))
+  some = states.example_normal(states.example_keys(key, jnp.array([4, 1])), (2, 3))
+  np.testing.assert_array_equal(some, all_of_them[jnp.array([4, 1])])
+  assert len(np.unique(np.asarray(all_of_them))) == 36
+
+
+def test_a_fresh_state_is_complete():
+  params, optimizer = {"w": jnp.ones(3)}, training().optimizer()
+  alone = states.create(jax.random.key(0), params, optimizer)
+  assert alone.critic is None and alone.critic_opt_state is None and int(alone.step) == 0
+  np.testing.assert_array_equal(alone.ema["w"], params["w"])
+  both = states.create(
+    jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(0.2)
+  )
+  assert jax.tree.structure(both.critic_opt_state) == jax.tree.structure(both.opt_state)
+  np.testing.assert_array_equal(both.critic["w"], np.zeros(3))
