@@ -42,6 +42,8 @@ from benchmarks import machine
 from hiar_jax.components import patch_pca
 from hiar_jax.components.patch_pca import PatchCodec, PatchCodecConfig
 from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
 from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
@@ -58,7 +60,7 @@ def parts_of(e: Experiment) -> Parts:
   """The student's sizes and method, weights and texts at random."""
   text = np.random.default_rng(0).standard_normal((1, e.text.length, e.text.dim), np.float32)
   params = jax.jit(functools.partial(dit.init, e.student_dit))(jax.random.key(0))
-  size = e.latent_sizes["height"], e.latent_sizes["width"]
+  size = e.latent.height, e.latent.width
   return Parts(
     e.student_dit,
     e.history,
@@ -256,7 +258,7 @@ def parse(layout: str) -> tuple[int, int, int]:
 def main() -> None:
   f = flags.FLAGS
   if f.one:
-    print(json.dumps(measure(configs.build(Experiment, f.config), Layout(*parse(f.one)), f.blocks)))
+    print(json.dumps(measure(build(Experiment, f.config), Layout(*parse(f.one)), f.blocks)))
     return
   for layout in f.layouts:
     parse(layout)
@@ -264,7 +266,7 @@ def main() -> None:
   for layout in f.layouts:
     print(f"stage x tensor x sequence = {layout}", file=sys.stderr)
     found.append(run_layout(layout))
-  told = {"benchmark": "stream", "config": configs.to_json(f.config), "layouts": found}
+  told = {"benchmark": "stream", "config": to_json(f.config), "layouts": found}
   print(
     json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
   )

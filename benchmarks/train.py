@@ -27,10 +27,14 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
+from hiar_jax.components.interfaces import Task
 from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import to_json
 from hiar_jax.models import dit
-from hiar_jax.parallel.mesh import make_mesh, map_step, put_batch, state_shardings
-from hiar_jax.rollout.noise import Task
+from hiar_jax.parallel.mapping import map_step
+from hiar_jax.parallel.mesh import make_mesh, put_batch
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import Training, TrainState, create
@@ -47,14 +51,13 @@ def task_of(e: Experiment) -> Task:
     encode=lambda batch: batch["video"],
     embed=lambda words: table[words],
     negative=jnp.zeros_like,
-    **e.latent_sizes,
+    latent=e.latent,
   )
 
 
 def batch_of(e: Experiment, training: Training) -> Batch:
   """What any of the stages reads, at random."""
-  rng, sizes, count = np.random.default_rng(0), e.latent_sizes, training.batch
-  clip = (sizes["frames"], sizes["height"], sizes["width"], sizes["channels"])
+  rng, clip, count = np.random.default_rng(0), e.latent.clip, training.batch
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
   clips = {
     "tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32),
@@ -146,11 +149,11 @@ def peak_bytes() -> int:
 
 def main() -> None:
   f = flags.FLAGS
-  e, found = configs.build(Experiment, f.config), {}
+  e, found = build(Experiment, f.config), {}
   for name in f.stages:
     print(name, file=sys.stderr)
     found[name] = measure(e, name, f.updates)
-  told = {"benchmark": "train", "config": configs.to_json(f.config), "stages": found}
+  told = {"benchmark": "train", "config": to_json(f.config), "stages": found}
   print(
     json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
   )

@@ -25,7 +25,8 @@ from hiar_jax.files import write_atomic
 from hiar_jax.method import History
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.run import Run, open_run, read_config
-from hiar_jax.video.mp4 import contact_sheet, write_png
+from hiar_jax.video.contact_sheet import contact_sheet
+from hiar_jax.video.png import write_png
 
 _WORKDIRS = flags.DEFINE_list(
   "workdirs", None, "trained runs; the first one's teacher and causal init are measured too"
@@ -101,8 +102,9 @@ def label(history: History) -> str:
 
 def teacher_videos(run: Run, prompts: list[str]) -> np.ndarray:
   """The teacher's clips: it is bidirectional, so they have the training length."""
-  walk = pretrained.make_walk(run, jax.random.key(_SEED.value))
-  return run.pixels(walk(pretrained.load(run), run.tokens(prompts), np.arange(len(prompts)))[:, -1])
+  sample = run.teacher_sampler(jax.random.key(_SEED.value))
+  points = sample(pretrained.load(run), run.tokens(prompts), np.arange(len(prompts)))
+  return run.pixels(points[:, -1])
 
 
 def save_sheet(

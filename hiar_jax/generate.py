@@ -30,8 +30,8 @@ from hiar_jax.generation.conditioning import Start, latent_frames
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.video_model import Changes, StudentModel
 from hiar_jax.planning.costs import DTYPES
+from hiar_jax.progress import progress
 from hiar_jax.training import samples
-from hiar_jax.training.log import progress
 from hiar_jax.video import lengths
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 
@@ -270,7 +270,7 @@ def iterate_latents(
   it.
   """
   size = min(model.experiment.sample.batch, len(clips))
-  generate = model.generator(frames, given)
+  generate = model.generator(frames)
   for first in range(0, len(clips), size):
     batch = clips[first : first + size]
     # the last batch is filled up, so nothing is compiled twice

@@ -22,20 +22,21 @@ from ml_collections import config_dict, config_flags
 
 from hiar_jax import generate, peak_memory
 from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file, video_model
 from hiar_jax.generation.conditioning import Start
 from hiar_jax.planning.costs import DTYPES
 from hiar_jax.preemption import Preemption
+from hiar_jax.progress import progress
 from hiar_jax.rollout.past import relative_sink
 from hiar_jax.streaming import timeline as timelines
 from hiar_jax.streaming.compiled_tick import Options as EngineOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.source import Source
-from hiar_jax.training.log import progress
 from hiar_jax.video.fragmented_mp4 import GrowingMP4
-from hiar_jax.video.png_folder import PNGFolder
+from hiar_jax.video.png import PNGFolder
 
 ENDLESS = "endless"
 
@@ -111,7 +112,7 @@ def stream(**options) -> Stream:
     name = sorted(unknown)[0]
     raise UserError(
       f"stream has no option {name!r}; "
-      f"{configs.nearest(name, [field.name for field in dataclasses.fields(Options)])}"
+      f"{nearest(name, [field.name for field in dataclasses.fields(Options)])}"
     )
   wanted = Options(**options)
   check(wanted)

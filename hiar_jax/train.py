@@ -1,5 +1,6 @@
-"""Trains and samples: `python -m hiar_jax.train --config=experiments/shapes.py
---workdir=runs/shapes`.
+"""Trains and samples.
+
+    python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes
 
 Every stage in order; each resumes where it was stopped and is skipped when it is done, so the same
 command always continues.
@@ -13,14 +14,7 @@ import time
 import jax
 
 from hiar_jax.config import command_line as configs
-from hiar_jax.training import (
-  pretrained,
-  samples,
-  stage_causal_init,
-  stage_data,
-  stage_distill,
-  stage_trajectories,
-)
+from hiar_jax.training import stages
 from hiar_jax.training.run import open_run
 
 
@@ -29,17 +23,17 @@ def main(config, workdir: str) -> None:
     jax.distributed.initialize()
   run = open_run(config, workdir)
   with run.writer, jax.set_mesh(run.mesh):
-    for stage in (
-      stage_data,  # clips with captions, and the codec fitted on them
-      pretrained,  # bidirectional, learns the clips
-      stage_trajectories,  # its ODE walks, kept at the student's levels
-      stage_causal_init,  # the causal student learns where they end
-      stage_distill,  # and then from its own rollouts
-      samples,  # long videos, measured
+    for name, stage in (
+      ("data", stages.prepare_data),  # clips with captions, and the codec fitted on them
+      ("teacher", stages.train_teacher),  # bidirectional, learns the clips
+      ("trajectories", stages.sample_trajectories),  # its ODE walks, at the student's levels
+      ("causal_init", stages.train_causal_init),  # the causal student learns where they end
+      ("distill", stages.distill_student),  # and then from its own rollouts
+      ("sample", stages.make_samples),  # long videos, measured
     ):
       started = time.monotonic()
-      stage.run(run)
-      report(stage.__name__.rpartition(".")[2], time.monotonic() - started)
+      stage(run)
+      report(name, time.monotonic() - started)
 
 
 def report(stage: str, seconds: float) -> None:

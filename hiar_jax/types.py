@@ -17,6 +17,7 @@ enters.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 from beartype import beartype
@@ -44,3 +45,22 @@ FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the f
 
 Batch = dict[str, Any]
 Mean = Callable[[PyTree], PyTree]  # averages over devices (identity unless mapped by pmap)
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentShape:
+  """Sizes of a clip's latents, [f h w c] without the batch."""
+
+  frames: int
+  height: int
+  width: int
+  channels: int
+
+  @property
+  def clip(self) -> tuple[int, int, int, int]:
+    """[f h w c] of a whole clip."""
+    return (self.frames, self.height, self.width, self.channels)
+
+  def block(self, frames: int) -> tuple[int, int, int, int]:
+    """[k h w c] of a block of `frames` latent frames."""
+    return (frames, self.height, self.width, self.channels)

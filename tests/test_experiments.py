@@ -6,7 +6,8 @@ import runpy
 
 import pytest
 
-from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import difference
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_run
 
@@ -34,21 +35,21 @@ def load(path, variant: str):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_builds(path, variant):
-  experiment = configs.build(Experiment, load(path, variant))
+  experiment = build(Experiment, load(path, variant))
   assert experiment.stages_from == "" and experiment.dit.channels == experiment.codec.channels
   # a video four times longer than anything that was trained on
   assert experiment.sample.length >= 4
 
 
 def test_the_method_of_shapes_is_hiar():
-  history = configs.build(Experiment, load(FILES[0], "main")).history
+  history = build(Experiment, load(FILES[0], "main")).history
   assert (history.order, history.level, history.gradient, history.sink) == (
     "step_first",
     "output",
     "detached",
     0,
   )
-  distill = configs.build(Experiment, load(FILES[0], "main")).distill
+  distill = build(Experiment, load(FILES[0], "main")).distill
   assert distill.critic_updates == 5 and distill.forward_kl.weight > 0
 
 
@@ -62,7 +63,7 @@ def test_a_rival_differs_in_its_own_lines_alone(name, variant):
   first, rival = (
     load(tiny_run.ROOT / "experiments" / f"{stem}.py", variant) for stem in ("shapes", name)
   )
-  differing = {line.partition(":")[0] for line in configs.difference(first, rival)}
+  differing = {line.partition(":")[0] for line in difference(first, rival)}
   assert RIVALS[name] <= differing
   allowed = (
     RIVALS[name]

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.config import command_line as configs
+from hiar_jax.components.interfaces import Task
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import difference
 from hiar_jax.convert import published_shapes
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
-from hiar_jax.parallel.mesh import state_shardings
-from hiar_jax.rollout.noise import Task
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill
 from hiar_jax.training import state as states
 from hiar_jax.training.experiment import Experiment
@@ -56,7 +57,7 @@ def load(name: str):
 
 @functools.cache
 def experiment(name: str) -> Experiment:
-  return configs.build(Experiment, load(name))
+  return build(Experiment, load(name))
 
 
 def abstract_task(e: Experiment) -> Task:
@@ -64,12 +65,12 @@ def abstract_task(e: Experiment) -> Task:
     encode=lambda batch: None,
     embed=lambda tokens: tokens,
     negative=jnp.zeros_like,
-    **e.latent_sizes,
+    latent=e.latent,
   )
 
 
 def abstract_batch(e: Experiment, size: int) -> dict:
-  clip = tuple(e.latent_sizes.values())
+  clip = e.latent.clip
   text = jax.ShapeDtypeStruct((size, e.text.length, e.text.dim), jnp.float32)
   points = jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32)
   return {
@@ -91,7 +92,7 @@ def test_every_experiment_is_known():
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes_are_the_published_ones(name):
   e = experiment(name)
-  assert tuple(e.latent_sizes.values()) == (21, 60, 104, 16)
+  assert e.latent.clip == (21, 60, 104, 16)
   assert e.dit.tokens(60, 104) == 1560
   for config, size in zip((e.dit, e.teacher_dit), SIZES[name], strict=True):
     shapes = jax.eval_shape(lambda config=config: dit.init(config, jax.random.key(0)))
@@ -104,9 +105,7 @@ def test_sizes_are_the_published_ones(name):
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_rival_differs_in_its_own_lines_alone(name):
-  differing = {
-    line.partition(":")[0] for line in configs.difference(load("hiar_wan_1_3b"), load(name))
-  }
+  differing = {line.partition(":")[0] for line in difference(load("hiar_wan_1_3b"), load(name))}
   assert differing == RIVALS[name]
 
 
@@ -192,7 +191,7 @@ def test_a_group_of_another_kind_is_named():
   c = load("hiar_wan_1_3b")
   c.codec.kind = "wam"
   with pytest.raises(UserError, match=r"codec.kind = 'wam'.*wan"):
-    configs.build(Experiment, c)
+    build(Experiment, c)
 
 
 @pytest.mark.parametrize(
@@ -211,4 +210,4 @@ def test_what_does_not_fit_is_said(change, match):
   c = load("hiar_wan_1_3b")
   c.update_from_flattened_dict(change)
   with pytest.raises(UserError, match=match):
-    configs.build(Experiment, c)
+    build(Experiment, c)

@@ -24,7 +24,8 @@ from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.video import foreign
-from hiar_jax.video.mp4 import read_metadata, read_mp4, to_float, to_uint8, write_mp4
+from hiar_jax.video.frames import to_float, to_uint8
+from hiar_jax.video.mp4 import read_metadata, read_mp4, write_mp4
 from tests.helpers import tiny_run
 from tests.helpers.compiling import quick_jit
 from tests.helpers.small_tokenizer import small_tokenizer
@@ -437,7 +438,7 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
 
   monkeypatch.setattr(wan.vae_tiling, "encode", encode)
   e = model.experiment
-  tiled = wan.WanMedium(dataclasses.replace(e, codec=dataclasses.replace(e.codec, tile=4)))
+  tiled = wan.WanMedium(dataclasses.replace(e.codec, tile=4), e.text, e.latent)
   assert tiled.latents(np.zeros((1, 1, 32, 64, 3), np.uint8)).shape == (1, 1, 4, 8, 16)
   assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
 

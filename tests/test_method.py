@@ -6,9 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import method
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
+from hiar_jax.rollout.past.visibility import (
+  block_causal_mask,
+  own_block_mask,
+  past_mask,
+  teacher_forcing_mask,
+)
 from tests.helpers.plain_rollout import sees
 
 ROWS = [
@@ -34,22 +39,22 @@ def table(rule) -> np.ndarray:
 @each_row
 def test_block_causal_mask(row):
   np.testing.assert_array_equal(
-    method.block_causal_mask(POSITIONS, row), table(lambda q, p: sees(q, p, row))
+    block_causal_mask(POSITIONS, row), table(lambda q, p: sees(q, p, row))
   )
 
 
 @each_row
 def test_past_mask_is_the_part_before_the_own_block(row):
-  past = np.asarray(method.past_mask(POSITIONS, POSITIONS, row))
-  own = np.asarray(method.own_block_mask(POSITIONS, POSITIONS, row))
+  past = np.asarray(past_mask(POSITIONS, POSITIONS, row))
+  own = np.asarray(own_block_mask(POSITIONS, POSITIONS, row))
   np.testing.assert_array_equal(own, table(lambda q, p: q // row.block == p // row.block))
-  np.testing.assert_array_equal(past | own, method.block_causal_mask(POSITIONS, row))
+  np.testing.assert_array_equal(past | own, block_causal_mask(POSITIONS, row))
   assert not (past & own).any()
 
 
 @each_row
 def test_teacher_forcing_mask(row):
-  mask = np.asarray(method.teacher_forcing_mask(POSITIONS, row))
+  mask = np.asarray(teacher_forcing_mask(POSITIONS, row))
   causal = table(lambda q, p: sees(q, p, row))
   own = table(lambda q, p: q // row.block == p // row.block)
   np.testing.assert_array_equal(
@@ -61,7 +66,7 @@ def test_window_counts_the_block_and_keeps_the_sink():
   """Blocks of 2, a window of 5 with a sink of 1: frames 6 and 7 see the sink, the two frames
   before, and themselves.
   """
-  mask = np.asarray(method.block_causal_mask(POSITIONS, History(block=2, window=5, sink=1)))
+  mask = np.asarray(block_causal_mask(POSITIONS, History(block=2, window=5, sink=1)))
   assert np.flatnonzero(mask[6]).tolist() == np.flatnonzero(mask[7]).tolist() == [0, 4, 5, 6, 7]
   assert (mask.sum(axis=1) <= 5).all()
 
@@ -71,16 +76,14 @@ def test_masks_need_no_order_and_skip_empty_slots():
   slots = jnp.asarray([4, -1, 0, 3, 5], jnp.int32)
   query = jnp.asarray([4, 5], jnp.int32)
   np.testing.assert_array_equal(
-    method.past_mask(query, slots, row), [[False, False, True, True, False]] * 2
+    past_mask(query, slots, row), [[False, False, True, True, False]] * 2
   )
 
 
 def test_masks_hold_at_frame_a_million():
   row, shift = History(block=3, window=7, sink=1), 999_999
-  far = method.block_causal_mask(POSITIONS + shift, row)
-  np.testing.assert_array_equal(
-    far, method.block_causal_mask(POSITIONS, History(block=3, window=6))
-  )
+  far = block_causal_mask(POSITIONS + shift, row)
+  np.testing.assert_array_equal(far, block_causal_mask(POSITIONS, History(block=3, window=6)))
 
 
 def test_context_levels():

@@ -15,15 +15,17 @@ PACKAGE = ROOT / "hiar_jax"
 # A module imports only from the lines above its own; within a line, imports make no circle.
 LAYERS = [
   "errors types",
-  "preemption peak_memory",
+  "progress preemption peak_memory",
   "files flow method",
-  "config parallel video",
-  "models checkpoints",
-  "rollout data losses components evaluation training planning",
+  "config parallel video models",
+  "checkpoints rollout",
+  "data losses",
+  "components evaluation",
+  "planning training",
   "generation conversion train evaluate",
-  "generate convert",
-  "streaming stream",
-  "serving serve",
+  "streaming generate convert",
+  "serving stream",
+  "serve",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "method"}

@@ -18,8 +18,8 @@ from hiar_jax.data.prompt_texts import pad
 from hiar_jax.data.trajectories import TrajectoryWriter, read_sigmas
 from hiar_jax.models import dit, umt5
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.training import pretrained, stage_trajectories
-from hiar_jax.training.run import open_run, read_config
+from hiar_jax.training import pretrained, stages
+from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 from tests.helpers.tiny_wan import DIT, random_like, save_weights
@@ -108,9 +108,8 @@ def test_the_walk_has_a_shift_of_its_own(trained):
     config.trajectories.shift = shift
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
-    points = pretrained.make_walk(run, jax.random.key(0))(
-      pretrained.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32)
-    )
+    sample = run.teacher_sampler(jax.random.key(0))
+    points = sample(pretrained.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
     moves.append(np.asarray(points[:, 1] - points[:, 0]))
   np.testing.assert_allclose(
     moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max()
@@ -134,7 +133,7 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: host)
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     made.clear()
-    stage_trajectories.run(a_run(workdir))
+    stages.sample_trajectories(a_run(workdir))
     return list(made)
 
   def write(self, part, *args):
@@ -144,13 +143,13 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     return write_part(self, part, *args)
 
   walk, write_part, stopping = (
-    pretrained.make_walk(a_run(tmp_path / "alone"), jax.random.key(0)),
+    a_run(tmp_path / "alone").teacher_sampler(jax.random.key(0)),
     TrajectoryWriter.write_part,
     False,
   )
-  monkeypatch.setattr(pretrained, "make_walk", lambda run, key: walk)  # compiled once
+  monkeypatch.setattr(Run, "teacher_sampler", lambda run, key: walk)  # compiled once
   monkeypatch.setattr(TrajectoryWriter, "write_part", write)
-  monkeypatch.setattr(stage_trajectories.multihost_utils, "sync_global_devices", lambda name: None)
+  monkeypatch.setattr(stages.multihost_utils, "sync_global_devices", lambda name: None)
   assert run_as(0, 1, tmp_path / "alone") == [0, 1, 2]
   stopping = True
   assert run_as(1, 2, tmp_path / "hosts") == [1] and not tfds_builder.is_complete(

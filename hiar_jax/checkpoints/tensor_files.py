@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from hiar_jax.checkpoints.torch_files import read_torch
-from hiar_jax.config.command_line import nearest
+from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 
 _DTYPES = {

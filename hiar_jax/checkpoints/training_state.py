@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.checksums import Damaged
-from hiar_jax.config.command_line import difference, to_json
+from hiar_jax.config.workdir import difference, to_json
 from hiar_jax.errors import UserError
 from hiar_jax.types import Params, PyTree
 

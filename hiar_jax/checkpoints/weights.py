@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.checkpoints import stored_arrays
-from hiar_jax.config.command_line import build, to_json
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Params, PyTree

@@ -7,6 +7,8 @@ It stands where Wan's VAE stands (one latent frame per frame here).
 """
 
 import dataclasses
+import io
+import pathlib
 
 import flax.struct
 import jax
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.errors import UserError, at_least
+from hiar_jax.files import write_atomic
 from hiar_jax.types import Pixels, Video, typed
 
 
@@ -110,3 +113,18 @@ def to_unit(video: jax.Array) -> jax.Array:
 def to_uint8(video) -> np.ndarray:
   """[-1, 1] -> uint8, rounded and clipped."""
   return np.clip(np.rint((np.asarray(video) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def save_codec(path: pathlib.Path, codec: PatchCodec) -> None:
+  """Atomically."""
+  buffer = io.BytesIO()
+  np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
+  write_atomic(path, buffer.getvalue())
+
+
+def load_codec(path: pathlib.Path) -> PatchCodec:
+  if not path.exists():
+    raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
+  with np.load(path) as stored:
+    arrays = {name: stored[name] for name in stored.files}
+  return PatchCodec(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))

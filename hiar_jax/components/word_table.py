@@ -5,12 +5,14 @@ A word's vector and its place in the sentence are fixed random directions; what 
 learns.
 """
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from hiar_jax.errors import at_least
 from hiar_jax.types import Text, Tokens, typed
 
 PAD, UNKNOWN = "<pad>", "<unk>"
@@ -68,3 +70,15 @@ def encode(table: np.ndarray, tokens: Tokens) -> Text:
   length = tokens.shape[1]
   words, places = jnp.asarray(table[:-length]), jnp.asarray(table[-length:])
   return jnp.where(tokens[..., None] > 0, words[tokens] + places[None], 0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """length: tokens of a prompt; dim: width of the frozen word table."""
+
+  kind: str = "words"
+  length: int = 24
+  dim: int = 64
+
+  def __post_init__(self):
+    at_least(1, length=self.length, dim=self.dim)

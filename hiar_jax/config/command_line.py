@@ -6,33 +6,22 @@ config.
 stderr and exit status 2.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-import dataclasses
-import difflib
+from collections.abc import Callable
 import errno
-import json
 import os
 import pathlib
 import re
 import runpy
 import sys
 import traceback
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 import warnings
 
 from absl import app, flags, logging
-from beartype import BeartypeConf
-from beartype.door import is_bearable
 from ml_collections import config_dict, config_flags
 
+from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
-
-T = TypeVar("T")
-
-GROUP = Mapping | config_dict.ConfigDict
-RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
-
 
 # ------------------------------------------------------------------------------------- entry points
 
@@ -132,17 +121,6 @@ def _parse(argv: list[str]) -> list[str]:
 # ---------------------------------------------------------------------- what was wrong, in one line
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-  """The end of an error line: the closest of the names that exist, or all of them if none is close
-  and they are few.
-  """
-  names = sorted(names)
-  close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-  if close:
-    return f"did you mean {close[0]!r}?"
-  return f"there is {', '.join(names)}" if 0 < len(names) <= 12 else "no name is close to it"
-
-
 def _explain(argv: list[str], error: Exception | None) -> UserError:
   """Finds out which part of the command line was wrong: the file, its variant, a key, a value or
   another flag.
@@ -150,7 +128,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
   spec, overrides = _config_arguments(argv)
   if spec is not None:
     config = _load(spec)
-    names = dict(_walk(config))
+    names = dict(walk(config))
     for key, text in overrides:
       if key.split("[")[0] not in names:
         return UserError(
@@ -222,159 +200,7 @@ def _load(spec: str) -> config_dict.ConfigDict:
   return config
 
 
-def _walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
-  """All dotted keys with their values, groups included."""
-  for key, value in tree.items():
-    yield prefix + key, value
-    if isinstance(value, GROUP):
-      yield from _walk(value, f"{prefix}{key}.")
-
-
 # ---------------------------------------------------------------------------- config -> dataclasses
 
 
-def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
-  """Makes a frozen dataclass from a group of a config, field by field, nested dataclasses too.
-
-  Of several dataclasses that may stand in a field it is the one of the group's `kind`.
-
-  Lists become tuples where the field is a tuple (a config read back from JSON has lists). `extra`
-  gives fields that the config does not hold. Raises `UserError` for an unknown key, a missing
-  field, or a value of another type.
-  """
-  return _build(cls, {**dict(config.items()), **extra}, cls.__name__)
-
-
-def _build(cls: type[T], given: Mapping, name: str) -> T:
-  hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
-  for key in given:
-    if key not in fields:
-      raise UserError(f"{name} has no field {key!r}; {nearest(key, fields)}")
-  for key, field in fields.items():
-    optional = (
-      field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    )
-    if key not in given and not optional:
-      raise UserError(
-        f"{name} needs a field {key!r} ({_type_name(hints[key])}); the config gives "
-        f"{', '.join(given)}"
-      )
-  values = {key: _convert(hints[key], value, f"{name}.{key}") for key, value in given.items()}
-  try:
-    return cls(**values)
-  except UserError as error:
-    group = name.partition(".")[2]  # which of the groups has, say, too small a batch
-    raise UserError(str(error) if str(error).startswith(group) else f"{group}: {error}") from error
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-  if isinstance(value, GROUP):
-    nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
-    if nested:
-      return _build(_of_kind(nested, value, name), dict(value.items()), name)
-  if isinstance(value, list) and any(
-    get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))
-  ):
-    value = _deep_tuple(value)
-  # an int is a good float
-  if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
-    raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
-  return value
-
-
-def _of_kind(classes: list[type], value: Mapping, name: str) -> type:
-  """Of several dataclasses the one whose field `kind` defaults to the group's; the first where the
-  group names none.
-  """
-  if len(classes) == 1 or "kind" not in value:
-    return classes[0]
-  kinds = {cls.kind: cls for cls in classes}
-  if value["kind"] not in kinds:
-    raise UserError(f"{name}.kind = {value['kind']!r}: {nearest(str(value['kind']), kinds)}")
-  return kinds[value["kind"]]
-
-
-def _deep_tuple(value: Any) -> Any:
-  return tuple(_deep_tuple(item) for item in value) if isinstance(value, list) else value
-
-
-def _type_name(hint: Any) -> str:
-  return (
-    hint.__name__
-    if isinstance(hint, type) and not get_args(hint)
-    else str(hint).replace("typing.", "")
-  )
-
-
 # ------------------------------------------------------------------------------ the resolved config
-
-
-def to_json(config: Any) -> Any:
-  """A config (ConfigDict, dataclass or dict) as plain JSON values; tuples become lists."""
-  if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    config = dataclasses.asdict(config)
-  if isinstance(config, GROUP):
-    return {str(key): to_json(value) for key, value in config.items()}
-  if isinstance(config, tuple | list):
-    return [to_json(value) for value in config]
-  if config is None or isinstance(config, bool | int | float | str):
-    return config
-  kind = type(config).__name__
-  raise UserError(
-    f"a config holds numbers, strings, booleans, tuples and groups; got {kind}: {config!r}"
-  )
-
-
-def difference(stored: Any, given: Any) -> list[str]:
-  """The fields in which two configs differ, as 'key: stored -> given'; '(none)' where a field is
-  not there.
-  """
-  a, b = _flat(to_json(stored)), _flat(to_json(given))
-  keys = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
-  return [f"{key}: {a.get(key, '(none)')} -> {b.get(key, '(none)')}" for key in keys]
-
-
-def _flat(tree: Mapping) -> dict[str, str]:
-  leaves = {key: value for key, value in _walk(tree) if not isinstance(value, Mapping)}
-  # 1 and 1.0, true and 1 differ as text
-  return {key: json.dumps(value) for key, value in leaves.items()}
-
-
-def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
-  """Writes `<workdir>/config.json` (atomically), creating the workdir."""
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  write_atomic(
-    pathlib.Path(workdir) / RESOLVED, (json.dumps(to_json(config), indent=2) + "\n").encode()
-  )
-
-
-def read_resolved(workdir: str | os.PathLike) -> dict | None:
-  """The config that a workdir was made with, or None if it holds none."""
-  path = pathlib.Path(workdir) / RESOLVED
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(
-      f"{path} is not JSON ({error}); restore it, or use another --workdir"
-    ) from error
-
-
-def check_workdir(
-  config: Any, workdir: str | os.PathLike, ignore: tuple[str, ...] = ("log",)
-) -> None:
-  """Raises `UserError` if the workdir belongs to another config, naming the fields (keys of
-  `ignore` may differ).
-  """
-  stored = read_resolved(workdir)
-  if stored is None:
-    return
-  ignored = tuple(f"{key}{end}" for key in ignore for end in (".", ":"))
-  differing = [line for line in difference(stored, config) if not line.startswith(ignored)]
-  if differing:
-    raise UserError(
-      f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "
-      f"{'; '.join(differing)}); "
-      "use another --workdir, or the stored values"
-    )

@@ -17,7 +17,8 @@ from safetensors.numpy import save_file
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.stored_arrays import Cast, disk_errors
 from hiar_jax.checkpoints.training_state import load_params
-from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import read_resolved
 from hiar_jax.conversion import catalog, layouts
 from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
@@ -104,11 +105,11 @@ def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:
   """Kind -> the weights directory that holds it: the source, or what a run's config names beside
   the model that it trained.
   """
-  stored = configs.read_resolved(source)
+  stored = read_resolved(source)
   if stored is None:
     named = dict.fromkeys(weights.KINDS, source)
   else:
-    experiment = configs.build(Experiment, stored)
+    experiment = build(Experiment, stored)
     named = {"vae": experiment.codec, "umt5": experiment.text}
     named = {
       kind: pathlib.Path(group.weights)
@@ -121,9 +122,9 @@ def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:
 def _parts(
   source: pathlib.Path, directories: Mapping[str, pathlib.Path], stage: str
 ) -> Iterator[Part]:
-  stored = configs.read_resolved(source)
+  stored = read_resolved(source)
   if stored is not None:
-    experiment = configs.build(Experiment, stored)
+    experiment = build(Experiment, stored)
     folder = source / stage
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
       folder = pathlib.Path(experiment.stages_from) / stage

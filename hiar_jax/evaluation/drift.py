@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.video.mp4 import to_float
+from hiar_jax.video.frames import to_float
 
 SEGMENTS = 5
 START_END = 0.15  # FramePack Eq. 7

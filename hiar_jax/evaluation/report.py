@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from hiar_jax.video.mp4 import write_png
+from hiar_jax.video.png import write_png
 
 _COLUMNS = (
   ("colour", "{:.1%}"),

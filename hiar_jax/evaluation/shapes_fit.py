@@ -21,7 +21,7 @@ import numpy as np
 from hiar_jax.data import shapes_world
 from hiar_jax.data.shapes_world import BACKGROUNDS, COLOURS, SHAPES, WorldConfig
 from hiar_jax.errors import UserError
-from hiar_jax.video.mp4 import to_float
+from hiar_jax.video.frames import to_float
 
 RGB = np.asarray(list(COLOURS.values()), np.float32)  # [colours, 3], in [0, 1]
 _CHUNK = 192  # frames fitted at once: bounds memory at about 100 MB

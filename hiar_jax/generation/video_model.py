@@ -10,23 +10,20 @@ import os
 import pathlib
 import sys
 
-import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components.wan import WanMedium, tiling_of
-from hiar_jax.config import command_line as configs
+from hiar_jax.components.wan import WanCodecConfig, WanMedium, tiling_of
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import to_json
 from hiar_jax.data import prompt_texts
 from hiar_jax.errors import UserError
-from hiar_jax.models import dit, taehv, umt5, vae
+from hiar_jax.models import taehv, umt5, vae
 from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
-from hiar_jax.rollout import image_to_video
-from hiar_jax.rollout.noise import block_noise, empty_cache
-from hiar_jax.training import pretrained, student_sampler
-from hiar_jax.training.experiment import Experiment, WanCodecConfig
+from hiar_jax.training import pretrained
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE, Run, open_run, read_config
 from hiar_jax.types import Params
 from hiar_jax.video import lengths
@@ -82,7 +79,7 @@ class StudentModel:
     """
     e = self.experiment
     told = {
-      name: configs.to_json(getattr(e, name))
+      name: to_json(getattr(e, name))
       for name in ("seed", "model", "student", "history", "codec", "text")
     }
     for group in ("codec", "text"):
@@ -102,7 +99,7 @@ class StudentModel:
         for key, value in read_config(self.run.workdir).to_dict().items()
         if key not in FREE
       }
-      told["weights"] = [self.stage, max(steps, key=int, default=""), configs.to_json(made_with)]
+      told["weights"] = [self.stage, max(steps, key=int, default=""), to_json(made_with)]
     if isinstance(e.codec, WanCodecConfig):
       told["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
       told["text"]["weights"] = self.run.medium.texts.identity
@@ -136,26 +133,23 @@ class StudentModel:
       [self.run.medium.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
     )
 
-  def generator(self, frames: int, given: int):
+  def generator(self, frames: int):
     """generate(params, texts, seeds, given) -> latents [b given + frames h w c]; given latents are
     None, one frame's, or whole blocks'.
     """
-    if given % self.experiment.history.block == 0:
-      return student_sampler.make_generator(self.run, frames)
-    return _from_picture(self.run, frames)
+    return self.run.sampler(frames)
 
   def plan(self, frames: int, given: int, batch: int) -> costs.Plan:
     """What `frames` new latent frames after `given` ones would cost."""
     e = self.experiment
     small = not isinstance(e.codec, WanCodecConfig)
-    size = e.latent_sizes
     request = costs.Request(
       dit=e.student_dit,
       history=e.history,
       levels=len(self.run.sigmas) - 1,
       frames=frames,
-      height=size["height"],
-      width=size["width"],
+      height=e.latent.height,
+      width=e.latent.width,
       batch=batch,
       given=given,
       text=e.text.length,
@@ -193,7 +187,7 @@ def of_config(
   The autoencoder and the text encoder are taken from there too, where they are there; else from
   where the config says.
   """
-  experiment = configs.build(Experiment, config)
+  experiment = build(Experiment, config)
   directory = directory or experiment.weights.student or ""
   if needed and not directory:
     raise UserError(
@@ -261,20 +255,3 @@ def _stored(directory: str, kind: str, published):
     if directory and weights.exists(directory, kind)
     else published
   )
-
-
-def _from_picture(run: Run, frames: int):
-  """As student.make_generator, after one given frame."""
-  e = run.experiment
-  sigmas, key = jnp.asarray(run.sigmas), jax.random.fold_in(jax.random.key(e.seed), 3)
-
-  @jax.jit
-  def generate(params, texts, seeds, given):
-    forward = dit.bind(e.student_dit, params, run.task.embed(texts))
-    cache = empty_cache(e.student_dit, e.history, run.task, texts.shape[0], 1 + frames)
-    noise = block_noise(key, seeds, e.history, run.task)
-    return image_to_video.rollout(
-      forward, noise, cache, sigmas, e.history, frames // e.history.block, given
-    )
-
-  return generate

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.method import History, block_causal_mask
+from hiar_jax.method import History
+from hiar_jax.rollout.past.visibility import block_causal_mask
 from hiar_jax.types import Points, typed
 
 ATTENTIONS = ("bidirectional", "causal")

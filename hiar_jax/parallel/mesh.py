@@ -5,20 +5,17 @@ optimizer state over `fsdp`, and XLA inserts the communication. `mapping="pmap"`
 everything and averages gradients with `pmean`. Both give the update that one device gives.
 """
 
-from collections.abc import Callable
 import dataclasses
-import functools
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.types import Batch, PyTree
+from hiar_jax.types import Batch
 
 MAPPINGS = ("jit", "pmap")
 BATCH_AXES = ("data", "fsdp")
-NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +59,6 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
-def fsdp_spec(shape: tuple[int, ...], size: int, min_shard: int) -> jax.P:
-  """The largest dimension that divides by `size` is split; small arrays are not."""
-  if size == 1 or np.prod(shape, dtype=np.int64) < min_shard:
-    return jax.P()
-  for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-    if shape[axis] % size == 0:
-      return jax.P(*(None,) * axis, "fsdp")
-  return jax.P()
-
-
-def state_shardings(tree: PyTree, mesh: Mesh, min_shard: int) -> PyTree:
-  """A sharding for every leaf of a state (arrays or shapes)."""
-  spec = lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"], min_shard))
-  return jax.tree.map(spec, tree)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, jax.P())
 
@@ -99,46 +80,3 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
       f"{accumulate}); "
       f"the nearest is {max(parts, round(batch / parts) * parts)}"
     )
-
-
-def map_step(step: Callable, shardings: PyTree, mesh: Mesh, mapping: str = "jit") -> Callable:
-  """step(state, batch, *frozen, mean) -> (state, metrics), spread over the mesh; the old state's
-  memory is reused.
-  """
-  if mapping == "pmap":
-    if jax.process_count() > 1:
-      raise UserError(
-        "mesh.mapping = 'pmap' runs in one process; use mapping = 'jit' on several hosts"
-      )
-    return _pmap(step, mesh)
-  mapped = jax.jit(
-    functools.partial(step, mean=lambda tree: tree),
-    donate_argnums=0,
-    out_shardings=(shardings, replicated(mesh)),
-  )
-  return mapped
-
-
-def _pmap(step: Callable, mesh: Mesh) -> Callable:
-  mean = functools.partial(jax.lax.pmean, axis_name="devices")
-  devices = list(mesh.devices.flat)
-
-  @functools.cache
-  def mapped(frozen: int):
-    return jax.pmap(
-      functools.partial(step, mean=mean),
-      axis_name="devices",
-      devices=devices,
-      in_axes=(None, 0) + (None,) * frozen,
-      out_axes=None,
-    )
-
-  def call(state, batch, *frozen):
-    rows = jax.tree.map(
-      lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch
-    )
-    # pmap has a mesh of its own and refuses the one around it
-    with jax.sharding.use_abstract_mesh(NO_MESH):
-      return mapped(len(frozen))(state, rows, *frozen)
-
-  return call

@@ -26,12 +26,11 @@ from hiar_jax.models.taehv import TinyVAEConfig
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
 from hiar_jax.models.vae_tiling import Tiling
-from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, state_shardings
-from hiar_jax.rollout import image_to_video
-from hiar_jax.rollout.noise import Task, block_noise
+from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.rollout.past import ring as caches
-from hiar_jax.rollout.sample import rollout
-from hiar_jax.types import PyTree
+from hiar_jax.rollout.sample import make_sampler
+from hiar_jax.types import LatentShape, PyTree
 
 DTYPES = ("float32", "bfloat16")
 _FLOAT = 4  # bytes of float32
@@ -365,45 +364,17 @@ def _rows(request: Request, mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> j
 
 
 def _generator(request: Request) -> Callable:
-  """generate(params, text, seeds, given) as stages.student has it."""
+  """generate(params, text, seeds, given) of rollout.sample, on texts."""
   r = request
-  task = Task(
-    encode=None,
-    embed=None,
-    negative=None,
+  return make_sampler(
+    r.network,
+    lambda text: text,
+    jnp.linspace(1.0, 0.0, r.levels + 1),
+    r.history,
+    key=jax.random.key(0),
+    latent=LatentShape(r.frames, r.height, r.width, r.dit.channels),
     frames=r.frames,
-    height=r.height,
-    width=r.width,
-    channels=r.dit.channels,
   )
-  sigmas = jnp.linspace(1.0, 0.0, r.levels + 1)
-
-  def generate(params, text, seeds, given=None):
-    cache = caches.empty(
-      r.network, r.history, batch=r.batch, frames=r.given + r.frames, height=r.height, width=r.width
-    )
-    noise = block_noise(jax.random.key(0), seeds, r.history, task)
-    if r.given % r.history.block:
-      return image_to_video.rollout(
-        dit.bind(r.network, params, text),
-        noise,
-        cache,
-        sigmas,
-        r.history,
-        r.frames // r.history.block,
-        given,
-      )
-    return rollout(
-      dit.bind(r.network, params, text),
-      noise,
-      cache,
-      sigmas,
-      r.history,
-      r.frames // r.history.block,
-      given=given,
-    )
-
-  return generate
 
 
 def _compiled(request: Request, mesh: Mesh) -> tuple[dict[str, Memory], str]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.method import History, own_block_mask, past_mask
+from hiar_jax.method import History
 from hiar_jax.models.dit import KV
 from hiar_jax.rollout.past.ring import Cache, write
+from hiar_jax.rollout.past.visibility import own_block_mask, past_mask
 from hiar_jax.types import Block, Positions, Video
 
 Forward = Callable[..., tuple[jax.Array, KV]]  # models.dit.bind

@@ -15,11 +15,12 @@ from jaxtyping import Float
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError
-from hiar_jax.method import History, block_causal_mask, own_block_mask, past_mask
+from hiar_jax.method import History
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise
 from hiar_jax.rollout.past.ring import Cache
+from hiar_jax.rollout.past.visibility import block_causal_mask, own_block_mask, past_mask
 from hiar_jax.types import Array, Video, typed
 
 

@@ -1,61 +1,37 @@
-"""What a step needs to know of the task: how a batch becomes latents and text, and their sizes."""
+"""The noise of an example, drawn from keys of its own.
+
+So it depends on neither the batch, nor the devices, nor accumulation.
+"""
 
 from collections.abc import Callable
-import dataclasses
 
 import jax
 
-from hiar_jax.method import History
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.rollout.past import ring as caches
-from hiar_jax.training.state import example_keys, example_normal
-from hiar_jax.types import Batch, Key, Text, Video
+from hiar_jax.types import Key
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """encode: batch -> latents [b f h w c]; embed: a batch's tokens (ids [b l], or texts already) ->
-  text [b l d].
+def example_keys(key: Key, index: jax.Array) -> Key:
+  """Returns one key per example [b] from its index in the global batch [b]."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
-  negative: the text that guidance leads away from, for texts of that shape. frames, height, width,
-  channels: of the latents.
-  """
 
-  encode: Callable[[Batch], Video]
-  embed: Callable[[jax.Array], Text]
-  negative: Callable[[Text], Text]
-  frames: int
-  height: int
-  width: int
-  channels: int
-
-  @property
-  def clip(self) -> tuple[int, int, int, int]:
-    return (self.frames, self.height, self.width, self.channels)
+def example_normal(keys: Key, shape: tuple[int, ...]) -> jax.Array:
+  """Returns a standard normal [b, *shape], each example from its own key."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def block_noise(
-  key: Key, index: jax.Array, history: History, task: Task
+  key: Key, index: jax.Array, block: tuple[int, int, int, int]
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """noise(level, block) -> [b k h w c]: what an example draws there, whatever else is in the batch.
+  """Returns noise(level, n) -> [b k h w c]: what an example draws for block n at a level.
 
-  index [b].
+  index: [b], of each example. block: the shape [k h w c].
   """
   keys = example_keys(key, index)
-  shape = (history.block, *task.clip[1:])
 
-  def noise(level, block):
+  def noise(level, n):
     return example_normal(
-      jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, level), block))(keys), shape
+      jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, level), n))(keys), block
     )
 
   return noise
-
-
-def empty_cache(
-  config: DiTConfig, history: History, task: Task, batch: int, frames: int | None = None
-) -> caches.Cache:
-  """A cache for `batch` clips of the task (or of more frames)."""
-  return caches.empty(
-    config, history, batch=batch, frames=frames or task.frames, height=task.height, width=task.width
-  )

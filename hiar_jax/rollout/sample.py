@@ -1,14 +1,60 @@
-"""One entry for every method: the row of history.History decides which loop runs."""
+"""The one place where a whole video comes to be: method.History decides which loop runs."""
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
 
 from hiar_jax.method import History
-from hiar_jax.rollout import block_first, step_first
+from hiar_jax.models import dit
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.rollout import block_first, image_to_video, step_first
 from hiar_jax.rollout.blocks import Forward, Noise
+from hiar_jax.rollout.noise import block_noise
+from hiar_jax.rollout.past import ring as caches
 from hiar_jax.rollout.past.ring import Cache
-from hiar_jax.types import Video
+from hiar_jax.types import Key, LatentShape, Text, Video
+
+
+def make_sampler(
+  config: DiTConfig,
+  embed: Callable[[jax.Array], Text],
+  sigmas: jax.Array,
+  history: History,
+  *,
+  key: Key,
+  latent: LatentShape,
+  frames: int,
+) -> Callable[..., Video]:
+  """Returns generate(params, tokens, seeds [b], given=None) -> latents [b given + frames h w c].
+
+  Traced; the caller jits. A video depends on its own text and seed, not on those beside it.
+
+  embed: tokens [b ...] -> text [b l d]. sigmas: the student's levels [s + 1]. latent: height, width
+  and channels of the latents. frames: new latent frames, whole blocks.
+  given: clean first frames: whole blocks, or a picture's one frame.
+  """
+
+  def generate(params, tokens, seeds, given=None):
+    cache = caches.empty(
+      config,
+      history,
+      batch=tokens.shape[0],
+      frames=frames + (0 if given is None else given.shape[1]),
+      height=latent.height,
+      width=latent.width,
+    )
+    return rollout(
+      dit.bind(config, params, embed(tokens)),
+      block_noise(key, seeds, latent.block(history.block)),
+      cache,
+      sigmas,
+      history,
+      frames // history.block,
+      given=given,
+    )
+
+  return generate
 
 
 def rollout(
@@ -22,12 +68,14 @@ def rollout(
   given: Video | None = None,
   fused: bool = True,
 ) -> Video:
-  """`blocks` new blocks after the `given` clean frames, in the order, levels, window and sink of
-  `history`: [b f h w c].
+  """Returns `blocks` new blocks after the `given` clean frames [b f h w c], in the order, levels,
+  window and sink of `history`.
 
-  A clean sink (SAF) is generated first, by the same method without one, and is then what every
-  later block sees at sigma 0.
+  given: whole blocks, or a picture's one frame. A clean sink (SAF) is generated first, by the same
+  method without one, and is then what every later block sees at sigma 0.
   """
+  if given is not None and given.shape[1] % history.block:
+    return image_to_video.rollout(forward, noise, cache, sigmas, history, blocks, given)
   if history.order == "block_first":
     return block_first.rollout(forward, noise, cache, sigmas, history, blocks, given=given)
   sink_blocks = history.clean_sink // history.block

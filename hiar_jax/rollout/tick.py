@@ -23,13 +23,14 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History, past_mask
+from hiar_jax.method import History
 from hiar_jax.models.dit import KV, DiTConfig
 from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout.blocks import Forward, Noise, Step
 from hiar_jax.rollout.past import relative_sink
 from hiar_jax.rollout.past import ring as caches
 from hiar_jax.rollout.past.ring import Cache
+from hiar_jax.rollout.past.visibility import past_mask
 from hiar_jax.types import Block, Key, Positions, Text, Texts, Video
 
 Network = Callable[[Text | Texts], Forward]  # models.dit.bind without its text

@@ -17,7 +17,7 @@ from hiar_jax.method import History
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.rollout import tick as pipes
-from hiar_jax.rollout.noise import Task, block_noise
+from hiar_jax.rollout.noise import block_noise
 from hiar_jax.rollout.tick import Pipe, Plan
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.layout import Layout
@@ -58,7 +58,6 @@ class Parts:
   @staticmethod
   def of(model: StudentModel) -> "Parts":
     e, run = model.experiment, model.run
-    size = e.latent_sizes
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
       model.prepare_texts(list(prompts))
@@ -70,7 +69,7 @@ class Parts:
       tuple(float(sigma) for sigma in run.sigmas),
       model.params(),
       jax.random.fold_in(jax.random.key(e.seed), 3),
-      (size["height"], size["width"]),
+      (e.latent.height, e.latent.width),
       texts,
       model.identity,
     )
@@ -155,17 +154,9 @@ class Programs:
     return functools.partial(dit.bind, config, params)
 
   def noise(self, pipe: Pipe):
-    c, (height, width) = self.engine.parts.config, self.engine.parts.size
-    block = Task(
-      encode=None,
-      embed=None,
-      negative=None,
-      frames=self.plan.history.block,
-      height=height,
-      width=width,
-      channels=c.channels,
-    )
-    return block_noise(pipe.key, pipe.seed, self.plan.history, block)
+    parts = self.engine.parts
+    shape = (self.plan.history.block, *parts.size, parts.config.channels)
+    return block_noise(pipe.key, pipe.seed, shape)
 
   def empty(self, text: jax.Array, seed: jax.Array) -> Pipe:
     """Traced; text [b l d]."""

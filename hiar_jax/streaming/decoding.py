@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from hiar_jax.components.chunked_decoder import PixelStream
-from hiar_jax.components.wan import Medium, WanMedium
+from hiar_jax.components.interfaces import Medium
+from hiar_jax.components.wan import WanMedium
 from hiar_jax.types import PyTree
 
 

@@ -1,4 +1,1 @@
-"""The stages of a run, in order: data, teacher, trajectories, causal_init, distill, sample.
-
-Each resumes, and is skipped when done.
-"""
+"""A run, from data to samples: its experiment, stages, the loop that they share, and its log."""

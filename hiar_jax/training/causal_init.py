@@ -7,12 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError
 from hiar_jax.losses import trajectory as losses
 from hiar_jax.method import History
 from hiar_jax.models import dit
-from hiar_jax.rollout.noise import Task
-from hiar_jax.training.state import Training, TrainState, descend, example_keys, update_ema
+from hiar_jax.rollout.noise import example_keys
+from hiar_jax.training.state import Training, TrainState, descend, update_ema
 from hiar_jax.types import Batch, Mean
 
 SHOWS = ("noisy", "history")
@@ -50,7 +51,7 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: Hist
       forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
       points = part["trajectory"].astype(jnp.float32)
       shared = config.shows == "history"
-      levels = losses.sample_levels(keys, count, task.frames, history.block, shared)
+      levels = losses.sample_levels(keys, count, task.latent.frames, history.block, shared)
       regress = losses.trajectory_with_history if shared else losses.trajectory
       return regress(forward, points, levels, sigmas, history).mean(), {}
 

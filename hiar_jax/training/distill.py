@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
@@ -18,15 +19,9 @@ from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.method import History
 from hiar_jax.models import dit
 from hiar_jax.rollout.exit_step import exit_rollout, exit_sample
-from hiar_jax.rollout.noise import Task, block_noise, empty_cache
-from hiar_jax.training.state import (
-  Training,
-  TrainState,
-  descend,
-  example_keys,
-  example_normal,
-  update_ema,
-)
+from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
+from hiar_jax.rollout.past import ring as caches
+from hiar_jax.training.state import Training, TrainState, descend, update_ema
 from hiar_jax.types import Batch, Key, Mean, Params
 
 
@@ -120,13 +115,21 @@ class Student:
   def _rollout(self, frozen: Params, clips: Batch, key: Key) -> tuple:
     k_exit, k_noise = jax.random.split(key)
     exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
+    latent = self.task.latent
     return (
       self.bind(self.model, frozen, clips),
-      block_noise(k_noise, clips["index"], self.history, self.task),
-      empty_cache(self.model, self.history, self.task, clips["tokens"].shape[0]),
+      block_noise(k_noise, clips["index"], latent.block(self.history.block)),
+      caches.empty(
+        self.model,
+        self.history,
+        batch=clips["tokens"].shape[0],
+        frames=latent.frames,
+        height=latent.height,
+        width=latent.width,
+      ),
       self.sigmas,
       self.history,
-      self.task.frames // self.history.block,
+      latent.frames // self.history.block,
       exit_level,
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.components.patch_pca import PatchCodecConfig
+from hiar_jax.components.wan import UMT5TextConfig, WanCodecConfig
+from hiar_jax.components.word_table import TextConfig
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.method import History
 from hiar_jax.models.dit import DiTConfig
@@ -17,9 +19,9 @@ from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.teacher import TeacherConfig
+from hiar_jax.types import LatentShape
 
 SOURCES = ("shapes", "videos", "prompts")
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,64 +64,6 @@ class DataConfig:
   @property
   def width(self) -> int:
     return self.size if isinstance(self.size, int) else self.size[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class WanCodecConfig:
-  """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV
-  instead.
-
-  tile: latents a side of the tiles that small memories encode and decode in, 0 = whole frames.
-  dtype: of activations.
-  """
-
-  kind: str = "wan"
-  weights: str = ""
-  tiny: bool = False
-  tile: int = 0
-  dtype: str = "float32"
-  channels: int = 16
-  spatial_factor: int = 8
-  temporal_factor: int = 4
-
-  def __post_init__(self):
-    _check_dtype(self.dtype, "codec.dtype")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextConfig:
-  """length: tokens of a prompt; dim: width of the frozen word table."""
-
-  kind: str = "words"
-  length: int = 24
-  dim: int = 64
-
-  def __post_init__(self):
-    at_least(1, length=self.length, dim=self.dim)
-
-
-@dataclasses.dataclass(frozen=True)
-class UMT5TextConfig:
-  """UMT5 and its tokenizer from `weights`; texts are kept in `cache` (default: <weights>/texts).
-
-  length: tokens, dim: of a token's text.
-  """
-
-  kind: str = "umt5"
-  weights: str = ""
-  cache: str = ""
-  dtype: str = "bfloat16"
-  length: int = 512
-  dim: int = 4096
-
-  def __post_init__(self):
-    at_least(1, length=self.length, dim=self.dim)
-    _check_dtype(self.dtype, "text.dtype")
-
-
-def _check_dtype(dtype: str, name: str) -> None:
-  if dtype not in DTYPES:
-    raise UserError(f"{name} = {dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,16 +284,11 @@ class Experiment:
     return 1 + (latent - 1) * self.codec.temporal_factor
 
   @property
-  def latent_sizes(self) -> dict[str, int]:
-    """frames, height, width and channels of a clip's latents."""
+  def latent(self) -> LatentShape:
+    """Sizes of a clip's latents."""
     factor = self.codec.spatial_factor
     height, width = self.data.height // factor, self.data.width // factor
-    return {
-      "frames": self.latent_frames(self.data.frames),
-      "height": height,
-      "width": width,
-      "channels": self.codec.channels,
-    }
+    return LatentShape(self.latent_frames(self.data.frames), height, width, self.codec.channels)
 
   @property
   def dit(self) -> DiTConfig:

@@ -9,11 +9,12 @@ import numpy as np
 
 from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.training_state import Checkpoints
-from hiar_jax.config.command_line import to_json
+from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
-from hiar_jax.parallel.mesh import put_batch, state_shardings
+from hiar_jax.parallel.mesh import put_batch
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.preemption import Preemption
-from hiar_jax.training.log import Progress, is_writer, progress
+from hiar_jax.progress import Progress, is_writer, progress
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import Training, TrainState
 from hiar_jax.types import Batch, PyTree

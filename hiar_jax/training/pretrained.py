@@ -1,45 +1,16 @@
-"""Stage 2: the bidirectional teacher, trained on the clips."""
+"""Weights that a stage starts from: those of the stages before it, or published ones that stand for
+them.
+"""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from hiar_jax import flow
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.training_state import load_params
-from hiar_jax.data.pipeline import read_captions
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
-from hiar_jax.parallel.mesh import map_step, state_shardings
-from hiar_jax.rollout import teacher_sampler
-from hiar_jax.training import loop, teacher
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training.run import Run
-from hiar_jax.training.state import create, example_keys, example_normal
 from hiar_jax.types import Params, PyTree
-
-
-def run(run: Run) -> None:
-  """Writes <workdir>/teacher; nothing where weights.base stands for it."""
-  e = run.experiment
-  if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
-    return
-  key_init, key_train = jax.random.split(jax.random.fold_in(jax.random.key(e.seed), 1))
-  step = teacher.make_step(e.teacher, e.dit, run.task)
-  walk, tokens = make_walk(run, jax.random.key(e.seed)), preview_tokens(run)
-
-  def update(shardings):
-    mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
-    return lambda state, feeds, _: mapped(state, feeds.next("clips"))
-
-  loop.train(
-    run,
-    "teacher",
-    e.teacher,
-    create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
-    update=update,
-    feeds=loop.Feeds(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
-    preview=lambda state: run.pixels(walk(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
-  )
 
 
 def load(run: Run) -> Params:
@@ -106,38 +77,3 @@ SIZES = (
   "freq_dim",
   "place_embedding",
 )
-
-
-def preview_tokens(run: Run, count: int = 8) -> np.ndarray:
-  """Prompts for sample frames: held-out ones of the shapes world, else the first captions of the
-  data.
-  """
-  if run.experiment.data.source == "shapes":
-    prompts = run.held_out(count)
-  else:
-    prompts = read_captions(run.directory("data"))[:count]
-  return run.tokens(prompts)
-
-
-def make_walk(run: Run, key: jax.Array):
-  """walk(params, tokens [b l], index [b], start [b] = 0) -> the teacher's guided trajectories at
-  the student's timesteps [b s+1 f h w c].
-
-  index: of each example, for its noise; an example's trajectory does not depend on those beside it.
-  start: of each clip in its video.
-  """
-  e = run.experiment
-  sigmas = jnp.asarray(
-    flow.sigma_schedule(e.trajectories.steps, e.trajectories.shift or e.student.shift), jnp.float32
-  )
-  keep = e.trajectories.kept(e.student)
-
-  def call(params, tokens, index, start=None):
-    text = run.task.embed(tokens)
-    eps = example_normal(example_keys(key, index), run.task.clip)
-    forward, negative = (
-      dit.bind(e.dit, params, of, start) for of in (text, run.task.negative(text))
-    )
-    return teacher_sampler.trajectory(forward, negative, eps, sigmas, keep, e.trajectories.guidance)
-
-  return jax.jit(call)

@@ -9,19 +9,34 @@ import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import config_dict
 import numpy as np
 
+from hiar_jax import flow
 from hiar_jax.components import wan, word_table
-from hiar_jax.config import command_line as configs
+from hiar_jax.components.interfaces import Medium, Task, pixels
+from hiar_jax.components.small import SmallMedium
+from hiar_jax.components.wan import WanCodecConfig
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import (
+  RESOLVED,
+  check_workdir,
+  difference,
+  read_resolved,
+  save_resolved,
+  to_json,
+)
 from hiar_jax.data import pipeline, shapes_world, tfds_builder
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
+from hiar_jax.method import History
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
-from hiar_jax.rollout.noise import Task
-from hiar_jax.training.experiment import Experiment, WanCodecConfig
-from hiar_jax.training.log import Writer, is_writer
+from hiar_jax.progress import is_writer
+from hiar_jax.rollout import sample, teacher_sampler
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.log import Writer
 
 # What may differ between the config of a workdir and the one given: it changes no number of the
 # run.
@@ -95,15 +110,15 @@ class Run:
     return Writer(self.workdir / "logs")
 
   @functools.cached_property
-  def medium(self) -> wan.Medium:
+  def medium(self) -> Medium:
     e = self.experiment
     if isinstance(e.codec, WanCodecConfig):
-      return wan.WanMedium(e)
+      return wan.WanMedium(e.codec, e.text, e.latent)
     if e.data.source == "shapes":
       vocabulary = shapes_world.VOCABULARY
     else:
       vocabulary = word_table.vocabulary_of(pipeline.read_captions(self.directory("data")))
-    return wan.SmallMedium(e, self.directory("data") / CODEC, vocabulary)
+    return SmallMedium(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
 
   @property
   def task(self) -> Task:
@@ -115,7 +130,41 @@ class Run:
 
   def pixels(self, latents) -> np.ndarray:
     """Latents [b f h w c] -> uint8 [b F H W 3]."""
-    return wan.pixels(self.medium, latents)
+    return pixels(self.medium, latents)
+
+  def sampler(self, frames: int, history: History | None = None):
+    """The student's rollout.sample, jitted: `frames` new latent frames in the run's own order,
+    window and sink, or in those of `history`.
+    """
+    e = self.experiment
+    return jax.jit(
+      sample.make_sampler(
+        e.student_dit,
+        self.task.embed,
+        jnp.asarray(self.sigmas),
+        history or e.history,
+        key=jax.random.fold_in(jax.random.key(e.seed), 3),
+        latent=e.latent,
+        frames=frames,
+      )
+    )
+
+  def teacher_sampler(self, key: jax.Array):
+    """The teacher's rollout.teacher_sampler, jitted: its points at the student's timesteps."""
+    e, config = self.experiment, self.experiment.trajectories
+    sigmas = flow.sigma_schedule(config.steps, config.shift or e.student.shift)
+    return jax.jit(
+      teacher_sampler.make_sampler(
+        e.dit,
+        self.task.embed,
+        self.task.negative,
+        jnp.asarray(sigmas, jnp.float32),
+        config.kept(e.student),
+        guidance=config.guidance,
+        key=key,
+        clip=e.latent.clip,
+      )
+    )
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
     """This process's share of a stage's batches from its data set: the data, or the trajectories.
@@ -136,6 +185,16 @@ class Run:
       keys=keys,
     )
 
+  def preview_tokens(self, count: int = 8) -> np.ndarray:
+    """Prompts for sample frames: held-out ones of the shapes world, else the first captions of the
+    data.
+    """
+    if self.experiment.data.source == "shapes":
+      prompts = self.held_out(count)
+    else:
+      prompts = pipeline.read_captions(self.directory("data"))[:count]
+    return self.tokens(prompts)
+
   def held_out(self, count: int) -> list[str]:
     """Prompts that training never showed, spread over all of them, repeated where there are too
     few.
@@ -151,8 +210,8 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   whatever devices are here. Raises UserError where configs differ in anything that changes a
   number, or where a stage could not run in the end.
   """
-  experiment = configs.build(Experiment, config)
-  configs.check_workdir(config, workdir, ignore=FREE)
+  experiment = build(Experiment, config)
+  check_workdir(config, workdir, ignore=FREE)
   if experiment.stages_from:
     _check_shared(config, experiment)
   mesh = make_mesh(experiment.mesh if save else MeshConfig())
@@ -160,7 +219,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   if save:
     _check_stages(run)
     if is_writer():
-      configs.save_resolved(config, workdir)
+      save_resolved(config, workdir)
   return run
 
 
@@ -208,16 +267,16 @@ def _check_stages(run: Run) -> None:
 
 
 def _check_shared(config, experiment: Experiment) -> None:
-  stored = configs.read_resolved(experiment.stages_from)
+  stored = read_resolved(experiment.stages_from)
   if stored is None:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through "
       "causal_init"
     )
-  given = configs.to_json(config)
+  given = to_json(config)
   block = lambda tree: {"block": tree.get("history", {}).get("block")}
   pick = lambda tree: {**{name: tree.get(name) for name in SHARED}, "history": block(tree)}
-  lines = configs.difference(pick(stored), pick(given))
+  lines = difference(pick(stored), pick(given))
   if lines:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "
@@ -228,10 +287,9 @@ def _check_shared(config, experiment: Experiment) -> None:
 
 def read_config(workdir: str) -> config_dict.ConfigDict:
   """The resolved config of a run."""
-  stored = configs.read_resolved(workdir)
+  stored = read_resolved(workdir)
   if stored is None:
     raise UserError(
-      f"--workdir={workdir} holds no run (no {configs.RESOLVED}); train one first, or check the "
-      "path"
+      f"--workdir={workdir} holds no run (no {RESOLVED}); train one first, or check the path"
     )
   return config_dict.ConfigDict(stored)

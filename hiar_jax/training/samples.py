@@ -1,50 +1,24 @@
-"""Stage 6: long videos from the distilled student: an mp4 per prompt, a contact sheet, and
-metrics.json where the truth is known.
+"""Videos of a run's student: which prompts, how long, made a batch at a time, written as mp4s and a
+contact sheet.
 """
 
 from collections.abc import Iterator
-import json
 import math
 import pathlib
 import re
 import sys
 
-import jax
 import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.data import pipeline
-from hiar_jax.evaluation import shapes_truth
-from hiar_jax.files import write_atomic
-from hiar_jax.training import pretrained, student_sampler
-from hiar_jax.training.log import progress
+from hiar_jax.progress import progress
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
 from hiar_jax.video import lengths
-from hiar_jax.video.mp4 import contact_sheet, write_mp4, write_png
-
-
-def run(run: Run) -> None:
-  """Writes <workdir>/sample: skipped when metrics.json (its last file) is there."""
-  config, directory = run.experiment.sample, run.directory("sample")
-  done = directory / "metrics.json"
-  if done.exists() or jax.process_index() != 0:
-    return
-  prompts = read_prompts(run)
-  for prompt in prompts:
-    tell_unknown(run, prompt)
-  frames = long_frames(run)
-  params = pretrained.load_weights(run, "distill")
-  measured = measured_prompts(run, prompts)
-  videos = make_videos(run, params, measured or prompts, frames, seed=config.seed)
-  if measured:
-    result = shapes_truth.measure(videos, measured, run.world, run.experiment.data.frames)
-  else:
-    result = {"prompts": prompts, "frames": frames}
-  save_videos(run, directory, dict(zip(prompts, videos[: len(prompts)], strict=True)), config.seed)
-  write_atomic(done, (json.dumps(result, indent=2) + "\n").encode())
-  if measured:
-    print(shapes_line(result), file=sys.stderr)
+from hiar_jax.video.contact_sheet import contact_sheet
+from hiar_jax.video.mp4 import write_mp4
+from hiar_jax.video.png import write_png
 
 
 def read_prompts(run: Run) -> list[str]:
@@ -69,9 +43,7 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 def long_frames(run: Run) -> int:
   """Frames of `length` training lengths, in whole blocks."""
   e = run.experiment
-  return round_to_blocks(
-    run, e.pixel_frames(math.ceil(e.sample.length * e.latent_sizes["frames"] - 1e-9))
-  )
+  return round_to_blocks(run, e.pixel_frames(math.ceil(e.sample.length * e.latent.frames - 1e-9)))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
@@ -106,7 +78,7 @@ def iterate_videos(
 ) -> Iterator[np.ndarray]:
   """The same, a batch at a time."""
   batch = min(run.experiment.sample.batch, len(prompts))
-  generate = student_sampler.make_generator(run, run.experiment.latent_frames(frames))
+  generate = run.sampler(run.experiment.latent_frames(frames))
   tokens = run.tokens(prompts)
   seeds = np.asarray(list(seeds))
   with progress(title, len(prompts)) as bar:

@@ -187,15 +187,3 @@ def descend(
 def _parts(x: jax.Array, count: int) -> jax.Array:
   """[b ...] -> [count, b / count, ...], every device keeping its own examples."""
   return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
-
-
-def example_keys(key: Key, index: jax.Array) -> Key:
-  """One key per example from its index in the global batch [b], so that draws depend on neither
-  devices nor accumulation.
-  """
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
-
-
-def example_normal(keys: Key, shape: tuple[int, ...]) -> jax.Array:
-  """Standard normal [b, *shape], each example from its own key."""
-  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

@@ -5,17 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.components.interfaces import Task
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models import dit
-from hiar_jax.rollout.noise import Task
-from hiar_jax.training.state import (
-  Training,
-  TrainState,
-  descend,
-  example_keys,
-  example_normal,
-  update_ema,
-)
+from hiar_jax.rollout.noise import example_keys, example_normal
+from hiar_jax.training.state import Training, TrainState, descend, update_ema
 from hiar_jax.types import Batch, Mean
 
 

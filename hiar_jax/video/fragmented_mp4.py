@@ -22,7 +22,9 @@ from av.video.frame import PictureType
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.video.mp4 import checked_frames, explained, yuv_frame
+from hiar_jax.files import explained
+from hiar_jax.video.frames import checked_frames
+from hiar_jax.video.mp4 import yuv_frame
 
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 _CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")

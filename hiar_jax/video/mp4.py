@@ -5,42 +5,18 @@ Every file is written under a hidden temporary name in the same directory and re
 complete, so a path either holds a whole file or nothing new.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-import contextlib
-import errno
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
-import io
 import itertools
 import json
-import os
 from pathlib import Path
 
 import av
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
-
-_INK, _PAPER, _QUIET, _ACCENT = (32, 32, 32), (255, 255, 255), (150, 150, 150), (214, 96, 40)
-
-
-def to_uint8(frames) -> np.ndarray:
-  """Float frames in [-1, 1] of any shape -> uint8 in 0..255, rounded and clipped; uint8 passes
-  through.
-  """
-  frames = np.asarray(frames)
-  if frames.dtype == np.uint8:
-    return frames
-  return np.clip(np.rint((frames.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
-def to_float(frames) -> np.ndarray:
-  """uint8 frames of any shape -> float32 in [-1, 1]; float frames pass through as float32."""
-  frames = np.asarray(frames)
-  if frames.dtype == np.uint8:
-    return frames.astype(np.float32) / 127.5 - 1.0
-  return frames.astype(np.float32)
+from hiar_jax.files import whole_file
+from hiar_jax.video.frames import checked_frames
 
 
 def write_mp4(
@@ -70,7 +46,7 @@ def write_mp4(
     )
   pieces = iter([frames] if hasattr(frames, "shape") else frames)
   first = checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
-  with _whole_file(path) as file, av.open(file, "w", format="mp4") as container:
+  with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
     container.metadata["comment"] = json.dumps(
       dict(metadata or {}), ensure_ascii=False, sort_keys=True
     )
@@ -92,47 +68,6 @@ def write_mp4(
         container.mux(stream.encode(yuv_frame(frame, height, width, scale)))
     container.mux(stream.encode())
   return path
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path) -> Iterator[io.BufferedRandom]:
-  """A file to write that gets its name when it is complete; as files.write_atomic, for what need
-  not be in memory at once.
-  """
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    with explained(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      file = open(temporary, "w+b")
-    with file:
-      # what else may go wrong in there is not this file's
-      with explained(path, full_disk_alone=True):
-        yield file
-      with explained(path):
-        file.flush()
-        os.fsync(file.fileno())
-    with explained(path):
-      os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-
-
-@contextlib.contextmanager
-def explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
-  """What goes wrong while `path` is written, as a UserError of one line."""
-  try:
-    yield
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise UserError(
-        f"no space left on the disk of {path}; free some space and run the same command"
-      ) from error
-    if full_disk_alone:
-      raise
-    raise UserError(
-      f"{path}: cannot be written ({error.strerror}); choose another place"
-    ) from error
 
 
 def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
@@ -167,116 +102,6 @@ def read_metadata(path) -> dict | None:
       )
   except (av.error.FFmpegError, OSError):
     return None
-
-
-def write_png(path, image: np.ndarray) -> Path:
-  """Writes an image uint8 [H, W, 3] or [H, W] as PNG, atomically, and returns the path."""
-  image = np.asarray(image)
-  if image.dtype != np.uint8 or image.ndim not in (2, 3):
-    raise UserError(
-      f"{path}: image is {image.dtype} {image.shape}; expected uint8 [H, W, 3] or [H, W]"
-    )
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, format="PNG")
-  return write_atomic(path, buffer.getvalue())
-
-
-def contact_sheet(
-  videos: Mapping[str, np.ndarray],
-  *,
-  columns: int = 12,
-  every: int | None = None,
-  train_frames: int | None = None,
-  block_frames: int | None = None,
-  scale: int | None = None,
-  title: str = "",
-) -> np.ndarray:
-  """One row a video, caption above it, frames left to right: an image uint8 [H', W', 3].
-
-  Args:
-    videos: caption -> frames [f, H, W, 3], uint8 or float in [-1, 1]; all of one frame size.
-    columns: how many frames a row shows, spread evenly from the first to the last.
-    every: shows frames 0, every, 2 * every, ... instead of `columns` frames.
-    train_frames: pixel frames of a training clip; frames beyond it carry an orange bar instead of a
-    grey one.
-    block_frames: pixel frames of a block (the first block has `block_frames` frames too); where
-      consecutive pictures belong to different blocks the gap between them holds a thin line.
-    scale: integer enlargement; by default the smallest that makes a frame at least 96 pixels high.
-    title: one line above everything.
-
-  Raises UserError for no videos, wrong shapes, or frame sizes that differ.
-  """
-  clips = {caption: checked_frames(caption, to_uint8(video)) for caption, video in videos.items()}
-  sizes = {clip.shape[1:] for clip in clips.values()}
-  if len(sizes) != 1 or columns < 1 or (every is not None and every < 1):
-    raise UserError(
-      f"contact sheet: got frame sizes {sorted(sizes)}, columns={columns}, every={every}; expected "
-      "videos of one frame size, columns >= 1 and every >= 1"
-    )
-  height, width, _ = next(iter(sizes))
-  scale = scale or max(1, -(-96 // height))
-  shown = [
-    (caption, clip, _shown_frames(len(clip), columns, every)) for caption, clip in clips.items()
-  ]
-  header = _label(title, 15, _INK) if title else None
-  rows = [
-    _sheet_row(caption, clip, index, scale, train_frames, block_frames)
-    for caption, clip, index in shown
-  ]
-  rows = ([header] if header is not None else []) + rows
-  canvas = np.full(
-    (sum(len(row) for row in rows) + 8, max(row.shape[1] for row in rows) + 16, 3), 255, np.uint8
-  )
-  top = 4
-  for row in rows:
-    canvas[top : top + len(row), 8 : 8 + row.shape[1]] = row
-    top += len(row)
-  return canvas
-
-
-def _sheet_row(caption, clip, shown, scale, train_frames, block_frames) -> np.ndarray:
-  gap, strip = 6, 15
-  height, width = clip.shape[1] * scale, clip.shape[2] * scale
-  pictures = [clip[i].repeat(scale, 0).repeat(scale, 1) for i in shown]
-  body = Image.new("RGB", (len(shown) * (width + gap) - gap, height + strip + 8), _PAPER)
-  draw = ImageDraw.Draw(body)
-  font = ImageFont.load_default(10)
-  for place, (i, picture) in enumerate(zip(shown, pictures, strict=True)):
-    left = place * (width + gap)
-    body.paste(Image.fromarray(picture), (left, 0))
-    colour = _ACCENT if train_frames is not None and i >= train_frames else _QUIET
-    draw.rectangle((left, height, left + width - 1, height + 1), fill=colour)
-    draw.text((left + 1, height + 2), str(i), font=font, fill=colour)
-    if block_frames and place and i // block_frames != shown[place - 1] // block_frames:
-      draw.line((left - gap // 2, 0, left - gap // 2, height + 1), fill=_QUIET)
-  label, body = _label(caption, 14, _INK), np.asarray(body)
-  row = np.full((len(label) + len(body), max(label.shape[1], body.shape[1]), 3), 255, np.uint8)
-  row[: len(label), : label.shape[1]] = label
-  row[len(label) :, : body.shape[1]] = body
-  return row
-
-
-def _label(text: str, size: int, colour) -> np.ndarray:
-  font = ImageFont.load_default(size)
-  image = Image.new("RGB", (int(font.getlength(text)) + 2, size + 8), _PAPER)
-  ImageDraw.Draw(image).text((0, 2), text, font=font, fill=colour)
-  return np.asarray(image)
-
-
-def _shown_frames(frames: int, columns: int, every: int | None) -> list[int]:
-  if every is not None:
-    return list(range(0, frames, every))
-  return sorted(set(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int).tolist()))
-
-
-def checked_frames(name, frames) -> np.ndarray:
-  """uint8 [f, H, W, 3] with f >= 1; UserError for anything else."""
-  frames = np.asarray(frames)
-  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-    raise UserError(
-      f"{name}: frames are {frames.dtype} {frames.shape}; expected uint8 [f, H, W, 3] with f >= 1"
-    )
-  return frames
 
 
 def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.VideoFrame:

@@ -13,7 +13,7 @@ from hiar_jax.components import chunked_decoder
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv, vae
 from hiar_jax.models.vae_tiling import Tiling
-from hiar_jax.video.mp4 import to_uint8
+from hiar_jax.video.frames import to_uint8
 
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
 TINY = taehv.TinyVAEConfig(

@@ -12,9 +12,10 @@ from typing import Literal
 from ml_collections import ConfigDict
 import pytest
 
-from hiar_jax import files
-from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import check_workdir, difference, read_resolved, save_resolved, to_json
 from hiar_jax.errors import UserError
+from hiar_jax.files import os, write_atomic
 
 EXPERIMENT = """
 from ml_collections import ConfigDict, config_dict
@@ -226,14 +227,14 @@ def good() -> dict:
 
 @pytest.mark.parametrize("wrap", [dict, ConfigDict])
 def test_build_fills_the_dataclass_and_those_inside(wrap):
-  model = configs.build(Model, wrap({**good(), "teacher": {"frames": 5, "sink": 1}}), dtype=float)
+  model = build(Model, wrap({**good(), "teacher": {"frames": 5, "sink": 1}}), dtype=float)
   assert model == Model(8, 1, (1.0, 0.5), Window(3), teacher=Window(5, 1), dtype=float)
   assert isinstance(model.levels, tuple)
 
 
 def test_build_reads_back_its_own_json():
-  model = configs.build(Model, good())
-  assert configs.build(Model, json.loads(json.dumps(configs.to_json(model)))) == model
+  model = build(Model, good())
+  assert build(Model, json.loads(json.dumps(to_json(model)))) == model
 
 
 @pytest.mark.parametrize(
@@ -259,7 +260,7 @@ def test_build_reads_back_its_own_json():
 )
 def test_build_refuses_what_does_not_fit(change, message):
   with pytest.raises(UserError, match=message):
-    configs.build(Model, {**good(), **change})
+    build(Model, {**good(), **change})
 
 
 def test_build_names_a_missing_field():
@@ -268,7 +269,7 @@ def test_build_names_a_missing_field():
   with pytest.raises(
     UserError, match=r"^Model needs a field 'lr' \(float\); the config gives width, levels, window$"
   ):
-    configs.build(Model, given)
+    build(Model, given)
 
 
 # ------------------------------------------------------------------------------ the resolved config
@@ -277,35 +278,35 @@ def test_build_names_a_missing_field():
 def test_difference_names_the_fields():
   stored = {"width": 8, "levels": (1.0,), "window": {"frames": 3}, "old": 1}
   given = {"width": 16, "levels": [1.0], "window": {"frames": None}, "new": {}}
-  assert configs.difference(stored, stored) == []
-  assert configs.difference(stored, given) == [
+  assert difference(stored, stored) == []
+  assert difference(stored, given) == [
     "old: 1 -> (none)",
     "width: 8 -> 16",
     "window.frames: 3 -> null",
   ]
-  assert configs.difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
+  assert difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
 
 
 def test_a_workdir_remembers_its_config(tmp_path):
   c = ConfigDict({"width": 8, "levels": (1.0, 0.5), "log": {"every": 10}})
   workdir = tmp_path / "runs" / "a"
-  assert configs.read_resolved(workdir) is None
-  configs.check_workdir(c, workdir)  # a new one takes any
-  configs.save_resolved(c, workdir)
+  assert read_resolved(workdir) is None
+  check_workdir(c, workdir)  # a new one takes any
+  save_resolved(c, workdir)
   assert [path.name for path in workdir.iterdir()] == ["config.json"]
-  assert configs.read_resolved(workdir) == {"width": 8, "levels": [1.0, 0.5], "log": {"every": 10}}
-  configs.check_workdir(c, workdir)
+  assert read_resolved(workdir) == {"width": 8, "levels": [1.0, 0.5], "log": {"every": 10}}
+  check_workdir(c, workdir)
   c.log.every = 20
-  configs.check_workdir(c, workdir)  # how often it logs does not change a run
+  check_workdir(c, workdir)  # how often it logs does not change a run
   c.width, c.levels = 16, (1.0,)
   message = (
     r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; "
     r"width: 8 -> 16\); use "
   )
   with pytest.raises(UserError, match=message):
-    configs.check_workdir(c, workdir)
+    check_workdir(c, workdir)
   with pytest.raises(UserError, match="log.every: 10 -> 20"):
-    configs.check_workdir(c, workdir, ignore=("width", "levels"))
+    check_workdir(c, workdir, ignore=("width", "levels"))
 
 
 def test_a_damaged_config_file_is_named(tmp_path):
@@ -313,24 +314,24 @@ def test_a_damaged_config_file_is_named(tmp_path):
   with pytest.raises(
     UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
   ):
-    configs.check_workdir(ConfigDict({"width": 8}), tmp_path)
+    check_workdir(ConfigDict({"width": 8}), tmp_path)
 
 
 def test_what_json_cannot_hold_is_refused():
   with pytest.raises(UserError, match="a config holds numbers, .* got set"):
-    configs.to_json(ConfigDict({"names": {"a"}}))
+    to_json(ConfigDict({"names": {"a"}}))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
   path = tmp_path / "config.json"
-  files.write_atomic(path, b"old")
+  write_atomic(path, b"old")
 
   def fail(*_):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(files.os, call, fail)
+  monkeypatch.setattr(os, call, fail)
   with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
-    files.write_atomic(path, b"new")
+    write_atomic(path, b"new")
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

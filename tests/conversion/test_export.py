@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.training_state import Checkpoints
-from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import save_resolved
 from hiar_jax.conversion.export import export
 from hiar_jax.convert import convert, parse_bytes
 from hiar_jax.errors import UserError
@@ -172,8 +173,8 @@ def test_diffusers_to_diffusers_through_here(tmp_path):
 def trained(directory, **changes):
   """What a run leaves of its last stage, without training."""
   config = tiny_run.make_config(**{"model__place_embedding": False, **changes})
-  configs.save_resolved(config, directory)
-  experiment = configs.build(Experiment, config)
+  save_resolved(config, directory)
+  experiment = build(Experiment, config)
   shapes = jax.eval_shape(lambda: dit.init(experiment.dit, jax.random.key(0)))
   leaves, tree = jax.tree.flatten(shapes)
   params = tree.unflatten(tiny.random(i, *leaf.shape) for i, leaf in enumerate(leaves))

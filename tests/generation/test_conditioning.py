@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
 from hiar_jax.generation import conditioning
 from hiar_jax.generation.conditioning import Start
@@ -20,7 +20,7 @@ from tests.helpers import tiny_run
 def experiment():
   config = runpy.run_path(str(tiny_run.ROOT / "experiments" / "hiar_wan_1_3b.py"))["get_config"]()
   config.data.size = (32, 48)
-  return configs.build(Experiment, config)
+  return build(Experiment, config)
 
 
 def count_up(path, frames, fps=16):

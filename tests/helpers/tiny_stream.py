@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from hiar_jax.method import History
-from hiar_jax.rollout.noise import Task, block_noise
+from hiar_jax.rollout.noise import block_noise
 from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
 from tests.helpers import compiling, tiny
 from tests.helpers.plain_stream import PlainStream
@@ -39,17 +39,8 @@ def quick_engine(parts: Parts, options: Options) -> Engine:
 @functools.cache
 def noise(seed: int, block: int):
   """noise(level, n) as a generation of this seed draws it."""
-  task = Task(
-    encode=None,
-    embed=None,
-    negative=None,
-    frames=1,
-    height=SIZE[0],
-    width=SIZE[1],
-    channels=CONFIG.channels,
-  )
-  draw = block_noise(jax.random.key(KEY), np.asarray([seed]), History(block=block, window=0), task)
-  return jax.jit(draw)
+  shape = (block, *SIZE, CONFIG.channels)
+  return jax.jit(block_noise(jax.random.key(KEY), np.asarray([seed]), shape))
 
 
 def plain(

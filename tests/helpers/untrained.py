@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.components import wan
+from hiar_jax.components import patch_pca
 from hiar_jax.components.patch_pca import PatchCodec
 from hiar_jax.generation.video_model import StudentModel
 from hiar_jax.models import dit
@@ -50,7 +50,7 @@ def untrained(directory, config) -> StudentModel:
     np.eye(pixels, channels, dtype=np.float32),
     np.ones(channels, np.float32),
   )
-  wan.save_codec(run.directory("data") / CODEC, codec)
+  patch_pca.save_codec(run.directory("data") / CODEC, codec)
   return Untrained(run, "", "distill")
 
 
@@ -59,7 +59,7 @@ def generated(model: StudentModel, blocks: int, given: np.ndarray | None = None)
   start = [] if given is None else [given]
   frames = 0 if given is None else given.shape[1]
   with jax.set_mesh(model.run.mesh):
-    generate = model.generator(blocks * model.experiment.history.block, frames)
+    generate = model.generator(blocks * model.experiment.history.block)
     latents = generate(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *start)
   return np.asarray(latents)[:, frames:]
 

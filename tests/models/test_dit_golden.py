@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import convert, flow, method
+from hiar_jax import convert, flow
 from hiar_jax.errors import UserError
 from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
 from hiar_jax.rollout import exit_step, sample
+from hiar_jax.rollout.past.visibility import block_causal_mask, teacher_forcing_mask
 from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import Case, assert_close, channels_last, noise_table
@@ -91,7 +92,7 @@ def _assert_forward(z: dict, velocity) -> None:
 def forward(case: Case, z: dict, kind: str) -> None:
   x = channels_last(z["x"])
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = method.block_causal_mask(positions, case.history()) if kind == "block_causal" else None
+  mask = block_causal_mask(positions, case.history()) if kind == "block_causal" else None
   network = "generator" if kind == "block_causal" else "fake_score"
   text, timestep = z.pop("prompt_embeds"), z.pop("timestep")
   _assert_forward(z, _apply(case, network, x, timestep, text, positions, mask))
@@ -100,7 +101,7 @@ def forward(case: Case, z: dict, kind: str) -> None:
 def teacher_forcing_forward(case: Case, z: dict) -> None:
   clean, x = channels_last(z.pop("clean_x")), channels_last(z["x"])
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = method.teacher_forcing_mask(positions, case.history())
+  mask = teacher_forcing_mask(positions, case.history())
   both, timestep = np.concatenate([clean, x], axis=1), z.pop("timestep")
   timestep = np.concatenate([np.zeros_like(timestep), timestep], axis=1)
   text = z.pop("prompt_embeds")

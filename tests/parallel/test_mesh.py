@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.parallel.mesh import (
-  MeshConfig,
-  check_batch,
-  fsdp_spec,
-  make_mesh,
-  map_step,
-  put_batch,
-  replicated,
-  state_shardings,
-)
+from hiar_jax.parallel.mapping import map_step
+from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, put_batch, replicated
+from hiar_jax.parallel.rules import fsdp_spec, state_shardings
 
 P = jax.P
 

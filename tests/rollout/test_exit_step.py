@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import method
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.models.dit import KV
 from hiar_jax.rollout import exit_step
+from hiar_jax.rollout.past.visibility import teacher_forcing_mask
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.plain_rollout import ROWS, Plain, assert_same, sees
@@ -210,7 +210,7 @@ def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_
     (levels[::-1], levels) if per_frame else (np.full_like(levels, 0.3), np.full_like(levels, 0.8))
   )
   positions = jnp.arange(6, dtype=jnp.int32)
-  mask = method.teacher_forcing_mask(positions, row)
+  mask = teacher_forcing_mask(positions, row)
   short = (lambda level: level) if per_frame else (lambda level: level[0, 0])
 
   def two(params):

@@ -11,10 +11,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
 
-from hiar_jax import (
-  serve,
-  stream,
-)
+from hiar_jax import serve, stream
 from hiar_jax.errors import UserError
 from hiar_jax.serving.session import Rules
 from hiar_jax.video.mp4 import read_mp4

@@ -18,14 +18,8 @@ import pytest
 aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
 
 from hiar_jax.errors import UserError
-from hiar_jax.serving import (
-  app,
-  uploads,
-)
-from hiar_jax.video.mp4 import (
-  read_metadata,
-  write_mp4,
-)
+from hiar_jax.serving import app, uploads
+from hiar_jax.video.mp4 import read_metadata, write_mp4
 from tests.helpers.browser_tab import nothing_left, run, tab  # noqa: F401
 from tests.helpers.served_page import FakeSource, page
 

@@ -31,8 +31,7 @@ def test_a_clean_sink_as_it_is_generated(tmp_path):
 
 def test_from_a_picture(tmp_path):
   model = untrained(tmp_path, tiny_run.make_config())
-  size = model.experiment.latent_sizes
-  given = tiny.random(4, 1, 1, size["height"], size["width"], size["channels"])
+  given = tiny.random(4, 1, *model.experiment.latent.block(1))
   generation = Generation(Engine(model, Options(layout=Layout())), PROMPT, SEED, start=given)
   assert_same(take(generation, 3), generated(model, 3, given))
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax.training.log import Progress, Writer, film_strip, progress, read
+from hiar_jax.progress import Progress, progress
+from hiar_jax.training.log import Writer, film_strip, read
 
 
 def without_time(path):

@@ -14,10 +14,10 @@ import optax
 import pytest
 
 from hiar_jax.checkpoints import training_state
-from hiar_jax.config.command_line import save_resolved
+from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
-from hiar_jax.training import loop, samples, stage_data
+from hiar_jax.training import loop, samples, stages
 from hiar_jax.training import state as states
 from hiar_jax.training.log import read
 from hiar_jax.training.run import Run, open_run, read_config
@@ -40,7 +40,7 @@ def make_run(workdir, **changes) -> Run:
 @pytest.fixture(scope="module")
 def with_data(tmp_path_factory) -> Run:
   run = make_run(tmp_path_factory.mktemp("with_data"))
-  stage_data.run(run)
+  stages.prepare_data(run)
   return run
 
 
@@ -149,12 +149,12 @@ def test_the_task_can_be_met_first_inside_a_traced_function(with_data):
   tokens = np.array([[2, 3] + [0] * 10], np.int32)
   traced = jax.jit(lambda tokens: run.task.embed(tokens))(tokens)
   np.testing.assert_array_equal(run.task.embed(tokens), traced)
-  assert run.task.clip == (4, 2, 2, 8)
+  assert run.task.latent.clip == (4, 2, 2, 8)
 
 
 def test_data_are_made_once(with_data):
   before = tiny_run.files(with_data.workdir)
-  stage_data.run(with_data)
+  stages.prepare_data(with_data)
   assert tiny_run.files(with_data.workdir) == before
   assert len(tfds_builder.open_source(with_data.directory("data"))) == 16
 
@@ -169,7 +169,7 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
   for process in range(2):
     monkeypatch.setattr(jax, "process_index", lambda process=process: process)
     feeds = loop.Feeds(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
-    monkeypatch.setattr(loop.sharding, "put_batch", lambda batch, mesh: batch)
+    monkeypatch.setattr(loop, "put_batch", lambda batch, mesh: batch)
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
       found = feeds.next("clips")

@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from hiar_jax.errors import UserError
+from hiar_jax.rollout import noise
 from hiar_jax.training import state as states
 from hiar_jax.training.state import Training, update_ema
 
@@ -138,8 +139,8 @@ def test_the_mean_over_devices_is_taken_before_the_update():
 
 def test_an_example_s_draws_are_its_own():
   key = jax.random.key(3)
-  all_of_them = states.example_normal(states.example_keys(key, jnp.arange(6)), (2, 3))
-  some = states.example_normal(states.example_keys(key, jnp.array([4, 1])), (2, 3))
+  all_of_them = noise.example_normal(noise.example_keys(key, jnp.arange(6)), (2, 3))
+  some = noise.example_normal(noise.example_keys(key, jnp.array([4, 1])), (2, 3))
   np.testing.assert_array_equal(some, all_of_them[jnp.array([4, 1])])
   assert len(np.unique(np.asarray(all_of_them))) == 36
 

@@ -18,21 +18,17 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.components import word_table
+from hiar_jax.components.interfaces import Task
 from hiar_jax.method import History
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
-from hiar_jax.parallel.mesh import (
-  MeshConfig,
-  make_mesh,
-  map_step,
-  put_batch,
-  replicated,
-  state_shardings,
-)
-from hiar_jax.rollout.noise import Task
+from hiar_jax.parallel.mapping import map_step
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
+from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training import state as states
 from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Student
+from hiar_jax.types import LatentShape
 
 MODEL = DiTConfig(
   dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
@@ -50,10 +46,7 @@ TASK = Task(
   encode=lambda batch: batch["video"],
   embed=lambda tokens: word_table.encode(TABLE, tokens),
   negative=jnp.zeros_like,
-  frames=3,
-  height=1,
-  width=2,
-  channels=4,
+  latent=LatentShape(frames=3, height=1, width=2, channels=4),
 )
 SIGMAS = np.asarray(flow.warped_levels((1000, 500), 5.0), np.float32)
 BATCH = 8

@@ -16,7 +16,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.video import fragmented_mp4
 from hiar_jax.video.fragmented_mp4 import GrowingMP4
 from hiar_jax.video.mp4 import read_metadata, read_mp4
-from hiar_jax.video.png_folder import PNGFolder
+from hiar_jax.video.png import PNGFolder
 
 
 def pieces(count, frames=5, size=(32, 30)):

@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from hiar_jax import files
 from hiar_jax.errors import UserError
-from hiar_jax.video import mp4
-from hiar_jax.video.mp4 import _ACCENT, _QUIET, contact_sheet, read_mp4, write_mp4, write_png
+from hiar_jax.video.contact_sheet import _ACCENT, _QUIET, contact_sheet
+from hiar_jax.video.mp4 import read_mp4, write_mp4
+from hiar_jax.video.png import write_png
 
 
 def moving_square(frames=12, size=32):
@@ -251,7 +253,7 @@ def test_a_full_disk_is_said_while_a_video_is_written(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_fills_up_while_frames_are_encoded(tmp_path, monkeypatch):
   monkeypatch.setattr(
-    mp4, "open", lambda name, mode: open("/dev/full", "wb", buffering=0), raising=False
+    files, "open", lambda name, mode: open("/dev/full", "wb", buffering=0), raising=False
   )
   with pytest.raises(UserError, match="no space left on the disk of .*clip.mp4"):
     write_mp4(

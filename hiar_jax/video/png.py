@@ -1,12 +1,16 @@
 """Frames as pictures in a directory: 000000.png, 000001.png, ..."""
 
+import io
 import os
 import pathlib
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from hiar_jax.errors import UserError
-from hiar_jax.video.mp4 import checked_frames, explained, write_png
+from hiar_jax.files import explained, write_atomic
+from hiar_jax.video.frames import checked_frames
 
 
 class PNGFolder:
@@ -45,3 +49,15 @@ class PNGFolder:
 
   def __exit__(self, *exc) -> None:
     self.close()
+
+
+def write_png(path, image: np.ndarray) -> Path:
+  """Writes an image uint8 [H, W, 3] or [H, W] as PNG, atomically, and returns the path."""
+  image = np.asarray(image)
+  if image.dtype != np.uint8 or image.ndim not in (2, 3):
+    raise UserError(
+      f"{path}: image is {image.dtype} {image.shape}; expected uint8 [H, W, 3] or [H, W]"
+    )
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, format="PNG")
+  return write_atomic(path, buffer.getvalue())

@@ -1,0 +1,33 @@
+"""Frames as arrays: conversions between bytes and [-1, 1], and a check before they are written."""
+
+import numpy as np
+
+from hiar_jax.errors import UserError
+
+
+def to_uint8(frames) -> np.ndarray:
+  """Float frames in [-1, 1] of any shape -> uint8 in 0..255, rounded and clipped; uint8 passes
+  through.
+  """
+  frames = np.asarray(frames)
+  if frames.dtype == np.uint8:
+    return frames
+  return np.clip(np.rint((frames.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def to_float(frames) -> np.ndarray:
+  """uint8 frames of any shape -> float32 in [-1, 1]; float frames pass through as float32."""
+  frames = np.asarray(frames)
+  if frames.dtype == np.uint8:
+    return frames.astype(np.float32) / 127.5 - 1.0
+  return frames.astype(np.float32)
+
+
+def checked_frames(name, frames) -> np.ndarray:
+  """uint8 [f, H, W, 3] with f >= 1; UserError for anything else."""
+  frames = np.asarray(frames)
+  if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+    raise UserError(
+      f"{name}: frames are {frames.dtype} {frames.shape}; expected uint8 [f, H, W, 3] with f >= 1"
+    )
+  return frames
