@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-  streams.define_model_flags()
+  streams.define_stream_flags()
   flags.DEFINE_string(
     "host",
     "127.0.0.1",

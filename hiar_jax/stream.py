@@ -18,15 +18,14 @@ import sys
 import types
 
 from absl import flags
-from ml_collections import config_dict, config_flags
 
-from hiar_jax import generate, peak_memory
+from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
-from hiar_jax.generation import prompts_file, video_model
+from hiar_jax.generation import prompts_file
 from hiar_jax.generation.conditioning import Start
-from hiar_jax.planning.costs import DTYPES
+from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import progress
 from hiar_jax.rollout.past import relative_sink
@@ -42,13 +41,9 @@ ENDLESS = "endless"
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
   """What is asked for, by the names of the flags; `--help` says what they mean."""
 
-  workdir: str | None = None
-  config: config_dict.ConfigDict | None = None
-  weights: str | None = None
-  stage: str = "distill"
   prompt: str | None = None
   timeline: str | None = None
   image: str | None = None
@@ -56,11 +51,6 @@ class Options:
   frames: int | str = ENDLESS
   seed: int = 0
   resume: str | None = None
-  height: int | None = None
-  width: int | None = None
-  dtype: str | None = None
-  decoder: str | None = None
-  tile: int | None = None
   stages: int | None = None
   tensor: int | None = None
   sequence: int | None = None
@@ -138,9 +128,7 @@ def check(options: Options) -> None:
 
 def open_source(options: Options) -> Source:
   """The model, its weights loaded."""
-  names = ("workdir", "config", "weights", "stage", "height", "width", "dtype", "decoder", "tile")
-  model = generate.open_model(generate.Options(**{name: getattr(options, name) for name in names}))
-  return Source(model, options.engine)
+  return Source(options.open_model(), options.engine)
 
 
 def open_stream(source: Source, options: Options) -> Stream:
@@ -220,7 +208,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
-  define_model_flags()
+  define_stream_flags()
   flags.DEFINE_string("prompt", None, "what to show")
   flags.DEFINE_string(
     "timeline",
@@ -248,32 +236,9 @@ def define_flags() -> None:
   flags.DEFINE_bool("memory", False, "say how much memory it took")
 
 
-def define_model_flags() -> None:
-  """Which model, and how it is laid out; the page has them too."""
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "with --weights: a Python file with get_config(), and a variant",
-    lock_config=True,
-  )
-  flags.DEFINE_string(
-    "weights",
-    None,
-    "converted weights: a directory with dit/, and vae/, umt5/, tokenizer/ unless the config has "
-    "them",
-  )
-  flags.DEFINE_string("workdir", None, "a run made by hiar_jax.train")
-  flags.DEFINE_enum("stage", "distill", generate.STAGES, "of the run: whose weights")
-  flags.DEFINE_integer("height", None, "in pixels; default: the config's", 1)
-  flags.DEFINE_integer("width", None, "in pixels; default: the config's", 1)
-  flags.DEFINE_enum("dtype", None, DTYPES, "of weights and products; default: the config's")
-  flags.DEFINE_enum("decoder", None, video_model.DECODERS, "Wan's autoencoder, or the tiny one")
-  flags.DEFINE_integer(
-    "tile",
-    None,
-    "decode in tiles of so many latents a side, for small memories; 0: whole frames",
-    0,
-  )
+def define_stream_flags() -> None:
+  """Flags of the model and of its layout over devices, which the page has too."""
+  define_model_flags()
   flags.DEFINE_integer(
     "stages", None, "devices that share the noise levels; default: as many as can be used", 1
   )

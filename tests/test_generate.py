@@ -8,8 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from hiar_jax import generate
 from hiar_jax.errors import UserError
+from hiar_jax.generation import clips
+from hiar_jax.generation.prompts_file import Job
 from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 
@@ -236,12 +237,13 @@ def test_what_cannot_be_done_is_one_line(refused, name):
 def test_a_file_where_the_videos_should_go(tmp_path):
   (tmp_path / "taken").write_text("")
   with pytest.raises(UserError, match="taken is a file; with --prompts it names the directory"):
-    generate.outputs(["a"], str(tmp_path / "taken"), many=True)
+    clips.output_paths([Job("a", 0)], str(tmp_path / "taken"), many=True)
 
 
 def test_where_videos_go_by_default():
-  assert [str(path) for path in generate.outputs(["A cat", "a cat"], None, many=True)] == [
+  jobs = [Job("A cat", 0), Job("a cat", 1)]
+  assert [str(path) for path in clips.output_paths(jobs, None, many=True)] == [
     "videos/a-cat.mp4",
     "videos/a-cat-2.mp4",
   ]
-  assert [str(path) for path in generate.outputs(["A cat"], None, many=False)] == ["a-cat.mp4"]
+  assert [str(path) for path in clips.output_paths(jobs[:1], None, many=False)] == ["a-cat.mp4"]

@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax import generate
 from hiar_jax.checkpoints import weights
 from hiar_jax.components import wan
 from hiar_jax.components.umt5_tokenizer import clean
-from hiar_jax.generation import video_model
+from hiar_jax.generation import clips, video_model
 from hiar_jax.generation.conditioning import Start
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.models import dit, vae
@@ -393,7 +392,7 @@ def model(place):
 
 
 def clip(model, kind, path, given, prompt="A cat"):
-  return generate.Clip(Job(prompt, 3), pathlib.Path("x.mp4"), Start(path, kind), given, 3)
+  return clips.Clip(Job(prompt, 3), pathlib.Path("x.mp4"), Start(path, kind), given, 3)
 
 
 @pytest.mark.parametrize("kind, name, given", [("image", "cat.png", 1), ("video", "before.mp4", 6)])
@@ -406,7 +405,7 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   assert pixels.shape == (1 + 4 * (given - 1), 16, 32, 3)
   _, params = weights.load(place / "weights", "vae")
   expected = np.asarray(vae.encode(params, jnp.asarray(pixels[None] / 127.5 - 1, jnp.float32), VAE))
-  np.testing.assert_allclose(generate.start_latents(model, start), expected, atol=1e-4)
+  np.testing.assert_allclose(clips.start_latents(model, start), expected, atol=1e-4)
   model.prepare_texts(["A cat"])
   made = model.generator(3, given)
   args = model.params(), model.texts(["A cat"]), np.asarray([3])

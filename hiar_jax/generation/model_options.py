@@ -1,0 +1,84 @@
+"""Which model a command generates with, and what it changes of it: the options and flags that
+generate, stream and serve share.
+"""
+
+import dataclasses
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+from hiar_jax.errors import UserError
+from hiar_jax.generation import video_model
+from hiar_jax.generation.video_model import Changes, StudentModel
+from hiar_jax.planning.costs import DTYPES
+
+STAGES = ("distill", "causal_init")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+  """The flags of `define_model_flags` by their names; `--help` says what they mean."""
+
+  workdir: str | None = None
+  config: config_dict.ConfigDict | None = None
+  weights: str | None = None
+  stage: str = "distill"
+  height: int | None = None
+  width: int | None = None
+  dtype: str | None = None
+  decoder: str | None = None
+  tile: int | None = None
+
+  def open_model(self, needed: bool = True) -> StudentModel:
+    """The model of the run, or of the config and weights; of a plan they are not `needed`.
+
+    Raises UserError where neither is named, or both.
+    """
+    changes = Changes(
+      **{field.name: getattr(self, field.name) for field in dataclasses.fields(Changes)}
+    )
+    if self.config is not None:
+      if self.workdir:
+        raise UserError("give either --workdir, a trained run, or --config with --weights")
+      return video_model.of_config(self.config, self.weights, changes, needed=needed)
+    if not self.workdir:
+      raise UserError(
+        "--workdir is missing; give the directory of a trained run, as --workdir=runs/shapes (or "
+        "--config and --weights)"
+      )
+    if self.weights:
+      raise UserError(
+        "--weights needs --config, the config of the model; a --workdir has weights of its own"
+      )
+    return video_model.of_workdir(self.workdir, self.stage, changes)
+
+
+def define_model_flags() -> None:
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "with --weights: a Python file with get_config(), and a variant",
+    lock_config=True,
+  )
+  flags.DEFINE_string(
+    "weights",
+    None,
+    "converted weights: a directory with dit/, and vae/, umt5/, tokenizer/ unless the config has "
+    "them",
+  )
+  flags.DEFINE_string("workdir", None, "directory of a run made by hiar_jax.train")
+  flags.DEFINE_enum("stage", "distill", STAGES, "stage of the run whose weights are used")
+  flags.DEFINE_integer("height", None, "height of the video in pixels; default: the config's", 1)
+  flags.DEFINE_integer("width", None, "width of the video in pixels; default: the config's", 1)
+  flags.DEFINE_enum(
+    "dtype", None, DTYPES, "dtype of weights and matrix products; default: the config's"
+  )
+  flags.DEFINE_enum(
+    "decoder", None, video_model.DECODERS, "decode with Wan's autoencoder or with the tiny one"
+  )
+  flags.DEFINE_integer(
+    "tile",
+    None,
+    "encode and decode in tiles of so many latents a side, for small memories; 0: whole frames",
+    0,
+  )
