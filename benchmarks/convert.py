@@ -32,7 +32,7 @@ from hiar_jax.conversion.dit_keys import dit_rules
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.models import dit
-from hiar_jax.rollout import blocks as prims
+from hiar_jax.rollout.blocks import apply_with_cache, block_positions
 from hiar_jax.rollout.past import ring as caches
 
 HISTORY = History()  # HiAR's
@@ -77,8 +77,8 @@ def forward_once(directory: str, height: int, width: int) -> dict:
 
   @jax.jit
   def call(params, x, text, cache):
-    return prims.against_cache(
-      dit.bind(config, params, text), cache, x, 1.0, prims.frames_of(0, HISTORY), HISTORY
+    return apply_with_cache(
+      dit.bind(config, params, text), cache, x, 1.0, block_positions(0, HISTORY), HISTORY
     )
 
   times = [time.perf_counter()]

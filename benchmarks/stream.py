@@ -40,28 +40,28 @@ import numpy as np
 
 from benchmarks import machine
 from hiar_jax.components import patch_pca
-from hiar_jax.components.patch_pca import PatchCodec, PatchCodecConfig
+from hiar_jax.components.patch_pca import PatchPCA, PatchPCAConfig
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
-from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
-from hiar_jax.streaming.decoding import Stateless
+from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
+from hiar_jax.streaming.decoding import FramewiseDecoder
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.training.experiment import Experiment
 
 SAMPLES = 40  # looks at memory
 
 
-def parts_of(e: Experiment) -> Parts:
+def parts_of(e: Experiment) -> StreamParts:
   """The student's sizes and method, weights and texts at random."""
   text = np.random.default_rng(0).standard_normal((1, e.text.length, e.text.dim), np.float32)
   params = jax.jit(functools.partial(dit.init, e.student_dit))(jax.random.key(0))
   size = e.latent.height, e.latent.width
-  return Parts(
+  return StreamParts(
     e.student_dit,
     e.history,
     tuple(float(sigma) for sigma in e.student.sigmas),
@@ -73,9 +73,9 @@ def parts_of(e: Experiment) -> Parts:
   )
 
 
-def codec_of(e: Experiment) -> PatchCodec:
+def codec_of(e: Experiment) -> PatchPCA:
   """Of the experiment's sizes, at random."""
-  if not isinstance(e.codec, PatchCodecConfig):
+  if not isinstance(e.codec, PatchPCAConfig):
     raise UserError(
       f"codec.kind = {e.codec.kind!r}: this benchmark decodes with 'patches' alone; give an "
       "experiment that does"
@@ -84,7 +84,7 @@ def codec_of(e: Experiment) -> PatchCodec:
   basis, _ = np.linalg.qr(
     np.random.default_rng(1).standard_normal((pixels, channels)).astype(np.float32)
   )
-  return PatchCodec(
+  return PatchPCA(
     np.zeros(pixels, np.float32), basis, np.ones(channels, np.float32), patch=e.codec.patch
   )
 
@@ -94,8 +94,8 @@ def codec_of(e: Experiment) -> PatchCodec:
 
 def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
   codec, start = codec_of(e), time.perf_counter()
-  engine = Engine(parts_of(e), Options(layout=layout))
-  warm = Generation(engine, "a")
+  engine = Engine(parts_of(e), TickOptions(layout=layout))
+  warm = LiveVideo(engine, "a")
   while warm.step() is None:
     pass
   jax.block_until_ready(warm._pipe)
@@ -115,7 +115,7 @@ def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
 def latents_only(engine: Engine, blocks: int) -> dict:
   times, memory, ticks = [], Memory(blocks), 0
   start = time.perf_counter()
-  generation = Generation(engine, "a")
+  generation = LiveVideo(engine, "a")
   while len(times) < blocks:
     emitted, ticks = generation.step(), ticks + 1
     if emitted is not None:
@@ -131,10 +131,12 @@ def latents_only(engine: Engine, blocks: int) -> dict:
   }
 
 
-def decoded(codec: PatchCodec, engine: Engine, blocks: int) -> dict:
+def decoded(codec: PatchPCA, engine: Engine, blocks: int) -> dict:
   """As a viewer has it who takes every chunk at once."""
   decode = jax.jit(patch_pca.decode)
-  decoder = Stateless(lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))])
+  decoder = FramewiseDecoder(
+    lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))]
+  )
   # compiles
   decoder(
     np.zeros(
@@ -144,7 +146,7 @@ def decoded(codec: PatchCodec, engine: Engine, blocks: int) -> dict:
   )
   times, memory = [], Memory(blocks)
   start = time.perf_counter()
-  with Stream(Generation(engine, "a"), decoder, fps=16.0, blocks=blocks) as stream:
+  with Stream(LiveVideo(engine, "a"), decoder, fps=16.0, blocks=blocks) as stream:
     for _ in stream:
       times.append(time.perf_counter() - start)
       memory.look(len(times))

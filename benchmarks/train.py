@@ -37,7 +37,7 @@ from hiar_jax.parallel.mesh import make_mesh, put_batch
 from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.state import Training, TrainState, create
+from hiar_jax.training.state import TrainConfig, TrainState, create
 from hiar_jax.types import Batch, Params
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
@@ -55,7 +55,7 @@ def task_of(e: Experiment) -> Task:
   )
 
 
-def batch_of(e: Experiment, training: Training) -> Batch:
+def batch_of(e: Experiment, training: TrainConfig) -> Batch:
   """What any of the stages reads, at random."""
   rng, clip, count = np.random.default_rng(0), e.latent.clip, training.batch
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
@@ -76,7 +76,7 @@ def batch_of(e: Experiment, training: Training) -> Batch:
 
 def stage(
   e: Experiment, name: str
-) -> tuple[Training, Callable[[Params], TrainState], Callable, bool]:
+) -> tuple[TrainConfig, Callable[[Params], TrainState], Callable, bool]:
   """(its settings, params -> fresh state, step, whether the step reads the teacher too)."""
   task, key, sigmas = task_of(e), jax.random.key(1), jnp.asarray(e.student.sigmas, jnp.float32)
   if name == "teacher":

@@ -35,7 +35,7 @@ def sigma_schedule(steps: int, shift: float) -> np.ndarray:
   return shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift)
 
 
-def warped_levels(timesteps: tuple[float, ...], shift: float) -> np.ndarray:
+def shifted_schedule(timesteps: tuple[float, ...], shift: float) -> np.ndarray:
   """The student's levels [s + 1]: nominal timesteps such as (1000, 750, 500, 250) shifted, then 0.
 
   For shift 5: 1, .9375, .8333, .625, 0 (HiAR, section 4.1 and its published `denoising_step_list`).
@@ -53,45 +53,47 @@ def timestep(sigma):
   return TIMESTEPS * sigma
 
 
-def wide(x) -> jax.Array:
+def to_f32(x) -> jax.Array:
   """At least float32."""
   x = jnp.asarray(x)
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def align(sigma, like: jax.Array) -> jax.Array:
+def expand_like(sigma, like: jax.Array) -> jax.Array:
   """Appends axes to `sigma` (scalar, [b] or [b f]) until it broadcasts against `like` [b f ...]."""
-  sigma = wide(sigma)
+  sigma = to_f32(sigma)
   return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
 
 
 def add_noise(x0: jax.Array, eps: jax.Array, sigma) -> jax.Array:
   """Eq. (1). sigma: scalar, [b] or [b f]."""
-  sigma = align(sigma, x0)
-  return (1 - sigma) * wide(x0) + sigma * wide(eps)
+  sigma = expand_like(sigma, x0)
+  return (1 - sigma) * to_f32(x0) + sigma * to_f32(eps)
 
 
 def velocity_target(x0: jax.Array, eps: jax.Array) -> jax.Array:
   """Eq. (2)."""
-  return wide(eps) - wide(x0)
+  return to_f32(eps) - to_f32(x0)
 
 
 def x0_from_velocity(x_t: jax.Array, v: jax.Array, sigma) -> jax.Array:
   """Eq. (4)."""
-  return wide(x_t) - align(sigma, x_t) * wide(v)
+  return to_f32(x_t) - expand_like(sigma, x_t) * to_f32(v)
 
 
 def velocity_from_x0(x_t: jax.Array, x0: jax.Array, sigma) -> jax.Array:
   """The inverse of Eq. (4); sigma must not be 0."""
-  return (wide(x_t) - wide(x0)) / align(sigma, x_t)
+  return (to_f32(x_t) - to_f32(x0)) / expand_like(sigma, x_t)
 
 
 def euler(x_t: jax.Array, v: jax.Array, sigma, sigma_next) -> jax.Array:
   """Eq. (5)."""
-  return wide(x_t) + (align(sigma_next, x_t) - align(sigma, x_t)) * wide(v)
+  return to_f32(x_t) + (expand_like(sigma_next, x_t) - expand_like(sigma, x_t)) * to_f32(v)
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, guidance: float) -> jax.Array:
+def classifier_free_guidance(
+  conditional: jax.Array, unconditional: jax.Array, guidance: float
+) -> jax.Array:
   """conditional + g (conditional - unconditional); g = 0 is no guidance, g = 3 what others call
   scale 4. For v or x0 alike.
   """

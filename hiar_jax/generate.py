@@ -6,8 +6,8 @@
 
 The same prompt and seed give the same video, alone or among others (`--prompts=FILE`, see
 prompts_file.py). `--image` and `--video` say what it starts from, kept as it is. A file that is
-there already and was made of the same things is not made again. `--plan` says what it would cost,
-and loads nothing.
+there already and was made of the same things is not made again. `--dry_run` says what it would
+cost, and loads nothing.
 """
 
 import dataclasses
@@ -24,13 +24,16 @@ from hiar_jax.generation import clips as videos
 from hiar_jax.generation import prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.generation.prompts_file import Job
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.training import samples
 from hiar_jax.video import lengths
 
+# Flags by the names that they had; see config.command_line.
+RENAMED = {"memory": "report_memory", "plan": "dry_run"}
+
 
 @dataclasses.dataclass(frozen=True)
-class Options(ModelOptions):
+class GenerateOptions(ModelOptions):
   """The flags of the command by their names; `--help` says what they mean."""
 
   prompt: str | None = None
@@ -42,17 +45,17 @@ class Options(ModelOptions):
   out: str | None = None
   strict: bool = False
   overwrite: bool = False
-  memory: bool = False
-  plan: bool = False
+  report_memory: bool = False
+  dry_run: bool = False
 
 
-def generate(options: Options) -> list[pathlib.Path]:
+def generate(options: GenerateOptions) -> list[pathlib.Path]:
   """Writes the videos and returns their paths."""
   jobs = read_jobs(options)
   paths = videos.output_paths(jobs, options.out, many=options.prompts is not None)
-  model = options.open_model(needed=not options.plan)
+  model = options.open_model(needed=not options.dry_run)
   clips = videos.plan_clips(model, jobs, paths, lambda given: new_frames(model, options, given))
-  if options.plan:
+  if options.dry_run:
     batch = min(model.experiment.sample.batch, len(clips))
     for given, frames in dict.fromkeys((clip.given, clip.frames) for clip in clips):
       print(model.plan(frames, given, batch).text(), flush=True)
@@ -61,15 +64,15 @@ def generate(options: Options) -> list[pathlib.Path]:
   if wanted:
     with jax.set_mesh(model.run.mesh):
       videos.write_clips(model, wanted)
-  if options.memory:
+  if options.report_memory:
     print(peak_memory.peak().report(), file=sys.stderr)
   return paths
 
 
-def read_jobs(options: Options) -> list[Job]:
+def read_jobs(options: GenerateOptions) -> list[Job]:
   """One for each video. Raises UserError where the flags do not say which, or say it twice."""
   if (options.prompt is None) == (options.prompts is None):
-    if not options.plan or options.prompt is not None:
+    if not options.dry_run or options.prompt is not None:
       raise UserError('give either --prompt="a red circle moving left" or --prompts=FILE')
     return [Job("", options.seed)]
   if options.image and options.video:
@@ -84,7 +87,7 @@ def read_jobs(options: Options) -> list[Job]:
   return [job if job.image or job.video else dataclasses.replace(job, **start) for job in jobs]
 
 
-def new_frames(model: StudentModel, options: Options, given: int) -> int:
+def new_frames(model: VideoModel, options: GenerateOptions, given: int) -> int:
   """New latent frames after `given` ones, in whole blocks, saying so."""
   e = model.experiment
   if options.frames is None:
@@ -100,8 +103,11 @@ def new_frames(model: StudentModel, options: Options, given: int) -> int:
 
 def main() -> None:
   generate(
-    Options(
-      **{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options)}
+    GenerateOptions(
+      **{
+        field.name: getattr(flags.FLAGS, field.name)
+        for field in dataclasses.fields(GenerateOptions)
+      }
     )
   )
 
@@ -139,10 +145,10 @@ def define_flags() -> None:
     "strict", False, "refuse frame counts that are not whole blocks, instead of rounding up"
   )
   flags.DEFINE_bool("overwrite", False, "make again the videos that are there already")
-  flags.DEFINE_bool("memory", False, "print the most memory that was used")
-  flags.DEFINE_bool("plan", False, "print what it would cost; load nothing, write nothing")
+  flags.DEFINE_bool("report_memory", False, "print the most memory that was used")
+  flags.DEFINE_bool("dry_run", False, "print what it would cost; load nothing, write nothing")
 
 
 if __name__ == "__main__":
   define_flags()
-  configs.run_flags(main)
+  configs.run_flags(main, renamed=RENAMED)

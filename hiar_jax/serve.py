@@ -3,8 +3,8 @@
     python -m hiar_jax.serve --workdir=runs/shapes
 
 and open the address that it prints: type a prompt, watch, change the prompt, pause, extend,
-download. Each tab has a generation of its own, `--places` of them at once; who comes later waits.
-Nobody but this machine can reach it unless `--host` says otherwise.
+download. Each tab has a generation of its own, `--max_generations` of them at once; who comes later
+waits. Nobody but this machine can reach it unless `--host` says otherwise.
 """
 
 import contextlib
@@ -23,22 +23,32 @@ from absl import flags
 from hiar_jax import stream as streams
 from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.streaming.source import Source
+from hiar_jax.streaming.streaming_model import StreamingModel
+
+# Flags by the names that they had; see config.command_line.
+RENAMED = {
+  "places": "max_generations",
+  "viewers": "max_clients",
+  "lead": "buffer_seconds",
+  "patience": "idle_timeout",
+  "hold": "grace",
+  "longest": "max_seconds",
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ServeOptions:
   """Of the page; `--help` says what they mean."""
 
   host: str = "127.0.0.1"
   port: int = 8420
   hosts: tuple[str, ...] = ()
-  places: int = 2
-  viewers: int = 16
-  lead: float = 2.0
-  patience: float = 30.0
-  hold: float = 60.0
-  longest: float = 3600.0
+  max_generations: int = 2
+  max_clients: int = 16
+  buffer_seconds: float = 2.0
+  idle_timeout: float = 30.0
+  grace: float = 60.0
+  max_seconds: float = 3600.0
   out: str | None = None
 
 
@@ -79,17 +89,24 @@ def check_installed() -> None:
     raise UserError("the page needs aiohttp; install it, as pip install 'hiar_jax[serve]'")
 
 
-def serve(source: Source, listener: socket.socket, options: Options) -> None:
+def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions) -> None:
   """Until SIGINT or SIGTERM."""
   from aiohttp import web
 
   from hiar_jax.serving.app import make_app
-  from hiar_jax.serving.queue import House
-  from hiar_jax.serving.session import Rules
+  from hiar_jax.serving.queue import ServerConfig
+  from hiar_jax.serving.session import Limits
 
-  rules = Rules(options.lead, options.patience, options.hold, options.longest)
+  limits = Limits(options.buffer_seconds, options.idle_timeout, options.grace, options.max_seconds)
   with _clips(options.out) as clips:
-    house = House(source, clips, options.places, options.viewers, options.out is not None, rules)
+    config = ServerConfig(
+      source,
+      clips,
+      options.max_generations,
+      options.max_clients,
+      options.out is not None,
+      limits,
+    )
     host, port = listener.getsockname()[:2]
     print(f"watch at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
     if not ipaddress.ip_address(host).is_loopback:
@@ -97,7 +114,7 @@ def serve(source: Source, listener: socket.socket, options: Options) -> None:
         f"anyone who reaches {host} can use this page: it asks nobody for a name", file=sys.stderr
       )
     web.run_app(
-      make_app(house, frozenset(options.hosts)),
+      make_app(config, frozenset(options.hosts)),
       sock=listener,
       print=None,
       access_log=None,
@@ -120,14 +137,14 @@ def _clips(out: str | None):
   yield pathlib.Path(out)
 
 
-def warm_up(source: Source) -> None:
+def warm_up(source: StreamingModel) -> None:
   """Compiles, so that the first viewer does not wait for it, nor anyone in the midst of a video."""
   source.engine.warm("")
-  with source.open("", ahead=1) as stream:
+  with source.open("", prefetch=1) as stream:
     next(stream)
 
 
-def start(model: streams.Options, options: Options) -> None:
+def start(model: streams.StreamOptions, options: ServeOptions) -> None:
   """Loads the model and serves.
 
   What is wrong with the address is known before minutes of loading.
@@ -140,12 +157,12 @@ def start(model: streams.Options, options: Options) -> None:
 
 
 def main() -> None:
-  names = {field.name for field in dataclasses.fields(streams.Options)} & set(flags.FLAGS)
-  model = streams.Options(**{name: getattr(flags.FLAGS, name) for name in names})
-  options = Options(
+  names = {field.name for field in dataclasses.fields(streams.StreamOptions)} & set(flags.FLAGS)
+  model = streams.StreamOptions(**{name: getattr(flags.FLAGS, name) for name in names})
+  options = ServeOptions(
     **{
       field.name: getattr(flags.FLAGS, field.name)
-      for field in dataclasses.fields(Options)
+      for field in dataclasses.fields(ServeOptions)
       if field.name != "hosts"
     },
     hosts=tuple(flags.FLAGS.hosts),
@@ -158,37 +175,39 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "host",
     "127.0.0.1",
-    "the address to listen on; 0.0.0.0: every one of this machine's, for anyone",
+    "address to listen on; 0.0.0.0: every one of this machine's, for anyone",
   )
-  flags.DEFINE_integer("port", 8420, "to listen on; 0: any that is free", 0, 65535)
+  flags.DEFINE_integer("port", 8420, "port to listen on; 0: any that is free", 0, 65535)
   flags.DEFINE_list(
     "hosts",
     [],
     "names under which the page may be reached, beside localhost and addresses in numbers",
   )
-  flags.DEFINE_integer("places", 2, "generations at once; who comes later waits", 1)
-  flags.DEFINE_integer("viewers", 16, "tabs at once, those that wait included", 1)
-  flags.DEFINE_float("lead", 2.0, "seconds of video that are made ahead of the viewer", 0.1)
+  flags.DEFINE_integer(
+    "max_generations", 2, "most generations at once; further viewers wait in a queue", 1
+  )
+  flags.DEFINE_integer("max_clients", 16, "most open tabs, waiting ones included", 1)
+  flags.DEFINE_float("buffer_seconds", 2.0, "seconds of video made ahead of the viewer", 0.1)
   flags.DEFINE_float(
-    "patience",
+    "idle_timeout",
     30.0,
     "seconds that a viewer may stand still, with video to watch, before it loses its place",
     1,
   )
   flags.DEFINE_float(
-    "hold",
+    "grace",
     60.0,
     "seconds that a paused or finished generation keeps its place while others wait",
     0,
   )
-  flags.DEFINE_float("longest", 3600.0, "seconds of one video", 1)
+  flags.DEFINE_float("max_seconds", 3600.0, "longest video in seconds", 1)
   flags.DEFINE_string(
     "out",
     None,
-    "a directory in which the videos stay; default: a temporary one, each gone with its tab",
+    "directory in which the videos stay; default: a temporary one, each gone with its tab",
   )
 
 
 if __name__ == "__main__":
   define_flags()
-  configs.run_flags(main)
+  configs.run_flags(main, renamed={**streams.RENAMED, **RENAMED})

@@ -24,24 +24,34 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file
-from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import progress
 from hiar_jax.rollout.past import relative_sink
 from hiar_jax.streaming import timeline as timelines
-from hiar_jax.streaming.compiled_tick import Options as EngineOptions
+from hiar_jax.streaming.compiled_tick import TickOptions as EngineOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.source import Source
-from hiar_jax.video.fragmented_mp4 import GrowingMP4
+from hiar_jax.streaming.streaming_model import StreamingModel
+from hiar_jax.video.fragmented_mp4 import FragmentedMP4
 from hiar_jax.video.png import PNGFolder
 
 ENDLESS = "endless"
 
+# Flags and options by the names that they had; see config.command_line.
+RENAMED = {
+  "stages": "level_devices",
+  "tensor": "tensor_devices",
+  "sequence": "sequence_devices",
+  "sink_place": ("sink_positions", {"true": "absolute", "carried": "relative"}),
+  "ahead": "prefetch",
+  "memory": "report_memory",
+}
+
 
 @dataclasses.dataclass(frozen=True)
-class Options(ModelOptions):
+class StreamOptions(ModelOptions):
   """What is asked for, by the names of the flags; `--help` says what they mean."""
 
   prompt: str | None = None
@@ -51,20 +61,20 @@ class Options(ModelOptions):
   frames: int | str = ENDLESS
   seed: int = 0
   resume: str | None = None
-  stages: int | None = None
-  tensor: int | None = None
-  sequence: int | None = None
+  level_devices: int | None = None
+  tensor_devices: int | None = None
+  sequence_devices: int | None = None
   window: int | None = None
   sink: int | None = None
-  sink_place: str = "true"
-  ahead: int = 2
+  sink_positions: str = "absolute"
+  prefetch: int = 2
 
   @property
-  def start(self) -> Start | None:
+  def start(self) -> Conditioning | None:
     if self.image and self.video:
       raise UserError("give either image or video: a stream starts from one of them")
     path = self.image or self.video
-    return Start(pathlib.Path(path), "image" if self.image else "video") if path else None
+    return Conditioning(pathlib.Path(path), "image" if self.image else "video") if path else None
 
   @property
   def length(self) -> int | None:
@@ -83,10 +93,14 @@ class Options(ModelOptions):
 
   @property
   def engine(self) -> EngineOptions:
-    axes = {"stage": self.stages, "tensor": self.tensor, "sequence": self.sequence}
+    axes = {
+      "level": self.level_devices,
+      "tensor": self.tensor_devices,
+      "sequence": self.sequence_devices,
+    }
     given = {name: size for name, size in axes.items() if size is not None}
     return EngineOptions(
-      Layout(**given) if given else None, self.window, self.sink, self.sink_place
+      Layout(**given) if given else None, self.window, self.sink, self.sink_positions
     )
 
 
@@ -97,19 +111,20 @@ def stream(**options) -> Stream:
   `.change_prompt(text)`, `.pause()`, `.extend(blocks)`, `.save(directory)` and `.close()` act on it
   while it runs. Raises UserError.
   """
-  unknown = options.keys() - {field.name for field in dataclasses.fields(Options)}
+  options = configs.with_new_names(options, RENAMED)
+  unknown = options.keys() - {field.name for field in dataclasses.fields(StreamOptions)}
   if unknown:
     name = sorted(unknown)[0]
     raise UserError(
       f"stream has no option {name!r}; "
-      f"{nearest(name, [field.name for field in dataclasses.fields(Options)])}"
+      f"{nearest(name, [field.name for field in dataclasses.fields(StreamOptions)])}"
     )
-  wanted = Options(**options)
+  wanted = StreamOptions(**options)
   check(wanted)
   return open_stream(open_source(wanted), wanted)
 
 
-def check(options: Options) -> None:
+def check(options: StreamOptions) -> None:
   """What can be known to be wrong before anything is loaded."""
   options.length, options.start, options.engine  # noqa: B018
   if options.timeline is not None:
@@ -126,16 +141,16 @@ def check(options: Options) -> None:
     )
 
 
-def open_source(options: Options) -> Source:
+def open_source(options: StreamOptions) -> StreamingModel:
   """The model, its weights loaded."""
-  return Source(options.open_model(), options.engine)
+  return StreamingModel(options.open_model(), options.engine)
 
 
-def open_stream(source: Source, options: Options) -> Stream:
+def open_stream(source: StreamingModel, options: StreamOptions) -> Stream:
   timeline = None if options.timeline is None else timelines.read(options.timeline)
   if options.resume is not None:
     return source.resume(
-      options.resume, timeline=timeline, frames=options.length, ahead=options.ahead
+      options.resume, timeline=timeline, frames=options.length, prefetch=options.prefetch
     )
   return source.open(
     options.prompt,
@@ -143,7 +158,7 @@ def open_stream(source: Source, options: Options) -> Stream:
     seed=options.seed,
     frames=options.length,
     start=options.start,
-    ahead=options.ahead,
+    prefetch=options.prefetch,
   )
 
 
@@ -157,7 +172,7 @@ class _Callable(types.ModuleType):
 # -------------------------------------------------------------------------------------- the command
 
 
-def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
+def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.Path:
   """Streams into a file or a directory of pictures until the end, or until somebody stops it."""
   path = pathlib.Path(out)
   if path.suffix not in (".mp4", ""):
@@ -185,8 +200,8 @@ def write(options: Options, out: str, save: str | None = None) -> pathlib.Path:
 
 
 def _open_out(
-  path: pathlib.Path, running: Stream, source: Source, options: Options
-) -> GrowingMP4 | PNGFolder:
+  path: pathlib.Path, running: Stream, source: StreamingModel, options: StreamOptions
+) -> FragmentedMP4 | PNGFolder:
   """Goes on with what is there, where a generation is gone on with and it is there."""
   resumed = options.resume is not None and path.exists()
   keep = running.taken if resumed else None
@@ -195,55 +210,57 @@ def _open_out(
   told = source.provenance(running.prompt, running.seed, options.start)
   if options.timeline is not None:
     told["timeline"] = timelines.read(options.timeline).text()
-  return GrowingMP4(path, source.fps, told, scale=source.scale, keep=keep)
+  return FragmentedMP4(path, source.fps, told, scale=source.scale, keep=keep)
 
 
 def main() -> None:
-  options = Options(
-    **{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(Options)}
+  options = StreamOptions(
+    **{field.name: getattr(flags.FLAGS, field.name) for field in dataclasses.fields(StreamOptions)}
   )
   write(options, flags.FLAGS.out, flags.FLAGS.save)
-  if flags.FLAGS.memory:
+  if flags.FLAGS.report_memory:
     print(peak_memory.peak().report(), file=sys.stderr)
 
 
 def define_flags() -> None:
   define_stream_flags()
-  flags.DEFINE_string("prompt", None, "what to show")
+  flags.DEFINE_string("prompt", None, "text of the video")
   flags.DEFINE_string(
     "timeline",
     None,
     "prompts by the second, as '0s: a red circle, 10s: a blue square', or a file of them",
   )
-  flags.DEFINE_string("image", None, "the first frame")
+  flags.DEFINE_string("image", None, "picture that becomes the first frame")
   flags.DEFINE_string(
     "video",
     None,
-    "what goes before: the most whole blocks at its end are kept, and the new frames follow",
+    "video to continue: the most whole blocks at its end are kept, and the new frames follow",
   )
   flags.DEFINE_string(
-    "frames", ENDLESS, "of the video, rounded up to whole blocks; 'endless': until you stop it"
+    "frames",
+    ENDLESS,
+    "frames of the video, rounded up to whole blocks; 'endless': until you stop it",
   )
-  flags.DEFINE_integer("seed", 0, "of the noise", 0, prompts_file.MAX_SEED)
+  flags.DEFINE_integer("seed", 0, "random seed of the noise", 0, prompts_file.MAX_SEED)
   flags.DEFINE_string(
     "out", "stream.mp4", "an mp4 that plays while it grows, or a directory for pictures"
   )
-  flags.DEFINE_string("save", None, "a directory for what is under way, to go on later")
-  flags.DEFINE_string("resume", None, "go on with what --save wrote")
+  flags.DEFINE_string("save", None, "directory to save the stream in, so that it can be resumed")
+  flags.DEFINE_string("resume", None, "directory that --save wrote, to go on from")
   flags.DEFINE_integer(
-    "ahead", 2, "blocks that may wait for the decoder, and again for the file", 1
+    "prefetch", 2, "blocks that may wait for the decoder, and again for the file", 1
   )
-  flags.DEFINE_bool("memory", False, "say how much memory it took")
+  flags.DEFINE_bool("report_memory", False, "print the most memory that was used")
 
 
 def define_stream_flags() -> None:
   """Flags of the model and of its layout over devices, which the page has too."""
   define_model_flags()
   flags.DEFINE_integer(
-    "stages", None, "devices that share the noise levels; default: as many as can be used", 1
+    "level_devices", None, "devices that share the noise levels; default: as many as can be used", 1
   )
-  flags.DEFINE_integer("tensor", None, "devices that share each network of a stage", 1)
-  flags.DEFINE_integer("sequence", None, "devices that share each frame of a stage", 1)
+  flags.DEFINE_integer("tensor_devices", None, "devices that share the network of a level", 1)
+  flags.DEFINE_integer("sequence_devices", None, "devices that share each frame of a level", 1)
   flags.DEFINE_integer(
     "window", None, "latent frames that a block sees, itself included; default: the config's", 1
   )
@@ -251,15 +268,15 @@ def define_stream_flags() -> None:
     "sink", None, "latent frames at the start that every block sees; default: the config's", 0
   )
   flags.DEFINE_enum(
-    "sink_place",
-    "true",
-    relative_sink.PLACES,
-    "the sink at its true distance, or carried along with the window",
+    "sink_positions",
+    "absolute",
+    relative_sink.POSITIONS,
+    "positions of the sink: absolute, or relative to the window (carried along with it)",
   )
 
 
 if __name__ == "__main__":
   define_flags()
-  configs.run_flags(main)
+  configs.run_flags(main, renamed=RENAMED)
 else:
   sys.modules[__name__].__class__ = _Callable

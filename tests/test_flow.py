@@ -60,9 +60,9 @@ def test_schedule_walks_from_noise_to_data():
 
 def test_published_levels():
   np.testing.assert_allclose(
-    flow.warped_levels((1000, 750, 500, 250), 5), [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-14
+    flow.shifted_schedule((1000, 750, 500, 250), 5), [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-14
   )
-  np.testing.assert_allclose(flow.warped_levels((600,), 1), [0.6, 0])
+  np.testing.assert_allclose(flow.shifted_schedule((600,), 1), [0.6, 0])
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_published_levels():
 )
 def test_levels_that_do_not_fall_are_refused(timesteps):
   with pytest.raises(UserError, match="must fall from at most 1000 and stay above 0"):
-    flow.warped_levels(timesteps, 5)
+    flow.shifted_schedule(timesteps, 5)
 
 
 def test_timestep():
@@ -93,5 +93,5 @@ def test_sixteen_bit_latents_are_widened():
 
 
 def test_guidance():
-  np.testing.assert_allclose(flow.guide(2.0, 0.5, 3.0), 2 + 3 * 1.5)
-  np.testing.assert_allclose(flow.guide(2.0, 0.5, 0.0), 2)
+  np.testing.assert_allclose(flow.classifier_free_guidance(2.0, 0.5, 3.0), 2 + 3 * 1.5)
+  np.testing.assert_allclose(flow.classifier_free_guidance(2.0, 0.5, 0.0), 2)

@@ -17,7 +17,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.components import wan
 from hiar_jax.components.umt5_tokenizer import clean
 from hiar_jax.generation import clips, video_model
-from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
@@ -73,7 +73,7 @@ def made(place, tmp_path_factory):
   (out / "starts.jsonl").write_text("\n".join(json.dumps(row) for row in starts))
   cat, dog = f"--prompt={PROMPTS[0]}", f"--prompt={PROMPTS[1]}"
   cases = {
-    "file": [f"--prompts={out}/prompts.txt", f"--out={out}/many", "--seed=4", "--memory"],
+    "file": [f"--prompts={out}/prompts.txt", f"--out={out}/many", "--seed=4", "--report_memory"],
     "again": [f"--prompts={out}/prompts.txt", f"--out={out}/many", "--seed=4"],
     "alone": [dog, "--seed=9", "--frames=21", f"--out={out}/alone.mp4"],
     "image": [cat, f"--image={place}/cat.png", f"--out={out}/image.mp4"],
@@ -89,9 +89,9 @@ def made(place, tmp_path_factory):
       "--dtype=bfloat16",
       f"--out={out}/tiled.mp4",
     ],
-    "plan": ["--plan", "--frames=81"],
+    "plan": ["--dry_run", "--frames=81"],
     "plan, no weights": [
-      "--plan",
+      "--dry_run",
       f"--prompt={PROMPTS[0]}",
       "--weights=",
       f"--image={place}/cat.png",
@@ -386,13 +386,13 @@ def test_what_cannot_be_done_is_one_line(refused, name):
 @pytest.fixture(scope="module")
 def model(place):
   config = runpy.run_path(str(place / "config.py"))["get_config"]()
-  found = video_model.of_config(config, str(place / "weights"), video_model.Changes())
+  found = video_model.from_config(config, str(place / "weights"), video_model.ModelChanges())
   one = make_mesh(MeshConfig(), jax.devices()[:1])
   return dataclasses.replace(found, run=dataclasses.replace(found.run, mesh=one))
 
 
 def clip(model, kind, path, given, prompt="A cat"):
-  return clips.Clip(Job(prompt, 3), pathlib.Path("x.mp4"), Start(path, kind), given, 3)
+  return clips.Clip(Job(prompt, 3), pathlib.Path("x.mp4"), Conditioning(path, kind), given, 3)
 
 
 @pytest.mark.parametrize("kind, name, given", [("image", "cat.png", 1), ("video", "before.mp4", 6)])
@@ -437,7 +437,7 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
 
   monkeypatch.setattr(wan.vae_tiling, "encode", encode)
   e = model.experiment
-  tiled = wan.WanMedium(dataclasses.replace(e.codec, tile=4), e.text, e.latent)
+  tiled = wan.WanComponents(dataclasses.replace(e.codec, tile=4), e.text, e.latent)
   assert tiled.latents(np.zeros((1, 1, 32, 64, 3), np.uint8)).shape == (1, 1, 4, 8, 16)
   assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
 
@@ -461,7 +461,7 @@ def test_identity_is_of_what_matters(model, place, tmp_path):
   """
   config = lambda: runpy.run_path(str(place / "config.py"))["get_config"]()
   identity = lambda c, folder, **changes: (
-    video_model.of_config(c, str(folder), video_model.Changes(**changes)).identity
+    video_model.from_config(c, str(folder), video_model.ModelChanges(**changes)).identity
   )
   moved, other = save_weights(tmp_path / "moved"), save_weights(tmp_path / "other", seed=5)
   assert identity(config(), moved) == model.identity

@@ -55,7 +55,7 @@ def made(chain, tmp_path_factory):
     ),
     "rest": (
       "stream",
-      [run, f"--resume={saved}", "--frames=12", f"--out={out}/parts.mp4", "--stages=2"],
+      [run, f"--resume={saved}", "--frames=12", f"--out={out}/parts.mp4", "--level_devices=2"],
     ),
     "day": (
       "stream",
@@ -143,7 +143,7 @@ def refused(chain, made, tmp_path_factory):
     "not an image": ["stream", run, prompt, f"--image={out}/text.png", mp4],
     "a wrong ending": ["stream", run, prompt, f"--out={out}/x.gif"],
     "already there": ["stream", run, prompt, f"--out={before}/whole.mp4"],
-    "three stages": ["stream", run, prompt, "--stages=3", mp4],
+    "three stages": ["stream", run, prompt, "--level_devices=3", mp4],
     "nothing saved": ["stream", run, f"--resume={out}/nowhere", mp4],
     "another model": ["stream", run, f"--resume={before}/saved", "--stage=causal_init", mp4],
     "as many already": ["stream", run, f"--resume={before}/saved", "--frames=2", mp4],
@@ -218,8 +218,9 @@ def test_the_page_tells_the_truth():
     (90, "a green star", True),
     (120, "", False),
   ]
-  defaults = {field.name: field.default for field in dataclasses.fields(serve.Options)}
-  for name in ("places", "viewers", "lead", "patience", "hold", "longest"):
+  defaults = {field.name: field.default for field in dataclasses.fields(serve.ServeOptions)}
+  limits = ("max_generations", "max_clients", "buffer_seconds", "idle_timeout", "grace")
+  for name in (*limits, "max_seconds"):
     assert re.search(rf"`--{name}`[^(]*\({defaults[name]:g}\)", text), name
   for name in re.findall(r"`stream\.(\w+)", text):
     assert hasattr(Stream, name), name

@@ -14,12 +14,12 @@ import pytest
 import hiar_jax
 from hiar_jax.components.interfaces import pixels
 from hiar_jax.generation import video_model
-from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.streaming.compiled_tick import Options
-from hiar_jax.streaming.decoding import Streamed
+from hiar_jax.streaming.compiled_tick import TickOptions
+from hiar_jax.streaming.decoding import CausalDecoder
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.source import Source
+from hiar_jax.streaming.streaming_model import StreamingModel
 from hiar_jax.video import fragmented_mp4
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 from tests.helpers import tiny_run
@@ -55,7 +55,7 @@ def config(place):
 
 @pytest.fixture(scope="module")
 def model(place):
-  found = video_model.of_config(config(place), str(place / "weights"), video_model.Changes())
+  found = video_model.from_config(config(place), str(place / "weights"), video_model.ModelChanges())
   one = make_mesh(MeshConfig(), jax.devices()[:1])
   return dataclasses.replace(found, run=dataclasses.replace(found.run, mesh=one))
 
@@ -63,7 +63,7 @@ def model(place):
 @pytest.fixture(scope="module")
 def source(model):
   """On two stages; the decoder has a device of its own."""
-  return Source(model, Options(layout=Layout(stage=2)))
+  return StreamingModel(model, TickOptions(layout=Layout(level=2)))
 
 
 def generated(model, blocks, start=None):
@@ -84,7 +84,7 @@ def whole(model):
 
 
 def test_it_is_the_video_that_generate_makes(source, whole):
-  assert isinstance(source.decoder, Streamed) and source.decoder.device == jax.devices()[2]
+  assert isinstance(source.decoder, CausalDecoder) and source.decoder.device == jax.devices()[2]
   with source.open(PROMPT, seed=SEED, frames=33) as stream:
     chunks = list(stream)
   assert [len(chunk.frames) for chunk in chunks] == COUNTS and [chunk.time for chunk in chunks] == [
@@ -102,7 +102,9 @@ def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(
   with source.open(PROMPT, seed=SEED, frames=33) as stream:
     first = next(stream)
     stream.save(tmp_path / "saved")
-  with Source(model, Options(layout=Layout())).resume(tmp_path / "saved", frames=33) as again:
+  with StreamingModel(model, TickOptions(layout=Layout())).resume(
+    tmp_path / "saved", frames=33
+  ) as again:
     assert again.taken == 9
     assert_same_pixels(np.concatenate([first.frames, frames(again)]), whole)
 
@@ -112,7 +114,7 @@ def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(
   "kind, name, counts", [("image", "cat.png", [1, 12, 12]), ("video", "before.mp4", [9, 12, 12])]
 )
 def test_from_a_start(model, source, place, kind, name, counts):
-  start = Start(place / name, kind)
+  start = Conditioning(place / name, kind)
   latents = model.run.medium.latents(start.read(model.experiment)[0][None])
   with source.open(PROMPT, seed=SEED, frames=sum(counts), start=start) as stream:
     chunks = list(stream)
@@ -126,7 +128,7 @@ def test_the_name_of_the_package_streams_it(place, whole):
   options = {"config": config(place), "weights": str(place / "weights"), "seed": SEED, "frames": 33}
   with hiar_jax.stream(timeline=f"0s: {PROMPT}, 1s: a dog", **options) as stream:
     chunks = list(stream)
-    assert stream._work.generation.engine.layout == Layout(stage=2, tensor=2)
+    assert stream._work.generation.engine.layout == Layout(level=2, tensor=2)
   assert [chunk.prompt for chunk in chunks] == [PROMPT, PROMPT, "a dog"]
   assert_same_pixels(frames(chunks[:2]), whole[:21])
   assert np.abs(frames(chunks[2:]).astype(int) - whole[21:]).max() > 1
@@ -148,7 +150,7 @@ def test_the_commands(place, tmp_path, tmp_path_factory):
   cases = [
     [*base, prompt, "--frames=33", f"--out={tmp_path}/whole"],
     [*base, prompt, "--frames=21", f"--out={tmp_path}/parts", f"--save={saved}"],
-    [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts", "--stages=1"],
+    [*base, f"--resume={saved}", "--frames=33", f"--out={tmp_path}/parts", "--level_devices=1"],
     [
       *base,
       prompt,

@@ -22,7 +22,7 @@ DecodeChunk = Callable[[Params, jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelStream:
+class ChunkedDecoder:
   """A decoder that is compiled once and run piece by piece. chunk: latent frames a piece (4 frames
   of pixels each).
 
@@ -103,24 +103,24 @@ class PixelStream:
     return {}
 
 
-def of_vae(
+def from_vae(
   params: Params, config: vae.VAEConfig, chunk: int = 1, tiling: Tiling | None = None
-) -> PixelStream:
+) -> ChunkedDecoder:
   """Wan2.1's VAE; with a tiling in tiles, one after another on one device, for small memories."""
   if tiling is None:
-    return PixelStream(
+    return ChunkedDecoder(
       lambda params, latents, cache: vae.decode_chunk(params, latents, cache, config), params, chunk
     )
-  return PixelStream(
+  return ChunkedDecoder(
     lambda params, latents, cache: vae_tiling.decode_chunk(params, latents, cache, config, tiling),
     params,
     chunk,
   )
 
 
-def of_tiny_vae(params: Params, config: taehv.TinyVAEConfig, chunk: int = 1) -> PixelStream:
+def from_taehv(params: Params, config: taehv.TinyVAEConfig, chunk: int = 1) -> ChunkedDecoder:
   """The tiny autoencoder."""
-  return PixelStream(
+  return ChunkedDecoder(
     lambda params, latents, cache: taehv.decode_chunk(params, latents, cache, config),
     params,
     chunk,

@@ -25,7 +25,7 @@ class Task:
   latent: LatentShape
 
 
-class Medium(Protocol):
+class Components(Protocol):
   """task: what the steps know of it.
 
   A prompt's tokens are what `task.embed` takes: word ids, or the text itself.
@@ -56,6 +56,6 @@ class Medium(Protocol):
     """uint8 [b F H W 3] -> [b f h w c]."""
 
 
-def pixels(medium: Medium, latents) -> np.ndarray:
+def pixels(medium: Components, latents) -> np.ndarray:
   """Latents [b f h w c] -> uint8 [b F H W 3]."""
   return np.concatenate(list(medium.pieces(latents)), axis=1)

@@ -21,7 +21,7 @@ from hiar_jax.types import Pixels, Video, typed
 
 
 @dataclasses.dataclass(frozen=True)
-class PatchCodecConfig:
+class PatchPCAConfig:
   """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1
   makes them all equal.
   """
@@ -51,7 +51,7 @@ class PatchCodecConfig:
 
 
 @flax.struct.dataclass
-class PatchCodec:
+class PatchPCA:
   """mean [p], basis [p, c] orthonormal, scale [c] with p = patch * patch * 3."""
 
   mean: jax.Array
@@ -67,7 +67,7 @@ def patches(video: jax.Array, patch: int) -> jax.Array:
   return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, f, height // patch, width // patch, -1)
 
 
-def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
+def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
   """Principal components of the patches of videos [n f H W 3] in [-1, 1]; float64 inside, signs
   fixed.
   """
@@ -80,13 +80,11 @@ def fit(videos: np.ndarray, config: PatchCodecConfig) -> PatchCodec:
   scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
   # mean variance of a latent number: 1
   scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))
-  return PatchCodec(
-    *(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch
-  )
+  return PatchPCA(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
 
 
 @typed
-def encode(codec: PatchCodec, video: Pixels) -> Video:
+def encode(codec: PatchPCA, video: Pixels) -> Video:
   """Pixels [b f H W 3] in [-1, 1] -> latents [b f h w c]."""
   rows = patches(video, codec.patch)
   return (
@@ -95,7 +93,7 @@ def encode(codec: PatchCodec, video: Pixels) -> Video:
 
 
 @typed
-def decode(codec: PatchCodec, latents: Video) -> Pixels:
+def decode(codec: PatchPCA, latents: Video) -> Pixels:
   """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
   b, f, h, w, _ = latents.shape
   rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(
@@ -115,16 +113,16 @@ def to_uint8(video) -> np.ndarray:
   return np.clip(np.rint((np.asarray(video) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def save_codec(path: pathlib.Path, codec: PatchCodec) -> None:
+def save(path: pathlib.Path, codec: PatchPCA) -> None:
   """Atomically."""
   buffer = io.BytesIO()
   np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
   write_atomic(path, buffer.getvalue())
 
 
-def load_codec(path: pathlib.Path) -> PatchCodec:
+def load(path: pathlib.Path) -> PatchPCA:
   if not path.exists():
     raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
   with np.load(path) as stored:
     arrays = {name: stored[name] for name in stored.files}
-  return PatchCodec(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
+  return PatchPCA(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))

@@ -12,13 +12,13 @@ import numpy as np
 
 from hiar_jax.components import patch_pca, word_table
 from hiar_jax.components.interfaces import Task
-from hiar_jax.components.patch_pca import PatchCodec, load_codec
+from hiar_jax.components.patch_pca import PatchPCA, load
 from hiar_jax.components.word_table import TextConfig
 from hiar_jax.types import LatentShape
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallMedium:
+class SmallComponents:
   """A fitted codec, a frozen word table over `vocabulary`."""
 
   text: TextConfig
@@ -31,8 +31,8 @@ class SmallMedium:
     return word_table.WordTokenizer(self.vocabulary, self.text.length)
 
   @functools.cached_property
-  def codec(self) -> PatchCodec:
-    return load_codec(self.codec_file)
+  def codec(self) -> PatchPCA:
+    return load(self.codec_file)
 
   @functools.cached_property
   def task(self) -> Task:

@@ -72,7 +72,7 @@ def _check_dtype(dtype: str, name: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class WanMedium:
+class WanComponents:
   """Wan2.1's VAE and UMT5.
 
   Each is read when it is first needed: training from trajectories never needs the VAE.
@@ -131,15 +131,15 @@ class WanMedium:
     return module, dataclasses.replace(config, dtype=getattr(jnp, codec.dtype)), params
 
   @functools.cached_property
-  def stream(self) -> chunked_decoder.PixelStream:
+  def stream(self) -> chunked_decoder.ChunkedDecoder:
     """The decoder, to be run piece by piece."""
     _, config, params = self._autoencoder
     if self.codec.tiny:
-      return chunked_decoder.of_tiny_vae(params, config)
-    return chunked_decoder.of_vae(params, config, tiling=tiling_of(self.codec))
+      return chunked_decoder.from_taehv(params, config)
+    return chunked_decoder.from_vae(params, config, tiling=tiling_of(self.codec))
 
   @functools.cached_property
-  def _wide_stream(self) -> chunked_decoder.PixelStream:
+  def _wide_stream(self) -> chunked_decoder.ChunkedDecoder:
     """The decoder over all devices; tiles are decoded one after another on one."""
     devices = tuple(jax.local_devices())
     return dataclasses.replace(

@@ -6,7 +6,7 @@ config.
 stderr and exit status 2.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import errno
 import os
 import pathlib
@@ -23,6 +23,11 @@ from ml_collections import config_dict, config_flags
 from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
 
+# The flags of a tool by the names that they had -> their names of today, or (name, {old value:
+# new}).
+Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
+
+
 # ------------------------------------------------------------------------------------- entry points
 
 
@@ -34,7 +39,11 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
   its traceback.
   """
   config_flags.DEFINE_config_file(
-    "config", None, "a Python file with get_config(), and a variant", lock_config=True
+    "config",
+    None,
+    "config file with get_config(), and its variant, as experiments/shapes.py:full; "
+    "--config.KEY=VALUE overrides a number",
+    lock_config=True,
   )
   flags.DEFINE_string("workdir", None, "directory of this run; the same command continues it")
 
@@ -48,9 +57,9 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
   run_flags(call)
 
 
-def run_flags(main: Callable[[], Any]) -> None:
+def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: B006
   """Entry point of a tool with its own absl flags: parses them and calls main(), with the same care
-  for bad input.
+  for bad input. renamed: flags by the names that they had; those still work, and say so.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -71,7 +80,51 @@ def run_flags(main: Callable[[], Any]) -> None:
       sys.exit(130)
 
   use_huge_pages()
-  app.run(guarded, flags_parser=_parse)
+  _show_in_help()
+  app.run(guarded, flags_parser=lambda argv: _parse(_with_new_flags(argv, renamed)))
+
+
+def _show_in_help() -> None:
+  """Lists the flags of every module of this package in `--help`, not those of the main one
+  alone.
+  """
+  for module, defined in flags.FLAGS.flags_by_module_dict().items():
+    if module.startswith("hiar_jax."):
+      for flag in defined:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
+def with_new_names(options: Mapping[str, Any], renamed: Renamed) -> dict[str, Any]:
+  """Returns options with the names of today; says on stderr which had an older one."""
+  found = {}
+  for name, value in options.items():
+    new, values = _new_name(name, renamed)
+    if new != name:
+      print(f"note: {name} is now called {new}", file=sys.stderr)
+    found[new] = values.get(value, value)
+  return found
+
+
+def _new_name(name: str, renamed: Renamed) -> tuple[str, Mapping[str, str]]:
+  """(the name of today, older values -> values of today)."""
+  entry = renamed.get(name, name)
+  return (entry, {}) if isinstance(entry, str) else entry
+
+
+def _with_new_flags(argv: list[str], renamed: Renamed) -> list[str]:
+  """The command line with the flags of today, in the forms --a=b, --a b and --noa."""
+  found, values = [], {}
+  for argument in argv:
+    match = re.match(r"^--?(no)?([a-z_]+)(=.*)?$", argument, re.DOTALL)
+    if match and match[2] in renamed:
+      name, values = _new_name(match[2], renamed)
+      print(f"note: --{match[2]} is now called --{name}", file=sys.stderr)
+      text = "" if match[3] is None else "=" + values.get(match[3][1:], match[3][1:])
+      argument, values = f"--{match[1] or ''}{name}{text}", values if match[3] is None else {}
+    else:
+      argument, values = values.get(argument, argument), {}
+    found.append(argument)
+  return found
 
 
 def use_huge_pages() -> None:

@@ -4,7 +4,7 @@ rules.
 
 import numpy as np
 
-from hiar_jax.conversion.key_maps import Rule
+from hiar_jax.conversion.key_maps import TensorMapping
 from hiar_jax.errors import UserError
 from hiar_jax.models.dit import DiTConfig
 
@@ -24,7 +24,7 @@ _PROJECTIONS = (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("o"
 _MLP = (("ffn.0", "ffn.net.0.proj", "mlp_in"), ("ffn.2", "ffn.net.2", "mlp_out"))
 
 
-def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
+def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping]:
   """One rule per published tensor, in the order of the network. Layers are stacked on a leading
   axis here.
 
@@ -48,8 +48,8 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
   }
   patch = (d, config.channels, *config.patch)
   rules = [
-    Rule("patch_embedding.weight", patch, ("patch_embedding", "kernel"), "patches"),
-    Rule("patch_embedding.bias", (d,), ("patch_embedding", "bias")),
+    TensorMapping("patch_embedding.weight", patch, ("patch_embedding", "kernel"), "patches"),
+    TensorMapping("patch_embedding.bias", (d,), ("patch_embedding", "bias")),
   ]
   for *names, ours in _ENDS:
     rules += _linear(names[here], shapes[ours], (ours,))
@@ -57,17 +57,17 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[Rule]:
     rules += _layer_rules(config, layer, here)
   return [
     *rules,
-    Rule(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",)),
+    TensorMapping(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",)),
   ]
 
 
-def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
+def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[TensorMapping]:
   d, stem = config.dim, f"blocks.{layer}"
   modulation, norm = (("modulation", "norm3"), ("scale_shift_table", "norm2"))[here]
   rules = [
-    Rule(f"{stem}.{modulation}", (1, 6, d), ("layers", "modulation"), layer=layer),
-    Rule(f"{stem}.{norm}.weight", (d,), ("layers", "norm_text", "scale"), layer=layer),
-    Rule(f"{stem}.{norm}.bias", (d,), ("layers", "norm_text", "bias"), layer=layer),
+    TensorMapping(f"{stem}.{modulation}", (1, 6, d), ("layers", "modulation"), layer=layer),
+    TensorMapping(f"{stem}.{norm}.weight", (d,), ("layers", "norm_text", "scale"), layer=layer),
+    TensorMapping(f"{stem}.{norm}.bias", (d,), ("layers", "norm_text", "bias"), layer=layer),
   ]
   for *attention, ours in _ATTENTIONS:
     for *projection, p in _PROJECTIONS:
@@ -76,7 +76,9 @@ def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
       )
     for p in "qk":
       path = ("layers", ours, f"norm_{p}", "scale")
-      rules.append(Rule(f"{stem}.{attention[here]}.norm_{p}.weight", (d,), path, layer=layer))
+      rules.append(
+        TensorMapping(f"{stem}.{attention[here]}.norm_{p}.weight", (d,), path, layer=layer)
+      )
   for *names, ours in _MLP:
     shape = (config.ffn_dim, d) if ours == "mlp_in" else (d, config.ffn_dim)
     rules += _linear(f"{stem}.{names[here]}", shape, ("layers", ours), layer)
@@ -85,8 +87,8 @@ def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[Rule]:
 
 def _linear(
   name: str, shape: tuple[int, int], path: tuple[str, ...], layer: int | None = None
-) -> list[Rule]:
+) -> list[TensorMapping]:
   return [
-    Rule(f"{name}.weight", shape, (*path, "kernel"), "linear", layer),
-    Rule(f"{name}.bias", shape[:1], (*path, "bias"), layer=layer),
+    TensorMapping(f"{name}.weight", shape, (*path, "kernel"), "linear", layer),
+    TensorMapping(f"{name}.bias", shape[:1], (*path, "bias"), layer=layer),
   ]

@@ -21,7 +21,7 @@ LISTED = 4  # how many names an error message spells out
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class TensorMapping:
   """One published tensor and the place of its numbers in the parameter tree.
 
   kind says how the array is laid out here:
@@ -52,7 +52,7 @@ def _inward(array: np.ndarray, kind: str) -> np.ndarray:
   return array.reshape(-1) if kind == "vector" else array
 
 
-def _outward(array: np.ndarray, rule: Rule) -> np.ndarray:
+def _outward(array: np.ndarray, rule: TensorMapping) -> np.ndarray:
   if rule.kind == "patches":
     array = array.reshape(*rule.shape[2:], rule.shape[1], rule.shape[0])
   if rule.kind in ("conv", "patches"):
@@ -62,7 +62,7 @@ def _outward(array: np.ndarray, rule: Rule) -> np.ndarray:
   return np.ascontiguousarray(array).reshape(rule.shape)
 
 
-def shape_here(rule: Rule) -> tuple[int, ...]:
+def shape_here(rule: TensorMapping) -> tuple[int, ...]:
   """Shape of the rule's tensor in the parameter tree, without the axis of stacked layers."""
   return _inward(np.broadcast_to(np.zeros((), np.int8), rule.shape), rule.kind).shape
 
@@ -74,7 +74,7 @@ def _some(names: Sequence[str]) -> str:
   )
 
 
-def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
+def check_names(names: Sequence[str], rules: Sequence[TensorMapping], what: str) -> None:
   """Raises UserError that lists what is missing and what is left over, compared with the rules of
   the model `what`.
   """
@@ -91,7 +91,7 @@ def check_names(names: Sequence[str], rules: Sequence[Rule], what: str) -> None:
     )
 
 
-def _checked(array: Any, rule: Rule, what: str) -> np.ndarray:
+def _checked(array: Any, rule: TensorMapping, what: str) -> np.ndarray:
   if tuple(array.shape) != rule.shape:
     raise UserError(
       f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}. Use "
@@ -123,7 +123,7 @@ class Stack:
     return np.stack(self.rows).astype(dtype or self.dtype, copy=False)
 
 
-def view_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
+def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:
   """Parameter tree of views of the given arrays and of Stacks of views, dtypes as given: no number
   is read.
 
@@ -150,13 +150,13 @@ def view_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -
   return tree
 
 
-def from_published(named: Mapping[str, Any], rules: Sequence[Rule], what: str) -> dict:
+def from_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:
   """`view_published` with numpy arrays of their own. Raises UserError in the same cases."""
   return jax.tree.map(lambda leaf: np.array(leaf, order="C"), view_published(named, rules, what))
 
 
 def iterate_published(
-  params: Mapping[str, Any], rules: Sequence[Rule], what: str
+  params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Published names and layouts from a parameter tree, one tensor at a time; leaves may be anything
   that numpy.asarray reads.
@@ -186,7 +186,7 @@ def iterate_published(
 
 
 def _iterate(
-  leaves: Mapping[tuple[str, ...], Any], rules: Sequence[Rule]
+  leaves: Mapping[tuple[str, ...], Any], rules: Sequence[TensorMapping]
 ) -> Iterator[tuple[str, np.ndarray]]:
   for rule in rules:
     leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
@@ -194,7 +194,7 @@ def _iterate(
 
 
 def to_published(
-  params: Mapping[str, Any], rules: Sequence[Rule], what: str
+  params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> dict[str, np.ndarray]:
   """All of `iterate_published`; the exact inverse of `from_published`."""
   return dict(iterate_published(params, rules, what))

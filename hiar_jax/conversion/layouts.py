@@ -18,7 +18,7 @@ from hiar_jax.checkpoints import tensor_files
 from hiar_jax.checkpoints.tensor_files import TensorSet
 from hiar_jax.conversion import infer_config
 from hiar_jax.conversion.dit_keys import dit_rules
-from hiar_jax.conversion.key_maps import Rule
+from hiar_jax.conversion.key_maps import TensorMapping
 from hiar_jax.conversion.taehv_keys import tiny_vae_rules
 from hiar_jax.conversion.umt5_keys import umt5_rules
 from hiar_jax.conversion.vae_keys import vae_rules
@@ -60,7 +60,7 @@ class Model:
   tensors: TensorSet
 
   @property
-  def rules(self) -> list[Rule]:
+  def rules(self) -> list[TensorMapping]:
     return rules_of(self.kind, self.config, self.layout)
 
   @property
@@ -68,11 +68,15 @@ class Model:
     return ", ".join(path.name for path in self.tensors.files)
 
 
-def rules_of(kind: str, config: Any, layout: str) -> list[Rule]:
+def rules_of(kind: str, config: Any, layout: str) -> list[TensorMapping]:
   """The published tensors of a model. The tiny autoencoder has names of one kind only."""
   if kind == "tiny_vae":
     return tiny_vae_rules(config)
-  rules: Callable[..., list[Rule]] = {"dit": dit_rules, "vae": vae_rules, "umt5": umt5_rules}[kind]
+  rules: Callable[..., list[TensorMapping]] = {
+    "dit": dit_rules,
+    "vae": vae_rules,
+    "umt5": umt5_rules,
+  }[kind]
   return rules(config, layout)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.conversion.key_maps import Rule, from_published, to_published
+from hiar_jax.conversion.key_maps import TensorMapping, from_published, to_published
 from hiar_jax.models.taehv import TinyVAEConfig
 from hiar_jax.types import Params
 
@@ -19,16 +19,16 @@ _WHAT = "tiny VAE (TAEHV's names)"
 
 def _conv(
   name: str, fan_in: int, width: int, path: tuple[str, ...], bias: bool = True
-) -> list[Rule]:
-  rules = [Rule(f"{name}.weight", (width, fan_in, 3, 3), (*path, "kernel"), "conv")]
-  return [*rules, Rule(f"{name}.bias", (width,), (*path, "bias"))] if bias else rules
+) -> list[TensorMapping]:
+  rules = [TensorMapping(f"{name}.weight", (width, fan_in, 3, 3), (*path, "kernel"), "conv")]
+  return [*rules, TensorMapping(f"{name}.bias", (width,), (*path, "bias"))] if bias else rules
 
 
-def _pointwise(name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[Rule]:
-  return [Rule(f"{name}.weight", (width, fan_in, 1, 1), (*path, "kernel"), "linear")]
+def _pointwise(name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[TensorMapping]:
+  return [TensorMapping(f"{name}.weight", (width, fan_in, 1, 1), (*path, "kernel"), "linear")]
 
 
-def _memory(half: str, first: int, stage: int, width: int, blocks: int) -> list[Rule]:
+def _memory(half: str, first: int, stage: int, width: int, blocks: int) -> list[TensorMapping]:
   rules = []
   for j in range(blocks):
     for i in range(3):
@@ -37,7 +37,7 @@ def _memory(half: str, first: int, stage: int, width: int, blocks: int) -> list[
   return rules
 
 
-def _encoder(config: TinyVAEConfig) -> list[Rule]:
+def _encoder(config: TinyVAEConfig) -> list[TensorMapping]:
   width, place = config.encoder_width, 2  # after the first convolution and its ReLU
   rules = _conv("encoder.0", 3, width, ("encoder", "conv_in"))
   for stage, time in enumerate(config.temporal_downsample):
@@ -55,7 +55,7 @@ def _encoder(config: TinyVAEConfig) -> list[Rule]:
   return rules + _conv(f"encoder.{place}", width, config.z_dim, ("encoder", "conv_out"))
 
 
-def _decoder(config: TinyVAEConfig) -> list[Rule]:
+def _decoder(config: TinyVAEConfig) -> list[TensorMapping]:
   widths, place = config.decoder_widths, 3  # after the clamp, the first convolution and its ReLU
   rules = _conv("decoder.1", config.z_dim, widths[0], ("decoder", "conv_in"))
   for stage, time in enumerate(config.temporal_upsample):
@@ -73,7 +73,7 @@ def _decoder(config: TinyVAEConfig) -> list[Rule]:
   return rules + _conv(f"decoder.{place + 1}", widths[-1], 3, ("decoder", "conv_out"))
 
 
-def tiny_vae_rules(config: TinyVAEConfig) -> list[Rule]:
+def tiny_vae_rules(config: TinyVAEConfig) -> list[TensorMapping]:
   """One rule per published tensor."""
   return [*_encoder(config), *_decoder(config)]
 

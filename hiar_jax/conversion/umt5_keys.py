@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.conversion.key_maps import Rule, from_published, to_published
+from hiar_jax.conversion.key_maps import TensorMapping, from_published, to_published
 from hiar_jax.errors import UserError
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.types import Params
@@ -15,7 +15,7 @@ from hiar_jax.types import Params
 LAYOUTS = ("original", "diffusers")
 
 
-def umt5_rules(config: UMT5Config, layout: str = "original") -> list[Rule]:
+def umt5_rules(config: UMT5Config, layout: str = "original") -> list[TensorMapping]:
   """One rule per published tensor. layout: "original" (Wan2.1's names) or "diffusers"
   (transformers' UMT5EncoderModel).
 
@@ -50,13 +50,13 @@ def umt5_rules(config: UMT5Config, layout: str = "original") -> list[Rule]:
     if here == 0
     else ("shared", "encoder.block", "encoder.final_layer_norm")
   )
-  rules = [Rule(f"{embed}.weight", (config.vocab, dim), ("embed", "embedding"))]
+  rules = [TensorMapping(f"{embed}.weight", (config.vocab, dim), ("embed", "embedding"))]
   for layer in range(config.num_layers):
     for *names, shape, path in layer_parts:
       name = f"{stem}.{layer}.{names[here]}.weight"
       kind = "linear" if path.endswith("kernel") else "same"
-      rules.append(Rule(name, shape, ("layers", *path.split("/")), kind, layer))
-  return [*rules, Rule(f"{norm}.weight", (dim,), ("norm", "scale"))]
+      rules.append(TensorMapping(name, shape, ("layers", *path.split("/")), kind, layer))
+  return [*rules, TensorMapping(f"{norm}.weight", (dim,), ("norm", "scale"))]
 
 
 def umt5_params_from_published(

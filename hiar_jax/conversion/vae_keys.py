@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hiar_jax.conversion.key_maps import Rule, from_published, to_published
+from hiar_jax.conversion.key_maps import TensorMapping, from_published, to_published
 from hiar_jax.errors import UserError
 from hiar_jax.models.vae import VAEConfig
 from hiar_jax.types import Params
@@ -23,15 +23,15 @@ _HALVES = (
 )
 
 
-def _norm(name: str, width: int, path: tuple[str, ...], axes: int = 3) -> list[Rule]:
-  return [Rule(f"{name}.gamma", (width, *(1,) * axes), (*path, "gamma"), "vector")]
+def _norm(name: str, width: int, path: tuple[str, ...], axes: int = 3) -> list[TensorMapping]:
+  return [TensorMapping(f"{name}.gamma", (width, *(1,) * axes), (*path, "gamma"), "vector")]
 
 
-def _conv(name: str, shape: tuple[int, ...], path: tuple[str, ...]) -> list[Rule]:
+def _conv(name: str, shape: tuple[int, ...], path: tuple[str, ...]) -> list[TensorMapping]:
   pointwise = all(size == 1 for size in shape[2:])
   return [
-    Rule(f"{name}.weight", shape, (*path, "kernel"), "linear" if pointwise else "conv"),
-    Rule(f"{name}.bias", shape[:1], (*path, "bias")),
+    TensorMapping(f"{name}.weight", shape, (*path, "kernel"), "linear" if pointwise else "conv"),
+    TensorMapping(f"{name}.bias", shape[:1], (*path, "bias")),
   ]
 
 
@@ -46,7 +46,7 @@ class _Layout:
   def pick(self, original: str, diffusers: str) -> str:
     return original if self.original else diffusers
 
-  def res(self, name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[Rule]:
+  def res(self, name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[TensorMapping]:
     rules = []
     for i, (original, diffusers, part) in enumerate(_HALVES):
       full = f"{name}.{self.pick(original, diffusers)}"
@@ -63,7 +63,7 @@ class _Layout:
       )
     return rules
 
-  def middle(self, half: str, width: int) -> list[Rule]:
+  def middle(self, half: str, width: int) -> list[TensorMapping]:
     rules = []
     blocks = (("middle.0", "mid_block.resnets.0"), ("middle.2", "mid_block.resnets.1"))
     for i, (original, diffusers) in enumerate(blocks):
@@ -78,7 +78,7 @@ class _Layout:
     rules += _conv(f"{name}.to_qkv", (3 * width, width, 1, 1), (*path, "qkv"))
     return rules + _conv(f"{name}.proj", (width, width, 1, 1), (*path, "out"))
 
-  def ends(self, half: str, fan_in: int, first: int, last: int, out: int) -> list[Rule]:
+  def ends(self, half: str, fan_in: int, first: int, last: int, out: int) -> list[TensorMapping]:
     rules = _conv(
       f"{half}.{self.pick('conv1', 'conv_in')}", (first, fan_in, 3, 3, 3), (half, "conv_in", "conv")
     )
@@ -86,7 +86,7 @@ class _Layout:
     head = (half, "head", "causal", "conv")
     return rules + _conv(f"{half}.{self.pick('head.2', 'conv_out')}", (out, last, 3, 3, 3), head)
 
-  def encoder(self, config: VAEConfig) -> list[Rule]:
+  def encoder(self, config: VAEConfig) -> list[TensorMapping]:
     widths = [config.dim * mult for mult in config.dim_mult]
     rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim) + self.middle(
       "encoder", widths[-1]
@@ -104,7 +104,7 @@ class _Layout:
         index += 1
     return rules
 
-  def decoder(self, config: VAEConfig) -> list[Rule]:
+  def decoder(self, config: VAEConfig) -> list[TensorMapping]:
     widths = [config.dim * mult for mult in reversed(config.dim_mult)]
     doubled = tuple(reversed(config.temporal_downsample))
     rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3) + self.middle(
@@ -126,7 +126,7 @@ class _Layout:
     return rules
 
 
-def vae_rules(config: VAEConfig, layout: str = "original") -> list[Rule]:
+def vae_rules(config: VAEConfig, layout: str = "original") -> list[TensorMapping]:
   """One rule per published tensor.
 
   layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's).

@@ -25,7 +25,7 @@ _PARTS = "parts"
 
 
 @dataclasses.dataclass
-class TrajectoriesConfig(tfds.core.BuilderConfig):
+class TrajectoryBuilderConfig(tfds.core.BuilderConfig):
   parts: tuple[pathlib.Path, ...] = ()
   total: int = 0
   shape: tuple[int, ...] = ()
@@ -167,7 +167,7 @@ class TrajectoryWriter:
         raise ValueError(f"trajectory parts {missing} are missing")
       paths = tuple(self._part(i) for i in range(self.parts))
       shape = _read_part(paths[0])[0].shape[1:]
-      config = TrajectoriesConfig(
+      config = TrajectoryBuilderConfig(
         name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype
       )
       tfds_builder.build(Trajectories, config, self.directory)

@@ -30,7 +30,7 @@ _SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class ClipFile:
   """One usable file: what it shows and how many clips it gives."""
 
   path: pathlib.Path
@@ -40,7 +40,7 @@ class Source:
 
 @dataclasses.dataclass
 class VideoFolderConfig(tfds.core.BuilderConfig):
-  sources: tuple[Source, ...] = ()
+  sources: tuple[ClipFile, ...] = ()
   sampling: Sampling | None = None
 
 
@@ -119,7 +119,7 @@ def _say_if_changed(directory: str | os.PathLike, source_folder: str | os.PathLi
     )
 
 
-def scan(folder: pathlib.Path, sampling: Sampling) -> list[Source]:
+def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
   """Decodes every file once: which can be used, and how many clips each gives. Logs a line for each
   that can't.
 
@@ -133,7 +133,7 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[Source]:
     try:
       caption = _caption(folder, name, captions)
       count = video_file.count_clips(folder / name, sampling)
-      sources.append(Source(folder / name, caption, count))
+      sources.append(ClipFile(folder / name, caption, count))
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
       skipped.append(f"{name}: {reason}")

@@ -16,9 +16,9 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Start, latent_frames
+from hiar_jax.generation.conditioning import Conditioning, latent_frames
 from hiar_jax.generation.prompts_file import Job
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.progress import progress
 from hiar_jax.training import samples
 from hiar_jax.video.mp4 import read_metadata, write_mp4
@@ -30,11 +30,11 @@ class Clip:
 
   job: Job
   path: pathlib.Path
-  start: Start | None
+  start: Conditioning | None
   given: int
   frames: int
 
-  def provenance(self, model: StudentModel) -> dict[str, str]:
+  def provenance(self, model: VideoModel) -> dict[str, str]:
     """What the file says of itself. `recipe` is the same for the same video alone."""
     e = model.experiment
     told = {
@@ -61,7 +61,7 @@ class Clip:
       "hiar_jax": __version__,
     }
 
-  def is_done(self, model: StudentModel) -> bool:
+  def is_done(self, model: VideoModel) -> bool:
     """Whether the file is there and was made of the same things; says so."""
     done = (
       self.path.exists()
@@ -94,7 +94,7 @@ def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.P
 
 
 def plan_clips(
-  model: StudentModel, jobs: list[Job], paths: list[pathlib.Path], fit: Callable[[int], int]
+  model: VideoModel, jobs: list[Job], paths: list[pathlib.Path], fit: Callable[[int], int]
 ) -> list[Clip]:
   """Reads every start once, so that what is wrong with one is said before hours of work; says once
   what was done to each.
@@ -104,7 +104,7 @@ def plan_clips(
   e, clips, said = model.experiment, [], set()
   fitted: dict[int, int] = {}
   for job, path in zip(jobs, paths, strict=True):
-    start, given = Start.of(job), 0
+    start, given = Conditioning.of(job), 0
     if start:
       pixels, line = start.read(e)
       given = latent_frames(pixels, e)
@@ -117,7 +117,7 @@ def plan_clips(
   return clips
 
 
-def write_clips(model: StudentModel, clips: list[Clip]) -> None:
+def write_clips(model: VideoModel, clips: list[Clip]) -> None:
   """Makes the videos, those that start alike in batches, and prints the path of each when it is
   whole.
   """
@@ -136,7 +136,7 @@ def write_clips(model: StudentModel, clips: list[Clip]) -> None:
 
 
 def iterate_latents(
-  model: StudentModel, params, clips: list[Clip], frames: int, given: int
+  model: VideoModel, params, clips: list[Clip], frames: int, given: int
 ) -> Iterator[tuple[list[Clip], jax.Array]]:
   """(clips, their latents [b f h w c]) a batch at a time; a video does not depend on those beside
   it.
@@ -152,13 +152,13 @@ def iterate_latents(
     yield batch, generate(params, texts, np.asarray([clip.job.seed for clip in rows]), *start)
 
 
-def start_latents(model: StudentModel, clip: Clip) -> np.ndarray:
+def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
   """[1 given h w c]"""
   pixels, _ = clip.start.read(model.experiment)
   return np.asarray(model.run.medium.latents(pixels[None]))
 
 
-def write_clip(model: StudentModel, clip: Clip, latents: np.ndarray) -> None:
+def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
   """Decodes piece by piece into a file that says how it was made."""
   config = model.experiment.sample
   pieces = (piece[0] for piece in model.run.medium.pieces(latents))

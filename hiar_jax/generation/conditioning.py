@@ -15,7 +15,7 @@ from hiar_jax.video import foreign, lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class Conditioning:
   """The file, what it is, and its content's hash.
 
   last: so many frames of a video, those at its end, are kept at most; None: all.
@@ -26,11 +26,11 @@ class Start:
   last: int | None = None
 
   @staticmethod
-  def of(job: Job) -> "Start | None":
+  def of(job: Job) -> "Conditioning | None":
     """What a job starts from."""
     if job.image:
-      return Start(job.image, "image")
-    return Start(job.video, "video") if job.video else None
+      return Conditioning(job.image, "image")
+    return Conditioning(job.video, "video") if job.video else None
 
   @property
   def digest(self) -> str:

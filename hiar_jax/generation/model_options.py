@@ -9,7 +9,7 @@ from ml_collections import config_dict, config_flags
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation import video_model
-from hiar_jax.generation.video_model import Changes, StudentModel
+from hiar_jax.generation.video_model import ModelChanges, VideoModel
 from hiar_jax.planning.costs import DTYPES
 
 STAGES = ("distill", "causal_init")
@@ -29,18 +29,18 @@ class ModelOptions:
   decoder: str | None = None
   tile: int | None = None
 
-  def open_model(self, needed: bool = True) -> StudentModel:
+  def open_model(self, needed: bool = True) -> VideoModel:
     """The model of the run, or of the config and weights; of a plan they are not `needed`.
 
     Raises UserError where neither is named, or both.
     """
-    changes = Changes(
-      **{field.name: getattr(self, field.name) for field in dataclasses.fields(Changes)}
+    changes = ModelChanges(
+      **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}
     )
     if self.config is not None:
       if self.workdir:
         raise UserError("give either --workdir, a trained run, or --config with --weights")
-      return video_model.of_config(self.config, self.weights, changes, needed=needed)
+      return video_model.from_config(self.config, self.weights, changes, needed=needed)
     if not self.workdir:
       raise UserError(
         "--workdir is missing; give the directory of a trained run, as --workdir=runs/shapes (or "
@@ -50,7 +50,7 @@ class ModelOptions:
       raise UserError(
         "--weights needs --config, the config of the model; a --workdir has weights of its own"
       )
-    return video_model.of_workdir(self.workdir, self.stage, changes)
+    return video_model.from_workdir(self.workdir, self.stage, changes)
 
 
 def define_model_flags() -> None:

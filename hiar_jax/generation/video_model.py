@@ -14,7 +14,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components.wan import WanCodecConfig, WanMedium, tiling_of
+from hiar_jax.components.wan import WanCodecConfig, WanComponents, tiling_of
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.data import prompt_texts
@@ -33,7 +33,7 @@ LEAST_TILE = 4  # a quarter of it is the seam
 
 
 @dataclasses.dataclass(frozen=True)
-class Changes:
+class ModelChanges:
   """What a command may want otherwise than the config: pixels, dtype, decoder, its tiles in
   latents; None: as it is.
 
@@ -48,7 +48,7 @@ class Changes:
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentModel:
+class VideoModel:
   """run: the experiment and its medium.
 
   weights: a directory of converted weights; '' for those of the run's `stage`.
@@ -112,14 +112,14 @@ class StudentModel:
     """
     e = self.experiment
     if self.weights:
-      return pretrained.published(self.run, self.weights, e.dit, e.model.dtype)
+      return pretrained.load_published(self.run, self.weights, e.dit, e.model.dtype)
     return pretrained.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
     """Says what the model will not understand, and encodes what needs an encoder of its own, all at
     once: it is then out of memory.
     """
-    if isinstance(self.run.medium, WanMedium):
+    if isinstance(self.run.medium, WanComponents):
       self.run.medium.texts.fill(prompts)
     for prompt in prompts:
       for line in self.run.medium.remarks(prompt):
@@ -127,7 +127,7 @@ class StudentModel:
 
   def texts(self, prompts: list[str]) -> np.ndarray:
     """[n l] or [n l d], for prompts that were prepared."""
-    if not isinstance(self.run.medium, WanMedium):
+    if not isinstance(self.run.medium, WanComponents):
       return self.run.tokens(prompts)
     return prompt_texts.pad(
       [self.run.medium.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
@@ -139,11 +139,11 @@ class StudentModel:
     """
     return self.run.sampler(frames)
 
-  def plan(self, frames: int, given: int, batch: int) -> costs.Plan:
+  def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
     """What `frames` new latent frames after `given` ones would cost."""
     e = self.experiment
     small = not isinstance(e.codec, WanCodecConfig)
-    request = costs.Request(
+    request = costs.JobSize(
       dit=e.student_dit,
       history=e.history,
       levels=len(self.run.sigmas) - 1,
@@ -167,20 +167,20 @@ class StudentModel:
     return costs.make(request, self.run.mesh)
 
 
-def of_workdir(workdir: str, stage: str, changes: Changes) -> StudentModel:
+def from_workdir(workdir: str, stage: str, changes: ModelChanges) -> VideoModel:
   """A run that hiar_jax.train made.
 
   Raises UserError where there is none, or where it cannot be changed so.
   """
   run = open_run(read_config(workdir), workdir, save=False)
-  return StudentModel(
+  return VideoModel(
     dataclasses.replace(run, experiment=_changed(run.experiment, changes)), "", stage
   )
 
 
-def of_config(
-  config: config_dict.ConfigDict, directory: str | None, changes: Changes, needed: bool = True
-) -> StudentModel:
+def from_config(
+  config: config_dict.ConfigDict, directory: str | None, changes: ModelChanges, needed: bool = True
+) -> VideoModel:
   """A config's experiment with the weights in `directory`, default its weights.student; for a plan
   they are not `needed`.
 
@@ -208,12 +208,12 @@ def of_config(
   if directory and weights.exists(directory, "umt5"):
     text = dataclasses.replace(text, weights=directory)
   experiment = dataclasses.replace(experiment, codec=codec, text=text)
-  return StudentModel(
+  return VideoModel(
     Run(experiment, pathlib.Path(), make_mesh(experiment.mesh)), os.fspath(directory), ""
   )
 
 
-def _changed(e: Experiment, changes: Changes) -> Experiment:
+def _changed(e: Experiment, changes: ModelChanges) -> Experiment:
   """The experiment as the command wants it."""
   if changes.height or changes.width:
     height, width = changes.height or e.data.height, changes.width or e.data.width

@@ -35,7 +35,7 @@ def dmd_gradient(
   x_t = flow.add_noise(x, eps, sigma)
   x0_real = score_x0(real, x_t, sigma)
   if guidance:
-    x0_real = flow.guide(x0_real, score_x0(real_negative, x_t, sigma), guidance)
+    x0_real = flow.classifier_free_guidance(x0_real, score_x0(real_negative, x_t, sigma), guidance)
   scale = jnp.mean(jnp.abs(x - x0_real), axis=range(1, x.ndim), keepdims=True)
   return jnp.nan_to_num((score_x0(fake, x_t, sigma) - x0_real) / scale)
 
@@ -46,5 +46,5 @@ def dmd(x: Video, gradient: Video) -> jax.Array:
 
   No gradient reaches the scores.
   """
-  target = jax.lax.stop_gradient(flow.wide(x) - flow.wide(gradient))
-  return 0.5 * jnp.mean((flow.wide(x) - target) ** 2, axis=range(1, x.ndim))
+  target = jax.lax.stop_gradient(flow.to_f32(x) - flow.to_f32(gradient))
+  return 0.5 * jnp.mean((flow.to_f32(x) - target) ** 2, axis=range(1, x.ndim))

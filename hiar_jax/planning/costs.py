@@ -37,7 +37,7 @@ _FLOAT = 4  # bytes of float32
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class JobSize:
   """What is asked for: `frames` new latent frames of height x width after `given` ones, in `levels`
   steps.
 
@@ -102,7 +102,7 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward:
+class ForwardCost:
   """`count` evaluations of the network on `frames` frames that attend to `keys` frames, empty cache
   slots included.
   """
@@ -136,7 +136,7 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CostPlan:
   """See `text`. compiled: of the programs `generate` and `decode`; empty where nothing was
   compiled, and `note` says why.
 
@@ -153,7 +153,7 @@ class Plan:
   tokens_frame: int
   tokens_block: int
   blocks: int
-  forwards: tuple[Forward, ...]
+  forwards: tuple[ForwardCost, ...]
   flops_block: float
   flops_video: float
   compiled: dict[str, Memory]
@@ -189,7 +189,7 @@ def _flops(count: float) -> str:
   return f"{count / 1e15:.4g} P" if count >= 1e15 else f"{count / 1e12:.4g} T"
 
 
-def make(request: Request, mesh: Mesh | None = None, compile: bool = True) -> Plan:
+def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> CostPlan:
   """The plan. mesh: the devices to spread over, default the first; compile: ask the compiler too,
   some ten seconds for 1.3B.
 
@@ -206,7 +206,7 @@ def make(request: Request, mesh: Mesh | None = None, compile: bool = True) -> Pl
   compiled, note = (
     _compiled(request, mesh) if compile else ({}, "nothing was compiled, as was asked")
   )
-  return Plan(
+  return CostPlan(
     parts=parts(request),
     devices=mesh.size,
     platform=mesh.devices.flat[0].platform,
@@ -227,7 +227,7 @@ def make(request: Request, mesh: Mesh | None = None, compile: bool = True) -> Pl
 # ----------------------------------------------------------------------------- sizes and operations
 
 
-def parts(request: Request) -> dict[str, Part]:
+def parts(request: JobSize) -> dict[str, Part]:
   """Parameters and bytes of each network; the autoencoder's are float32."""
   trees = {"DiT": (_abstract_dit(request.network), request.dtype)}
   if request.vae is not None:
@@ -241,12 +241,12 @@ def parts(request: Request) -> dict[str, Part]:
   return {name: _part(tree, dtype) for name, (tree, dtype) in trees.items()}
 
 
-def forwards(request: Request) -> tuple[Forward, ...]:
+def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
   """What rollout.generate evaluates for one video: by hand, from the loops' shape."""
   history, slots = request.history, request.slots
   k, new, given = history.block, request.frames // history.block, request.given // history.block
-  alone = [Forward(1, 1, slots + 1)] if request.given % k else []  # a picture
-  single, pair = Forward(1, k, slots + k), Forward(1, 2 * k, slots + 2 * k)
+  alone = [ForwardCost(1, 1, slots + 1)] if request.given % k else []  # a picture
+  single, pair = ForwardCost(1, k, slots + k), ForwardCost(1, 2 * k, slots + 2 * k)
   times = lambda forward, count: dataclasses.replace(forward, count=count)
   if history.order == "block_first":
     calls = [times(single, given + new * (request.levels + 1))]
@@ -293,7 +293,7 @@ def _part(tree: PyTree, dtype: str) -> Part:
   return Part(count, count * jnp.dtype(dtype).itemsize)
 
 
-def _cache(request: Request) -> PyTree:
+def _cache(request: JobSize) -> PyTree:
   return jax.eval_shape(
     lambda: caches.empty(
       request.network,
@@ -318,12 +318,12 @@ def _device_bytes(tree: PyTree) -> int:
   )
 
 
-def _share(request: Request, mesh: Mesh) -> int:
+def _share(request: JobSize, mesh: Mesh) -> int:
   """Videos on one device."""
   return request.batch // mesh.size if request.batch % mesh.size == 0 else request.batch
 
 
-def _widest(request: Request) -> int:
+def _widest(request: JobSize) -> int:
   """Bytes that no program avoids, for the batch: latents, text, and the larger of the MLP's
   activations and the attention's logits.
   """
@@ -346,7 +346,7 @@ def _widest(request: Request) -> int:
 # ------------------------------------------------------------------------------ the compiler's word
 
 
-def _params(request: Request, mesh: Mesh) -> PyTree:
+def _params(request: JobSize, mesh: Mesh) -> PyTree:
   """The DiT's parameters as shapes that know where they lie."""
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), _abstract_dit(request.network)
@@ -357,13 +357,13 @@ def _params(request: Request, mesh: Mesh) -> PyTree:
   )
 
 
-def _rows(request: Request, mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _rows(request: JobSize, mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
   """An argument with a row a video, split over the devices where they divide the batch."""
   spec = jax.P(BATCH_AXES) if request.batch % mesh.size == 0 else jax.P()
   return jax.ShapeDtypeStruct((request.batch, *shape), dtype, sharding=NamedSharding(mesh, spec))
 
 
-def _generator(request: Request) -> Callable:
+def _generator(request: JobSize) -> Callable:
   """generate(params, text, seeds, given) of rollout.sample, on texts."""
   r = request
   return make_sampler(
@@ -377,7 +377,7 @@ def _generator(request: Request) -> Callable:
   )
 
 
-def _compiled(request: Request, mesh: Mesh) -> tuple[dict[str, Memory], str]:
+def _compiled(request: JobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   """({program: memory}, why there is none)."""
   platform = mesh.devices.flat[0].platform
   if request.dit.attention == "cudnn" and platform != "gpu":
@@ -414,16 +414,16 @@ def _compiled(request: Request, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   return found, note if request.dtype == "bfloat16" else ""
 
 
-def _decoder(request: Request, mesh: Mesh) -> tuple[Callable, list]:
+def _decoder(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
   """One step of the streamed decoder, in the middle of one video: its frames over the devices, or
   in tiles on one.
   """
   module = vae if isinstance(request.vae, VAEConfig) else taehv
   params = module.abstract_params(request.vae)
   if module is vae:
-    stream = chunked_decoder.of_vae(params, request.vae, tiling=request.tiling)
+    stream = chunked_decoder.from_vae(params, request.vae, tiling=request.tiling)
   else:
-    stream = chunked_decoder.of_tiny_vae(params, request.vae)
+    stream = chunked_decoder.from_taehv(params, request.vae)
   stream = (
     stream if request.tiling else dataclasses.replace(stream, devices=tuple(mesh.devices.flat))
   )

@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.method import History
-from hiar_jax.rollout import blocks as prims
-from hiar_jax.rollout.blocks import Forward, Noise, Step
+from hiar_jax.rollout.blocks import (
+  Forward,
+  Noise,
+  Step,
+  apply_with_cache,
+  block_positions,
+  join_blocks,
+  prefill,
+  renoise,
+  write_context,
+)
 from hiar_jax.rollout.past.ring import Cache
 from hiar_jax.types import Video
 
@@ -16,12 +25,12 @@ def denoise_block(forward, noise, cache, n, sigmas, history: History, exit_level
   """Block n from pure noise down to the step at `exit_level` (may be traced): (its input at that
   step, its x0 prediction).
   """
-  positions = prims.frames_of(n, history)
+  positions = block_positions(n, history)
 
   def predict(x, level):
     step = Step(sigmas[level], sigmas[level + 1], positions)
-    v, _ = prims.against_cache(forward, cache, x, step.sigma, positions, history)
-    return prims.renoise(history, x, v, step, lambda: noise(level + 1, n))
+    v, _ = apply_with_cache(forward, cache, x, step.sigma, positions, history)
+    return renoise(history, x, v, step, lambda: noise(level + 1, n))
 
   x = jax.lax.fori_loop(0, exit_level, lambda level, x: predict(x, level)[0], noise(0, n))
   return x, predict(x, exit_level)[1]
@@ -44,7 +53,7 @@ def sweep(
 
   def one(cache, n):
     x, x0 = denoise_block(forward, noise, cache, n, sigmas, history, exit_level)
-    return prims.show(forward, cache, x0, 0.0, prims.frames_of(n, history), history), (x, x0)
+    return write_context(forward, cache, x0, 0.0, block_positions(n, history), history), (x, x0)
 
   return jax.lax.scan(one, cache, first + jnp.arange(blocks))[1]
 
@@ -62,7 +71,7 @@ def rollout(
   """As step_first.rollout."""
   first = 0 if given is None else given.shape[1] // history.block
   if given is not None:
-    cache = prims.prefill(forward, cache, given, history)
+    cache = prefill(forward, cache, given, history)
   _, xs = sweep(forward, noise, cache, sigmas, history, blocks, len(sigmas) - 2, first=first)
-  video = prims.join(xs)
+  video = join_blocks(xs)
   return video if given is None else jnp.concatenate([given, video], axis=1)

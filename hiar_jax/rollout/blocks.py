@@ -29,18 +29,18 @@ class Step:
   positions: Positions
 
 
-def frames_of(block, history: History) -> Positions:
+def block_positions(block, history: History) -> Positions:
   """Frame indices of a block; `block` may be traced."""
   return block * history.block + jnp.arange(history.block, dtype=jnp.int32)
 
 
-def split(video: Video, history: History) -> jax.Array:
+def split_blocks(video: Video, history: History) -> jax.Array:
   """[b f h w c] -> [n b k h w c]."""
   b, f, *rest = video.shape
   return jnp.moveaxis(video.reshape(b, f // history.block, history.block, *rest), 1, 0)
 
 
-def join(blocks: jax.Array) -> Video:
+def join_blocks(blocks: jax.Array) -> Video:
   """[n b k h w c] -> [b f h w c]."""
   n, b, k, *rest = blocks.shape
   return jnp.moveaxis(blocks, 0, 1).reshape(b, n * k, *rest)
@@ -59,7 +59,7 @@ def renoise(
   return flow.add_noise(x0, eps(), step.sigma_next), x0
 
 
-def shown(history: History, x: Block, x_next: Block, x0: Block) -> Block:
+def context_latent(history: History, x: Block, x_next: Block, x0: Block) -> Block:
   """The latent that a block's successors see, at history.context_sigma."""
   return {"output": x_next, "clean": x0, "input": x}[history.level]
 
@@ -71,22 +71,22 @@ def _visible(cache: Cache, history: History, positions: Positions) -> jax.Array:
   )
 
 
-def against_cache(
+def apply_with_cache(
   forward: Forward, cache: Cache, x: Block, sigma, positions: Positions, history: History
 ):
   """One block's forward: (velocity, its own K/V)."""
   return forward(x, sigma, positions, mask=_visible(cache, history, positions), past=cache.kv)
 
 
-def show(
+def write_context(
   forward: Forward, cache: Cache, context: Block, sigma, positions: Positions, history: History
 ) -> Cache:
   """Writes a block's context at `sigma` into the cache."""
-  _, kv = against_cache(forward, cache, context, sigma, positions, history)
+  _, kv = apply_with_cache(forward, cache, context, sigma, positions, history)
   return write(cache, kv, positions, history)
 
 
-def show_and_denoise(
+def write_context_and_denoise(
   forward: Forward,
   cache: Cache,
   context: Block,
@@ -122,7 +122,7 @@ def prefill(forward: Forward, cache: Cache, given: Video, history: History) -> C
 
   def one(cache, inputs):
     block, x = inputs
-    return show(forward, cache, x, 0.0, frames_of(block, history), history), None
+    return write_context(forward, cache, x, 0.0, block_positions(block, history), history), None
 
-  blocks = split(given, history)
+  blocks = split_blocks(given, history)
   return jax.lax.scan(one, cache, (jnp.arange(blocks.shape[0]), blocks))[0]

@@ -17,14 +17,13 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.rollout import block_first, step_first
-from hiar_jax.rollout import blocks as prims
-from hiar_jax.rollout.blocks import Forward, Noise
+from hiar_jax.rollout.blocks import Forward, Noise, join_blocks, split_blocks
 from hiar_jax.rollout.past.ring import Cache
 from hiar_jax.rollout.past.visibility import block_causal_mask, own_block_mask, past_mask
 from hiar_jax.types import Array, Video, typed
 
 
-def exit_rollout(
+def self_rollout(
   forward: Forward,
   frozen: Forward,
   noise: Noise,
@@ -48,11 +47,11 @@ def exit_rollout(
   sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
   context_sigma = history.context_sigma(sigma, sigma_next)
   return teacher_forcing(
-    forward, prims.join(shown), context_sigma, prims.join(noisy), sigma, history
+    forward, join_blocks(shown), context_sigma, join_blocks(noisy), sigma, history
   )
 
 
-def exit_sample(
+def self_rollout_without_gradient(
   frozen: Forward,
   noise: Noise,
   cache: Cache,
@@ -64,7 +63,7 @@ def exit_sample(
   """What exit_rollout returns, without gradient and so without its second pass."""
   if history.level == "input":
     return _aligned(frozen, frozen, noise, sigmas, history, blocks, exit_level)
-  return prims.join(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)[2])
+  return join_blocks(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)[2])
 
 
 def _sequential(frozen, noise, cache, sigmas, history: History, blocks: int, exit_level):
@@ -127,10 +126,10 @@ def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit
     )
 
   def level(forward, xs, j, detached=False):
-    return block_causal(forward, prims.join(xs), sigmas[j], history, sink, detached)
+    return block_causal(forward, join_blocks(xs), sigmas[j], history, sink, detached)
 
   def advance(j, xs):
-    x0 = prims.split(level(frozen, xs, j), history)
+    x0 = split_blocks(level(frozen, xs, j), history)
     eps = jax.lax.map(lambda n: noise(j + 1, n), jnp.arange(blocks))
     x_fresh = flow.add_noise(x0, eps, sigmas[j + 1])
     if history.renoise == "fresh":

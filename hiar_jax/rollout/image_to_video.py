@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from hiar_jax.method import History
 from hiar_jax.rollout import block_first, step_first
-from hiar_jax.rollout import blocks as prims
-from hiar_jax.rollout.blocks import Forward, Noise
+from hiar_jax.rollout.blocks import Forward, Noise, join_blocks, write_context
 from hiar_jax.rollout.past.ring import Cache
 from hiar_jax.types import Video
 
@@ -32,7 +31,7 @@ def rollout(
   cache: an empty one for a video of 1 + blocks k frames. noise(level, block): the first new block
   is 1, as after a whole given block.
   """
-  cache = prims.show(
+  cache = write_context(
     forward, cache, first, 0.0, jnp.asarray([history.block - 1], jnp.int32), history
   )
   if history.order == "block_first":
@@ -50,4 +49,4 @@ def rollout(
       len(sigmas) - 1,
       first=1,
     )
-  return jnp.concatenate([first, prims.join(xs)], axis=1)
+  return jnp.concatenate([first, join_blocks(xs)], axis=1)

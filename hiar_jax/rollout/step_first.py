@@ -11,8 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.method import History
-from hiar_jax.rollout import blocks as prims
-from hiar_jax.rollout.blocks import Forward, Noise, Step
+from hiar_jax.rollout.blocks import (
+  Forward,
+  Noise,
+  Step,
+  apply_with_cache,
+  block_positions,
+  context_latent,
+  join_blocks,
+  prefill,
+  renoise,
+  write_context,
+  write_context_and_denoise,
+)
 from hiar_jax.rollout.past.ring import Cache, write
 from hiar_jax.types import Video
 
@@ -39,23 +50,23 @@ def sweep(
   context_sigma = history.context_sigma(sigma, sigma_next)
 
   def finish(x, v, n, step):
-    x_next, x0 = prims.renoise(history, x, v, step, lambda: noise(level + 1, n))
-    return x_next, prims.shown(history, x, x_next, x0), x0
+    x_next, x0 = renoise(history, x, v, step, lambda: noise(level + 1, n))
+    return x_next, context_latent(history, x, x_next, x0), x0
 
   def separate(cache, inputs):
     n, x = inputs
-    step = Step(sigma, sigma_next, prims.frames_of(n, history))
-    v, kv = prims.against_cache(forward, cache, x, sigma, step.positions, history)
+    step = Step(sigma, sigma_next, block_positions(n, history))
+    v, kv = apply_with_cache(forward, cache, x, sigma, step.positions, history)
     done = finish(x, v, n, step)
     if history.level == "input":  # what successors read is what this forward has just computed
       return write(cache, kv, step.positions, history), done
-    return prims.show(forward, cache, done[1], context_sigma, step.positions, history), done
+    return write_context(forward, cache, done[1], context_sigma, step.positions, history), done
 
   def together(carry, inputs):
     cache, context = carry
     n, x = inputs
-    step = Step(sigma, sigma_next, prims.frames_of(n, history))
-    v, cache = prims.show_and_denoise(forward, cache, context, context_sigma, x, step, history)
+    step = Step(sigma, sigma_next, block_positions(n, history))
+    v, cache = write_context_and_denoise(forward, cache, context, context_sigma, x, step, history)
     done = finish(x, v, n, step)
     return (cache, done[1]), done
 
@@ -63,8 +74,8 @@ def sweep(
   if history.level == "input" or not fused:
     return jax.lax.scan(separate, cache, (indices, xs))[1]
 
-  step = Step(sigma, sigma_next, prims.frames_of(indices[0], history))
-  v, _ = prims.against_cache(forward, cache, xs[0], sigma, step.positions, history)
+  step = Step(sigma, sigma_next, block_positions(indices[0], history))
+  v, _ = apply_with_cache(forward, cache, xs[0], sigma, step.positions, history)
   head = finish(xs[0], v, indices[0], step)
   _, tail = jax.lax.scan(together, (cache, head[1]), (indices[1:], xs[1:]))
   return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
@@ -105,7 +116,7 @@ def rollout(
   """
   first = 0 if given is None else given.shape[1] // history.block
   if given is not None:
-    cache = prims.prefill(forward, cache, given, history)
+    cache = prefill(forward, cache, given, history)
 
   def one(xs, level):
     return sweep(forward, noise, cache, xs, sigmas, level, history, first=first, fused=fused)[
@@ -113,5 +124,5 @@ def rollout(
     ], None
 
   xs, _ = jax.lax.scan(one, start(noise, blocks, first), jnp.arange(len(sigmas) - 1))
-  video = prims.join(xs)
+  video = join_blocks(xs)
   return video if given is None else jnp.concatenate([given, video], axis=1)

@@ -38,12 +38,12 @@ def make_sampler(
     text = embed(tokens)
     eps = example_normal(example_keys(key, index), clip)
     forwards = (dit.bind(config, params, of, start) for of in (text, negative(text)))
-    return trajectory(*forwards, eps, sigmas, keep, guidance)
+    return sample_trajectory(*forwards, eps, sigmas, keep, guidance)
 
   return sample
 
 
-def trajectory(
+def sample_trajectory(
   forward: Forward,
   negative: Forward,
   eps: Video,
@@ -61,7 +61,7 @@ def trajectory(
   def one(x, j):
     v, _ = forward(x, sigmas[j], positions)
     if guidance:
-      v = flow.guide(v, negative(x, sigmas[j], positions)[0], guidance)
+      v = flow.classifier_free_guidance(v, negative(x, sigmas[j], positions)[0], guidance)
     x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
     return x, x
 

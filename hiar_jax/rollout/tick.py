@@ -25,8 +25,15 @@ import jax.numpy as jnp
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.models.dit import KV, DiTConfig
-from hiar_jax.rollout import blocks as prims
-from hiar_jax.rollout.blocks import Forward, Noise, Step
+from hiar_jax.rollout.blocks import (
+  Forward,
+  Noise,
+  Step,
+  block_positions,
+  context_latent,
+  renoise,
+  split_blocks,
+)
 from hiar_jax.rollout.past import relative_sink
 from hiar_jax.rollout.past import ring as caches
 from hiar_jax.rollout.past.ring import Cache
@@ -37,7 +44,7 @@ Network = Callable[[Text | Texts], Forward]  # models.dit.bind without its text
 
 
 @flax.struct.dataclass
-class Pipe:
+class PipelineState:
   """A generation under way. `s` levels; `r` = s + 1 texts, block n's at n % r.
 
   latents: [s b k h w c], what each level is to denoise; before a tick, level 0 holds the block that
@@ -69,14 +76,14 @@ class Pipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """How a pipe works: the method, its levels [s + 1], and whether the sink is kept at its `true`
-  distance or `carried` along.
+class PipelineMethod:
+  """How a pipe works: the method, its levels [s + 1], and whether the sink is seen at its
+  `absolute` positions or at ones `relative` to the window.
   """
 
   history: History
   sigmas: tuple[float, ...]
-  sink_place: str = "true"
+  sink_positions: str = "absolute"
 
   def __post_init__(self):
     if self.history.order != "step_first":
@@ -86,16 +93,17 @@ class Plan:
         "so there is never more than one to work on; generate whole videos with it (python -m "
         "hiar_jax.generate), or use a step_first model"
       )
-    if self.sink_place not in relative_sink.PLACES:
+    if self.sink_positions not in relative_sink.POSITIONS:
       raise UserError(
-        f"sink_place = {self.sink_place!r}: expected one of {', '.join(relative_sink.PLACES)}"
+        f"sink_positions = {self.sink_positions!r}: expected one of "
+        f"{', '.join(relative_sink.POSITIONS)}"
       )
     if self.carries:
       relative_sink.check(self.history)
 
   @property
   def carries(self) -> bool:
-    return self.sink_place == "carried" and self.history.sink > 0 and self.history.window > 0
+    return self.sink_positions == "relative" and self.history.sink > 0 and self.history.window > 0
 
   @property
   def levels(self) -> int:
@@ -113,7 +121,7 @@ class Plan:
 
 
 def empty(
-  plan: Plan,
+  plan: PipelineMethod,
   config: DiTConfig,
   text: Text,
   key: Key,
@@ -122,7 +130,7 @@ def empty(
   frames: int,
   height: int,
   width: int,
-) -> Pipe:
+) -> PipelineState:
   """A pipe that nothing has entered.
 
   frames: longest video; with a window the sizes do not depend on it. text: [b l d].
@@ -133,7 +141,7 @@ def empty(
   block = jnp.zeros(
     (plan.levels, text.shape[0], plan.history.block, height, width, config.channels)
   )
-  return Pipe(
+  return PipelineState(
     latents=block,
     context=block if plan.fused else None,
     cache=_each_level(cache, plan.levels),
@@ -151,7 +159,9 @@ def _each_level(tree, levels: int):
   return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (levels, *leaf.shape)), tree)
 
 
-def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Array) -> Pipe:
+def prefill(
+  plan: PipelineMethod, network: Network, pipe: PipelineState, given: Video, texts: jax.Array
+) -> PipelineState:
   """Shows given clean frames to every level of an empty pipe: whole blocks, or a picture's one
   frame (see rollout.first_frame).
 
@@ -166,15 +176,18 @@ def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Arra
   def one(carry, inputs):
     cache, shown = carry
     n, x, text = inputs
-    positions = jnp.asarray([k - 1], jnp.int32) if picture else prims.frames_of(n, history)
+    positions = jnp.asarray([k - 1], jnp.int32) if picture else block_positions(n, history)
     slots = caches.slots_of(positions, cache.slots, history.sink)
-    return (_show(plan, network(text), cache, x, positions), _put(shown, x, slots, axis=1)), None
+    return (
+      _write_context(plan, network(text), cache, x, positions),
+      _put(shown, x, slots, axis=1),
+    ), None
 
   first = jnp.asarray(-(-given.shape[1] // k), jnp.int32)
   pipe = pipe.replace(block=first, first=first)
   if not cache.slots:
     return pipe
-  blocks = given[None] if picture else prims.split(given, history)
+  blocks = given[None] if picture else split_blocks(given, history)
   (cache, shown), _ = jax.lax.scan(
     one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts)
   )
@@ -182,7 +195,9 @@ def give(plan: Plan, network: Network, pipe: Pipe, given: Video, texts: jax.Arra
   return pipe.replace(cache=cache, shown=shown)
 
 
-def _show(plan: Plan, forward: Forward, cache: Cache, x: Block, positions: Positions) -> Cache:
+def _write_context(
+  plan: PipelineMethod, forward: Forward, cache: Cache, x: Block, positions: Positions
+) -> Cache:
   past, mask = _past(plan, cache, positions, positions[:0])
   own = jnp.ones((positions.size, positions.size), bool)
   _, kv = forward(x, 0.0, positions, mask=jnp.concatenate([mask, own], axis=1), past=past)
@@ -193,8 +208,13 @@ def _show(plan: Plan, forward: Forward, cache: Cache, x: Block, positions: Posit
 
 
 def tick(
-  plan: Plan, network: Network, noise: Noise, pipe: Pipe, text: Text, anew: jax.Array
-) -> tuple[Pipe, Block]:
+  plan: PipelineMethod,
+  network: Network,
+  noise: Noise,
+  pipe: PipelineState,
+  text: Text,
+  anew: jax.Array,
+) -> tuple[PipelineState, Block]:
   """One forward of every level; a block of pure noise enters with its `text`, and the block that
   left the last level is returned.
 
@@ -208,11 +228,11 @@ def tick(
 
   def one(level, x, context, cache, shown):
     n = pipe.block - level
-    step = Step(sigmas[level], sigmas[level + 1], prims.frames_of(jnp.maximum(n, 0), plan.history))
+    step = Step(sigmas[level], sigmas[level + 1], block_positions(jnp.maximum(n, 0), plan.history))
     work = _fused if plan.fused else _alone
     v, cache, shown = work(plan, network, pipe, n, step, x, context, cache, shown)
-    x_next, x0 = prims.renoise(plan.history, x, v, step, lambda: noise(level + 1, n))
-    return x_next, prims.shown(plan.history, x, x_next, x0) if plan.fused else None, cache, shown
+    x_next, x0 = renoise(plan.history, x, v, step, lambda: noise(level + 1, n))
+    return x_next, context_latent(plan.history, x, x_next, x0) if plan.fused else None, cache, shown
 
   x_next, context, cache, shown = jax.vmap(one)(level, noisy, pipe.context, pipe.cache, pipe.shown)
   latents = jnp.roll(x_next, 1, axis=0)
@@ -222,9 +242,9 @@ def tick(
 
 
 def _fused(
-  plan: Plan,
+  plan: PipelineMethod,
   network: Network,
-  pipe: Pipe,
+  pipe: PipelineState,
   n,
   step: Step,
   x: Block,
@@ -252,9 +272,9 @@ def _fused(
 
 
 def _alone(
-  plan: Plan,
+  plan: PipelineMethod,
   network: Network,
-  pipe: Pipe,
+  pipe: PipelineState,
   n,
   step: Step,
   x: Block,
@@ -272,7 +292,9 @@ def _alone(
   return v, *_store(plan, cache, shown, kv, x, step.positions, n >= pipe.first)
 
 
-def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[KV, jax.Array]:
+def _past(
+  plan: PipelineMethod, cache: Cache, before: Positions, now: Positions
+) -> tuple[KV, jax.Array]:
   """What the queries at `before` and those at `now` (one may be empty) read of a cache: K/V, mask
   [before + now, past].
 
@@ -291,7 +313,7 @@ def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[
   for positions, rows in ((before, ~is_now), (now, is_now)):
     if positions.size:
       parts.append(
-        relative_sink.turn(keys[:, :, :sink], relative_sink.distance(positions, history))
+        relative_sink.rotate(keys[:, :, :sink], relative_sink.distance(positions, history))
       )
       copies.append(values[:, :, :sink])
       masks.append(mask[:, :sink] & rows)
@@ -301,7 +323,13 @@ def _past(plan: Plan, cache: Cache, before: Positions, now: Positions) -> tuple[
 
 
 def _store(
-  plan: Plan, cache: Cache, shown: jax.Array, kv: KV, latents: Block, positions: Positions, there
+  plan: PipelineMethod,
+  cache: Cache,
+  shown: jax.Array,
+  kv: KV,
+  latents: Block,
+  positions: Positions,
+  there,
 ) -> tuple[Cache, jax.Array]:
   """The cache and the latents behind it with one more block, where it is `there`."""
   if not cache.slots:
@@ -322,7 +350,9 @@ def _put(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Arr
 # --------------------------------------------------------------------------------------- show again
 
 
-def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Array) -> Pipe:
+def recache(
+  plan: PipelineMethod, network: Network, pipe: PipelineState, text: Text, due: jax.Array
+) -> PipelineState:
   """The history of the levels `due` [s] encoded again, from its latents, under the text of the
   block that each level sees next.
 
@@ -336,7 +366,7 @@ def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Ar
 
   def one(level, cache, shown, due):
     n = pipe.block - level
-    new = _encode_again(
+    new = _recache_level(
       plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, shown
     )
     return jax.tree.map(lambda old, new: jnp.where(due, new, old), cache, new)
@@ -345,8 +375,8 @@ def show_again(plan: Plan, network: Network, pipe: Pipe, text: Text, due: jax.Ar
   return pipe.replace(cache=cache, texts=texts)
 
 
-def _encode_again(
-  plan: Plan, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
+def _recache_level(
+  plan: PipelineMethod, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
 ) -> Cache:
   """One level's cache before it works on block n."""
   history, k, slots = plan.history, plan.history.block, cache.slots
@@ -358,7 +388,7 @@ def _encode_again(
 
   def block(new: Cache, inputs):
     m, fits = inputs
-    positions = prims.frames_of(jnp.maximum(m, 0), history)
+    positions = block_positions(jnp.maximum(m, 0), history)
     places = jnp.minimum(caches.slots_of(positions, slots, history.sink), slots - 1)
     there = (cache.position[places] == positions) & fits
     levels = jnp.where(positions < first * k, 0.0, sigma)

@@ -1,9 +1,10 @@
 """The web side: three files, one WebSocket a tab, downloads. Nothing that comes in reaches a
 generation unchecked.
 
-The page sends JSON texts, one wish each (see `Talk`), or one with a file to start from behind it;
-it gets JSON texts, and the video's bytes as they are made. The file on disk is the buffer between a
-generation and its viewer: a viewer reads it at its own pace, so a slow one holds up nobody, and
+The page sends JSON texts, one command each (see `Talk`), or one with a file to start from behind
+it; it gets JSON texts, and the video's bytes as they are made. The file on disk is the buffer
+between a
+generation and its client: a client reads it at its own pace, so a slow one holds up nobody, and
 costs no memory.
 """
 
@@ -23,8 +24,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation.prompts_file import MAX_SEED
-from hiar_jax.serving.queue import Desk, House, Viewer
-from hiar_jax.serving.session import Wish
+from hiar_jax.serving.queue import Client, ServerConfig, SessionQueue
+from hiar_jax.serving.session import Request
 
 FILES = {
   "/": ("index.html", "text/html"),
@@ -32,7 +33,7 @@ FILES = {
   "/page.css": ("page.css", "text/css"),
 }
 MAX_PROMPT = 2000  # characters
-MAX_WISH = 2**16  # bytes of one wish; what is longer is refused unread
+MAX_REQUEST = 2**16  # bytes of one command; what is longer is refused unread
 MAX_MESSAGE = 2**24  # bytes, those of a file included; a socket that sends more is closed
 NEWS_EVERY = 0.25  # seconds between two reports without anything new
 
@@ -52,17 +53,17 @@ HEADERS = {
   "Cache-Control": "no-store",
 }
 
-DESK, HOSTS = web.AppKey("desk", Desk), web.AppKey("hosts", frozenset)
+QUEUE, HOSTS = web.AppKey("queue", SessionQueue), web.AppKey("hosts", frozenset)
 
 
-def make_app(house: House, hosts: frozenset[str] = frozenset()) -> web.Application:
+def make_app(config: ServerConfig, hosts: frozenset[str] = frozenset()) -> web.Application:
   """hosts: names, beside localhost and any address in numbers, under which the page may be
   reached.
   """
-  app = web.Application(middlewares=[_guard], client_max_size=MAX_WISH)
+  app = web.Application(middlewares=[_guard], client_max_size=MAX_REQUEST)
   app[HOSTS] = frozenset(host.lower() for host in hosts)
-  app.cleanup_ctx.append(lambda app: _open_desk(app, house))
-  static = importlib.resources.files("hiar_jax.page") / "static"
+  app.cleanup_ctx.append(lambda app: _open_queue(app, config))
+  static = importlib.resources.files("hiar_jax.serving") / "static"
   for path, (name, kind) in FILES.items():
     app.router.add_get(path, _fixed((static / name).read_bytes(), kind))
   app.router.add_get("/watch", _watch)
@@ -71,18 +72,18 @@ def make_app(house: House, hosts: frozenset[str] = frozenset()) -> web.Applicati
   return app
 
 
-async def _open_desk(app: web.Application, house: House):
-  app[DESK] = desk = Desk(house)
-  sweeping = asyncio.create_task(desk.sweep())
+async def _open_queue(app: web.Application, config: ServerConfig):
+  app[QUEUE] = queue = SessionQueue(config)
+  sweeping = asyncio.create_task(queue.sweep())
   yield
   sweeping.cancel()
   with contextlib.suppress(asyncio.CancelledError):
     await sweeping
-  await desk.close()
+  await queue.close()
 
 
 async def _close_sockets(app: web.Application) -> None:
-  sockets = [viewer.socket for viewer in app[DESK].viewers if viewer.socket is not None]
+  sockets = [client.socket for client in app[QUEUE].clients if client.socket is not None]
   farewells = (
     socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops") for socket in sockets
   )
@@ -146,7 +147,7 @@ def _is_known(host: str, names: frozenset[str]) -> bool:
 
 async def _download(request: web.Request) -> web.StreamResponse:
   """A clip of this server, by the name that it was given; nothing else has a name here."""
-  path = request.app[DESK].clips.get(request.match_info["name"])
+  path = request.app[QUEUE].clips.get(request.match_info["name"])
   if path is None or not path.exists():
     raise web.HTTPNotFound(reason="there is no such video; it is kept while its tab is open")
   headers = {
@@ -161,57 +162,57 @@ async def _download(request: web.Request) -> web.StreamResponse:
 
 
 async def _watch(request: web.Request) -> web.StreamResponse:
-  desk = request.app[DESK]
-  if desk.is_full:
+  queue = request.app[QUEUE]
+  if queue.is_full:
     raise web.HTTPServiceUnavailable(
-      reason=f"{desk.house.viewers} viewers are here already; close a tab, or come back later"
+      reason=f"{queue.config.max_clients} viewers are here already; close a tab, or come back later"
     )
-  viewer = desk.enter()
+  client = queue.enter()
   try:
-    heartbeat = desk.house.rules.heartbeat
-    viewer.socket = socket = web.WebSocketResponse(
+    heartbeat = queue.config.limits.heartbeat
+    client.socket = socket = web.WebSocketResponse(
       heartbeat=heartbeat, max_msg_size=MAX_MESSAGE, timeout=2, compress=False
     )
     await socket.prepare(request)
-    sending = asyncio.create_task(_send(desk, viewer, request))
+    sending = asyncio.create_task(_send(queue, client, request))
     try:
       with contextlib.suppress(ConnectionError):  # it is gone; what it left is tidied up below
         async for message in socket:
           if message.type is WSMsgType.ERROR:
             break
-          await _hear(desk, viewer, message)
+          await _hear(queue, client, message)
     finally:
       sending.cancel()
       with contextlib.suppress(asyncio.CancelledError, ConnectionError):
         await sending
   finally:
-    await desk.leave(viewer)
+    await queue.leave(client)
   return socket
 
 
-async def _send(desk: Desk, viewer: Viewer, request: web.Request) -> None:
+async def _send(queue: SessionQueue, client: Client, request: web.Request) -> None:
   """The video's bytes as they are made, and how things stand."""
   sent_of, pieces = None, 0
   while True:
     with contextlib.suppress(TimeoutError):
-      await asyncio.wait_for(viewer.news.wait(), NEWS_EVERY)
-    viewer.news.clear()
-    showing = viewer.showing
-    if showing is not sent_of:
-      sent_of, pieces = showing, 0
+      await asyncio.wait_for(client.news.wait(), NEWS_EVERY)
+    client.news.clear()
+    session = client.session
+    if session is not sent_of:
+      sent_of, pieces = session, 0
     try:
-      async with asyncio.timeout(desk.house.rules.patience):
-        for start, end in showing.content(pieces) if showing else ():
+      async with asyncio.timeout(queue.config.limits.idle_timeout):
+        for start, end in session.content(pieces) if session else ():
           if not pieces:
-            await viewer.socket.send_json(
-              {"say": "begin", "mime": showing.mime, "clip": f"/clips/{viewer.name}"}
+            await client.socket.send_json(
+              {"say": "begin", "mime": session.mime, "clip": f"/clips/{client.name}"}
             )
-          await viewer.socket.send_bytes(await desk.run(_read, showing.path, start, end))
+          await client.socket.send_bytes(await queue.run(_read, session.path, start, end))
           pieces += 1
-        await viewer.socket.send_json({"say": "status", **_status(desk, viewer)})
+        await client.socket.send_json({"say": "status", **_status(queue, client)})
     except TimeoutError:
-      if showing:
-        showing.end("the viewer was too slow to take it")
+      if session:
+        session.end("the viewer was too slow to take it")
       if request.transport:
         request.transport.abort()  # a farewell would only wait behind what is not being taken
       return
@@ -222,42 +223,42 @@ def _read(path: pathlib.Path, start: int, end: int) -> bytes:
     return os.pread(file.fileno(), end - start, start)
 
 
-def _status(desk: Desk, viewer: Viewer) -> dict[str, Any]:
-  before = desk.before(viewer)
+def _status(queue: SessionQueue, client: Client) -> dict[str, Any]:
+  before = queue.before(client)
   if before is not None:
-    return {"state": "waiting", "before": before, "places": desk.house.places}
-  return viewer.showing.status() if viewer.showing else {"state": "idle"}
+    return {"state": "waiting", "before": before, "max_generations": queue.config.max_generations}
+  return client.session.status() if client.session else {"state": "idle"}
 
 
-async def _hear(desk: Desk, viewer: Viewer, message) -> None:
+async def _hear(queue: SessionQueue, client: Client, message) -> None:
   """One message; one that cannot be carried out is answered and changes nothing."""
   try:
-    wish, file = _parse(message)
-    answer = await Talk(desk, viewer, file).carry_out(wish)
+    command, file = _parse(message)
+    answer = await Requests(queue, client, file).carry_out(command)
   except UserError as error:
     answer = {"say": "refused", "why": str(error)}
   if answer:
-    await viewer.socket.send_json(answer)
-  viewer.news.set()
+    await client.socket.send_json(answer)
+  client.news.set()
 
 
 def _parse(message) -> tuple[dict[str, Any], bytes | None]:
-  """(a wish, the file that came behind it)."""
+  """(a command, the file that came behind it)."""
   text, file = message.data, None
   if message.type == WSMsgType.BINARY:
     text, _, file = message.data.partition(b"\n")
-  if len(text) > MAX_WISH:
+  if len(text) > MAX_REQUEST:
     raise UserError(f"a message of {len(text)} characters; a prompt has at most {MAX_PROMPT}")
   try:
-    wish = json.loads(text)
+    command = json.loads(text)
   except (ValueError, RecursionError):
     raise UserError("expected a JSON object") from None
-  if not isinstance(wish, dict) or not isinstance(wish.get("do"), str):
+  if not isinstance(command, dict) or not isinstance(command.get("do"), str):
     raise UserError('expected a JSON object with "do"')
-  return wish, file
+  return command, file
 
 
-class Talk:
+class Requests:
   """What a page may ask for:
 
   {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}       and behind a line's end a
@@ -266,71 +267,71 @@ class Talk:
   3.2}     how much of the video has been seen
   """
 
-  def __init__(self, desk: Desk, viewer: Viewer, file: bytes | None = None):
-    self.desk, self.viewer, self.file = desk, viewer, file
+  def __init__(self, queue: SessionQueue, client: Client, file: bytes | None = None):
+    self.queue, self.client, self.file = queue, client, file
 
-  async def carry_out(self, wish: dict[str, Any]) -> dict[str, Any] | None:
+  async def carry_out(self, command: dict[str, Any]) -> dict[str, Any] | None:
     """An answer, where there is one. Raises UserError for what cannot be done."""
     names = ("start", "prompt", "pause", "go", "extend", "stop", "at")
     does = {name: getattr(self, name) for name in names}
-    if wish["do"] not in does:
-      raise UserError(f"there is no {wish['do'][:40]!r}; there is {', '.join(does)}")
-    if self.file is not None and wish["do"] != "start":
+    if command["do"] not in does:
+      raise UserError(f"there is no {command['do'][:40]!r}; there is {', '.join(does)}")
+    if self.file is not None and command["do"] != "start":
       raise UserError('a file comes with "start" alone')
-    return await does[wish["do"]](wish)
+    return await does[command["do"]](command)
 
-  async def start(self, wish) -> dict[str, Any] | None:
-    seconds = wish.get("seconds")
-    wanted = Wish(
-      _text(wish, "prompt"),
-      _seed(wish.get("seed", 0)),
+  async def start(self, command) -> dict[str, Any] | None:
+    seconds = command.get("seconds")
+    wanted = Request(
+      _text(command, "prompt"),
+      _seed(command.get("seed", 0)),
       None if seconds is None else self._seconds(seconds),
     )
     done = None
     if self.file is not None:
-      frames, done = await self.desk.read(_text(wish, "name"), self.file)
+      frames, done = await self.queue.read(_text(command, "name"), self.file)
       wanted = dataclasses.replace(wanted, start=frames)
-    await self.desk.ask(self.viewer, wanted)
+    await self.queue.ask(self.client, wanted)
     return None if done is None else {"say": "given", "done": done}
 
-  async def prompt(self, wish) -> dict[str, Any] | None:
-    prompt, recache = _text(wish, "prompt"), wish.get("recache", False)
+  async def prompt(self, command) -> dict[str, Any] | None:
+    prompt, recache = _text(command, "prompt"), command.get("recache", False)
     if not isinstance(recache, bool):
       raise UserError("recache: expected true or false")
-    block = await self.desk.run(self._showing().change_prompt, prompt, recache)
+    block = await self.queue.run(self._session().change_prompt, prompt, recache)
     return None if block is None else {"say": "prompt", "prompt": prompt, "block": block}
 
-  async def pause(self, wish) -> None:
-    self._showing().pause(True)
+  async def pause(self, command) -> None:
+    self._session().pause(True)
 
-  async def go(self, wish) -> None:
-    self._showing().pause(False)
+  async def go(self, command) -> None:
+    self._session().pause(False)
 
-  async def extend(self, wish) -> None:
-    self._showing().extend(self._seconds(wish.get("seconds")))
+  async def extend(self, command) -> None:
+    self._session().extend(self._seconds(command.get("seconds")))
 
-  async def stop(self, wish) -> None:
-    if self.viewer.showing:
-      self.viewer.showing.end("stopped")
+  async def stop(self, command) -> None:
+    if self.client.session:
+      self.client.session.end("stopped")
     else:
-      await self.desk.stop(self.viewer, "stopped")
+      await self.queue.stop(self.client, "stopped")
 
-  async def at(self, wish) -> None:
-    if self.viewer.showing:
-      self.viewer.showing.watched(_number(wish.get("seconds"), "seconds", 0, math.inf))
+  async def at(self, command) -> None:
+    if self.client.session:
+      self.client.session.watched(_number(command.get("seconds"), "seconds", 0, math.inf))
 
-  def _showing(self):
-    if not self.viewer.showing:
+  def _session(self):
+    if not self.client.session:
       raise UserError("nothing is being made for you; start a video first")
-    return self.viewer.showing
+    return self.client.session
 
   def _seconds(self, value) -> float:
-    return _number(value, "seconds", 0.1, self.desk.house.rules.longest)
+    return _number(value, "seconds", 0.1, self.queue.config.limits.max_seconds)
 
 
-def _text(wish: dict[str, Any], name: str) -> str:
+def _text(command: dict[str, Any], name: str) -> str:
   """On one line."""
-  text = wish.get(name)
+  text = command.get(name)
   if not isinstance(text, str):
     raise UserError(f"{name}: expected a text")
   if len(text) > MAX_PROMPT:

@@ -1,5 +1,5 @@
-"""One viewer's generation: a thread that makes it into a growing file, no further ahead of the
-viewer than is good for either.
+"""One client's generation: a thread that makes it into a growing file, no further ahead of the
+client than is good for either.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.source import Frames
-from hiar_jax.video.fragmented_mp4 import Fragment, GrowingMP4
+from hiar_jax.streaming.streaming_model import ConditioningFrames
+from hiar_jax.video.fragmented_mp4 import Fragment, FragmentedMP4
 
-PROMPTS_TOLD = 8  # of the last ones: a viewer is seconds behind
+RECENT_PROMPTS = 8  # of the last ones: a client is seconds behind
 
 
-class Source(Protocol):
+class StreamSource(Protocol):
   """What the page needs of streaming.source.Source."""
 
   fps: float
@@ -27,41 +27,51 @@ class Source(Protocol):
   sigmas: tuple[float, ...]
 
   def open(
-    self, prompt: str, *, seed: int, frames: int | None, start: Frames | None, ahead: int
+    self,
+    prompt: str,
+    *,
+    seed: int,
+    frames: int | None,
+    start: ConditioningFrames | None,
+    prefetch: int,
   ) -> Stream: ...
-  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]: ...
+  def read_start(
+    self, path: pathlib.Path, kind: str, name: str
+  ) -> tuple[ConditioningFrames, str]: ...
   def remarks(self, prompt: str) -> list[str]: ...
-  def provenance(self, prompt: str, seed: int, start: Frames | None) -> dict[str, str]: ...
+  def provenance(
+    self, prompt: str, seed: int, start: ConditioningFrames | None
+  ) -> dict[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Wish:
-  """What a viewer asks for. seconds: of video, None: without end. start: what it begins with."""
+class Request:
+  """What a client asks for. seconds: of video, None: without end. start: what it begins with."""
 
   prompt: str
   seed: int = 0
   seconds: float | None = None
-  start: Frames | None = None
+  start: ConditioningFrames | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
-  """lead: seconds of video that may be made ahead of the viewer. patience: seconds that a viewer
-  may stand still with video to watch.
-
-  hold: seconds that a paused or finished generation keeps its place when others wait. longest:
-  seconds of one video. heartbeat: seconds between two questions whether the tab is still there; one
-  that has not answered after half as many more is gone.
+class Limits:
+  """buffer_seconds: of video that may be made ahead of the viewer.
+  idle_timeout: seconds that a viewer may stand still with video to watch.
+  grace: seconds that a paused or finished generation keeps its place when others wait.
+  max_seconds: of one video.
+  heartbeat: seconds between two questions whether the tab is still there; one that has not answered
+  after half as many more is gone.
   """
 
-  lead: float = 2.0
-  patience: float = 30.0
-  hold: float = 60.0
-  longest: float = 3600.0
+  buffer_seconds: float = 2.0
+  idle_timeout: float = 30.0
+  grace: float = 60.0
+  max_seconds: float = 3600.0
   heartbeat: float = 20.0
 
 
-class Showing:
+class Session:
   """See the module's docstring. Its methods return at once, but for `change_prompt` and `close`,
   which wait for the tick at hand.
 
@@ -70,32 +80,37 @@ class Showing:
   """
 
   def __init__(
-    self, source: Source, wish: Wish, path: pathlib.Path, rules: Rules, changed: Callable[[], None]
+    self,
+    source: StreamSource,
+    request: Request,
+    path: pathlib.Path,
+    limits: Limits,
+    changed: Callable[[], None],
   ):
-    self.source, self.wish, self.path, self.rules, self._changed = (
+    self.source, self.request, self.path, self.limits, self._changed = (
       source,
-      wish,
+      request,
       path,
-      rules,
+      limits,
       changed,
     )
-    self.prompt, self.mime, self.why = wish.prompt, "", ""
+    self.prompt, self.mime, self.why = request.prompt, "", ""
     self.remarks: list[str] = []
     self._turn = threading.Condition()
     self._fragments: list[Fragment] = []
     self._stream: Stream | None = None
     self._head, self._moved, self._paused, self._ending = 0.0, time.monotonic(), False, ""
-    self._target = self._frames(wish.seconds)
+    self._target = self._frames(request.seconds)
     self._finished = False
     self._frames_made = self._blocks = 0
     self._prompts: list[tuple[float, str]] = []  # from which second on
     self._asked, self._first, self._idle_since = time.monotonic(), 0.0, None
-    self._thread = threading.Thread(target=self._run, name=f"showing {path.name}", daemon=True)
+    self._thread = threading.Thread(target=self._run, name=f"session {path.name}", daemon=True)
 
   def start(self) -> None:
     self._thread.start()
 
-  # ------------------------------------------------------------------------------ the viewer's side
+  # ------------------------------------------------------------------------------ the client's side
 
   def change_prompt(self, prompt: str, recache: bool) -> int | None:
     """The first block that shows it; None where it is not under way.
@@ -121,7 +136,7 @@ class Showing:
     self._changed()
 
   def watched(self, seconds: float) -> None:
-    """The viewer has seen so much of the video."""
+    """The client has seen so much of the video."""
     with self._turn:
       if seconds != self._head:
         self._moved = time.monotonic()
@@ -129,7 +144,7 @@ class Showing:
       self._turn.notify_all()
 
   def extend(self, seconds: float) -> None:
-    """So much more than is there or was asked for; a video without end stays one."""
+    """Extends the target length by `seconds`; has no effect on endless videos."""
     with self._turn:
       if self._target is not None:
         self._target += self._frames(seconds)
@@ -186,7 +201,7 @@ class Showing:
         "state": self._state(),
         "why": self.why,
         "prompt": self.prompt,
-        "prompts": self._prompts[-PROMPTS_TOLD:],
+        "prompts": self._prompts[-RECENT_PROMPTS:],
         "blocks": self._blocks,
         "frames": made,
         "seconds": made / self.source.fps,
@@ -211,8 +226,8 @@ class Showing:
     return "paused" if self._paused else "finished" if self._finished else "running"
 
   def _hold(self) -> None:
-    """Where it is paused; one that is to end is let go on, for the thread may wait for its next
-    block.
+    """Pauses or resumes the stream as the viewer asked. One that is to end is resumed, since the
+    thread may be waiting for its next block.
     """
     if self._stream:
       self._stream.pause(self._paused and not self._ending)
@@ -220,12 +235,16 @@ class Showing:
   def _run(self) -> None:
     why = ""
     try:
-      self.remarks = self.source.remarks(self.wish.prompt)
-      told = self.source.provenance(self.wish.prompt, self.wish.seed, self.wish.start)
+      self.remarks = self.source.remarks(self.request.prompt)
+      told = self.source.provenance(self.request.prompt, self.request.seed, self.request.start)
       stream = self.source.open(
-        self.wish.prompt, seed=self.wish.seed, frames=None, start=self.wish.start, ahead=1
+        self.request.prompt,
+        seed=self.request.seed,
+        frames=None,
+        start=self.request.start,
+        prefetch=1,
       )
-      with stream, GrowingMP4(self.path, self.source.fps, told, scale=self.source.scale) as file:
+      with stream, FragmentedMP4(self.path, self.source.fps, told, scale=self.source.scale) as file:
         with self._turn:
           self._stream = stream
           self._hold()
@@ -240,7 +259,7 @@ class Showing:
         self._stream, self.why = None, self._ending or why or "ended"
       self._changed()
 
-  def _make(self, stream: Stream, file: GrowingMP4) -> str:
+  def _make(self, stream: Stream, file: FragmentedMP4) -> str:
     """Until somebody ends it; why it ended."""
     while not (why := self._wait(stream)):
       chunk = next(stream)
@@ -254,9 +273,9 @@ class Showing:
           self._prompts.append((chunk.time, chunk.prompt))
         self._finished = self._target is not None and file.frames >= self._target
       self._changed()
-      if file.frames >= self.rules.longest * self.source.fps:
+      if file.frames >= self.limits.max_seconds * self.source.fps:
         return (
-          f"a video is at most {self.rules.longest:g} seconds long; download it and start "
+          f"a video is at most {self.limits.max_seconds:g} seconds long; download it and start "
           "another one"
         )
     return why
@@ -269,13 +288,13 @@ class Showing:
         idle = self._paused or self._finished
         if idle and self._idle_since is None:
           self._idle_since = time.monotonic()
-        if not idle and time.monotonic() - max(self._moved, began) > self.rules.patience:
-          return f"nobody watched for {self.rules.patience:g} seconds"
+        if not idle and time.monotonic() - max(self._moved, began) > self.limits.idle_timeout:
+          return f"nobody watched for {self.limits.idle_timeout:g} seconds"
         self._turn.wait(timeout=0.5)
       self._idle_since = None
       return self._ending
 
   def _wants_more(self) -> bool:
     self._finished = self._target is not None and self._frames_made >= self._target
-    behind = self._frames_made / self.source.fps - self._head < self.rules.lead
+    behind = self._frames_made / self.source.fps - self._head < self.limits.buffer_seconds
     return behind and not self._paused and not self._finished

@@ -1,4 +1,4 @@
-"""A picture or a video that a viewer hands in to start from. It may come from anyone: it is bounded
+"""A picture or a video that a client hands in to start from. It may come from anyone: it is bounded
 and looked at before it is decoded, and on the disk for no longer than that takes, in a directory of
 its own.
 """
@@ -12,8 +12,8 @@ import av
 from PIL import Image, UnidentifiedImageError
 
 from hiar_jax.errors import UserError
-from hiar_jax.serving.session import Source
-from hiar_jax.streaming.source import Frames
+from hiar_jax.serving.session import StreamSource
+from hiar_jax.streaming.streaming_model import ConditioningFrames
 
 # How files begin that are taken. Lists of other files (playlists), which FFmpeg would open too, and
 # formats that other programs would be started for (EPS) begin otherwise.
@@ -27,7 +27,7 @@ MAX_NAME = 80  # characters
 TAKEN = "give a picture (PNG, JPEG, WebP, GIF) or a video (MP4, MOV, WebM, MKV)"
 
 
-def read(source: Source, name: str, content: bytes) -> tuple[Frames, str]:
+def read(source: StreamSource, name: str, content: bytes) -> tuple[ConditioningFrames, str]:
   """(the frames, as the model takes them; what was done to them in a line).
 
   Raises UserError, which calls the file by its `name`.

@@ -12,34 +12,34 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.method import History
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.rollout import tick as pipes
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.tick import Pipe, Plan
+from hiar_jax.rollout.tick import PipelineMethod, PipelineState
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.types import Block, Key, Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class TickOptions:
   """How to stream. None: as the model has it.
 
-  layout: devices; None: as many as can be used. window, sink: latent frames. sink_place: `true`,
-  the sink's true distance (as published), or `carried` along with the window.
+  layout: devices; None: as many as can be used. window, sink: latent frames. sink_positions:
+  `absolute`, the sink's true distance (as published), or `relative` to the window.
   """
 
   layout: Layout | None = None
   window: int | None = None
   sink: int | None = None
-  sink_place: str = "true"
+  sink_positions: str = "absolute"
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class StreamParts:
   """Of a model, what a stream needs. texts: prompts -> [n l d], as the network reads them;
   identity: differs where a number would differ.
 
@@ -56,14 +56,14 @@ class Parts:
   identity: str
 
   @staticmethod
-  def of(model: StudentModel) -> "Parts":
+  def of(model: VideoModel) -> "StreamParts":
     e, run = model.experiment, model.run
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
       model.prepare_texts(list(prompts))
       return np.asarray(run.task.embed(model.texts(list(prompts))))
 
-    return Parts(
+    return StreamParts(
       e.student_dit,
       e.history,
       tuple(float(sigma) for sigma in run.sigmas),
@@ -83,8 +83,8 @@ class Engine:
 
   def __init__(
     self,
-    model: StudentModel | Parts,
-    options: Options | None = None,
+    model: VideoModel | StreamParts,
+    options: TickOptions | None = None,
     devices=None,
     compiler_options: dict | None = None,
   ):
@@ -92,32 +92,36 @@ class Engine:
     test.
     """
     self.compiler_options = compiler_options
-    self.parts = model if isinstance(model, Parts) else Parts.of(model)
-    self.options = options = options or Options()
-    self.plan = Plan(_history(self.parts.history, options), self.parts.sigmas, options.sink_place)
+    self.parts = model if isinstance(model, StreamParts) else StreamParts.of(model)
+    self.options = options = options or TickOptions()
+    self.plan = PipelineMethod(
+      _history(self.parts.history, options), self.parts.sigmas, options.sink_positions
+    )
     levels, config, height = self.plan.levels, self.parts.config, self.parts.size[0]
     devices = list(jax.devices() if devices is None else devices)
     self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
     self.layout.check(levels, config, height)
     self.mesh: Mesh = self.layout.mesh(devices)
-    self.params = jax.device_put(self.parts.params, layouts.of_params(self.parts.params, self.mesh))
+    self.params = jax.device_put(
+      self.parts.params, layouts.params_sharding(self.parts.params, self.mesh)
+    )
 
   @functools.cached_property
-  def main(self) -> "Programs":
-    return Programs(self, self.plan)
+  def main(self) -> "CompiledPipeline":
+    return CompiledPipeline(self, self.plan)
 
   @functools.cached_property
-  def head(self) -> "Programs | None":
+  def head(self) -> "CompiledPipeline | None":
     """What makes a clean sink before all else; None where the method has none."""
     if not self.plan.history.clean_sink:
       return None
     plain = dataclasses.replace(self.plan.history, sink_level="history")
-    return Programs(self, dataclasses.replace(self.plan, history=plain))
+    return CompiledPipeline(self, dataclasses.replace(self.plan, history=plain))
 
   @property
   def whole(self) -> NamedSharding:
     """On every device."""
-    return layouts.whole(self.mesh)
+    return layouts.replicated_sharding(self.mesh)
 
   @property
   def head_blocks(self) -> int:
@@ -137,12 +141,12 @@ class Engine:
       jax.block_until_ready(programs.tick(pipe, text, False))
 
 
-class Programs:
+class CompiledPipeline:
   """Compiled for one plan: `start`, `tick` and `show_again` of rollout.pipe, with the weights in
   place.
   """
 
-  def __init__(self, engine: Engine, plan: Plan):
+  def __init__(self, engine: Engine, plan: PipelineMethod):
     self.engine, self.plan = engine, plan
 
   def jit(self, function, **options):
@@ -153,12 +157,12 @@ class Programs:
     config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
     return functools.partial(dit.bind, config, params)
 
-  def noise(self, pipe: Pipe):
+  def noise(self, pipe: PipelineState):
     parts = self.engine.parts
     shape = (self.plan.history.block, *parts.size, parts.config.channels)
     return block_noise(pipe.key, pipe.seed, shape)
 
-  def empty(self, text: jax.Array, seed: jax.Array) -> Pipe:
+  def empty(self, text: jax.Array, seed: jax.Array) -> PipelineState:
     """Traced; text [b l d]."""
     parts, history = self.engine.parts, self.plan.history
     height, width = parts.size
@@ -174,10 +178,10 @@ class Programs:
     )
 
   @functools.cached_property
-  def shardings(self) -> Pipe:
-    return layouts.of_pipe(self.plan.fused, self.engine.mesh)
+  def shardings(self) -> PipelineState:
+    return layouts.state_sharding(self.plan.fused, self.engine.mesh)
 
-  def abstract(self, text: jax.ShapeDtypeStruct) -> Pipe:
+  def abstract(self, text: jax.ShapeDtypeStruct) -> PipelineState:
     """The shapes of a pipe, and where they lie."""
     shapes = jax.eval_shape(self.empty, text, jax.ShapeDtypeStruct((text.shape[0],), jnp.int32))
     return jax.tree.map(
@@ -191,12 +195,16 @@ class Programs:
     def start(params, texts, seed, given):
       pipe = self.empty(texts[0], seed)
       return (
-        pipe if given is None else pipes.give(self.plan, self.network(params), pipe, given, texts)
+        pipe
+        if given is None
+        else pipes.prefill(self.plan, self.network(params), pipe, given, texts)
       )
 
     return self.jit(start, out_shardings=self.shardings)
 
-  def start(self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None) -> Pipe:
+  def start(
+    self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None
+  ) -> PipelineState:
     """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d],
     one for each given block, or one.
     """
@@ -212,24 +220,24 @@ class Programs:
 
     return self.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
 
-  def tick(self, pipe: Pipe, text: jax.Array, anew: bool) -> tuple[Pipe, Block]:
+  def tick(self, pipe: PipelineState, text: jax.Array, anew: bool) -> tuple[PipelineState, Block]:
     with jax.set_mesh(self.engine.mesh):
       return self.compiled_tick(self.engine.params, pipe, text, np.bool_(anew))
 
   @functools.cached_property
   def _show_again(self):
     def again(params, pipe, text, due):
-      return pipes.show_again(self.plan, self.network(params), pipe, text, due)
+      return pipes.recache(self.plan, self.network(params), pipe, text, due)
 
     return self.jit(again, donate_argnums=1, out_shardings=self.shardings)
 
-  def show_again(self, pipe: Pipe, text: jax.Array, due: np.ndarray) -> Pipe:
+  def show_again(self, pipe: PipelineState, text: jax.Array, due: np.ndarray) -> PipelineState:
     """due: [s]"""
     with jax.set_mesh(self.engine.mesh):
       return self._show_again(self.engine.params, pipe, text, due)
 
 
-def _history(history: History, options: Options) -> History:
+def _history(history: History, options: TickOptions) -> History:
   """The model's, with what is to be otherwise; a stream has no end, so it needs a window."""
   changes = {
     name: getattr(options, name)

@@ -10,13 +10,13 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from hiar_jax.components.chunked_decoder import PixelStream
-from hiar_jax.components.interfaces import Medium
-from hiar_jax.components.wan import WanMedium
+from hiar_jax.components.chunked_decoder import ChunkedDecoder
+from hiar_jax.components.interfaces import Components
+from hiar_jax.components.wan import WanComponents
 from hiar_jax.types import PyTree
 
 
-class Decoder(Protocol):
+class BlockDecoder(Protocol):
   def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
     """(latents [1 f h w c], memory) -> (uint8 [F H W 3], memory).
 
@@ -30,7 +30,7 @@ class Decoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Stateless:
+class FramewiseDecoder:
   """A codec that takes each latent frame for itself. pieces: Medium.pieces."""
 
   pieces: Callable
@@ -45,14 +45,14 @@ class Stateless:
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed:
+class CausalDecoder:
   """A causal autoencoder, on `device`; None: where its weights are."""
 
-  stream: PixelStream
+  stream: ChunkedDecoder
   device: jax.Device | None = None
 
   @functools.cached_property
-  def _stream(self) -> PixelStream:
+  def _stream(self) -> ChunkedDecoder:
     return (
       dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device))
       if self.device
@@ -72,11 +72,11 @@ class Streamed:
     return jax.device_put(jax.tree.unflatten(jax.tree.structure(memory), leaves), self.device)
 
 
-def of_medium(medium: Medium, device: jax.Device | None = None) -> Decoder:
+def make_decoder(medium: Components, device: jax.Device | None = None) -> BlockDecoder:
   """device: where to decode; None: the first one.
 
   Small media decode there too: a few numbers a frame.
   """
-  if isinstance(medium, WanMedium):
-    return Streamed(medium.stream, device)
-  return Stateless(medium.pieces)
+  if isinstance(medium, WanComponents):
+    return CausalDecoder(medium.stream, device)
+  return FramewiseDecoder(medium.pieces)

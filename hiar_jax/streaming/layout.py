@@ -1,7 +1,7 @@
-"""Where a pipe lies: `stage` devices share the noise levels, and inside a stage `tensor` and
+"""Where a pipe lies: `level` devices share the noise levels, and inside a level `tensor` and
 `sequence` split the network and the frame.
 
-    stage      levels, each with its cache, its latents in flight and what it has shown
+    level      levels, each with its cache, its latents in flight and what it has shown
     tensor     heads and the hidden units of the MLP (weights, caches)
     sequence   rows of the frame for what is done token by token; attention splits its heads over
                both, so a cache never moves
@@ -17,10 +17,10 @@ import numpy as np
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models.dit import KV, DiTConfig
 from hiar_jax.rollout.past.ring import Cache
-from hiar_jax.rollout.tick import Pipe
+from hiar_jax.rollout.tick import PipelineState
 from hiar_jax.types import Params, PyTree
 
-AXES = ("stage", "tensor", "sequence")
+AXES = ("level", "tensor", "sequence")
 HEADS = ("tensor", "sequence")
 
 # How a layer's parameters are split: (module, its parameter) -> axis over `tensor`, counted behind
@@ -42,21 +42,21 @@ SPLIT = {
 class Layout:
   """Devices along each axis."""
 
-  stage: int = 1
+  level: int = 1
   tensor: int = 1
   sequence: int = 1
 
   def __post_init__(self):
-    at_least(1, stage=self.stage, tensor=self.tensor, sequence=self.sequence)
+    at_least(1, level=self.level, tensor=self.tensor, sequence=self.sequence)
 
   @property
   def devices(self) -> int:
-    return self.stage * self.tensor * self.sequence
+    return self.level * self.tensor * self.sequence
 
   def check(self, levels: int, config: DiTConfig, height: int) -> None:
     """Raises UserError where an axis does not divide what it splits. height: of the latents."""
     heads, rows, split = config.num_heads, height // config.patch[1], self.tensor * self.sequence
-    _check_divides("stage", self.stage, levels, f"the {levels} noise levels")
+    _check_divides("level", self.level, levels, f"the {levels} noise levels")
     _check_divides(
       "tensor",
       self.tensor,
@@ -77,29 +77,29 @@ class Layout:
     devices = list(jax.devices() if devices is None else devices)
     if self.devices > len(devices):
       raise UserError(
-        f"stage = {self.stage} x tensor = {self.tensor} x sequence = {self.sequence} takes "
+        f"level = {self.level} x tensor = {self.tensor} x sequence = {self.sequence} takes "
         f"{self.devices} devices; here are {len(devices)}"
       )
     return Mesh(
-      np.asarray(devices[: self.devices]).reshape(self.stage, self.tensor, self.sequence),
+      np.asarray(devices[: self.devices]).reshape(self.level, self.tensor, self.sequence),
       AXES,
       axis_types=(AxisType.Auto,) * 3,
     )
 
 
 def widest(count: int, levels: int, config: DiTConfig, height: int) -> Layout:
-  """As many of `count` devices as can be used: stages first, since they talk least, then tensor,
+  """As many of `count` devices as can be used: levels first, since they talk least, then tensor,
   then sequence.
   """
-  stage = max(n for n in range(1, count + 1) if levels % n == 0)
+  level = max(n for n in range(1, count + 1) if levels % n == 0)
   tensor = max(
-    n for n in range(1, count // stage + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0
+    n for n in range(1, count // level + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0
   )
-  rows, left = height // config.patch[1], count // (stage * tensor)
+  rows, left = height // config.patch[1], count // (level * tensor)
   sequence = max(
     n for n in range(1, left + 1) if rows % n == 0 and config.num_heads % (tensor * n) == 0
   )
-  return Layout(stage, tensor, sequence)
+  return Layout(level, tensor, sequence)
 
 
 def _check_divides(name: str, size: int, whole: int, what: str) -> None:
@@ -115,22 +115,22 @@ def _divisors(n: int) -> str:
 # ---------------------------------------------------------------------------------------- shardings
 
 
-def whole(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
   """On every device."""
   return NamedSharding(mesh, jax.P())
 
 
-def of_pipe(fused: bool, mesh: Mesh) -> Pipe:
+def state_sharding(fused: bool, mesh: Mesh) -> PipelineState:
   """A sharding for every array of a pipe; fused: as its plan."""
   place = lambda *spec: NamedSharding(mesh, jax.P(*spec))
   latents, keys = (
-    place("stage", None, None, "sequence"),
-    place("stage", None, None, None, None, HEADS),
+    place("level", None, None, "sequence"),
+    place("level", None, None, None, None, HEADS),
   )
-  return Pipe(
+  return PipelineState(
     latents=latents,
     context=latents if fused else None,
-    cache=Cache(KV(keys, keys), place("stage")),
+    cache=Cache(KV(keys, keys), place("level")),
     shown=latents,
     texts=place(),
     anew=place(),
@@ -141,7 +141,7 @@ def of_pipe(fused: bool, mesh: Mesh) -> Pipe:
   )
 
 
-def of_params(params: Params, mesh: Mesh) -> PyTree:
+def params_sharding(params: Params, mesh: Mesh) -> PyTree:
   """A sharding for every weight: layers split over `tensor`, everything else whole on each
   device.
   """

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import snapshot
-from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
+from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.types import Block, PyTree
 
@@ -37,7 +37,7 @@ class Emitted:
   frames_before: int
 
 
-class Generation:
+class LiveVideo:
   """See the module's docstring. Not for several threads at once.
 
   decoder: a place for the state of whoever decodes (a tree of arrays, or None): saved and restored
@@ -48,10 +48,10 @@ class Generation:
 
   def __init__(
     self,
-    model: Engine | StudentModel | Parts,
+    model: Engine | VideoModel | StreamParts,
     prompt: str,
     seed: int = 0,
-    options: Options | None = None,
+    options: TickOptions | None = None,
     start: np.ndarray | None = None,
   ):
     """options: for a model that is no engine yet. start: given clean latents [1 f h w c], one
@@ -60,7 +60,7 @@ class Generation:
     Raises UserError where the method cannot be streamed, or layout, window, sink or start do not
     fit.
     """
-    self.engine = model if isinstance(model, Engine) else Engine(model, options or Options())
+    self.engine = model if isinstance(model, Engine) else Engine(model, options or TickOptions())
     if start is not None:
       _check_start(start, self.engine)
     self.seed, self.prompt = seed, prompt
@@ -200,21 +200,21 @@ class Generation:
   def restore(
     cls,
     directory: str | os.PathLike,
-    model: Engine | StudentModel | Parts,
+    model: Engine | VideoModel | StreamParts,
     layout: Layout | None = None,
-  ) -> "Generation":
+  ) -> "LiveVideo":
     """What `save` wrote, to go on with the same frames on this layout (of an engine: its own; None:
     as many devices as can be used).
 
     Raises UserError where nothing is saved, where it is damaged, or of another model, window or
     sink.
     """
-    facts = snapshot.facts(directory)
+    facts = snapshot.read_metadata(directory)
     snapshot.check_identity(
       directory, facts, (model.parts if isinstance(model, Engine) else model).identity
     )
     if not isinstance(model, Engine):
-      model = Engine(model, Options(layout=layout, **facts["options"]))
+      model = Engine(model, TickOptions(layout=layout, **facts["options"]))
     snapshot.check_options(directory, facts, snapshot.options(model.plan))
     self = cls.__new__(cls)
     self.engine, self.seed, self.prompt, self.given_frames = (

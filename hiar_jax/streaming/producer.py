@@ -25,13 +25,13 @@ import jax
 import numpy as np
 
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.streaming.decoding import Decoder
-from hiar_jax.streaming.throughput import Clock
+from hiar_jax.streaming.decoding import BlockDecoder
+from hiar_jax.streaming.throughput import ThroughputMeter
 from hiar_jax.streaming.timeline import Change
 from hiar_jax.types import PyTree
 
 
-class Generation(Protocol):
+class BlockSource(Protocol):
   """What a stream needs of streaming.generation.Generation."""
 
   prompt: str
@@ -66,27 +66,27 @@ class Stream:
   blocks: how many to make, those of a saved stream included; None: without end. After them the
   iterator ends; `extend` lets it go on.
   changes: prompts by the block at which they enter. given: latents that the generation was started
-  from, decoded first. ahead: blocks that may wait for the decoder, and chunks that may wait for the
-  caller.
+  from, decoded first. prefetch: blocks that may wait for the decoder, and chunks that may wait for
+  the caller.
   """
 
   def __init__(
     self,
-    generation: Generation,
-    decoder: Decoder,
+    generation: BlockSource,
+    decoder: BlockDecoder,
     *,
     fps: float,
     blocks: int | None = None,
     changes: Iterable[Change] = (),
     given: np.ndarray | None = None,
-    ahead: int = 2,
+    prefetch: int = 2,
     saved: "Saved | None" = None,
   ):
     """saved: see `resume`."""
-    at_least(1, ahead=ahead)
+    at_least(1, prefetch=prefetch)
     # as it began, or was gone on with
     self.fps, self.prompt, self.seed = fps, generation.prompt, generation.seed
-    self._work = work = _Work(generation, decoder, fps, blocks, changes, given, ahead)
+    self._work = work = _Work(generation, decoder, fps, blocks, changes, given, prefetch)
     if saved:
       work.frames, work.made, work.memory = saved.frames, saved.made, saved.memory
       work.chunks.extend(saved.chunks)
@@ -95,7 +95,7 @@ class Stream:
 
   @classmethod
   def resume(
-    cls, generation: Generation, decoder: Decoder, latents: tuple[int, ...], **options
+    cls, generation: BlockSource, decoder: BlockDecoder, latents: tuple[int, ...], **options
   ) -> "Stream":
     """Goes on with a generation that Stream.save wrote, right after the last chunk that was taken.
     latents: the shape of a block's.
@@ -208,13 +208,13 @@ class _Work:
   They refer to this and not to the Stream, so that a forgotten stream is collected, and ends them.
   """
 
-  def __init__(self, generation, decoder, fps, blocks, changes, given, ahead):
-    self.generation, self.decoder, self.fps, self.blocks_wanted, self.ahead = (
+  def __init__(self, generation, decoder, fps, blocks, changes, given, prefetch):
+    self.generation, self.decoder, self.fps, self.blocks_wanted, self.prefetch = (
       generation,
       decoder,
       fps,
       blocks,
-      ahead,
+      prefetch,
     )
     self.changes = collections.deque(sorted(changes, key=lambda change: change.block))
     self.prompts = {block: prompt for _, block, prompt in generation.in_flight}
@@ -228,7 +228,7 @@ class _Work:
     self.calls: collections.deque[tuple[Callable, Future]] = collections.deque()
     self.closed = self.paused = self.held = self.ticking = self.decoding = False
     self.error: BaseException | None = None
-    self.clock = Clock()
+    self.clock = ThroughputMeter()
     if given is not None:
       self.blocks.append(_Block(generation.next_block - 1, generation.prompt, given))
     self.threads: list[threading.Thread] = []
@@ -295,7 +295,7 @@ class _Work:
     return True
 
   def _may_tick(self) -> bool:
-    return not (self.paused or self.held or self._has_enough()) and len(self.blocks) < self.ahead
+    return not (self.paused or self.held or self._has_enough()) and len(self.blocks) < self.prefetch
 
   def _has_enough(self) -> bool:
     return self.blocks_wanted is not None and self.made >= self.blocks_wanted
@@ -324,7 +324,7 @@ class _Work:
   def _decode(self) -> bool:
     """One block; False at the end."""
     with self.turn:
-      room = lambda: self.held or len(self.chunks) < self.ahead
+      room = lambda: self.held or len(self.chunks) < self.prefetch
       self.turn.wait_for(
         lambda: self.closed or (self.blocks and room()) or (self.error and not self.blocks)
       )

@@ -15,8 +15,11 @@ import numpy as np
 from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
-from hiar_jax.rollout.tick import Plan
+from hiar_jax.rollout.tick import PipelineMethod
 from hiar_jax.types import PyTree
+
+# On disk an option keeps the names that it had first: {name: (name on disk, {value: on disk})}.
+ON_DISK = {"sink_positions": ("sink_place", {"absolute": "true", "relative": "carried"})}
 
 
 def write(
@@ -24,14 +27,14 @@ def write(
 ) -> None:
   """Returns when it is on disk."""
   leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
-  with Checkpoints(directory, keep=1, config=facts) as checkpoints:
+  with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
     checkpoints.save(
       step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True
     )
 
 
-def facts(directory: str | os.PathLike) -> dict[str, Any]:
+def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
   """Raises UserError where no generation is saved."""
   path = pathlib.Path(directory)
   if not path.is_dir() or not any(entry.name.isdigit() for entry in path.iterdir()):
@@ -39,11 +42,26 @@ def facts(directory: str | os.PathLike) -> dict[str, Any]:
   found = training_state.load_config(directory)
   if not {"identity", "options", "prompts", "block"} <= found.keys():
     raise UserError(f"{directory} holds a checkpoint, but not of a generation; check the path")
-  return found
+  return {**found, "options": _from_disk(found["options"])}
+
+
+def _to_disk(facts: dict[str, Any]) -> dict[str, Any]:
+  options = dict(facts["options"])
+  for name, (on_disk, values) in ON_DISK.items():
+    options[on_disk] = values[options.pop(name)]
+  return {**facts, "options": options}
+
+
+def _from_disk(options: dict[str, Any]) -> dict[str, Any]:
+  options = dict(options)
+  for name, (on_disk, values) in ON_DISK.items():
+    here = {there: value for value, there in values.items()}
+    options[name] = here[options.pop(on_disk)]
+  return options
 
 
 def read(directory: str | os.PathLike, facts: dict[str, Any], abstract: PyTree) -> PyTree:
-  with Checkpoints(directory, keep=1, config=facts) as checkpoints:
+  with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
     return checkpoints.restore(abstract)[1]
 
 
@@ -78,9 +96,13 @@ def check_options(
     )
 
 
-def options(plan: Plan) -> dict[str, Any]:
+def options(plan: PipelineMethod) -> dict[str, Any]:
   """Those that change a number; the layout does not."""
-  return {"window": plan.history.window, "sink": plan.history.sink, "sink_place": plan.sink_place}
+  return {
+    "window": plan.history.window,
+    "sink": plan.history.sink,
+    "sink_positions": plan.sink_positions,
+  }
 
 
 def shape(array: jax.Array) -> dict[str, Any]:

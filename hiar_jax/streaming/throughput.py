@@ -4,7 +4,7 @@ import collections
 import time
 
 
-class Clock:
+class ThroughputMeter:
   """Counts the seconds in which there was work, and the frames that came of it."""
 
   KEPT = 16  # chunks

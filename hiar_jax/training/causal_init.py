@@ -13,14 +13,14 @@ from hiar_jax.losses import trajectory as losses
 from hiar_jax.method import History
 from hiar_jax.models import dit
 from hiar_jax.rollout.noise import example_keys
-from hiar_jax.training.state import Training, TrainState, descend, update_ema
+from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Mean
 
 SHOWS = ("noisy", "history")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CausalInitConfig(Training):
+class CausalInitConfig(TrainConfig):
   """shows: what a block sees of the others: `noisy`, each block at a level of its own (published),
   or as `history` will show them.
   """
@@ -55,7 +55,7 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: Hist
       regress = losses.trajectory_with_history if shared else losses.trajectory
       return regress(forward, points, levels, sigmas, history).mean(), {}
 
-    params, opt_state, metrics = descend(
+    params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
     averaged = update_ema(state.ema, params, state.step, config)

@@ -18,10 +18,10 @@ from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.method import History
 from hiar_jax.models import dit
-from hiar_jax.rollout.exit_step import exit_rollout, exit_sample
+from hiar_jax.rollout.exit_step import self_rollout, self_rollout_without_gradient
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
 from hiar_jax.rollout.past import ring as caches
-from hiar_jax.training.state import Training, TrainState, descend, update_ema
+from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Key, Mean, Params
 
 
@@ -45,7 +45,7 @@ class ForwardKLConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillConfig(Training):
+class DistillConfig(TrainConfig):
   """`steps` counts critic updates, as the published code does; the generator takes one every
   `critic_updates`.
 
@@ -102,11 +102,11 @@ class Student:
     """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c],
     differentiable in params.
     """
-    return exit_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
+    return self_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
 
   def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
     """The same clips, without gradient."""
-    return exit_sample(*self._rollout(frozen, clips, key))
+    return self_rollout_without_gradient(*self._rollout(frozen, clips, key))
 
   def bind(self, model: dit.DiTConfig, params: Params, clips: Batch):
     """A network on the texts and starts of clips {tokens, start where places are embedded}."""
@@ -161,7 +161,7 @@ def make_critic_step(config: DistillConfig, student: Student):
       forward = student.bind(student.critic_model, critic, part)
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
-    critic, opt_state, metrics = descend(
+    critic, opt_state, metrics = apply_gradients(
       loss,
       state.critic,
       state.critic_opt_state,
@@ -214,7 +214,7 @@ def make_generator_step(config: DistillConfig, student: Student):
       ).mean()
       return dmd + fkl.weight * kept, {**metrics, "forward_kl": kept}
 
-    params, opt_state, metrics = descend(
+    params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
     updates = (state.step - config.critic_warmup) // config.critic_updates

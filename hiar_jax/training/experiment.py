@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.components.patch_pca import PatchCodecConfig
+from hiar_jax.components.patch_pca import PatchPCAConfig
 from hiar_jax.components.wan import UMT5TextConfig, WanCodecConfig
 from hiar_jax.components.word_table import TextConfig
 from hiar_jax.errors import UserError, at_least
@@ -107,11 +107,11 @@ class StudentConfig:
   shift: float = 5.0
 
   def __post_init__(self):
-    flow.warped_levels(self.timesteps, self.shift)  # says what is wrong with them
+    flow.shifted_schedule(self.timesteps, self.shift)  # says what is wrong with them
 
   @property
   def sigmas(self) -> np.ndarray:
-    return flow.warped_levels(self.timesteps, self.shift)
+    return flow.shifted_schedule(self.timesteps, self.shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class TrajectoriesConfig:
 
   def sigmas(self, student: StudentConfig) -> np.ndarray:
     """The levels [s + 1] of the points: the student's timesteps under the walk's shift. float64."""
-    return flow.warped_levels(student.timesteps, self.shift or student.shift)
+    return flow.shifted_schedule(student.timesteps, self.shift or student.shift)
 
   def kept(self, student: StudentConfig) -> tuple[int, ...]:
     """Indices of the student's levels among the teacher's, whose grid must hold them."""
@@ -207,7 +207,7 @@ class Experiment:
 
   seed: int
   data: DataConfig
-  codec: PatchCodecConfig | WanCodecConfig
+  codec: PatchPCAConfig | WanCodecConfig
   text: TextConfig | UMT5TextConfig
   model: ModelConfig
   student: StudentConfig

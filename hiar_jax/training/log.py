@@ -121,7 +121,7 @@ def film_strip(clips: np.ndarray, columns: int = 8) -> np.ndarray:
   return picked.transpose(0, 2, 1, 3, 4).reshape(b * h, -1, c)
 
 
-def read(path: str | os.PathLike, stage: str | None = None) -> list[dict]:
+def read_log(path: str | os.PathLike, stage: str | None = None) -> list[dict]:
   """The records of a `metrics.jsonl`, of one stage if given, in the order written."""
   with open(path, encoding="utf-8") as file:
     records = [json.loads(line) for line in file]

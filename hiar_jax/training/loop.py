@@ -16,15 +16,15 @@ from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer, progress
 from hiar_jax.training.run import Run
-from hiar_jax.training.state import Training, TrainState
+from hiar_jax.training.state import TrainConfig, TrainState
 from hiar_jax.types import Batch, PyTree
 
 
-class Stopped(SystemExit):
+class Preempted(SystemExit):
   """The stage saved its state after a signal; the same command goes on from there."""
 
 
-class Feeds:
+class DataIterators:
   """Several batch iterators that are saved and restored as one."""
 
   def __init__(self, run: Run, **iterators):
@@ -66,14 +66,16 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
   return False
 
 
-def train(
+def run_stage(
   run: Run,
   stage: str,
-  training: Training,
+  training: TrainConfig,
   *,
   create: Callable[[], TrainState],
-  update: Callable[[PyTree], Callable[[TrainState, Feeds, int], tuple[TrainState, Mapping]]],
-  feeds: Feeds,
+  update: Callable[
+    [PyTree], Callable[[TrainState, DataIterators, int], tuple[TrainState, Mapping]]
+  ],
+  feeds: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
@@ -121,7 +123,7 @@ def train(
       f"{stage}: stopped and saved at step {step}; the same command goes on from there",
       file=sys.stderr,
     )
-    raise Stopped(128 + (stop.signal or 15))
+    raise Preempted(128 + (stop.signal or 15))
 
 
 def _report(run: Run, stage: str, bar: Progress, pending) -> None:

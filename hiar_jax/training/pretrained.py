@@ -22,7 +22,7 @@ def load_real(run: Run) -> Params:
   """The real score of distribution matching: weights.teacher, or `load`."""
   e = run.experiment
   return (
-    published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
+    load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
     if e.weights.teacher
     else load(run)
   )
@@ -35,7 +35,7 @@ def load_weights(run: Run, stage: str) -> Params:
   e = run.experiment
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
-    return published(run, directory, e.dit)
+    return load_published(run, directory, e.dit)
   shapes = jax.eval_shape(lambda: dit.init(e.dit, jax.random.key(0)))
   return load_params(run.directory(stage) / "checkpoints", _placed(run, shapes))
 
@@ -48,7 +48,9 @@ def _placed(run: Run, shapes: PyTree) -> PyTree:
   )
 
 
-def published(run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32") -> Params:
+def load_published(
+  run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32"
+) -> Params:
   """Converted weights, which must have the sizes that the config says; float32 where they are to be
   trained.
   """

@@ -16,8 +16,8 @@ import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.components import wan, word_table
-from hiar_jax.components.interfaces import Medium, Task, pixels
-from hiar_jax.components.small import SmallMedium
+from hiar_jax.components.interfaces import Components, Task, pixels
+from hiar_jax.components.small import SmallComponents
 from hiar_jax.components.wan import WanCodecConfig
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import (
@@ -110,15 +110,15 @@ class Run:
     return Writer(self.workdir / "logs")
 
   @functools.cached_property
-  def medium(self) -> Medium:
+  def medium(self) -> Components:
     e = self.experiment
     if isinstance(e.codec, WanCodecConfig):
-      return wan.WanMedium(e.codec, e.text, e.latent)
+      return wan.WanComponents(e.codec, e.text, e.latent)
     if e.data.source == "shapes":
       vocabulary = shapes_world.VOCABULARY
     else:
       vocabulary = word_table.vocabulary_of(pipeline.read_captions(self.directory("data")))
-    return SmallMedium(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
+    return SmallComponents(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
 
   @property
   def task(self) -> Task:

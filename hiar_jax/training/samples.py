@@ -58,7 +58,7 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
   return e.pixel_frames(latent)
 
 
-def tell_unknown(run: Run, prompt: str) -> None:
+def print_remarks(run: Run, prompt: str) -> None:
   """Says which words the model never learnt, and which it does not get to see."""
   for line in run.medium.remarks(prompt):
     print(line, file=sys.stderr)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.components import patch_pca
-from hiar_jax.components.patch_pca import save_codec
+from hiar_jax.components.patch_pca import save
 from hiar_jax.data import (
   ode_pairs,
   pipeline,
@@ -57,11 +57,11 @@ def prepare_data(run: Run) -> None:
       run.medium.prepare(pipeline.read_prompts(data.prompts))
       prompt_texts.prepare(directory, data.prompts, run.medium.texts)
     if data.source != "prompts" and not (directory / CODEC).exists():
-      save_codec(directory / CODEC, _fit_codec(run))
+      save(directory / CODEC, _fit_codec(run))
   _wait("data")
 
 
-def _fit_codec(run: Run) -> patch_pca.PatchCodec:
+def _fit_codec(run: Run) -> patch_pca.PatchPCA:
   source = tfds_builder.open_source(run.directory("data"))
   clips = np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
   return patch_pca.fit(clips.astype(np.float32) / 127.5 - 1.0, run.experiment.codec)
@@ -83,13 +83,13 @@ def train_teacher(run: Run) -> None:
     mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
     return lambda state, feeds, _: mapped(state, feeds.next("clips"))
 
-  loop.train(
+  loop.run_stage(
     run,
     "teacher",
     e.teacher,
     create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
     update=update,
-    feeds=loop.Feeds(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
+    feeds=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     preview=lambda state: run.pixels(sample(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
   )
 
@@ -175,13 +175,13 @@ def train_causal_init(run: Run) -> None:
     mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
     return lambda state, feeds, _: mapped(state, feeds.next("trajectories"))
 
-  loop.train(
+  loop.run_stage(
     run,
     "causal_init",
     e.causal_init,
     create=lambda: create(key, weights, e.causal_init.optimizer()),
     update=update,
-    feeds=loop.Feeds(
+    feeds=loop.DataIterators(
       run,
       trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4),
     ),
@@ -192,7 +192,7 @@ def train_causal_init(run: Run) -> None:
 # ------------------------------------------------------------------------------------- distillation
 
 
-class Latest:
+class LatestMetrics:
   """The generator's last metrics, logged beside the critic's.
 
   Saved with the feeds, so that a resumed run logs what a straight one does.
@@ -227,7 +227,7 @@ def distill_student(run: Run) -> None:
     run.task,
     jnp.asarray(run.point_sigmas),
   )
-  latest = Latest()
+  latest = LatestMetrics()
   feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
     feeds["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
@@ -251,7 +251,7 @@ def distill_student(run: Run) -> None:
 
     return both
 
-  loop.train(
+  loop.run_stage(
     run,
     "distill",
     config,
@@ -259,7 +259,7 @@ def distill_student(run: Run) -> None:
       key, start, config.generator_optimizer(), base, config.critic_optimizer()
     ),
     update=update,
-    feeds=loop.Feeds(run, **feeds),
+    feeds=loop.DataIterators(run, **feeds),
     preview=_student_preview(run),
   )
 
@@ -279,7 +279,7 @@ def make_samples(run: Run) -> None:
     return
   prompts = samples.read_prompts(run)
   for prompt in prompts:
-    samples.tell_unknown(run, prompt)
+    samples.print_remarks(run, prompt)
   frames = samples.long_frames(run)
   params = pretrained.load_weights(run, "distill")
   measured = samples.measured_prompts(run, prompts)

@@ -16,7 +16,7 @@ from hiar_jax.errors import UserError, at_least
 from hiar_jax.types import Batch, Key, Mean, Params, PyTree
 
 SCHEDULES = ("constant", "cosine")
-RULES = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @flax.struct.dataclass
@@ -39,7 +39,7 @@ class TrainState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainConfig:
   """How a network is trained: AdamW after clipping by global norm, linear warm-up, then a constant
   or a cosine to zero; EMA.
 
@@ -67,8 +67,8 @@ class Training:
   def __post_init__(self):
     at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
     at_least(0, lr=self.lr, warmup=self.warmup, ema_start=self.ema_start)
-    if self.rule not in RULES:
-      raise UserError(f"rule = {self.rule!r}: expected one of {', '.join(RULES)}")
+    if self.rule not in OPTIMIZERS:
+      raise UserError(f"rule = {self.rule!r}: expected one of {', '.join(OPTIMIZERS)}")
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
     if self.batch % self.accumulate:
@@ -132,7 +132,7 @@ def create(
   )
 
 
-def update_ema(ema: Params, params: Params, updates, training: Training) -> Params:
+def update_ema(ema: Params, params: Params, updates, training: TrainConfig) -> Params:
   """The average after `updates` earlier updates.
 
   Its decay ramps up as (1 + n) / (10 + n), never above `ema_decay`.
@@ -145,7 +145,7 @@ def update_ema(ema: Params, params: Params, updates, training: Training) -> Para
 Loss = Callable[[Params, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def descend(
+def apply_gradients(
   loss: Loss,
   params: Params,
   opt_state: PyTree,

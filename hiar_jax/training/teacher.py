@@ -9,12 +9,12 @@ from hiar_jax.components.interfaces import Task
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models import dit
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.training.state import Training, TrainState, descend, update_ema
+from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherConfig(Training):
+class TeacherConfig(TrainConfig):
   """shift: of the training levels; caption_dropout: rate of examples trained on the empty
   prompt.
   """
@@ -44,7 +44,7 @@ def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
         dit.bind(model, params, text, part.get("start")), x0, eps, sigma
       ).mean(), {}
 
-    params, opt_state, metrics = descend(
+    params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
     averaged = update_ema(state.ema, params, state.step, config)

@@ -45,7 +45,7 @@ class Fragment:
   end: int
 
 
-class GrowingMP4:
+class FragmentedMP4:
   """Writes frames uint8 [n, H, W, 3], a call a fragment, all of one size.
 
   metadata: as media.write_mp4's, in the head. scale, crf: as there. The file's first bytes are
@@ -105,7 +105,7 @@ class GrowingMP4:
     if self._file:
       self._file.close()
 
-  def __enter__(self) -> "GrowingMP4":
+  def __enter__(self) -> "FragmentedMP4":
     return self
 
   def __exit__(self, *exc) -> None:

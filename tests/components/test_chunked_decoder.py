@@ -29,9 +29,9 @@ LATENTS = np.random.default_rng(0).normal(size=(1, 7, 6, 8, 16)).astype(np.float
 
 def stream(kind, chunk):
   if kind == "tiny":
-    return chunked_decoder.of_tiny_vae(taehv.init(TINY, jax.random.key(0)), TINY, chunk)
+    return chunked_decoder.from_taehv(taehv.init(TINY, jax.random.key(0)), TINY, chunk)
   tiling = Tiling(size=4, overlap=2) if kind == "tiled" else None
-  return chunked_decoder.of_vae(vae.init(VAE, jax.random.key(0)), VAE, chunk, tiling)
+  return chunked_decoder.from_vae(vae.init(VAE, jax.random.key(0)), VAE, chunk, tiling)
 
 
 def whole(kind, decoder):
@@ -98,7 +98,7 @@ def test_a_piece_is_decoded_when_it_is_asked_for():
     jax.debug.callback(lambda: calls.append(1), ordered=True)
     return latents[..., :3], latents
 
-  pieces = chunked_decoder.PixelStream(decode, {})(LATENTS)
+  pieces = chunked_decoder.ChunkedDecoder(decode, {})(LATENTS)
   assert len(list(itertools.islice(pieces, 2))) == 2
   jax.effects_barrier()
   assert len(calls) == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.components import patch_pca
-from hiar_jax.components.patch_pca import PatchCodecConfig
+from hiar_jax.components.patch_pca import PatchPCAConfig
 from hiar_jax.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_patches_are_cut_row_by_row():
 def test_no_linear_code_of_its_size_is_better(whitening):
   """Its error is that of numpy's singular values that are left out (Eckart and Young)."""
   video = clips()
-  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7, whitening=whitening))
+  codec = patch_pca.fit(video, PatchPCAConfig(patch=4, channels=7, whitening=whitening))
   rows = patch_pca.patches(video, 4).reshape(-1, 48).astype(np.float64)
   singular = np.linalg.svd(rows - rows.mean(0), compute_uv=False)
   best = (singular[7:] ** 2).sum() / rows.size
@@ -45,7 +45,7 @@ def test_no_linear_code_of_its_size_is_better(whitening):
 
 def test_with_all_components_nothing_is_lost():
   video = clips()
-  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=48))
+  codec = patch_pca.fit(video, PatchPCAConfig(patch=4, channels=48))
   through = patch_pca.decode(codec, patch_pca.encode(codec, jnp.asarray(video)))
   np.testing.assert_allclose(through, video, atol=1e-4)
 
@@ -53,7 +53,7 @@ def test_with_all_components_nothing_is_lost():
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 def test_latents_have_unit_variance_spread_as_asked(whitening):
   video = clips()
-  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7, whitening=whitening))
+  codec = patch_pca.fit(video, PatchPCAConfig(patch=4, channels=7, whitening=whitening))
   latents = np.asarray(patch_pca.encode(codec, jnp.asarray(video))).reshape(-1, 7)
   variances = latents.var(0)
   np.testing.assert_allclose(latents.mean(0), 0, atol=1e-3)
@@ -68,18 +68,18 @@ def test_latents_have_unit_variance_spread_as_asked(whitening):
 def test_the_basis_is_orthonormal_and_its_signs_are_fixed():
   """The largest entry of a component is positive, so that two machines fit the same codec."""
   video = clips()
-  one = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=7))
+  one = patch_pca.fit(video, PatchPCAConfig(patch=4, channels=7))
   basis = np.asarray(one.basis)
   np.testing.assert_allclose(basis.T @ basis, np.eye(7), atol=1e-5)
   assert (basis[np.abs(basis).argmax(0), np.arange(7)] > 0).all()
-  again = patch_pca.fit(video.copy(), PatchCodecConfig(patch=4, channels=7))
+  again = patch_pca.fit(video.copy(), PatchPCAConfig(patch=4, channels=7))
   for name in ("mean", "basis", "scale"):
     np.testing.assert_array_equal(getattr(one, name), getattr(again, name))
 
 
 def test_a_picture_of_one_colour_is_not_divided_by_nothing():
   video = np.full((2, 3, 8, 8, 3), 0.25, np.float32)
-  codec = patch_pca.fit(video, PatchCodecConfig(patch=4, channels=5))
+  codec = patch_pca.fit(video, PatchPCAConfig(patch=4, channels=5))
   latents = patch_pca.encode(codec, jnp.asarray(video))
   assert np.isfinite(latents).all()
   np.testing.assert_allclose(patch_pca.decode(codec, latents), video, atol=1e-5)
@@ -103,4 +103,4 @@ def test_bytes_come_back():
 )
 def test_sizes_that_cannot_be(fields, message):
   with pytest.raises(UserError, match=message):
-    PatchCodecConfig(**fields)
+    PatchPCAConfig(**fields)

@@ -9,7 +9,7 @@ import pytest
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
 from hiar_jax.generation import conditioning
-from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video.mp4 import write_mp4
@@ -34,7 +34,7 @@ def count_up(path, frames, fps=16):
 )
 def test_of_a_video_the_end_is_kept(experiment, tmp_path, frames, first, kept, latent):
   """It goes on from there: what does not fill a block is left out at its beginning."""
-  pixels, said = Start(count_up(tmp_path / "a.mp4", frames), "video").read(experiment)
+  pixels, said = Conditioning(count_up(tmp_path / "a.mp4", frames), "video").read(experiment)
   assert len(pixels) == kept and conditioning.latent_frames(pixels, experiment) == latent
   assert np.abs(pixels[:, 9, 9, 0] - 10.0 * np.arange(first, frames)).max() <= 2
   assert said == (
@@ -44,7 +44,7 @@ def test_of_a_video_the_end_is_kept(experiment, tmp_path, frames, first, kept, l
 
 def test_frames_are_counted_at_the_models_rate(experiment, tmp_path):
   # 1.5 seconds: 24 frames at 16 a second
-  pixels, said = Start(count_up(tmp_path / "a.mp4", 12, fps=8), "video").read(experiment)
+  pixels, said = Conditioning(count_up(tmp_path / "a.mp4", 12, fps=8), "video").read(experiment)
   assert len(pixels) == 21
   assert (
     said
@@ -55,7 +55,7 @@ def test_frames_are_counted_at_the_models_rate(experiment, tmp_path):
 
 def test_an_image_is_one_frame(experiment, tmp_path):
   Image.fromarray(np.full((32, 48, 3), 99, np.uint8)).save(tmp_path / "a.png")
-  pixels, said = Start(tmp_path / "a.png", "image").read(experiment)
+  pixels, said = Conditioning(tmp_path / "a.png", "image").read(experiment)
   assert (
     pixels.shape == (1, 32, 48, 3)
     and said == ""
@@ -69,17 +69,17 @@ def test_too_short_a_video(experiment, tmp_path):
     match="a.mp4 has 8 frames at 16 a second, a start needs whole blocks, at least 9 frames; give "
     "a longer",
   ):
-    Start(count_up(tmp_path / "a.mp4", 8), "video").read(experiment)
+    Conditioning(count_up(tmp_path / "a.mp4", 8), "video").read(experiment)
 
 
 def test_of_a_job(tmp_path):
-  assert Start.of(Job("a", 0)) is None
-  assert Start.of(Job("a", 0, image=tmp_path)) == Start(tmp_path, "image")
-  assert Start.of(Job("a", 0, video=tmp_path)) == Start(tmp_path, "video")
+  assert Conditioning.of(Job("a", 0)) is None
+  assert Conditioning.of(Job("a", 0, image=tmp_path)) == Conditioning(tmp_path, "image")
+  assert Conditioning.of(Job("a", 0, video=tmp_path)) == Conditioning(tmp_path, "video")
 
 
 def test_the_digest_is_of_the_content(tmp_path):
   for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
     (tmp_path / name).write_bytes(content)
-  a, b, c = (Start(tmp_path / name, "image").digest for name in "abc")
+  a, b, c = (Conditioning(tmp_path / name, "image").digest for name in "abc")
   assert a == b != c

@@ -75,5 +75,5 @@ def nothing_left():
   yield
   names = [thread.name for thread in threading.enumerate()]
   assert not [
-    name for name in names if name in ("_denoise", "_decode") or name.startswith("showing")
+    name for name in names if name in ("_denoise", "_decode") or name.startswith("session")
   ]

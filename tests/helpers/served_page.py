@@ -9,11 +9,11 @@ from aiohttp import web
 
 from hiar_jax import serve
 from hiar_jax.errors import UserError
-from hiar_jax.serving.app import DESK, make_app
-from hiar_jax.serving.queue import House
-from hiar_jax.serving.session import Rules
+from hiar_jax.serving.app import QUEUE, make_app
+from hiar_jax.serving.queue import ServerConfig
+from hiar_jax.serving.session import Limits
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.source import Frames
+from hiar_jax.streaming.streaming_model import ConditioningFrames
 from hiar_jax.video import foreign
 from tests.helpers.fake_generation import SIZE, FakeDecoder, FakeGeneration, latents_of
 
@@ -35,7 +35,7 @@ class FakeSource:
       [],
     )
 
-  def open(self, prompt, *, seed=0, frames=None, start=None, ahead=2):
+  def open(self, prompt, *, seed=0, frames=None, start=None, prefetch=2):
     if prompt == "refuse":
       raise UserError("there is no such thing")
     self.opened.append(
@@ -44,7 +44,7 @@ class FakeSource:
     given = None if start is None else latents_of(0, "given", frames=len(start.pixels))
     self.starts.append(start)
     self.streams.append(
-      Stream(self.opened[-1], self.decoder(), fps=self.fps, given=given, ahead=ahead)
+      Stream(self.opened[-1], self.decoder(), fps=self.fps, given=given, prefetch=prefetch)
     )
     return self.streams[-1]
 
@@ -53,7 +53,7 @@ class FakeSource:
       pixels, said = foreign.read_image(path, SIZE, SIZE)
     else:
       pixels, said = foreign.read_video(path, SIZE, SIZE, self.fps, last=6)
-    return Frames(pathlib.Path(name), kind, pixels), said
+    return ConditioningFrames(pathlib.Path(name), kind, pixels), said
 
   def remarks(self, prompt):
     return [
@@ -70,19 +70,19 @@ class FakeSource:
     }
 
 
-RULES = Rules()
+LIMITS = Limits()
 
 
 class Page:
-  """source: what it shows; url: where; desk: who is there."""
+  """source: what it shows; url: where; queue: who is there."""
 
   def __init__(self, source, app, port):
     self.source, self.app, self.port = source, app, port
     self.url = f"http://127.0.0.1:{port}"
 
   @property
-  def desk(self):
-    return self.app[DESK]
+  def queue(self):
+    return self.app[QUEUE]
 
   def making(self):
     """Generations under way."""
@@ -90,9 +90,9 @@ class Page:
 
 
 @contextlib.contextmanager
-def page(clips, *, source=None, rules=RULES, hosts=frozenset(), **house):
+def page(clips, *, source=None, limits=LIMITS, hosts=frozenset(), **config):
   source = source or FakeSource()
-  app = make_app(House(source, clips, rules=rules, **house), hosts)
+  app = make_app(ServerConfig(source, clips, limits=limits, **config), hosts)
   listener = serve.listen("127.0.0.1", 0)
   loop, ready = asyncio.new_event_loop(), threading.Event()
   stop = asyncio.Event()

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import training_state
 from hiar_jax.data import tfds_builder
-from hiar_jax.training.log import read
+from hiar_jax.training.log import read_log
 from hiar_jax.video.mp4 import read_mp4
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
     tree = training_state._check_tree(manager, step, "state", None)
     return training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
 
-  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read)
+  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read_log)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves
@@ -236,7 +236,7 @@ def numbers(leaf: jax.Array) -> np.ndarray:
 
 def log(workdir, stage: str | None = None) -> list[dict]:
   """The records of numbers in metrics.jsonl, without their times."""
-  records = read(pathlib.Path(workdir) / "logs" / "metrics.jsonl", stage)
+  records = read_log(pathlib.Path(workdir) / "logs" / "metrics.jsonl", stage)
   return [
     {name: value for name, value in record.items() if name != "time"}
     for record in records

@@ -9,7 +9,7 @@ import numpy as np
 
 from hiar_jax.method import History
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.streaming.compiled_tick import Engine, Options, Parts
+from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from tests.helpers import compiling, tiny
 from tests.helpers.plain_stream import PlainStream
 
@@ -26,12 +26,14 @@ def text(prompt: str) -> np.ndarray:
   return tiny.random(zlib.crc32(prompt.encode()), 3, CONFIG.text_dim)
 
 
-def parts(row: History = ROW, config=CONFIG, identity: str = "tiny") -> Parts:
+def parts(row: History = ROW, config=CONFIG, identity: str = "tiny") -> StreamParts:
   texts = lambda prompts: np.stack([text(prompt) for prompt in prompts])
-  return Parts(config, row, SIGMAS, tiny.params(config), jax.random.key(KEY), SIZE, texts, identity)
+  return StreamParts(
+    config, row, SIGMAS, tiny.params(config), jax.random.key(KEY), SIZE, texts, identity
+  )
 
 
-def quick_engine(parts: Parts, options: Options) -> Engine:
+def quick_engine(parts: StreamParts, options: TickOptions) -> Engine:
   """One that compiles quickly and runs slowly."""
   return Engine(parts, options, compiler_options=dict(compiling._known_options()))
 

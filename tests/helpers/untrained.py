@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hiar_jax.components import patch_pca
-from hiar_jax.components.patch_pca import PatchCodec
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.components.patch_pca import PatchPCA
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import dit
 from hiar_jax.training.run import CODEC, open_run
 from tests.helpers import tiny
@@ -24,7 +24,7 @@ def compiles_quickly():
   jax.config.update("jax_disable_most_optimizations", False)
 
 
-class Untrained(StudentModel):
+class Untrained(VideoModel):
   """A run of which nothing has been trained: random weights."""
 
   identity = "untrained"
@@ -42,19 +42,19 @@ class Untrained(StudentModel):
     return self._params
 
 
-def untrained(directory, config) -> StudentModel:
+def untrained(directory, config) -> VideoModel:
   run = open_run(config, directory, save=False)
   pixels, channels = 3 * run.experiment.codec.patch**2, run.experiment.codec.channels
-  codec = PatchCodec(
+  codec = PatchPCA(
     np.zeros(pixels, np.float32),
     np.eye(pixels, channels, dtype=np.float32),
     np.ones(channels, np.float32),
   )
-  patch_pca.save_codec(run.directory("data") / CODEC, codec)
+  patch_pca.save(run.directory("data") / CODEC, codec)
   return Untrained(run, "", "distill")
 
 
-def generated(model: StudentModel, blocks: int, given: np.ndarray | None = None) -> np.ndarray:
+def generated(model: VideoModel, blocks: int, given: np.ndarray | None = None) -> np.ndarray:
   """The new blocks' latents, as `hiar_jax.generate` has them."""
   start = [] if given is None else [given]
   frames = 0 if given is None else given.shape[1]

@@ -22,7 +22,7 @@ def linear(slope, offset=0.0):
 
   def forward(x, sigma, positions, mask=None, past=None):
     del positions, mask, past
-    return slope * x + offset * flow.align(sigma, x), None
+    return slope * x + offset * flow.expand_like(sigma, x), None
 
   return forward
 

@@ -71,7 +71,7 @@ def schedule(case: Case, z: dict) -> None:
     elif match := re.fullmatch(r"warped_([\d_]+)_shift([\d.]+)", name):
       nominal = tuple(float(part) for part in match[1].split("_"))
       assert_close(
-        flow.timestep(flow.warped_levels(nominal, float(match[2])))[:-1], z.pop(name), name
+        flow.timestep(flow.shifted_schedule(nominal, float(match[2])))[:-1], z.pop(name), name
       )
 
 
@@ -160,7 +160,7 @@ def _exit_step(case: Case):
       dit.bind(case.config, jax.lax.stop_gradient(params), text),
     )
     noise = lambda level, n: table[level, n]
-    x0 = exit_step.exit_rollout(
+    x0 = exit_step.self_rollout(
       bound, frozen, noise, case.cache(row, weight), sigmas, row, table.shape[1], level
     )
     return jnp.sum(x0 * weight), x0

@@ -16,7 +16,7 @@ from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import costs
-from hiar_jax.planning.costs import Forward, Request
+from hiar_jax.planning.costs import ForwardCost, JobSize
 from hiar_jax.rollout import image_to_video, sample
 from hiar_jax.rollout.past import ring as caches
 from tests.helpers import tiny
@@ -37,7 +37,7 @@ ROWS = {
 
 
 def small(**changes):
-  return Request(
+  return JobSize(
     **{
       "dit": SMALL,
       "history": ROWS["hiar"],
@@ -133,7 +133,7 @@ def test_the_published_sizes(config, parameters, flops):
   """
   begin = time.process_time()
   found = costs.make(
-    Request(config, History(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(config, History(), levels=4, frames=21, height=60, width=104), compile=False
   )
   assert time.process_time() - begin < 20
   assert (
@@ -145,7 +145,7 @@ def test_the_published_sizes(config, parameters, flops):
   )
   assert (found.tokens_frame, found.tokens_block, found.blocks) == (1560, 4680, 7)
   assert found.cache == 2 * 18 * 1560 * config.dim * config.num_layers * 2 + 18 * 4
-  assert found.forwards == (Forward(4, 3, 21), Forward(24, 6, 24))
+  assert found.forwards == (ForwardCost(4, 3, 21), ForwardCost(24, 6, 24))
   assert costs.forward_flops(config, 1560, 3, 21, 512) == pytest.approx(flops, rel=0.05)
   assert found.flops_video == pytest.approx(7 * found.flops_block)
   assert found.compiled == {} and "nothing was compiled" in found.note
@@ -220,7 +220,7 @@ def test_a_picture_and_a_continuation_can_be_planned():
 
 def test_what_is_said():
   found = costs.make(
-    Request(dit.DiTConfig(), History(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(dit.DiTConfig(), History(), levels=4, frames=21, height=60, width=104), compile=False
   )
   text = found.text()
   for part in (

@@ -54,8 +54,8 @@ def program(row: History, stopped: bool = True):
       tiny.toy(jax.lax.stop_gradient(params) if stopped else params),
     )
     arguments = tiny.lookup(table), cache, jnp.asarray(tiny.SIGMAS), row, BLOCKS, level
-    x0 = exit_step.exit_rollout(tiny.toy(params), frozen, *arguments)
-    return jnp.sum(x0 * weight), (x0, exit_step.exit_sample(frozen, *arguments))
+    x0 = exit_step.self_rollout(tiny.toy(params), frozen, *arguments)
+    return jnp.sum(x0 * weight), (x0, exit_step.self_rollout_without_gradient(frozen, *arguments))
 
   return functools.partial(quick_jit(jax.grad(loss, has_aux=True)), tiny.TOY_PARAMS)
 

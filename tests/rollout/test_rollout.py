@@ -206,7 +206,7 @@ def test_bidirectional_trajectory_is_euler_with_guidance():
   eps, sigmas, keep = tiny.video(3, 2), np.asarray([1.0, 0.7, 0.3, 0.0], np.float32), (0, 2, 3)
   forward = lambda x, sigma, positions: (0.3 * x + sigma, None)
   negative = lambda x, sigma, positions: (-0.2 * x, None)
-  points = teacher_sampler.trajectory(
+  points = teacher_sampler.sample_trajectory(
     forward, negative, jnp.asarray(eps), jnp.asarray(sigmas), keep, 1.5
   )
   x, expected = eps.astype(np.float64), [eps]
@@ -224,7 +224,7 @@ def test_bidirectional_trajectory_without_guidance_needs_no_negative():
     raise AssertionError("called")
 
   forward = lambda x, sigma, positions: (0.3 * x, None)
-  points = teacher_sampler.trajectory(
+  points = teacher_sampler.sample_trajectory(
     forward, negative, jnp.ones((1, 1, 1, 1, 1)), jnp.asarray([1.0, 0.0]), (1,), 0.0
   )
   np.testing.assert_allclose(points.ravel(), 0.7, rtol=1e-6)

@@ -12,11 +12,11 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.models import dit, rope
-from hiar_jax.rollout import blocks as prims
 from hiar_jax.rollout import image_to_video, sample
 from hiar_jax.rollout import tick as pipes
+from hiar_jax.rollout.blocks import block_positions, join_blocks
 from hiar_jax.rollout.past import relative_sink
-from hiar_jax.rollout.tick import Plan
+from hiar_jax.rollout.tick import PipelineMethod
 from tests.helpers import golden_cases, tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close, channels_last, noise_table
@@ -36,7 +36,9 @@ ROWS = {
 CASES = [("toy", name) for name in ROWS] + [("dit", "hiar_sink"), ("dit", "input")]
 
 
-def piped(plan: Plan, network, config, table, text, given=None, size=(tiny.HEIGHT, tiny.WIDTH)):
+def piped(
+  plan: PipelineMethod, network, config, table, text, given=None, size=(tiny.HEIGHT, tiny.WIDTH)
+):
   """All new blocks [b f h w c], one scan over ticks; noise is that of `table` [level, block ...],
   which counts the given blocks.
   """
@@ -54,14 +56,14 @@ def piped(plan: Plan, network, config, table, text, given=None, size=(tiny.HEIGH
     width=size[1],
   )
   if given is not None:
-    start = pipes.give(plan, network, start, given, jnp.stack([text] * given_blocks))
+    start = pipes.prefill(plan, network, start, given, jnp.stack([text] * given_blocks))
   noise = lambda level, n: table[level, n]
 
   def one(state, _):
     return pipes.tick(plan, network, noise, state, text, jnp.asarray(False))
 
   _, out = jax.lax.scan(one, start, None, length=table.shape[1] - given_blocks + plan.levels - 1)
-  return prims.join(out[plan.levels - 1 :])
+  return join_blocks(out[plan.levels - 1 :])
 
 
 def tiny_network(name: str, params):
@@ -76,7 +78,7 @@ def tiny_network(name: str, params):
 def programs(name: str, row: History, given: int = 0):
   """(by the pipe, by the rollout): each (table, given or None) -> the new blocks."""
   _, params, config = tiny.NETWORKS[name]
-  plan, text = Plan(row, tuple(tiny.SIGMAS.tolist())), jnp.asarray(tiny.text())
+  plan, text = PipelineMethod(row, tuple(tiny.SIGMAS.tolist())), jnp.asarray(tiny.text())
 
   def by_pipe(params, table, start):
     return piped(plan, tiny_network(name, params), config, table, text, start)
@@ -153,7 +155,7 @@ def test_what_the_filling_pipe_holds_is_seen_by_nobody(row):
   """Blocks that do not exist are made of zeros; were they seen, another beginning would change the
   video.
   """
-  plan = Plan(row, tuple(tiny.SIGMAS.tolist()))
+  plan = PipelineMethod(row, tuple(tiny.SIGMAS.tolist()))
   _, params, config = tiny.NETWORKS["toy"]
   text, table = jnp.asarray(tiny.text()), jnp.asarray(tiny.noise_table(row, 4))
 
@@ -214,7 +216,7 @@ def test_recording(case, file):
   given = channels_last(z["initial_latent"]) if "initial_latent" in z else None
   first = 0 if given is None else given.shape[1] // row.block
   table = np.concatenate([np.zeros_like(table[:, :1])] * first + [table], axis=1)
-  plan = Plan(row, tuple(float(sigma) for sigma in sigmas))
+  plan = PipelineMethod(row, tuple(float(sigma) for sigma in sigmas))
 
   def run(params, table, given):
     return piped(
@@ -231,7 +233,7 @@ def test_recording(case, file):
   assert_close(out, video[:, first * row.block :], "video")
 
 
-# -- carried sink
+# -- a sink at relative positions
 
 
 def test_turned_keys_are_those_of_frames_further_on():
@@ -239,12 +241,12 @@ def test_turned_keys_are_those_of_frames_further_on():
   at = lambda positions: rope.rotation(jnp.asarray(positions), 2, 2, 12)
   here, there = at([0, 1, 2]), at([far, far + 1, far + 2])
   rotate = lambda rotation: jnp.stack([rope.apply(layer, *rotation) for layer in keys])
-  assert_same(relative_sink.turn(rotate(here), jnp.asarray(far)), rotate(there))
+  assert_same(relative_sink.rotate(rotate(here), jnp.asarray(far)), rotate(there))
 
 
 def test_the_sink_is_carried_as_far_as_the_window_rolls():
   row = History(block=2, window=6, sink=2)
-  moved = [int(relative_sink.distance(prims.frames_of(n, row), row)) for n in range(6)]
+  moved = [int(relative_sink.distance(block_positions(n, row), row)) for n in range(6)]
   assert moved == [0, 0, 0, 2, 4, 6]  # block n ends at 2 n + 1; its window of 4 is full at n = 2
 
 
@@ -255,7 +257,7 @@ def test_block_first_is_refused_with_its_reason():
   with pytest.raises(
     UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"
   ):
-    Plan(History(order="block_first", level="clean"), (1.0, 0.0))
+    PipelineMethod(History(order="block_first", level="clean"), (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -264,15 +266,15 @@ def test_block_first_is_refused_with_its_reason():
     (
       History(block=2, window=5, sink=1),
       "moving",
-      "sink_place = 'moving': expected one of true, carried",
+      "sink_positions = 'moving': expected one of absolute, relative",
     ),
     (
       History(block=2, window=3, sink=1),
-      "carried",
+      "relative",
       "window = 3 is too short to carry a sink of 1 along.* at least 4",
     ),
   ],
 )
 def test_what_a_plan_cannot_be(row, place, said):
   with pytest.raises(UserError, match=said):
-    Plan(row, (1.0, 0.5, 0.0), place)
+    PipelineMethod(row, (1.0, 0.5, 0.0), place)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.streaming.compiled_tick import Engine, Options, Parts, Programs
+from hiar_jax.streaming.compiled_tick import CompiledPipeline, Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
 from tests.helpers import golden_cases
 from tests.helpers.golden_cases import assert_close, channels_last, noise_table
@@ -51,7 +51,7 @@ class Recording:
     return channels_last(self.z["initial_latent"]) if "initial_latent" in self.z else None
 
   @property
-  def parts(self) -> Parts:
+  def parts(self) -> StreamParts:
     rolled = self.case.sizes if "window" in self.file else {}
     row = self.case.history(
       level="clean" if "clean_context" in self.file else "output",
@@ -62,7 +62,7 @@ class Recording:
       channels_last(self.z["latents"]).shape[2:4],
       tuple(float(sigma) for sigma in self.sigmas),
     )
-    return Parts(
+    return StreamParts(
       self.case.config,
       row,
       levels,
@@ -81,7 +81,7 @@ class Recording:
     return np.concatenate([np.zeros_like(table[:, :1])] * first + [table], axis=1)
 
 
-class Recorded(Programs):
+class Recorded(CompiledPipeline):
   """With the noise of a recording."""
 
   def __init__(self, engine: Engine, table: np.ndarray):
@@ -99,7 +99,7 @@ def test_a_recording_on_a_layout(folder, file, layout):
   k, given, levels = recording.parts.history.block, recording.given, len(recording.sigmas) - 1
   first = 0 if given is None else given.shape[1] // k
   video, table = channels_last(recording.z["latents"]), recording.noise_table(first)
-  programs = Recorded(quick_engine(recording.parts, Options(layout=layout)), table)
+  programs = Recorded(quick_engine(recording.parts, TickOptions(layout=layout)), table)
   text = jax.device_put(recording.z["prompt_embeds"], programs.engine.whole)
   pipe = programs.start(
     jax.numpy.stack([text] * max(1, first)), np.zeros(len(text), np.int32), given

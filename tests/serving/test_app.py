@@ -13,7 +13,7 @@ aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve
 
 from hiar_jax import serve, stream
 from hiar_jax.errors import UserError
-from hiar_jax.serving.session import Rules
+from hiar_jax.serving.session import Limits
 from hiar_jax.video.mp4 import read_mp4
 from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
 from tests.helpers.fake_generation import (
@@ -99,7 +99,7 @@ def test_it_is_made_no_further_ahead_than_the_lead(tmp_path):
       await one.say(do="at", seconds=one.status["seconds"])
       await one.until(lambda tab: tab.status["seconds"] >= 2, watch=False)
 
-  with page(tmp_path, source=FakeSource(0.0), rules=Rules(lead=1.0)) as server:
+  with page(tmp_path, source=FakeSource(0.0), limits=Limits(buffer_seconds=1.0)) as server:
     run(visit(server))
 
 
@@ -152,7 +152,9 @@ def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
       await two.say(do="stop")
       await eventually(lambda: server.making() == 0, seconds=20)
 
-  with page(tmp_path, source=FakeSource(0.3), places=1, rules=Rules(hold=0.2)) as server:
+  with page(
+    tmp_path, source=FakeSource(0.3), max_generations=1, limits=Limits(grace=0.2)
+  ) as server:
     run(visit(server))
 
 
@@ -163,9 +165,9 @@ def test_another_one_ends_the_one_before(tmp_path):
         await one.say(do="start", prompt=prompt)
         await one.until(lambda tab: tab.is_in("running") and tab.status["prompt"] == prompt)  # noqa: B023
       assert sum(news["say"] == "begin" for news in one.said) == one.video.count(b"ftyp") == 2
-      assert server.making() == 1 and len(os.listdir(tmp_path)) == len(server.desk.clips) == 1
-    await eventually(lambda: not server.desk.viewers)
-    assert server.desk.clips == {}
+      assert server.making() == 1 and len(os.listdir(tmp_path)) == len(server.queue.clips) == 1
+    await eventually(lambda: not server.queue.clients)
+    assert server.queue.clips == {}
 
   with page(tmp_path) as server:
     run(visit(server))
@@ -205,7 +207,7 @@ def test_colours_come_through(tmp_path):
   assert np.abs(frames.astype(int) - expected([PROMPT] * 4)[: len(frames)]).mean() < 4
 
 
-# ---------------------------------------------------------------------------------- several viewers
+# ---------------------------------------------------------------------------------- several clients
 
 
 def test_who_comes_later_waits_and_comes_in_when_a_tab_closes(tmp_path):
@@ -222,9 +224,9 @@ def test_who_comes_later_waits_and_comes_in_when_a_tab_closes(tmp_path):
         await third.until(lambda tab: tab.status.get("before") == 0)  # the second one gave up
       await third.until(lambda tab: tab.is_in("running"))  # the first one's tab was closed
       await eventually(lambda: server.making() == 1)
-    await eventually(lambda: server.making() == 0 and not server.desk.viewers)
+    await eventually(lambda: server.making() == 0 and not server.queue.clients)
 
-  with page(tmp_path, places=1) as server:
+  with page(tmp_path, max_generations=1) as server:
     run(visit(server))
   assert len(server.source.opened) == 2 and os.listdir(tmp_path) == []
 
@@ -240,7 +242,7 @@ def test_who_asked_first_comes_first(tmp_path):
         await each.say(do="stop")
         await later.until(lambda tab: tab.is_in("running"))
 
-  with page(tmp_path, places=1) as server:
+  with page(tmp_path, max_generations=1) as server:
     run(visit(server))
   assert [generation.prompt for generation in server.source.opened] == ["0", "1", "2"]
 
@@ -256,7 +258,7 @@ def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
       frames = one.status["frames"]
       await one.until(lambda tab: tab.status["frames"] > frames + 6)
 
-  with page(tmp_path, rules=Rules(patience=1.0, hold=0.2)) as server:
+  with page(tmp_path, limits=Limits(idle_timeout=1.0, grace=0.2)) as server:
     run(visit(server))
 
 
@@ -278,7 +280,7 @@ def test_one_that_was_extended_stands_no_more(tmp_path):
       await two.until(lambda tab: tab.is_in("waiting"))
       assert one.is_in("running")
 
-  with page(tmp_path, places=1, rules=Rules(hold=1.0)) as server:
+  with page(tmp_path, max_generations=1, limits=Limits(grace=1.0)) as server:
     run(visit(server))
 
 
@@ -324,7 +326,7 @@ def test_a_paused_one_gives_way_to_those_who_wait(tmp_path):
       await one.until(lambda tab: tab.is_in("ended"))
       assert "others were waiting" in one.status["why"]
 
-  with page(tmp_path, places=1, rules=Rules(hold=0.2)) as server:
+  with page(tmp_path, max_generations=1, limits=Limits(grace=0.2)) as server:
     run(visit(server))
 
 
@@ -335,7 +337,7 @@ def test_who_does_not_watch_loses_the_place(tmp_path):
       await one.until(lambda tab: tab.is_in("ended"), watch=False)
       assert one.status["why"] == "nobody watched for 1 seconds" and server.making() == 0
 
-  with page(tmp_path, rules=Rules(patience=1.0)) as server:
+  with page(tmp_path, limits=Limits(idle_timeout=1.0)) as server:
     run(visit(server))
 
 
@@ -345,9 +347,9 @@ def test_a_viewer_that_vanished_is_noticed(tmp_path):
   async def visit(server):
     with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
       await eventually(lambda: server.making() == 1)
-      await eventually(lambda: not server.desk.viewers and server.making() == 0)
+      await eventually(lambda: not server.queue.clients and server.making() == 0)
 
-  with page(tmp_path, rules=Rules(patience=1000.0, heartbeat=1.0)) as server:
+  with page(tmp_path, limits=Limits(idle_timeout=1000.0, heartbeat=1.0)) as server:
     run(visit(server))
 
 
@@ -364,18 +366,20 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
   async def visit(server):
     with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
       await eventually(lambda: server.making() == 1)
-      (viewer,) = server.desk.viewers
-      showing = viewer.showing
+      (client,) = server.queue.clients
+      session = client.session
       async with tab(server) as one:
         await one.say(do="start", prompt=PROMPT, seconds=1)
         await one.until(lambda tab: tab.is_in("finished"))
-        await eventually(lambda: viewer not in server.desk.viewers and showing.is_over)
-      assert showing.why == "the viewer was too slow to take it"
+        await eventually(lambda: client not in server.queue.clients and session.is_over)
+      assert session.why == "the client was too slow to take it"
 
   source = FakeSource(0.01, decoder=Snow)
   source.scale = 1
   with page(
-    tmp_path, rules=Rules(patience=3.0, lead=1000.0, heartbeat=1000.0), source=source
+    tmp_path,
+    limits=Limits(idle_timeout=3.0, buffer_seconds=1000.0, heartbeat=1000.0),
+    source=source,
   ) as server:
     run(visit(server))
 
@@ -406,7 +410,7 @@ def test_a_video_is_at_most_so_long(tmp_path):
       await one.until(lambda tab: tab.is_in("ended"))
       assert "at most 1 seconds" in one.status["why"] and one.status["frames"] in (8, 9, 10)
 
-  with page(tmp_path, rules=Rules(longest=1.0)) as server:
+  with page(tmp_path, limits=Limits(max_seconds=1.0)) as server:
     run(visit(server))
 
 
@@ -443,7 +447,9 @@ def test_a_port_in_use_is_known_before_anything_is_loaded(monkeypatch):
     lambda _: pytest.fail("the model is loaded before the port is known to be free"),
   )
   with serve.listen("127.0.0.1", 0) as first, pytest.raises(UserError, match="is in use"):
-    serve.start(stream.Options(workdir="nowhere"), serve.Options(port=first.getsockname()[1]))
+    serve.start(
+      stream.StreamOptions(workdir="nowhere"), serve.ServeOptions(port=first.getsockname()[1])
+    )
 
 
 def test_the_page_needs_its_extra(monkeypatch):

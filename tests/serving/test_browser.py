@@ -24,10 +24,10 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from hiar_jax.serving.session import Rules
-from hiar_jax.streaming.compiled_tick import Options
+from hiar_jax.serving.session import Limits
+from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.source import Source
+from hiar_jax.streaming.streaming_model import StreamingModel
 from tests.helpers import tiny_run
 from tests.helpers.served_page import FakeSource, page
 from tests.helpers.untrained import untrained
@@ -60,7 +60,9 @@ def browser():
 
 @pytest.fixture
 def server(tmp_path, browser):
-  with page(tmp_path, source=FakeSource(0.08), places=1, rules=Rules(lead=1.0)) as server:
+  with page(
+    tmp_path, source=FakeSource(0.08), max_generations=1, limits=Limits(buffer_seconds=1.0)
+  ) as server:
     yield server
     first, *others = browser.window_handles
     for other in others:
@@ -137,7 +139,7 @@ def test_the_video_plays_while_it_is_made(browser, server):
     and rows[0].text.startswith("noise 1.00")
     and rows[-1].text.startswith("finished")
   )
-  picture = pathlib.Path(server.desk.house.clips) / "page.png"
+  picture = pathlib.Path(server.queue.config.clips) / "page.png"
   browser.save_screenshot(str(picture))
   assert picture.stat().st_size > 10_000
 
@@ -166,7 +168,7 @@ def test_a_networks_own_pipe(browser, tmp_path):
   """The prompt is changed while it stands still, so that blocks can be counted; the page says where
   it will be seen, and there it is.
   """
-  source = Source(untrained(tmp_path, tiny_run.make_config()), Options(layout=Layout()))
+  source = StreamingModel(untrained(tmp_path, tiny_run.make_config()), TickOptions(layout=Layout()))
   source.engine.warm(PROMPT)
   (tmp_path / "clips").mkdir()
   with page(tmp_path / "clips", source=source) as server:
@@ -174,8 +176,8 @@ def test_a_networks_own_pipe(browser, tmp_path):
     until(browser, lambda: played(browser) > 1)
     click(browser, "pause")
     until(browser, lambda: state(browser) == "paused")
-    (viewer,) = server.desk.viewers
-    stream = viewer.showing._stream
+    (client,) = server.queue.clients
+    stream = client.session._stream
     until(browser, lambda: not (stream._work.ticking or stream._work.decoding))
     made, flight = stream.made, stream.in_flight
     find(browser, "prompt").clear()
@@ -195,7 +197,7 @@ def test_a_networks_own_pipe(browser, tmp_path):
     until(browser, lambda: find(browser, "caption").text == "a blue square moving up")
     assert played(browser) == pytest.approx(first * source.block_frames / source.fps, abs=0.5)
     browser.get("about:blank")
-    until(browser, lambda: not server.desk.viewers and server.making() == 0)
+    until(browser, lambda: not server.queue.clients and server.making() == 0)
 
 
 def test_pause_extend_and_download(browser, server):
@@ -334,10 +336,10 @@ def test_two_tabs_and_one_closed_in_the_middle(browser, server):
   browser.close()
   browser.switch_to.window(second)
   until(browser, lambda: played(browser) > 0.5)
-  until(browser, lambda: len(server.desk.viewers) == 1 and server.making() == 1)
+  until(browser, lambda: len(server.queue.clients) == 1 and server.making() == 1)
   assert [generation.prompt for generation in server.source.opened] == [PROMPT, "a blue square"]
   browser.get("about:blank")
-  until(browser, lambda: not server.desk.viewers and server.making() == 0)
+  until(browser, lambda: not server.queue.clients and server.making() == 0)
 
 
 def test_a_prompt_is_a_text(browser, server):

@@ -10,7 +10,7 @@ import pytest
 
 aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")
 
-from hiar_jax.serving.session import Rules
+from hiar_jax.serving.session import Limits
 from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
 from tests.helpers.served_page import FakeSource, page
 
@@ -71,10 +71,10 @@ def test_who_claims_to_have_seen_what_is_not_made_gets_no_more_than_the_lead(tmp
       await one.until(lambda tab: tab.status.get("seconds", 0) >= 1, watch=False)
       await one.say(do="at", seconds=1e9)
       await asyncio.sleep(1)
-      (viewer,) = server.desk.viewers
-      assert viewer.showing.status()["seconds"] <= 2 * (1 + 3 / 8)
+      (client,) = server.queue.clients
+      assert client.session.status()["seconds"] <= 2 * (1 + 3 / 8)
 
-  with page(tmp_path, source=FakeSource(0.0), rules=Rules(lead=1.0)) as server:
+  with page(tmp_path, source=FakeSource(0.0), limits=Limits(buffer_seconds=1.0)) as server:
     run(visit(server))
 
 
@@ -120,9 +120,9 @@ def test_a_hundred_sockets(tmp_path):
         await other.close()
       for other in silent:
         other.close()
-      await eventually(lambda: len(server.desk.viewers) == 1)
+      await eventually(lambda: len(server.queue.clients) == 1)
 
-  with page(tmp_path, viewers=8) as server:
+  with page(tmp_path, max_clients=8) as server:
     run(visit(server))
   assert len(server.source.opened) == 1
 

@@ -1,4 +1,4 @@
-"""What a viewer hands in to start from: a picture, the end of a video, and whatever else somebody
+"""What a client hands in to start from: a picture, the end of a video, and whatever else somebody
 may send instead.
 """
 
@@ -198,7 +198,7 @@ def test_who_waits_keeps_the_start(tmp_path):
         await two.until(lambda tab: tab.is_in("waiting"))
       await two.until(lambda tab: tab.is_in("running"))
 
-  with page(tmp_path / "clips", places=1) as server:
+  with page(tmp_path / "clips", max_generations=1) as server:
     (tmp_path / "clips").mkdir()
     run(visit(server))
   assert [start and start.kind for start in server.source.starts] == [None, "video"]
@@ -299,7 +299,7 @@ def test_a_file_that_is_too_large_closes_its_own_socket_alone(tmp_path):
 
 
 def test_two_are_read_at_once_and_no_more(tmp_path, monkeypatch):
-  """However many viewers hand something in."""
+  """However many clients hand something in."""
   reading, most, release = [], [], threading.Event()
 
   def look(self, path, kind, name):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hiar_jax.method import History
-from hiar_jax.streaming.compiled_tick import Options
+from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.plain_stream import PlainStream
 from tests.helpers.tiny_stream import CONFIG, SIGMAS, assert_same, parts, quick_engine, take, text
@@ -28,11 +28,11 @@ FAR = 300_000_000  # blocks: at 4 latent frames a second, 4 years
 @functools.cache
 def engine(row: History):
   return quick_engine(
-    parts(row), Options(layout=Layout(), sink_place="carried" if row.sink else "true")
+    parts(row), TickOptions(layout=Layout(), sink_positions="relative" if row.sink else "true")
   )
 
 
-def jump(generation: Generation, blocks: int) -> None:
+def jump(generation: LiveVideo, blocks: int) -> None:
   """To a block far on, with nothing of what was there but the sink."""
   pipe = generation._pipe
   at = lambda: jnp.asarray(blocks, jnp.int32)
@@ -40,12 +40,12 @@ def jump(generation: Generation, blocks: int) -> None:
   generation._block = generation._first = blocks
 
 
-def sink_of(generation: Generation) -> np.ndarray:
+def sink_of(generation: LiveVideo) -> np.ndarray:
   """[s b k h w c]: block 0 as each level has shown it, once the ring has turned."""
   return np.asarray(generation._pipe.shown[:, :, : generation.engine.plan.history.sink])
 
 
-def watch(generation: Generation, ticks: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def watch(generation: LiveVideo, ticks: int) -> list[tuple[np.ndarray, np.ndarray]]:
   """(what each level shows next, what it denoises next) before each tick, and after the last."""
   look = lambda: (np.asarray(generation._pipe.context), np.asarray(generation._pipe.latents))
   seen = [look()]
@@ -84,7 +84,7 @@ def assert_as_freshly_built(row: History, seen, sink: np.ndarray) -> None:
 @each_row
 @pytest.mark.parametrize("block", [20, FAR])
 def test_far_on_numbers_are_those_of_a_fresh_window(row, block):
-  generation = Generation(engine(row), "a", seed=6)
+  generation = LiveVideo(engine(row), "a", seed=6)
   take(generation, 6)
   sink = sink_of(generation)
   jump(generation, block)
@@ -98,7 +98,7 @@ def live_bytes() -> int:
 
 
 def run_long(row: History, blocks: int) -> None:
-  generation = Generation(engine(row), "a", seed=6)
+  generation = LiveVideo(engine(row), "a", seed=6)
   take(generation, 20)
   sink, before, sizes = sink_of(generation), live_bytes(), []
   for _ in range(blocks // 100):

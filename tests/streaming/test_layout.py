@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from hiar_jax.method import History
-from hiar_jax.streaming.compiled_tick import Engine, Options
+from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.tiny_stream import CONFIG, ROW, SIZE, assert_same, parts, quick_engine, take
 
@@ -47,7 +47,7 @@ COLLECTIVE = re.compile(rf"= (\(?[^=]*?) ({'|'.join(KINDS)})(?:-start)?\(")
 
 @functools.cache
 def engine(layout: Layout) -> Engine:
-  return quick_engine(parts(), Options(layout=layout))
+  return quick_engine(parts(), TickOptions(layout=layout))
 
 
 def video(layout: Layout) -> np.ndarray:
@@ -55,7 +55,7 @@ def video(layout: Layout) -> np.ndarray:
   again.
   """
   start = tiny.random(5, 1, ROW.block, *SIZE, CONFIG.channels)
-  generation = Generation(engine(layout), "a red circle", seed=3, start=start)
+  generation = LiveVideo(engine(layout), "a red circle", seed=3, start=start)
   first = take(generation, 3)
   generation.change_prompt("a blue square", recache=True)
   return np.concatenate([first, take(generation, 5)], axis=1)
@@ -78,7 +78,7 @@ def test_the_same_layout_gives_the_same_bits():
 
 def test_every_level_keeps_its_own_cache():
   """With as many stages, a device holds its own level and no other."""
-  generation = Generation(engine(Layout(4)), "a", seed=0)
+  generation = LiveVideo(engine(Layout(4)), "a", seed=0)
   generation.step()
   pipe = generation._pipe
   for leaf in jax.tree.leaves((pipe.latents, pipe.context, pipe.cache, pipe.shown)):
@@ -100,9 +100,9 @@ def test_every_device_of_a_stage_has_its_share():
     layers["mlp_out"]["kernel"],
   ):
     assert share(kernel) == {1 / 2}
-  pipe = Generation(split, "a")._pipe
+  pipe = LiveVideo(split, "a")._pipe
   assert share(pipe.cache.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
-  pipe = Generation(engine(Layout(4, 1, 2)), "a")._pipe
+  pipe = LiveVideo(engine(Layout(4, 1, 2)), "a")._pipe
   assert share(pipe.cache.kv.k) == share(pipe.latents) == share(pipe.shown) == {1 / 8}
 
 
@@ -113,7 +113,7 @@ def moved(layout: Layout, merge_tokens: bool = False) -> list[tuple[str, int]]:
   model = dataclasses.replace(
     model, config=dataclasses.replace(model.config, merge_tokens=merge_tokens)
   )
-  engine = quick_engine(model, Options(layout=layout))
+  engine = quick_engine(model, TickOptions(layout=layout))
   text = jax.ShapeDtypeStruct((1, 3, 6), jnp.float32, sharding=engine.whole)
   lowered = engine.main.compiled_tick.lower(
     engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool)

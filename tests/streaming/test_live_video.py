@@ -11,9 +11,9 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.method import History
 from hiar_jax.streaming import layout as layouts
-from hiar_jax.streaming.compiled_tick import Engine, Options
+from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.tiny_stream import (
   CONFIG,
@@ -33,7 +33,7 @@ LEVELS = 4
 
 @functools.cache
 def engine(row: History = ROW, **options) -> Engine:
-  return quick_engine(parts(row), Options(layout=ONE, **options))
+  return quick_engine(parts(row), TickOptions(layout=ONE, **options))
 
 
 def start(frames: int) -> np.ndarray:
@@ -41,7 +41,7 @@ def start(frames: int) -> np.ndarray:
 
 
 def test_equals_plain_loops_and_numbers_its_blocks():
-  generation = Generation(engine(), "a red circle", seed=3)
+  generation = LiveVideo(engine(), "a red circle", seed=3)
   emitted = [generation.step() for _ in range(6 + LEVELS - 1)]
   assert emitted[: LEVELS - 1] == [None] * (LEVELS - 1)
   found = emitted[LEVELS - 1 :]
@@ -56,14 +56,14 @@ def test_equals_plain_loops_and_numbers_its_blocks():
   ("row", "options"),
   [
     (ROW, {}),
-    (ROW, {"sink_place": "carried"}),
+    (ROW, {"sink_positions": "relative"}),
     (History(block=2, window=7, sink=1, level="input"), {}),
-    (History(block=2, window=4), {"window": 7, "sink": 2, "sink_place": "carried"}),
+    (History(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
   ],
   ids=["output", "carried", "input", "options"],
 )
 def test_prompts_change_at_block_boundaries(row, options, recache):
-  generation = Generation(engine(row, **options), "a red circle", seed=1)
+  generation = LiveVideo(engine(row, **options), "a red circle", seed=1)
   first = take(generation, 2)
   entered = generation.change_prompt("a blue square", recache=recache)
   assert entered == generation.next_block == 2 + LEVELS - 1
@@ -85,7 +85,7 @@ def test_prompts_change_at_block_boundaries(row, options, recache):
 
 
 def test_a_change_leaves_what_is_in_flight():
-  same, changed = (Generation(engine(), "a red circle", seed=2) for _ in range(2))
+  same, changed = (LiveVideo(engine(), "a red circle", seed=2) for _ in range(2))
   a, b = take(same, 2), take(changed, 2)
   entered = changed.change_prompt("a blue square", recache=True)
   flight = [(1, 4, "a red circle"), (2, 3, "a red circle"), (3, 2, "a red circle")]
@@ -97,7 +97,7 @@ def test_a_change_leaves_what_is_in_flight():
 
 
 def test_the_last_change_before_a_step_holds():
-  generation = Generation(engine(), "a red circle", seed=2)
+  generation = LiveVideo(engine(), "a red circle", seed=2)
   generation.change_prompt("a blue square")
   generation.change_prompt("a green ring", recache=True)  # nothing is there to encode again
   assert_same(take(generation, 3), plain(ROW, 3, {0: "a green ring"}, seed=2))
@@ -106,7 +106,7 @@ def test_the_last_change_before_a_step_holds():
 @pytest.mark.parametrize("blocks", [1, 4])
 def test_starts_from_given_frames(blocks):
   given = start(blocks * ROW.block)
-  generation = Generation(engine(), "a red circle", seed=2, start=given)
+  generation = LiveVideo(engine(), "a red circle", seed=2, start=given)
   emitted = None
   while emitted is None:
     emitted = generation.step()
@@ -128,8 +128,8 @@ def test_starts_from_given_frames(blocks):
 
 
 def test_starts_from_a_picture():
-  generation = Generation(engine(), "a red circle", seed=2, start=start(1))
-  other = Generation(engine(), "a red circle", seed=2)
+  generation = LiveVideo(engine(), "a red circle", seed=2, start=start(1))
+  other = LiveVideo(engine(), "a red circle", seed=2)
   emitted = [generation.step() for _ in range(LEVELS)][-1]
   assert (emitted.block, emitted.frames_before) == (1, 1)
   assert np.abs(np.asarray(emitted.latents) - take(other, 2)[:, -ROW.block :]).max() > 1e-2
@@ -137,7 +137,7 @@ def test_starts_from_a_picture():
 
 def test_a_clean_sink_is_made_first():
   """SAF: the sink's blocks leave before the others enter, which see them clean."""
-  generation = Generation(engine(SAF), "a red circle", seed=4)
+  generation = LiveVideo(engine(SAF), "a red circle", seed=4)
   emitted = [generation.step() for _ in range(LEVELS + LEVELS + 4)]
   assert [i for i, e in enumerate(emitted) if e] == [
     LEVELS - 1,
@@ -156,7 +156,7 @@ def test_a_clean_sink_is_made_first():
 def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
   """A sink of two blocks: they have left after 5 ticks, and what follows enters only then."""
   row = dataclasses.replace(SAF, sink=4, window=8)
-  generation = Generation(engine(row), "a red circle", seed=4)
+  generation = LiveVideo(engine(row), "a red circle", seed=4)
   emitted = [generation.step() for _ in range(ticks)]
   assert (
     generation.next_block == entered == generation.change_prompt("a blue square", recache=recache)
@@ -173,7 +173,7 @@ def test_a_change_may_be_taken_back():
   """What was to be encoded again is not, when another change for the same block does not ask for
   it.
   """
-  generation = Generation(engine(), "a red circle", seed=2)
+  generation = LiveVideo(engine(), "a red circle", seed=2)
   first = take(generation, 2)
   generation.change_prompt("a blue square", recache=True)
   generation.change_prompt("a red circle")
@@ -184,7 +184,7 @@ def test_a_change_may_be_taken_back():
 
 def test_the_pipes_memory_is_used_again():
   """A tick gives up the old pipe's arrays: two of them would be twice the caches."""
-  generation = Generation(engine(), "a", seed=2)
+  generation = LiveVideo(engine(), "a", seed=2)
   generation.step()
   old = generation._pipe
   generation.step()
@@ -193,7 +193,7 @@ def test_the_pipes_memory_is_used_again():
 
 def test_a_video_depends_on_its_prompt_and_seed():
   a, b, c, d = (
-    take(Generation(engine(), *of), 2) for of in (("a", 1), ("a", 1), ("b", 1), ("a", 2))
+    take(LiveVideo(engine(), *of), 2) for of in (("a", 1), ("a", 1), ("b", 1), ("a", 2))
   )
   np.testing.assert_array_equal(a, b)
   assert np.abs(a - c).max() > 1e-2 and np.abs(a - d).max() > 1e-2
@@ -204,7 +204,7 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
   warm.warm("a")
   programs = (warm.main._start, warm.main.compiled_tick, warm.main._show_again)
   before = [program._cache_size() for program in programs]
-  generation = Generation(warm, "a red circle", seed=1)
+  generation = LiveVideo(warm, "a red circle", seed=1)
   take(generation, 2)
   generation.change_prompt("a blue square", recache=True)
   take(generation, 6)
@@ -223,7 +223,7 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
     (ROW, {"window": 2}, "window = 2 cannot hold a block"),
     (
       ROW,
-      {"layout": Layout(stage=3)},
+      {"layout": Layout(level=3)},
       "stage = 3 does not divide the 4 noise levels; stage can be 1, 2 or 4",
     ),
     (
@@ -241,12 +241,12 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
       {"layout": Layout(tensor=4, sequence=2)},
       "tensor x sequence = 8 does not divide the 4 heads",
     ),
-    (ROW, {"layout": Layout(stage=4, tensor=2, sequence=2)}, "takes 16 devices; here are 8"),
+    (ROW, {"layout": Layout(level=4, tensor=2, sequence=2)}, "takes 16 devices; here are 8"),
   ],
 )
 def test_what_cannot_be_streamed(row, options, said):
   with pytest.raises(UserError, match=said) as raised:
-    Engine(parts(row), Options(**options))
+    Engine(parts(row), TickOptions(**options))
   assert "\n" not in str(raised.value)
 
 
@@ -259,7 +259,7 @@ def test_what_cannot_be_streamed(row, options, said):
 )
 def test_a_start_that_does_not_fit(given, said):
   with pytest.raises(UserError, match=said):
-    Generation(engine(), "a", start=given)
+    LiveVideo(engine(), "a", start=given)
 
 
 @pytest.mark.parametrize(

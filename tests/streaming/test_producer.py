@@ -102,7 +102,7 @@ def test_denoising_goes_on_while_a_block_is_decoded():
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_a_caller_that_takes_nothing_holds_it_up(ahead):
   generation = FakeGeneration()
-  with open_stream(generation=generation, ahead=ahead) as stream:
+  with open_stream(generation=generation, prefetch=ahead) as stream:
     most = 2 * ahead + 1  # waiting for the decoder, in it or waiting for the caller
     assert eventually(lambda: stream.made >= 2 * ahead)
     time.sleep(0.1)
@@ -128,7 +128,7 @@ def test_pause_and_go_on():
 
 def test_speed_counts_the_time_at_work():
   """Not the time in which nobody took anything."""
-  with open_stream(6, FakeGeneration(seconds=0.02), ahead=1) as stream:
+  with open_stream(6, FakeGeneration(seconds=0.02), prefetch=1) as stream:
     assert stream.speed is None
     for _ in stream:
       time.sleep(0.2)

@@ -12,9 +12,9 @@ import pytest
 
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
-from hiar_jax.streaming.compiled_tick import Options
+from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers.tiny_stream import CONFIG, ROW, SAF, assert_same, parts, quick_engine, take
 
 ONE = Layout()
@@ -22,7 +22,7 @@ ONE = Layout()
 
 @functools.cache
 def engine(layout: Layout = ONE, row=ROW, identity: str = "tiny", **options):
-  return quick_engine(parts(row, identity=identity), Options(layout=layout, **options))
+  return quick_engine(parts(row, identity=identity), TickOptions(layout=layout, **options))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def running(tmp_path_factory):
   blocks).
   """
   directory = tmp_path_factory.mktemp("saved") / "generation"
-  generation = Generation(engine(Layout(4)), "a red circle", seed=5)
+  generation = LiveVideo(engine(Layout(4)), "a red circle", seed=5)
   take(generation, 35)
   # still on its way through the levels when saved
   generation.change_prompt("a blue square", recache=True)
@@ -44,7 +44,7 @@ def running(tmp_path_factory):
 @pytest.mark.parametrize("layout", [Layout(4), Layout(2, 2), Layout()], ids=str)
 def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   directory, expected = running
-  generation = Generation.restore(directory, engine(layout))
+  generation = LiveVideo.restore(directory, engine(layout))
   assert generation.engine.layout == layout and generation.prompt == "a blue square"
   assert generation.in_flight == [
     (1, 39, "a blue square"),
@@ -59,7 +59,7 @@ def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
 
 def test_numbers_go_on_and_the_decoders_state_comes_back(running):
   directory, _ = running
-  generation = Generation.restore(directory, engine())
+  generation = LiveVideo.restore(directory, engine())
   count, frames = generation.decoder  # leaves, in the order of the tree's
   assert int(count) == 7
   np.testing.assert_array_equal(frames, np.arange(6.0).reshape(2, 3))
@@ -69,10 +69,10 @@ def test_numbers_go_on_and_the_decoders_state_comes_back(running):
 
 def test_a_picture_start_and_a_full_pipe_are_remembered(tmp_path):
   picture = np.ones((1, 1, 4, 4, CONFIG.channels), np.float32)
-  generation = Generation(engine(), "a", seed=1, start=picture)
+  generation = LiveVideo(engine(), "a", seed=1, start=picture)
   generation.step()
   generation.save(tmp_path / "g")
-  again = Generation.restore(tmp_path / "g", engine())
+  again = LiveVideo.restore(tmp_path / "g", engine())
   assert again.decoder is None
   np.testing.assert_array_equal(take(generation, 3), take(again, 3))
   assert again.step().frames_before == 1 + 3 * ROW.block
@@ -80,22 +80,22 @@ def test_a_picture_start_and_a_full_pipe_are_remembered(tmp_path):
 
 def test_saved_while_a_clean_sink_is_made(tmp_path):
   row = dataclasses.replace(SAF, sink=4, window=8)
-  generation = Generation(engine(row=row), "a red circle", seed=1)
+  generation = LiveVideo(engine(row=row), "a red circle", seed=1)
   head = take(generation, 1)
   generation.change_prompt("a blue square")
   generation.save(tmp_path / "g")
-  again = Generation.restore(tmp_path / "g", engine(row=row))
+  again = LiveVideo.restore(tmp_path / "g", engine(row=row))
   assert head.shape[1] == row.block
   np.testing.assert_array_equal(take(generation, 5), take(again, 5))
 
 
 def test_saving_again_replaces(tmp_path):
-  generation = Generation(engine(), "a", seed=1)
+  generation = LiveVideo(engine(), "a", seed=1)
   generation.save(tmp_path / "g")
   generation.change_prompt("b")
   generation.save(tmp_path / "g")
   assert [entry.name for entry in (tmp_path / "g").iterdir()] == ["2"]
-  assert Generation.restore(tmp_path / "g", engine()).prompt == "b"
+  assert LiveVideo.restore(tmp_path / "g", engine()).prompt == "b"
 
 
 def test_the_model_that_did_not_make_it_is_refused(running):
@@ -104,34 +104,36 @@ def test_the_model_that_did_not_make_it_is_refused(running):
     UserError,
     match="was saved by another model .tiny; this one is other.*give the model that made it",
   ) as raised:
-    Generation.restore(directory, engine(identity="other"))
+    LiveVideo.restore(directory, engine(identity="other"))
   assert "\n" not in str(raised.value)
   with pytest.raises(UserError, match="another model"):
-    Generation.restore(directory, parts(identity="other"))
+    LiveVideo.restore(directory, parts(identity="other"))
 
 
 def test_a_model_that_is_no_engine_yet_gets_the_options_it_was_saved_with(tmp_path):
-  generation = Generation(engine(sink_place="carried", window=9), "a", seed=1)
+  generation = LiveVideo(engine(sink_positions="relative", window=9), "a", seed=1)
   generation.save(tmp_path / "g")
-  plan = Generation.restore(tmp_path / "g", parts(), Layout(2)).engine.plan
-  assert (plan.history.window, plan.sink_place) == (9, "carried")
+  plan = LiveVideo.restore(tmp_path / "g", parts(), Layout(2)).engine.plan
+  assert (plan.history.window, plan.sink_positions) == (9, "relative")
 
 
 def test_other_options_are_refused(running):
   directory, _ = running
-  with pytest.raises(UserError, match="saved with other options .sink_place = true, here carried"):
-    Generation.restore(directory, engine(sink_place="carried"))
+  with pytest.raises(
+    UserError, match="saved with other options .sink_positions = absolute, here relative"
+  ):
+    LiveVideo.restore(directory, engine(sink_positions="relative"))
 
 
 def test_where_nothing_is_saved(tmp_path, running):
   with pytest.raises(UserError, match="holds no saved generation"):
-    Generation.restore(tmp_path / "nothing", engine())
+    LiveVideo.restore(tmp_path / "nothing", engine())
   with pytest.raises(UserError, match="holds no saved generation"):
-    Generation.restore(tmp_path, engine())
+    LiveVideo.restore(tmp_path, engine())
   with Checkpoints(tmp_path / "training", config={"a": 1}) as checkpoints:
     checkpoints.save(1, {"x": jnp.ones(1)}, {"x": jnp.ones(1)})
   with pytest.raises(UserError, match="a checkpoint, but not of a generation"):
-    Generation.restore(tmp_path / "training", engine())
+    LiveVideo.restore(tmp_path / "training", engine())
 
 
 def test_a_damaged_one_is_one_line(running, tmp_path):
@@ -141,5 +143,5 @@ def test_a_damaged_one_is_one_line(running, tmp_path):
     if path.is_file() and path.stat().st_size > 500:
       path.write_bytes(path.read_bytes()[:-100] + b"x" * 100)
   with pytest.raises(UserError, match="damaged") as raised:
-    Generation.restore(directory, engine())
+    LiveVideo.restore(directory, engine())
   assert "\n" not in str(raised.value)

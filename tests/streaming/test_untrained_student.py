@@ -6,9 +6,9 @@ import runpy
 
 import pytest
 
-from hiar_jax.streaming.compiled_tick import Engine, Options
+from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny, tiny_run
 from tests.helpers.tiny_stream import assert_same, take
 from tests.helpers.untrained import PROMPT, SEED, generated, untrained
@@ -25,14 +25,14 @@ SAF = {
 @pytest.mark.slow
 def test_a_clean_sink_as_it_is_generated(tmp_path):
   model = untrained(tmp_path, tiny_run.make_config(**SAF))
-  generation = Generation(model, PROMPT, SEED, Options(layout=Layout(stage=2)))
+  generation = LiveVideo(model, PROMPT, SEED, TickOptions(layout=Layout(level=2)))
   assert_same(take(generation, 5), generated(model, 5))
 
 
 def test_from_a_picture(tmp_path):
   model = untrained(tmp_path, tiny_run.make_config())
   given = tiny.random(4, 1, *model.experiment.latent.block(1))
-  generation = Generation(Engine(model, Options(layout=Layout())), PROMPT, SEED, start=given)
+  generation = LiveVideo(Engine(model, TickOptions(layout=Layout())), PROMPT, SEED, start=given)
   assert_same(take(generation, 3), generated(model, 3, given))
 
 
@@ -64,6 +64,6 @@ def shapes(tmp_path_factory):
 def test_the_shapes_student_on_one_to_eight_devices(shapes, layout):
   """None: all of them, a pipe of four stages of two devices."""
   model, expected = shapes
-  generation = Generation(model, PROMPT, SEED, Options(layout=layout))
-  assert generation.engine.layout == (layout or Layout(stage=4, tensor=2))
+  generation = LiveVideo(model, PROMPT, SEED, TickOptions(layout=layout))
+  assert generation.engine.layout == (layout or Layout(level=4, tensor=2))
   assert_same(take(generation, 5), expected, rounding=5e-5)

@@ -15,11 +15,13 @@ from PIL import Image
 import pytest
 
 from hiar_jax.progress import Progress, progress
-from hiar_jax.training.log import Writer, film_strip, read
+from hiar_jax.training.log import Writer, film_strip, read_log
 
 
 def without_time(path):
-  return [{key: value for key, value in record.items() if key != "time"} for record in read(path)]
+  return [
+    {key: value for key, value in record.items() if key != "time"} for record in read_log(path)
+  ]
 
 
 def write(directory, stage, steps):
@@ -61,14 +63,14 @@ def test_resuming_a_stage_leaves_the_others(tmp_path):
   assert [(r["stage"], r["step"]) for r in without_time(writer.path)] == [
     ("teacher", s) for s in range(1, 6)
   ]
-  assert len(read(writer.path, "teacher")) == 5 and not read(writer.path, "init")
+  assert len(read_log(writer.path, "teacher")) == 5 and not read_log(writer.path, "init")
 
 
 def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
   path = write(tmp_path, "init", [1, 2])
   path.write_text(path.read_text() + '{"stage": "init", "st')
   write(tmp_path, "init", [3])
-  assert [record["step"] for record in read(path)] == [1, 2, 3]
+  assert [record["step"] for record in read_log(path)] == [1, 2, 3]
 
 
 def test_tensorboard_gets_scalars_and_clips(tmp_path):

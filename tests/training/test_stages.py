@@ -19,9 +19,9 @@ from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
 from hiar_jax.training import loop, samples, stages
 from hiar_jax.training import state as states
-from hiar_jax.training.log import read
+from hiar_jax.training.log import read_log
 from hiar_jax.training.run import Run, open_run, read_config
-from hiar_jax.training.state import Training
+from hiar_jax.training.state import TrainConfig
 from tests.helpers import tiny_run
 
 # devices
@@ -168,7 +168,7 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   for process in range(2):
     monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-    feeds = loop.Feeds(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
+    feeds = loop.DataIterators(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
     monkeypatch.setattr(loop, "put_batch", lambda batch, mesh: batch)
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
@@ -226,8 +226,8 @@ def train(
 
   create = lambda: states.create(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
   with run.writer:
-    training = Training(steps=steps, batch=8, lr=0.1)
-    loop.train(
+    training = TrainConfig(steps=steps, batch=8, lr=0.1)
+    loop.run_stage(
       run, "teacher", training, create=create, update=update, feeds=Counter(), preview=preview
     )
   return training_state.load_params(run.directory("teacher") / "checkpoints")["w"]
@@ -235,7 +235,9 @@ def train(
 
 def logged(run: Run) -> list[int]:
   return [
-    record["step"] for record in read(run.workdir / "logs" / "metrics.jsonl") if "scalars" in record
+    record["step"]
+    for record in read_log(run.workdir / "logs" / "metrics.jsonl")
+    if "scalars" in record
   ]
 
 
@@ -262,7 +264,7 @@ def test_the_loop_logs_saves_and_previews_when_due(tmp_path):
 
 def test_a_stop_between_updates_is_saved_and_gone_on_from(tmp_path, capfd):
   run = make_run(tmp_path, log__every=2, log__checkpoint_every=100)
-  with pytest.raises(loop.Stopped) as stopped:
+  with pytest.raises(loop.Preempted) as stopped:
     train(run, steps=9, act=lambda step: step == 5 and os.kill(os.getpid(), signal.SIGTERM))
   assert stopped.value.code == 143
   assert (
@@ -276,7 +278,7 @@ def test_a_stop_between_updates_is_saved_and_gone_on_from(tmp_path, capfd):
 
 def test_a_stop_in_the_last_update_stops_before_the_next_stage(tmp_path):
   run = make_run(tmp_path)
-  with pytest.raises(loop.Stopped):
+  with pytest.raises(loop.Preempted):
     train(run, steps=3, act=lambda step: step == 3 and os.kill(os.getpid(), signal.SIGTERM))
   assert loop.is_done(run, "teacher", 3) and logged(run) == [1, 2, 3]
 
@@ -310,7 +312,7 @@ def test_what_a_checkpoint_has_behind_it_is_in_the_log(tmp_path, monkeypatch):
 
 def test_several_feeds_are_restored_as_one():
   a, b = Counter(), Counter()
-  feeds = loop.Feeds(None, prompts=a, trajectories=b)
+  feeds = loop.DataIterators(None, prompts=a, trajectories=b)
   a.count, b.count = 3, 5
   kept = feeds.get_state()
   a.count = b.count = 0
@@ -361,14 +363,14 @@ def test_prompts_of_a_file_are_taken_once(tmp_path):
 
 
 def test_words_that_do_nothing_are_said(with_data, capfd):
-  samples.tell_unknown(with_data, "a red circle moving left")
+  samples.print_remarks(with_data, "a red circle moving left")
   assert capfd.readouterr().err == ""
-  samples.tell_unknown(with_data, "a purple circle, dancing")
+  samples.print_remarks(with_data, "a purple circle, dancing")
   assert capfd.readouterr().err == (
     "prompt 'a purple circle, dancing': the model does not know 'purple', 'dancing'; it is made "
     "without\n"
   )
-  samples.tell_unknown(with_data, "a red circle " * 10)
+  samples.print_remarks(with_data, "a red circle " * 10)
   assert "the model reads 12 words; the last 18 are left out" in capfd.readouterr().err
 
 

@@ -9,11 +9,11 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.rollout import noise
 from hiar_jax.training import state as states
-from hiar_jax.training.state import Training, update_ema
+from hiar_jax.training.state import TrainConfig, update_ema
 
 
-def training(**changes) -> Training:
-  return Training(**{"steps": 10, "batch": 8, "lr": 0.1, **changes})
+def training(**changes) -> TrainConfig:
+  return TrainConfig(**{"steps": 10, "batch": 8, "lr": 0.1, **changes})
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def batch(count: int = 8) -> dict:
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
   params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.1)
-  run = lambda parts: states.descend(
+  run = lambda parts: states.apply_gradients(
     quadratic,
     params,
     optimizer.init(params),
@@ -123,12 +123,12 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
 def test_the_mean_over_devices_is_taken_before_the_update():
   """Two devices with half a batch each: their mean is the update of the whole."""
   params, optimizer, whole = {"w": jnp.ones(3)}, optax.sgd(0.1), batch()
-  expected, _, metrics = states.descend(
+  expected, _, metrics = states.apply_gradients(
     quadratic, params, optimizer.init(params), optimizer, whole, mean=lambda x: x
   )
   halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), whole)
   mean = lambda tree: jax.lax.pmean(tree, "devices")
-  step = lambda part: states.descend(
+  step = lambda part: states.apply_gradients(
     quadratic, params, optimizer.init(params), optimizer, part, mean=mean
   )
   found, _, found_metrics = jax.vmap(step, axis_name="devices")(halves)

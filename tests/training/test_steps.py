@@ -48,7 +48,7 @@ TASK = Task(
   negative=jnp.zeros_like,
   latent=LatentShape(frames=3, height=1, width=2, channels=4),
 )
-SIGMAS = np.asarray(flow.warped_levels((1000, 500), 5.0), np.float32)
+SIGMAS = np.asarray(flow.shifted_schedule((1000, 500), 5.0), np.float32)
 BATCH = 8
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.video import fragmented_mp4
-from hiar_jax.video.fragmented_mp4 import GrowingMP4
+from hiar_jax.video.fragmented_mp4 import FragmentedMP4
 from hiar_jax.video.mp4 import read_metadata, read_mp4
 from hiar_jax.video.png import PNGFolder
 
@@ -28,7 +28,7 @@ def pieces(count, frames=5, size=(32, 30)):
 
 
 def write(path, videos, **options):
-  with GrowingMP4(path, 8, {"prompt": "a réd square", "seed": "3"}, scale=4, **options) as file:
+  with FragmentedMP4(path, 8, {"prompt": "a réd square", "seed": "3"}, scale=4, **options) as file:
     return [file.write(frames) for frames in videos]
 
 
@@ -39,7 +39,7 @@ def times(path):
 
 def test_every_fragment_is_there_when_write_returns(tmp_path):
   path, videos = tmp_path / "new" / "clip.mp4", pieces(4)
-  with GrowingMP4(path, 8, {"prompt": "a réd square", "seed": "3"}, scale=4) as file:
+  with FragmentedMP4(path, 8, {"prompt": "a réd square", "seed": "3"}, scale=4) as file:
     for i, frames in enumerate(videos, 1):
       fragment = file.write(frames)
       assert (fragment.first, fragment.frames, fragment.end) == (
@@ -58,7 +58,7 @@ def test_every_fragment_is_there_when_write_returns(tmp_path):
 def test_fragments_are_what_browsers_want(tmp_path):
   """Each starts with a key frame, at its place in time, and the head says which codec it is."""
   path = tmp_path / "clip.mp4"
-  with GrowingMP4(path, 23.976) as file:
+  with FragmentedMP4(path, 23.976) as file:
     made = [file.write(frames) for frames in pieces(3)]
   assert file.mime.startswith('video/mp4; codecs="avc1.64')
   assert fragmented_mp4.scan(path)[1:] == made
@@ -83,7 +83,7 @@ def test_a_fragment_half_written_is_passed_over(tmp_path, monkeypatch):
   path, cut = tmp_path / "clip.mp4", tmp_path / "cut.mp4"
   with monkeypatch.context() as patch:
     made = write(path, pieces(2))
-    patch.setattr(GrowingMP4, "_commit", lambda *_: None)  # killed just before that
+    patch.setattr(FragmentedMP4, "_commit", lambda *_: None)  # killed just before that
     write(path, pieces(3)[2:], keep=10)
   content = path.read_bytes()
   for size in [
@@ -110,7 +110,7 @@ def times_until_damage(path):
 
 def test_a_fragment_is_on_the_disk_before_it_counts_as_one(tmp_path, monkeypatch):
   done = []
-  with GrowingMP4(tmp_path / "clip.mp4", 8) as file:
+  with FragmentedMP4(tmp_path / "clip.mp4", 8) as file:
     file.write(pieces(1)[0])
     fsync, pwrite = os.fsync, os.pwrite
     monkeypatch.setattr(os, "fsync", lambda *arguments: done.append("fsync") or fsync(*arguments))
@@ -153,18 +153,18 @@ def test_what_cannot_be_gone_on_with_is_left_alone(tmp_path, keep, size, what):
 def test_nothing_is_overwritten(tmp_path):
   (tmp_path / "old.mp4").write_bytes(b"old")
   with pytest.raises(UserError, match="old.mp4 is there already"):
-    GrowingMP4(tmp_path / "old.mp4", 8)
+    FragmentedMP4(tmp_path / "old.mp4", 8)
   with pytest.raises(UserError, match="absent.mp4 is not there to be gone on with"):
-    GrowingMP4(tmp_path / "absent.mp4", 8, keep=3)
+    FragmentedMP4(tmp_path / "absent.mp4", 8, keep=3)
   with pytest.raises(UserError, match="old.mp4 is no fragmented MP4"):
-    GrowingMP4(tmp_path / "old.mp4", 8, keep=0)
+    FragmentedMP4(tmp_path / "old.mp4", 8, keep=0)
   with pytest.raises(UserError, match="old.mp4/x.mp4: cannot be written"):
-    GrowingMP4(tmp_path / "old.mp4" / "x.mp4", 8)
+    FragmentedMP4(tmp_path / "old.mp4" / "x.mp4", 8)
   assert (tmp_path / "old.mp4").read_bytes() == b"old" and os.listdir(tmp_path) == ["old.mp4"]
 
 
 def test_wrong_frames(tmp_path):
-  with GrowingMP4(tmp_path / "clip.mp4", 8) as file:
+  with FragmentedMP4(tmp_path / "clip.mp4", 8) as file:
     with pytest.raises(UserError, match="expected uint8"):
       file.write(np.zeros((2, 8, 8, 3), np.float32))
     file.write(pieces(1)[0])
@@ -174,7 +174,7 @@ def test_wrong_frames(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-  with GrowingMP4(tmp_path / "clip.mp4", 8) as file:
+  with FragmentedMP4(tmp_path / "clip.mp4", 8) as file:
     file.write(pieces(1)[0])
 
     def full(_):

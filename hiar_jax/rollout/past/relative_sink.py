@@ -16,7 +16,7 @@ from hiar_jax.method import History
 from hiar_jax.models import rope
 from hiar_jax.types import Positions
 
-PLACES = ("true", "carried")
+POSITIONS = ("absolute", "relative")
 
 
 def check(history: History) -> None:
@@ -37,7 +37,7 @@ def distance(positions: Positions, history: History) -> jax.Array:
   return jnp.maximum(positions[-1] + 1 - history.window, 0)
 
 
-def turn(keys: jax.Array, frames: jax.Array) -> jax.Array:
+def rotate(keys: jax.Array, frames: jax.Array) -> jax.Array:
   """Rotated keys [layers b s t a d] -> the same keys `frames` further on (a scalar, at least 0)."""
   pairs = keys.shape[-1] // 2
   moving = rope.split_pairs(keys.shape[-1])[0]

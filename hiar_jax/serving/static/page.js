@@ -91,9 +91,9 @@ function connect() {
   };
 }
 
-function say(wish, file = null) {
+function say(command, file = null) {
   if (socket?.readyState !== WebSocket.OPEN) return tell("The server is not there.");
-  const text = JSON.stringify(wish);
+  const text = JSON.stringify(command);
   socket.send(file ? new Blob([text, "\n", file]) : text);
 }
 
@@ -139,7 +139,7 @@ const STATES = {
   connecting: () => "connecting",
   away: () => "the server is not there; trying again",
   waiting: (s) => {
-    const others = s.places === 1 ? "Another video is" : `${s.places} other videos are`;
+    const others = s.max_generations === 1 ? "Another video is" : `${s.max_generations} other videos are`;
     return `${others} being made; ${s.before ? `${s.before} before you` : "you are next"}`;
   },
   starting: () => "starting",
@@ -251,14 +251,14 @@ $("form").addEventListener("submit", (event) => {
     return tell(`${file.name} has ${number(file.size / 2 ** 20)} MB; at most ${MOST} can be sent.`);
   tell(file ? `Sending ${file.name}.` : "");
   pressed = performance.now();
-  const wish = {
+  const command = {
     do: "start",
     prompt: $("prompt").value,
     seed: Number($("seed").value),
     seconds: length ? Number(length) : null,
   };
-  if (file) say({ ...wish, name: file.name }, file);
-  else say(wish);
+  if (file) say({ ...command, name: file.name }, file);
+  else say(command);
 });
 $("given").onchange = () => {
   $("nothing").hidden = !$("given").files.length;

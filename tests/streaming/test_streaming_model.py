@@ -9,13 +9,13 @@ import pytest
 
 from hiar_jax.components import chunked_decoder
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Start
+from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.models import vae
 from hiar_jax.streaming import timeline
-from hiar_jax.streaming.compiled_tick import Options
-from hiar_jax.streaming.decoding import Streamed
+from hiar_jax.streaming.compiled_tick import TickOptions
+from hiar_jax.streaming.decoding import CausalDecoder
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.streaming.source import Source
+from hiar_jax.streaming.streaming_model import StreamingModel
 from tests.helpers import tiny_run
 from tests.helpers.untrained import (  # noqa: F401
   PROMPT,
@@ -33,13 +33,13 @@ ANOTHER = "a blue square moving up"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
   model = untrained(tmp_path_factory.mktemp("model"), tiny_run.make_config())
-  return Source(model, Options(layout=Layout()))
+  return StreamingModel(model, TickOptions(layout=Layout()))
 
 
 @pytest.fixture(scope="module")
 def wide(source):
   """The same model on another layout."""
-  return Source(source.model, Options(layout=Layout(stage=4)))
+  return StreamingModel(source.model, TickOptions(layout=Layout(level=4)))
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +82,14 @@ def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(
 def test_a_picture_is_the_first_frame(source, tmp_path):
   Image.fromarray(np.full((16, 16, 3), (250, 10, 10), np.uint8)).save(tmp_path / "red.png")
   with source.open(
-    PROMPT, seed=SEED, frames=5, start=Start(tmp_path / "red.png", "image")
+    PROMPT, seed=SEED, frames=5, start=Conditioning(tmp_path / "red.png", "image")
   ) as stream:
     chunks = list(stream)
   assert [len(chunk.frames) for chunk in chunks] == [1, 2, 2] and [
     chunk.block for chunk in chunks
   ] == [0, 1, 2]
   with pytest.raises(UserError, match="the given start has 1 already"):
-    source.open(PROMPT, frames=1, start=Start(tmp_path / "red.png", "image"))
+    source.open(PROMPT, frames=1, start=Conditioning(tmp_path / "red.png", "image"))
 
 
 def test_what_to_show_is_said_once(source):
@@ -107,9 +107,9 @@ VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res
 def test_a_causal_decoder_remembers():
   """Block by block, and after its memory has been on the disk, the frames of the whole."""
   latents = np.random.default_rng(0).normal(size=(1, 6, 4, 4, 16)).astype(np.float32)
-  stream = chunked_decoder.of_vae(vae.init(VAE, jax.random.key(0)), VAE)
+  stream = chunked_decoder.from_vae(vae.init(VAE, jax.random.key(0)), VAE)
   device = jax.devices()[3]
-  decoder, memory, pieces = Streamed(stream, device), None, []
+  decoder, memory, pieces = CausalDecoder(stream, device), None, []
   for start in range(0, 6, 2):
     pixels, memory = decoder(latents[:, start : start + 2], memory)
     memory = decoder.remember(

@@ -13,11 +13,11 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Start, latent_frames
-from hiar_jax.generation.video_model import StudentModel
+from hiar_jax.generation.conditioning import Conditioning, latent_frames
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import decoding
-from hiar_jax.streaming.compiled_tick import Engine, Options
-from hiar_jax.streaming.live_video import Generation
+from hiar_jax.streaming.compiled_tick import Engine, TickOptions
+from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream, block_seconds
 from hiar_jax.streaming.timeline import Timeline
 from hiar_jax.training.experiment import Experiment
@@ -25,7 +25,7 @@ from hiar_jax.video import lengths
 
 
 @dataclasses.dataclass(frozen=True)
-class Frames:
+class ConditioningFrames:
   """A start that was read before: uint8 [F H W 3] of one `kind`, and the name of the file that it
   came from.
   """
@@ -39,13 +39,13 @@ class Frames:
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StreamingModel:
   """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the
   first.
   """
 
-  model: StudentModel
-  options: Options = Options()
+  model: VideoModel
+  options: TickOptions = TickOptions()
   decode_on: jax.Device | None = None
 
   @property
@@ -81,14 +81,14 @@ class Source:
     return Engine(self.model, self.options)
 
   @functools.cached_property
-  def decoder(self) -> decoding.Decoder:
-    return decoding.of_medium(self.model.run.medium, self.decode_on or _free_device(self.engine))
+  def decoder(self) -> decoding.BlockDecoder:
+    return decoding.make_decoder(self.model.run.medium, self.decode_on or _free_device(self.engine))
 
   def remarks(self, prompt: str) -> list[str]:
     """What the model will not understand of a prompt, a line each."""
     return self.model.run.medium.remarks(prompt)
 
-  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[Frames, str]:
+  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
     """(a file's frames, of a video those that a window holds, at its end; what was done to them in
     a line, '' for nothing).
 
@@ -96,8 +96,8 @@ class Source:
     """
     e, k = self.experiment, self.experiment.history.block
     window = -(-self.engine.plan.history.window // k) * k
-    pixels, line = Start(path, kind, e.pixel_frames(window)).read(e)
-    return Frames(pathlib.Path(name), kind, pixels), line
+    pixels, line = Conditioning(path, kind, e.pixel_frames(window)).read(e)
+    return ConditioningFrames(pathlib.Path(name), kind, pixels), line
 
   def open(
     self,
@@ -106,8 +106,8 @@ class Source:
     timeline: Timeline | None = None,
     seed: int = 0,
     frames: int | None = None,
-    start: Start | Frames | None = None,
-    ahead: int = 2,
+    start: Conditioning | ConditioningFrames | None = None,
+    prefetch: int = 2,
   ) -> Stream:
     """A new stream. frames: of the video, those of its start included, rounded up to whole blocks;
     None: without end.
@@ -124,7 +124,7 @@ class Source:
     before = 0 if given is None else given.shape[1]
     changes = timeline.changes(self.seconds(before)) if timeline else []
     first = changes.pop(0).prompt if changes else prompt
-    generation = Generation(self.engine, first, seed, start=given)
+    generation = LiveVideo(self.engine, first, seed, start=given)
     changes = timeline.changes(self.seconds(before), generation.next_block) if timeline else []
     return Stream(
       generation,
@@ -133,7 +133,7 @@ class Source:
       blocks=self._blocks(frames, before),
       changes=changes,
       given=given,
-      ahead=ahead,
+      prefetch=prefetch,
     )
 
   def resume(
@@ -142,14 +142,14 @@ class Source:
     *,
     timeline: Timeline | None = None,
     frames: int | None = None,
-    ahead: int = 2,
+    prefetch: int = 2,
   ) -> Stream:
     """Goes on with what Stream.save wrote; the layout may be another. timeline: in place of the one
     that it was saved with.
 
     Raises UserError where it has as many frames already, or what Generation.restore raises.
     """
-    generation = Generation.restore(directory, self.engine)
+    generation = LiveVideo.restore(directory, self.engine)
     k, (height, width) = self.experiment.history.block, self.engine.parts.size
     changes = (
       {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)}
@@ -162,7 +162,7 @@ class Source:
       (1, k, height, width, self.engine.parts.config.channels),
       fps=self.fps,
       blocks=self._blocks(frames, generation.given_frames),
-      ahead=ahead,
+      prefetch=prefetch,
       **changes,
     )
     taken = stream.taken
@@ -182,7 +182,7 @@ class Source:
     )
 
   def provenance(
-    self, prompt: str, seed: int, start: Start | Frames | None = None
+    self, prompt: str, seed: int, start: Conditioning | ConditioningFrames | None = None
   ) -> dict[str, str]:
     """What a file says of itself. prompt: the one that it starts with."""
     e = self.experiment
@@ -197,7 +197,7 @@ class Source:
       "hiar_jax": __version__,
     }
 
-  def _given(self, start: Start | Frames | None) -> np.ndarray | None:
+  def _given(self, start: Conditioning | ConditioningFrames | None) -> np.ndarray | None:
     """[1 f h w c]"""
     if start is None:
       return None
