@@ -1,16 +1,17 @@
-"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score. Not a
-run of the paper.
+"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score.
 
-python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b
---config.data.prompts=prompts.txt
+    python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b \
+      --config.data.prompts=prompts.txt
+
+Not a run of the paper.
 """
 
-from experiments import hiar_wan_1_3b
+from hiar_jax.experiments import hiar_wan_1_3b
 
 
 def get_config():
   c = hiar_wan_1_3b.get_config()
-  c.model = hiar_wan_1_3b.dit_14b()
+  c.model.update(hiar_wan_1_3b.SIZE_14B)
   c.weights.base = c.codec.weights = c.text.weights = "weights/wan_14b"
   c.weights.teacher = ""  # the base
   del c.teacher_model

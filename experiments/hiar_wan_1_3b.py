@@ -9,6 +9,7 @@ Wan2.1-T2V-14B as the real score.
 For accelerators: never trained here. "code" below is the published configs/hiar.yaml and its
 trainer, where the paper is silent or differs. To start from a causal student that exists (the
 published run starts from Self-Forcing's ode_init.pt), convert it and set weights.student.
+
 To use it:
 
     python -m hiar_jax.generate --config=experiments/hiar_wan_1_3b.py --weights=weights/hiar \
@@ -17,132 +18,141 @@ To use it:
 
 from ml_collections import config_dict
 
-from experiments import shapes
-
 
 def get_config() -> config_dict.ConfigDict:
-  c = config_dict.ConfigDict()
-  c.seed = 0
-  c.stages_from = ""
-
-  c.weights = config_dict.ConfigDict()
-  c.weights.base = "weights/wan_1_3b"  # student, critic and trajectories start from it
-  c.weights.teacher = "weights/wan_14b"  # section 4.1: the 14B model is the real score
-  # a converted causal student; empty: causal init on trajectories of the base
-  c.weights.student = ""
-
-  c.data = config_dict.ConfigDict()
-  c.data.source = "prompts"
-  c.data.prompts = "prompts.txt"  # code: vidprom_filtered_extended.txt, Self-Forcing's
-  c.data.frames = 81  # section 4.1: 5 seconds, 21 latent frames
-  c.data.size = (480, 832)
-  c.data.fps = 16.0  # Wan2.1
-
-  c.codec = config_dict.ConfigDict()
-  c.codec.kind = "wan"
-  c.codec.weights = "weights/wan_1_3b"
-  c.codec.tiny = False
-  c.codec.tile = 0
-  c.codec.dtype = "float32"  # code: the VAE is never cast
-
-  c.text = config_dict.ConfigDict()
-  c.text.kind = "umt5"
-  c.text.weights = "weights/wan_1_3b"
-  c.text.cache = ""
-  c.text.dtype = "bfloat16"  # the published encoder's
-
-  c.model = dit_1_3b()
-  c.teacher_model = dit_14b()
-
-  c.student = config_dict.ConfigDict()
-  c.student.timesteps = (1000, 750, 500, 250)  # section 4.1: four steps
-  c.student.shift = 5.0  # code
-
-  c.history = config_dict.ConfigDict()  # HiAR's row of history.py
-  c.history.block = 3  # section 4.1: three latent frames
-  c.history.order = "step_first"  # Algorithm 1
-  c.history.level = "output"  # Eq. 9
-  c.history.gradient = "detached"
-  c.history.window = 21  # section 4.1: 5 seconds
-  c.history.sink = 0
-  c.history.sink_level = "history"
-  c.history.renoise = "fresh"  # code; the paper's Eq. 3 is "euler"
-
-  c.teacher = shapes.training(steps=1, batch=64, lr=1e-5)  # not run: weights.base is there
-
-  c.trajectories = config_dict.ConfigDict()
-  # section 4.1, for forward-KL; 16,000 for causal init; the code makes 16,000
-  c.trajectories.count = 20_000
-  c.trajectories.batch = 64
-  c.trajectories.steps = 48  # code; section 4.1 says 50, which does not hold the student's levels
-  c.trajectories.shift = 8.0  # code, the base's own; 0 for the student's levels
-  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
-  c.trajectories.guidance = 5.0
-  c.trajectories.dtype = "float16"
-  c.trajectories.pairs = ""  # or a folder of published ode_pairs, imported instead
-
-  # Self-Forcing's ODE initialisation
-  c.causal_init = shapes.training(steps=6_000, batch=64, lr=2e-6)
-  c.causal_init.b1 = 0.0
-  c.causal_init.ema_start = 200
-  c.causal_init.shows = "noisy"
-
-  # section 4.1; the code counts critic updates
-  c.distill = shapes.training(steps=20_000, batch=64, lr=2e-6)
-  c.distill.warmup = 0  # code
-  c.distill.b1 = 0.0  # code
-  c.distill.ema_decay = 0.99  # code
-  c.distill.ema_start = 200  # code
-  c.distill.critic_lr = 3e-7  # code; Self-Forcing 4e-7
-  c.distill.critic_updates = 5  # section 4.1: 5 : 1
-  c.distill.critic_warmup = 0
-  c.distill.guidance = 3.0  # code: cond + 3 (cond - uncond)
-  c.distill.score_shift = 5.0  # code
-  c.distill.score_low = 0.02  # code: timesteps clamped to [20, 980]
-  c.distill.score_high = 0.98
-  c.distill.forward_kl = config_dict.ConfigDict()
-  c.distill.forward_kl.weight = 0.1  # section 4.1: lambda
-  c.distill.forward_kl.steps = 1  # section 4.1: K
-  c.distill.forward_kl.attention = "bidirectional"  # the paper (Table 3); the code is "causal"
-  c.distill.forward_kl.target = "velocity"  # Eq. 10
-
-  c.sample = config_dict.ConfigDict()
-  c.sample.prompts = "held_out"  # the first prompts of the data
-  c.sample.count = 8
-  c.sample.length = 4.0  # section 4.2: 20 seconds
-  c.sample.seed = 0
-  c.sample.fps = 16.0
-  c.sample.scale = 1
-  c.sample.batch = 1
-
-  c.mesh = config_dict.ConfigDict()
-  c.mesh.data = 1
-  c.mesh.fsdp = -1  # code: FSDP over all devices
-  c.mesh.mapping = "jit"
-
-  c.log = config_dict.ConfigDict()
-  c.log.every = 10
-  c.log.preview_every = 500
-  c.log.checkpoint_every = 200
-  c.log.keep = 2
-  return c
-
-
-def dit_1_3b() -> config_dict.ConfigDict:
-  """Wan2.1-T2V-1.3B."""
-  return _dit(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
-
-
-def dit_14b() -> config_dict.ConfigDict:
-  """Wan2.1-T2V-14B."""
-  return _dit(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+  return config_dict.ConfigDict(
+    dict(
+      seed=0,
+      stages_from="",
+      weights=dict(
+        base="weights/wan_1_3b",  # student, critic and trajectories start from it
+        teacher="weights/wan_14b",  # section 4.1: the 14B model is the real score
+        student="",  # a converted causal student; empty: causal init on trajectories of the base
+      ),
+      data=dict(
+        source="prompts",
+        prompts="prompts.txt",  # code: vidprom_filtered_extended.txt, Self-Forcing's
+        frames=81,  # section 4.1: 5 seconds, 21 latent frames
+        size=(480, 832),
+        fps=16.0,  # Wan2.1
+      ),
+      codec=dict(
+        kind="wan",
+        weights="weights/wan_1_3b",
+        tiny=False,
+        tile=0,
+        dtype="float32",  # code: the VAE is never cast
+      ),
+      text=dict(
+        kind="umt5",
+        weights="weights/wan_1_3b",
+        cache="",
+        dtype="bfloat16",  # the published encoder's
+      ),
+      model=dict(DIT, **SIZE_1_3B),
+      teacher_model=dict(DIT, **SIZE_14B),
+      student=dict(
+        timesteps=(1000, 750, 500, 250),  # section 4.1: four steps
+        shift=5.0,  # code
+      ),
+      history=dict(  # HiAR's row of method.py
+        block=3,  # section 4.1: three latent frames
+        order="step_first",  # Algorithm 1
+        level="output",  # Eq. 9
+        gradient="detached",
+        window=21,  # section 4.1: 5 seconds
+        sink=0,
+        sink_level="history",
+        renoise="fresh",  # code; the paper's Eq. 3 is "euler"
+      ),
+      teacher=dict(TRAINING, steps=1, batch=64, lr=1e-5),  # not run: weights.base is there
+      trajectories=dict(
+        count=20_000,  # section 4.1, for forward-KL; 16,000 for causal init; the code makes 16,000
+        batch=64,
+        steps=48,  # code; section 4.1 says 50, which does not hold the student's levels
+        shift=8.0,  # code, the base's own; 0 for the student's levels
+        guidance=5.0,  # code: guidance 6 in the other convention, cond + 5 (cond - uncond) here
+        dtype="float16",
+        pairs="",  # or a folder of published ode_pairs, imported instead
+      ),
+      causal_init=dict(  # Self-Forcing's ODE initialisation
+        TRAINING,
+        steps=6_000,
+        batch=64,
+        lr=2e-6,
+        b1=0.0,
+        ema_start=200,
+        shows="noisy",
+      ),
+      distill=dict(
+        TRAINING,
+        steps=20_000,  # section 4.1; the code counts critic updates
+        batch=64,
+        lr=2e-6,
+        warmup=0,  # code
+        b1=0.0,  # code
+        ema_decay=0.99,  # code
+        ema_start=200,  # code
+        critic_lr=3e-7,  # code; Self-Forcing 4e-7
+        critic_updates=5,  # section 4.1: 5 : 1
+        critic_warmup=0,
+        guidance=3.0,  # code: cond + 3 (cond - uncond)
+        score_shift=5.0,  # code
+        score_low=0.02,  # code: timesteps clamped to [20, 980]
+        score_high=0.98,
+        forward_kl=dict(
+          weight=0.1,  # section 4.1: lambda
+          steps=1,  # section 4.1: K
+          attention="bidirectional",  # the paper (Table 3); the code is "causal"
+          target="velocity",  # Eq. 10
+        ),
+      ),
+      sample=dict(
+        prompts="held_out",  # the first prompts of the data
+        count=8,
+        length=4.0,  # section 4.2: 20 seconds
+        seed=0,
+        fps=16.0,
+        scale=1,
+        batch=1,
+      ),
+      mesh=dict(
+        data=1,
+        fsdp=-1,  # code: FSDP over all devices
+        mapping="jit",
+      ),
+      log=dict(
+        every=10,
+        preview_every=500,
+        checkpoint_every=200,
+        keep=2,
+      ),
+    )
+  )
 
 
-def _dit(**sizes: int) -> config_dict.ConfigDict:
-  m = config_dict.ConfigDict(sizes)
-  m.patch = (1, 2, 2)
-  m.freq_dim = 256
-  m.dtype = "bfloat16"  # code: mixed precision; parameters that train are float32
-  m.remat = "full"  # code: gradient checkpointing
-  m.attention = "xla"  # or "cudnn" on a GPU
-  return m
+# What the trained stages share where they do not say otherwise.
+TRAINING = dict(
+  warmup=50,
+  schedule="constant",
+  b1=0.9,
+  b2=0.999,
+  weight_decay=0.01,  # code
+  clip=10.0,  # code
+  ema_decay=0.99,
+  ema_start=0,
+  accumulate=1,
+  rule="adamw",
+  muon_lr=0.02,  # read by rule="muon" alone
+)
+
+# Wan2.1's DiT.
+DIT = dict(
+  patch=(1, 2, 2),
+  freq_dim=256,
+  dtype="bfloat16",  # code: mixed precision; parameters that train are float32
+  remat="full",  # code: gradient checkpointing
+  attention="xla",  # or "cudnn" on a GPU
+)
+SIZE_1_3B = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)  # Wan2.1-T2V-1.3B
+SIZE_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)  # Wan2.1-T2V-14B

@@ -1,11 +1,13 @@
 """Self-Aligned Forcing with Wan2.1-T2V-1.3B: history at the input level, differentiable, with a
-clean sink. The rival.
+clean sink.
 
-python -m hiar_jax.train --config=experiments/self_aligned_wan_1_3b.py --workdir=runs/self_aligned
---config.data.prompts=prompts.txt
+    python -m hiar_jax.train --config=experiments/self_aligned_wan_1_3b.py \
+      --workdir=runs/self_aligned --config.data.prompts=prompts.txt
+
+The rival.
 """
 
-from experiments import hiar_wan_1_3b
+from hiar_jax.experiments import hiar_wan_1_3b
 
 
 def get_config():

@@ -1,11 +1,12 @@
 """Self-Forcing (arXiv 2506.08009) with Wan2.1-T2V-1.3B: block-first, clean history, no forward-KL.
-The baseline.
 
-python -m hiar_jax.train --config=experiments/self_forcing_wan_1_3b.py --workdir=runs/self_forcing
---config.data.prompts=prompts.txt
+    python -m hiar_jax.train --config=experiments/self_forcing_wan_1_3b.py \
+      --workdir=runs/self_forcing --config.data.prompts=prompts.txt
+
+The baseline.
 """
 
-from experiments import hiar_wan_1_3b
+from hiar_jax.experiments import hiar_wan_1_3b
 
 
 def get_config():

@@ -1,11 +1,13 @@
 """Self-Aligned Forcing (2026) on the shapes world: history at the input level, differentiable, with
-a clean sink. The rival.
+a clean sink.
 
-python -m hiar_jax.train --config=experiments/shapes_self_aligned.py --workdir=runs/self_aligned
---config.stages_from=runs/shapes
+    python -m hiar_jax.train --config=experiments/shapes_self_aligned.py \
+      --workdir=runs/self_aligned --config.stages_from=runs/shapes
+
+The rival.
 """
 
-from experiments import shapes
+from hiar_jax.experiments import shapes
 
 
 def get_config(variant: str = "main"):

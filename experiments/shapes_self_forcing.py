@@ -1,11 +1,12 @@
-"""Self-Forcing (arXiv 2506.08009) on the shapes world: HiAR's chain with another row of history.py.
-The baseline.
+"""Self-Forcing (arXiv 2506.08009) on the shapes world: HiAR's chain with another row of method.py.
 
-python -m hiar_jax.train --config=experiments/shapes_self_forcing.py --workdir=runs/self_forcing
---config.stages_from=runs/shapes
+    python -m hiar_jax.train --config=experiments/shapes_self_forcing.py \
+      --workdir=runs/self_forcing --config.stages_from=runs/shapes
+
+The baseline.
 """
 
-from experiments import shapes
+from hiar_jax.experiments import shapes
 
 
 def get_config(variant: str = "main"):

@@ -2,9 +2,13 @@
 alone.
 """
 
+import os
 import runpy
+import subprocess
+import sys
 
 import pytest
+import setuptools
 
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import difference
@@ -39,6 +43,34 @@ def test_it_builds(path, variant):
   assert experiment.stages_from == "" and experiment.dit.channels == experiment.codec.channels
   # a video four times longer than anything that was trained on
   assert experiment.sample.length >= 4
+
+
+FORK = """
+from hiar_jax.experiments import shapes
+
+def get_config(variant="main"):
+  c = shapes.get_config(variant)
+  c.history.window = 9
+  return c
+"""
+
+
+def test_a_fork_works_from_any_folder(tmp_path):
+  """As README has it: hiar_jax is installed, experiments/ is not on the path."""
+  (tmp_path / "mine.py").write_text(FORK)
+  code = "import runpy; print(runpy.run_path('mine.py')['get_config']('smoke').history.window)"
+  environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+  (tmp_path / "site").mkdir()
+  (tmp_path / "site" / "hiar_jax").symlink_to(tiny_run.ROOT / "hiar_jax")
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+  )
+  assert done.stdout == "9\n", done.stderr
+
+
+def test_they_are_installed_with_the_package():
+  packages = setuptools.find_namespace_packages(str(tiny_run.ROOT), include=["hiar_jax.*"])
+  assert "hiar_jax.experiments" in packages
 
 
 def test_the_method_of_shapes_is_hiar():

@@ -27,7 +27,7 @@ from tests.helpers.tiny_wan import DIT, random_like, save_weights
 # The 14B model's part is played by a network of another size than the student's.
 TEACHER = dit.DiTConfig(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=16)
 CONFIG = """
-from experiments import hiar_wan_1_3b
+from hiar_jax.experiments import hiar_wan_1_3b
 
 def get_config():
   c = hiar_wan_1_3b.get_config()

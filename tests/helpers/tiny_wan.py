@@ -10,7 +10,7 @@ from hiar_jax.models import dit, taehv, umt5, vae
 from tests.helpers.small_tokenizer import save_small_tokenizer
 
 CONFIG = """
-from experiments import hiar_wan_1_3b
+from hiar_jax.experiments import hiar_wan_1_3b
 
 def get_config():
   c = hiar_wan_1_3b.get_config()

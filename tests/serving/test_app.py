@@ -372,7 +372,7 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
         await one.say(do="start", prompt=PROMPT, seconds=1)
         await one.until(lambda tab: tab.is_in("finished"))
         await eventually(lambda: client not in server.queue.clients and session.is_over)
-      assert session.why == "the client was too slow to take it"
+      assert session.why == "the viewer was too slow to take it"
 
   source = FakeSource(0.01, decoder=Snow)
   source.scale = 1

@@ -28,7 +28,7 @@ FAR = 300_000_000  # blocks: at 4 latent frames a second, 4 years
 @functools.cache
 def engine(row: History):
   return quick_engine(
-    parts(row), TickOptions(layout=Layout(), sink_positions="relative" if row.sink else "true")
+    parts(row), TickOptions(layout=Layout(), sink_positions="relative" if row.sink else "absolute")
   )
 
 
