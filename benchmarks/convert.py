@@ -30,12 +30,12 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.conversion import catalog, export, layouts
 from hiar_jax.conversion.dit_keys import dit_rules
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.blocks import apply_with_cache, block_positions
 from hiar_jax.rollout.past import ring as caches
 
-HISTORY = History()  # HiAR's
+HISTORY = Method()  # HiAR's
 TEXT_TOKENS = 512
 FACTOR = 8  # pixels per latent pixel
 INTERVAL = 0.02  # seconds between two looks at a process's memory

@@ -140,7 +140,7 @@ def decoded(codec: PatchPCA, engine: Engine, blocks: int) -> dict:
   # compiles
   decoder(
     np.zeros(
-      (1, engine.plan.history.block, *engine.parts.size, engine.parts.config.channels), np.float32
+      (1, engine.plan.method.block, *engine.parts.size, engine.parts.config.channels), np.float32
     ),
     None,
   )

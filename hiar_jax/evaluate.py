@@ -22,7 +22,7 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.files import write_atomic
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
@@ -75,13 +75,13 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   """(name, videos uint8) of each row."""
   first = runs[0]
   yield "teacher, training length", teacher_videos(first, prompts)
-  orders: dict[str, History] = {}
+  orders: dict[str, Method] = {}
   for run in runs:
     orders.setdefault(f"causal init, {label(run.experiment.history)}", run.experiment.history)
   weights = pretrained.load_weights(first, "causal_init")
-  for name, history in orders.items():
+  for name, method in orders.items():
     changed = dataclasses.replace(
-      first, experiment=dataclasses.replace(first.experiment, history=history)
+      first, experiment=dataclasses.replace(first.experiment, history=method)
     )
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
@@ -94,10 +94,10 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
     )
 
 
-def label(history: History) -> str:
+def label(method: Method) -> str:
   """`step-first, output history` and the like."""
-  sink = f", sink {history.sink}" if history.sink else ""
-  return f"{history.order.replace('_', '-')}, {history.level} history{sink}"
+  sink = f", sink {method.sink}" if method.sink else ""
+  return f"{method.order.replace('_', '-')}, {method.level} history{sink}"
 
 
 def teacher_videos(run: Run, prompts: list[str]) -> np.ndarray:

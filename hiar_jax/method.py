@@ -32,7 +32,7 @@ SINK_LEVELS = ("history", "clean")
 
 
 @dataclasses.dataclass(frozen=True)
-class History:
+class Method:
   """One row of the table above.
 
   block:      latent frames generated at once (k).

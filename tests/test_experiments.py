@@ -74,8 +74,8 @@ def test_they_are_installed_with_the_package():
 
 
 def test_the_method_of_shapes_is_hiar():
-  history = build(Experiment, load(FILES[0], "main")).history
-  assert (history.order, history.level, history.gradient, history.sink) == (
+  method = build(Experiment, load(FILES[0], "main")).history
+  assert (method.order, method.level, method.gradient, method.sink) == (
     "step_first",
     "output",
     "detached",

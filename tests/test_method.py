@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout.past.visibility import (
   block_causal_mask,
   own_block_mask,
@@ -17,13 +17,13 @@ from hiar_jax.rollout.past.visibility import (
 from tests.helpers.plain_rollout import sees
 
 ROWS = [
-  History(block=1, window=0),
-  History(block=3, window=0),
-  History(block=1, window=3, sink=1),
-  History(block=3, window=6),
-  History(block=2, window=5, sink=1),
-  History(block=3, window=7, sink=4),
-  History(block=2, window=9, sink=2),
+  Method(block=1, window=0),
+  Method(block=3, window=0),
+  Method(block=1, window=3, sink=1),
+  Method(block=3, window=6),
+  Method(block=2, window=5, sink=1),
+  Method(block=3, window=7, sink=4),
+  Method(block=2, window=9, sink=2),
 ]
 each_row = pytest.mark.parametrize(
   "row", ROWS, ids=lambda row: f"block{row.block}_window{row.window}_sink{row.sink}"
@@ -66,13 +66,13 @@ def test_window_counts_the_block_and_keeps_the_sink():
   """Blocks of 2, a window of 5 with a sink of 1: frames 6 and 7 see the sink, the two frames
   before, and themselves.
   """
-  mask = np.asarray(block_causal_mask(POSITIONS, History(block=2, window=5, sink=1)))
+  mask = np.asarray(block_causal_mask(POSITIONS, Method(block=2, window=5, sink=1)))
   assert np.flatnonzero(mask[6]).tolist() == np.flatnonzero(mask[7]).tolist() == [0, 4, 5, 6, 7]
   assert (mask.sum(axis=1) <= 5).all()
 
 
 def test_masks_need_no_order_and_skip_empty_slots():
-  row = History(block=2, window=0)
+  row = Method(block=2, window=0)
   slots = jnp.asarray([4, -1, 0, 3, 5], jnp.int32)
   query = jnp.asarray([4, 5], jnp.int32)
   np.testing.assert_array_equal(
@@ -81,18 +81,18 @@ def test_masks_need_no_order_and_skip_empty_slots():
 
 
 def test_masks_hold_at_frame_a_million():
-  row, shift = History(block=3, window=7, sink=1), 999_999
+  row, shift = Method(block=3, window=7, sink=1), 999_999
   far = block_causal_mask(POSITIONS + shift, row)
-  np.testing.assert_array_equal(far, block_causal_mask(POSITIONS, History(block=3, window=6)))
+  np.testing.assert_array_equal(far, block_causal_mask(POSITIONS, Method(block=3, window=6)))
 
 
 def test_context_levels():
   for level, expected in (("output", 0.6), ("clean", 0.0), ("input", 0.9)):
-    assert History(level=level).context_sigma(0.9, 0.6) == expected
+    assert Method(level=level).context_sigma(0.9, 0.6) == expected
 
 
 def test_a_clean_sink_is_one_that_is_generated_first():
-  row = History(block=3, window=12, sink=3, sink_level="clean")
+  row = Method(block=3, window=12, sink=3, sink_level="clean")
   assert row.clean_sink == 3
   assert dataclasses.replace(row, sink_level="history").clean_sink == 0
   # clean as all history there
@@ -110,7 +110,7 @@ def test_the_default_is_hiar():
     sink_level="history",
     renoise="fresh",
   )
-  assert dataclasses.asdict(History()) == expected
+  assert dataclasses.asdict(Method()) == expected
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_the_default_is_hiar():
 )
 def test_contradictions_are_refused(change, message):
   with pytest.raises(UserError, match=message):
-    History(**change)
+    Method(**change)

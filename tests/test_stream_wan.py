@@ -12,7 +12,7 @@ from PIL import Image
 import pytest
 
 import hiar_jax
-from hiar_jax.components.interfaces import pixels
+from hiar_jax.components.interfaces import decode_pixels
 from hiar_jax.generation import video_model
 from hiar_jax.generation.conditioning import Conditioning
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -71,7 +71,7 @@ def generated(model, blocks, start=None):
   model.prepare_texts([PROMPT])
   given = [] if start is None else [start]
   make = model.generator(blocks * model.experiment.history.block, start.shape[1] if given else 0)
-  return pixels(
+  return decode_pixels(
     model.run.medium,
     np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),
   )[0]

@@ -145,7 +145,7 @@ class VideoModel:
     small = not isinstance(e.codec, WanCodecConfig)
     request = costs.JobSize(
       dit=e.student_dit,
-      history=e.history,
+      method=e.history,
       levels=len(self.run.sigmas) - 1,
       frames=frames,
       height=e.latent.height,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout.past.visibility import block_causal_mask
 from hiar_jax.types import Points, typed
 
@@ -29,7 +29,7 @@ def forward_kl(
   points: Points,
   step,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   *,
   attention: str = "bidirectional",
   target: str = "velocity",
@@ -43,7 +43,7 @@ def forward_kl(
   point_sigmas = sigmas if point_sigmas is None else point_sigmas
   x, x_next = points[:, step], points[:, step + 1]
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = None if attention == "bidirectional" else block_causal_mask(positions, history)
+  mask = None if attention == "bidirectional" else block_causal_mask(positions, method)
   v, _ = forward(x, sigmas[step], positions, mask=mask)
   chord = (x_next - x) / (point_sigmas[step + 1] - point_sigmas[step])
   if target == "velocity":

@@ -5,8 +5,8 @@ level modulates every layer and may differ from frame to frame. What a frame see
 the same parameters serve as
 
     bidirectional     mask=None
-    block-causal      mask=history.block_causal_mask, one level per frame
-    teacher-forcing   [context | noisy] with history.teacher_forcing_mask, or the context's K/V
+    block-causal      mask=visibility.block_causal_mask, one level per frame
+    teacher-forcing   [context | noisy] with visibility.teacher_forcing_mask, or the context's K/V
                       as `past`
     cached            past=a KV cache, mask over [past | own]
 

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from hiar_jax import peak_memory
 from hiar_jax.components import chunked_decoder
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit, taehv, umt5, vae
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.taehv import TinyVAEConfig
@@ -47,7 +47,7 @@ class JobSize:
   """
 
   dit: DiTConfig
-  history: History
+  method: Method
   levels: int
   frames: int
   height: int
@@ -72,13 +72,13 @@ class JobSize:
     )
     if self.dtype not in DTYPES:
       raise UserError(f"dtype = {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-    if self.frames % self.history.block:
+    if self.frames % self.method.block:
       raise UserError(
-        f"frames = {self.frames} latent frames are not whole blocks of {self.history.block}"
+        f"frames = {self.frames} latent frames are not whole blocks of {self.method.block}"
       )
-    if self.given % self.history.block and self.given != 1:
+    if self.given % self.method.block and self.given != 1:
       raise UserError(
-        f"given = {self.given} latent frames: expected one, or whole blocks of {self.history.block}"
+        f"given = {self.given} latent frames: expected one, or whole blocks of {self.method.block}"
       )
     if self.height % self.dit.patch[1] or self.width % self.dit.patch[2]:
       raise UserError(
@@ -98,7 +98,7 @@ class JobSize:
   @property
   def slots(self) -> int:
     """Frames that the cache holds."""
-    return self.history.cache_frames(self.given + self.frames)
+    return self.method.cache_frames(self.given + self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +196,7 @@ def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> Co
   Raises UserError where the request does not fit together.
   """
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-  calls, blocks = forwards(request), request.frames // request.history.block
+  calls, blocks = forwards(request), request.frames // request.method.block
   video = request.batch * sum(
     f.count * forward_flops(request.network, request.tokens, f.frames, f.keys, request.text)
     for f in calls
@@ -214,7 +214,7 @@ def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> Co
     cache=cache,
     floor=weights + _share(request, mesh) * (cache + _widest(request)) // request.batch,
     tokens_frame=request.tokens,
-    tokens_block=request.tokens * request.history.block,
+    tokens_block=request.tokens * request.method.block,
     blocks=blocks,
     forwards=calls,
     flops_block=video / blocks,
@@ -243,16 +243,16 @@ def parts(request: JobSize) -> dict[str, Part]:
 
 def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
   """What rollout.generate evaluates for one video: by hand, from the loops' shape."""
-  history, slots = request.history, request.slots
-  k, new, given = history.block, request.frames // history.block, request.given // history.block
+  method, slots = request.method, request.slots
+  k, new, given = method.block, request.frames // method.block, request.given // method.block
   alone = [ForwardCost(1, 1, slots + 1)] if request.given % k else []  # a picture
   single, pair = ForwardCost(1, k, slots + k), ForwardCost(1, 2 * k, slots + 2 * k)
   times = lambda forward, count: dataclasses.replace(forward, count=count)
-  if history.order == "block_first":
+  if method.order == "block_first":
     calls = [times(single, given + new * (request.levels + 1))]
   else:
-    head = 0 if request.given else min(history.clean_sink // k, new)
-    sweeps = [_sweep(history, n) for n in (head, new - head) if n]
+    head = 0 if request.given else min(method.clean_sink // k, new)
+    sweeps = [_sweep(method, n) for n in (head, new - head) if n]
     shown = given or (head if head < new else 0)  # blocks that are put into the cache clean
     calls = [
       times(single, shown + request.levels * sum(a for a, _ in sweeps)),
@@ -261,9 +261,9 @@ def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
   return tuple(call for call in alone + calls if call.count)
 
 
-def _sweep(history: History, blocks: int) -> tuple[int, int]:
+def _sweep(method: Method, blocks: int) -> tuple[int, int]:
   """(forwards of one block, forwards of two) of one noise level; see rollout.step_first.sweep."""
-  return (blocks, 0) if history.level == "input" else (1, blocks - 1)
+  return (blocks, 0) if method.level == "input" else (1, blocks - 1)
 
 
 def forward_flops(config: DiTConfig, tokens: int, frames: int, keys: int, text: int) -> float:
@@ -297,7 +297,7 @@ def _cache(request: JobSize) -> PyTree:
   return jax.eval_shape(
     lambda: caches.empty(
       request.network,
-      request.history,
+      request.method,
       batch=request.batch,
       frames=request.given + request.frames,
       height=request.height,
@@ -370,7 +370,7 @@ def _generator(request: JobSize) -> Callable:
     r.network,
     lambda text: text,
     jnp.linspace(1.0, 0.0, r.levels + 1),
-    r.history,
+    r.method,
     key=jax.random.key(0),
     latent=LatentShape(r.frames, r.height, r.width, r.dit.channels),
     frames=r.frames,

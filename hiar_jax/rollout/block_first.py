@@ -5,7 +5,7 @@ successors.
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout.blocks import (
   Forward,
   Noise,
@@ -21,16 +21,16 @@ from hiar_jax.rollout.past.ring import Cache
 from hiar_jax.types import Video
 
 
-def denoise_block(forward, noise, cache, n, sigmas, history: History, exit_level):
+def denoise_block(forward, noise, cache, n, sigmas, method: Method, exit_level):
   """Block n from pure noise down to the step at `exit_level` (may be traced): (its input at that
   step, its x0 prediction).
   """
-  positions = block_positions(n, history)
+  positions = block_positions(n, method)
 
   def predict(x, level):
     step = Step(sigmas[level], sigmas[level + 1], positions)
-    v, _ = apply_with_cache(forward, cache, x, step.sigma, positions, history)
-    return renoise(history, x, v, step, lambda: noise(level + 1, n))
+    v, _ = apply_with_cache(forward, cache, x, step.sigma, positions, method)
+    return renoise(method, x, v, step, lambda: noise(level + 1, n))
 
   x = jax.lax.fori_loop(0, exit_level, lambda level, x: predict(x, level)[0], noise(0, n))
   return x, predict(x, exit_level)[1]
@@ -41,7 +41,7 @@ def sweep(
   noise: Noise,
   cache: Cache,
   sigmas,
-  history: History,
+  method: Method,
   blocks: int,
   exit_level,
   *,
@@ -52,8 +52,8 @@ def sweep(
   """
 
   def one(cache, n):
-    x, x0 = denoise_block(forward, noise, cache, n, sigmas, history, exit_level)
-    return write_context(forward, cache, x0, 0.0, block_positions(n, history), history), (x, x0)
+    x, x0 = denoise_block(forward, noise, cache, n, sigmas, method, exit_level)
+    return write_context(forward, cache, x0, 0.0, block_positions(n, method), method), (x, x0)
 
   return jax.lax.scan(one, cache, first + jnp.arange(blocks))[1]
 
@@ -63,15 +63,15 @@ def rollout(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   *,
   given: Video | None = None,
 ) -> Video:
   """As step_first.rollout."""
-  first = 0 if given is None else given.shape[1] // history.block
+  first = 0 if given is None else given.shape[1] // method.block
   if given is not None:
-    cache = prefill(forward, cache, given, history)
-  _, xs = sweep(forward, noise, cache, sigmas, history, blocks, len(sigmas) - 2, first=first)
+    cache = prefill(forward, cache, given, method)
+  _, xs = sweep(forward, noise, cache, sigmas, method, blocks, len(sigmas) - 2, first=first)
   video = join_blocks(xs)
   return video if given is None else jnp.concatenate([given, video], axis=1)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout.blocks import Forward, Noise, join_blocks, split_blocks
 from hiar_jax.rollout.past.ring import Cache
@@ -29,7 +29,7 @@ def self_rollout(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   exit_level,
 ) -> Video:
@@ -39,15 +39,15 @@ def self_rollout(
   frozen: the same network with parameters that carry no gradient; it does everything before the
   exit step.
   """
-  if history.level == "input":
-    return _aligned(forward, frozen, noise, sigmas, history, blocks, exit_level)
+  if method.level == "input":
+    return _aligned(forward, frozen, noise, sigmas, method, blocks, exit_level)
   noisy, shown, _ = jax.lax.stop_gradient(
-    _sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)
+    _sequential(frozen, noise, cache, sigmas, method, blocks, exit_level)
   )
   sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
-  context_sigma = history.context_sigma(sigma, sigma_next)
+  context_sigma = method.context_sigma(sigma, sigma_next)
   return teacher_forcing(
-    forward, join_blocks(shown), context_sigma, join_blocks(noisy), sigma, history
+    forward, join_blocks(shown), context_sigma, join_blocks(noisy), sigma, method
   )
 
 
@@ -56,88 +56,86 @@ def self_rollout_without_gradient(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   exit_level,
 ) -> Video:
   """What exit_rollout returns, without gradient and so without its second pass."""
-  if history.level == "input":
-    return _aligned(frozen, frozen, noise, sigmas, history, blocks, exit_level)
-  return join_blocks(_sequential(frozen, noise, cache, sigmas, history, blocks, exit_level)[2])
+  if method.level == "input":
+    return _aligned(frozen, frozen, noise, sigmas, method, blocks, exit_level)
+  return join_blocks(_sequential(frozen, noise, cache, sigmas, method, blocks, exit_level)[2])
 
 
-def _sequential(frozen, noise, cache, sigmas, history: History, blocks: int, exit_level):
+def _sequential(frozen, noise, cache, sigmas, method: Method, blocks: int, exit_level):
   """Each [n b k h w c]: the blocks before the exit step, what their successors see in it, their
   x0.
   """
-  if history.clean_sink:
+  if method.clean_sink:
     raise UserError(
       "history.sink_level = 'clean' is trained at history.level = 'input' alone, not at "
-      f"{history.level!r}"
+      f"{method.level!r}"
     )
-  if history.order == "block_first":
-    noisy, x0 = block_first.sweep(frozen, noise, cache, sigmas, history, blocks, exit_level)
+  if method.order == "block_first":
+    noisy, x0 = block_first.sweep(frozen, noise, cache, sigmas, method, blocks, exit_level)
     return noisy, x0, x0
   noisy = step_first.levels(
-    frozen, noise, cache, step_first.start(noise, blocks), sigmas, history, exit_level
+    frozen, noise, cache, step_first.start(noise, blocks), sigmas, method, exit_level
   )
-  _, shown, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, history)
+  _, shown, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, method)
   return noisy, shown, x0
 
 
 @typed
 def teacher_forcing(
-  forward: Forward, context: Video, context_sigma, noisy: Video, sigma, history: History
+  forward: Forward, context: Video, context_sigma, noisy: Video, sigma, method: Method
 ) -> Video:
   """x0 of `noisy` blocks at `sigma`, block n seeing the `context` blocks < n at `context_sigma`:
   two parallel forwards.
 
   sigma, context_sigma: scalar, [b] or [b f]. Equal to one forward over [context | noisy] under
-  history.teacher_forcing_mask, but the context's half needs no backward pass where it is detached.
+  visibility.teacher_forcing_mask, but the context's half needs no backward pass where it is detached.
   """
   positions = jnp.arange(noisy.shape[1], dtype=jnp.int32)
-  mask, past = own_block_mask(positions, positions, history), None
-  shown = noisy.shape[1] - history.block  # nobody sees the last block
+  mask, past = own_block_mask(positions, positions, method), None
+  shown = noisy.shape[1] - method.block  # nobody sees the last block
   if shown:
     earlier = positions[:shown]
     if jnp.ndim(context_sigma) == 2:
       context_sigma = context_sigma[:, :shown]
     _, past = forward(
-      context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, history)
+      context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, method)
     )
-    if history.gradient == "detached":
+    if method.gradient == "detached":
       past = jax.lax.stop_gradient(past)
-    mask = jnp.concatenate([past_mask(positions, earlier, history), mask], axis=1)
+    mask = jnp.concatenate([past_mask(positions, earlier, method), mask], axis=1)
   v, _ = forward(noisy, sigma, positions, mask=mask, past=past)
   return flow.x0_from_velocity(noisy, v, sigma)
 
 
-def _aligned(forward, frozen, noise, sigmas, history: History, blocks: int, exit_level) -> Video:
+def _aligned(forward, frozen, noise, sigmas, method: Method, blocks: int, exit_level) -> Video:
   """History at the input level (SAF): blocks read each other as they are, so a level is one
   block-causal forward.
   """
   sink = None
-  if history.clean_sink and history.clean_sink // history.block < blocks:
-    plain = dataclasses.replace(history, sink_level="history")
+  if method.clean_sink and method.clean_sink // method.block < blocks:
+    plain = dataclasses.replace(method, sink_level="history")
     sink = jax.lax.stop_gradient(
-      _aligned(
-        frozen, frozen, noise, sigmas, plain, history.clean_sink // history.block, exit_level
-      )
+      _aligned(frozen, frozen, noise, sigmas, plain, method.clean_sink // method.block, exit_level)
     )
 
   def level(forward, xs, j, detached=False):
-    return block_causal(forward, join_blocks(xs), sigmas[j], history, sink, detached)
+    return block_causal(forward, join_blocks(xs), sigmas[j], method, sink, detached)
 
   def advance(j, xs):
-    x0 = split_blocks(level(frozen, xs, j), history)
+    x0 = split_blocks(level(frozen, xs, j), method)
     eps = jax.lax.map(lambda n: noise(j + 1, n), jnp.arange(blocks))
     x_fresh = flow.add_noise(x0, eps, sigmas[j + 1])
-    if history.renoise == "fresh":
+    if method.renoise == "fresh":
       return x_fresh
     return flow.euler(xs, flow.velocity_from_x0(xs, x0, sigmas[j]), sigmas[j], sigmas[j + 1])
 
   xs = jax.lax.fori_loop(0, exit_level, advance, step_first.start(noise, blocks))
-  detached = history.gradient == "detached" and forward is not frozen
+  detached = method.gradient == "detached" and forward is not frozen
   return level(forward, jax.lax.stop_gradient(xs), exit_level, detached)
 
 
@@ -146,7 +144,7 @@ def block_causal(
   forward: Forward,
   x: Video,
   sigma,
-  history: History,
+  method: Method,
   sink: Float[Array, "b p h w c"] | None = None,
   detached: bool = False,
 ) -> Video:
@@ -156,20 +154,20 @@ def block_causal(
   detached: no gradient passes through what a block sees of others, which takes a second forward.
   """
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask, past = block_causal_mask(positions, history), None
+  mask, past = block_causal_mask(positions, method), None
   if sink is not None:
     first = positions[: sink.shape[1]]
-    _, past = forward(sink, 0.0, first, mask=block_causal_mask(first, history))
+    _, past = forward(sink, 0.0, first, mask=block_causal_mask(first, method))
     # the sink's own blocks see each other noisy, as when they were generated
     after = positions[:, None] >= first.size
     own_sink = after & (positions[None, :] < first.size)
-    mask = jnp.concatenate([past_mask(positions, first, history) & after, mask & ~own_sink], axis=1)
+    mask = jnp.concatenate([past_mask(positions, first, method) & after, mask & ~own_sink], axis=1)
   if detached:
     _, kv = forward(x, sigma, positions, mask=mask, past=past)
     past = (
       kv if past is None else jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), past, kv)
     )
-    past, own = jax.lax.stop_gradient(past), own_block_mask(positions, positions, history)
+    past, own = jax.lax.stop_gradient(past), own_block_mask(positions, positions, method)
     in_past = jnp.pad(own, ((0, 0), (mask.shape[1] - own.shape[1], 0)))
     mask = jnp.concatenate([mask & ~in_past, own], axis=1)
   v, _ = forward(x, sigma, positions, mask=mask, past=past)

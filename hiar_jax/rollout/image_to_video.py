@@ -9,7 +9,7 @@ rule about blocks, windows and sinks holds as it stands.
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout.blocks import Forward, Noise, join_blocks, write_context
 from hiar_jax.rollout.past.ring import Cache
@@ -21,7 +21,7 @@ def rollout(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   first: Video,
 ) -> Video:
@@ -32,11 +32,11 @@ def rollout(
   is 1, as after a whole given block.
   """
   cache = write_context(
-    forward, cache, first, 0.0, jnp.asarray([history.block - 1], jnp.int32), history
+    forward, cache, first, 0.0, jnp.asarray([method.block - 1], jnp.int32), method
   )
-  if history.order == "block_first":
+  if method.order == "block_first":
     _, xs = block_first.sweep(
-      forward, noise, cache, sigmas, history, blocks, len(sigmas) - 2, first=1
+      forward, noise, cache, sigmas, method, blocks, len(sigmas) - 2, first=1
     )
   else:
     xs = step_first.levels(
@@ -45,7 +45,7 @@ def rollout(
       cache,
       step_first.start(noise, blocks, 1),
       sigmas,
-      history,
+      method,
       len(sigmas) - 1,
       first=1,
     )

@@ -1,11 +1,11 @@
-"""The one place where a whole video comes to be: method.History decides which loop runs."""
+"""The one place where a whole video comes to be: method.Method decides which loop runs."""
 
 from collections.abc import Callable
 import dataclasses
 
 import jax
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.rollout import block_first, image_to_video, step_first
@@ -20,7 +20,7 @@ def make_sampler(
   config: DiTConfig,
   embed: Callable[[jax.Array], Text],
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   *,
   key: Key,
   latent: LatentShape,
@@ -38,7 +38,7 @@ def make_sampler(
   def generate(params, tokens, seeds, given=None):
     cache = caches.empty(
       config,
-      history,
+      method,
       batch=tokens.shape[0],
       frames=frames + (0 if given is None else given.shape[1]),
       height=latent.height,
@@ -46,11 +46,11 @@ def make_sampler(
     )
     return rollout(
       dit.bind(config, params, embed(tokens)),
-      block_noise(key, seeds, latent.block(history.block)),
+      block_noise(key, seeds, latent.block(method.block)),
       cache,
       sigmas,
-      history,
-      frames // history.block,
+      method,
+      frames // method.block,
       given=given,
     )
 
@@ -62,30 +62,28 @@ def rollout(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   *,
   given: Video | None = None,
   fused: bool = True,
 ) -> Video:
   """Returns `blocks` new blocks after the `given` clean frames [b f h w c], in the order, levels,
-  window and sink of `history`.
+  window and sink of `method`.
 
   given: whole blocks, or a picture's one frame. A clean sink (SAF) is generated first, by the same
   method without one, and is then what every later block sees at sigma 0.
   """
-  if given is not None and given.shape[1] % history.block:
-    return image_to_video.rollout(forward, noise, cache, sigmas, history, blocks, given)
-  if history.order == "block_first":
-    return block_first.rollout(forward, noise, cache, sigmas, history, blocks, given=given)
-  sink_blocks = history.clean_sink // history.block
+  if given is not None and given.shape[1] % method.block:
+    return image_to_video.rollout(forward, noise, cache, sigmas, method, blocks, given)
+  if method.order == "block_first":
+    return block_first.rollout(forward, noise, cache, sigmas, method, blocks, given=given)
+  sink_blocks = method.clean_sink // method.block
   if sink_blocks and given is None:
-    plain = dataclasses.replace(history, sink_level="history")
+    plain = dataclasses.replace(method, sink_level="history")
     head = min(sink_blocks, blocks)
     given = step_first.rollout(forward, noise, cache, sigmas, plain, head, fused=fused)
     blocks -= head
     if not blocks:
       return given
-  return step_first.rollout(
-    forward, noise, cache, sigmas, history, blocks, given=given, fused=fused
-  )
+  return step_first.rollout(forward, noise, cache, sigmas, method, blocks, given=given, fused=fused)

@@ -10,7 +10,7 @@ every level.
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout.blocks import (
   Forward,
   Noise,
@@ -35,7 +35,7 @@ def sweep(
   xs: jax.Array,
   sigmas: jax.Array,
   level,
-  history: History,
+  method: Method,
   *,
   first: int = 0,
   fused: bool = True,
@@ -47,35 +47,35 @@ def sweep(
   instead of 2 N of one.
   """
   sigma, sigma_next = sigmas[level], sigmas[level + 1]
-  context_sigma = history.context_sigma(sigma, sigma_next)
+  context_sigma = method.context_sigma(sigma, sigma_next)
 
   def finish(x, v, n, step):
-    x_next, x0 = renoise(history, x, v, step, lambda: noise(level + 1, n))
-    return x_next, context_latent(history, x, x_next, x0), x0
+    x_next, x0 = renoise(method, x, v, step, lambda: noise(level + 1, n))
+    return x_next, context_latent(method, x, x_next, x0), x0
 
   def separate(cache, inputs):
     n, x = inputs
-    step = Step(sigma, sigma_next, block_positions(n, history))
-    v, kv = apply_with_cache(forward, cache, x, sigma, step.positions, history)
+    step = Step(sigma, sigma_next, block_positions(n, method))
+    v, kv = apply_with_cache(forward, cache, x, sigma, step.positions, method)
     done = finish(x, v, n, step)
-    if history.level == "input":  # what successors read is what this forward has just computed
-      return write(cache, kv, step.positions, history), done
-    return write_context(forward, cache, done[1], context_sigma, step.positions, history), done
+    if method.level == "input":  # what successors read is what this forward has just computed
+      return write(cache, kv, step.positions, method), done
+    return write_context(forward, cache, done[1], context_sigma, step.positions, method), done
 
   def together(carry, inputs):
     cache, context = carry
     n, x = inputs
-    step = Step(sigma, sigma_next, block_positions(n, history))
-    v, cache = write_context_and_denoise(forward, cache, context, context_sigma, x, step, history)
+    step = Step(sigma, sigma_next, block_positions(n, method))
+    v, cache = write_context_and_denoise(forward, cache, context, context_sigma, x, step, method)
     done = finish(x, v, n, step)
     return (cache, done[1]), done
 
   indices = first + jnp.arange(xs.shape[0])
-  if history.level == "input" or not fused:
+  if method.level == "input" or not fused:
     return jax.lax.scan(separate, cache, (indices, xs))[1]
 
-  step = Step(sigma, sigma_next, block_positions(indices[0], history))
-  v, _ = apply_with_cache(forward, cache, xs[0], sigma, step.positions, history)
+  step = Step(sigma, sigma_next, block_positions(indices[0], method))
+  v, _ = apply_with_cache(forward, cache, xs[0], sigma, step.positions, method)
   head = finish(xs[0], v, indices[0], step)
   _, tail = jax.lax.scan(together, (cache, head[1]), (indices[1:], xs[1:]))
   return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
@@ -87,12 +87,12 @@ def start(noise: Noise, blocks: int, first: int = 0) -> jax.Array:
 
 
 def levels(
-  forward, noise, cache, xs, sigmas, history: History, upto, *, first: int = 0, fused: bool = True
+  forward, noise, cache, xs, sigmas, method: Method, upto, *, first: int = 0, fused: bool = True
 ) -> jax.Array:
   """`upto` levels (may be traced; not differentiable): xs at sigmas[0] -> xs at sigmas[upto]."""
 
   def one(level, xs):
-    return sweep(forward, noise, cache, xs, sigmas, level, history, first=first, fused=fused)[0]
+    return sweep(forward, noise, cache, xs, sigmas, level, method, first=first, fused=fused)[0]
 
   return jax.lax.fori_loop(0, upto, one, xs)
 
@@ -102,7 +102,7 @@ def rollout(
   noise: Noise,
   cache: Cache,
   sigmas: jax.Array,
-  history: History,
+  method: Method,
   blocks: int,
   *,
   given: Video | None = None,
@@ -114,12 +114,12 @@ def rollout(
   cache: an empty one. noise(level, block): block counts from the video's start, given blocks
   included.
   """
-  first = 0 if given is None else given.shape[1] // history.block
+  first = 0 if given is None else given.shape[1] // method.block
   if given is not None:
-    cache = prefill(forward, cache, given, history)
+    cache = prefill(forward, cache, given, method)
 
   def one(xs, level):
-    return sweep(forward, noise, cache, xs, sigmas, level, history, first=first, fused=fused)[
+    return sweep(forward, noise, cache, xs, sigmas, level, method, first=first, fused=fused)[
       0
     ], None
 

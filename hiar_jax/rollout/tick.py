@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models.dit import KV, DiTConfig
 from hiar_jax.rollout.blocks import (
   Forward,
@@ -81,14 +81,14 @@ class PipelineMethod:
   `absolute` positions or at ones `relative` to the window.
   """
 
-  history: History
+  method: Method
   sigmas: tuple[float, ...]
   sink_positions: str = "absolute"
 
   def __post_init__(self):
-    if self.history.order != "step_first":
+    if self.method.order != "step_first":
       raise UserError(
-        f"history.order = {self.history.order!r} cannot be streamed level by level: a block "
+        f"history.order = {self.method.order!r} cannot be streamed level by level: a block "
         "starts only when the one before it is done, "
         "so there is never more than one to work on; generate whole videos with it (python -m "
         "hiar_jax.generate), or use a step_first model"
@@ -99,11 +99,11 @@ class PipelineMethod:
         f"{', '.join(relative_sink.POSITIONS)}"
       )
     if self.carries:
-      relative_sink.check(self.history)
+      relative_sink.check(self.method)
 
   @property
   def carries(self) -> bool:
-    return self.sink_positions == "relative" and self.history.sink > 0 and self.history.window > 0
+    return self.sink_positions == "relative" and self.method.sink > 0 and self.method.window > 0
 
   @property
   def levels(self) -> int:
@@ -114,7 +114,7 @@ class PipelineMethod:
     """Whether a block is shown by a forward of its own; at the input level the one that denoises it
     has shown it.
     """
-    return self.history.level != "input"
+    return self.method.level != "input"
 
 
 # -------------------------------------------------------------------------------------------- start
@@ -136,11 +136,9 @@ def empty(
   frames: longest video; with a window the sizes do not depend on it. text: [b l d].
   """
   cache = caches.empty(
-    config, plan.history, batch=text.shape[0], frames=frames, height=height, width=width
+    config, plan.method, batch=text.shape[0], frames=frames, height=height, width=width
   )
-  block = jnp.zeros(
-    (plan.levels, text.shape[0], plan.history.block, height, width, config.channels)
-  )
+  block = jnp.zeros((plan.levels, text.shape[0], plan.method.block, height, width, config.channels))
   return PipelineState(
     latents=block,
     context=block if plan.fused else None,
@@ -167,7 +165,7 @@ def prefill(
 
   texts: [n b l d], one for each given block.
   """
-  history, k = plan.history, plan.history.block
+  method, k = plan.method, plan.method.block
   picture = given.shape[1] == 1 and k > 1
   if given.shape[1] % k and not picture:
     raise UserError(f"{given.shape[1]} given latent frames: expected one, or whole blocks of {k}")
@@ -176,8 +174,8 @@ def prefill(
   def one(carry, inputs):
     cache, shown = carry
     n, x, text = inputs
-    positions = jnp.asarray([k - 1], jnp.int32) if picture else block_positions(n, history)
-    slots = caches.slots_of(positions, cache.slots, history.sink)
+    positions = jnp.asarray([k - 1], jnp.int32) if picture else block_positions(n, method)
+    slots = caches.slots_of(positions, cache.slots, method.sink)
     return (
       _write_context(plan, network(text), cache, x, positions),
       _put(shown, x, slots, axis=1),
@@ -187,7 +185,7 @@ def prefill(
   pipe = pipe.replace(block=first, first=first)
   if not cache.slots:
     return pipe
-  blocks = given[None] if picture else split_blocks(given, history)
+  blocks = given[None] if picture else split_blocks(given, method)
   (cache, shown), _ = jax.lax.scan(
     one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts)
   )
@@ -201,7 +199,7 @@ def _write_context(
   past, mask = _past(plan, cache, positions, positions[:0])
   own = jnp.ones((positions.size, positions.size), bool)
   _, kv = forward(x, 0.0, positions, mask=jnp.concatenate([mask, own], axis=1), past=past)
-  return caches.write(cache, kv, positions, plan.history)
+  return caches.write(cache, kv, positions, plan.method)
 
 
 # --------------------------------------------------------------------------------------------- tick
@@ -228,11 +226,11 @@ def tick(
 
   def one(level, x, context, cache, shown):
     n = pipe.block - level
-    step = Step(sigmas[level], sigmas[level + 1], block_positions(jnp.maximum(n, 0), plan.history))
+    step = Step(sigmas[level], sigmas[level + 1], block_positions(jnp.maximum(n, 0), plan.method))
     work = _fused if plan.fused else _alone
     v, cache, shown = work(plan, network, pipe, n, step, x, context, cache, shown)
-    x_next, x0 = renoise(plan.history, x, v, step, lambda: noise(level + 1, n))
-    return x_next, context_latent(plan.history, x, x_next, x0) if plan.fused else None, cache, shown
+    x_next, x0 = renoise(plan.method, x, v, step, lambda: noise(level + 1, n))
+    return x_next, context_latent(plan.method, x, x_next, x0) if plan.fused else None, cache, shown
 
   x_next, context, cache, shown = jax.vmap(one)(level, noisy, pipe.context, pipe.cache, pipe.shown)
   latents = jnp.roll(x_next, 1, axis=0)
@@ -253,15 +251,15 @@ def _fused(
   shown: jax.Array,
 ):
   """[context of block n - 1 | noisy block n] in one forward (HiAR, section 3.3)."""
-  history, k, texts = plan.history, plan.history.block, pipe.texts
+  method, k, texts = plan.method, plan.method.block, pipe.texts
   before = jnp.maximum(step.positions - k, 0)
   there = n > pipe.first  # whether block n - 1 came through this pipe
   past, mask = _past(plan, cache, before, step.positions)
-  own, seen = jnp.ones((k, k), bool), past_mask(step.positions, before, history) & there
+  own, seen = jnp.ones((k, k), bool), past_mask(step.positions, before, method) & there
   mask = jnp.concatenate([mask, jnp.concatenate([own, seen]), jnp.concatenate([~own, own])], axis=1)
   earlier = jnp.where(pipe.anew[n % texts.shape[0]], n, n - 1)
   text = jnp.stack([texts[earlier % texts.shape[0]], texts[n % texts.shape[0]]], axis=1)
-  sigmas = jnp.stack([history.context_sigma(step.sigma, step.sigma_next), step.sigma])
+  sigmas = jnp.stack([method.context_sigma(step.sigma, step.sigma_next), step.sigma])
   levels = jnp.broadcast_to(jnp.repeat(sigmas, k)[None], (x.shape[0], 2 * k))
   positions = jnp.concatenate([before, step.positions])
   v, kv = network(text)(
@@ -301,19 +299,19 @@ def _past(
   A carried sink stands at another distance from each of the two: the cache's own slots are turned
   for `before`, a copy for `now`.
   """
-  history = plan.history
+  method = plan.method
   queries = jnp.concatenate([before, now])
-  mask = past_mask(queries, cache.position, history)
+  mask = past_mask(queries, cache.position, method)
   if not plan.carries or not cache.slots:
     return cache.kv, mask
-  sink = history.sink
+  sink = method.sink
   keys, values = cache.kv.k, cache.kv.v
   is_now = (jnp.arange(queries.size) >= before.size)[:, None]
   parts, copies, masks = [keys[:, :, sink:]], [values[:, :, sink:]], [mask[:, sink:]]
   for positions, rows in ((before, ~is_now), (now, is_now)):
     if positions.size:
       parts.append(
-        relative_sink.rotate(keys[:, :, :sink], relative_sink.distance(positions, history))
+        relative_sink.rotate(keys[:, :, :sink], relative_sink.distance(positions, method))
       )
       copies.append(values[:, :, :sink])
       masks.append(mask[:, :sink] & rows)
@@ -334,7 +332,7 @@ def _store(
   """The cache and the latents behind it with one more block, where it is `there`."""
   if not cache.slots:
     return cache, shown
-  slots = jnp.where(there, caches.slots_of(positions, cache.slots, plan.history.sink), cache.slots)
+  slots = jnp.where(there, caches.slots_of(positions, cache.slots, plan.method.sink), cache.slots)
   cache = Cache(
     jax.tree.map(lambda old, new: _put(old, new, slots, axis=2), cache.kv, kv),
     _put(cache.position, positions, slots, axis=0),
@@ -379,17 +377,17 @@ def _recache_level(
   plan: PipelineMethod, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
 ) -> Cache:
   """One level's cache before it works on block n."""
-  history, k, slots = plan.history, plan.history.block, cache.slots
+  method, k, slots = plan.method, plan.method.block, cache.slots
   sigmas = jnp.asarray(plan.sigmas, jnp.float32)
-  sigma = history.context_sigma(sigmas[level], sigmas[level + 1])
-  head, tail = -(-min(history.sink, slots) // k), -(-slots // k) + 1
+  sigma = method.context_sigma(sigmas[level], sigmas[level + 1])
+  head, tail = -(-min(method.sink, slots) // k), -(-slots // k) + 1
   order = jnp.concatenate([jnp.arange(head), n - tail + jnp.arange(tail)])
   fits = (jnp.arange(head + tail) < head) | (order >= head)
 
   def block(new: Cache, inputs):
     m, fits = inputs
-    positions = block_positions(jnp.maximum(m, 0), history)
-    places = jnp.minimum(caches.slots_of(positions, slots, history.sink), slots - 1)
+    positions = block_positions(jnp.maximum(m, 0), method)
+    places = jnp.minimum(caches.slots_of(positions, slots, method.sink), slots - 1)
     there = (cache.position[places] == positions) & fits
     levels = jnp.where(positions < first * k, 0.0, sigma)
     past, mask = _past(plan, new, positions, positions[:0])

@@ -13,7 +13,7 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.rollout import tick as pipes
@@ -47,7 +47,7 @@ class StreamParts:
   """
 
   config: DiTConfig
-  history: History
+  method: Method
   sigmas: tuple[float, ...]
   params: Params
   key: Key
@@ -95,7 +95,7 @@ class Engine:
     self.parts = model if isinstance(model, StreamParts) else StreamParts.of(model)
     self.options = options = options or TickOptions()
     self.plan = PipelineMethod(
-      _history(self.parts.history, options), self.parts.sigmas, options.sink_positions
+      _changed_method(self.parts.method, options), self.parts.sigmas, options.sink_positions
     )
     levels, config, height = self.plan.levels, self.parts.config, self.parts.size[0]
     devices = list(jax.devices() if devices is None else devices)
@@ -113,10 +113,10 @@ class Engine:
   @functools.cached_property
   def head(self) -> "CompiledPipeline | None":
     """What makes a clean sink before all else; None where the method has none."""
-    if not self.plan.history.clean_sink:
+    if not self.plan.method.clean_sink:
       return None
-    plain = dataclasses.replace(self.plan.history, sink_level="history")
-    return CompiledPipeline(self, dataclasses.replace(self.plan, history=plain))
+    plain = dataclasses.replace(self.plan.method, sink_level="history")
+    return CompiledPipeline(self, dataclasses.replace(self.plan, method=plain))
 
   @property
   def whole(self) -> NamedSharding:
@@ -126,7 +126,7 @@ class Engine:
   @property
   def head_blocks(self) -> int:
     """Blocks of a clean sink."""
-    return self.plan.history.clean_sink // self.plan.history.block
+    return self.plan.method.clean_sink // self.plan.method.block
 
   def text(self, prompt: str) -> jax.Array:
     """[1 l d], on every device."""
@@ -159,12 +159,12 @@ class CompiledPipeline:
 
   def noise(self, pipe: PipelineState):
     parts = self.engine.parts
-    shape = (self.plan.history.block, *parts.size, parts.config.channels)
+    shape = (self.plan.method.block, *parts.size, parts.config.channels)
     return block_noise(pipe.key, pipe.seed, shape)
 
   def empty(self, text: jax.Array, seed: jax.Array) -> PipelineState:
     """Traced; text [b l d]."""
-    parts, history = self.engine.parts, self.plan.history
+    parts, method = self.engine.parts, self.plan.method
     height, width = parts.size
     return pipes.empty(
       self.plan,
@@ -172,7 +172,7 @@ class CompiledPipeline:
       text,
       parts.key,
       seed,
-      frames=history.window + history.block,
+      frames=method.window + method.block,
       height=height,
       width=width,
     )
@@ -237,17 +237,17 @@ class CompiledPipeline:
       return self._show_again(self.engine.params, pipe, text, due)
 
 
-def _history(history: History, options: TickOptions) -> History:
+def _changed_method(method: Method, options: TickOptions) -> Method:
   """The model's, with what is to be otherwise; a stream has no end, so it needs a window."""
   changes = {
     name: getattr(options, name)
     for name in ("window", "sink")
     if getattr(options, name) is not None
   }
-  history = dataclasses.replace(history, **changes)
-  if not history.window:
+  method = dataclasses.replace(method, **changes)
+  if not method.window:
     raise UserError(
       "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
       "latent frames, as window=21"
     )
-  return history
+  return method

@@ -73,7 +73,7 @@ class LiveVideo:
 
   def _begin(self, given: np.ndarray | None, texts: jax.Array | None) -> None:
     """texts: [n 1 l d] of the given blocks, default the prompt's."""
-    k = self.engine.plan.history.block
+    k = self.engine.plan.method.block
     blocks = 0 if given is None else -(-given.shape[1] // k)
     if texts is None:
       texts = jnp.stack([self._text] * max(blocks, 1))
@@ -124,7 +124,7 @@ class LiveVideo:
     return self._first <= block and (self._head is None or block < self.engine.head_blocks)
 
   def _frames_before(self, block: int) -> int:
-    k = self.engine.plan.history.block
+    k = self.engine.plan.method.block
     given = -(-self.given_frames // k)
     return self.given_frames + (block - given) * k
 
@@ -256,7 +256,7 @@ def _check_start(start: np.ndarray, engine: Engine) -> None:
   """Raises UserError for a start that is neither one latent frame nor whole blocks, or of another
   size.
   """
-  block, frame = engine.plan.history.block, (*engine.parts.size, engine.parts.config.channels)
+  block, frame = engine.plan.method.block, (*engine.parts.size, engine.parts.config.channels)
   if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
     raise UserError(
       f"a start of shape {list(start.shape)}: expected latents [1, frames, "

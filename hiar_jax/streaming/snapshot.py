@@ -99,8 +99,8 @@ def check_options(
 def options(plan: PipelineMethod) -> dict[str, Any]:
   """Those that change a number; the layout does not."""
   return {
-    "window": plan.history.window,
-    "sink": plan.history.sink,
+    "window": plan.method.window,
+    "sink": plan.method.sink,
     "sink_positions": plan.sink_positions,
   }
 

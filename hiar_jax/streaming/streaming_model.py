@@ -95,7 +95,7 @@ class StreamingModel:
     kind: "image" or "video"; name: what it is called from then on. Raises UserError, as Start.read.
     """
     e, k = self.experiment, self.experiment.history.block
-    window = -(-self.engine.plan.history.window // k) * k
+    window = -(-self.engine.plan.method.window // k) * k
     pixels, line = Conditioning(path, kind, e.pixel_frames(window)).read(e)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), line
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError
 from hiar_jax.losses import trajectory as losses
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.noise import example_keys
 from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
@@ -22,7 +22,7 @@ SHOWS = ("noisy", "history")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalInitConfig(TrainConfig):
   """shows: what a block sees of the others: `noisy`, each block at a level of its own (published),
-  or as `history` will show them.
+  or as `method` will show them.
   """
 
   shows: str = "noisy"
@@ -33,7 +33,7 @@ class CausalInitConfig(TrainConfig):
       raise UserError(f"shows = {self.shows!r}: expected one of {', '.join(SHOWS)}")
 
 
-def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: History):
+def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Method):
   """step(state, batch {trajectory, tokens, index, start where places are embedded}, mean) ->
   (state, metrics).
 
@@ -51,9 +51,9 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, history: Hist
       forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
       points = part["trajectory"].astype(jnp.float32)
       shared = config.shows == "history"
-      levels = losses.sample_levels(keys, count, task.latent.frames, history.block, shared)
+      levels = losses.sample_levels(keys, count, task.latent.frames, method.block, shared)
       regress = losses.trajectory_with_history if shared else losses.trajectory
-      return regress(forward, points, levels, sigmas, history).mean(), {}
+      return regress(forward, points, levels, sigmas, method).mean(), {}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean

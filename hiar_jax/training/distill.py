@@ -16,7 +16,7 @@ from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.exit_step import self_rollout, self_rollout_without_gradient
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
@@ -93,7 +93,7 @@ class Student:
   model: dit.DiTConfig
   critic_model: dit.DiTConfig
   teacher_model: dit.DiTConfig
-  history: History
+  method: Method
   sigmas: jax.Array  # [s+1], float32
   task: Task
   point_sigmas: jax.Array | None = None
@@ -118,18 +118,18 @@ class Student:
     latent = self.task.latent
     return (
       self.bind(self.model, frozen, clips),
-      block_noise(k_noise, clips["index"], latent.block(self.history.block)),
+      block_noise(k_noise, clips["index"], latent.block(self.method.block)),
       caches.empty(
         self.model,
-        self.history,
+        self.method,
         batch=clips["tokens"].shape[0],
         frames=latent.frames,
         height=latent.height,
         width=latent.width,
       ),
       self.sigmas,
-      self.history,
-      latent.frames // self.history.block,
+      self.method,
+      latent.frames // self.method.block,
       exit_level,
     )
 
@@ -207,7 +207,7 @@ def make_generator_step(config: DistillConfig, student: Student):
         held["trajectory"].astype(jnp.float32),
         level,
         student.sigmas,
-        student.history,
+        student.method,
         attention=fkl.attention,
         target=fkl.target,
         point_sigmas=student.point_sigmas,

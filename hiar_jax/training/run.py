@@ -16,7 +16,7 @@ import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.components import wan, word_table
-from hiar_jax.components.interfaces import Components, Task, pixels
+from hiar_jax.components.interfaces import Components, Task, decode_pixels
 from hiar_jax.components.small import SmallComponents
 from hiar_jax.components.wan import WanCodecConfig
 from hiar_jax.config.building import build
@@ -31,7 +31,7 @@ from hiar_jax.config.workdir import (
 from hiar_jax.data import pipeline, shapes_world, tfds_builder
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import sample, teacher_sampler
@@ -130,11 +130,11 @@ class Run:
 
   def pixels(self, latents) -> np.ndarray:
     """Latents [b f h w c] -> uint8 [b F H W 3]."""
-    return pixels(self.medium, latents)
+    return decode_pixels(self.medium, latents)
 
-  def sampler(self, frames: int, history: History | None = None):
+  def sampler(self, frames: int, method: Method | None = None):
     """The student's rollout.sample, jitted: `frames` new latent frames in the run's own order,
-    window and sink, or in those of `history`.
+    window and sink, or in those of `method`.
     """
     e = self.experiment
     return jax.jit(
@@ -142,7 +142,7 @@ class Run:
         e.student_dit,
         self.task.embed,
         jnp.asarray(self.sigmas),
-        history or e.history,
+        method or e.history,
         key=jax.random.fold_in(jax.random.key(e.seed), 3),
         latent=e.latent,
         frames=frames,

@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 
 from hiar_jax import convert
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.past import ring as caches
 
@@ -80,13 +80,13 @@ class Case:
   def params(self, network: str):
     return _params(self, network)
 
-  def history(self, **changes) -> History:
-    return History(**{"block": self.sizes["config"]["num_frame_per_block"], "window": 0, **changes})
+  def history(self, **changes) -> Method:
+    return Method(**{"block": self.sizes["config"]["num_frame_per_block"], "window": 0, **changes})
 
-  def cache(self, history: History, latents: np.ndarray) -> caches.Cache:
+  def cache(self, method: Method, latents: np.ndarray) -> caches.Cache:
     """An empty cache for a video like `latents` [b f h w c]."""
     b, f, h, w, _ = latents.shape
-    return caches.empty(self.config, history, batch=b, frames=f, height=h, width=w)
+    return caches.empty(self.config, method, batch=b, frames=f, height=h, width=w)
 
 
 @functools.cache

@@ -1,18 +1,18 @@
 """Every rollout again, in the plainest way: loops over blocks and levels, one forward over what is
 visible, no cache.
 
-Written from the table of history.History and the papers' algorithms, not from hiar_jax.rollout.
+Written from the table of method.Method and the papers' algorithms, not from hiar_jax.rollout.
 """
 
 import dataclasses
 
 import numpy as np
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from tests.helpers import tiny
 
 
-def sees(query: int, key: int, row: History) -> bool:
+def sees(query: int, key: int, row: Method) -> bool:
   """Whether a frame may attend to another."""
   end = query - query % row.block + row.block - 1
   if key > end:
@@ -25,7 +25,7 @@ def sees(query: int, key: int, row: History) -> bool:
 class Plain:
   """A network and a row of the table."""
 
-  def __init__(self, network: str, row: History, frames: int, table: np.ndarray, params=None):
+  def __init__(self, network: str, row: Method, frames: int, table: np.ndarray, params=None):
     self.network, self.row, self.frames, self.table = network, row, frames, table
     self.params = tiny.NETWORKS[network][1] if params is None else params
 
@@ -116,24 +116,24 @@ class Plain:
 
 
 ROWS = {
-  "hiar": History(block=2, window=0),
-  "hiar_window": History(block=2, window=4),
-  "hiar_sink": History(block=2, window=5, sink=1),
-  "hiar_sink_across_blocks": History(block=2, window=6, sink=3),
-  "hiar_clean_sink": History(block=2, window=6, sink=2, sink_level="clean"),
-  "hiar_frames": History(block=1, window=3, sink=1),
-  "euler": History(block=2, window=0, renoise="euler"),
-  "clean": History(block=2, window=5, level="clean"),
-  "input": History(block=2, window=5, sink=1, level="input"),
-  "self_aligned": History(
+  "hiar": Method(block=2, window=0),
+  "hiar_window": Method(block=2, window=4),
+  "hiar_sink": Method(block=2, window=5, sink=1),
+  "hiar_sink_across_blocks": Method(block=2, window=6, sink=3),
+  "hiar_clean_sink": Method(block=2, window=6, sink=2, sink_level="clean"),
+  "hiar_frames": Method(block=1, window=3, sink=1),
+  "euler": Method(block=2, window=0, renoise="euler"),
+  "clean": Method(block=2, window=5, level="clean"),
+  "input": Method(block=2, window=5, sink=1, level="input"),
+  "self_aligned": Method(
     block=2, window=5, sink=2, sink_level="clean", level="input", gradient="attached"
   ),
-  "self_aligned_euler": History(
+  "self_aligned_euler": Method(
     block=1, window=4, sink=2, sink_level="clean", level="input", renoise="euler"
   ),
-  "self_forcing": History(block=2, window=0, order="block_first", level="clean"),
-  "self_forcing_window": History(block=2, window=5, sink=1, order="block_first", level="clean"),
-  "self_forcing_euler": History(
+  "self_forcing": Method(block=2, window=0, order="block_first", level="clean"),
+  "self_forcing_window": Method(block=2, window=5, sink=1, order="block_first", level="clean"),
+  "self_forcing_euler": Method(
     block=2, window=3, order="block_first", level="clean", renoise="euler"
   ),
 }

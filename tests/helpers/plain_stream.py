@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit, rope
 from tests.helpers.compiling import quick_jit
 
@@ -42,7 +42,7 @@ class PlainStream:
 
   config: dit.DiTConfig
   params: dict
-  row: History
+  row: Method
   sigmas: tuple[float, ...]
   blocks: int
   texts: object

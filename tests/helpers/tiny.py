@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.past import ring as caches
 from tests.helpers.compiling import quick_jit
@@ -43,7 +43,7 @@ def text() -> np.ndarray:
   return random(99, BATCH, 3, CONFIG.text_dim)
 
 
-def noise_table(row: History, blocks: int, seed: int = 7) -> np.ndarray:
+def noise_table(row: Method, blocks: int, seed: int = 7) -> np.ndarray:
   """[level, block, b, k, h, w, c] for the levels of SIGMAS; none is drawn on arrival at 0."""
   table = random(seed, SIGMAS.size, blocks, BATCH, row.block, HEIGHT, WIDTH, CONFIG.channels)
   table[-1] = 0
@@ -58,7 +58,7 @@ def bind(params):
   return dit.bind(CONFIG, params, text())
 
 
-def cache(row: History, frames: int, config: dit.DiTConfig = CONFIG) -> caches.Cache:
+def cache(row: Method, frames: int, config: dit.DiTConfig = CONFIG) -> caches.Cache:
   return caches.empty(config, row, batch=BATCH, frames=frames, height=HEIGHT, width=WIDTH)
 
 

@@ -7,12 +7,12 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.losses import critic, dmd, flow_matching, forward_kl, trajectory
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from tests.helpers import tiny
 
 X, EPS = tiny.video(1, 4), tiny.video(2, 4)
 SIGMA = jnp.asarray([0.3, 0.8])
-ROW = History(block=2, window=0)
+ROW = Method(block=2, window=0)
 LEVELS = jnp.asarray(tiny.SIGMAS)
 POINTS = tiny.random(3, tiny.BATCH, LEVELS.size, 4, tiny.HEIGHT, tiny.WIDTH, 2)
 
@@ -175,7 +175,7 @@ def test_trajectory_shows_what_the_rollout_will_show(level):
     calls.append((np.asarray(x), np.asarray(sigma), past))
     return 0.7 * x, "kv of the context"
 
-  row = History(block=2, window=0, level=level, gradient="attached")
+  row = Method(block=2, window=0, level=level, gradient="attached")
   loss = trajectory.trajectory_with_history(
     forward, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row
   )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.rollout.past.visibility import block_causal_mask
 from tests.helpers import tiny
@@ -220,7 +220,7 @@ def test_a_cache_equals_one_forward():
 
   v, own = quick_jit(cached)(tiny.params(), tiny.video(1, FRAMES), LEVELS, tiny.text())
   expected = velocity(
-    mask=np.asarray(block_causal_mask(jnp.asarray(POSITIONS), History(block=1, window=0)))
+    mask=np.asarray(block_causal_mask(jnp.asarray(POSITIONS), Method(block=1, window=0)))
   )
   np.testing.assert_allclose(v, expected[:, 2:], rtol=0, atol=1e-5 * np.abs(expected).max())
   tokens = tiny.CONFIG.tokens(tiny.HEIGHT, tiny.WIDTH)

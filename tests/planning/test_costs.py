@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -26,13 +26,13 @@ SMALL = dit.DiTConfig(
 )
 LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 ROWS = {
-  "hiar": History(block=2, window=4),
-  "hiar_sink": History(block=2, window=6, sink=2),
-  "clean_sink": History(block=2, window=6, sink=4, sink_level="clean"),
-  "self_aligned": History(
+  "hiar": Method(block=2, window=4),
+  "hiar_sink": Method(block=2, window=6, sink=2),
+  "clean_sink": Method(block=2, window=6, sink=4, sink_level="clean"),
+  "self_aligned": Method(
     block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
   ),
-  "self_forcing": History(block=2, window=4, order="block_first", level="clean"),
+  "self_forcing": Method(block=2, window=4, order="block_first", level="clean"),
 }
 
 
@@ -40,7 +40,7 @@ def small(**changes):
   return JobSize(
     **{
       "dit": SMALL,
-      "history": ROWS["hiar"],
+      "method": ROWS["hiar"],
       "levels": 3,
       "frames": 6,
       "height": 4,
@@ -69,7 +69,7 @@ def test_forwards_are_those_that_run(name, given, frames):
 
   request = small(
     dit=tiny.TOY_CONFIG,
-    history=row,
+    method=row,
     frames=frames,
     given=given,
     height=tiny.HEIGHT,
@@ -133,7 +133,7 @@ def test_the_published_sizes(config, parameters, flops):
   """
   begin = time.process_time()
   found = costs.make(
-    JobSize(config, History(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(config, Method(), levels=4, frames=21, height=60, width=104), compile=False
   )
   assert time.process_time() - begin < 20
   assert (
@@ -158,7 +158,7 @@ def test_compiled_memory_is_that_of_the_program():
   temporary memory.
   """
   narrow, wide = (
-    costs.make(small(history=History(block=2, window=w), frames=24, height=8, width=12))
+    costs.make(small(method=Method(block=2, window=w), frames=24, height=8, width=12))
     for w in (4, 20)
   )
   weights = narrow.parts["DiT"].bytes
@@ -220,7 +220,7 @@ def test_a_picture_and_a_continuation_can_be_planned():
 
 def test_what_is_said():
   found = costs.make(
-    JobSize(dit.DiTConfig(), History(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(dit.DiTConfig(), Method(), levels=4, frames=21, height=60, width=104), compile=False
   )
   text = found.text()
   for part in (

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models.dit import KV
 from hiar_jax.rollout import exit_step
 from hiar_jax.rollout.past.visibility import teacher_forcing_mask
@@ -27,23 +27,23 @@ BLOCKS = 3
 DETACHED_INPUT = dataclasses.replace(ROWS["self_aligned"], gradient="detached")
 TRAINED = {
   **{name: row for name, row in ROWS.items() if name != "hiar_clean_sink"},  # see the last test
-  "hiar_attached": History(block=2, window=0, gradient="attached"),
-  "clean_attached": History(block=2, window=4, level="clean", gradient="attached"),
-  "self_forcing_attached": History(
+  "hiar_attached": Method(block=2, window=0, gradient="attached"),
+  "clean_attached": Method(block=2, window=4, level="clean", gradient="attached"),
+  "self_forcing_attached": Method(
     block=2, window=5, sink=1, order="block_first", level="clean", gradient="attached"
   ),
-  "input_attached": History(block=2, window=4, level="input", gradient="attached"),
+  "input_attached": Method(block=2, window=4, level="input", gradient="attached"),
   "self_aligned_detached": DETACHED_INPUT,
 }
 LEVELS = range(tiny.SIGMAS.size - 1)
 
 
-def _noise(row: History) -> np.ndarray:
+def _noise(row: Method) -> np.ndarray:
   return tiny.noise_table(row, BLOCKS)
 
 
 @functools.cache
-def program(row: History, stopped: bool = True):
+def program(row: Method, stopped: bool = True):
   """(table, exit level, weight) -> gradients of sum(x0 weight), (x0, exit_sample's); for all exit
   levels.
   """
@@ -60,13 +60,13 @@ def program(row: History, stopped: bool = True):
   return functools.partial(quick_jit(jax.grad(loss, has_aux=True)), tiny.TOY_PARAMS)
 
 
-def plain_x0(row: History, level: int) -> np.ndarray:
+def plain_x0(row: Method, level: int) -> np.ndarray:
   return np.concatenate(
     Plain("toy", row, BLOCKS * row.block, _noise(row)).rollout(BLOCKS, stop=level), axis=1
   )
 
 
-def _walk(row: History, params, noisy: list, sigma, context: list, skip: int = 0) -> list:
+def _walk(row: Method, params, noisy: list, sigma, context: list, skip: int = 0) -> list:
   """x0 of the noisy blocks >= skip, one at a time; context[m] = (latents, level) is what block m
   shows.
   """
@@ -89,7 +89,7 @@ def _walk(row: History, params, noisy: list, sigma, context: list, skip: int = 0
   return outputs
 
 
-def plain_gradients(row: History, level: int, weight: np.ndarray):
+def plain_gradients(row: Method, level: int, weight: np.ndarray):
   """Of sum(x0 weight): the latents before the exit step come from the plain loops and are
   constants.
   """
@@ -116,7 +116,7 @@ def assert_same_tree(actual, expected):
   jax.tree.map(assert_same, actual, expected)
 
 
-def _weight(row: History) -> np.ndarray:
+def _weight(row: Method) -> np.ndarray:
   return tiny.video(31, BLOCKS * row.block)
 
 
@@ -174,7 +174,7 @@ def test_a_later_block_changes_no_earlier_x0(name):
 # -- teacher forcing
 
 
-def _sensitivity(network: str, row: History):
+def _sensitivity(network: str, row: Method):
   """d x0[block 2] / d (context, noisy) of teacher forcing."""
   make, params, _ = tiny.NETWORKS[network]
   weight = _weight(row)[:, 2 * row.block :]
@@ -188,13 +188,13 @@ def _sensitivity(network: str, row: History):
 
 @pytest.mark.parametrize("network", tiny.NETWORKS)
 def test_detached_context_receives_exactly_no_gradient(network):
-  context, noisy = _sensitivity(network, History(block=2, window=0))
+  context, noisy = _sensitivity(network, Method(block=2, window=0))
   assert not np.asarray(context).any()
   assert not np.asarray(noisy)[:, :4].any() and np.asarray(noisy)[:, 4:].any()
 
 
 def test_attached_context_receives_gradient_from_its_successors_alone():
-  context, noisy = _sensitivity("toy", History(block=2, window=0, gradient="attached"))
+  context, noisy = _sensitivity("toy", Method(block=2, window=0, gradient="attached"))
   assert np.asarray(context)[:, :2].any() and np.asarray(context)[:, 2:4].any()
   assert not np.asarray(context)[:, 4:].any()
   assert not np.asarray(noisy)[:, :4].any()
@@ -203,7 +203,7 @@ def test_attached_context_receives_gradient_from_its_successors_alone():
 @pytest.mark.parametrize(("network", "per_frame"), [("toy", False), ("toy", True), ("dit", True)])
 def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_frame):
   make, params, _ = tiny.NETWORKS[network]
-  row = History(block=2, window=5, sink=1, gradient="attached")
+  row = Method(block=2, window=5, sink=1, gradient="attached")
   context, noisy, weight = (tiny.video(seed, 6) for seed in (1, 2, 3))
   levels = np.linspace(0.2, 0.9, tiny.BATCH * 6, dtype=np.float32).reshape(tiny.BATCH, 6)
   context_sigma, sigma = (

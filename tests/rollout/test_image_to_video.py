@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout import image_to_video
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 
 BLOCKS = 3
 ROWS = {
-  "hiar": History(block=2, window=0),
-  "hiar_window": History(block=2, window=4),
-  "euler": History(block=3, window=4, renoise="euler"),
-  "self_forcing": History(block=2, window=4, order="block_first", level="clean"),
-  "self_aligned": History(block=2, window=5, level="input", gradient="attached"),
+  "hiar": Method(block=2, window=0),
+  "hiar_window": Method(block=2, window=4),
+  "euler": Method(block=3, window=4, renoise="euler"),
+  "self_forcing": Method(block=2, window=4, order="block_first", level="clean"),
+  "self_aligned": Method(block=2, window=5, level="input", gradient="attached"),
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.rollout import sample, teacher_sampler
 from hiar_jax.rollout.past import ring as caches
 from tests.helpers import tiny
@@ -24,7 +24,7 @@ each_case = pytest.mark.parametrize(("network", "name"), CASES)
 
 
 @functools.cache
-def program(network: str, row: History, fused: bool = True, given: int = 0):
+def program(network: str, row: Method, fused: bool = True, given: int = 0):
   """(table, given video or None) -> video, compiled; the table counts the given blocks."""
   make, params, config = tiny.NETWORKS[network]
 
@@ -99,10 +99,10 @@ def test_videos_shorter_than_the_window(name, blocks):
 @pytest.mark.parametrize(
   "row",
   [
-    History(block=2, window=5, sink=1),
-    History(block=3, window=7, sink=2),
-    History(block=3, window=10, sink=4, level="input"),
-    History(block=2, window=5, sink=1, order="block_first", level="clean"),
+    Method(block=2, window=5, sink=1),
+    Method(block=3, window=7, sink=2),
+    Method(block=3, window=10, sink=4, level="input"),
+    Method(block=2, window=5, sink=1, order="block_first", level="clean"),
   ],
   ids=lambda row: f"{row.order}_{row.level}_block{row.block}_window{row.window}_sink{row.sink}",
 )
@@ -160,7 +160,7 @@ def test_an_earlier_block_changes_later_outputs(network, name):
   ],
 )
 def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
-  row = History(block=block, window=window, sink=sink)
+  row = Method(block=block, window=window, sink=sink)
   position = np.full(row.cache_frames(10**6), -1)
   assert position.size == window - block
   for n in range(12):
@@ -179,14 +179,14 @@ def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
 
 
 def test_a_cache_does_not_grow_with_the_video():
-  row = History(block=3, window=21)
+  row = Method(block=3, window=21)
   assert caches.empty(tiny.CONFIG, row, batch=1, frames=30, height=4, width=2).slots == 18
   assert row.cache_frames(10**6) == 18 and row.cache_frames(9) == 6 and row.cache_frames(3) == 0
-  assert History(block=3, window=0).cache_frames(30) == 27
+  assert Method(block=3, window=0).cache_frames(30) == 27
 
 
 def test_writing_keeps_what_it_does_not_replace():
-  row = History(block=2, window=5, sink=1)
+  row = Method(block=2, window=5, sink=1)
   before = caches.Cache(
     jax.tree.map(lambda leaf: leaf + 7, tiny.cache(row, 20).kv), jnp.asarray([0, 2, 1], jnp.int32)
   )

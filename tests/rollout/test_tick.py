@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit, rope
 from hiar_jax.rollout import image_to_video, sample
 from hiar_jax.rollout import tick as pipes
@@ -23,15 +23,15 @@ from tests.helpers.golden_cases import assert_close, channels_last, noise_table
 
 BLOCKS = 6
 ROWS = {
-  "hiar": History(block=2, window=0),
-  "hiar_window": History(block=2, window=4),
-  "hiar_no_past": History(block=2, window=2),
-  "hiar_sink": History(block=2, window=5, sink=1),
-  "hiar_sink_across_blocks": History(block=2, window=6, sink=3),
-  "hiar_frames": History(block=1, window=3, sink=1),
-  "euler": History(block=2, window=5, renoise="euler"),
-  "clean": History(block=2, window=5, level="clean"),
-  "input": History(block=2, window=5, sink=1, level="input"),
+  "hiar": Method(block=2, window=0),
+  "hiar_window": Method(block=2, window=4),
+  "hiar_no_past": Method(block=2, window=2),
+  "hiar_sink": Method(block=2, window=5, sink=1),
+  "hiar_sink_across_blocks": Method(block=2, window=6, sink=3),
+  "hiar_frames": Method(block=1, window=3, sink=1),
+  "euler": Method(block=2, window=5, renoise="euler"),
+  "clean": Method(block=2, window=5, level="clean"),
+  "input": Method(block=2, window=5, sink=1, level="input"),
 }
 CASES = [("toy", name) for name in ROWS] + [("dit", "hiar_sink"), ("dit", "input")]
 
@@ -42,7 +42,7 @@ def piped(
   """All new blocks [b f h w c], one scan over ticks; noise is that of `table` [level, block ...],
   which counts the given blocks.
   """
-  k = plan.history.block
+  k = plan.method.block
   given_blocks = 0 if given is None else -(-given.shape[1] // k)
   frames = table.shape[1] * k
   start = pipes.empty(
@@ -75,7 +75,7 @@ def tiny_network(name: str, params):
 
 
 @functools.cache
-def programs(name: str, row: History, given: int = 0):
+def programs(name: str, row: Method, given: int = 0):
   """(by the pipe, by the rollout): each (table, given or None) -> the new blocks."""
   _, params, config = tiny.NETWORKS[name]
   plan, text = PipelineMethod(row, tuple(tiny.SIGMAS.tolist())), jnp.asarray(tiny.text())
@@ -124,7 +124,7 @@ def test_continuation_equals_the_rollouts(name, given):
 
 
 def test_blocks_after_a_clean_sink_equal_the_rollouts():
-  row = History(block=2, window=6, sink=2, sink_level="clean", level="input")
+  row = Method(block=2, window=6, sink=2, sink_level="clean", level="input")
   table = jnp.asarray(tiny.noise_table(row, BLOCKS))
   by_pipe, _ = programs("toy", row, 1)
   video = programs("toy", row)[1](table, None)
@@ -245,7 +245,7 @@ def test_turned_keys_are_those_of_frames_further_on():
 
 
 def test_the_sink_is_carried_as_far_as_the_window_rolls():
-  row = History(block=2, window=6, sink=2)
+  row = Method(block=2, window=6, sink=2)
   moved = [int(relative_sink.distance(block_positions(n, row), row)) for n in range(6)]
   assert moved == [0, 0, 0, 2, 4, 6]  # block n ends at 2 n + 1; its window of 4 is full at n = 2
 
@@ -257,19 +257,19 @@ def test_block_first_is_refused_with_its_reason():
   with pytest.raises(
     UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"
   ):
-    PipelineMethod(History(order="block_first", level="clean"), (1.0, 0.0))
+    PipelineMethod(Method(order="block_first", level="clean"), (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
   ("row", "place", "said"),
   [
     (
-      History(block=2, window=5, sink=1),
+      Method(block=2, window=5, sink=1),
       "moving",
       "sink_positions = 'moving': expected one of absolute, relative",
     ),
     (
-      History(block=2, window=3, sink=1),
+      Method(block=2, window=3, sink=1),
       "relative",
       "window = 3 is too short to carry a sink of 1 along.* at least 4",
     ),

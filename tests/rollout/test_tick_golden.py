@@ -76,7 +76,7 @@ class Recording:
   def noise_table(self, first: int) -> np.ndarray:
     """[level, block ...], the given blocks counted."""
     table = noise_table(
-      self.z["noise"], self.z.get("step_noise"), self.parts.history.block, len(self.sigmas)
+      self.z["noise"], self.z.get("step_noise"), self.parts.method.block, len(self.sigmas)
     )
     return np.concatenate([np.zeros_like(table[:, :1])] * first + [table], axis=1)
 
@@ -96,7 +96,7 @@ class Recorded(CompiledPipeline):
 @pytest.mark.parametrize(("folder", "file", "layout"), CASES)
 def test_a_recording_on_a_layout(folder, file, layout):
   recording = Recording(golden_cases.Case(golden_cases.ROOT / folder), file)
-  k, given, levels = recording.parts.history.block, recording.given, len(recording.sigmas) - 1
+  k, given, levels = recording.parts.method.block, recording.given, len(recording.sigmas) - 1
   first = 0 if given is None else given.shape[1] // k
   video, table = channels_last(recording.z["latents"]), recording.noise_table(first)
   programs = Recorded(quick_engine(recording.parts, TickOptions(layout=layout)), table)

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.tiny_stream import CONFIG, ROW, SIZE, assert_same, parts, quick_engine, take
 
-LONG = History(block=2, window=41)  # caches are larger than anything else
+LONG = Method(block=2, window=41)  # caches are larger than anything else
 SIZES = [
   (2, 1, 1),
   (4, 1, 1),

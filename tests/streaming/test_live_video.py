@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
@@ -32,7 +32,7 @@ LEVELS = 4
 
 
 @functools.cache
-def engine(row: History = ROW, **options) -> Engine:
+def engine(row: Method = ROW, **options) -> Engine:
   return quick_engine(parts(row), TickOptions(layout=ONE, **options))
 
 
@@ -57,8 +57,8 @@ def test_equals_plain_loops_and_numbers_its_blocks():
   [
     (ROW, {}),
     (ROW, {"sink_positions": "relative"}),
-    (History(block=2, window=7, sink=1, level="input"), {}),
-    (History(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
+    (Method(block=2, window=7, sink=1, level="input"), {}),
+    (Method(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
   ],
   ids=["output", "carried", "input", "options"],
 )
@@ -76,10 +76,10 @@ def test_prompts_change_at_block_boundaries(row, options, recache):
     {entered, later} if recache else set(),
   )
   assert_same(
-    rest, plain(plan.history, 11, prompts, seed=1, anew=frozenset(anew), carried=plan.carries)
+    rest, plain(plan.method, 11, prompts, seed=1, anew=frozenset(anew), carried=plan.carries)
   )
   assert (
-    np.abs(rest - plain(plan.history, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max()
+    np.abs(rest - plain(plan.method, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max()
     > 1e-2
   )
 
@@ -218,13 +218,13 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
 @pytest.mark.parametrize(
   ("row", "options", "said"),
   [
-    (History(block=2, window=0), {}, "window = 0.*a stream has no end; give a window"),
-    (History(order="block_first", level="clean"), {}, "block_first.*cannot be streamed"),
+    (Method(block=2, window=0), {}, "window = 0.*a stream has no end; give a window"),
+    (Method(order="block_first", level="clean"), {}, "block_first.*cannot be streamed"),
     (ROW, {"window": 2}, "window = 2 cannot hold a block"),
     (
       ROW,
       {"layout": Layout(level=3)},
-      "stage = 3 does not divide the 4 noise levels; stage can be 1, 2 or 4",
+      "level = 3 does not divide the 4 noise levels; level can be 1, 2 or 4",
     ),
     (
       ROW,

@@ -281,7 +281,7 @@ def test_there_is_nothing_else_in_the_package():
     ({"prompt": "a", "frames": 0}, "expected at least 1"),
     ({"prompt": "a", "image": "a.png", "video": "b.mp4"}, "either image or video"),
     ({"prompt": "a", "resume": "saved"}, "leave --prompt"),
-    ({"prompt": "a", "stages": 0}, "stage = 0"),
+    ({"prompt": "a", "level_devices": 0}, "level = 0"),
     ({"prompt": "a"}, "--workdir is missing"),
   ],
 )

@@ -19,7 +19,7 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.components import word_table
 from hiar_jax.components.interfaces import Task
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.parallel.mapping import map_step
@@ -33,7 +33,7 @@ from hiar_jax.types import LatentShape
 MODEL = DiTConfig(
   dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
 )
-HIAR = History(block=1, window=3)
+HIAR = Method(block=1, window=3)
 HISTORIES = {
   "HiAR": HIAR,
   "Self-Forcing": dataclasses.replace(HIAR, order="block_first", level="clean"),
@@ -109,7 +109,7 @@ class Case:
 def make_case(
   kind: str,
   accumulate: int = 1,
-  history: History = HIAR,
+  method: Method = HIAR,
   weight: float = 0.1,
   guidance: float = 1.0,
 ) -> Case:
@@ -128,12 +128,12 @@ def make_case(
     return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
   if kind.startswith("causal init"):
     config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
-    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, history)
+    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, method)
     return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
   config = DistillConfig(
     **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
   )
-  student = Student(MODEL, MODEL, MODEL, history, jnp.asarray(SIGMAS), TASK)
+  student = Student(MODEL, MODEL, MODEL, method, jnp.asarray(SIGMAS), TASK)
   create = lambda: states.create(
     key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
   )

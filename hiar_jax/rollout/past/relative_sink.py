@@ -12,29 +12,29 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models import rope
 from hiar_jax.types import Positions
 
 POSITIONS = ("absolute", "relative")
 
 
-def check(history: History) -> None:
+def check(method: Method) -> None:
   """Raises UserError where blocks would see the sink turned before it is in the cache."""
-  least = (-(-history.sink // history.block) + 1) * history.block
-  if history.window < least:
+  least = (-(-method.sink // method.block) + 1) * method.block
+  if method.window < least:
     raise UserError(
-      f"window = {history.window} is too short to carry a sink of {history.sink} along: with "
-      f"blocks of {history.block} frames it takes "
+      f"window = {method.window} is too short to carry a sink of {method.sink} along: with "
+      f"blocks of {method.block} frames it takes "
       f"at least {least}"
     )
 
 
-def distance(positions: Positions, history: History) -> jax.Array:
+def distance(positions: Positions, method: Method) -> jax.Array:
   """Frames by which the sink is moved on for the block at `positions`, a scalar: 0 until its window
   begins to roll.
   """
-  return jnp.maximum(positions[-1] + 1 - history.window, 0)
+  return jnp.maximum(positions[-1] + 1 - method.window, 0)
 
 
 def rotate(keys: jax.Array, frames: jax.Array) -> jax.Array:

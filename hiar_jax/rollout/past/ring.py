@@ -3,8 +3,8 @@
 Slots hold frames. The first `sink` slots belong to the first frames for ever; the others are a ring
 that the rest pass through, so a
 cache never grows and never moves: a block is written over the oldest frames. `position` says which
-frame a slot holds, -1 for none, and masks are computed from it (history.past_mask), so the order of
-the slots does not matter. Positions are absolute frame indices (exact at any length, see
+frame a slot holds, -1 for none, and masks are computed from it (visibility.past_mask), so the order
+of the slots does not matter. Positions are absolute frame indices (exact at any length, see
 models.rope).
 """
 
@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import History
+from hiar_jax.method import Method
 from hiar_jax.models.dit import KV, DiTConfig
 from hiar_jax.types import Positions
 
@@ -30,12 +30,12 @@ class Cache:
 
 
 def empty(
-  config: DiTConfig, history: History, *, batch: int, frames: int, height: int, width: int
+  config: DiTConfig, method: Method, *, batch: int, frames: int, height: int, width: int
 ) -> Cache:
   """A cache for videos of up to `frames` latent frames of height x width; with a window its size
   does not depend on `frames`.
   """
-  slots = history.cache_frames(frames)
+  slots = method.cache_frames(frames)
   shape = (
     config.num_layers,
     batch,
@@ -58,11 +58,11 @@ def slots_of(positions: Positions, slots: int, sink: int) -> jax.Array:
   return jnp.where(positions < min(sink, slots), positions, jnp.where(kept, in_ring, slots))
 
 
-def write(cache: Cache, kv: KV, positions: Positions, history: History) -> Cache:
+def write(cache: Cache, kv: KV, positions: Positions, method: Method) -> Cache:
   """Puts a block's K/V into its slots."""
   if not cache.slots:
     return cache
-  slots = slots_of(positions, cache.slots, history.sink)
+  slots = slots_of(positions, cache.slots, method.sink)
   put = lambda old, new: old.at[:, :, slots].set(
     new.astype(old.dtype), mode="drop", unique_indices=True
   )
