@@ -61,7 +61,7 @@ def batch_of(e: Experiment, training: TrainConfig) -> Batch:
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
   clips = {
     "tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32),
-    "index": np.arange(count, dtype=np.int32),
+    "example_id": np.arange(count, dtype=np.int32),
   }
   if e.model.place_embedding:
     clips["start"] = np.zeros(count, np.int32)
@@ -70,7 +70,7 @@ def batch_of(e: Experiment, training: TrainConfig) -> Batch:
     **clips,
     "video": draw(count, *clip),
     "trajectory": trajectory,
-    "held": {**clips, "trajectory": trajectory},
+    "trajectories": {**clips, "trajectory": trajectory},
   }
 
 

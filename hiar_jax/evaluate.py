@@ -63,7 +63,7 @@ def main() -> None:
 
 def references(run: Run, frames: int) -> dict[str, dict]:
   """What a perfect model would score, and what the codec alone costs."""
-  codec = run.medium.codec
+  codec = run.components.codec
   through = lambda videos: np.asarray(patch_pca.decode(codec, patch_pca.encode(codec, videos)))
   return {
     "true clips": shapes_truth.data_reference(run.world, frames=frames),

@@ -75,9 +75,9 @@ def abstract_batch(e: Experiment, size: int) -> dict:
   points = jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32)
   return {
     "tokens": text,
-    "index": jax.ShapeDtypeStruct((size,), jnp.int32),
+    "example_id": jax.ShapeDtypeStruct((size,), jnp.int32),
     "trajectory": points,
-    "held": {"tokens": text, "trajectory": points},
+    "trajectories": {"tokens": text, "trajectory": points},
   }
 
 

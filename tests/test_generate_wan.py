@@ -423,8 +423,8 @@ def test_pictures_of_a_size_are_encoded_by_one_program(model):
   sizes = []
   for value in (0, 255):
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
-      latents = model.run.medium.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
-    sizes.append(model.run.medium._encode._cache_size())
+      latents = model.run.components.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
+    sizes.append(model.run.components._encode._cache_size())
   assert latents.shape == (1, 1, 2, 4, 16) and sizes[0] == sizes[1] >= 1
 
 
@@ -447,11 +447,13 @@ def test_a_frame_is_decoded_over_all_devices(model):
   the 8.
   """
   latents = np.random.default_rng(0).normal(size=(1, 1, 2, 4, 16)).astype(np.float32)
-  assert len(model.run.medium._wide_stream.place(4).device_set) == 4
+  assert len(model.run.components._wide_stream.place(4).device_set) == 4
   mesh = make_mesh(MeshConfig(data=8))
   with jax.set_mesh(mesh):
-    (piece,) = model.run.medium.pieces(jax.device_put(latents, jax.NamedSharding(mesh, jax.P())))
-  (expected,) = model.run.medium.stream(latents)
+    (piece,) = model.run.components.pieces(
+      jax.device_put(latents, jax.NamedSharding(mesh, jax.P()))
+    )
+  (expected,) = model.run.components.stream(latents)
   assert np.abs(piece.astype(int) - expected).max() <= 1 and piece.std() > 1
 
 

@@ -72,7 +72,7 @@ def generated(model, blocks, start=None):
   given = [] if start is None else [start]
   make = model.generator(blocks * model.experiment.history.block, start.shape[1] if given else 0)
   return decode_pixels(
-    model.run.medium,
+    model.run.components,
     np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),
   )[0]
 
@@ -115,7 +115,7 @@ def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(
 )
 def test_from_a_start(model, source, place, kind, name, counts):
   start = Conditioning(place / name, kind)
-  latents = model.run.medium.latents(start.read(model.experiment)[0][None])
+  latents = model.run.components.latents(start.read(model.experiment)[0][None])
   with source.open(PROMPT, seed=SEED, frames=sum(counts), start=start) as stream:
     chunks = list(stream)
   assert [len(chunk.frames) for chunk in chunks] == counts

@@ -56,6 +56,6 @@ class Components(Protocol):
     """uint8 [b F H W 3] -> [b f h w c]."""
 
 
-def decode_pixels(medium: Components, latents) -> np.ndarray:
+def decode_pixels(components: Components, latents) -> np.ndarray:
   """Latents [b f h w c] -> uint8 [b F H W 3]."""
-  return np.concatenate(list(medium.pieces(latents)), axis=1)
+  return np.concatenate(list(components.pieces(latents)), axis=1)

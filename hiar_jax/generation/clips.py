@@ -155,12 +155,12 @@ def iterate_latents(
 def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
   """[1 given h w c]"""
   pixels, _ = clip.start.read(model.experiment)
-  return np.asarray(model.run.medium.latents(pixels[None]))
+  return np.asarray(model.run.components.latents(pixels[None]))
 
 
 def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
   """Decodes piece by piece into a file that says how it was made."""
   config = model.experiment.sample
-  pieces = (piece[0] for piece in model.run.medium.pieces(latents))
+  pieces = (piece[0] for piece in model.run.components.pieces(latents))
   write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
   print(clip.path, file=sys.stdout, flush=True)

@@ -102,7 +102,7 @@ class VideoModel:
       told["weights"] = [self.stage, max(steps, key=int, default=""), to_json(made_with)]
     if isinstance(e.codec, WanCodecConfig):
       told["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
-      told["text"]["weights"] = self.run.medium.texts.identity
+      told["text"]["weights"] = self.run.components.texts.identity
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
   def params(self) -> Params:
@@ -119,18 +119,18 @@ class VideoModel:
     """Says what the model will not understand, and encodes what needs an encoder of its own, all at
     once: it is then out of memory.
     """
-    if isinstance(self.run.medium, WanComponents):
-      self.run.medium.texts.fill(prompts)
+    if isinstance(self.run.components, WanComponents):
+      self.run.components.texts.fill(prompts)
     for prompt in prompts:
-      for line in self.run.medium.remarks(prompt):
+      for line in self.run.components.remarks(prompt):
         print(line, file=sys.stderr)
 
   def texts(self, prompts: list[str]) -> np.ndarray:
     """[n l] or [n l d], for prompts that were prepared."""
-    if not isinstance(self.run.medium, WanComponents):
+    if not isinstance(self.run.components, WanComponents):
       return self.run.tokens(prompts)
     return prompt_texts.pad(
-      [self.run.medium.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
+      [self.run.components.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
     )
 
   def generator(self, frames: int):

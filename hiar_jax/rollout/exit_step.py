@@ -41,13 +41,13 @@ def self_rollout(
   """
   if method.level == "input":
     return _aligned(forward, frozen, noise, sigmas, method, blocks, exit_level)
-  noisy, shown, _ = jax.lax.stop_gradient(
+  noisy, contexts, _ = jax.lax.stop_gradient(
     _sequential(frozen, noise, cache, sigmas, method, blocks, exit_level)
   )
   sigma, sigma_next = sigmas[exit_level], sigmas[exit_level + 1]
   context_sigma = method.context_sigma(sigma, sigma_next)
   return teacher_forcing(
-    forward, join_blocks(shown), context_sigma, join_blocks(noisy), sigma, method
+    forward, join_blocks(contexts), context_sigma, join_blocks(noisy), sigma, method
   )
 
 
@@ -81,8 +81,8 @@ def _sequential(frozen, noise, cache, sigmas, method: Method, blocks: int, exit_
   noisy = step_first.levels(
     frozen, noise, cache, step_first.start(noise, blocks), sigmas, method, exit_level
   )
-  _, shown, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, method)
-  return noisy, shown, x0
+  _, contexts, x0 = step_first.sweep(frozen, noise, cache, noisy, sigmas, exit_level, method)
+  return noisy, contexts, x0
 
 
 @typed
@@ -93,17 +93,18 @@ def teacher_forcing(
   two parallel forwards.
 
   sigma, context_sigma: scalar, [b] or [b f]. Equal to one forward over [context | noisy] under
-  visibility.teacher_forcing_mask, but the context's half needs no backward pass where it is detached.
+  visibility.teacher_forcing_mask, but the context's half needs no backward pass where it is
+  detached.
   """
   positions = jnp.arange(noisy.shape[1], dtype=jnp.int32)
   mask, past = own_block_mask(positions, positions, method), None
-  shown = noisy.shape[1] - method.block  # nobody sees the last block
-  if shown:
-    earlier = positions[:shown]
+  contexts = noisy.shape[1] - method.block  # nobody sees the last block
+  if contexts:
+    earlier = positions[:contexts]
     if jnp.ndim(context_sigma) == 2:
-      context_sigma = context_sigma[:, :shown]
+      context_sigma = context_sigma[:, :contexts]
     _, past = forward(
-      context[:, :shown], context_sigma, earlier, mask=block_causal_mask(earlier, method)
+      context[:, :contexts], context_sigma, earlier, mask=block_causal_mask(earlier, method)
     )
     if method.gradient == "detached":
       past = jax.lax.stop_gradient(past)

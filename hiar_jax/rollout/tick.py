@@ -62,9 +62,9 @@ class PipelineState:
   latents: jax.Array
   context: jax.Array | None
   cache: Cache
-  shown: jax.Array
+  contexts: jax.Array
   texts: jax.Array
-  anew: jax.Array
+  recache: jax.Array
   block: jax.Array
   first: jax.Array
   key: Key
@@ -143,9 +143,9 @@ def empty(
     latents=block,
     context=block if plan.fused else None,
     cache=_each_level(cache, plan.levels),
-    shown=jnp.zeros((*block.shape[:2], cache.slots, *block.shape[3:])),
+    contexts=jnp.zeros((*block.shape[:2], cache.slots, *block.shape[3:])),
     texts=jnp.zeros((plan.levels + 1, *text.shape), text.dtype),
-    anew=jnp.zeros(plan.levels + 1, bool),
+    recache=jnp.zeros(plan.levels + 1, bool),
     block=jnp.zeros((), jnp.int32),
     first=jnp.zeros((), jnp.int32),
     key=key,
@@ -169,16 +169,16 @@ def prefill(
   picture = given.shape[1] == 1 and k > 1
   if given.shape[1] % k and not picture:
     raise UserError(f"{given.shape[1]} given latent frames: expected one, or whole blocks of {k}")
-  cache, shown = jax.tree.map(lambda leaf: leaf[0], (pipe.cache, pipe.shown))
+  cache, contexts = jax.tree.map(lambda leaf: leaf[0], (pipe.cache, pipe.contexts))
 
   def one(carry, inputs):
-    cache, shown = carry
+    cache, contexts = carry
     n, x, text = inputs
     positions = jnp.asarray([k - 1], jnp.int32) if picture else block_positions(n, method)
     slots = caches.slots_of(positions, cache.slots, method.sink)
     return (
       _write_context(plan, network(text), cache, x, positions),
-      _put(shown, x, slots, axis=1),
+      _put(contexts, x, slots, axis=1),
     ), None
 
   first = jnp.asarray(-(-given.shape[1] // k), jnp.int32)
@@ -186,11 +186,11 @@ def prefill(
   if not cache.slots:
     return pipe
   blocks = given[None] if picture else split_blocks(given, method)
-  (cache, shown), _ = jax.lax.scan(
-    one, (cache, shown), (jnp.arange(blocks.shape[0]), blocks, texts)
+  (cache, contexts), _ = jax.lax.scan(
+    one, (cache, contexts), (jnp.arange(blocks.shape[0]), blocks, texts)
   )
-  cache, shown = _each_level((cache, shown), plan.levels)
-  return pipe.replace(cache=cache, shown=shown)
+  cache, contexts = _each_level((cache, contexts), plan.levels)
+  return pipe.replace(cache=cache, contexts=contexts)
 
 
 def _write_context(
@@ -211,7 +211,7 @@ def tick(
   noise: Noise,
   pipe: PipelineState,
   text: Text,
-  anew: jax.Array,
+  recache: jax.Array,
 ) -> tuple[PipelineState, Block]:
   """One forward of every level; a block of pure noise enters with its `text`, and the block that
   left the last level is returned.
@@ -220,22 +220,31 @@ def tick(
   anew: see Pipe.
   """
   slot = pipe.block % pipe.texts.shape[0]
-  pipe = pipe.replace(texts=pipe.texts.at[slot].set(text), anew=pipe.anew.at[slot].set(anew))
+  pipe = pipe.replace(
+    texts=pipe.texts.at[slot].set(text), recache=pipe.recache.at[slot].set(recache)
+  )
   sigmas, level = jnp.asarray(plan.sigmas, jnp.float32), jnp.arange(pipe.levels)
   noisy = jnp.where(level.reshape(-1, 1, 1, 1, 1, 1) == 0, noise(0, pipe.block)[None], pipe.latents)
 
-  def one(level, x, context, cache, shown):
+  def one(level, x, context, cache, contexts):
     n = pipe.block - level
     step = Step(sigmas[level], sigmas[level + 1], block_positions(jnp.maximum(n, 0), plan.method))
     work = _fused if plan.fused else _alone
-    v, cache, shown = work(plan, network, pipe, n, step, x, context, cache, shown)
+    v, cache, contexts = work(plan, network, pipe, n, step, x, context, cache, contexts)
     x_next, x0 = renoise(plan.method, x, v, step, lambda: noise(level + 1, n))
-    return x_next, context_latent(plan.method, x, x_next, x0) if plan.fused else None, cache, shown
+    return (
+      x_next,
+      context_latent(plan.method, x, x_next, x0) if plan.fused else None,
+      cache,
+      contexts,
+    )
 
-  x_next, context, cache, shown = jax.vmap(one)(level, noisy, pipe.context, pipe.cache, pipe.shown)
+  x_next, context, cache, contexts = jax.vmap(one)(
+    level, noisy, pipe.context, pipe.cache, pipe.contexts
+  )
   latents = jnp.roll(x_next, 1, axis=0)
   return pipe.replace(
-    latents=latents, context=context, cache=cache, shown=shown, block=pipe.block + 1
+    latents=latents, context=context, cache=cache, contexts=contexts, block=pipe.block + 1
   ), latents[0]
 
 
@@ -248,7 +257,7 @@ def _fused(
   x: Block,
   context: Block,
   cache: Cache,
-  shown: jax.Array,
+  contexts: jax.Array,
 ):
   """[context of block n - 1 | noisy block n] in one forward (HiAR, section 3.3)."""
   method, k, texts = plan.method, plan.method.block, pipe.texts
@@ -257,7 +266,7 @@ def _fused(
   past, mask = _past(plan, cache, before, step.positions)
   own, seen = jnp.ones((k, k), bool), past_mask(step.positions, before, method) & there
   mask = jnp.concatenate([mask, jnp.concatenate([own, seen]), jnp.concatenate([~own, own])], axis=1)
-  earlier = jnp.where(pipe.anew[n % texts.shape[0]], n, n - 1)
+  earlier = jnp.where(pipe.recache[n % texts.shape[0]], n, n - 1)
   text = jnp.stack([texts[earlier % texts.shape[0]], texts[n % texts.shape[0]]], axis=1)
   sigmas = jnp.stack([method.context_sigma(step.sigma, step.sigma_next), step.sigma])
   levels = jnp.broadcast_to(jnp.repeat(sigmas, k)[None], (x.shape[0], 2 * k))
@@ -266,7 +275,7 @@ def _fused(
     jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=past
   )
   kv = jax.tree.map(lambda leaf: leaf[:, :, :k], kv)
-  return v[:, k:], *_store(plan, cache, shown, kv, context, before, there)
+  return v[:, k:], *_store(plan, cache, contexts, kv, context, before, there)
 
 
 def _alone(
@@ -278,7 +287,7 @@ def _alone(
   x: Block,
   context: None,
   cache: Cache,
-  shown: jax.Array,
+  contexts: jax.Array,
 ):
   """Block n's forward; what it computes of itself is what its successors read (SAF)."""
   past, mask = _past(plan, cache, step.positions[:0], step.positions)
@@ -287,7 +296,7 @@ def _alone(
   v, kv = network(text)(
     x, step.sigma, step.positions, mask=jnp.concatenate([mask, own], axis=1), past=past
   )
-  return v, *_store(plan, cache, shown, kv, x, step.positions, n >= pipe.first)
+  return v, *_store(plan, cache, contexts, kv, x, step.positions, n >= pipe.first)
 
 
 def _past(
@@ -323,7 +332,7 @@ def _past(
 def _store(
   plan: PipelineMethod,
   cache: Cache,
-  shown: jax.Array,
+  contexts: jax.Array,
   kv: KV,
   latents: Block,
   positions: Positions,
@@ -331,13 +340,13 @@ def _store(
 ) -> tuple[Cache, jax.Array]:
   """The cache and the latents behind it with one more block, where it is `there`."""
   if not cache.slots:
-    return cache, shown
+    return cache, contexts
   slots = jnp.where(there, caches.slots_of(positions, cache.slots, plan.method.sink), cache.slots)
   cache = Cache(
     jax.tree.map(lambda old, new: _put(old, new, slots, axis=2), cache.kv, kv),
     _put(cache.position, positions, slots, axis=0),
   )
-  return cache, _put(shown, latents, slots, axis=1)
+  return cache, _put(contexts, latents, slots, axis=1)
 
 
 def _put(old: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
@@ -358,23 +367,23 @@ def recache(
   built; given frames and a clean sink
   stay clean. text: of the block that enters next.
   """
-  if not pipe.shown.shape[2]:
+  if not pipe.contexts.shape[2]:
     return pipe
   texts = pipe.texts.at[pipe.block % pipe.texts.shape[0]].set(text)
 
-  def one(level, cache, shown, due):
+  def one(level, cache, contexts, due):
     n = pipe.block - level
     new = _recache_level(
-      plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, shown
+      plan, network(texts[n % texts.shape[0]]), level, n, pipe.first, cache, contexts
     )
     return jax.tree.map(lambda old, new: jnp.where(due, new, old), cache, new)
 
-  cache = jax.vmap(one)(jnp.arange(pipe.levels), pipe.cache, pipe.shown, due)
+  cache = jax.vmap(one)(jnp.arange(pipe.levels), pipe.cache, pipe.contexts, due)
   return pipe.replace(cache=cache, texts=texts)
 
 
 def _recache_level(
-  plan: PipelineMethod, forward: Forward, level, n, first, cache: Cache, shown: jax.Array
+  plan: PipelineMethod, forward: Forward, level, n, first, cache: Cache, contexts: jax.Array
 ) -> Cache:
   """One level's cache before it works on block n."""
   method, k, slots = plan.method, plan.method.block, cache.slots
@@ -392,7 +401,7 @@ def _recache_level(
     levels = jnp.where(positions < first * k, 0.0, sigma)
     past, mask = _past(plan, new, positions, positions[:0])
     own = there[None] | jnp.eye(k, dtype=bool)
-    x = shown[:, places]
+    x = contexts[:, places]
     _, kv = forward(
       x,
       jnp.broadcast_to(levels[None], x.shape[:2]),

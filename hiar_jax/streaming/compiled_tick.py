@@ -137,7 +137,7 @@ class Engine:
     text = self.text(prompt)
     for programs in filter(None, (self.head, self.main)):
       pipe = programs.start(text[None], np.zeros(1, np.int32))
-      pipe = programs.show_again(pipe, text, np.zeros(self.plan.levels, bool))
+      pipe = programs.recache(pipe, text, np.zeros(self.plan.levels, bool))
       jax.block_until_ready(programs.tick(pipe, text, False))
 
 
@@ -215,26 +215,28 @@ class CompiledPipeline:
   def compiled_tick(self):
     """tick(params, pipe, text, anew) -> (pipe, block), jitted; the old pipe's memory is reused."""
 
-    def tick(params, pipe, text, anew):
-      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, anew)
+    def tick(params, pipe, text, recache):
+      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, recache)
 
     return self.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
 
-  def tick(self, pipe: PipelineState, text: jax.Array, anew: bool) -> tuple[PipelineState, Block]:
+  def tick(
+    self, pipe: PipelineState, text: jax.Array, recache: bool
+  ) -> tuple[PipelineState, Block]:
     with jax.set_mesh(self.engine.mesh):
-      return self.compiled_tick(self.engine.params, pipe, text, np.bool_(anew))
+      return self.compiled_tick(self.engine.params, pipe, text, np.bool_(recache))
 
   @functools.cached_property
-  def _show_again(self):
+  def _recache(self):
     def again(params, pipe, text, due):
       return pipes.recache(self.plan, self.network(params), pipe, text, due)
 
     return self.jit(again, donate_argnums=1, out_shardings=self.shardings)
 
-  def show_again(self, pipe: PipelineState, text: jax.Array, due: np.ndarray) -> PipelineState:
+  def recache(self, pipe: PipelineState, text: jax.Array, due: np.ndarray) -> PipelineState:
     """due: [s]"""
     with jax.set_mesh(self.engine.mesh):
-      return self._show_again(self.engine.params, pipe, text, due)
+      return self._recache(self.engine.params, pipe, text, due)
 
 
 def _changed_method(method: Method, options: TickOptions) -> Method:

@@ -72,11 +72,11 @@ class CausalDecoder:
     return jax.device_put(jax.tree.unflatten(jax.tree.structure(memory), leaves), self.device)
 
 
-def make_decoder(medium: Components, device: jax.Device | None = None) -> BlockDecoder:
+def make_decoder(components: Components, device: jax.Device | None = None) -> BlockDecoder:
   """device: where to decode; None: the first one.
 
   Small media decode there too: a few numbers a frame.
   """
-  if isinstance(medium, WanComponents):
-    return CausalDecoder(medium.stream, device)
-  return FramewiseDecoder(medium.pieces)
+  if isinstance(components, WanComponents):
+    return CausalDecoder(components.stream, device)
+  return FramewiseDecoder(components.pieces)

@@ -68,7 +68,7 @@ class LiveVideo:
     self._text = self.engine.text(prompt)
     self._head: list[np.ndarray] | None = [] if start is None and self.engine.head else None
     self._prompts: dict[int, str] = {}
-    self._anew: set[int] = set()
+    self._recache_from: set[int] = set()
     self._begin(None if start is None else np.asarray(start, np.float32), None)
 
   def _begin(self, given: np.ndarray | None, texts: jax.Array | None) -> None:
@@ -104,16 +104,19 @@ class LiveVideo:
     """
     n, left = self._block, self._block - (self.levels - 1)
     due = np.asarray(
-      [n - level in self._anew and self._is_there(n - level) for level in range(self.levels)]
+      [
+        n - level in self._recache_from and self._is_there(n - level)
+        for level in range(self.levels)
+      ]
     )
     if due.any():
-      self._pipe = self._programs.show_again(self._pipe, self._text, due)
-    self._pipe, latents = self._programs.tick(self._pipe, self._text, n in self._anew)
+      self._pipe = self._programs.recache(self._pipe, self._text, due)
+    self._pipe, latents = self._programs.tick(self._pipe, self._text, n in self._recache_from)
     self._prompts[n], self._block = self.prompt, n + 1
     if left < self._first:
       return None
     prompt = self._prompts.pop(left)
-    self._anew.discard(left)
+    self._recache_from.discard(left)
     emitted = Emitted(left, latents, self._frames_before(left))
     if self._head is not None:
       self._grow_head(latents, prompt)
@@ -136,12 +139,12 @@ class LiveVideo:
     if len(self._head) < self.engine.head_blocks:
       return
     head, self._head = self._head, None
-    wanted_anew = len(head) in self._anew
+    recache_next = len(head) in self._recache_from
     self._begin(
       np.concatenate([latents for latents, _ in head], axis=1),
       jnp.stack([self.engine.text(prompt) for _, prompt in head]),
     )
-    self._prompts, self._anew = {}, {self._block} if wanted_anew else set()
+    self._prompts, self._recache_from = {}, {self._block} if recache_next else set()
 
   def change_prompt(self, prompt: str, recache: bool = False) -> int:
     """For the blocks from the next one that enters on; returns its number.
@@ -152,9 +155,9 @@ class LiveVideo:
     """
     self.prompt, self._text = prompt, self.engine.text(prompt)
     if recache and self.next_block > 0:
-      self._anew.add(self.next_block)
+      self._recache_from.add(self.next_block)
     else:
-      self._anew.discard(self.next_block)
+      self._recache_from.discard(self.next_block)
     return self.next_block
 
   @property
@@ -191,7 +194,7 @@ class LiveVideo:
       "first": self._first,
       "given_frames": self.given_frames,
       "prompts": [[block, prompt] for block, prompt in self._prompts.items()],
-      "anew": sorted(self._anew),
+      "anew": sorted(self._recache_from),
       "head": None if self._head is None else [prompt for _, prompt in self._head],
     }
     snapshot.write(directory, arrays, facts, self.decoder)
@@ -224,7 +227,7 @@ class LiveVideo:
       facts["given_frames"],
     )
     self._block, self._first = facts["block"], facts["first"]
-    self._prompts, self._anew = (
+    self._prompts, self._recache_from = (
       {int(block): prompt for block, prompt in facts["prompts"]},
       set(facts["anew"]),
     )

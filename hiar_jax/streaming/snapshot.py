@@ -4,6 +4,7 @@ Checkpoints of one step each: written under another name and renamed, with check
 removed only then.
 """
 
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -15,11 +16,13 @@ import numpy as np
 from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
-from hiar_jax.rollout.tick import PipelineMethod
+from hiar_jax.rollout.tick import PipelineMethod, PipelineState
 from hiar_jax.types import PyTree
 
 # On disk an option keeps the names that it had first: {name: (name on disk, {value: on disk})}.
 ON_DISK = {"sink_positions": ("sink_place", {"absolute": "true", "relative": "carried"})}
+# So do the arrays of a PipelineState.
+ARRAYS_ON_DISK = {"contexts": "shown", "recache": "anew"}
 
 
 def write(
@@ -29,6 +32,7 @@ def write(
   leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
   with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
+    arrays = {**arrays, "pipe": _arrays_to_disk(arrays["pipe"])}
     checkpoints.save(
       step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True
     )
@@ -62,7 +66,20 @@ def _from_disk(options: dict[str, Any]) -> dict[str, Any]:
 
 def read(directory: str | os.PathLike, facts: dict[str, Any], abstract: PyTree) -> PyTree:
   with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
-    return checkpoints.restore(abstract)[1]
+    arrays = checkpoints.restore({**abstract, "pipe": _arrays_to_disk(abstract["pipe"])})[1]
+  state = abstract["pipe"]
+  names = {
+    field.name: ARRAYS_ON_DISK.get(field.name, field.name) for field in dataclasses.fields(state)
+  }
+  pipe = state.replace(**{name: arrays["pipe"].get(there) for name, there in names.items()})
+  return {**arrays, "pipe": pipe}
+
+
+def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
+  return {
+    ARRAYS_ON_DISK.get(field.name, field.name): getattr(state, field.name)
+    for field in dataclasses.fields(state)
+  }
 
 
 def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:

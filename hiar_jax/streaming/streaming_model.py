@@ -82,11 +82,13 @@ class StreamingModel:
 
   @functools.cached_property
   def decoder(self) -> decoding.BlockDecoder:
-    return decoding.make_decoder(self.model.run.medium, self.decode_on or _free_device(self.engine))
+    return decoding.make_decoder(
+      self.model.run.components, self.decode_on or _free_device(self.engine)
+    )
 
   def remarks(self, prompt: str) -> list[str]:
     """What the model will not understand of a prompt, a line each."""
-    return self.model.run.medium.remarks(prompt)
+    return self.model.run.components.remarks(prompt)
 
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
     """(a file's frames, of a video those that a window holds, at its end; what was done to them in
@@ -204,7 +206,7 @@ class StreamingModel:
     pixels, line = start.read(self.experiment)
     if line:
       print(line, file=sys.stderr)
-    return np.asarray(self.model.run.medium.latents(pixels[None]))[
+    return np.asarray(self.model.run.components.latents(pixels[None]))[
       :, : latent_frames(pixels, self.experiment)
     ]
 

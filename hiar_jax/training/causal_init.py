@@ -34,7 +34,7 @@ class CausalInitConfig(TrainConfig):
 
 
 def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Method):
-  """step(state, batch {trajectory, tokens, index, start where places are embedded}, mean) ->
+  """step(state, batch {trajectory, tokens, example_id, start where places are embedded}, mean) ->
   (state, metrics).
 
   sigmas [s+1]: the student's levels.
@@ -47,7 +47,7 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Metho
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params, part):
-      keys = example_keys(key, part["index"])
+      keys = example_keys(key, part["example_id"])
       forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
       points = part["trajectory"].astype(jnp.float32)
       shared = config.shows == "history"

@@ -118,7 +118,7 @@ class Student:
     latent = self.task.latent
     return (
       self.bind(self.model, frozen, clips),
-      block_noise(k_noise, clips["index"], latent.block(self.method.block)),
+      block_noise(k_noise, clips["example_id"], latent.block(self.method.block)),
       caches.empty(
         self.model,
         self.method,
@@ -144,7 +144,8 @@ def _score_draws(
 
 
 def make_critic_step(config: DistillConfig, student: Student):
-  """step(state, batch {tokens, index, start where places are embedded}, mean) -> (state, metrics).
+  """step(state, batch {tokens, example_id, start where places are embedded}, mean) -> (state,
+  metrics).
 
   Advances state.step.
   """
@@ -157,7 +158,7 @@ def make_critic_step(config: DistillConfig, student: Student):
 
     def loss(critic, part):
       x = student.sample(state.params, part, k_rollout)
-      sigma, eps = _score_draws(config, k_score, part["index"], x.shape[1:])
+      sigma, eps = _score_draws(config, k_score, part["example_id"], x.shape[1:])
       forward = student.bind(student.critic_model, critic, part)
       return critic_loss.critic(forward, x, eps, sigma).mean(), {}
 
@@ -179,8 +180,8 @@ def make_generator_step(config: DistillConfig, student: Student):
   """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts
   generator updates.
 
-  batch {tokens, index, start where places are embedded}, and with forward-KL held {trajectory [b
-  s+1 f h w c], tokens, start}.
+  batch {tokens, example_id, start where places are embedded}, and with forward-KL trajectories
+  {trajectory [b s+1 f h w c], tokens, start}.
   teacher: frozen params.
   """
   fkl, optimizer = config.forward_kl, config.generator_optimizer()
@@ -201,7 +202,7 @@ def make_generator_step(config: DistillConfig, student: Student):
       }
       if not fkl.weight:
         return dmd, metrics
-      held, level = part["held"], jax.random.randint(k_fkl, (), 0, fkl.steps)
+      held, level = part["trajectories"], jax.random.randint(k_fkl, (), 0, fkl.steps)
       kept = fkl_loss.forward_kl(
         student.bind(student.model, params, held),
         held["trajectory"].astype(jnp.float32),
@@ -227,7 +228,7 @@ def make_generator_step(config: DistillConfig, student: Student):
 def _dmd_gradient(config, student, critic, teacher, x, part, key):
   """The score difference at x [b f h w c]; neither score receives gradient."""
   text = student.task.embed(part["tokens"])
-  sigma, eps = _score_draws(config, key, part["index"], x.shape[1:])
+  sigma, eps = _score_draws(config, key, part["example_id"], x.shape[1:])
   real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
   fake = student.bind(student.critic_model, critic, part)
   negative = student.task.negative(text)

@@ -34,7 +34,7 @@ class DataIterators:
     """The next batch as global arrays, with each example's index in the global batch."""
     batch = dict(next(self._iterators[name]))
     local = len(batch["tokens"])
-    batch["index"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
+    batch["example_id"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
     return put_batch(batch, self._run.mesh)
 
   def get_state(self) -> dict:
@@ -75,7 +75,7 @@ def run_stage(
   update: Callable[
     [PyTree], Callable[[TrainState, DataIterators, int], tuple[TrainState, Mapping]]
   ],
-  feeds: DataIterators,
+  iterators: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
@@ -92,7 +92,7 @@ def run_stage(
   with Checkpoints(
     run.directory(stage) / "checkpoints", keep=log.keep, config=config
   ) as checkpoints:
-    restored = checkpoints.restore(abstract, feeds)
+    restored = checkpoints.restore(abstract, iterators)
     step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
     run.writer.resume(stage, step)
     if not step and is_writer():
@@ -102,7 +102,7 @@ def run_stage(
     with Preemption() as stop, progress(stage, training.steps, initial=step) as bar:
       stopping = False
       while step < training.steps and not stopping:
-        state, measured = advance(state, feeds, step)
+        state, measured = advance(state, iterators, step)
         step += 1
         # of the step before: fetching this one's would stall the device
         _report(run, stage, bar, pending)
@@ -116,7 +116,7 @@ def run_stage(
           _check_finite(stage, step, measured)
           # what a checkpoint has behind it is in the log
           pending = _report(run, stage, bar, pending)
-          checkpoints.save(step, state, state.ema, feeds, force=True)
+          checkpoints.save(step, state, state.ema, iterators, force=True)
     checkpoints.wait()
   if stopping:
     print(

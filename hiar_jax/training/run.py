@@ -110,7 +110,7 @@ class Run:
     return Writer(self.workdir / "logs")
 
   @functools.cached_property
-  def medium(self) -> Components:
+  def components(self) -> Components:
     e = self.experiment
     if isinstance(e.codec, WanCodecConfig):
       return wan.WanComponents(e.codec, e.text, e.latent)
@@ -122,15 +122,15 @@ class Run:
 
   @property
   def task(self) -> Task:
-    return self.medium.task
+    return self.components.task
 
   def tokens(self, prompts) -> np.ndarray:
     """What the model reads of prompts: [n l] or [n l d]."""
-    return self.medium.tokens(prompts)
+    return self.components.tokens(prompts)
 
   def pixels(self, latents) -> np.ndarray:
     """Latents [b f h w c] -> uint8 [b F H W 3]."""
-    return decode_pixels(self.medium, latents)
+    return decode_pixels(self.components, latents)
 
   def sampler(self, frames: int, method: Method | None = None):
     """The student's rollout.sample, jitted: `frames` new latent frames in the run's own order,
@@ -179,7 +179,7 @@ class Run:
       self.directory(stage),
       batch_size=batch // count,
       seed=self.experiment.seed + salt,
-      tokenize=self.medium.of_record,
+      tokenize=self.components.of_record,
       process_index=jax.process_index(),
       process_count=count,
       keys=keys,
@@ -234,7 +234,7 @@ def _check_stages(run: Run) -> None:
     run.world  # noqa: B018  # raises where such a world cannot be
   elif data.source == "prompts":
     count["teacher"] = len(pipeline.read_prompts(data.prompts))
-    run.medium.texts  # noqa: B018  # raises where weights are missing
+    run.components.texts  # noqa: B018  # raises where weights are missing
   else:
     count["teacher"] = math.inf  # not known yet
     if not os.path.isdir(data.folder) and not tfds_builder.is_complete(run.directory("data")):

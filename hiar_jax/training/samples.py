@@ -60,7 +60,7 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
 
 def print_remarks(run: Run, prompt: str) -> None:
   """Says which words the model never learnt, and which it does not get to see."""
-  for line in run.medium.remarks(prompt):
+  for line in run.components.remarks(prompt):
     print(line, file=sys.stderr)
 
 

@@ -54,8 +54,8 @@ def prepare_data(run: Run) -> None:
     elif data.source == "videos":
       video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
     else:
-      run.medium.prepare(pipeline.read_prompts(data.prompts))
-      prompt_texts.prepare(directory, data.prompts, run.medium.texts)
+      run.components.prepare(pipeline.read_prompts(data.prompts))
+      prompt_texts.prepare(directory, data.prompts, run.components.texts)
     if data.source != "prompts" and not (directory / CODEC).exists():
       save(directory / CODEC, _fit_codec(run))
   _wait("data")
@@ -81,7 +81,7 @@ def train_teacher(run: Run) -> None:
 
   def update(shardings):
     mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
-    return lambda state, feeds, _: mapped(state, feeds.next("clips"))
+    return lambda state, iterators, _: mapped(state, iterators.next("clips"))
 
   loop.run_stage(
     run,
@@ -89,7 +89,7 @@ def train_teacher(run: Run) -> None:
     e.teacher,
     create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
     update=update,
-    feeds=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
+    iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     preview=lambda state: run.pixels(sample(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
   )
 
@@ -110,7 +110,7 @@ def sample_trajectories(run: Run) -> None:
   if config.pairs:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
-      run.medium.prepare(pipeline.read_captions(directory))
+      run.components.prepare(pipeline.read_captions(directory))
     _wait("trajectories")
     return
   writer = TrajectoryWriter(
@@ -173,7 +173,7 @@ def train_causal_init(run: Run) -> None:
 
   def update(shardings):
     mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
-    return lambda state, feeds, _: mapped(state, feeds.next("trajectories"))
+    return lambda state, iterators, _: mapped(state, iterators.next("trajectories"))
 
   loop.run_stage(
     run,
@@ -181,7 +181,7 @@ def train_causal_init(run: Run) -> None:
     e.causal_init,
     create=lambda: create(key, weights, e.causal_init.optimizer()),
     update=update,
-    feeds=loop.DataIterators(
+    iterators=loop.DataIterators(
       run,
       trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4),
     ),
@@ -228,24 +228,24 @@ def distill_student(run: Run) -> None:
     jnp.asarray(run.point_sigmas),
   )
   latest = LatestMetrics()
-  feeds = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
+  iterators = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
   if config.forward_kl.weight:
-    feeds["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
+    iterators["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
 
   def update(shardings):
     spread = lambda step: map_step(step, shardings, run.mesh, e.mesh.mapping)
     critic = spread(distill.make_critic_step(config, student))
     generator = spread(distill.make_generator_step(config, student))
 
-    def both(state, feeds, step):
+    def both(state, iterators, step):
       """Generator first, when it is its turn; the critic always."""
       if config.updates_generator(step):
-        batch = feeds.next("prompts")
+        batch = iterators.next("prompts")
         if config.forward_kl.weight:
-          batch["held"] = feeds.next("trajectories")
+          batch["trajectories"] = iterators.next("trajectories")
         state, now = generator(state, batch, real)
         latest.metrics = {f"generator_{name}": value for name, value in now.items()}
-      state, critic_measured = critic(state, feeds.next("prompts"))
+      state, critic_measured = critic(state, iterators.next("prompts"))
       names = {f"critic_{name}": value for name, value in critic_measured.items()}
       return state, {"loss": critic_measured["loss"], **names, **latest.metrics}
 
@@ -259,7 +259,7 @@ def distill_student(run: Run) -> None:
       key, start, config.generator_optimizer(), base, config.critic_optimizer()
     ),
     update=update,
-    feeds=loop.DataIterators(run, **feeds),
+    iterators=loop.DataIterators(run, **iterators),
     preview=_student_preview(run),
   )
 

@@ -24,8 +24,8 @@ class TeacherConfig(TrainConfig):
 
 
 def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
-  """step(state, batch {video, tokens, index, start where places are embedded}, mean) -> (state,
-  metrics).
+  """step(state, batch {video, tokens, example_id, start where places are embedded}, mean) ->
+  (state, metrics).
   """
 
   optimizer = config.optimizer()
@@ -34,7 +34,7 @@ def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params, part):
-      keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["index"]))
+      keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["example_id"]))
       dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
       text = task.embed(jnp.where(dropped[:, None], 0, part["tokens"]))
       x0 = task.encode(part)

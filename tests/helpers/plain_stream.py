@@ -47,7 +47,7 @@ class PlainStream:
   blocks: int
   texts: object
   noise: object
-  anew: frozenset = frozenset()
+  recache: frozenset = frozenset()
   carried: bool = False
 
   def visible(self, n: int, frame: int) -> bool:
@@ -127,7 +127,7 @@ class PlainStream:
         latents[m] = x
       context_sigma = {"output": lower, "clean": 0.0, "input": sigma}[row.level]
       for n in range(first, self.blocks):
-        if n in self.anew and n > 0:
+        if n in self.recache and n > 0:
           past = self.encode_again(latents, lambda m: 0.0 if m < first else context_sigma, n)  # noqa: B023
         x = xs[n]
         v, own = self.forward(past, n, x, sigma, self.texts(n))

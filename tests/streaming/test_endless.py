@@ -42,7 +42,7 @@ def jump(generation: LiveVideo, blocks: int) -> None:
 
 def sink_of(generation: LiveVideo) -> np.ndarray:
   """[s b k h w c]: block 0 as each level has shown it, once the ring has turned."""
-  return np.asarray(generation._pipe.shown[:, :, : generation.engine.plan.method.sink])
+  return np.asarray(generation._pipe.contexts[:, :, : generation.engine.plan.method.sink])
 
 
 def watch(generation: LiveVideo, ticks: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -61,7 +61,7 @@ def assert_as_freshly_built(row: Method, seen, sink: np.ndarray) -> None:
   """
   for level in range(1, len(SIGMAS) - 1):  # what level 0 denoises enters within the tick
     sigma, lower = SIGMAS[level], SIGMAS[level + 1]
-    shown = [sink[level]] * bool(row.sink) + [context[level] for context, _ in seen[:-1]]
+    contexts = [sink[level]] * bool(row.sink) + [context[level] for context, _ in seen[:-1]]
     fresh = PlainStream(
       CONFIG,
       tiny.params(CONFIG),
@@ -73,10 +73,10 @@ def assert_as_freshly_built(row: Method, seen, sink: np.ndarray) -> None:
       carried=row.sink > 0,
     )
     past = {}
-    for n, latents in enumerate(shown):
+    for n, latents in enumerate(contexts):
       past.update(fresh.forward(past, n, latents, lower, text("a")[None])[1])
     x = seen[-2][1][level]
-    v, _ = fresh.forward(past, len(shown), x, sigma, text("a")[None])
+    v, _ = fresh.forward(past, len(contexts), x, sigma, text("a")[None])
     after = seen[-1][1][(level + 1) % (len(SIGMAS) - 1)]
     assert_same(after, x + np.float32(lower - sigma) * v)
 

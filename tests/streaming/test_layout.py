@@ -81,7 +81,7 @@ def test_every_level_keeps_its_own_cache():
   generation = LiveVideo(engine(Layout(4)), "a", seed=0)
   generation.step()
   pipe = generation._pipe
-  for leaf in jax.tree.leaves((pipe.latents, pipe.context, pipe.cache, pipe.shown)):
+  for leaf in jax.tree.leaves((pipe.latents, pipe.context, pipe.cache, pipe.contexts)):
     shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start)
     assert [shard.index[0] for shard in shards] == [slice(i, i + 1) for i in range(4)]
     assert len({shard.device for shard in shards}) == 4
@@ -103,7 +103,7 @@ def test_every_device_of_a_stage_has_its_share():
   pipe = LiveVideo(split, "a")._pipe
   assert share(pipe.cache.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
   pipe = LiveVideo(engine(Layout(4, 1, 2)), "a")._pipe
-  assert share(pipe.cache.kv.k) == share(pipe.latents) == share(pipe.shown) == {1 / 8}
+  assert share(pipe.cache.kv.k) == share(pipe.latents) == share(pipe.contexts) == {1 / 8}
 
 
 @functools.cache

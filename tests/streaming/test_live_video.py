@@ -71,12 +71,12 @@ def test_prompts_change_at_block_boundaries(row, options, recache):
   later = generation.change_prompt("a red circle", recache=recache)
   rest = np.concatenate([first, rest, take(generation, 7)], axis=1)
   plan = engine(row, **options).plan
-  prompts, anew = (
+  prompts, recache = (
     {0: "a red circle", entered: "a blue square", later: "a red circle"},
     {entered, later} if recache else set(),
   )
   assert_same(
-    rest, plain(plan.method, 11, prompts, seed=1, anew=frozenset(anew), carried=plan.carries)
+    rest, plain(plan.method, 11, prompts, seed=1, recache=frozenset(recache), carried=plan.carries)
   )
   assert (
     np.abs(rest - plain(plan.method, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max()
@@ -122,7 +122,7 @@ def test_starts_from_given_frames(blocks):
       prompts,
       seed=2,
       given=np.split(given, blocks, axis=1),
-      anew=frozenset({entered}),
+      recache=frozenset({entered}),
     ),
   )
 
@@ -165,8 +165,10 @@ def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
   found = np.concatenate([*found, take(generation, 6 - len(found))], axis=1)
   prompts = {0: "a red circle", entered: "a blue square"}
   head = plain(dataclasses.replace(row, sink_level="history"), 2, prompts, seed=4)
-  anew = frozenset({entered}) if recache else frozenset()
-  assert_same(found, plain(row, 6, prompts, seed=4, given=np.split(head, 2, axis=1), anew=anew))
+  recache = frozenset({entered}) if recache else frozenset()
+  assert_same(
+    found, plain(row, 6, prompts, seed=4, given=np.split(head, 2, axis=1), recache=recache)
+  )
 
 
 def test_a_change_may_be_taken_back():
@@ -202,7 +204,7 @@ def test_a_video_depends_on_its_prompt_and_seed():
 def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
   warm = engine()
   warm.warm("a")
-  programs = (warm.main._start, warm.main.compiled_tick, warm.main._show_again)
+  programs = (warm.main._start, warm.main.compiled_tick, warm.main._recache)
   before = [program._cache_size() for program in programs]
   generation = LiveVideo(warm, "a red circle", seed=1)
   take(generation, 2)

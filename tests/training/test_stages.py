@@ -168,14 +168,14 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   for process in range(2):
     monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-    feeds = loop.DataIterators(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
+    iterators = loop.DataIterators(with_data, clips=with_data.clips("data", 8, ("video",), salt=1))
     monkeypatch.setattr(loop, "put_batch", lambda batch, mesh: batch)
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
-      found = feeds.next("clips")
+      found = iterators.next("clips")
       np.testing.assert_array_equal(found["video"], batch["video"][rows])
       np.testing.assert_array_equal(found["tokens"], batch["tokens"][rows])
-      np.testing.assert_array_equal(found["index"], np.arange(8)[rows])
+      np.testing.assert_array_equal(found["example_id"], np.arange(8)[rows])
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   with pytest.raises(UserError, match="a batch of 8 cannot be split over 3 processes"):
     with_data.clips("data", 8, ("video",), salt=1)
@@ -228,7 +228,7 @@ def train(
   with run.writer:
     training = TrainConfig(steps=steps, batch=8, lr=0.1)
     loop.run_stage(
-      run, "teacher", training, create=create, update=update, feeds=Counter(), preview=preview
+      run, "teacher", training, create=create, update=update, iterators=Counter(), preview=preview
     )
   return training_state.load_params(run.directory("teacher") / "checkpoints")["w"]
 
@@ -312,11 +312,11 @@ def test_what_a_checkpoint_has_behind_it_is_in_the_log(tmp_path, monkeypatch):
 
 def test_several_feeds_are_restored_as_one():
   a, b = Counter(), Counter()
-  feeds = loop.DataIterators(None, prompts=a, trajectories=b)
+  iterators = loop.DataIterators(None, prompts=a, trajectories=b)
   a.count, b.count = 3, 5
-  kept = feeds.get_state()
+  kept = iterators.get_state()
   a.count = b.count = 0
-  feeds.set_state(kept)
+  iterators.set_state(kept)
   assert (a.count, b.count) == (3, 5)
 
 

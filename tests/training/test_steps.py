@@ -79,8 +79,8 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
     "video": video,
     "trajectory": trajectory,
     "tokens": tokens,
-    "index": np.arange(BATCH, dtype=np.int32),
-    "held": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
+    "example_id": np.arange(BATCH, dtype=np.int32),
+    "trajectories": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
   }
 
 
@@ -284,7 +284,7 @@ PLACED = [
 ]
 
 
-@pytest.mark.parametrize("kind, whose", [*PLACED, ("generator", "held")])
+@pytest.mark.parametrize("kind, whose", [*PLACED, ("generator", "trajectories")])
 def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
   monkeypatch.setitem(
     globals(), "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4))
@@ -297,8 +297,8 @@ def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
 
   def loss(start: int) -> float:
     batch, zeros = make_batch(0), np.zeros(BATCH, np.int32)
-    batch["start"] = batch["held"]["start"] = zeros
-    (batch["held"] if whose == "held" else batch)["start"] = zeros + start
+    batch["start"] = batch["trajectories"]["start"] = zeros
+    (batch["trajectories"] if whose == "trajectories" else batch)["start"] = zeros + start
     return float(update(batch))
 
   assert abs(loss(4) - loss(0)) > 1e-4 and loss(8) == loss(4)  # places repeat
@@ -321,7 +321,7 @@ def test_the_rivals_go_through_the_same_step(name):
 
 
 def test_without_forward_kl_no_trajectories_are_needed():
-  batch = {name: make_batch(0)[name] for name in ("tokens", "index")}
+  batch = {name: make_batch(0)[name] for name in ("tokens", "example_id")}
 
   def shapes(weight):
     case = make_case("generator", weight=weight)
@@ -329,7 +329,7 @@ def test_without_forward_kl_no_trajectories_are_needed():
     return jax.eval_shape(step, jax.eval_shape(case.create), batch, *case.frozen)[1]
 
   assert "forward_kl" not in shapes(0.0)
-  with pytest.raises(KeyError, match="held"):
+  with pytest.raises(KeyError, match="trajectories"):
     shapes(0.1)
 
 
