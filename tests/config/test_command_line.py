@@ -2,20 +2,12 @@
 status 2.
 """
 
-import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
-from typing import Literal
 
-from ml_collections import ConfigDict
 import pytest
-
-from hiar_jax.config.building import build
-from hiar_jax.config.workdir import check_workdir, difference, read_resolved, save_resolved, to_json
-from hiar_jax.errors import UserError
-from hiar_jax.files import os, write_atomic
 
 EXPERIMENT = """
 from ml_collections import ConfigDict, config_dict
@@ -204,134 +196,4 @@ def test_main_cannot_add_a_key(job):
 # -------------------------------------------------------------------------------------------- build
 
 
-@dataclasses.dataclass(frozen=True)
-class Window:
-  frames: int
-  sink: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  width: int
-  lr: float
-  levels: tuple[float, ...]
-  window: Window
-  order: Literal["step_first", "block_first"] = "step_first"
-  teacher: Window | None = None
-  dtype: object = None
-
-
-def good() -> dict:
-  return {"width": 8, "lr": 1, "levels": (1.0, 0.5), "window": {"frames": 3}}
-
-
-@pytest.mark.parametrize("wrap", [dict, ConfigDict])
-def test_build_fills_the_dataclass_and_those_inside(wrap):
-  model = build(Model, wrap({**good(), "teacher": {"frames": 5, "sink": 1}}), dtype=float)
-  assert model == Model(8, 1, (1.0, 0.5), Window(3), teacher=Window(5, 1), dtype=float)
-  assert isinstance(model.levels, tuple)
-
-
-def test_build_reads_back_its_own_json():
-  model = build(Model, good())
-  assert build(Model, json.loads(json.dumps(to_json(model)))) == model
-
-
-@pytest.mark.parametrize(
-  "change, message",
-  [
-    ({"widht": 8}, r"^Model has no field 'widht'; did you mean 'width'\?$"),
-    (
-      {"window": {"frames": 3, "sinks": 1}},
-      r"^Model\.window has no field 'sinks'; did you mean 'sink'\?$",
-    ),
-    (
-      {"window": {"sink": 1}},
-      r"^Model\.window needs a field 'frames' \(int\); the config gives sink$",
-    ),
-    ({"width": 1.5}, r"^Model\.width: expected int, got 1\.5$"),
-    ({"levels": ("a",)}, r"^Model\.levels: expected tuple\[float, \.\.\.\], got \('a',\)$"),
-    (
-      {"order": "both"},
-      r"^Model\.order: expected Literal\['step_first', 'block_first'\], got 'both'$",
-    ),
-    ({"window": 3}, r"^Model\.window: expected Window, got 3$"),
-  ],
-)
-def test_build_refuses_what_does_not_fit(change, message):
-  with pytest.raises(UserError, match=message):
-    build(Model, {**good(), **change})
-
-
-def test_build_names_a_missing_field():
-  given = good()
-  del given["lr"]
-  with pytest.raises(
-    UserError, match=r"^Model needs a field 'lr' \(float\); the config gives width, levels, window$"
-  ):
-    build(Model, given)
-
-
 # ------------------------------------------------------------------------------ the resolved config
-
-
-def test_difference_names_the_fields():
-  stored = {"width": 8, "levels": (1.0,), "window": {"frames": 3}, "old": 1}
-  given = {"width": 16, "levels": [1.0], "window": {"frames": None}, "new": {}}
-  assert difference(stored, stored) == []
-  assert difference(stored, given) == [
-    "old: 1 -> (none)",
-    "width: 8 -> 16",
-    "window.frames: 3 -> null",
-  ]
-  assert difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
-
-
-def test_a_workdir_remembers_its_config(tmp_path):
-  c = ConfigDict({"width": 8, "levels": (1.0, 0.5), "log": {"every": 10}})
-  workdir = tmp_path / "runs" / "a"
-  assert read_resolved(workdir) is None
-  check_workdir(c, workdir)  # a new one takes any
-  save_resolved(c, workdir)
-  assert [path.name for path in workdir.iterdir()] == ["config.json"]
-  assert read_resolved(workdir) == {"width": 8, "levels": [1.0, 0.5], "log": {"every": 10}}
-  check_workdir(c, workdir)
-  c.log.every = 20
-  check_workdir(c, workdir)  # how often it logs does not change a run
-  c.width, c.levels = 16, (1.0,)
-  message = (
-    r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; "
-    r"width: 8 -> 16\); use "
-  )
-  with pytest.raises(UserError, match=message):
-    check_workdir(c, workdir)
-  with pytest.raises(UserError, match="log.every: 10 -> 20"):
-    check_workdir(c, workdir, ignore=("width", "levels"))
-
-
-def test_a_damaged_config_file_is_named(tmp_path):
-  (tmp_path / "config.json").write_text('{"width": ')
-  with pytest.raises(
-    UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
-  ):
-    check_workdir(ConfigDict({"width": 8}), tmp_path)
-
-
-def test_what_json_cannot_hold_is_refused():
-  with pytest.raises(UserError, match="a config holds numbers, .* got set"):
-    to_json(ConfigDict({"names": {"a"}}))
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
-  path = tmp_path / "config.json"
-  write_atomic(path, b"old")
-
-  def fail(*_):
-    raise OSError(28, "No space left on device")
-
-  monkeypatch.setattr(os, call, fail)
-  with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
-    write_atomic(path, b"new")
-  assert path.read_bytes() == b"old"
-  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,70 @@
+"""The resolved config of a workdir: differences and damage named, written whole or not at all."""
+
+from ml_collections import ConfigDict
+import pytest
+
+from hiar_jax.config.workdir import check_workdir, difference, read_resolved, save_resolved, to_json
+from hiar_jax.errors import UserError
+from hiar_jax.files import os, write_atomic
+
+
+def test_difference_names_the_fields():
+  stored = {"width": 8, "levels": (1.0,), "window": {"frames": 3}, "old": 1}
+  given = {"width": 16, "levels": [1.0], "window": {"frames": None}, "new": {}}
+  assert difference(stored, stored) == []
+  assert difference(stored, given) == [
+    "old: 1 -> (none)",
+    "width: 8 -> 16",
+    "window.frames: 3 -> null",
+  ]
+  assert difference({"a": 1}, {"a": True}) == ["a: 1 -> true"]
+
+
+def test_a_workdir_remembers_its_config(tmp_path):
+  c = ConfigDict({"width": 8, "levels": (1.0, 0.5), "log": {"every": 10}})
+  workdir = tmp_path / "runs" / "a"
+  assert read_resolved(workdir) is None
+  check_workdir(c, workdir)  # a new one takes any
+  save_resolved(c, workdir)
+  assert [path.name for path in workdir.iterdir()] == ["config.json"]
+  assert read_resolved(workdir) == {"width": 8, "levels": [1.0, 0.5], "log": {"every": 10}}
+  check_workdir(c, workdir)
+  c.log.every = 20
+  check_workdir(c, workdir)  # how often it logs does not change a run
+  c.width, c.levels = 16, (1.0,)
+  message = (
+    r"a belongs to another config \(stored -> given: levels: \[1\.0, 0\.5\] -> \[1\.0\]; "
+    r"width: 8 -> 16\); use "
+  )
+  with pytest.raises(UserError, match=message):
+    check_workdir(c, workdir)
+  with pytest.raises(UserError, match="log.every: 10 -> 20"):
+    check_workdir(c, workdir, ignore=("width", "levels"))
+
+
+def test_a_damaged_config_file_is_named(tmp_path):
+  (tmp_path / "config.json").write_text('{"width": ')
+  with pytest.raises(
+    UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
+  ):
+    check_workdir(ConfigDict({"width": 8}), tmp_path)
+
+
+def test_what_json_cannot_hold_is_refused():
+  with pytest.raises(UserError, match="a config holds numbers, .* got set"):
+    to_json(ConfigDict({"names": {"a"}}))
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
+  path = tmp_path / "config.json"
+  write_atomic(path, b"old")
+
+  def fail(*_):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, call, fail)
+  with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
+    write_atomic(path, b"new")
+  assert path.read_bytes() == b"old"
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

@@ -1,0 +1,29 @@
+"""Progress: a bar on a terminal, a plain line now and then elsewhere, from one process."""
+
+import io
+import sys
+
+from hiar_jax.progress import Progress, progress
+
+
+def test_off_a_terminal_progress_is_occasional_plain_lines(capsys):
+  with progress("teacher", 100) as bar:
+    for step in range(1, 51):
+      bar.update(step, loss=0.25)
+  (line,) = capsys.readouterr().err.splitlines()  # 20 s have not passed: only where it ended
+  assert line.startswith("teacher: 50/100 [") and line.endswith(", loss=0.25]")
+  assert "step/s" in line and "<" in line  # speed, and time left after the <
+  with Progress("init", 4, initial=2, seconds=0) as bar:
+    bar.update(3)
+    bar.update(4)
+  assert [line.split(" ")[1] for line in capsys.readouterr().err.splitlines()] == ["3/4", "4/4"]
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch):
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with progress("teacher", 100, initial=10) as bar:
+    bar.update(60, loss=0.25)
+  last = terminal.getvalue().split("\r")[-1]
+  assert "60%" in last and "60/100" in last and "loss=0.25" in last
