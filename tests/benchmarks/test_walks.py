@@ -8,10 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-import tiny_run
 
 from benchmarks import walk_hook, walks
 from benchmarks.walk_hook import Holdings, Sizes
+from tests.helpers import tiny_run
 
 SIZES = Sizes(text=13, latents=(5, 5, 7), frame=40)
 LATENTS = np.zeros((2, 3, 5, 5, 7))
