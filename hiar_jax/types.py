@@ -1,4 +1,4 @@
-"""The glossary of axes and the array aliases that signatures use.
+"""Glossary of axes, and the array aliases that signatures use.
 
     b  batch                    l  text tokens
     f  latent frames            d  width of a vector (model width, text width)
@@ -6,11 +6,13 @@
     w  latent width             s  noise levels of the student
     c  channels                 p  frames held in a KV cache (past frames)
     k  latent frames a block    t  tokens of one latent frame after patching
-    H W  pixel height, width    a  attention heads
+    H  pixel height             a  attention heads
+    W  pixel width              g  groups of frames that have a text each
+    F  pixel frames             q  frames that attend (queries)
 
 Arrays are channels-last. `sigma` lies in [0, 1], 1 is pure noise, 0 is data; the network is fed
 `timestep = 1000 * sigma`. A latent frame's `position` is its index from the start of the video; it
-never wraps.
+never wraps. In lists of noise levels, [s + 1] are s levels and the 0 that the last step reaches.
 
 `@typed` checks shapes and dtypes at call (also while tracing), so a wrong axis fails where it
 enters.
@@ -35,11 +37,11 @@ Key = jax.Array  # a typed random key, jax.random.key
 Video = Float[Array, "b f h w c"]  # latents of a clip
 Points = Float[Array, "b points f h w c"]  # a trajectory: latents of a clip at several levels
 Block = Float[Array, "b k h w c"]  # latents of one block
-Pixels = Float[Array, "b f H W 3"]  # a clip in [-1, 1]
+Pixels = Float[Array, "b f H W 3"]  # a clip in [-1, 1]; f counts pixel frames here
 Sigma = Float[Array, "b f"]  # one noise level per frame
 Text = Float[Array, "b l d"]  # encoded prompt
 Texts = Float[Array, "b g l d"]  # one for each of g equal groups of a clip's frames
-Tokens = Int[Array, "b l"]  # a prompt, tokenised
+Tokens = Int[Array, "b l"]  # token ids of a prompt
 Positions = Int[Array, "f"]  # frame indices
 FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the frame of the column
 

@@ -1,5 +1,5 @@
-"""One objective a file.
+"""The objectives, one per file.
 
-Each returns [b], one value per example, so that callers may mask or weight; `forward` is
-models.dit.bind's.
+Each returns [b], one value per example, so that callers may mask or weight; `forward` is the
+function that models.dit.bind returns.
 """

@@ -1,5 +1,6 @@
-"""The critic (fake score): flow matching on what the student generates, so that its score follows
-the student's distribution.
+"""The critic (fake score of DMD): flow matching on clips that the student generates.
+
+Its score follows the student's distribution while that moves.
 """
 
 import jax
@@ -9,5 +10,5 @@ from hiar_jax.types import Video
 
 
 def critic(forward, generated: Video, eps: Video, sigma: jax.Array) -> jax.Array:
-  """Flow matching on generated clips; no gradient reaches the generator. [b]"""
+  """Returns the flow-matching loss [b] on generated clips; no gradient reaches the generator."""
   return flow_matching(forward, jax.lax.stop_gradient(generated), eps, sigma)

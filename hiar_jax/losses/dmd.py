@@ -1,13 +1,14 @@
-"""Distribution matching: move the student's samples along the difference of two scores.
+"""Distribution matching distillation: samples move along the difference of two scores.
 
-HiAR Eq. 5, with the normalisation of the published code (from DMD2):
+HiAR, Eq. 5, with the normalisation of its published code (from DMD2, arXiv 2405.14867):
 
     x_t  = add_noise(x, eps, sigma)
     real = x0_real(x_t | text) + g (x0_real(x_t | text) - x0_real(x_t | negative text))
     grad = (x0_fake(x_t | text) - real) / mean |x - real|          per sample
     loss = 1/2 mean |x - stop(x - grad)|^2                         so that dloss/dx = grad / size
 
-g = 3 as published is what others call guidance scale 4.
+Published: g = 3, which is guidance scale 4. The published code takes the loss in float64; this is
+float32.
 """
 
 import jax
@@ -18,7 +19,7 @@ from hiar_jax.types import Video, typed
 
 
 def score_x0(forward, x_t: Video, sigma) -> Video:
-  """x0 prediction of a bidirectional network."""
+  """Returns the x0 prediction of a bidirectional network (no mask)."""
   v, _ = forward(x_t, sigma, jnp.arange(x_t.shape[1], dtype=jnp.int32))
   return flow.x0_from_velocity(x_t, v, sigma)
 
@@ -27,24 +28,24 @@ def score_x0(forward, x_t: Video, sigma) -> Video:
 def dmd_gradient(
   fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float
 ) -> Video:
-  """See the module's docstring.
+  """Returns grad of the module's docstring.
 
   fake, real: forwards with the text; real_negative: with the negative text (unused where guidance
-  is 0).
+  is 0). sigma: scalar, [b] or [b f].
   """
   x_t = flow.add_noise(x, eps, sigma)
   x0_real = score_x0(real, x_t, sigma)
   if guidance:
     x0_real = flow.classifier_free_guidance(x0_real, score_x0(real_negative, x_t, sigma), guidance)
+  # [b 1 1 1 1]: each sample's gradient is scaled by its own distance to the real score
   scale = jnp.mean(jnp.abs(x - x0_real), axis=range(1, x.ndim), keepdims=True)
+  # as published: a sample that meets the real score exactly has scale 0 and gets no gradient
   return jnp.nan_to_num((score_x0(fake, x_t, sigma) - x0_real) / scale)
 
 
 @typed
 def dmd(x: Video, gradient: Video) -> jax.Array:
-  """The surrogate whose gradient in x is `gradient` / (elements of a sample): [b].
-
-  No gradient reaches the scores.
-  """
+  """Returns the surrogate loss [b], whose gradient in x is `gradient` / (elements of a sample)."""
+  # stop_gradient: neither score network receives any, only the generator that made x
   target = jax.lax.stop_gradient(flow.to_f32(x) - flow.to_f32(gradient))
   return 0.5 * jnp.mean((flow.to_f32(x) - target) ** 2, axis=range(1, x.ndim))

@@ -1,4 +1,4 @@
-"""Flow matching: regress the velocity of a noised clip.
+"""Flow matching (arXiv 2210.02747): regression on the velocity of a noised clip.
 
 Trains the teacher, and (on the student's own samples) the critic.
 """
@@ -11,14 +11,14 @@ from hiar_jax.types import Video, typed
 
 
 def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 1.0) -> jax.Array:
-  """One level per example [b]: uniform t, shifted (flow, Eq. 3), then clamped to [low, high]."""
-  t = jax.vmap(jax.random.uniform)(keys)
+  """Draws one level per example [b]: uniform t, shifted (flow, Eq. 3), clamped to [low, high]."""
+  t = jax.vmap(jax.random.uniform)(keys)  # one level for all frames of a clip
   return jnp.clip(flow.shift_sigma(t, shift), low, high)
 
 
 @typed
 def flow_matching(forward, x0: Video, eps: Video, sigma: jax.Array, mask=None) -> jax.Array:
-  """mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2). sigma [b] or [b f] -> [b]."""
+  """Returns mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2): [b]; sigma [b] or [b f]."""
   v, _ = forward(
     flow.add_noise(x0, eps, sigma), sigma, jnp.arange(x0.shape[1], dtype=jnp.int32), mask=mask
   )

@@ -1,14 +1,15 @@
-"""The forward-KL term (HiAR, section 3.4): regress the first steps on the teacher's trajectories,
-so that motion is not dropped.
+"""The forward-KL term (HiAR, section 3.4): regression of the first steps on teacher trajectories.
 
-Reverse KL seeks modes and settles on little motion; motion is fixed at the highest noise, so it
-suffices to hold the first K steps to the teacher's chord between two points of its trajectory:
+It preserves motion: reverse KL (DMD) seeks modes and settles on little motion, and motion is fixed
+at the highest noise levels. So the first K steps are regressed on the chord between two points of a
+teacher's trajectory:
 
     L = mean | v_theta(x_i, t_i) - (x_{i+1} - x_i) / (sigma_{i+1} - sigma_i) |^2        (Eq. 10)
 
-In x0 form, with x0 = x_i - sigma_i v on both sides, L is sigma_i^2 times that. `end` takes the
-trajectory's end as target instead. The paper evaluates it with full attention between frames
-(default), the published code with block-causal attention.
+In x0 form, with x0 = x_i - sigma_i v on both sides, L is sigma_i^2 times that (published code; the
+same at the first step, where sigma is 1). `end` takes the trajectory's end as target instead. The
+paper evaluates v_theta with full attention between frames (default), the published code with
+block-causal attention.
 """
 
 import jax
@@ -35,16 +36,18 @@ def forward_kl(
   target: str = "velocity",
   point_sigmas: jax.Array | None = None,
 ) -> jax.Array:
-  """points [b s+1 f h w c], step i in [0, s) (may be traced) -> [b].
+  """Returns L [b] for points [b s+1 f h w c] at step i in [0, s), which may be traced.
 
-  sigmas [s+1]: the student's levels. point_sigmas: the levels at which the points really lie, where
-  the teacher's differ.
+  sigmas [s + 1]: the student's levels. point_sigmas [s + 1]: the points' own levels, where the
+  teacher's schedule does not meet the student's.
   """
   point_sigmas = sigmas if point_sigmas is None else point_sigmas
   x, x_next = points[:, step], points[:, step + 1]
+  # all frames at one level, which is also the level of what they see
   positions = jnp.arange(x.shape[1], dtype=jnp.int32)
   mask = None if attention == "bidirectional" else block_causal_mask(positions, method)
   v, _ = forward(x, sigmas[step], positions, mask=mask)
+  # the network is queried at the student's level even where the points lie at others, as published
   chord = (x_next - x) / (point_sigmas[step + 1] - point_sigmas[step])
   if target == "velocity":
     error = v - chord

@@ -1,5 +1,7 @@
-"""Regression on the teacher's trajectories: the causal student learns where a noisy block ends (the
-start of distillation).
+"""Regression on the ends of teacher trajectories: the causal init, before distillation.
+
+The block-causal student predicts x0 of points of a bidirectional teacher's ODE trajectories, as
+CausVid and Self-Forcing initialise theirs.
 """
 
 import jax
@@ -12,14 +14,15 @@ from hiar_jax.types import Points, Video, typed
 
 @typed
 def at_levels(trajectory: Points, levels: jax.Array) -> Video:
-  """trajectory [b s f h w c], levels [b f] -> each frame at its level [b f h w c]."""
-  index = levels[:, None, :, None, None, None]
+  """Picks each frame of trajectory [b s f h w c] at its level index [b f]: [b f h w c]."""
+  index = levels[:, None, :, None, None, None]  # [b 1 f 1 1 1] against [b s f h w c]
   return jnp.take_along_axis(trajectory, index, axis=1)[:, 0]
 
 
 def sample_levels(keys: jax.Array, count: int, frames: int, block: int, shared: bool) -> jax.Array:
-  """A level index in [0, count) per block (or one for all blocks): [b f]."""
+  """Draws a level index in [0, count) per block, or one for all blocks if `shared`: [b f]."""
   shape = (1 if shared else frames // block,)
+  # keys [b], one draw each: an example's levels do not depend on the rest of the batch
   drawn = jax.vmap(lambda key: jax.random.randint(key, shape, 0, count))(keys)
   return jnp.repeat(drawn, frames // drawn.shape[1], axis=1)
 
@@ -28,10 +31,9 @@ def sample_levels(keys: jax.Array, count: int, frames: int, block: int, shared: 
 def trajectory(
   forward, points: Points, levels: jax.Array, sigmas: jax.Array, method: Method
 ) -> jax.Array:
-  """mean |x0_theta - end of the trajectory|^2, blocks seeing each other as they are (published: a
-  level per block). [b]
+  """Returns mean |x0_theta - end of the trajectory|^2 [b], blocks seeing each other as they are.
 
-  points [b s+1 f h w c] at sigmas [s+1]; levels [b f].
+  points [b s+1 f h w c] at sigmas [s + 1]; levels [b f], one per block in the published code.
   """
   x = at_levels(points, levels)
   x0 = block_causal(forward, x, sigmas[levels], method)
@@ -40,13 +42,15 @@ def trajectory(
 
 @typed
 def trajectory_with_history(forward, points: Points, levels, sigmas, method: Method) -> jax.Array:
-  """The same, each block seeing its predecessors as `method` will show them: at the trajectory's
-  next point, or its end. [b]
+  """Returns the loss of `trajectory` [b] with the context that `method` gives a block.
+
+  At the output level that is the predecessors' next trajectory point, at the clean level its end.
   """
   if method.level == "input":
     return trajectory(forward, points, levels, sigmas, method)
   last = sigmas.shape[0] - 1
-  shown_levels = jnp.full_like(levels, last) if method.level == "clean" else levels + 1
-  context, noisy = at_levels(points, shown_levels), at_levels(points, levels)
-  x0 = teacher_forcing(forward, context, sigmas[shown_levels], noisy, sigmas[levels], method)
+  # indices into sigmas, [b f]: levels < s, so levels + 1 exists
+  context_levels = jnp.full_like(levels, last) if method.level == "clean" else levels + 1
+  context, noisy = at_levels(points, context_levels), at_levels(points, levels)
+  x0 = teacher_forcing(forward, context, sigmas[context_levels], noisy, sigmas[levels], method)
   return jnp.mean((x0 - points[:, -1]) ** 2, axis=range(1, noisy.ndim))

@@ -1,1 +1,1 @@
-"""Networks: the DiT, the text encoders and the autoencoders."""
+"""Networks: the diffusion transformer, the text encoder and the video autoencoders."""

@@ -1,4 +1,8 @@
-"""The diffusion transformer of Wan2.1: one module, four uses.
+"""The diffusion transformer of Wan2.1 (arXiv 2503.20314, weights Wan-AI/Wan2.1-T2V-1.3B and 14B).
+
+Deviations: noise levels, masks and K/V are per frame; frame positions have no upper limit
+(models.rope); learned modulations start with open gates; a place embedding is optional. None
+changes the output for published weights.
 
 Tokens of the latent frames attend to each other and, by cross-attention, to the text; the noise
 level modulates every layer and may differ from frame to frame. What a frame sees is an argument, so
@@ -22,35 +26,40 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import attention, rope
+from hiar_jax.models.dit_layers import (
+  RMSNorm,
+  along_last_axis,
+  layer_norm,
+  place_features,
+  time_features,
+)
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", "dots", "full")
-PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # tokens, and frames
 
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-  """Sizes under Wan2.1's names. 1.3B: the defaults; 14B: dim 5120, ffn_dim 13824, num_heads 40,
-  num_layers 40.
+  """Sizes under Wan2.1's names; the defaults are those of the 1.3B model.
 
+  14B: dim 5120, ffn_dim 13824, num_heads 40, num_layers 40.
   remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers
-  (full).
-  unroll: layers per turn of the loop over layers; more run a little faster and compile slower.
+    (full).
+  unroll: layers per iteration of the loop over layers; more run a little faster, compile slower.
   merge_tokens: dense layers take the tokens of all frames and clips as the rows of one matrix.
-    Numerically the same; on a CPU a training step is a seventh shorter (XLA transposes the
-    gradients of a product with several leading axes, and here sums up the residual stream once more
-    to do so). Not where the tokens of a clip are split over devices: such axes cannot be merged
-    without gathering them.
+    Numerically the same; on a CPU a training step is 14 % shorter (XLA transposes the gradients of
+    a product with several leading axes, and here sums up the residual stream once more to do so).
+    Not where the tokens of a clip are split over devices: such axes cannot be merged without
+    gathering them.
   place_embedding: adds to each token a learned function of its row, column and frame. Wan2.1 has
-    none: with rotations alone a token finds out where it is only by way of the borders, which small
-    grids and short trainings don't teach.
-  places: (n, period) of the frames there: the first n of a video are told apart, those after repeat
-    with the period. So a video may go on for ever.
+    none: with rotations alone a token can infer its position only from the borders, which small
+    grids and short trainings do not teach.
+  places: (n, period) of the place embedding's frames: the first n of a video are distinct, later
+    ones repeat with the period, so a video may have any length.
   """
 
   dim: int = 1536
@@ -109,68 +118,13 @@ class KV:
 
 @flax.struct.dataclass
 class Shared:
-  """What all layers read: modulation [b f 6 dim], text [b l dim] or [b g l dim], rotations [f t 1
-  pairs], mask [f p+f].
-  """
+  """The inputs that all layers share."""
 
-  modulation: jax.Array
-  text: jax.Array
-  cos: jax.Array
-  sin: jax.Array
-  mask: jax.Array | None
-
-
-def time_features(timestep: jax.Array, width: int) -> jax.Array:
-  """Sinusoidal features of a timestep in [0, 1000]: [..., width], cosines first, as Wan2.1."""
-  half = width // 2
-  frequencies = jnp.asarray(10_000.0 ** (-np.arange(half) / half), jnp.float32)
-  timestep = timestep[..., None].astype(jnp.float32)
-  angles = timestep * _last(frequencies, timestep)
-  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def place_features(
-  frames: jax.Array, rows: int, columns: int, places: tuple[int, int]
-) -> jax.Array:
-  """Sinusoids of a token's frame, row and column: frames [b f] -> [b f rows*columns
-  6*len(PLACE_PERIODS)].
-  """
-  angles = lambda n: 2 * np.pi * np.arange(n)[:, None] / np.asarray(PLACE_PERIODS)
-  waves = lambda n: jnp.asarray(
-    np.concatenate([np.cos(angles(n)), np.sin(angles(n))], axis=-1), jnp.float32
-  )
-  first, period = places
-  time = waves(first + period)[jnp.where(frames < first, frames, first + (frames - first) % period)]
-  parts = time[:, :, None, None], waves(rows)[None, None, :, None], waves(columns)[None, None, None]
-  shape = (*frames.shape, rows, columns, 2 * len(PLACE_PERIODS))
-  return jnp.concatenate([jnp.broadcast_to(part, shape) for part in parts], axis=-1).reshape(
-    *frames.shape, rows * columns, -1
-  )
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-  """Without scale or bias; float32 in and out."""
-  x = x.astype(jnp.float32)
-  x = x - x.mean(-1, keepdims=True)
-  return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-
-
-class RMSNorm(nn.Module):
-  """Over the whole model width, before heads are split, as Wan2.1 normalises q and k."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x):
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + self.eps)
-    return (normed * _last(scale, x)).astype(x.dtype)
-
-
-def _last(vector: jax.Array, like: jax.Array) -> jax.Array:
-  """A vector over the last axis of `like`, with explicit leading axes."""
-  return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+  modulation: jax.Array  # [b f 6 dim]
+  text: jax.Array  # [b l dim] or [b g l dim]
+  cos: jax.Array  # [f t 1 pairs]
+  sin: jax.Array  # [f t 1 pairs]
+  mask: jax.Array | None  # [f p+f]
 
 
 def _dense(config: DiTConfig, features: int, name: str | None = None, **kwargs) -> nn.Dense:
@@ -179,20 +133,20 @@ def _dense(config: DiTConfig, features: int, name: str | None = None, **kwargs) 
     features,
     dtype=config.dtype,
     name=name,
-    dot_general=_rows_product if config.merge_tokens else None,
+    dot_general=_merged_product if config.merge_tokens else None,
     **kwargs,
   )
 
 
-def _rows_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
-  """x [... in] @ kernel [in out] with all leading axes made one."""
-  del dimensions  # nn.Dense's: last with first
+def _merged_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
+  """Returns x [... in] @ kernel [in out], with all leading axes of x merged for the product."""
+  del dimensions  # nn.Dense always contracts x's last axis with the kernel's first
   rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
   return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Attention(nn.Module):
-  """Projections around attention; self-attention over frames, or cross-attention to text."""
+  """Projections around attention: self-attention over frames, or cross-attention to text."""
 
   config: DiTConfig
 
@@ -201,60 +155,60 @@ class Attention(nn.Module):
     self.q, self.k, self.v, self.o = (_dense(c, c.dim) for _ in range(4))
     self.norm_q, self.norm_k = RMSNorm(c.eps), RMSNorm(c.eps)
 
-  def heads(self, x):
+  def heads(self, x):  # [... dim] -> [... a d]
     return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
 
   def to_frames(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
-    """x [b f t dim] -> the same shape, and the K/V of these frames (one layer's)."""
-    q, k, v = (
-      self.heads(self.norm_q(self.q(x))),
-      self.heads(self.norm_k(self.k(x))),
-      self.heads(self.v(x)),
-    )
+    """Attends x [b f t dim] to [past | x]; returns x's shape and x's K/V, each [b f t a d]."""
+    q = self.heads(self.norm_q(self.q(x)))
+    k = self.heads(self.norm_k(self.k(x)))
+    v = self.heads(self.v(x))
+    # keys are cached as rotated here, at their true positions; only a relative sink is moved on
     q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
     own = KV(k, v)
-    if past is not None:
+    if past is not None:  # along the axis of frames, past first, as the mask's columns
       k, v = (
         jnp.concatenate([old.astype(new.dtype), new], axis=1)
         for old, new in ((past.k, k), (past.v, v))
       )
-    return self.o(
-      attention.attend(q, k, v, shared.mask, self.config.attention).reshape(x.shape)
-    ), own
+    y = attention.attend(q, k, v, shared.mask, self.config.attention)
+    return self.o(y.reshape(x.shape)), own
 
   def to_text(self, x, text) -> jax.Array:
-    """x [b f t dim], text [b l dim] or [b g l dim] -> x's shape."""
-    q, k, v = (
-      self.heads(self.norm_q(self.q(x))),
-      self.heads(self.norm_k(self.k(text))),
-      self.heads(self.v(text)),
-    )
+    """Attends x [b f t dim] to text [b l dim] or [b g l dim]; returns x's shape."""
+    q = self.heads(self.norm_q(self.q(x)))
+    k = self.heads(self.norm_k(self.k(text)))
+    v = self.heads(self.v(text))
     return self.o(attention.attend_text(q, k, v).reshape(x.shape))
 
 
 class Layer(nn.Module):
-  """Self-attention, cross-attention, MLP; the first and the last modulated and gated by the noise
-  level.
-  """
+  """Self-attention, cross-attention and MLP; the noise level modulates and gates first and last."""
 
   config: DiTConfig
 
   @nn.compact
   def __call__(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
     c = self.config
+    # a learned offset per layer to the modulation of the noise level: [1 1 6 dim] + [b f 6 dim]
     modulation = self.param("modulation", _modulation_init, (1, 6, c.dim))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulators(
       shared.modulation + modulation[:, None]
     )
 
+    # float32 for norm, modulation and residual sum; c.dtype for what the layers take and carry
     y = (layer_norm(x, c.eps) * (1 + scale_a) + shift_a).astype(c.dtype)
     y, own = Attention(c, name="self_attention").to_frames(y, past, shared)
     x = (x + y * gate_a).astype(c.dtype)
 
-    norm_text = self.param("norm_text", _affine_init, c.dim)
-    y = (layer_norm(x, c.eps) * _last(norm_text["scale"], x) + _last(norm_text["bias"], x)).astype(
-      c.dtype
+    # cross-attention is neither modulated nor gated (Wan2.1); its norm has a scale and a bias
+    norm_text = self.param(
+      "norm_text", lambda _, width: {"scale": jnp.ones(width), "bias": jnp.zeros(width)}, c.dim
     )
+    y = (
+      layer_norm(x, c.eps) * along_last_axis(norm_text["scale"], x)
+      + along_last_axis(norm_text["bias"], x)
+    ).astype(c.dtype)
     x = x + Attention(c, name="text_attention").to_text(y, shared.text)
 
     y = (layer_norm(x, c.eps) * (1 + scale_m) + shift_m).astype(c.dtype)
@@ -264,29 +218,28 @@ class Layer(nn.Module):
 
 
 def _modulation_init(key, shape):
-  """As Wan2.1's, but with open gates: from scratch, closed ones cost the first thousand updates."""
+  """Draws Wan2.1's normal init plus 1 on the gates: closed gates cost the first 1,000 updates."""
+  # rows: shift, scale, gate of self-attention; shift, scale, gate of the MLP
   gates = jnp.asarray([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).reshape(1, 6, 1)
   return gates + jax.random.normal(key, shape) * shape[-1] ** -0.5
 
 
-def _affine_init(key, width):
-  del key
-  return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
-
-
 def _modulators(table: jax.Array) -> list[jax.Array]:
-  """[b f m dim] -> m arrays [b f 1 dim] that broadcast over a frame's tokens."""
-  return [part for part in jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)]
+  """Splits [b f m dim] into m float32 arrays [b f 1 dim] that broadcast over a frame's tokens."""
+  return jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
 
 
 def _layers(config: DiTConfig):
-  """All layers as one scanned module: parameters and K/V get a leading layer axis."""
+  """Returns all layers as one scanned module: parameters and K/V get a leading layer axis."""
   layer = Layer
   if config.remat != "none":
+    # "dots" keeps the products with weights; those of attention have batch dimensions
     policy = (
       jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
     )
+    # prevent_cse is for code outside of scans; inside, it only costs
     layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer
   return nn.scan(
     layer,
     variable_axes={"params": 0},
@@ -299,7 +252,7 @@ def _layers(config: DiTConfig):
 
 
 class DiT(nn.Module):
-  """See the module's docstring."""
+  """Velocity of noisy latents, and the K/V of their frames; see the module's docstring."""
 
   config: DiTConfig
 
@@ -315,18 +268,19 @@ class DiT(nn.Module):
     past: KV | None = None,
     start: jax.Array | None = None,
   ) -> tuple[jax.Array, KV]:
-    """Noisy latents -> velocity [b f h w c] in float32, and the K/V of x's frames.
+    """Returns the velocity [b f h w c] of noisy latents x, float32, and the K/V of x's frames.
 
     timestep: per frame, in [0, 1000]. positions: frame indices.
     mask: [f, p + f] over [past | own] frames, None = all.
     text: one for all frames, or one for each of g equal groups of them.
     start: [b], frames of its video before each clip; for the place embedding alone (rotations see
-    differences).
+      differences).
     """
     c = self.config
     b, f, h, w, _ = x.shape
     _, ph, pw = c.patch
     rows, columns = h // ph, w // pw
+    # patches: [b f rows ph columns pw c] -> [b f rows columns ph pw c] -> [b f t ph*pw*c]
     tokens = x.reshape(b, f, rows, ph, columns, pw, c.channels).transpose(0, 1, 2, 4, 3, 5, 6)
     tokens = _dense(c, c.dim, "patch_embedding")(
       tokens.reshape(b, f, rows * columns, -1).astype(c.dtype)
@@ -340,20 +294,25 @@ class DiT(nn.Module):
 
     text = nn.gelu(_dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
     text = _dense(c, c.dim, "text_embedding_out")(text)
-    wide = functools.partial(
+    # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
+    dense_f32 = functools.partial(
       nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
     )
-    time = wide(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
-    time = wide(c.dim, name="time_embedding_out")(nn.silu(time))
-    modulation = wide(6 * c.dim, name="time_projection")(nn.silu(time)).reshape(b, f, 6, c.dim)
+    time = dense_f32(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
+    time = dense_f32(c.dim, name="time_embedding_out")(nn.silu(time))
+    modulation = dense_f32(6 * c.dim, name="time_projection")(nn.silu(time))
+    modulation = modulation.reshape(b, f, 6, c.dim)
 
     cos, sin = rope.rotation(positions, rows, columns, c.head_dim)
     tokens, own = _layers(c)(tokens, past, Shared(modulation, text, cos, sin, mask))
 
+    # the head takes the time embedding itself, not its projection
     head = self.param("head_modulation", nn.initializers.normal(c.dim**-0.5), (1, 2, c.dim))
     shift, scale = _modulators(time[:, :, None] + head[:, None])
     tokens = (layer_norm(tokens, c.eps) * (1 + scale) + shift).astype(c.dtype)
+    # zeros, as Wan2.1: a fresh network predicts velocity 0
     tokens = _dense(c, ph * pw * c.channels, "head", kernel_init=nn.initializers.zeros)(tokens)
+    # the inverse of the patches above
     velocity = tokens.reshape(b, f, rows, columns, ph, pw, c.channels).transpose(
       0, 1, 2, 4, 3, 5, 6
     )
@@ -361,9 +320,9 @@ class DiT(nn.Module):
 
 
 def init(config: DiTConfig, key: jax.Array) -> Params:
-  """Fresh parameters. Trace it with jax.eval_shape for the shapes alone."""
+  """Returns random parameters (float32); under jax.eval_shape their shapes alone."""
   _, ph, pw = config.patch
-  x = jnp.zeros((1, 1, ph, pw, config.channels))
+  x = jnp.zeros((1, 1, ph, pw, config.channels))  # one patch: parameters do not depend on sizes
   variables = DiT(config).init(
     key, x, jnp.zeros((1, 1)), jnp.zeros((1, 1, config.text_dim)), jnp.zeros(1, jnp.int32)
   )
@@ -371,14 +330,14 @@ def init(config: DiTConfig, key: jax.Array) -> Params:
 
 
 def bind(config: DiTConfig, params: Params, text: Text, start: jax.Array | None = None):
-  """The network as the rollouts and losses use it. start: [b], where in its video each clip begins,
-  default at its beginning.
+  """Returns the network as the function that rollouts and losses call.
 
-  forward(x [b f h w c], sigma, positions [f], mask=None, past=None) -> (velocity, KV), sigma a
-  scalar, [b] or [b f].
+  forward(x [b f h w c], sigma, positions [f], mask=None, past=None) -> (velocity, KV), with sigma a
+  scalar, [b] or [b f]. start: see DiT; default 0.
   """
 
   def forward(x, sigma, positions, mask=None, past=None):
+    # scalar, [b] or [b f] -> [b f]: the network takes a level per frame
     sigma = jnp.asarray(sigma, jnp.float32)
     sigma = sigma[:, None] if sigma.ndim == 1 else sigma
     levels = jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)

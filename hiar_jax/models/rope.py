@@ -1,10 +1,13 @@
-"""Rotary positions over (frame, row, column), exact for any frame index.
+"""Rotary position embeddings over (frame, row, column), exact for any frame index.
 
-Wan2.1 splits a head's d / 2 complex pairs into three groups for frame, row and column; pair i of a
-group of m rotates by position * 10000^(-i / m). The published table ends at 1,024 frames. Here a
-frame index is written in base 1,024 and the three digits' rotations, tabulated in float64, are
-multiplied: every angle is right to float32 rounding up to frame 2^30, where a float32 product
-position * frequency would already be wrong by a tenth of a radian at frame 1,000,000.
+RoPE (arXiv 2104.09864) as in Wan2.1 (arXiv 2503.20314): a head's d / 2 pairs, seen as complex
+numbers, split into three groups for frame, row and column; pair i of a group of m rotates by
+position * 10000^(-i / m).
+
+Deviation: the published table ends at 1,024 frames. Here a frame index is written in base 1,024 and
+the rotations of its three digits, tabulated in float64, are multiplied. Every angle is right to
+float32 rounding up to frame 2^30, where a float32 product position * frequency would already be
+wrong by 0.1 radian at frame 1,000,000.
 """
 
 import functools
@@ -15,35 +18,36 @@ import numpy as np
 
 from hiar_jax.types import Positions
 
-THETA = 10_000.0
+THETA = 10_000.0  # as Wan2.1
 BASE = 1_024
-DIGITS = 3
+DIGITS = 3  # 1,024^3 = 2^30 frames
 
 
 def split_pairs(head_dim: int) -> tuple[int, int, int]:
-  """Complex pairs for (frame, row, column), as in Wan2.1: the remainder goes to the frame."""
+  """Returns the pairs for (frame, row, column), as in Wan2.1: the frame gets the remainder."""
   pairs = head_dim // 2
   return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
 def frequencies(pairs: int) -> np.ndarray:
-  """Radians per step of position [pairs], float64."""
+  """Returns radians per step of position [pairs], float64."""
   return THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
 @functools.lru_cache
 def _digit_tables(pairs: int) -> np.ndarray:
-  """exp(i digit BASE^place frequency): complex128 [DIGITS, BASE, pairs]."""
+  """Returns exp(i digit BASE^place frequency): complex128 [DIGITS, BASE, pairs]."""
   digits = np.arange(BASE, dtype=np.float64)[None, :, None]
   places = float(BASE) ** np.arange(DIGITS)[:, None, None]
   return np.exp(1j * digits * places * frequencies(pairs))
 
 
 def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin), each [f, pairs] float32, of frame indices in [0, 2^30)."""
+  """Returns (cos, sin), each [f, pairs] float32, of frame indices in [0, 2^30)."""
   tables = _digit_tables(pairs)
   real, imag = tables.real.astype(np.float32), tables.imag.astype(np.float32)
   cos, sin = jnp.ones((positions.size, pairs)), jnp.zeros((positions.size, pairs))
+  # rotations compose: (cos + i sin) times the rotation of each digit
   for place in range(DIGITS):
     digit = (positions // BASE**place) % BASE
     c, s = jnp.asarray(real[place])[digit], jnp.asarray(imag[place])[digit]
@@ -54,7 +58,7 @@ def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Arr
 def rotation(
   positions: Positions, rows: int, columns: int, head_dim: int
 ) -> tuple[jax.Array, jax.Array]:
-  """(cos, sin), each [f, rows * columns, 1, head_dim / 2], for `apply`."""
+  """Returns (cos, sin), each [f, rows * columns, 1, head_dim / 2] float32, for `apply`."""
   pairs_f, pairs_h, pairs_w = split_pairs(head_dim)
   parts = []
   for frame, axis in zip(frame_rotation(positions, pairs_f), (np.cos, np.sin), strict=True):
@@ -69,16 +73,16 @@ def rotation(
       ],
       axis=-1,
     )
+    # tokens of a frame in raster order, as dit.DiT flattens them; one entry for all heads
     parts.append(part.reshape(positions.size, rows * columns, 1, -1))
   return parts[0], parts[1]
 
 
 def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates neighbouring pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's
-  dtype.
-  """
+  """Rotates pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's dtype."""
+  # neighbours pair up (Wan2.1, interleaved), not the halves of a head
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   real, imag = pairs[..., 0], pairs[..., 1]
   cos, sin = cos[None], sin[None]
-  turned = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
-  return turned.reshape(x.shape).astype(x.dtype)
+  rotated = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
+  return rotated.reshape(x.shape).astype(x.dtype)

@@ -1,14 +1,16 @@
-"""TAEHV, the tiny autoencoder, in its form for Wan2.1 (weights `taew2_1`): Wan's latents at a small
-part of the VAE's cost.
+"""TAEHV, a tiny autoencoder of Wan2.1's latents (github.com/madebyollin/taehv, weights `taew2_1`).
 
-The functions are those of `models/vae.py`: pixels [b F H W 3] in [-1, 1] <-> normalised latents [b
-f h w c], F = 1 + 4 (f - 1). Inside, the network works on pixels in [0, 1] and on the latents as the
-diffusion model sees them; it has no others.
+The functions are those of models.vae: pixels [b F H W 3] in [-1, 1] <-> normalised latents
+[b f h w c], F = 1 + 4 (f - 1). The network itself works on pixels in [0, 1], and on latents as the
+diffusion model takes them, without a mean and deviation of its own.
 
-Every block with a memory sees its own frame and the one before, so a video can be decoded in
-pieces: the memory is an ordinary pytree, one past frame a block, and how the video was cut leaves
-no trace. Decoding is causal. Encoding is not quite: as published, a video is cut into groups of 4
-frames from its start, each making one latent, and the last group is filled up with the last frame.
+Deviations: upsampling in time and in space are exchanged (the same result, see Grow); the memory is
+an argument and a result.
+
+A memory block sees its own frame and the one before, so a video can be decoded in pieces of any
+lengths: the memory is a pytree, one past frame per block. Decoding is causal. Encoding is not
+quite: as published, a video is cut into groups of 4 frames from its start, each of which makes one
+latent, and the last group is filled up with the last frame.
 """
 
 from collections.abc import Sequence
@@ -28,16 +30,15 @@ from hiar_jax.models.vae import Latents, Pixels
 from hiar_jax.models.vae_layers import SPATIAL, Past, chain
 from hiar_jax.types import Key, Params, PyTree, typed
 
-BOUND = 3.0  # of the decoder's input: latents are squashed into (-3, 3)
+BOUND = 3.0  # the decoder squashes its input into (-3, 3), as published
 
 
 @dataclasses.dataclass(frozen=True)
 class TinyVAEConfig:
-  """Sizes; the defaults are those of `taew2_1`. dtype is that of activations and memory, not of
-  weights.
+  """Sizes; the defaults are those of `taew2_1`. dtype: of activations and memory, not of weights.
 
-  encoder_width: of every encoder stage; decoder_widths: of the stages and of what leaves the last;
-  blocks: memory blocks a stage.
+  encoder_width: of every encoder stage; decoder_widths: of the stages, and of the last one's
+  output; blocks: memory blocks per stage.
   """
 
   z_dim: int = 16
@@ -75,9 +76,9 @@ class TinyVAEConfig:
 
 
 class MemoryBlock(nn.Module):
-  """x + three convolutions of the frame and the one before it.
+  """x + three convolutions over the frame and the one before it.
 
-  past: the last frame seen, [b 1 h w c]; zeros before the first.
+  past: the last frame, [b 1 h w c]; zeros before the first.
   """
 
   features: int
@@ -87,6 +88,7 @@ class MemoryBlock(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     if past is None:
       past = jnp.zeros_like(x[:, :1])
+    # channels: [own frame | the frame before]
     y = jnp.concatenate([x, jnp.concatenate([past, x[:, :-1]], axis=1)], axis=-1)
     for i in range(3):
       y = nn.Conv(self.features, (3, 3), padding=SPATIAL, dtype=self.dtype, name=f"conv_{i}")(y)
@@ -95,9 +97,9 @@ class MemoryBlock(nn.Module):
 
 
 class Shrink(nn.Module):
-  """With `time`, merges pairs of frames; then halves height and width.
+  """Merges pairs of frames (with `time`), then halves height and width.
 
-  Remembers nothing: frames come in whole groups.
+  Needs no past: frames come in whole groups.
   """
 
   features: int
@@ -108,6 +110,7 @@ class Shrink(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     if self.time:
       b, f, h, w, c = x.shape
+      # a pair's channels side by side, the earlier frame first: [b f/2 h w 2*c]
       x = (
         x.reshape(b, f // 2, 2, h, w, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, f // 2, h, w, 2 * c)
       )
@@ -125,7 +128,7 @@ class Shrink(nn.Module):
 
 
 class Grow(nn.Module):
-  """With `time`, makes two frames of each; doubles height and width."""
+  """Makes two frames of each (with `time`), then doubles height and width; no past."""
 
   features: int
   time: bool
@@ -135,8 +138,8 @@ class Grow(nn.Module):
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     b, f, h, w, c = x.shape
     times = 2 if self.time else 1
-    # The published order is first larger, then more frames. The latter is pointwise: this way round
-    # is the same, for a quarter.
+    # Published: first larger, then more frames. The latter is pointwise, so the order does not
+    # matter to the result, and this one takes 25 % of the operations.
     x = nn.Dense(times * c, use_bias=False, dtype=self.dtype, name="grow")(x)
     x = x.reshape(b, f, h, w, times, c).transpose(0, 1, 4, 2, 3, 5).reshape(b, f * times, h, w, c)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
@@ -155,6 +158,7 @@ class Encoder(nn.Module):
     cfg = self.config
     width = cfg.encoder_width
     x = jax.nn.relu(nn.Conv(width, (3, 3), padding=SPATIAL, dtype=cfg.dtype, name="conv_in")(x))
+    # only layers in the chain have a memory; the two convolutions around it see one frame
     layers: list[nn.Module] = []
     for i, time in enumerate(cfg.temporal_downsample):
       layers += [Shrink(width, time, cfg.dtype, name=f"down_{i}"), *_memory(i, width, cfg)]
@@ -201,24 +205,21 @@ class TinyVAE(nn.Module):
     self.encoder, self.decoder = Encoder(self.config), Decoder(self.config)
 
   def encode(self, video: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """(Pixels of whole groups, memory) -> (latents, memory)."""
+    """Returns (latents, memory) of (pixels of whole groups, memory)."""
     latents, past = self.encoder(
       ((video.astype(jnp.float32) + 1) / 2).astype(self.config.dtype), past
     )
     return latents.astype(jnp.float32), past
 
   def decode(self, latents: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """(Latents, memory) -> (pixels, memory).
-
-    Of a video's first latent only the last frame is one.
-    """
-    video, new = self.decoder(latents.astype(self.config.dtype), past)
-    if past is None:
+    """Returns (pixels, memory) of (latents, memory)."""
+    video, new_past = self.decoder(latents.astype(self.config.dtype), past)
+    if past is None:  # of a video's first latent only the last frame is shown
       video = video[:, self.config.temporal_factor - 1 :]
-    return jnp.clip(video.astype(jnp.float32), 0, 1) * 2 - 1, new
+    return jnp.clip(video.astype(jnp.float32), 0, 1) * 2 - 1, new_past
 
   def __call__(self, video: jax.Array) -> jax.Array:
-    """There and back; creates every parameter."""
+    """Encodes and decodes; for `init`, which needs a pass through every parameter."""
     return self.decode(self.encode(video, None)[0], None)[0]
 
 
@@ -226,20 +227,19 @@ class TinyVAE(nn.Module):
 def encode_chunk(
   params: Params, video: Pixels, memory: PyTree, config: TinyVAEConfig
 ) -> tuple[Latents, PyTree]:
-  """Encodes the next 4 m frames, in [-1, 1]. memory None: the start of a video; else what the last
-  call returned.
+  """Encodes the next 4 m frames, in [-1, 1].
 
-  Returns m float32 latents and the memory for the next call. Unlike the VAE's, a video's first
-  latent takes 4 frames, and its end is for the caller to fill up, as `encode` does. Raises
-  UserError for other sizes.
+  memory: None at the start of a video, else what the last call returned. Returns m float32 latents
+  and the memory for the next call. Unlike the VAE's, a video's first latent takes 4 frames, and the
+  caller fills up the end, as `encode` does. Raises UserError for other sizes.
   """
-  _check_sides(video.shape, config)
+  vae.check_pixels((video.shape[0], 1, *video.shape[2:]), None, config)  # the sides alone
   if not video.shape[1] or video.shape[1] % config.temporal_factor:
     raise UserError(
       f"tiny VAE: {video.shape[1]} frames do not fit; a piece to encode has "
       f"{config.temporal_factor} m frames (m whole)."
     )
-  size = (video.shape[2] // 2, video.shape[3] // 2)
+  size = (video.shape[2] // 2, video.shape[3] // 2)  # at the first memory block, after `down_0`
   _check_memory(memory, video.shape[0], size, config)
   return TinyVAE(config).apply({"params": params}, video, memory, method="encode")
 
@@ -248,11 +248,11 @@ def encode_chunk(
 def decode_chunk(
   params: Params, latents: Latents, memory: PyTree, config: TinyVAEConfig
 ) -> tuple[Pixels, PyTree]:
-  """Decodes the next m >= 1 latent frames. memory None: the start of a video, 4 m - 3 frames; else
-  4 m frames.
+  """Decodes the next m >= 1 latent frames: 4 m - 3 pixel frames where memory is None, else 4 m.
 
-  Returns float32 pixels in [-1, 1] and the memory for the next call. Raises UserError for wrong
-  channels or a memory of other sizes.
+  memory: None at the start of a video, else what the last call returned. Returns float32 pixels in
+  [-1, 1] and the memory for the next call. Raises UserError for wrong channels or a memory of other
+  sizes.
   """
   if latents.shape[-1] != config.z_dim or not latents.shape[1]:
     raise UserError(
@@ -263,14 +263,10 @@ def decode_chunk(
   return TinyVAE(config).apply({"params": params}, latents, memory, method="decode")
 
 
-def _check_sides(shape: tuple[int, ...], config: TinyVAEConfig) -> None:
-  vae.check_pixels((shape[0], 1, *shape[2:]), None, config)
-
-
 def _check_memory(memory: PyTree, batch: int, size: tuple[int, ...], config: TinyVAEConfig) -> None:
   if memory is None or not config.blocks:
     return
-  past = memory["memory_0_0"]
+  past = memory["memory_0_0"]  # of the first memory block: its last input frame, [b 1 h w c]
   if (past.shape[0], *past.shape[2:4]) != (batch, *size):
     raise UserError(
       f"tiny VAE: the memory belongs to a batch of {past.shape[0]} with frames of "
@@ -283,14 +279,15 @@ def _check_memory(memory: PyTree, batch: int, size: tuple[int, ...], config: Tin
 def encode(
   params: Params, video: Pixels, config: TinyVAEConfig, chunk: int | None = 1, unroll: bool = False
 ) -> Latents:
-  """Latents [b 1 + m h w c] of a whole video of 1 + 4 m frames. chunk: latent frames a scan step,
-  None: one pass over all.
+  """Returns the latents [b 1 + m h w c] of a whole video of 1 + 4 m frames.
 
-  `unroll` writes the scan out. Raises UserError for other sizes.
+  chunk: latent frames per scan step, None = one pass over all. unroll: writes the scan out. Raises
+  UserError for other sizes.
   """
   vae.check_pixels(video.shape, None, config)
   factor = config.temporal_factor
   video = jnp.asarray(video)
+  # the last group is filled up with copies of the last frame
   video = jnp.concatenate([video, *[video[:, -1:]] * (-video.shape[1] % factor)], axis=1)
   if chunk is None:
     return encode_chunk(params, video, None, config)[0]
@@ -312,7 +309,7 @@ def decode(
   chunk: int | None = 1,
   unroll: bool = False,
 ) -> Pixels:
-  """Pixels [b 1 + 4 (f - 1) H W 3] of whole latents; the options are those of `encode`."""
+  """Returns the pixels [b 1 + 4 (f - 1) H W 3] of a whole video; options as in `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
   group = _checked_chunk(chunk)
@@ -334,7 +331,7 @@ def _checked_chunk(chunk: int) -> int:
 
 
 def abstract_params(config: TinyVAEConfig) -> Params:
-  """Shapes and dtypes of the parameters; allocates nothing."""
+  """Returns shapes and dtypes of the parameters; allocates nothing."""
   video = jax.ShapeDtypeStruct(
     (1, config.temporal_factor, config.spatial_factor, config.spatial_factor, 3), jnp.float32
   )
@@ -345,7 +342,7 @@ def abstract_params(config: TinyVAEConfig) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: TinyVAEConfig, key: Key) -> Params:
-  """Random parameters (float32): kernels N(0, 1 / fan-in), biases 0."""
+  """Returns random parameters (float32): kernels N(0, 1 / fan-in), biases 0."""
   leaves, tree = jax.tree.flatten(abstract_params(config))
   # One draw for all: compiling one for each leaf takes longer than compiling the decoder.
   draws = jnp.split(
@@ -353,9 +350,9 @@ def init(config: TinyVAEConfig, key: Key) -> Params:
     np.cumsum([leaf.size for leaf in leaves])[:-1],
   )
 
-  def place(draw, leaf):
+  def scaled(draw, leaf):
     if leaf.ndim == 1:
       return jnp.zeros(leaf.shape)
     return draw.reshape(leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
 
-  return jax.tree.unflatten(tree, [place(*pair) for pair in zip(draws, leaves, strict=True)])
+  return jax.tree.unflatten(tree, [scaled(*pair) for pair in zip(draws, leaves, strict=True)])

@@ -1,14 +1,15 @@
-"""Wan2.1's causal 3D autoencoder (arXiv 2503.20314, section 4.1): video [b F H W 3] in [-1, 1] <->
-latents [b f h w c].
+"""Wan2.1's causal 3D autoencoder (arXiv 2503.20314, section 4.1, weights `Wan2.1_VAE`).
 
-    F = 1 + 4 (f - 1),  H = 8 h,  W = 8 w
+    video [b F H W 3] in [-1, 1]  <->  latents [b f h w c],   F = 1 + 4 (f - 1),  H = 8 h,  W = 8 w
 
-The first frame stands alone, then every 4 frames make one latent frame.
+The first frame stands alone, then every 4 frames make one latent frame. Deviations: the cache is an
+argument and a result, and a call takes any number of frames (published: a list that modules mutate,
+one latent frame per call); decoded pixels are not clamped to [-1, 1].
 
 Both directions are causal in time, so a video can be coded in pieces: `encode_chunk` and
-`decode_chunk` take the cache that the piece before returned (None at the start) and return the next
-one. The cache is an ordinary pytree of arrays whose shapes do not depend on how the video is cut.
-Latents are normalised with the published mean and deviation.
+`decode_chunk` take the cache that the last piece returned (None at the start) and return the next.
+The cache is a pytree of arrays whose shapes do not depend on how the video is cut. Latents are
+normalised with the published mean and deviation.
 """
 
 from collections.abc import Callable
@@ -38,41 +39,13 @@ from hiar_jax.types import Key, Params, PyTree, typed
 
 # Wan2.1 VAE, mean and standard deviation of the 16 latent channels (published with the weights).
 LATENTS_MEAN = (
-  -0.7571,
-  -0.7089,
-  -0.9113,
-  0.1075,
-  -0.1745,
-  0.9653,
-  -0.1517,
-  1.5508,
-  0.4134,
-  -0.0715,
-  0.5517,
-  -0.3632,
-  -0.1922,
-  -0.9497,
-  0.2503,
-  -0.2921,
-)
+  -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
 LATENTS_STD = (
-  2.8184,
-  1.4541,
-  2.3275,
-  2.6558,
-  1.2196,
-  1.7708,
-  2.6052,
-  2.0743,
-  3.2687,
-  2.1526,
-  2.8652,
-  1.5579,
-  1.6382,
-  1.1253,
-  2.8251,
-  1.9160,
-)
+  2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
 
 Pixels = Float[Array | np.ndarray, "b F H W 3"]
 Latents = Float[Array | np.ndarray, "b f h w c"]
@@ -80,7 +53,7 @@ Latents = Float[Array | np.ndarray, "b f h w c"]
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-  """Sizes; the defaults are Wan2.1's. dtype is that of activations and cache, not of weights."""
+  """Sizes; the defaults are Wan2.1's. dtype: of activations and cache, not of weights."""
 
   dim: int = 96
   z_dim: int = 16
@@ -113,7 +86,7 @@ class VAEConfig:
 
 
 class Encoder(nn.Module):
-  """Pixels [b F H W 3] -> moments [b f h w 2c]."""
+  """Pixels [b F H W 3] -> moments of the posterior [b f h w 2c], mean first."""
 
   config: VAEConfig
 
@@ -142,6 +115,7 @@ class Decoder(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     cfg, dtype = self.config, self.config.dtype
+    # the encoder's stages backwards, with one more residual block each
     widths = [cfg.dim * mult for mult in reversed(cfg.dim_mult)]
     doubled = tuple(reversed(cfg.temporal_downsample))
     layers = [CausalConv(widths[0], dtype, name="conv_in"), *_middle(widths[0], dtype)]
@@ -155,6 +129,7 @@ class Decoder(nn.Module):
 
 
 def _middle(width: int, dtype: Any) -> list[nn.Module]:
+  # attention at the lowest resolution alone: its cost grows with the square of a frame's pixels
   return [
     ResBlock(width, dtype, name="mid_res_0"),
     FrameAttention(dtype, name="mid_attention"),
@@ -170,23 +145,24 @@ class WanVAE(nn.Module):
   def setup(self):
     cfg = self.config
     self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+    # published as 1x1x1 convolutions (conv1, conv2)
     self.quant = nn.Dense(2 * cfg.z_dim, dtype=cfg.dtype)
     self.post_quant = nn.Dense(cfg.z_dim, dtype=cfg.dtype)
 
   def encode(self, video: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """(Pixels, cache) -> (normalised mean of the posterior, cache)."""
+    """Returns (normalised mean of the posterior, cache) of (pixels, cache)."""
     moments, past = self.encoder(video.astype(self.config.dtype), past)
     mean = self.quant(moments)[..., : self.config.z_dim]
     return normalise(mean.astype(jnp.float32), self.config), past
 
   def decode(self, latents: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    """(Normalised latents, cache) -> (pixels, cache)."""
+    """Returns (pixels, cache) of (normalised latents, cache)."""
     z = denormalise(latents.astype(jnp.float32), self.config)
     video, past = self.decoder(self.post_quant(z.astype(self.config.dtype)), past)
     return video.astype(jnp.float32), past
 
   def __call__(self, video: jax.Array) -> jax.Array:
-    """There and back; creates every parameter."""
+    """Encodes and decodes; for `init`, which needs a pass through every parameter."""
     return self.decode(self.encode(video, None)[0], None)[0]
 
 
@@ -195,12 +171,12 @@ def _per_channel(values: tuple[float, ...]) -> jax.Array:
 
 
 def normalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
-  """Latents as the diffusion model sees them: mean 0, deviation 1 per channel."""
+  """Returns latents as the diffusion model takes them: mean 0, deviation 1 per channel."""
   return (latents - _per_channel(config.latents_mean)) / _per_channel(config.latents_std)
 
 
 def denormalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
-  """Inverse of `normalise`."""
+  """Returns the latents of normalised ones: the inverse of `normalise`."""
   return latents * _per_channel(config.latents_std) + _per_channel(config.latents_mean)
 
 
@@ -208,11 +184,10 @@ def denormalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
 def encode_chunk(
   params: Params, video: Pixels, cache: PyTree, config: VAEConfig
 ) -> tuple[Latents, PyTree]:
-  """Encodes the next frames. cache None: the start of a video, 1 + 4 m frames; else what the last
-  call returned, 4 m.
+  """Encodes the next frames: 1 + 4 m at the start of a video, where cache is None, 4 m after it.
 
-  Returns float32 latents (1 + m or m frames) and the cache for the next call. Raises UserError for
-  other sizes.
+  cache: else what the last call returned. Returns float32 latents (1 + m or m frames) and the cache
+  for the next call. Raises UserError for other sizes.
   """
   check_pixels(video.shape, cache, config)
   _check_cache(cache, video.shape[0], video.shape[2:4])
@@ -223,11 +198,11 @@ def encode_chunk(
 def decode_chunk(
   params: Params, latents: Latents, cache: PyTree, config: VAEConfig
 ) -> tuple[Pixels, PyTree]:
-  """Decodes the next m >= 1 latent frames. cache None: the start of a video, 4 m - 3 frames; else 4
-  m frames.
+  """Decodes the next m >= 1 latent frames: 4 m - 3 pixel frames where cache is None, else 4 m.
 
-  Returns float32 pixels, which may overshoot [-1, 1] (clip when writing them), and the cache for
-  the next call. Raises UserError for wrong channels or a cache of other sizes.
+  cache: None at the start of a video, else what the last call returned. Returns float32 pixels,
+  which may overshoot [-1, 1] (clip when writing them), and the cache for the next call. Raises
+  UserError for wrong channels or a cache of other sizes.
   """
   if latents.shape[-1] != config.z_dim or not latents.shape[1]:
     raise UserError(
@@ -238,8 +213,9 @@ def decode_chunk(
 
 
 def check_pixels(shape: tuple[int, ...], cache: PyTree, config: VAEConfig) -> None:
-  """Raises UserError unless [b F H W 3] can be encoded: at the start of a video where cache is
-  None, else after it.
+  """Raises UserError unless pixels of shape [b F H W 3] can be encoded.
+
+  cache: None for the start of a video, anything else for a later piece.
   """
   _, frames, height, width, _ = shape
   s, t = config.spatial_factor, config.temporal_factor
@@ -268,23 +244,24 @@ def _check_cache(cache: PyTree, batch: int, size: tuple[int, int]) -> None:
     )
 
 
-# (next frames, cache) -> (result, cache)
+# (next frames, cache) -> (result, cache), either way
 Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
 def stream(
   step: Step, first: jax.Array, rest: jax.Array, group: int, unroll: bool = False
 ) -> jax.Array:
-  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `group` frames; joins
-  the results in time.
+  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `group` frames.
 
   The groups run under one `jax.lax.scan`: beside input and result, memory does not grow with m. A
-  shorter last group runs after it.
+  shorter last group runs after it. Returns the results joined in time.
   """
+  # outside of the scan: a carry cannot go from None to a tree of arrays
   y, cache = step(first, None)
   results = [y]
   full = rest.shape[1] // group
   if full:
+    # [b m ...] -> [full b group ...] for the scan, and its results back
     groups = rest[:, : full * group].reshape(rest.shape[0], full, group, *rest.shape[2:])
     cache, ys = jax.lax.scan(
       lambda c, x: step(x, c)[::-1], cache, jnp.moveaxis(groups, 1, 0), unroll=unroll
@@ -300,11 +277,10 @@ def stream(
 def encode(
   params: Params, video: Pixels, config: VAEConfig, chunk: int | None = 1, unroll: bool = False
 ) -> Latents:
-  """Normalised latents of a whole video of 1 + 4 m frames. chunk: latent frames a scan step, None:
-  one pass over all.
+  """Returns the normalised latents [b 1 + m h w c] of a whole video of 1 + 4 m frames.
 
-  `unroll` writes the scan out: compiles longer, lets the compiler overlap steps. Raises UserError
-  for other sizes.
+  chunk: latent frames per scan step, None = one pass over all. unroll: writes the scan out, which
+  compiles longer and lets the compiler overlap steps. Raises UserError for other sizes.
   """
   check_pixels(video.shape, None, config)
   if chunk is None:
@@ -323,7 +299,7 @@ def encode(
 def decode(
   params: Params, latents: Latents, config: VAEConfig, chunk: int | None = 1, unroll: bool = False
 ) -> Pixels:
-  """Pixels [b 1 + 4 (f - 1) H W 3] of whole latents; the options are those of `encode`."""
+  """Returns the pixels [b 1 + 4 (f - 1) H W 3] of a whole video; options as in `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
   group = _checked_chunk(chunk)
@@ -345,7 +321,7 @@ def _checked_chunk(chunk: int) -> int:
 
 
 def abstract_params(config: VAEConfig) -> Params:
-  """Shapes and dtypes of the parameters; allocates nothing."""
+  """Returns shapes and dtypes of the parameters; allocates nothing."""
   size = config.spatial_factor
   video = jax.ShapeDtypeStruct((1, 1 + config.temporal_factor, size, size, 3), jnp.float32)
   return jax.eval_shape(
@@ -355,7 +331,7 @@ def abstract_params(config: VAEConfig) -> Params:
 
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: VAEConfig, key: Key) -> Params:
-  """Random parameters (float32): kernels N(0, 1 / fan-in), gains 1, biases 0."""
+  """Returns random parameters (float32): kernels N(0, 1 / fan-in), gains 1, biases 0."""
   shapes = abstract_params(config)
   ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(shapes)])
   # One draw for all: compiling one for each of the many shapes takes longer than compiling the

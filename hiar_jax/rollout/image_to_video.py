@@ -1,9 +1,8 @@
-"""Generation from one given latent frame, a picture, which stands alone before whole blocks
-(Self-Forcing's `independent_first_frame`).
+"""Generation from one given latent frame, an image, that stands alone before whole blocks.
 
-The published networks encode positions by rotations, which only differences of position enter. So
-the lone frame is put at the last place of block 0, whose other frames are never there, and every
-rule about blocks, windows and sinks holds as it stands.
+Self-Forcing's published code calls this `independent_first_frame`. Networks see positions through
+rotary embeddings, hence only differences of them. So the image takes the last position of block 0,
+whose other frames never exist, and every rule about blocks, windows and sinks holds unchanged.
 """
 
 import jax
@@ -23,16 +22,18 @@ def rollout(
   sigmas: jax.Array,
   method: Method,
   blocks: int,
-  first: Video,
+  image: Video,
 ) -> Video:
-  """`blocks` new blocks after `first` [b 1 h w c], which is shown clean and comes first in the
-  result: [b 1 + blocks k h w c].
+  """Generates `blocks` blocks after `image` [b 1 h w c], which is context at sigma 0.
+
+  Returns [b 1 + blocks k h w c], the image in front.
 
   cache: an empty one for a video of 1 + blocks k frames. noise(level, block): the first new block
   is 1, as after a whole given block.
   """
+  # position k - 1: the last of block 0
   cache = write_context(
-    forward, cache, first, 0.0, jnp.asarray([method.block - 1], jnp.int32), method
+    forward, cache, image, 0.0, jnp.asarray([method.block - 1], jnp.int32), method
   )
   if method.order == "block_first":
     _, xs = block_first.sweep(
@@ -49,4 +50,4 @@ def rollout(
       len(sigmas) - 1,
       first=1,
     )
-  return jnp.concatenate([first, join_blocks(xs)], axis=1)
+  return jnp.concatenate([image, join_blocks(xs)], axis=1)

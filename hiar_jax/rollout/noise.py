@@ -1,6 +1,6 @@
 """The noise of an example, drawn from keys of its own.
 
-So it depends on neither the batch, nor the devices, nor accumulation.
+So it depends neither on the rest of the batch, nor on the devices, nor on gradient accumulation.
 """
 
 from collections.abc import Callable
@@ -30,6 +30,7 @@ def block_noise(
   keys = example_keys(key, index)
 
   def noise(level, n):
+    # a key per (example, level, block): every order of the loops draws the same numbers
     return example_normal(
       jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, level), n))(keys), block
     )

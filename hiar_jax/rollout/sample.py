@@ -1,4 +1,4 @@
-"""The one place where a whole video comes to be: method.Method decides which loop runs."""
+"""Generation of a whole video: method.Method decides which loop runs."""
 
 from collections.abc import Callable
 import dataclasses
@@ -28,11 +28,11 @@ def make_sampler(
 ) -> Callable[..., Video]:
   """Returns generate(params, tokens, seeds [b], given=None) -> latents [b given + frames h w c].
 
-  Traced; the caller jits. A video depends on its own text and seed, not on those beside it.
+  Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
   embed: tokens [b ...] -> text [b l d]. sigmas: the student's levels [s + 1]. latent: height, width
   and channels of the latents. frames: new latent frames, whole blocks.
-  given: clean first frames: whole blocks, or a picture's one frame.
+  given: clean first frames: whole blocks, or one frame (an image).
   """
 
   def generate(params, tokens, seeds, given=None):
@@ -68,18 +68,19 @@ def rollout(
   given: Video | None = None,
   fused: bool = True,
 ) -> Video:
-  """Returns `blocks` new blocks after the `given` clean frames [b f h w c], in the order, levels,
-  window and sink of `method`.
+  """Generates `blocks` blocks after the `given` clean frames: [b given + blocks k h w c].
 
-  given: whole blocks, or a picture's one frame. A clean sink (SAF) is generated first, by the same
-  method without one, and is then what every later block sees at sigma 0.
+  given: whole blocks, or one frame (an image). A clean sink (SAF) is generated first, by the same
+  method without one, and is then context at sigma 0 for every later block.
   """
+  # not whole blocks: an image, which stands alone
   if given is not None and given.shape[1] % method.block:
     return image_to_video.rollout(forward, noise, cache, sigmas, method, blocks, given)
   if method.order == "block_first":
     return block_first.rollout(forward, noise, cache, sigmas, method, blocks, given=given)
   sink_blocks = method.clean_sink // method.block
   if sink_blocks and given is None:
+    # from here on the finished sink is like given frames; blocks count on behind it
     plain = dataclasses.replace(method, sink_level="history")
     head = min(sink_blocks, blocks)
     given = step_first.rollout(forward, noise, cache, sigmas, plain, head, fused=fused)

@@ -1,10 +1,9 @@
-"""Step-first order (HiAR, Algorithm 1): every block takes one denoising step before any block takes
-the next.
+"""Step-first order (HiAR, Algorithm 1): all blocks take a denoising step before any takes the next.
 
-    for j = 1..S:  for n = 1..N:  x_{j+1}^(n) = step(x_j^(n), t_j | history of blocks < n)
+    for j = 1..S:  for n = 1..N:  x_{j+1}^(n) = step(x_j^(n), t_j | context of blocks < n)
 
-A scan over noise levels; in it a scan over blocks that carries the KV cache, started afresh at
-every level.
+A scan over noise levels; in it a scan over blocks that carries the KV cache. Every level starts
+from the same cache, empty but for given frames: context belongs to one level.
 """
 
 import jax
@@ -40,11 +39,11 @@ def sweep(
   first: int = 0,
   fused: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One noise level for all blocks: xs [n b k h w c] at sigmas[level] -> (xs at the next level,
-  what successors were shown, x0).
+  """Takes all blocks xs [n b k h w c] from sigmas[level] to the next level.
 
-  first: index of the first block (blocks before it are in `cache`). fused: N forwards of two blocks
-  instead of 2 N of one.
+  first: index of the first block (blocks before it are in `cache`). fused: N forwards, all but
+  one over two blocks, instead of 2 N over one. Returns (xs at the next level, context latents, x0
+  predictions), each [n b k h w c].
   """
   sigma, sigma_next = sigmas[level], sigmas[level + 1]
   context_sigma = method.context_sigma(sigma, sigma_next)
@@ -57,44 +56,50 @@ def sweep(
     n, x = inputs
     step = Step(sigma, sigma_next, block_positions(n, method))
     v, kv = apply_with_cache(forward, cache, x, sigma, step.positions, method)
-    done = finish(x, v, n, step)
-    if method.level == "input":  # what successors read is what this forward has just computed
-      return write(cache, kv, step.positions, method), done
-    return write_context(forward, cache, done[1], context_sigma, step.positions, method), done
+    outputs = finish(x, v, n, step)
+    if method.level == "input":  # the context is the block as it is here: its K/V are done
+      return write(cache, kv, step.positions, method), outputs
+    cache = write_context(forward, cache, outputs[1], context_sigma, step.positions, method)
+    return cache, outputs
 
   def together(carry, inputs):
-    cache, context = carry
+    cache, context = carry  # context: latent of block n - 1, not in the cache yet
     n, x = inputs
     step = Step(sigma, sigma_next, block_positions(n, method))
     v, cache = write_context_and_denoise(forward, cache, context, context_sigma, x, step, method)
-    done = finish(x, v, n, step)
-    return (cache, done[1]), done
+    outputs = finish(x, v, n, step)
+    return (cache, outputs[1]), outputs
 
   indices = first + jnp.arange(xs.shape[0])
   if method.level == "input" or not fused:
     return jax.lax.scan(separate, cache, (indices, xs))[1]
 
+  # the first block has no context to write, and nobody reads the context of the last
   step = Step(sigma, sigma_next, block_positions(indices[0], method))
   v, _ = apply_with_cache(forward, cache, xs[0], sigma, step.positions, method)
   head = finish(xs[0], v, indices[0], step)
   _, tail = jax.lax.scan(together, (cache, head[1]), (indices[1:], xs[1:]))
-  return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), head, tail)
+  return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), head, tail)
 
 
 def start(noise: Noise, blocks: int, first: int = 0) -> jax.Array:
-  """Pure noise for `blocks` blocks: [n b k h w c]."""
+  """Returns the pure noise of `blocks` blocks from block `first` on: [n b k h w c]."""
+  # lax.map, not vmap: the draws of one block at a time are in memory
   return jax.lax.map(lambda n: noise(0, n), first + jnp.arange(blocks))
 
 
 def levels(
-  forward, noise, cache, xs, sigmas, method: Method, upto, *, first: int = 0, fused: bool = True
+  forward, noise, cache, xs, sigmas, method: Method, stop, *, first: int = 0, fused: bool = True
 ) -> jax.Array:
-  """`upto` levels (may be traced; not differentiable): xs at sigmas[0] -> xs at sigmas[upto]."""
+  """Takes xs [n b k h w c] from sigmas[0] to sigmas[stop]; stop may be traced.
 
-  def one(level, xs):
+  Not differentiable: a loop of unknown length has no backward pass.
+  """
+
+  def next_level(level, xs):
     return sweep(forward, noise, cache, xs, sigmas, level, method, first=first, fused=fused)[0]
 
-  return jax.lax.fori_loop(0, upto, one, xs)
+  return jax.lax.fori_loop(0, stop, next_level, xs)
 
 
 def rollout(
@@ -108,21 +113,19 @@ def rollout(
   given: Video | None = None,
   fused: bool = True,
 ) -> Video:
-  """`blocks` new blocks [b f h w c] after the `given` clean ones (which are put first in the
-  result).
+  """Generates `blocks` blocks after the `given` clean frames: [b given + blocks k h w c].
 
-  cache: an empty one. noise(level, block): block counts from the video's start, given blocks
-  included.
+  cache: an empty one. noise(level, block): block counts from the start of the video, given blocks
+  included. sigmas: [s + 1].
   """
   first = 0 if given is None else given.shape[1] // method.block
   if given is not None:
     cache = prefill(forward, cache, given, method)
 
-  def one(xs, level):
-    return sweep(forward, noise, cache, xs, sigmas, level, method, first=first, fused=fused)[
-      0
-    ], None
+  def next_level(xs, level):
+    xs, _, _ = sweep(forward, noise, cache, xs, sigmas, level, method, first=first, fused=fused)
+    return xs, None
 
-  xs, _ = jax.lax.scan(one, start(noise, blocks, first), jnp.arange(len(sigmas) - 1))
+  xs, _ = jax.lax.scan(next_level, start(noise, blocks, first), jnp.arange(len(sigmas) - 1))
   video = join_blocks(xs)
   return video if given is None else jnp.concatenate([given, video], axis=1)

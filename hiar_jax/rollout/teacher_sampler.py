@@ -1,4 +1,4 @@
-"""The teacher's sampler: guided Euler steps on all frames at once."""
+"""The teacher's sampler: Euler steps with classifier-free guidance on all frames at once."""
 
 from collections.abc import Callable
 
@@ -24,21 +24,22 @@ def make_sampler(
   key: Key,
   clip: tuple[int, int, int, int],
 ) -> Callable[..., Points]:
-  """Returns sample(params, tokens, index [b], start [b] = None) -> guided trajectories at the kept
-  levels [b len(keep) f h w c].
+  """Returns sample(params, tokens, index [b], start [b] = None) -> points [b len(keep) f h w c].
 
-  Traced; the caller jits. An example's trajectory does not depend on those beside it.
+  Traced; the caller jits. An example's trajectory does not depend on the rest of the batch.
 
-  embed: tokens [b ...] -> text [b l d]; negative: a text -> the one that guidance leads away from.
-  clip: shape [f h w c] of a clip. index: of each example, for its noise. start: of each clip in its
-  video.
+  embed: tokens [b ...] -> text [b l d]; negative: text -> negative text, same shape.
+  sigmas: the levels of the trajectory, falling. keep: indices into them of the returned points.
+  clip: shape [f h w c]. index: of each example, for its noise. start: of each clip, in frames of
+  its video.
   """
 
   def sample(params, tokens, index, start=None):
     text = embed(tokens)
     eps = example_normal(example_keys(key, index), clip)
-    forwards = (dit.bind(config, params, of, start) for of in (text, negative(text)))
-    return sample_trajectory(*forwards, eps, sigmas, keep, guidance)
+    forward = dit.bind(config, params, text, start)
+    forward_negative = dit.bind(config, params, negative(text), start)
+    return sample_trajectory(forward, forward_negative, eps, sigmas, keep, guidance)
 
   return sample
 
@@ -51,20 +52,20 @@ def sample_trajectory(
   keep: tuple[int, ...],
   guidance: float,
 ) -> jax.Array:
-  """From eps at sigmas[0] down to sigmas[-1]; the points at the kept indices into `sigmas`: [b
-  len(keep) f h w c].
+  """Integrates from eps at sigmas[0] to sigmas[-1]; returns points [b len(keep) f h w c].
 
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
+  keep: indices into `sigmas`.
   """
   positions = jnp.arange(eps.shape[1], dtype=jnp.int32)
 
-  def one(x, j):
+  def euler_step(x, j):
     v, _ = forward(x, sigmas[j], positions)
-    if guidance:
+    if guidance:  # static: at 0 the second forward is not in the program
       v = flow.classifier_free_guidance(v, negative(x, sigmas[j], positions)[0], guidance)
     x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
     return x, x
 
-  _, points = jax.lax.scan(one, eps, jnp.arange(sigmas.size - 1))
-  points = jnp.concatenate([eps[None], points])
+  _, points = jax.lax.scan(euler_step, eps, jnp.arange(sigmas.size - 1))
+  points = jnp.concatenate([eps[None], points])  # [len(sigmas) b f h w c]
   return jnp.moveaxis(points[jnp.asarray(keep)], 0, 1)

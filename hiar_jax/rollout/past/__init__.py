@@ -1,1 +1,1 @@
-"""What a block sees of its past: the KV cache, and the sink that is carried along."""
+"""The past of a block: the KV cache, the masks over it, and the sink at relative positions."""
