@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str):
-  """`hiar_jax.stream`, which loads JAX, when it is first asked for."""
+  """Imports `hiar_jax.stream` (and with it JAX) at its first use."""
+  # the module is callable; importing it sets the attribute, so this runs once
   if name == "stream":
     return importlib.import_module("hiar_jax.stream")
   raise AttributeError(f"module 'hiar_jax' has no attribute {name!r}")

@@ -1,16 +1,16 @@
-"""Errors that a person can act on: one clear line, no traceback."""
+"""Errors that a user can act on: one line, no traceback."""
 
 
 class UserError(Exception):
-  """Bad input. The message says what was given, what was expected, and how to fix it.
+  """Bad input; the message names what was given, what was expected, and a remedy.
 
-  Entry points print it as one line and exit with status 2 (see `config.run`).
-  Anything else that escapes is a bug and keeps its traceback.
+  Entry points print it as one line and exit with status 2 (config.command_line.run). Any other
+  exception that escapes is a bug and keeps its traceback.
   """
 
 
 def at_least(least: float, **values: float) -> None:
-  """Raises UserError for the first value below `least`, by its name."""
+  """Raises UserError, with its name, for the first value below `least`."""
   for name, value in values.items():
     if value < least:
       raise UserError(f"{name} = {value}: expected at least {least}")

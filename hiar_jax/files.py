@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are written completely or not at all."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,39 +12,35 @@ from hiar_jax.errors import UserError
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> pathlib.Path:
-  """The file holds all of `content`, or what it held before, whenever the process dies; missing
-  directories are made.
+  """Writes a file, making missing directories, and returns its path.
 
-  A temporary name in the same directory, fsync, rename. The name is fixed, so what a kill leaves
-  behind is overwritten by the next try. Raises UserError where the disk is full or refuses.
+  Whenever the process dies, the file holds all of `content` or what it held before. Raises
+  UserError where the disk is full or refuses.
   """
   path = pathlib.Path(path)
+  # In the same directory, since a rename is atomic within one file system only. The name is fixed,
+  # so the next try overwrites what a killed one left behind.
   temporary = path.with_name(f".{path.name}.tmp")
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(temporary, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise UserError(
-        f"no space left on the disk of {path}; free some space and run the same command"
-      ) from error
-    raise UserError(
-      f"{path}: cannot be written ({error.strerror}); choose another place"
-    ) from error
+    with explained(path):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        # without fsync a power cut may leave the new name with no content behind it
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
   finally:
-    with contextlib.suppress(OSError):  # there is nothing to remove where nothing could be written
+    with contextlib.suppress(OSError):  # it is renamed, or could not be created
       temporary.unlink()
   return path
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
-  """A file to write that gets its name when it is complete; as files.write_atomic, for what need
-  not be in memory at once.
+  """Opens a file for writing that gets its name when the context ends without an error.
+
+  As write_atomic, for content that need not be in memory at once.
   """
   temporary = path.with_name(f".{path.name}.tmp")
   try:
@@ -52,7 +48,7 @@ def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
       path.parent.mkdir(parents=True, exist_ok=True)
       file = open(temporary, "w+b")
     with file:
-      # what else may go wrong in there is not this file's
+      # an OSError of the caller's own code, a full disk aside, is not about this file
       with explained(path, full_disk_alone=True):
         yield file
       with explained(path):
@@ -67,7 +63,10 @@ def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
 
 @contextlib.contextmanager
 def explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
-  """What goes wrong while `path` is written, as a UserError of one line."""
+  """Turns an OSError while `path` is written into a UserError of one line.
+
+  full_disk_alone: other OSErrors pass unchanged.
+  """
   try:
     yield
   except OSError as error:

@@ -1,6 +1,4 @@
-"""How much memory a process took at its peak: the devices' own count where they keep one, else the
-process's resident set.
-"""
+"""The peak memory of a process: its resident set, and the count of each device that keeps one."""
 
 import dataclasses
 import resource
@@ -13,15 +11,13 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-  """Bytes at the peak: of each local device by name, `devices` empty where none counts; and the
-  process's resident set.
-  """
+  """Bytes at the peak: of each local device that counts them, by name, and of the process."""
 
   devices: dict[str, int]
   process: int
 
   def report(self) -> str:
-    """One line that also says what was counted."""
+    """Returns a line with the bytes and with what was counted."""
     if not self.devices:
       kinds = ", ".join(sorted({device.platform for device in jax.local_devices()}))
       return (
@@ -33,32 +29,25 @@ class Peak:
 
 
 def peak() -> Peak:
-  """Since the process started."""
-  return Peak(
-    {
-      str(device): count
-      for device in jax.local_devices()
-      if (count := _device_peak(device)) is not None
-    },
-    _resident(),
-  )
+  """Returns the peak since the process started."""
+  # memory_stats is None on CPUs
+  stats = {str(device): device.memory_stats() or {} for device in jax.local_devices()}
+  devices = {
+    name: counts["peak_bytes_in_use"]
+    for name, counts in stats.items()
+    if counts.get("peak_bytes_in_use") is not None
+  }
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  # ru_maxrss: bytes on macOS, KiB on Linux
+  return Peak(devices, resident if sys.platform == "darwin" else resident * 1024)
 
 
 def size(count: float) -> str:
-  """Bytes for a reader: 1536 -> '1.5 KiB'."""
-  step = 0
-  while count >= 1024 and step < len(_UNITS) - 1:
-    count, step = count / 1024, step + 1
-  return (
-    f"{count:.0f} {_UNITS[step]}" if count >= 100 or not step else f"{count:.3g} {_UNITS[step]}"
-  )
-
-
-def _device_peak(device: jax.Device) -> int | None:
-  stats = device.memory_stats()  # None on CPUs
-  return None if not stats else stats.get("peak_bytes_in_use")
-
-
-def _resident() -> int:
-  largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return largest if sys.platform == "darwin" else largest * 1024  # Linux counts in KiB
+  """Formats bytes to 3 digits with a unit: 1536 -> '1.5 KiB'."""
+  unit = 0
+  while count >= 1024 and unit < len(_UNITS) - 1:
+    count /= 1024
+    unit += 1
+  # .3g would write 1023 as 1.02e+03
+  number = f"{count:.0f}" if count >= 100 or not unit else f"{count:.3g}"
+  return f"{number} {_UNITS[unit]}"

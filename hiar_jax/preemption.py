@@ -1,4 +1,4 @@
-"""Stopping between two steps: a signal sets a flag that the training loop polls."""
+"""A stop between two steps: a signal sets a flag that the loop polls after each step."""
 
 import os
 import signal
@@ -10,8 +10,9 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-  """While open, SIGTERM and SIGINT ask for a stop after the current step; a second SIGINT aborts at
-  once.
+  """A context in which SIGTERM and SIGINT request a stop after the current step.
+
+  A second SIGINT aborts at once, with KeyboardInterrupt.
 
       with Preemption() as stop:
         for step in ...:
@@ -20,25 +21,26 @@ class Preemption:
             checkpoints.save(step, ..., force=True)
             break
 
-  In a job of several processes all must stop after the same step, so there JAX's preemption service
-  watches SIGTERM and agrees on the step.
+  In a job of several processes all must stop after the same step, or the others wait in a
+  collective for ever. There JAX's preemption service watches SIGTERM and agrees on the step.
   """
 
   def __init__(self):
-    self.signal: int | None = None  # the signal that asked for the stop
-    self._before: dict[int, object] = {}
+    self.signal: int | None = None  # the signal that requested the stop
+    self._handlers: dict[int, object] = {}  # those replaced while the context is open
 
   def __enter__(self) -> "Preemption":
+    # with several processes SIGTERM is the preemption service's
     watched = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else [signal.SIGINT]
-    self._before = {number: signal.signal(number, self._on_signal) for number in watched}
+    self._handlers = {number: signal.signal(number, self._on_signal) for number in watched}
     return self
 
   def __exit__(self, *exc) -> None:
-    for number, handler in self._before.items():
+    for number, handler in self._handlers.items():
       signal.signal(number, handler)
 
   def requested(self, step: int) -> bool:
-    """True once a stop is wanted. Call it after every step, on every process."""
+    """Returns True once a stop is requested; to be called after every step, on every process."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self.signal is not None
@@ -49,7 +51,7 @@ class Preemption:
       raise KeyboardInterrupt
     self.signal = number
     again = "; press Ctrl-C again to abort" if number == signal.SIGINT else ""
-    # os.write: a print interrupted in the middle of another print may not be entered again.
+    # not print: a handler that interrupts a print may not enter it again
     os.write(
       sys.stderr.fileno(),
       f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode(),

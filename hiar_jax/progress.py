@@ -1,4 +1,4 @@
-"""A progress bar for every command, and which process may write."""
+"""The progress bar of all commands, and the choice of the process that writes."""
 
 import sys
 import time
@@ -9,12 +9,12 @@ import tqdm
 
 
 def is_writer() -> bool:
-  """True on the one process of a job that writes logs and files."""
+  """Returns True on the one process of a job that writes logs and files."""
   return jax.process_index() == 0
 
 
 def progress(stage: str, total: int, initial: int = 0) -> "Progress":
-  """A progress bar from step `initial` to `total`.
+  """Opens a progress bar from step `initial` to `total`.
 
   with progress("teacher", 2500, initial=step) as bar:
     bar.update(step + 1, loss=metrics["loss"])
@@ -23,24 +23,26 @@ def progress(stage: str, total: int, initial: int = 0) -> "Progress":
 
 
 class Progress:
-  """A tqdm bar on a terminal; elsewhere (a log file, CI) a plain line every `seconds`, and one at
-  the end.
+  """A tqdm bar on a terminal; elsewhere (a log file, CI) a line every `seconds` and at the end.
 
-  Both say the same: steps done, time spent, time left, speed, values. Goes to stderr, from process
-  0 alone.
+  Both show the steps done, time spent, time left, speed and values, on stderr of process 0.
   """
 
   FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 
   def __init__(self, stage: str, total: int, initial: int = 0, seconds: float = 20.0):
-    self.stage, self.total, self.initial, self.step = stage, total, initial, initial
+    self.stage = stage
+    self.total = total
+    self.initial = initial
+    self.step = initial
     self._seconds = seconds
     self._values: dict[str, Any] = {}
     self._started = time.monotonic()
-    self._shown = (self._started, None)  # when a plain line was last printed, and at which step
-    on_terminal = is_writer() and sys.stderr.isatty()
+    # of the last plain line: its time and its step
+    self._printed_at: float = self._started
+    self._printed_step: int | None = None
     self._bar = None
-    if on_terminal:
+    if is_writer() and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         desc=stage,
         total=total,
@@ -60,34 +62,40 @@ class Progress:
   def update(self, step: int, **values: Any) -> None:
     """Shows that `step` steps are done.
 
-    Values (loss=...) are shown as they are drawn, so pass fetched numbers.
+    Values (loss=...) must be fetched numbers: a device array would be waited for here.
     """
-    done, self.step = step - self.step, step
+    done = step - self.step
+    self.step = step
     self._values.update(values)
     if self._bar is not None:
       self._bar.set_postfix_str(self._postfix(), refresh=False)
       self._bar.update(done)
-    elif time.monotonic() - self._shown[0] >= self._seconds:
+    elif time.monotonic() - self._printed_at >= self._seconds:
       self._print()
 
   def close(self) -> None:
-    """Draws the last state and ends the line. Closing again does nothing."""
+    """Shows the last state and ends the line. Closing again does nothing."""
     if self._bar is not None:
       self._bar.close()
-    elif self.step > self.initial and self._shown[1] != self.step:
+    elif self.step > self.initial and self._printed_step != self.step:
       self._print()
 
   def _postfix(self) -> str:
-    return ", ".join(f"{name}={_show(value)}" for name, value in self._values.items())
+    texts = {
+      name: value if isinstance(value, str) else f"{float(value):.4g}"
+      for name, value in self._values.items()
+    }
+    return ", ".join(f"{name}={text}" for name, text in texts.items())
 
   def _print(self) -> None:
     if not is_writer():
       return
-    self._shown = (time.monotonic(), self.step)
+    self._printed_at = time.monotonic()
+    self._printed_step = self.step
     line = tqdm.tqdm.format_meter(
       n=self.step,
       total=self.total,
-      elapsed=self._shown[0] - self._started,
+      elapsed=self._printed_at - self._started,
       initial=self.initial,
       prefix=self.stage,
       unit="step",
@@ -95,7 +103,3 @@ class Progress:
       bar_format=self.FORMAT,
     )
     print(line, file=sys.stderr, flush=True)
-
-
-def _show(value: Any) -> str:
-  return value if isinstance(value, str) else f"{float(value):.4g}"

@@ -1,35 +1,43 @@
-"""Trains and samples.
+"""Trains an experiment, from its data to sampled videos.
 
     python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes
 
-Every stage in order; each resumes where it was stopped and is skipped when it is done, so the same
-command always continues.
+The stages run in order. Each resumes from its newest checkpoint and is skipped when it is finished,
+so the same command always continues.
 """
 
 import os
-import resource
 import sys
 import time
 
 import jax
 
+from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.training import stages
 from hiar_jax.training.run import open_run
 
 
 def main(config, workdir: str) -> None:
-  if os.environ.get("HIAR_DISTRIBUTED"):  # several hosts: each runs this command
+  """Runs all stages of the experiment that `config` (a ConfigDict) describes."""
+  # Several hosts, each running this command, find one another before any device is used.
+  if os.environ.get("HIAR_DISTRIBUTED"):
     jax.distributed.initialize()
   run = open_run(config, workdir)
   with run.writer, jax.set_mesh(run.mesh):
     for name, stage in (
-      ("data", stages.prepare_data),  # clips with captions, and the codec fitted on them
-      ("teacher", stages.train_teacher),  # bidirectional, learns the clips
-      ("trajectories", stages.sample_trajectories),  # its ODE walks, at the student's levels
-      ("causal_init", stages.train_causal_init),  # the causal student learns where they end
-      ("distill", stages.distill_student),  # and then from its own rollouts
-      ("sample", stages.make_samples),  # long videos, measured
+      # clips with captions, and the codec fitted on them
+      ("data", stages.prepare_data),
+      # the bidirectional teacher learns the clips by flow matching
+      ("teacher", stages.train_teacher),
+      # the teacher's ODE trajectories, kept at the student's noise levels
+      ("trajectories", stages.sample_trajectories),
+      # the causal student regresses the trajectories' ends
+      ("causal_init", stages.train_causal_init),
+      # and then learns from its own rollouts: distribution matching and forward KL
+      ("distill", stages.distill_student),
+      # long videos of the student, measured where the truth is known
+      ("sample", stages.make_samples),
     ):
       started = time.monotonic()
       stage(run)
@@ -37,10 +45,8 @@ def main(config, workdir: str) -> None:
 
 
 def report(stage: str, seconds: float) -> None:
-  """What the stage took in this process, compilation included, and the most memory that the process
-  has held so far.
-  """
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  """Prints a stage's time in this process, compilation included, and the peak memory so far."""
+  peak = peak_memory.peak().process / 2**30
   print(f"{stage}: {seconds:.0f} s, peak memory so far {peak:.2f} GiB", file=sys.stderr, flush=True)
 
 

@@ -1,1 +1,1 @@
-"""From the command line and config files to frozen dataclasses, and the config of a workdir."""
+"""Configuration: the command line and config files, and the stored config of a workdir."""

@@ -1,7 +1,4 @@
-"""Frozen dataclasses from groups of a config.
-
-Every field is checked, and a typo is answered with the nearest name.
-"""
+"""Frozen dataclasses from groups of a config, every field checked against its type."""
 
 from collections.abc import Iterable, Mapping
 import dataclasses
@@ -16,15 +13,13 @@ from hiar_jax.errors import UserError
 
 T = TypeVar("T")
 
-
 GROUP = Mapping | config_dict.ConfigDict
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-  """The end of an error line: the closest of the names that exist, or all of them if none is close
-  and they are few.
-  """
+  """Returns the end of an error message: the closest of `names`, or all of at most 12."""
   names = sorted(names)
+  # 0.6: difflib's own default
   close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
   if close:
     return f"did you mean {close[0]!r}?"
@@ -32,7 +27,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
-  """All dotted keys with their values, groups included."""
+  """Yields all dotted keys with their values, groups included."""
   for key, value in tree.items():
     yield prefix + key, value
     if isinstance(value, GROUP):
@@ -40,19 +35,19 @@ def walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
 
 
 def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
-  """Makes a frozen dataclass from a group of a config, field by field, nested dataclasses too.
+  """Builds a frozen dataclass from a group of a config, nested dataclasses included.
 
-  Of several dataclasses that may stand in a field it is the one of the group's `kind`.
-
-  Lists become tuples where the field is a tuple (a config read back from JSON has lists). `extra`
-  gives fields that the config does not hold. Raises `UserError` for an unknown key, a missing
-  field, or a value of another type.
+  For a field of several dataclasses (A | B) the group's `kind` decides. Lists become tuples where
+  the field is a tuple: a config read back from JSON has lists. extra: fields that the config does
+  not hold. Raises UserError for an unknown key, a missing field, or a value of another type.
   """
   return _build(cls, {**dict(config.items()), **extra}, cls.__name__)
 
 
 def _build(cls: type[T], given: Mapping, name: str) -> T:
-  hints, fields = get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls) if f.init}
+  """Builds `cls` from the values of a group; name: its dotted path, for messages."""
+  hints = get_type_hints(cls)
+  fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
   for key in given:
     if key not in fields:
       raise UserError(f"{name} has no field {key!r}; {nearest(key, fields)}")
@@ -69,12 +64,15 @@ def _build(cls: type[T], given: Mapping, name: str) -> T:
   try:
     return cls(**values)
   except UserError as error:
-    group = name.partition(".")[2]  # which of the groups has, say, too small a batch
+    # __post_init__ names its own field alone; prefix the group, as in "teacher: batch = 0"
+    group = name.partition(".")[2]
     raise UserError(str(error) if str(error).startswith(group) else f"{group}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+  """Returns a value as a field of type `hint` takes it; raises UserError for another type."""
   if isinstance(value, GROUP):
+    # the hint itself, or the members of a union such as Model | None
     nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
     if nested:
       return _build(_of_kind(nested, value, name), dict(value.items()), name)
@@ -82,16 +80,14 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))
   ):
     value = _deep_tuple(value)
-  # an int is a good float
+  # the numeric tower of PEP 484: an int may stand where a float is expected
   if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
     raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
   return value
 
 
 def _of_kind(classes: list[type], value: Mapping, name: str) -> type:
-  """Of several dataclasses the one whose field `kind` defaults to the group's; the first where the
-  group names none.
-  """
+  """Returns the class whose field `kind` has the group's as default; the first if it has none."""
   if len(classes) == 1 or "kind" not in value:
     return classes[0]
   kinds = {cls.kind: cls for cls in classes}
@@ -105,8 +101,6 @@ def _deep_tuple(value: Any) -> Any:
 
 
 def _type_name(hint: Any) -> str:
-  return (
-    hint.__name__
-    if isinstance(hint, type) and not get_args(hint)
-    else str(hint).replace("typing.", "")
-  )
+  if isinstance(hint, type) and not get_args(hint):
+    return hint.__name__
+  return str(hint).replace("typing.", "")

@@ -1,9 +1,8 @@
-"""From the command line to frozen dataclasses: entry points, overrides, the workdir's resolved
-config.
+"""The command line: entry points, config files with overrides, and renamed flags.
 
 `--config=experiments/x.py:variant` names a Python file with `get_config(variant)`;
-`--config.distill.lr=1e-4` overrides a field. What a person can get wrong here ends as one line on
-stderr and exit status 2.
+`--config.distill.lr=1e-4` overrides a field. Wrong input ends as one line on stderr and exit
+status 2.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,8 +22,7 @@ from ml_collections import config_dict, config_flags
 from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
 
-# The flags of a tool by the names that they had -> their names of today, or (name, {old value:
-# new}).
+# Earlier names of a tool's flags -> their present names, or (name, {earlier value: present value}).
 Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
 
 
@@ -32,11 +30,10 @@ Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
 
 
 def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
-  """Entry point of a job: calls main(config, workdir) with what `--config=FILE[:VARIANT]` and
-  `--workdir=DIR` say.
+  """Runs a job: calls main(config, workdir) with `--config=FILE[:VARIANT]` and `--workdir=DIR`.
 
-  Bad input (a `UserError` from anywhere below) is one line on stderr and exit status 2; a bug keeps
-  its traceback.
+  A UserError from anywhere below is one line on stderr and exit status 2; a bug keeps its
+  traceback.
   """
   config_flags.DEFINE_config_file(
     "config",
@@ -47,19 +44,20 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
   )
   flags.DEFINE_string("workdir", None, "directory of this run; the same command continues it")
 
-  def call() -> None:
+  def call_main() -> None:
     if flags.FLAGS.config is None:
       raise UserError("--config is missing; give a config file, as --config=experiments/shapes.py")
     if not flags.FLAGS.workdir:
       raise UserError("--workdir is missing; give the run a directory, as --workdir=runs/shapes")
     main(flags.FLAGS.config, flags.FLAGS.workdir)
 
-  run_flags(call)
+  run_flags(call_main)
 
 
 def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: B006
-  """Entry point of a tool with its own absl flags: parses them and calls main(), with the same care
-  for bad input. renamed: flags by the names that they had; those still work, and say so.
+  """Runs a tool with its own absl flags: parses them and calls main(), with errors as in `run`.
+
+  renamed: earlier names of flags, which still work and print a note.
   """
 
   def guarded(argv: list[str]) -> None:
@@ -69,6 +67,7 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
     except UserError as error:
       _fail(error)
     except OSError as error:
+      # a full disk is no bug, wherever it is noticed; another OSError may be one
       if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         raise
       where = f" of {error.filename}" if error.filename else ""
@@ -77,25 +76,19 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
       )
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
-      sys.exit(130)
+      sys.exit(130)  # 128 + SIGINT, as a shell reports it
 
-  use_huge_pages()
-  _show_in_help()
-  app.run(guarded, flags_parser=lambda argv: _parse(_with_new_flags(argv, renamed)))
-
-
-def _show_in_help() -> None:
-  """Lists the flags of every module of this package in `--help`, not those of the main one
-  alone.
-  """
+  use_huge_pages()  # before anything else: it may start the process once more
+  # --help lists the flags of all modules of this package; absl's default is the main module's alone
   for module, defined in flags.FLAGS.flags_by_module_dict().items():
     if module.startswith("hiar_jax."):
       for flag in defined:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  app.run(guarded, flags_parser=lambda argv: _parse(_with_new_flags(argv, renamed)))
 
 
 def with_new_names(options: Mapping[str, Any], renamed: Renamed) -> dict[str, Any]:
-  """Returns options with the names of today; says on stderr which had an older one."""
+  """Returns options under their present names; prints a note for each that had an earlier one."""
   found = {}
   for name, value in options.items():
     new, values = _new_name(name, renamed)
@@ -106,21 +99,25 @@ def with_new_names(options: Mapping[str, Any], renamed: Renamed) -> dict[str, An
 
 
 def _new_name(name: str, renamed: Renamed) -> tuple[str, Mapping[str, str]]:
-  """(the name of today, older values -> values of today)."""
+  """Returns (present name, {earlier value: present value})."""
   entry = renamed.get(name, name)
   return (entry, {}) if isinstance(entry, str) else entry
 
 
 def _with_new_flags(argv: list[str], renamed: Renamed) -> list[str]:
-  """The command line with the flags of today, in the forms --a=b, --a b and --noa."""
-  found, values = [], {}
+  """Returns a command line with renamed flags replaced, in the forms --a=b, --a b and --noa."""
+  found = []
+  values = {}  # of the flag before, where its value is the next argument
   for argument in argv:
     match = re.match(r"^--?(no)?([a-z_]+)(=.*)?$", argument, re.DOTALL)
     if match and match[2] in renamed:
       name, values = _new_name(match[2], renamed)
       print(f"note: --{match[2]} is now called --{name}", file=sys.stderr)
-      text = "" if match[3] is None else "=" + values.get(match[3][1:], match[3][1:])
-      argument, values = f"--{match[1] or ''}{name}{text}", values if match[3] is None else {}
+      argument = f"--{match[1] or ''}{name}"
+      if match[3] is not None:
+        value = match[3].removeprefix("=")
+        argument += "=" + values.get(value, value)
+        values = {}
     else:
       argument, values = values.get(argument, argument), {}
     found.append(argument)
@@ -128,12 +125,12 @@ def _with_new_flags(argv: list[str], renamed: Renamed) -> list[str]:
 
 
 def use_huge_pages() -> None:
-  """Starts this process once more, if need be, with glibc's huge pages.
+  """Restarts this process with glibc's huge pages, where it runs without.
 
-  XLA allocates a step's temporary memory anew for every step; on a CPU, with small pages, a fifth
-  of the time goes into touching them. The allocator reads its settings when a process starts, so
-  they cannot be changed later. Does nothing where the user has set GLIBC_TUNABLES, outside Linux,
-  or where this is not the module of `python -m`.
+  XLA allocates the temporary memory of each step again; on a CPU, with small pages, 20 % of the
+  time goes into touching it. The allocator reads its settings when a process starts, so they cannot
+  be changed later. Does nothing where the user has set GLIBC_TUNABLES, outside Linux, or where this
+  process is not `python -m`.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ and "-m" in sys.orig_argv:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -141,14 +138,13 @@ def use_huge_pages() -> None:
 
 
 def _fail(error: UserError) -> None:
+  """Prints the message as one line and exits with status 2."""
   print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
   sys.exit(2)
 
 
 def _parse(argv: list[str]) -> list[str]:
-  """Parses flags; exits with one line where absl and ml_collections would show usage or a
-  traceback.
-  """
+  """Parses flags; exits with one line where absl would print usage or a traceback."""
   try:
     try:
       with warnings.catch_warnings():
@@ -164,7 +160,7 @@ def _parse(argv: list[str]) -> list[str]:
       if not isinstance(flags.FLAGS.config, config_dict.ConfigDict):
         raise _explain(argv, None)
     if flags.FLAGS["verbosity"].using_default_value:
-      # else app.run sets INFO: a screenful of Orbax's notes for each save
+      # app.run would set INFO, at which Orbax logs many lines for each save
       flags.FLAGS.verbosity = logging.WARNING
     return rest
   except UserError as error:
@@ -175,14 +171,17 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _explain(argv: list[str], error: Exception | None) -> UserError:
-  """Finds out which part of the command line was wrong: the file, its variant, a key, a value or
-  another flag.
+  """Returns an error that names the wrong part: the file, its variant, a key, a value or a flag.
+
+  ml_collections reports most of them alike, so the config is loaded here once more and each
+  override is compared with it.
   """
   spec, overrides = _config_arguments(argv)
   if spec is not None:
     config = _load(spec)
     names = dict(walk(config))
     for key, text in overrides:
+      # levels[0] indexes the field `levels`
       if key.split("[")[0] not in names:
         return UserError(
           f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}"
@@ -197,7 +196,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
 
 
 def _kind(config: config_dict.ConfigDict, key: str) -> str:
-  """What may stand in a field: its type and present value, or that it is a group."""
+  """Returns what a field takes: its type with its present value, or that it is a group."""
   *groups, name = key.split(".")
   for group in groups:
     config = config[group]
@@ -208,7 +207,7 @@ def _kind(config: config_dict.ConfigDict, key: str) -> str:
 
 
 def _config_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]]]:
-  """-> the value of --config and the overrides [(key, text)], both in the forms --a=b and --a b."""
+  """Returns the value of --config and the overrides [(key, text)], from --a=b and --a b alike."""
   spec, overrides = None, []
   for i, argument in enumerate(argv):
     match = re.match(r"^--?(no)?config(?:\.([^=]+))?(?:=(.*))?$", argument, re.DOTALL)
@@ -222,7 +221,7 @@ def _config_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]
 
 
 def _load(spec: str) -> config_dict.ConfigDict:
-  """The config of a spec FILE[:VARIANT], or a `UserError` that says where its file fails."""
+  """Loads the config of a spec FILE[:VARIANT]. Raises UserError with the line where that fails."""
   name, _, variant = spec.partition(":")
   if not os.path.isfile(name):
     there = [str(path) for path in pathlib.Path(os.path.dirname(name)).glob("*.py")]
@@ -231,13 +230,15 @@ def _load(spec: str) -> config_dict.ConfigDict:
     config = runpy.run_path(name)["get_config"](*([variant] if ":" in spec else []))
   except UserError:
     raise
-  except Exception as error:  # the user's own file: name the line, whatever went wrong in it
+  except Exception as error:  # any kind: the file is code of the user
+    # the innermost frame: a lookup in the file's table VARIANTS is a variant that does not exist
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     table = frame.f_globals.get("VARIANTS", ())
     if isinstance(error, KeyError) and error.args == (variant,) and table:
       raise UserError(
         f"--config={spec}: there is no variant {variant!r}; {nearest(variant, table)}"
       ) from error
+    # the last line of the file itself, not of a library that it calls
     lines = [
       frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name
     ]
@@ -251,9 +252,3 @@ def _load(spec: str) -> config_dict.ConfigDict:
       f"--config={spec}: get_config() returned {type(config).__name__}, expected a ConfigDict"
     )
   return config
-
-
-# ---------------------------------------------------------------------------- config -> dataclasses
-
-
-# ------------------------------------------------------------------------------ the resolved config

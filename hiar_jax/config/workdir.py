@@ -1,4 +1,4 @@
-"""The resolved config of a workdir: written when a run starts, compared when it goes on."""
+"""The resolved config of a workdir: written when a run starts, compared when it continues."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -15,7 +15,10 @@ RESOLVED = "config.json"  # in every workdir: the config that made it, after ove
 
 
 def to_json(config: Any) -> Any:
-  """A config (ConfigDict, dataclass or dict) as plain JSON values; tuples become lists."""
+  """Converts a config (ConfigDict, dataclass or dict) to plain JSON values; tuples become lists.
+
+  Raises UserError for values that JSON does not hold.
+  """
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
     config = dataclasses.asdict(config)
   if isinstance(config, GROUP):
@@ -31,30 +34,32 @@ def to_json(config: Any) -> Any:
 
 
 def difference(stored: Any, given: Any) -> list[str]:
-  """The fields in which two configs differ, as 'key: stored -> given'; '(none)' where a field is
-  not there.
+  """Returns the fields in which two configs differ, as 'key: stored -> given'.
+
+  '(none)' stands for a field that one of them does not have.
   """
-  a, b = _flat(to_json(stored)), _flat(to_json(given))
-  keys = [key for key in sorted(a | b) if a.get(key) != b.get(key)]
-  return [f"{key}: {a.get(key, '(none)')} -> {b.get(key, '(none)')}" for key in keys]
 
+  def flat(config: Any) -> dict[str, str]:
+    leaves = walk(to_json(config))
+    # compared as JSON text: in Python 1 == 1.0 == True
+    return {key: json.dumps(value) for key, value in leaves if not isinstance(value, Mapping)}
 
-def _flat(tree: Mapping) -> dict[str, str]:
-  leaves = {key: value for key, value in walk(tree) if not isinstance(value, Mapping)}
-  # 1 and 1.0, true and 1 differ as text
-  return {key: json.dumps(value) for key, value in leaves.items()}
+  old, new = flat(stored), flat(given)
+  keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+  return [f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}" for key in keys]
 
 
 def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
   """Writes `<workdir>/config.json` (atomically), creating the workdir."""
-  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-  write_atomic(
-    pathlib.Path(workdir) / RESOLVED, (json.dumps(to_json(config), indent=2) + "\n").encode()
-  )
+  text = json.dumps(to_json(config), indent=2) + "\n"
+  write_atomic(pathlib.Path(workdir) / RESOLVED, text.encode())
 
 
 def read_resolved(workdir: str | os.PathLike) -> dict | None:
-  """The config that a workdir was made with, or None if it holds none."""
+  """Reads the config that a workdir was made with; None if it holds none.
+
+  Raises UserError where the file is not JSON.
+  """
   path = pathlib.Path(workdir) / RESOLVED
   try:
     return json.loads(path.read_text())
@@ -69,17 +74,18 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
 def check_workdir(
   config: Any, workdir: str | os.PathLike, ignore: tuple[str, ...] = ("log",)
 ) -> None:
-  """Raises `UserError` if the workdir belongs to another config, naming the fields (keys of
-  `ignore` may differ).
+  """Raises UserError, naming the fields, if the workdir belongs to another config.
+
+  ignore: groups and fields at the top that may differ.
   """
   stored = read_resolved(workdir)
   if stored is None:
     return
+  # "log." begins a field of that group, "log:" the line of a field at the top
   ignored = tuple(f"{key}{end}" for key in ignore for end in (".", ":"))
   differing = [line for line in difference(stored, config) if not line.startswith(ignored)]
   if differing:
     raise UserError(
       f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "
-      f"{'; '.join(differing)}); "
-      "use another --workdir, or the stored values"
+      f"{'; '.join(differing)}); use another --workdir, or the stored values"
     )

@@ -1,1 +1,1 @@
-"""Devices: meshes, what lies where, and how a step is mapped over them."""
+"""Devices: the mesh, the sharding of each array, and the mapping of a step over the devices."""

@@ -1,4 +1,4 @@
-"""How a training step is mapped over devices: by jit over a mesh, or by pmap."""
+"""The mapping of a training step over devices: jit over a mesh, or pmap."""
 
 from collections.abc import Callable
 import functools
@@ -14,8 +14,10 @@ NO_MESH = jax.sharding.AbstractMesh((), ())
 
 
 def map_step(step: Callable, shardings: PyTree, mesh: Mesh, mapping: str = "jit") -> Callable:
-  """step(state, batch, *frozen, mean) -> (state, metrics), spread over the mesh; the old state's
-  memory is reused.
+  """Returns (state, batch, *frozen) -> (state, metrics), compiled for all devices of the mesh.
+
+  step(state, batch, *frozen, mean) -> (state, metrics), where mean averages over devices. Under jit
+  the old state's buffers are donated. Raises UserError for pmap on several processes.
   """
   if mapping == "pmap":
     if jax.process_count() > 1:
@@ -23,34 +25,34 @@ def map_step(step: Callable, shardings: PyTree, mesh: Mesh, mapping: str = "jit"
         "mesh.mapping = 'pmap' runs in one process; use mapping = 'jit' on several hosts"
       )
     return _pmap(step, mesh)
-  mapped = jax.jit(
+  return jax.jit(
+    # A mean over the sharded batch axis is the global one already: XLA inserts the all-reduce.
     functools.partial(step, mean=lambda tree: tree),
     donate_argnums=0,
     out_shardings=(shardings, replicated(mesh)),
   )
-  return mapped
 
 
 def _pmap(step: Callable, mesh: Mesh) -> Callable:
-  mean = functools.partial(jax.lax.pmean, axis_name="devices")
   devices = list(mesh.devices.flat)
+  mean = functools.partial(jax.lax.pmean, axis_name="devices")
 
-  @functools.cache
-  def mapped(frozen: int):
+  @functools.cache  # a pmap for each number of frozen trees, since in_axes counts the arguments
+  def mapped(frozen_count: int):
     return jax.pmap(
       functools.partial(step, mean=mean),
       axis_name="devices",
       devices=devices,
-      in_axes=(None, 0) + (None,) * frozen,
+      # state and frozen trees are replicated, the batch is split, the result is the same everywhere
+      in_axes=(None, 0) + (None,) * frozen_count,
       out_axes=None,
     )
 
   def call(state, batch, *frozen):
-    rows = jax.tree.map(
-      lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), batch
-    )
-    # pmap has a mesh of its own and refuses the one around it
+    # [b ...] -> [devices, b / devices, ...], in the order in which the mesh splits a batch
+    split = lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:])
+    # pmap has a mesh of its own and refuses the one set by jax.set_mesh
     with jax.sharding.use_abstract_mesh(NO_MESH):
-      return mapped(len(frozen))(state, rows, *frozen)
+      return mapped(len(frozen))(state, jax.tree.map(split, batch), *frozen)
 
   return call

@@ -1,8 +1,8 @@
-"""Devices: the mesh, which array lies where, and how a step is mapped over devices.
+"""The device mesh and the placement of batches on it.
 
 By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and
-optimizer state over `fsdp`, and XLA inserts the communication. `mapping="pmap"` replicates
-everything and averages gradients with `pmean`. Both give the update that one device gives.
+optimizer state over `fsdp`, and XLA inserts the communication. `mapping="pmap"` replicates weights
+and state and averages gradients with `pmean`. Both give the update that one device gives.
 """
 
 import dataclasses
@@ -15,21 +15,21 @@ from hiar_jax.errors import UserError
 from hiar_jax.types import Batch
 
 MAPPINGS = ("jit", "pmap")
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("data", "fsdp")  # a batch is split over both: FSDP is data parallel too
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis, -1 = all that are left; mapping: how training steps are spread.
+  """Devices along each axis (-1: all that are left) and the mapping of steps, `jit` or `pmap`.
 
-  min_shard: arrays with fewer elements are replicated, since gathering them costs more than they
-  save.
+  min_shard: arrays with fewer elements are replicated, since gathering them costs more time than
+  splitting them saves memory.
   """
 
   data: int = -1
   fsdp: int = 1
   mapping: str = "jit"
-  min_shard: int = 2**20
+  min_shard: int = 2**20  # 4 MiB of float32, as in big_vision and openpi
 
   def __post_init__(self):
     if self.mapping not in MAPPINGS:
@@ -41,9 +41,13 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """A (data, fsdp) mesh over all devices (or the given ones)."""
+  """Returns a (data, fsdp) mesh over all devices, or the given ones.
+
+  Raises UserError where the sizes do not multiply to the number of devices.
+  """
   devices = jax.devices() if devices is None else devices
-  sizes, count = [config.data, config.fsdp], len(devices)
+  count = len(devices)
+  sizes = [config.data, config.fsdp]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise UserError(
       f"mesh data = {config.data}, fsdp = {config.fsdp}: expected sizes of at least 1, at most "
@@ -56,15 +60,17 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"mesh data = {config.data}, fsdp = {config.fsdp} does not fit {count} devices; their "
       f"product must be {count}"
     )
+  # Auto: Flax's Linen layers cannot say how their outputs are sharded, as Explicit axes ask
   return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
   return NamedSharding(mesh, jax.P())
 
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
-  """This process's rows of a batch -> global arrays, rows split over all devices."""
+  """Makes global arrays [b ...], split over all devices, from this process's rows of a batch."""
   sharding = NamedSharding(mesh, jax.P(BATCH_AXES))
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
@@ -72,11 +78,13 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
-  """Raises UserError where a batch cannot be split evenly."""
+  """Raises UserError where a batch cannot be split evenly over devices and parts.
+
+  batch: global examples; name: the config group, for the message.
+  """
   parts = mesh.size * accumulate
   if batch % parts:
     raise UserError(
       f"{name}.batch = {batch} must be a multiple of {parts} ({mesh.size} devices x accumulate = "
-      f"{accumulate}); "
-      f"the nearest is {max(parts, round(batch / parts) * parts)}"
+      f"{accumulate}); the nearest is {max(parts, round(batch / parts) * parts)}"
     )

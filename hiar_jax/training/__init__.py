@@ -1,1 +1,1 @@
-"""A run, from data to samples: its experiment, stages, the loop that they share, and its log."""
+"""Training: the experiment, its stages from data to samples, their shared loop, and the log."""

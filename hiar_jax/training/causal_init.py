@@ -1,5 +1,5 @@
 """Causal init: the block-causal student regresses the ends of the teacher's trajectories from their
-points at its own levels.
+points at its own levels (the ODE initialisation of CausVid and Self-Forcing).
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ SHOWS = ("noisy", "history")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CausalInitConfig(TrainConfig):
-  """shows: what a block sees of the others: `noisy`, each block at a level of its own (published),
-  or as `method` will show them.
+  """The student's training before distillation.
+
+  shows: the context of a block: `noisy`, the other blocks each at its own random level (published),
+  or `history`, the earlier blocks at the level at which `method` generates.
   """
 
   shows: str = "noisy"
@@ -34,13 +36,13 @@ class CausalInitConfig(TrainConfig):
 
 
 def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Method):
-  """step(state, batch {trajectory, tokens, example_id, start where places are embedded}, mean) ->
-  (state, metrics).
+  """Returns step(state, batch, mean) -> (state, metrics).
 
-  sigmas [s+1]: the student's levels.
+  batch: {trajectory [b s+1 f h w c], tokens, example_id}, and start where the model embeds places.
+  sigmas [s+1]: the levels of the trajectories' points.
   """
   sigmas = jnp.asarray(sigmas, jnp.float32)
-  count = sigmas.size - 1
+  count = sigmas.size - 1  # the last point, at sigma 0, is the target, not a noisy input
   optimizer = config.optimizer()
 
   def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
@@ -49,7 +51,10 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Metho
     def loss(params, part):
       keys = example_keys(key, part["example_id"])
       forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
+      # stored as float16 perhaps; differences between points near sigma 1 need float32
       points = part["trajectory"].astype(jnp.float32)
+      # In the published form every block has its own level. With a history all blocks of a clip
+      # share one, as they do in a sweep of the rollout.
       shared = config.shows == "history"
       levels = losses.sample_levels(keys, count, task.latent.frames, method.block, shared)
       regress = losses.trajectory_with_history if shared else losses.trajectory
@@ -58,9 +63,8 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Metho
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
-    averaged = update_ema(state.ema, params, state.step, config)
-    return state.replace(
-      step=state.step + 1, params=params, ema=averaged, opt_state=opt_state
-    ), metrics
+    ema = update_ema(state.ema, params, state.step, config)
+    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+    return state, metrics
 
   return step

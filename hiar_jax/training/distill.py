@@ -1,8 +1,8 @@
-"""Distillation: the student rolls itself out; the critic follows its distribution, the generator is
-moved towards the teacher's.
+"""Distillation by distribution matching on the student's own rollouts.
 
-HiAR: L = L_DMD + lambda L_FKL (Eq. 11), critic : generator updates 5 : 1, exit level uniform over
-the student's levels.
+The critic (fake score) follows the student's distribution; the generator (the student) moves
+towards the teacher's (real score). HiAR: L = L_DMD + lambda L_FKL (Eq. 11), critic : generator
+updates 5 : 1 (section 4.1), exit level uniform over the student's levels.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from hiar_jax.types import Batch, Key, Mean, Params
 
 @dataclasses.dataclass(frozen=True)
 class ForwardKLConfig:
-  """weight: lambda; steps: K, how many first levels it holds; attention, target: see
-  losses.forward_kl.
+  """The forward-KL term: weight (lambda of Eq. 11), steps (K, the first levels that it covers), and
+  attention and target as in losses.forward_kl.
   """
 
-  weight: float = 0.1
+  weight: float = 0.1  # both: HiAR, section 4.1
   steps: int = 1
   attention: str = "bidirectional"
   target: str = "velocity"
@@ -46,18 +46,18 @@ class ForwardKLConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainConfig):
-  """`steps` counts critic updates, as the published code does; the generator takes one every
-  `critic_updates`.
+  """The training of generator and critic; the inherited fields are the generator's.
 
-  critic_lr: of the critic. critic_warmup: critic updates before the generator's first.
-  guidance: g of losses.dmd; score_shift, score_low, score_high: the levels at which scores are
-  compared and the critic trained.
+  steps: critic updates, as the published code counts. critic_updates: critic updates for each of
+  the generator's; critic_warmup: those before the generator's first. guidance: g of losses.dmd.
+  score_shift, score_low, score_high: shift and range of the sigmas at which the scores are compared
+  and the critic is trained.
   """
 
   critic_lr: float
-  critic_updates: int = 5
+  critic_updates: int = 5  # HiAR, section 4.1
   critic_warmup: int = 0
-  guidance: float = 3.0
+  guidance: float = 3.0  # this and the next three: HiAR's published config
   score_shift: float = 5.0
   score_low: float = 0.02
   score_high: float = 0.98
@@ -69,14 +69,16 @@ class DistillConfig(TrainConfig):
     at_least(0, critic_lr=self.critic_lr, critic_warmup=self.critic_warmup)
 
   def updates_generator(self, step: int) -> bool:
-    """Whether the generator moves before critic update `step`."""
+    """Returns True where a generator update comes before critic update `step`."""
     return step >= self.critic_warmup and (step - self.critic_warmup) % self.critic_updates == 0
 
   @property
   def generator_steps(self) -> int:
+    """The generator updates of the whole stage."""
     return -(-max(self.steps - self.critic_warmup, 0) // self.critic_updates)
 
   def generator_optimizer(self):
+    """Returns the generator's optimizer, whose schedule counts generator updates."""
     return self.optimizer(steps=max(self.generator_steps, 1))
 
   def critic_optimizer(self):
@@ -85,9 +87,9 @@ class DistillConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """The networks' sizes and the method: everything that a self-rollout needs but the weights.
+  """The three networks' sizes, the method and the levels: all of a self-rollout but the weights.
 
-  point_sigmas: levels of the trajectories, where they are not the student's.
+  point_sigmas: [s+1], levels of the trajectories' points where they are not the student's.
   """
 
   model: dit.DiTConfig
@@ -99,23 +101,26 @@ class Student:
   point_sigmas: jax.Array | None = None
 
   def generate(self, params: Params, frozen: Params, clips: Batch, key: Key) -> jax.Array:
-    """Self-rollout to a random exit level, the same for all examples: x0 [b f h w c],
-    differentiable in params.
+    """Returns x0 [b f h w c] of a self-rollout to a random exit level, the same for all examples.
+
+    Differentiable in params; `frozen` are the same weights, for all that comes before the exit.
     """
     return self_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
 
   def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
-    """The same clips, without gradient."""
+    """Returns the clips that `generate` returns for these arguments, without gradient."""
     return self_rollout_without_gradient(*self._rollout(frozen, clips, key))
 
   def bind(self, model: dit.DiTConfig, params: Params, clips: Batch):
-    """A network on the texts and starts of clips {tokens, start where places are embedded}."""
+    """Returns the forward of a network on the texts (and starts, if any) of clips."""
     return dit.bind(model, params, self.task.embed(clips["tokens"]), clips.get("start"))
 
   def _rollout(self, frozen: Params, clips: Batch, key: Key) -> tuple:
-    k_exit, k_noise = jax.random.split(key)
-    exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
+    """Returns the arguments that self_rollout and self_rollout_without_gradient share."""
     latent = self.task.latent
+    k_exit, k_noise = jax.random.split(key)
+    # one level for the batch: it is a traced loop count, on which all examples must agree
+    exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
     return (
       self.bind(self.model, frozen, clips),
       block_noise(k_noise, clips["example_id"], latent.block(self.method.block)),
@@ -137,24 +142,26 @@ class Student:
 def _score_draws(
   config: DistillConfig, key: Key, index: jax.Array, shape
 ) -> tuple[jax.Array, jax.Array]:
-  """(sigma [b], eps [b f h w c]) at which scores are taken."""
+  """Draws the level sigma [b] and the noise eps [b *shape] at which a score is evaluated.
+
+  index: example_id [b]; shape: [f h w c].
+  """
   keys = jax.vmap(jax.random.split)(example_keys(key, index))
   sigma = sample_sigma(keys[:, 0], config.score_shift, config.score_low, config.score_high)
   return sigma, example_normal(keys[:, 1], shape)
 
 
 def make_critic_step(config: DistillConfig, student: Student):
-  """step(state, batch {tokens, example_id, start where places are embedded}, mean) -> (state,
-  metrics).
+  """Returns step(state, batch, mean) -> (state, metrics), which advances state.step.
 
-  Advances state.step.
+  batch: {tokens, example_id}, and start where the model embeds places.
   """
   optimizer = config.critic_optimizer()
 
   def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
-    k_rollout, k_score = jax.random.split(
-      jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
-    )
+    # 0: the critic's draws of this step; 1 are the generator's
+    key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+    k_rollout, k_score = jax.random.split(key)
 
     def loss(critic, part):
       x = student.sample(state.params, part, k_rollout)
@@ -177,20 +184,20 @@ def make_critic_step(config: DistillConfig, student: Student):
 
 
 def make_generator_step(config: DistillConfig, student: Student):
-  """step(state, batch, teacher, mean) -> (state, metrics). Leaves state.step alone; EMA counts
-  generator updates.
+  """Returns step(state, batch, teacher, mean) -> (state, metrics), which leaves state.step alone.
 
-  batch {tokens, example_id, start where places are embedded}, and with forward-KL trajectories
-  {trajectory [b s+1 f h w c], tokens, start}.
-  teacher: frozen params.
+  batch: {tokens, example_id}, start where the model embeds places, and for forward KL trajectories:
+  {trajectory [b s+1 f h w c], tokens, start}. teacher: params of the real score.
   """
-  fkl, optimizer = config.forward_kl, config.generator_optimizer()
+  fkl = config.forward_kl
+  optimizer = config.generator_optimizer()
 
   def step(state: TrainState, batch: Batch, teacher: Params, mean: Mean) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
     k_rollout, k_score, k_fkl = jax.random.split(key, 3)
 
     def loss(params, part):
+      # `params` are differentiated through the exit step alone, state.params make the rest
       x = student.generate(params, state.params, part, k_rollout)
       gradient = _dmd_gradient(
         config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score
@@ -202,10 +209,11 @@ def make_generator_step(config: DistillConfig, student: Student):
       }
       if not fkl.weight:
         return dmd, metrics
-      held, level = part["trajectories"], jax.random.randint(k_fkl, (), 0, fkl.steps)
-      kept = fkl_loss.forward_kl(
-        student.bind(student.model, params, held),
-        held["trajectory"].astype(jnp.float32),
+      clips = part["trajectories"]
+      level = jax.random.randint(k_fkl, (), 0, fkl.steps)  # one of the first K
+      forward_kl = fkl_loss.forward_kl(
+        student.bind(student.model, params, clips),
+        clips["trajectory"].astype(jnp.float32),
         level,
         student.sigmas,
         student.method,
@@ -213,22 +221,24 @@ def make_generator_step(config: DistillConfig, student: Student):
         target=fkl.target,
         point_sigmas=student.point_sigmas,
       ).mean()
-      return dmd + fkl.weight * kept, {**metrics, "forward_kl": kept}
+      return dmd + fkl.weight * forward_kl, {**metrics, "forward_kl": forward_kl}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
+    # state.step counts critic updates; the average counts the generator's own
     updates = (state.step - config.critic_warmup) // config.critic_updates
-    averaged = update_ema(state.ema, params, updates, config)
-    return state.replace(params=params, ema=averaged, opt_state=opt_state), metrics
+    ema = update_ema(state.ema, params, updates, config)
+    return state.replace(params=params, ema=ema, opt_state=opt_state), metrics
 
   return step
 
 
 def _dmd_gradient(config, student, critic, teacher, x, part, key):
-  """The score difference at x [b f h w c]; neither score receives gradient."""
+  """Returns losses.dmd.dmd_gradient at x [b f h w c]; no gradient reaches critic or teacher."""
   text = student.task.embed(part["tokens"])
   sigma, eps = _score_draws(config, key, part["example_id"], x.shape[1:])
+  # the teacher runs twice, with the prompt and with the negative text, for guidance
   real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
   fake = student.bind(student.critic_model, critic, part)
   negative = student.task.negative(text)

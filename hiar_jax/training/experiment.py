@@ -1,7 +1,7 @@
-"""An experiment as frozen dataclasses: what a config file may say, and nothing else.
-`config.build(Experiment, config)` makes one.
+"""An experiment as frozen dataclasses: the groups and fields that a config file may hold.
 
-Each group is documented where its class is; the numbers and their sources are in experiments/.
+`config.building.build(Experiment, config)` makes one and checks it. The numbers of the published
+runs, with their sources, are in experiments/.
 """
 
 import dataclasses
@@ -26,25 +26,25 @@ SOURCES = ("shapes", "videos", "prompts")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """source `shapes`: `clips` clips of the shapes world of a `difficulty`; `videos`: those in
-  `folder`, at `fps`, cropped to `size`;
-  `prompts`: no videos, the lines of the file `prompts`, for a teacher that is there already.
-  later: share of the shapes world's clips that are cut from further on in a video (WorldConfig);
-  videos are cut end to end.
+  """The training data.
 
-  frames: of a clip, in pixels' time. size: of a frame, one number or (height, width).
+  source: `shapes`, clips of the shapes world; `videos`, those of a folder, cut into clips end to
+  end; `prompts`, prompts without videos, for a teacher that exists.
   """
 
   source: str = "shapes"
-  frames: int = 9
-  size: int | tuple[int, int] = 32
+  frames: int = 9  # pixel frames of a clip
+  size: int | tuple[int, int] = 32  # pixels of a frame: one number or (height, width)
+  # of `shapes`
   seed: int = 0
   difficulty: str = "plain"
-  later: float = 0.0
+  later: float = 0.0  # share of clips cut from further on in a video (WorldConfig)
   clips: int = 4096
+  # of `videos`
   folder: str = ""
-  fps: float = 8.0
-  prompts: str = ""
+  fps: float = 8.0  # videos are resampled to it
+  # of `prompts`
+  prompts: str = ""  # a file, one prompt a line
 
   def __post_init__(self):
     at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
@@ -68,22 +68,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WeightsConfig:
-  """Directories of converted weights that stand for a stage's result; empty: the stage runs.
+  """Directories of converted weights that replace a stage's result; empty: the stage runs."""
 
-  base: the bidirectional model of the student's size: its trajectories are sampled, student and
-  critic start from it (the teacher stage).
-  teacher: the real score of distribution matching, where it is another one than base. student: a
-  causal student (the causal_init stage).
-  """
-
+  # Replaces the teacher stage: the bidirectional model of the student's size, from which the
+  # trajectories are sampled and student and critic start.
   base: str = ""
+  # The real score of distribution matching, where it is not base.
   teacher: str = ""
+  # Replaces the causal_init stage.
   student: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A DiT's sizes; channels and text_dim follow from codec and text."""
+  """The fields of a DiTConfig that an experiment chooses; the others follow from codec and text."""
 
   dim: int
   ffn_dim: int
@@ -101,36 +99,32 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig:
-  """The student's levels: nominal timesteps, shifted (flow.warped_levels)."""
+  """The student's noise levels: nominal timesteps, shifted (flow.shifted_schedule)."""
 
-  timesteps: tuple[float, ...] = (1000, 750, 500, 250)
-  shift: float = 5.0
+  timesteps: tuple[float, ...] = (1000, 750, 500, 250)  # HiAR, section 4.1
+  shift: float = 5.0  # HiAR's published configs
 
   def __post_init__(self):
-    flow.shifted_schedule(self.timesteps, self.shift)  # says what is wrong with them
+    flow.shifted_schedule(self.timesteps, self.shift)  # raises where they do not fall to above 0
 
   @property
   def sigmas(self) -> np.ndarray:
+    """The levels [s + 1] from 1 to 0, float64."""
     return flow.shifted_schedule(self.timesteps, self.shift)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrajectoriesConfig:
-  """`count` guided Euler walks of the teacher over `steps` levels, `batch` at a time; kept are
-  their points at the student's timesteps.
-
-  shift: of the walk; 0: the student's, so that the points lie at the student's own levels (see
-  `sigmas`).
-  pairs: a folder that HiAR's or Self-Forcing's generate_ode_pairs.py wrote, imported instead, at
-  the levels that it has.
-  """
+  """The teacher's ODE trajectories, of which the points at the student's timesteps are kept."""
 
   count: int
-  batch: int = 64
-  steps: int = 48
+  batch: int = 64  # sampled at once
+  steps: int = 48  # Euler steps; HiAR's published script
+  # Of the teacher's schedule; 0: the student's, so that the points lie at the student's own levels.
   shift: float = 0.0
-  guidance: float = 3.0
-  dtype: str = "float32"
+  guidance: float = 3.0  # g of flow.classifier_free_guidance
+  dtype: str = "float32"  # of the stored points
+  # A folder written by generate_ode_pairs.py of HiAR or Self-Forcing, imported instead.
   pairs: str = ""
 
   def __post_init__(self):
@@ -138,39 +132,38 @@ class TrajectoriesConfig:
     at_least(0, shift=self.shift)
 
   def sigmas(self, student: StudentConfig) -> np.ndarray:
-    """The levels [s + 1] of the points: the student's timesteps under the walk's shift. float64."""
+    """Returns the levels [s + 1] of the points: the student's timesteps under `shift`, float64."""
     return flow.shifted_schedule(student.timesteps, self.shift or student.shift)
 
   def kept(self, student: StudentConfig) -> tuple[int, ...]:
-    """Indices of the student's levels among the teacher's, whose grid must hold them."""
+    """Returns the indices of the student's timesteps in the teacher's schedule.
+
+    Raises UserError where the teacher's steps do not include them.
+    """
+    # Both are shifted alike, so they are compared before the shift: t falls from 1 to 0 in equal
+    # steps there. 1e-6 forgives the rounding of 1 - t.
     nominal = np.asarray((*student.timesteps, 0.0)) / flow.TIMESTEPS
     index = (1 - nominal) * self.steps
     if np.abs(index - index.round()).max() > 1e-6:
       raise UserError(
         f"trajectories.steps = {self.steps}: the teacher's levels must include the student's "
-        f"timesteps {student.timesteps}; "
-        "use a multiple of 4 for (1000, 750, 500, 250)"
+        f"timesteps {student.timesteps}; use a multiple of 4 for (1000, 750, 500, 250)"
       )
     return tuple(int(i) for i in index.round())
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """The clip that is made at the end: `length` training lengths, for the prompts of a file or
-  `prompts` = `held_out` ones of the world.
+  """The videos that the last stage makes."""
 
-  fps, scale: of the files; batch: videos made at once; measure: how many videos metrics.json is
-  measured on.
-  """
-
-  prompts: str = "held_out"
-  count: int = 8
-  length: float = 4.0
+  prompts: str = "held_out"  # or a file, one prompt a line
+  count: int = 8  # of held-out prompts
+  length: float = 4.0  # in training lengths
   seed: int = 0
-  fps: float = 8.0
-  scale: int = 8
-  batch: int = 32
-  measure: int = 54
+  fps: float = 8.0  # of the files
+  scale: int = 8  # factor by which the frames of the files are enlarged
+  batch: int = 32  # videos made at once
+  measure: int = 54  # videos that metrics.json is measured on
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, scale=self.scale)
@@ -178,14 +171,12 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """Steps between scalars, between sample frames, and between checkpoints; how many checkpoints are
-  kept.
-  """
+  """The steps between log lines, previews and checkpoints."""
 
   every: int = 20
   preview_every: int = 500
   checkpoint_every: int = 250
-  keep: int = 2
+  keep: int = 2  # checkpoints of a stage
 
   def __post_init__(self):
     at_least(
@@ -199,10 +190,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """One run, from data to video.
+  """All settings of a run, from data to video, checked against each other.
 
-  model: of student, critic and base; teacher_model: of weights.teacher, where it has other sizes.
-  stages_from: a workdir whose data, teacher, trajectories and causal init are used.
+  model: sizes of student, critic and base. teacher_model: those of weights.teacher, where they
+  differ. stages_from: a workdir whose data, teacher, trajectories and causal init are used.
   """
 
   seed: int
@@ -224,14 +215,14 @@ class Experiment:
   teacher_model: ModelConfig | None = None
 
   def __post_init__(self):
-    self.dit, self.teacher_dit  # noqa: B018  # say what is wrong with their sizes
+    self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
         f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has "
         f"{len(self.student.timesteps)} levels"
       )
-    self.trajectories.kept(self.student)
+    self.trajectories.kept(self.student)  # raises where the teacher's steps miss the student's
     if self.data.source == "prompts" and not self.weights.base:
       raise UserError(
         "data.source = 'prompts' trains no teacher: give weights.base, a directory of converted "
@@ -251,6 +242,7 @@ class Experiment:
       raise UserError("teacher_model is given, but no weights.teacher of that size")
 
   def _check_sizes(self) -> None:
+    """Raises UserError where clips are not whole blocks, or frames not whole patches."""
     data, codec, block = self.data, self.codec, self.history.block
     frames = self.latent_frames(data.frames)
     if (data.frames - 1) % codec.temporal_factor or frames % block:
@@ -261,6 +253,7 @@ class Experiment:
         f"{near}"
       )
     if data.height % codec.spatial_factor or data.width % codec.spatial_factor:
+      # a patch codec's factor is its patch, which can be chosen; the VAE's 8 is fixed
       name = "codec.patch = " if codec.kind == "patches" else ""
       raise UserError(f"data.size = {data.size} is not a multiple of {name}{codec.spatial_factor}")
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
@@ -272,44 +265,46 @@ class Experiment:
 
   @property
   def needs_trajectories(self) -> bool:
-    """Whether causal init or forward-KL will read them."""
+    """True where causal init or forward KL reads trajectories."""
     return not self.weights.student or self.distill.forward_kl.weight > 0
 
   def latent_frames(self, frames: int) -> int:
-    """Latent frames that hold a video of `frames`: the first stands alone."""
+    """Returns the latent frames of a video of `frames` pixel frames; the first has its own."""
     return 1 + -(-(frames - 1) // self.codec.temporal_factor)
 
   def pixel_frames(self, latent: int) -> int:
-    """Frames of a video of `latent` latent frames."""
+    """Returns the pixel frames of a video of `latent` latent frames."""
     return 1 + (latent - 1) * self.codec.temporal_factor
 
   @property
   def latent(self) -> LatentShape:
-    """Sizes of a clip's latents."""
+    """The sizes of a training clip's latents."""
     factor = self.codec.spatial_factor
     height, width = self.data.height // factor, self.data.width // factor
     return LatentShape(self.latent_frames(self.data.frames), height, width, self.codec.channels)
 
   @property
   def dit(self) -> DiTConfig:
-    """Base and critic."""
+    """The config of the base model and the critic."""
     return self._dit(self.model)
 
   @property
   def student_dit(self) -> DiTConfig:
-    """The same parameters; but all blocks after a training clip's length share their places, so
-    that a video may go on for ever.
+    """The config of the student: the same parameters, other places.
+
+    The blocks after a training clip's length share the places of one block, so that a video may be
+    of any length.
     """
     return dataclasses.replace(self.dit, places=(self.dit.places[0], self.history.block))
 
   @property
   def teacher_dit(self) -> DiTConfig:
-    """The real score."""
+    """The config of the real score."""
     return self._dit(self.teacher_model or self.model)
 
   def _dit(self, model: ModelConfig) -> DiTConfig:
-    """The frames of a video's first clip have places of their own; those of later clips share
-    theirs.
+    """Returns the DiT of these sizes, with places for the frames of a video's first clip and of any
+    later one.
     """
     frames = self.latent_frames(self.data.frames)
     return DiTConfig(

@@ -1,4 +1,9 @@
-"""The training loop of every stage: update, log the update before, save, stop when asked."""
+"""The training loop of every stage: update, log the previous update, save, stop when asked.
+
+The order within a step decides whether a resumed run repeats an uninterrupted one exactly: update,
+log, preview, save. A checkpoint holds the state and the position of the data iterators after the
+same step.
+"""
 
 from collections.abc import Callable, Mapping
 import sys
@@ -12,7 +17,7 @@ from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.mesh import put_batch
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import sharded_shapes, state_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer, progress
 from hiar_jax.training.run import Run
@@ -21,19 +26,21 @@ from hiar_jax.types import Batch, PyTree
 
 
 class Preempted(SystemExit):
-  """The stage saved its state after a signal; the same command goes on from there."""
+  """Raised when a stage has saved its state after a signal; the same command continues there."""
 
 
 class DataIterators:
   """Several batch iterators that are saved and restored as one."""
 
   def __init__(self, run: Run, **iterators):
-    self._run, self._iterators = run, iterators
+    self._run = run
+    self._iterators = iterators
 
   def next(self, name: str) -> Batch:
-    """The next batch as global arrays, with each example's index in the global batch."""
+    """Returns the next batch as global arrays [b ...], with `example_id`, the rows' indices."""
     batch = dict(next(self._iterators[name]))
     local = len(batch["tokens"])
+    # Noise is drawn by example_id: an example gets the same on any number of devices and hosts.
     batch["example_id"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
     return put_batch(batch, self._run.mesh)
 
@@ -46,7 +53,7 @@ class DataIterators:
 
 
 def is_done(run: Run, stage: str, steps: int) -> bool:
-  """True where the stage's last checkpoint is there, undamaged.
+  """Returns True where the stage's last checkpoint exists and is undamaged.
 
   Raises UserError where the stage should come from `stages_from` and has no such checkpoint there.
   """
@@ -56,12 +63,11 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
       checksums.check(last)
       return True
   except checksums.Damaged:
-    pass  # training restores the one before, says so, and comes here again
+    pass  # run_stage restores the checkpoint before it, with a warning, and trains on from there
   if run.borrows(stage):
     raise UserError(
       f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or "
-      f"damaged ({last}); "
-      "run the command that made it once more"
+      f"damaged ({last}); run the command that made it once more"
     )
   return False
 
@@ -80,42 +86,44 @@ def run_stage(
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
 
-  update(shardings) -> (state, feeds, step) -> (state, metrics). preview: state -> clips uint8 [b f
-  H W 3] for the log. Raises Stopped after SIGTERM or SIGINT, with the state saved.
+  update(shardings) returns advance(state, iterators, step) -> (state, metrics). preview: state ->
+  clips uint8 [b F H W 3] for the log. Raises Preempted after SIGTERM or SIGINT, once the state is
+  saved, and UserError where a metric is not finite.
   """
-  log, shapes = run.experiment.log, jax.eval_shape(create)
+  log = run.experiment.log
+  # Shapes first, then jit with shardings: no device ever holds an unsharded state.
+  shapes = jax.eval_shape(create)
   shardings = state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
   config = {"model": to_json(run.experiment.dit), "stage": stage}
   with Checkpoints(
     run.directory(stage) / "checkpoints", keep=log.keep, config=config
   ) as checkpoints:
-    restored = checkpoints.restore(abstract, iterators)
+    restored = checkpoints.restore(sharded_shapes(shapes, shardings), iterators)
     step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
+    # a killed run may have logged steps after its last checkpoint
     run.writer.resume(stage, step)
     if not step and is_writer():
       print_parameters(stage, shapes.params)
     advance = update(shardings)
-    pending = None
+    pending = None  # (step, metrics) that are still on the device
     with Preemption() as stop, progress(stage, training.steps, initial=step) as bar:
       stopping = False
       while step < training.steps and not stopping:
-        state, measured = advance(state, iterators, step)
+        state, metrics = advance(state, iterators, step)
         step += 1
-        # of the step before: fetching this one's would stall the device
+        # Those of an earlier step: this one is only dispatched, fetching would wait for it.
         _report(run, stage, bar, pending)
         due = step % log.every == 0 or step == training.steps
-        pending = (step, measured) if due else None
+        pending = (step, metrics) if due else None
         if preview and (step % log.preview_every == 0 or step == training.steps):
           run.writer.video(stage, step, "samples", preview(state))
         stopping = stop.requested(step)
         if stopping or step % log.checkpoint_every == 0 or step == training.steps:
-          # a checkpoint of NaNs would take the place of a good one
-          _check_finite(stage, step, measured)
-          # what a checkpoint has behind it is in the log
-          pending = _report(run, stage, bar, pending)
+          # before saving: a checkpoint of NaNs would replace a good one
+          _check_finite(stage, step, metrics)
+          # before saving: a run resumed here never writes the lines up to this step again
+          _report(run, stage, bar, pending)
+          pending = None
           checkpoints.save(step, state, state.ema, iterators, force=True)
     checkpoints.wait()
   if stopping:
@@ -123,20 +131,22 @@ def run_stage(
       f"{stage}: stopped and saved at step {step}; the same command goes on from there",
       file=sys.stderr,
     )
+    # 128 + signal, as a shell reports it; in a job of several processes no handler saw SIGTERM (15)
     raise Preempted(128 + (stop.signal or 15))
 
 
-def _report(run: Run, stage: str, bar: Progress, pending) -> None:
+def _report(run: Run, stage: str, bar: Progress, pending: tuple[int, Mapping] | None) -> None:
+  """Logs and shows the metrics of a step, if there are any."""
   if pending is not None:
-    step, measured = pending
-    values = _fetch(measured)
+    step, metrics = pending
+    values = _fetch(metrics)
     run.writer.scalars(stage, step, values)
     bar.update(step, loss=values["loss"])
     _check_finite(stage, step, values)
 
 
-def _check_finite(stage: str, step: int, measured: Mapping) -> None:
-  bad = [name for name, value in _fetch(measured).items() if not np.isfinite(value)]
+def _check_finite(stage: str, step: int, metrics: Mapping) -> None:
+  bad = [name for name, value in _fetch(metrics).items() if not np.isfinite(value)]
   if bad:
     raise UserError(
       f"{stage}: {', '.join(bad)} is not finite at step {step}; the last checkpoint is from "
@@ -145,12 +155,12 @@ def _check_finite(stage: str, step: int, measured: Mapping) -> None:
     )
 
 
-def _fetch(measured: Mapping) -> dict[str, float]:
-  return {name: float(value) for name, value in jax.device_get(dict(measured)).items()}
+def _fetch(metrics: Mapping) -> dict[str, float]:
+  return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
 
 
 def print_parameters(stage: str, params: PyTree) -> None:
-  """The parameter table, as clu prints it."""
+  """Prints the table of parameters, as clu formats it."""
   from clu import parameter_overview  # slow to import, and only a first start needs it
 
   print(

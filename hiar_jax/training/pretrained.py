@@ -1,6 +1,4 @@
-"""Weights that a stage starts from: those of the stages before it, or published ones that stand for
-them.
-"""
+"""Weights that a stage starts from: an earlier stage's, or published ones in its place."""
 
 import jax
 
@@ -8,51 +6,58 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import sharded_shapes, state_shardings
 from hiar_jax.training.run import Run
-from hiar_jax.types import Params, PyTree
+from hiar_jax.types import Params
+
+# The fields of a DiTConfig that decide the parameters' names and shapes; others (dtype, remat,
+# attention) may differ from those of the stored weights.
+SIZES = (
+  "dim",
+  "ffn_dim",
+  "num_heads",
+  "num_layers",
+  "patch",
+  "channels",
+  "text_dim",
+  "freq_dim",
+  "place_embedding",
+)
 
 
 def load(run: Run) -> Params:
-  """The bidirectional model of the student's size: this stage's, or weights.base."""
+  """Loads the bidirectional model of the student's size: the teacher stage's, or weights.base."""
   return load_weights(run, "teacher")
 
 
 def load_real(run: Run) -> Params:
-  """The real score of distribution matching: weights.teacher, or `load`."""
+  """Loads the real score of distribution matching: weights.teacher, else the model of `load`."""
   e = run.experiment
-  return (
-    load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
-    if e.weights.teacher
-    else load(run)
-  )
+  if not e.weights.teacher:
+    return load(run)
+  # Never trained, so it is kept in the dtype that it computes in (half the memory in bfloat16).
+  return load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
 
 
 def load_weights(run: Run, stage: str) -> Params:
-  """The averaged weights of a stage, or the published ones that stand for them, placed over the
-  devices.
+  """Loads the averaged weights of a stage, or the published ones in its place, sharded over the
+  mesh.
   """
   e = run.experiment
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
     return load_published(run, directory, e.dit)
   shapes = jax.eval_shape(lambda: dit.init(e.dit, jax.random.key(0)))
-  return load_params(run.directory(stage) / "checkpoints", _placed(run, shapes))
-
-
-def _placed(run: Run, shapes: PyTree) -> PyTree:
-  """Large leaves are cut over the mesh's fsdp axis, as those that train are."""
-  shardings = state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-  )
+  shardings = state_shardings(shapes, run.mesh, e.mesh.min_shard)
+  return load_params(run.directory(stage) / "checkpoints", sharded_shapes(shapes, shardings))
 
 
 def load_published(
   run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32"
 ) -> Params:
-  """Converted weights, which must have the sizes that the config says; float32 where they are to be
-  trained.
+  """Loads converted weights, cast to `dtype` (float32 where they are to be trained).
+
+  Raises UserError where they have other sizes than `expected`.
   """
   found = weights.read_config(directory, "dit")
   different = [name for name in SIZES if getattr(found, name) != getattr(expected, name)]
@@ -66,16 +71,3 @@ def load_published(
     )
   place = lambda shapes: state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
   return weights.load(directory, "dit", dtype=dtype, sharding=place)[1]
-
-
-SIZES = (
-  "dim",
-  "ffn_dim",
-  "num_heads",
-  "num_layers",
-  "patch",
-  "channels",
-  "text_dim",
-  "freq_dim",
-  "place_embedding",
-)

@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the experiment, its directories, devices, log, and the medium
+"""A run, which every stage is given: the experiment, its directories, devices, log, and components
 (codec and text encoder).
 """
 
@@ -38,11 +38,10 @@ from hiar_jax.rollout import sample, teacher_sampler
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
 
-# What may differ between the config of a workdir and the one given: it changes no number of the
-# run.
+# The groups that may differ between a workdir's config and the one given: they change no number.
 FREE = ("log", "sample", "mesh", "stages_from")
-# The groups that data .. causal_init depend on: stages_from takes these from another workdir, so
-# they must agree.
+# The groups that the stages from data to causal_init depend on: stages_from takes the results of
+# another workdir, so these must agree.
 SHARED = (
   "seed",
   "data",
@@ -55,35 +54,35 @@ SHARED = (
   "causal_init",
   "weights",
 )
-CODEC = "codec.npz"  # of the small worlds, in the data stage's directory
+CODEC = "codec.npz"  # the fitted patch PCA, in the data stage's directory
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An experiment at work in its directory."""
+  """An experiment with its workdir and its devices."""
 
   experiment: Experiment
   workdir: pathlib.Path
   mesh: Mesh
 
   def directory(self, stage: str) -> pathlib.Path:
-    """Where a stage keeps its result: in the workdir, or where stages_from has it."""
-    return (
-      pathlib.Path(self.experiment.stages_from) if self.borrows(stage) else self.workdir
-    ) / stage
+    """Returns the directory of a stage's result, in the workdir or in stages_from."""
+    root = self.experiment.stages_from if self.borrows(stage) else self.workdir
+    return pathlib.Path(root) / stage
 
   def borrows(self, stage: str) -> bool:
-    """Whether a stage's result is that of another workdir."""
+    """Returns True where a stage's result is read from another workdir (stages_from)."""
     return bool(self.experiment.stages_from) and stage not in ("distill", "sample")
 
   @property
   def sigmas(self) -> np.ndarray:
+    """The student's noise levels [s + 1], float32."""
     return self.experiment.student.sigmas.astype(np.float32)
 
   @property
   def point_sigmas(self) -> np.ndarray:
-    """The levels of the trajectories: those of the teacher's walk, or those that imported ones
-    have.
+    """The noise levels of the trajectories' points [s + 1], float32: the teacher sampler's, or
+    those stored with imported trajectories.
     """
     e = self.experiment
     if not e.trajectories.pairs or not e.needs_trajectories:
@@ -92,7 +91,7 @@ class Run:
 
   @property
   def world(self) -> shapes_world.WorldConfig:
-    """The shapes world that the data shows. Raises UserError for real videos."""
+    """The shapes world that the data is drawn from. Raises UserError for real videos."""
     data = self.experiment.data
     if data.source != "shapes":
       raise UserError(
@@ -106,37 +105,42 @@ class Run:
 
   @functools.cached_property
   def writer(self) -> Writer:
-    """The run's log, opened by whoever trains; tools that only read a run leave it alone."""
+    """The run's log, opened (and created) at first use, so tools that only read a run make none."""
     return Writer(self.workdir / "logs")
 
   @functools.cached_property
   def components(self) -> Components:
+    """The codec and the text encoder: Wan's, or the small ones fitted on the data."""
     e = self.experiment
     if isinstance(e.codec, WanCodecConfig):
       return wan.WanComponents(e.codec, e.text, e.latent)
     if e.data.source == "shapes":
       vocabulary = shapes_world.VOCABULARY
     else:
+      # real videos: only words that a caption of the data holds are ever learnt
       vocabulary = word_table.vocabulary_of(pipeline.read_captions(self.directory("data")))
     return SmallComponents(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
 
   @property
   def task(self) -> Task:
+    """The components' functions that are traced into the steps."""
     return self.components.task
 
   def tokens(self, prompts) -> np.ndarray:
-    """What the model reads of prompts: [n l] or [n l d]."""
+    """Returns prompts as the model reads them: word ids [n l] or encoded texts [n l d]."""
     return self.components.tokens(prompts)
 
   def pixels(self, latents) -> np.ndarray:
-    """Latents [b f h w c] -> uint8 [b F H W 3]."""
+    """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
     return decode_pixels(self.components, latents)
 
   def sampler(self, frames: int, method: Method | None = None):
-    """The student's rollout.sample, jitted: `frames` new latent frames in the run's own order,
-    window and sink, or in those of `method`.
+    """Returns the student's sampler (rollout.sample), jitted, for videos of `frames` latent frames.
+
+    method: order, window and sink that replace the run's own.
     """
     e = self.experiment
+    # 3 in the seed's fold_in is the student's noise; the stages' own numbers are in stages.KEYS
     return jax.jit(
       sample.make_sampler(
         e.student_dit,
@@ -150,8 +154,11 @@ class Run:
     )
 
   def teacher_sampler(self, key: jax.Array):
-    """The teacher's rollout.teacher_sampler, jitted: its points at the student's timesteps."""
-    e, config = self.experiment, self.experiment.trajectories
+    """Returns the teacher's sampler (rollout.teacher_sampler), jitted; its trajectories [b points f
+    h w c] hold the points at the student's timesteps.
+    """
+    e = self.experiment
+    config = e.trajectories
     sigmas = flow.sigma_schedule(config.steps, config.shift or e.student.shift)
     return jax.jit(
       teacher_sampler.make_sampler(
@@ -167,11 +174,14 @@ class Run:
     )
 
   def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
-    """This process's share of a stage's batches from its data set: the data, or the trajectories.
+    """Returns an iterator over this process's rows of the batches of a stage's data set.
 
-    With `start` where the model reads it.
+    stage: `data` or `trajectories`; batch: global; keys: fields beside the tokens, to which `start`
+    is added where the model embeds places; salt: added to the seed of the order. Raises UserError
+    where the batch does not divide by the number of processes.
     """
-    keys = (*keys, "start") if self.experiment.dit.place_embedding else keys
+    if self.experiment.dit.place_embedding:
+      keys = (*keys, "start")
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")
@@ -186,8 +196,8 @@ class Run:
     )
 
   def preview_tokens(self, count: int = 8) -> np.ndarray:
-    """Prompts for sample frames: held-out ones of the shapes world, else the first captions of the
-    data.
+    """Returns the tokens of `count` prompts for previews: held-out ones of the shapes world, else
+    the first captions of the data.
     """
     if self.experiment.data.source == "shapes":
       prompts = self.held_out(count)
@@ -196,19 +206,19 @@ class Run:
     return self.tokens(prompts)
 
   def held_out(self, count: int) -> list[str]:
-    """Prompts that training never showed, spread over all of them, repeated where there are too
-    few.
+    """Returns `count` prompts that are not in the training data, evenly spaced in their list and
+    repeated where there are too few.
     """
     known = shapes_world.prompts("held_out", self.world)
     return [known[i * len(known) // count] for i in range(count)]
 
 
 def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
-  """Checks the config against itself and against what the workdir (and stages_from) were made with.
+  """Opens a run after checking its config, also against those of the workdir and of stages_from.
 
-  save: a run to be trained, whose config goes into the workdir; otherwise one to be read, on
-  whatever devices are here. Raises UserError where configs differ in anything that changes a
-  number, or where a stage could not run in the end.
+  save: True for a run to be trained, whose config is written to the workdir; False for one to be
+  read, on all devices present. Raises UserError where configs differ in anything that changes a
+  number, or where a later stage could not run.
   """
   experiment = build(Experiment, config)
   check_workdir(config, workdir, ignore=FREE)
@@ -224,69 +234,77 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
 
 
 def _check_stages(run: Run) -> None:
-  """What a stage would find out only when its turn comes, hours later, in a workdir that by then
-  belongs to this config.
-  """
-  e, data = run.experiment, run.experiment.data
-  held = math.inf if e.trajectories.pairs else e.trajectories.count
-  count = {"teacher": data.clips, "causal_init": held, "distill": held}
-  if data.source == "shapes":
-    run.world  # noqa: B018  # raises where such a world cannot be
-  elif data.source == "prompts":
-    count["teacher"] = len(pipeline.read_prompts(data.prompts))
-    run.components.texts  # noqa: B018  # raises where weights are missing
-  else:
-    count["teacher"] = math.inf  # not known yet
-    if not os.path.isdir(data.folder) and not tfds_builder.is_complete(run.directory("data")):
-      raise UserError(
-        f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and "
-        "their captions"
-      )
-  if not e.distill.forward_kl.weight:
-    count["distill"] = count["teacher"]  # no trajectories are read there
-  for name, directory in (("teacher", e.weights.base), ("causal_init", e.weights.student)):
-    if directory:  # it stands for the stage
-      del count[name]
-  for name, there in count.items():
+  """Raises UserError for what a stage would notice only hours later, when its turn comes."""
+  e = run.experiment
+  clips = _count_clips(run)
+  trajectory_count = math.inf if e.trajectories.pairs else e.trajectories.count
+  trajectories = (trajectory_count, "trajectories.count")
+  # stage -> (examples that it can draw a batch from, the field that sets their number)
+  sources = {}
+  if not e.weights.base:
+    sources["teacher"] = clips
+  if not e.weights.student:
+    sources["causal_init"] = trajectories
+  # without forward KL, distillation reads prompts alone
+  sources["distill"] = trajectories if e.distill.forward_kl.weight else clips
+  for name, (count, field) in sources.items():
     training = getattr(e, name)
     check_batch(training.batch, training.accumulate, run.mesh, name)
-    if training.batch > there:
-      of = (
-        "trajectories.count"
-        if there == held
-        else "the prompts of data.prompts"
-        if data.source == "prompts"
-        else "data.clips"
-      )
+    if training.batch > count:
       raise UserError(
-        f"{name}.batch = {training.batch} is more than {of} = {there}; take a smaller batch or "
+        f"{name}.batch = {training.batch} is more than {field} = {count}; take a smaller batch or "
         "make more"
       )
   if e.sample.prompts != "held_out":
-    pipeline.read_prompts(e.sample.prompts)
+    pipeline.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
+
+
+def _count_clips(run: Run) -> tuple[float, str]:
+  """Returns (number of clips or prompts of the data, the field that sets it).
+
+  Raises UserError where the data stage could not run.
+  """
+  data = run.experiment.data
+  if data.source == "shapes":
+    run.world  # noqa: B018  # raises where such a world cannot be
+    return data.clips, "data.clips"
+  if data.source == "prompts":
+    count = len(pipeline.read_prompts(data.prompts))
+    run.components.texts  # noqa: B018  # raises where weights are missing
+    return count, "the prompts of data.prompts"
+  if not os.path.isdir(data.folder) and not tfds_builder.is_complete(run.directory("data")):
+    raise UserError(
+      f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and their "
+      "captions"
+    )
+  return math.inf, "data.clips"  # counted only when the data stage has cut the videos
 
 
 def _check_shared(config, experiment: Experiment) -> None:
+  """Raises UserError where stages_from was made with another config in the groups SHARED."""
   stored = read_resolved(experiment.stages_from)
   if stored is None:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through "
       "causal_init"
     )
-  given = to_json(config)
-  block = lambda tree: {"block": tree.get("history", {}).get("block")}
-  pick = lambda tree: {**{name: tree.get(name) for name in SHARED}, "history": block(tree)}
-  lines = difference(pick(stored), pick(given))
+
+  def shared(tree: dict) -> dict:
+    # Of the history only the block must agree, since it cuts the clips: methods that differ in the
+    # rest are compared from one causal init.
+    block = tree.get("history", {}).get("block")
+    return {**{name: tree.get(name) for name in SHARED}, "history": {"block": block}}
+
+  lines = difference(shared(stored), shared(to_json(config)))
   if lines:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "
-      f"{'; '.join(lines)}); "
-      "use the stored values, or leave stages_from empty"
+      f"{'; '.join(lines)}); use the stored values, or leave stages_from empty"
     )
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:
-  """The resolved config of a run."""
+  """Reads the resolved config of a run. Raises UserError where the workdir holds none."""
   stored = read_resolved(workdir)
   if stored is None:
     raise UserError(

@@ -1,8 +1,7 @@
-"""Videos of a run's student: which prompts, how long, made a batch at a time, written as mp4s and a
-contact sheet.
+"""Videos of a run's student: their prompts and length, sampling in batches, and the files (mp4s and
+a contact sheet).
 """
 
-from collections.abc import Iterator
 import math
 import pathlib
 import re
@@ -22,7 +21,10 @@ from hiar_jax.video.png import write_png
 
 
 def read_prompts(run: Run) -> list[str]:
-  """`count` held-out prompts of the world, or those of the file."""
+  """Returns the distinct prompts of the file, or `count` held-out ones.
+
+  Where the data is no shapes world, `held_out` means the first captions of the data.
+  """
   config = run.experiment.sample
   if config.prompts == "held_out":
     if run.experiment.data.source != "shapes":
@@ -32,8 +34,8 @@ def read_prompts(run: Run) -> list[str]:
 
 
 def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
-  """The prompts to show, then held-out ones up to `measure`; empty where there is no truth to
-  measure against.
+  """Returns `prompts`, then held-out ones up to `measure`; none where there is no truth to measure
+  against.
   """
   if run.experiment.data.source != "shapes":
     return []
@@ -41,15 +43,17 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 
 
 def long_frames(run: Run) -> int:
-  """Frames of `length` training lengths, in whole blocks."""
+  """Returns the frames of a video of `length` training lengths, in whole blocks."""
   e = run.experiment
-  return round_to_blocks(run, e.pixel_frames(math.ceil(e.sample.length * e.latent.frames - 1e-9)))
+  # 1e-9: a product such as 1.1 * 10 may lie just above its whole number
+  latent = math.ceil(e.sample.length * e.latent.frames - 1e-9)
+  return round_to_blocks(run, e.pixel_frames(latent))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
-  """Frames of the video that will be made: up to whole blocks, saying so.
+  """Returns `frames` rounded up to whole blocks; prints a note where that changes them.
 
-  Raises UserError where they don't fit and `strict`.
+  Raises UserError instead where `strict`.
   """
   e = run.experiment
   latent, message = lengths.fit_blocks(frames, e.history.block, e.pixel_frames, strict=strict)
@@ -59,40 +63,40 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
 
 
 def print_remarks(run: Run, prompt: str) -> None:
-  """Says which words the model never learnt, and which it does not get to see."""
-  for line in run.components.remarks(prompt):
-    print(line, file=sys.stderr)
+  """Prints which words of a prompt the model has not learnt, and which are beyond its length."""
+  for remark in run.components.remarks(prompt):
+    print(remark, file=sys.stderr)
 
 
 def make_videos(
   run: Run, params: Params, prompts: list[str], frames: int, seed: int, title: str = "sample"
 ) -> np.ndarray:
-  """uint8 [n f H W 3]; video i is made from prompt i and seed + i alone."""
-  return np.concatenate(
-    list(iterate_videos(run, params, prompts, frames, range(seed, seed + len(prompts)), title))
-  )
+  """Makes videos uint8 [n F H W 3], `sample.batch` at a time.
 
-
-def iterate_videos(
-  run: Run, params: Params, prompts: list[str], frames: int, seeds, title: str
-) -> Iterator[np.ndarray]:
-  """The same, a batch at a time."""
+  Video i depends on prompt i and on seed + i alone.
+  """
   batch = min(run.experiment.sample.batch, len(prompts))
   generate = run.sampler(run.experiment.latent_frames(frames))
   tokens = run.tokens(prompts)
-  seeds = np.asarray(list(seeds))
+  seeds = np.arange(seed, seed + len(prompts))
+  videos = []
   with progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):
-      # the last batch is filled up, so nothing is compiled twice
+      # the last batch is filled up with the first prompts again, so that nothing is compiled twice
       rows = np.arange(start, start + batch) % len(prompts)
       latents = generate(params, tokens[rows], seeds[rows])
       count = min(batch, len(prompts) - start)
-      yield run.pixels(latents)[:count]
+      videos.append(run.pixels(latents)[:count])
       bar.update(start + count)
+  return np.concatenate(videos)
 
 
 def file_name(prompt: str, taken: set[str]) -> str:
-  """A short unique name; the whole prompt is in the file's metadata."""
+  """Returns a short name that is not in `taken`, and adds it there.
+
+  The whole prompt is in the file's metadata.
+  """
+  # no dots or slashes: a prompt cannot name another directory
   stem = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:80] or "prompt"
   name, i = stem, 2
   while name in taken:
@@ -104,11 +108,23 @@ def file_name(prompt: str, taken: set[str]) -> str:
 def save_videos(
   run: Run, directory: pathlib.Path, videos: dict[str, np.ndarray], seed: int
 ) -> None:
-  """An mp4 per prompt and the contact sheet."""
+  """Writes an mp4 for each prompt, with its origin in the metadata, and contact_sheet.png.
+
+  videos: prompt -> uint8 [F H W 3].
+  """
+  config = run.experiment.sample
   taken: set[str] = set()
   directory.mkdir(parents=True, exist_ok=True)
   for i, (prompt, frames) in enumerate(videos.items()):
-    save_video(run, directory / file_name(prompt, taken), frames, prompt, seed + i)
+    metadata = {
+      "prompt": prompt,
+      "seed": str(seed + i),
+      "frames": str(len(frames)),
+      "workdir": run.workdir.name,
+      "hiar_jax": __version__,
+    }
+    path = directory / file_name(prompt, taken)
+    write_mp4(path, frames, config.fps, metadata, scale=config.scale)
   sheet = contact_sheet(
     videos,
     columns=12,
@@ -119,27 +135,18 @@ def save_videos(
   print(f"{len(videos)} videos and contact_sheet.png in {directory}", file=sys.stderr)
 
 
-def save_video(run: Run, path: pathlib.Path, frames: np.ndarray, prompt: str, seed: int) -> None:
-  """One mp4 that says how it was made."""
-  config = run.experiment.sample
-  made = {
-    "prompt": prompt,
-    "seed": str(seed),
-    "frames": str(len(frames)),
-    "workdir": run.workdir.name,
-    "hiar_jax": __version__,
-  }
-  write_mp4(path, frames, config.fps, made, scale=config.scale)
-
-
 def shapes_line(result: dict) -> str:
-  """The main figures in a line."""
-  total = lambda name: result[name]["total"]
-  show = lambda value, form: "-" if value is None else format(value, form)
+  """Returns the main figures of shapes_truth.measure in one line, `-` for those without a value."""
+
+  def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+  forms = {"motion": ".2f", "motion_ratio": ".2f", "error": ".4f"}
+  forms |= dict.fromkeys(("colour", "shape", "direction"), ".1%")
+  total = {name: number(result[name]["total"], form) for name, form in forms.items()}
   return (
-    f"over {result['settings']['frames']} frames: colour {show(total('colour'), '.1%')}, shape "
-    f"{show(total('shape'), '.1%')}, "
-    f"direction {show(total('direction'), '.1%')}, motion {show(total('motion'), '.2f')} px "
-    f"({show(total('motion_ratio'), '.2f')} of true), error {show(total('error'), '.4f')} "
-    f"(last fifth / first {show(result['error_last_over_first'], '.2f')})"
+    f"over {result['settings']['frames']} frames: colour {total['colour']}, "
+    f"shape {total['shape']}, direction {total['direction']}, "
+    f"motion {total['motion']} px ({total['motion_ratio']} of true), error {total['error']} "
+    f"(last fifth / first {number(result['error_last_over_first'], '.2f')})"
   )

@@ -1,9 +1,9 @@
 """The stages of a run, in order: data, teacher, trajectories, causal init, distillation, samples.
 
-Each is a function of the run; it resumes where it was stopped, and does nothing when it is done.
-The trained ones go through one loop (training.loop), with a step from training.teacher, causal_init
-or distill. On several hosts all call every stage: process 0 alone writes data and samples, and the
-others wait.
+Each is a function of the run. It resumes from its newest checkpoint and returns at once when it is
+finished. The trained stages share one loop (training.loop), with a step from training.teacher,
+causal_init or distill. On several hosts every process calls every stage; process 0 alone writes
+data and samples while the others wait.
 """
 
 import json
@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.components import patch_pca
-from hiar_jax.components.patch_pca import save
 from hiar_jax.data import (
   ode_pairs,
   pipeline,
@@ -34,9 +33,9 @@ from hiar_jax.training import causal_init, distill, loop, pretrained, samples, t
 from hiar_jax.training.run import CODEC, Run
 from hiar_jax.training.state import create
 
-FIT_CLIPS = 1024  # a few million patches: the components no longer change
+FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
 
-# What each stage adds to the seed, so that no two draw alike.
+# Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
 KEYS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5}
 
 
@@ -47,49 +46,46 @@ def prepare_data(run: Run) -> None:
   """Writes <workdir>/data: clips with captions (the shapes world or a folder of videos) and the
   codec fitted on them, or encoded prompts alone.
   """
-  directory, data = run.directory("data"), run.experiment.data
+  data = run.experiment.data
+  directory = run.directory("data")
   if jax.process_index() == 0 and not run.experiment.stages_from:
     if data.source == "shapes":
       shapes_clips.prepare(directory, run.world, data.clips, data.seed)
     elif data.source == "videos":
       video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
     else:
+      # Encoded first, all at once: the data set then stores the texts beside the prompts.
       run.components.prepare(pipeline.read_prompts(data.prompts))
       prompt_texts.prepare(directory, data.prompts, run.components.texts)
     if data.source != "prompts" and not (directory / CODEC).exists():
-      save(directory / CODEC, _fit_codec(run))
-  _wait("data")
-
-
-def _fit_codec(run: Run) -> patch_pca.PatchPCA:
-  source = tfds_builder.open_source(run.directory("data"))
-  clips = np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
-  return patch_pca.fit(clips.astype(np.float32) / 127.5 - 1.0, run.experiment.codec)
+      source = tfds_builder.open_source(directory)
+      clips = np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
+      # uint8 [n F H W 3] -> float32 in [-1, 1]
+      codec = patch_pca.fit(clips.astype(np.float32) / 127.5 - 1.0, run.experiment.codec)
+      patch_pca.save(directory / CODEC, codec)
+  _wait_for_all("data")
 
 
 # ------------------------------------------------------------------------------------------ teacher
 
 
 def train_teacher(run: Run) -> None:
-  """Writes <workdir>/teacher, bidirectional; nothing where weights.base stands for it."""
+  """Writes <workdir>/teacher, the bidirectional model; skipped where weights.base replaces it."""
   e = run.experiment
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
-  key_init, key_train = jax.random.split(_key(run, "teacher"))
+  key_init, key_train = jax.random.split(_stage_key(run, "teacher"))
   step = teacher.make_step(e.teacher, e.dit, run.task)
-  sample, tokens = run.teacher_sampler(jax.random.key(e.seed)), run.preview_tokens()
-
-  def update(shardings):
-    mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
-    return lambda state, iterators, _: mapped(state, iterators.next("clips"))
-
+  sample = run.teacher_sampler(jax.random.key(e.seed))
+  tokens = run.preview_tokens()
   loop.run_stage(
     run,
     "teacher",
     e.teacher,
     create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
-    update=update,
+    update=_update_from(run, step, "clips"),
     iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
+    # The sampler returns trajectories [b points f h w c]; the last point is the clip.
     preview=lambda state: run.pixels(sample(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
   )
 
@@ -99,11 +95,13 @@ def train_teacher(run: Run) -> None:
 
 def sample_trajectories(run: Run) -> None:
   """Writes <workdir>/trajectories: the teacher's ODE trajectories at the student's noise levels, or
-  those that others made.
+  imported ones (trajectories.pairs).
 
-  Part by part; parts that are there are kept, so a killed run goes on where it was.
+  They are written in parts of one batch. Finished parts are kept, so a killed run continues with
+  the missing ones.
   """
-  e, config = run.experiment, run.experiment.trajectories
+  e = run.experiment
+  config = e.trajectories
   if e.stages_from or not e.needs_trajectories:
     return
   directory = run.directory("trajectories")
@@ -111,7 +109,7 @@ def sample_trajectories(run: Run) -> None:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
       run.components.prepare(pipeline.read_captions(directory))
-    _wait("trajectories")
+    _wait_for_all("trajectories")
     return
   writer = TrajectoryWriter(
     directory,
@@ -119,6 +117,7 @@ def sample_trajectories(run: Run) -> None:
     config.count,
     config.batch,
     dtype=config.dtype,
+    # The settings that shaped the points: parts made with others are not mixed with these.
     recipe={
       "guidance": config.guidance,
       "steps": config.steps,
@@ -129,31 +128,37 @@ def sample_trajectories(run: Run) -> None:
   if writer.complete:
     return
   _write_parts(run, writer)
-  _wait("trajectories")
+  # All parts must lie on the disk before one process joins them into a data set, and the data set
+  # before anybody reads it.
+  _wait_for_all("trajectories")
   if jax.process_index() == 0:
     writer.finish()
-  _wait("trajectories data set")
+  _wait_for_all("trajectories data set")
 
 
 def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
-  """This process's share of the parts that are missing."""
-  config, data = run.experiment.trajectories, run.directory("data")
-  captions, starts = pipeline.read_captions(data), pipeline.read_starts(data)
+  """Samples and writes this process's share of the missing parts."""
+  config = run.experiment.trajectories
+  captions = pipeline.read_captions(run.directory("data"))
+  starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
   params = pretrained.load(run)
-  sample = run.teacher_sampler(_key(run, "trajectories"))
-  # the last part is shorter: filled up to the batch, so that nothing is compiled twice
-  fill = lambda array: np.pad(
-    array, ((0, config.batch - len(array)), *((0, 0),) * (array.ndim - 1))
-  )
+  sample = run.teacher_sampler(_stage_key(run, "trajectories"))
+
+  def fill(rows: np.ndarray) -> np.ndarray:
+    """Pads axis 0 to the batch: the last part is shorter, and must not be compiled separately."""
+    return np.pad(rows, ((0, config.batch - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+
   missing = writer.missing_parts(jax.process_index(), jax.process_count())
   parts = -(-config.count // config.batch)
   with progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
+      # Row i takes the caption of clip i, over again where there are more trajectories than clips.
+      # Its noise depends on i alone, so parts may be made in any order by any process.
       rows = np.asarray(writer.rows(part))
       clips = rows % len(captions)
-      chosen, begin = [captions[i] for i in clips], np.asarray(starts, np.int32)[clips]
-      points = sample(params, fill(run.tokens(chosen)), fill(rows), fill(begin))
-      writer.write_part(part, np.asarray(points)[: len(rows)], chosen, begin)
+      prompts = [captions[i] for i in clips]
+      points = sample(params, fill(run.tokens(prompts)), fill(rows), fill(starts[clips]))
+      writer.write_part(part, np.asarray(points)[: len(rows)], prompts, starts[clips])
       bar.update(done)
 
 
@@ -162,29 +167,25 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
 
 def train_causal_init(run: Run) -> None:
   """Writes <workdir>/causal_init: the block-causal student, started from the teacher and regressed
-  on its trajectories; nothing where weights.student stands for it.
+  on its trajectories; skipped where weights.student replaces it.
   """
   e = run.experiment
-  if e.weights.student or loop.is_done(run, "causal_init", e.causal_init.steps):
+  config = e.causal_init
+  if e.weights.student or loop.is_done(run, "causal_init", config.steps):
     return
+  # Trajectories kept from another config would lie at other levels than the step assumes.
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
-  weights, key = pretrained.load(run), _key(run, "causal_init")
-  step = causal_init.make_step(e.causal_init, e.student_dit, run.task, run.point_sigmas, e.history)
-
-  def update(shardings):
-    mapped = map_step(step, shardings, run.mesh, e.mesh.mapping)
-    return lambda state, iterators, _: mapped(state, iterators.next("trajectories"))
-
+  weights = pretrained.load(run)
+  key = _stage_key(run, "causal_init")
+  step = causal_init.make_step(config, e.student_dit, run.task, run.point_sigmas, e.history)
+  trajectories = run.clips("trajectories", config.batch, ("trajectory",), salt=4)
   loop.run_stage(
     run,
     "causal_init",
-    e.causal_init,
-    create=lambda: create(key, weights, e.causal_init.optimizer()),
-    update=update,
-    iterators=loop.DataIterators(
-      run,
-      trajectories=run.clips("trajectories", e.causal_init.batch, ("trajectory",), salt=4),
-    ),
+    config,
+    create=lambda: create(key, weights, config.optimizer()),
+    update=_update_from(run, step, "trajectories"),
+    iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
   )
 
@@ -193,9 +194,9 @@ def train_causal_init(run: Run) -> None:
 
 
 class LatestMetrics:
-  """The generator's last metrics, logged beside the critic's.
+  """The generator's last metrics, logged beside the critic's in every step.
 
-  Saved with the feeds, so that a resumed run logs what a straight one does.
+  Saved with the data iterators, so that a resumed run logs what an uninterrupted one does.
   """
 
   def __init__(self):
@@ -209,15 +210,40 @@ class LatestMetrics:
 
 
 def distill_student(run: Run) -> None:
-  """Writes <workdir>/distill.
+  """Writes <workdir>/distill: the student after distribution matching on its own rollouts.
 
-  The student comes from causal init, the critic from the teacher, or both from published weights.
+  The student starts from causal init and the critic from the teacher, or both from published
+  weights.
   """
-  e, config = run.experiment, run.experiment.distill
+  e = run.experiment
+  config = e.distill
   if loop.is_done(run, "distill", config.steps):
     return
-  real, base = pretrained.load_real(run), pretrained.load(run)
-  start, key = pretrained.load_weights(run, "causal_init"), _key(run, "distill")
+  real_score = pretrained.load_real(run)
+  critic_start = pretrained.load(run)
+  student_start = pretrained.load_weights(run, "causal_init")
+  key = _stage_key(run, "distill")
+  latest = LatestMetrics()
+  iterators = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
+  if config.forward_kl.weight:
+    iterators["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
+  loop.run_stage(
+    run,
+    "distill",
+    config,
+    create=lambda: create(
+      key, student_start, config.generator_optimizer(), critic_start, config.critic_optimizer()
+    ),
+    update=_distill_update(run, real_score, latest),
+    iterators=loop.DataIterators(run, **iterators),
+    preview=_student_preview(run),
+  )
+
+
+def _distill_update(run: Run, real_score, latest: LatestMetrics):
+  """Returns run_stage's `update` for distillation: two networks that train in turn."""
+  e = run.experiment
+  config = e.distill
   student = distill.Student(
     e.student_dit,
     e.dit,
@@ -227,41 +253,28 @@ def distill_student(run: Run) -> None:
     run.task,
     jnp.asarray(run.point_sigmas),
   )
-  latest = LatestMetrics()
-  iterators = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
-  if config.forward_kl.weight:
-    iterators["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
 
   def update(shardings):
-    spread = lambda step: map_step(step, shardings, run.mesh, e.mesh.mapping)
-    critic = spread(distill.make_critic_step(config, student))
-    generator = spread(distill.make_generator_step(config, student))
+    devices = shardings, run.mesh, e.mesh.mapping
+    critic_step = map_step(distill.make_critic_step(config, student), *devices)
+    generator_step = map_step(distill.make_generator_step(config, student), *devices)
 
-    def both(state, iterators, step):
-      """Generator first, when it is its turn; the critic always."""
+    def advance(state, iterators, step):
+      # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
+      # the student as it then is. Each takes a fresh batch of prompts.
       if config.updates_generator(step):
         batch = iterators.next("prompts")
         if config.forward_kl.weight:
           batch["trajectories"] = iterators.next("trajectories")
-        state, now = generator(state, batch, real)
-        latest.metrics = {f"generator_{name}": value for name, value in now.items()}
-      state, critic_measured = critic(state, iterators.next("prompts"))
-      names = {f"critic_{name}": value for name, value in critic_measured.items()}
-      return state, {"loss": critic_measured["loss"], **names, **latest.metrics}
+        state, metrics = generator_step(state, batch, real_score)
+        latest.metrics = {f"generator_{name}": value for name, value in metrics.items()}
+      state, metrics = critic_step(state, iterators.next("prompts"))
+      named = {f"critic_{name}": value for name, value in metrics.items()}
+      return state, {"loss": metrics["loss"], **named, **latest.metrics}
 
-    return both
+    return advance
 
-  loop.run_stage(
-    run,
-    "distill",
-    config,
-    create=lambda: create(
-      key, start, config.generator_optimizer(), base, config.critic_optimizer()
-    ),
-    update=update,
-    iterators=loop.DataIterators(run, **iterators),
-    preview=_student_preview(run),
-  )
+  return update
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -269,46 +282,59 @@ def distill_student(run: Run) -> None:
 
 def make_samples(run: Run) -> None:
   """Writes <workdir>/sample: long videos of the distilled student, an mp4 per prompt, a contact
-  sheet, and metrics.json where the truth is known.
+  sheet, and metrics.json, which holds measurements where the truth is known.
 
-  Skipped when metrics.json (its last file) is there.
+  Skipped where metrics.json, the last file to be written, exists.
   """
-  config, directory = run.experiment.sample, run.directory("sample")
-  done = directory / "metrics.json"
-  if done.exists() or jax.process_index() != 0:
+  config = run.experiment.sample
+  directory = run.directory("sample")
+  metrics_file = directory / "metrics.json"
+  if metrics_file.exists() or jax.process_index() != 0:
     return
   prompts = samples.read_prompts(run)
   for prompt in prompts:
     samples.print_remarks(run, prompt)
   frames = samples.long_frames(run)
   params = pretrained.load_weights(run, "distill")
+  # The prompts that are saved come first among those that are measured, so no video is made twice.
   measured = samples.measured_prompts(run, prompts)
   videos = samples.make_videos(run, params, measured or prompts, frames, seed=config.seed)
   if measured:
-    result = shapes_truth.measure(videos, measured, run.world, run.experiment.data.frames)
+    metrics = shapes_truth.measure(videos, measured, run.world, run.experiment.data.frames)
   else:
-    result = {"prompts": prompts, "frames": frames}
-  shown = dict(zip(prompts, videos[: len(prompts)], strict=True))
-  samples.save_videos(run, directory, shown, config.seed)
-  write_atomic(done, (json.dumps(result, indent=2) + "\n").encode())
+    metrics = {"prompts": prompts, "frames": frames}
+  saved = dict(zip(prompts, videos[: len(prompts)], strict=True))
+  samples.save_videos(run, directory, saved, config.seed)
+  write_atomic(metrics_file, (json.dumps(metrics, indent=2) + "\n").encode())
   if measured:
-    print(samples.shapes_line(result), file=sys.stderr)
+    print(samples.shapes_line(metrics), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- shared parts
 
 
-def _key(run: Run, stage: str) -> jax.Array:
+def _stage_key(run: Run, stage: str) -> jax.Array:
   return jax.random.fold_in(jax.random.key(run.experiment.seed), KEYS[stage])
 
 
-def _wait(name: str) -> None:
-  """Until every process is here."""
+def _wait_for_all(name: str) -> None:
+  """Returns when every process has called it with this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
 
 
+def _update_from(run: Run, step, iterator: str):
+  """Returns run_stage's `update` for a stage of one step, fed by the data iterator of that name."""
+
+  def update(shardings):
+    mapped = map_step(step, shardings, run.mesh, run.experiment.mesh.mapping)
+    return lambda state, iterators, _: mapped(state, iterators.next(iterator))
+
+  return update
+
+
 def _student_preview(run: Run):
-  """state -> clips of the training length, for the log."""
-  generate, tokens = run.sampler(run.experiment.latent.frames), run.preview_tokens()
+  """Returns state -> uint8 clips [b F H W 3] of the training length, for the log."""
+  generate = run.sampler(run.experiment.latent.frames)
+  tokens = run.preview_tokens()
   return lambda state: run.pixels(generate(state.ema, tokens, np.arange(len(tokens))))

@@ -1,5 +1,5 @@
-"""What training carries from step to step: one named tree, the optimizer that moves it, and the
-average that inference uses.
+"""The training state, the optimizer's settings, one update from accumulated gradients, and the EMA
+that inference uses.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,11 @@ OPTIMIZERS = ("adamw", "muon")
 
 @flax.struct.dataclass
 class TrainState:
-  """The complete state of a stage; the same tree for all, `critic` being None where there is none.
+  """The complete state of a stage; all stages have the same tree.
 
-  step: updates done (critic updates, in distillation). key: never changes; a step's randomness is
-  fold_in(key, step).
-  params, ema, opt_state: the network in training (teacher or student). critic, critic_opt_state:
-  the fake score.
+  step: updates done (critic updates, in distillation). key: constant; a step draws from
+  fold_in(key, step). params, ema, opt_state: the network in training (teacher or student). critic,
+  critic_opt_state: the fake score, None outside distillation.
   """
 
   step: jax.Array
@@ -40,13 +39,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """How a network is trained: AdamW after clipping by global norm, linear warm-up, then a constant
-  or a cosine to zero; EMA.
+  """The training of a network: clipping by global norm, AdamW or Muon, a schedule, and an EMA.
 
-  rule: `adamw`, or `muon`, which moves the layers' matrices along the orthogonalised momentum at
-  `muon_lr` and the rest by AdamW.
-  steps: updates. batch: global, taken in `accumulate` parts. ema_decay is ramped up from update
-  `ema_start`, before which the average is a copy of the weights.
+  steps: updates. batch: global examples, taken in `accumulate` equal parts.
+  schedule: linear warm-up over `warmup` updates, then `constant`, or `cosine` down to zero.
+  rule: `adamw`, or `muon`, which moves the layers' matrices along their orthogonalised momentum at
+  `muon_lr` and all other parameters by AdamW at `lr`.
+  ema_decay: ramped up from update `ema_start`; until then the average is a copy of the weights.
   """
 
   steps: int
@@ -54,15 +53,15 @@ class TrainConfig:
   lr: float
   warmup: int = 0
   schedule: str = "constant"
-  b1: float = 0.9
+  b1: float = 0.9  # AdamW's defaults
   b2: float = 0.999
   weight_decay: float = 0.01
-  clip: float = 10.0
+  clip: float = 10.0  # HiAR's published config
   ema_decay: float = 0.99
   ema_start: int = 0
   accumulate: int = 1
   rule: str = "adamw"
-  muon_lr: float = 0.02
+  muon_lr: float = 0.02  # Keller Jordan's default
 
   def __post_init__(self):
     at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
@@ -79,10 +78,9 @@ class TrainConfig:
   def optimizer(
     self, lr: float | None = None, steps: int | None = None
   ) -> optax.GradientTransformation:
-    """`lr` and `steps` replace the stage's own, for a network that is trained beside its main
-    one.
-    """
-    lr, steps = self.lr if lr is None else lr, self.steps if steps is None else steps
+    """Returns the optimizer; `lr` and `steps` replace the config's own, as the critic's do."""
+    lr = self.lr if lr is None else lr  # 0.0 is a rate, so no `or`
+    steps = self.steps if steps is None else steps
     rate = functools.partial(self._rate, steps=steps)
     if self.rule == "muon":
       rule = optax.contrib.muon(
@@ -90,6 +88,7 @@ class TrainConfig:
         adam_learning_rate=rate(lr),
         adam_b1=self.b1,
         adam_b2=self.b2,
+        # alike for the matrices and the rest; optax's default is 0 for both
         weight_decay=self.weight_decay,
         adam_weight_decay=self.weight_decay,
         muon_weight_dimension_numbers=_layer_matrices,
@@ -99,14 +98,20 @@ class TrainConfig:
     return optax.chain(optax.clip_by_global_norm(self.clip), rule)
 
   def _rate(self, lr: float, steps: int) -> optax.Schedule:
+    """Returns the learning rate by update, with peak `lr`."""
     if self.schedule == "cosine":
+      # optax refuses a decay that ends within the warm-up
       return optax.warmup_cosine_decay_schedule(0.0, lr, self.warmup, max(steps, self.warmup + 1))
+    # a linear schedule of 0 steps stays at its initial value
     return optax.warmup_constant_schedule(0.0 if self.warmup else lr, lr, self.warmup)
 
 
 def _layer_matrices(params: Params) -> PyTree:
-  """Which axes of a parameter are a matrix's, for Muon: those of the stacked layers' kernels
-  [layers, in, out].
+  """Returns the matrix axes of each parameter for Muon, None for those that AdamW moves.
+
+  Muon takes the kernels of the layers, stacked as [layers, in, out] by the scan over layers, and
+  orthogonalises each layer's. Embeddings, the head, norms and biases go by AdamW, as its author
+  advises.
   """
   axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
   is_matrix = lambda path, leaf: (
@@ -120,11 +125,15 @@ def _layer_matrices(params: Params) -> PyTree:
 def create(
   key: Key, params: Params, optimizer, critic: Params | None = None, critic_optimizer=None
 ) -> TrainState:
-  """A fresh state. Call it under jit with out_shardings, so that nothing is born unsharded."""
+  """Returns the state before the first update.
+
+  To be called under jit with out_shardings, so that no array is ever held unsharded.
+  """
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     key=key,
     params=params,
+    # a copy: buffers of the state are donated to the next step, and none may be donated twice
     ema=jax.tree.map(jnp.copy, params),
     opt_state=optimizer.init(params),
     critic=critic,
@@ -133,9 +142,10 @@ def create(
 
 
 def update_ema(ema: Params, params: Params, updates, training: TrainConfig) -> Params:
-  """The average after `updates` earlier updates.
+  """Returns the average after one more update, `updates` of which came before it.
 
-  Its decay ramps up as (1 + n) / (10 + n), never above `ema_decay`.
+  The decay is min(ema_decay, (1 + n) / (10 + n)) for the n-th update from `ema_start` on (the ramp
+  of TensorFlow's ExponentialMovingAverage), and 0 before.
   """
   n = updates - training.ema_start
   decay = jnp.where(n < 0, 0.0, jnp.minimum(training.ema_decay, (1.0 + n) / (10.0 + n)))
@@ -155,35 +165,34 @@ def apply_gradients(
   accumulate: int = 1,
   mean: Mean,
 ) -> tuple[Params, PyTree, dict[str, jax.Array]]:
-  """One update from the mean gradient over the batch, taken in `accumulate` parts; `mean` averages
-  over devices.
+  """Returns (params, opt_state, metrics) after one update from the batch's mean gradient.
 
-  loss(params, part) -> (mean over the part, metrics).
+  loss(params, part) -> (mean over the part, metrics). The batch is taken in `accumulate` equal
+  parts; `mean` averages over devices.
   """
-  gradient = jax.value_and_grad(loss, has_aux=True)
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-  def one(part):
-    (value, metrics), grads = gradient(params, part)
+  def gradient(part):
+    (value, metrics), grads = value_and_grad(params, part)
     return grads, {"loss": value, **metrics}
 
   if accumulate == 1:
-    grads, metrics = one(batch)
+    grads, metrics = gradient(batch)
   else:
-    parts = jax.tree.map(lambda x: _parts(x, accumulate), batch)
-    total = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+    # [b ...] -> [b / count, count, ...] -> [count, b / count, ...]. The rows of a device lie
+    # together, so with the count innermost each part takes rows of every device and none moves.
+    split = lambda x: jnp.swapaxes(
+      x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1
+    )
+    parts = jax.tree.map(split, batch)
+    # a scan compiles one part and holds the activations of one part at a time
+    total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
-    add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(part)), None)
+    add = lambda carry, part: (jax.tree.map(jnp.add, carry, gradient(part)), None)
     total, _ = jax.lax.scan(add, zeros, parts)
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+  # averaged over devices before the optimizer clips: the norm is the global gradient's
   grads, metrics = mean((grads, metrics))
   updates, opt_state = optimizer.update(grads, opt_state, params)
-  return (
-    optax.apply_updates(params, updates),
-    opt_state,
-    {**metrics, "grad_norm": optax.tree.norm(grads)},
-  )
-
-
-def _parts(x: jax.Array, count: int) -> jax.Array:
-  """[b ...] -> [count, b / count, ...], every device keeping its own examples."""
-  return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+  params = optax.apply_updates(params, updates)
+  return params, opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}  # before clipping

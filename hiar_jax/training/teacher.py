@@ -1,4 +1,4 @@
-"""The teacher: bidirectional flow matching with caption dropout, so that it can be guided."""
+"""The teacher: bidirectional flow matching with caption dropout, for classifier-free guidance."""
 
 import dataclasses
 
@@ -15,8 +15,10 @@ from hiar_jax.types import Batch, Mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig(TrainConfig):
-  """shift: of the training levels; caption_dropout: rate of examples trained on the empty
-  prompt.
+  """The teacher's training.
+
+  shift: of the training levels (flow, Eq. 3); caption_dropout: share of examples that are trained
+  on the empty prompt.
   """
 
   shift: float = 5.0
@@ -24,32 +26,34 @@ class TeacherConfig(TrainConfig):
 
 
 def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
-  """step(state, batch {video, tokens, example_id, start where places are embedded}, mean) ->
-  (state, metrics).
-  """
+  """Returns step(state, batch, mean) -> (state, metrics).
 
+  batch: {video, tokens, example_id}, and start where the model embeds places.
+  """
   optimizer = config.optimizer()
 
   def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+    # The state's key never changes: a step's draws depend on its number alone, so a resumed run
+    # repeats them.
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params, part):
+      # [b 3]: caption dropout, sigma, noise
       keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["example_id"]))
       dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
+      # token 0 is padding, so a dropped caption reads as the empty prompt
       text = task.embed(jnp.where(dropped[:, None], 0, part["tokens"]))
       x0 = task.encode(part)
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      return flow_matching(
-        dit.bind(model, params, text, part.get("start")), x0, eps, sigma
-      ).mean(), {}
+      forward = dit.bind(model, params, text, part.get("start"))
+      return flow_matching(forward, x0, eps, sigma).mean(), {}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
     )
-    averaged = update_ema(state.ema, params, state.step, config)
-    return state.replace(
-      step=state.step + 1, params=params, ema=averaged, opt_state=opt_state
-    ), metrics
+    ema = update_ema(state.ema, params, state.step, config)
+    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+    return state, metrics
 
   return step

@@ -220,7 +220,7 @@ def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
     tree = training_state._check_tree(manager, step, "state", None)
     return training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
 
-  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read_log)
+  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read)
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves

@@ -73,8 +73,8 @@ def linear_optimizer():
 def make_batch(step: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(step)
   tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
-  video = rng.normal(size=(BATCH, *TASK.clip)).astype(np.float32)
-  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.clip)).astype(np.float32)
+  video = rng.normal(size=(BATCH, *TASK.latent.clip)).astype(np.float32)
+  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.latent.clip)).astype(np.float32)
   return {
     "video": video,
     "trajectory": trajectory,
@@ -309,7 +309,7 @@ def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
 )
 def test_the_rivals_go_through_the_same_step(name):
   state, metrics = run(
-    make_case("generator", history=HISTORIES[name], weight=0.0, guidance=0.0), MeshConfig(data=1), 1
+    make_case("generator", method=HISTORIES[name], weight=0.0, guidance=0.0), MeshConfig(data=1), 1
   )
   assert np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0
   assert "forward_kl" not in metrics
