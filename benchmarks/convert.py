@@ -1,12 +1,10 @@
-"""Conversion at real size: `python -m benchmarks.convert` says how long it takes, and how much
-memory beside its largest shard.
+"""Time and memory of the conversion at real size: `python -m benchmarks.convert`.
 
-Random bfloat16 weights of Wan2.1's DiT (by default with the 1.3B's sizes) are written in the
-published layout, converted with the command that a person would use, and loaded for the forward of
-one block of 3 frames against an empty cache. Each part runs in a process of its own and is watched
-from outside; memory is what it allocates itself (anonymous pages), without pages of files, which
-the system takes back when it needs them. Prints one JSON object, with the hardware and the
-versions.
+Random bfloat16 weights of Wan2.1's DiT (by default of the 1.3B's sizes) are written in the
+published layout, converted by `python -m hiar_jax.convert`, and loaded for the forward of one block
+of 3 frames against an empty cache. Each part runs in a process of its own and is sampled from
+outside; memory is what it allocates itself (anonymous pages), without pages of files, which the
+system reclaims when it needs them. Prints one JSON object, with the hardware and the versions.
 """
 
 from collections.abc import Iterator
@@ -36,34 +34,34 @@ from hiar_jax.rollout.blocks import apply_with_cache, block_positions
 from hiar_jax.rollout.past import ring as caches
 
 HISTORY = Method()  # HiAR's
-TEXT_TOKENS = 512
-FACTOR = 8  # pixels per latent pixel
-INTERVAL = 0.02  # seconds between two looks at a process's memory
+TEXT_TOKENS = 512  # Wan2.1's prompts are padded to it
+FACTOR = 8  # pixels per latent pixel, of Wan2.1's VAE
+INTERVAL = 0.02  # seconds between two samples of a process's memory
 
 
 # ---------------------------------------------------------------------------------------- the parts
 
 
 def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int) -> list[int]:
-  """Random weights in the original layout; -> bytes of each shard."""
+  """Writes random weights in the original layout; returns the bytes of each shard."""
   folder.mkdir()
   rules = dit_rules(config)
-  shards = export.plan_shards(
-    {rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}, max_shard
-  )
-  export.write_shards(folder, layouts.PLACES["dit"][1], _random_tensors(rules), shards)
+  sizes = {rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}  # bytes in bfloat16
+  shards = export.plan_shards(sizes, max_shard)
+
+  def random_tensors() -> Iterator[tuple[str, np.ndarray]]:
+    # Made as they are written, so that no more than one shard is in memory.
+    rng = np.random.default_rng(0)
+    for rule in rules:
+      yield rule.name, (0.02 * rng.standard_normal(rule.shape, np.float32)).astype(jnp.bfloat16)
+
+  export.write_shards(folder, layouts.PLACES["dit"][1], random_tensors(), shards)
   (folder / "config.json").write_text(json.dumps(catalog.model_config("dit", config, "original")))
   return [path.stat().st_size for path in folder.glob("*.safetensors")]
 
 
-def _random_tensors(rules) -> Iterator[tuple[str, np.ndarray]]:
-  rng = np.random.default_rng(0)
-  for rule in rules:
-    yield rule.name, (0.02 * rng.standard_normal(rule.shape, np.float32)).astype(jnp.bfloat16)
-
-
 def forward_once(directory: str, height: int, width: int) -> dict:
-  """Times of loading, and of two calls of one block's forward; height, width in pixels."""
+  """Returns the seconds of loading, and of two calls of one block's forward; sides in pixels."""
   start = time.perf_counter()
   config, params = weights.load(directory, "dit")
   jax.block_until_ready(params)
@@ -82,7 +80,7 @@ def forward_once(directory: str, height: int, width: int) -> dict:
     )
 
   times = [time.perf_counter()]
-  for _ in range(2):
+  for _ in range(2):  # the first call compiles
     velocity, _ = jax.block_until_ready(call(params, x, text, cache))
     times.append(time.perf_counter())
   assert bool(jnp.isfinite(velocity).all())
@@ -95,13 +93,14 @@ def forward_once(directory: str, height: int, width: int) -> dict:
   }
 
 
-# ------------------------------------------------------------------------------------ watching them
+# -------------------------------------------------------------------------------------- measurement
 
 
 def watch(module: str, *arguments: str) -> tuple[str, float, int]:
-  """Runs `python -m module arguments` -> (what it printed, seconds, peak of anonymous bytes)."""
+  """Runs `python -m module arguments` -> (its stdout, seconds, peak of anonymous bytes)."""
   start, peak = time.perf_counter(), 0
   with (
+    # A file, not a pipe: nobody reads while the process runs, and a full pipe would block it.
     tempfile.TemporaryFile("w+") as out,
     subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=out) as process,
   ):
@@ -118,7 +117,7 @@ def watch(module: str, *arguments: str) -> tuple[str, float, int]:
 
 
 def anonymous_bytes(pid: int) -> int:
-  """What the process holds now in pages of its own; 0 once it has ended. Linux only."""
+  """Returns the bytes that a process holds now in anonymous pages, 0 once it has ended (Linux)."""
   try:
     text = pathlib.Path(f"/proc/{pid}/status").read_text()
   except (FileNotFoundError, ProcessLookupError):
@@ -131,14 +130,15 @@ def anonymous_bytes(pid: int) -> int:
 def measure(
   config: dit.DiTConfig, folder: pathlib.Path, max_shard: int, height: int, width: int
 ) -> dict:
+  """Writes, converts and loads weights below `folder`; returns the figures of the report."""
   source, out = folder / "published", folder / "weights"
   shards = write_published(config, source, max_shard)
-  # an interpreter with the same imports, doing nothing
+  # Baseline: an interpreter with the same imports that does nothing.
   _, idle_s, idle = watch("benchmarks.convert", "--idle")
-  said, convert_s, peak = watch("hiar_jax.convert", f"--source={source}", f"--out={out}")
-  print(said, file=sys.stderr)
+  output, convert_s, peak = watch("hiar_jax.convert", f"--source={source}", f"--out={out}")
+  print(output, file=sys.stderr)
   shutil.rmtree(source)
-  printed, _, forward_peak = watch(
+  forward, _, forward_peak = watch(
     "benchmarks.convert", f"--forward={out}", f"--height={height}", f"--width={width}"
   )
   found = weights.describe(out, "dit")
@@ -156,7 +156,7 @@ def measure(
     "imports_s": round(idle_s, 2),
     "peak_to_largest_shard": round(peak / max(shards), 3),
     "forward": {
-      **json.loads(printed),
+      **json.loads(forward),
       "pixels": [height, width],
       "peak_anonymous_bytes": forward_peak,
     },
@@ -164,6 +164,7 @@ def measure(
 
 
 def main() -> None:
+  """Runs the benchmark, or the part of it that --idle or --forward selects."""
   f = flags.FLAGS
   if f.idle:
     return
@@ -176,28 +177,30 @@ def main() -> None:
   with tempfile.TemporaryDirectory(dir=f.directory) as folder:
     result = measure(config, pathlib.Path(folder), f.max_shard_mb * 10**6, f.height, f.width)
   sizes = {"dim": f.dim, "ffn_dim": f.ffn_dim, "num_heads": f.num_heads, "layers": f.layers}
-  told = {"benchmark": "convert", "sizes": sizes, **result}
+  found = {"benchmark": "convert", "sizes": sizes, **result}
   print(
-    json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
   )
 
 
 if __name__ == "__main__":
   default = dit.DiTConfig()
-  flags.DEFINE_integer("layers", default.num_layers, "of the DiT", 1)
-  flags.DEFINE_integer("dim", default.dim, "its width", 1)
-  flags.DEFINE_integer("ffn_dim", default.ffn_dim, "width of its MLPs", 1)
-  flags.DEFINE_integer("num_heads", default.num_heads, "its attention heads", 1)
+  flags.DEFINE_integer("layers", default.num_layers, "layers of the DiT", 1)
+  flags.DEFINE_integer("dim", default.dim, "width of the DiT", 1)
+  flags.DEFINE_integer("ffn_dim", default.ffn_dim, "width of the DiT's MLPs", 1)
+  flags.DEFINE_integer("num_heads", default.num_heads, "attention heads of the DiT", 1)
   flags.DEFINE_integer(
     "max_shard_mb", 10_000, "largest file of the published layout; the 1.3B is published in one", 1
   )
-  flags.DEFINE_integer("height", 128, "of the block that is denoised, in pixels", 16)
-  flags.DEFINE_integer("width", 224, "of the block that is denoised, in pixels", 16)
+  flags.DEFINE_integer("height", 128, "pixel height of the block that is denoised", 16)
+  flags.DEFINE_integer("width", 224, "pixel width of the block that is denoised", 16)
   flags.DEFINE_string(
-    "directory", None, "where to make the temporary folder; it takes twice the size of the weights"
+    "directory",
+    None,
+    "folder for temporary files, of twice the size of the weights; default: the system's",
   )
   flags.DEFINE_string(
-    "forward", None, "only the forward, with these weights (the benchmark calls itself)"
+    "forward", None, "run the forward alone, with these weights (the benchmark calls itself)"
   )
-  flags.DEFINE_bool("idle", False, "only the imports (the benchmark calls itself)")
+  flags.DEFINE_bool("idle", False, "run the imports alone (the benchmark calls itself)")
   configs.run_flags(main)

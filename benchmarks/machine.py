@@ -1,4 +1,4 @@
-"""What a benchmark ran on, for its report."""
+"""Hardware and versions that a benchmark ran on, for its report."""
 
 import importlib.metadata
 import os
@@ -11,24 +11,27 @@ import hiar_jax
 
 
 def hardware() -> dict:
+  """Returns the processor, memory and devices of this machine (Linux)."""
   model = [
     line.split(":")[1].strip()
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    if "model name" in line
+    if "model name" in line  # not on ARM
   ]
+  # The first line is "MemTotal: <n> kB".
   memory = pathlib.Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
   return {
     "cpu": model[0] if model else platform.machine(),
-    "cores": len(os.sched_getaffinity(0)),
+    "cores": len(os.sched_getaffinity(0)),  # those that this process may use
     "memory_bytes": int(memory) * 1024,
     "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
     "platform": jax.devices()[0].platform,
-    "load": os.getloadavg()[0],
+    "load": os.getloadavg()[0],  # over the last minute, other work included
   }
 
 
 def versions() -> dict:
+  """Returns the versions of Python and of the packages that decide speed and memory."""
   packages = (
     "jax",
     "jaxlib",

@@ -1,18 +1,17 @@
-"""Streaming: `python -m benchmarks.stream` says how soon the first frames come, how steadily the
-others follow, and whether it lasts.
+"""Latency, throughput and stability of streaming: `python -m benchmarks.stream`.
 
 The student of an experiment (by default the shapes world's), with random weights, is streamed on
 several layouts of devices, each in a process of its own; on a CPU the devices are virtual and share
-its cores, so layouts show what they cost there, not what they gain on accelerators. Once the
-latents of each block are fetched to the host as they leave the pipe (no decoding), and once frames
-are taken from a Stream, whose own thread decodes. Compiling is reported for itself and is in no
-other number. Prints one JSON object:
+its cores, so layouts show their overhead there, not their gain on accelerators. Measured without
+decoding (the latents of each block are fetched to the host as they leave the pipeline) and with it
+(frames are taken from a Stream, whose own thread decodes). Compilation is in no number but
+compile_s. Prints one JSON object:
 
     compile_s            building the engine's programs, with the first run of each
     first_latents_s      from making a generation (its prompt's text included) to its first block
                          on the host; `ticks_to_first` ticks
     first_frames_s       the same to its first decoded frames
-    blocks_per_s         blocks / time of the steady part: after the pipe is full and a tenth of
+    blocks_per_s         blocks / time of the steady part: after the pipeline is full and 10 % of
                          the run is over
     interval_s           between blocks in that part: median, 5th and 95th percentile; jitter:
                          (95th - 5th) / median
@@ -53,11 +52,11 @@ from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.training.experiment import Experiment
 
-SAMPLES = 40  # looks at memory
+SAMPLES = 40  # samples of memory in a run
 
 
 def parts_of(e: Experiment) -> StreamParts:
-  """The student's sizes and method, weights and texts at random."""
+  """Returns the student's sizes and method with random weights and texts."""
   text = np.random.default_rng(0).standard_normal((1, e.text.length, e.text.dim), np.float32)
   params = jax.jit(functools.partial(dit.init, e.student_dit))(jax.random.key(0))
   size = e.latent.height, e.latent.width
@@ -74,16 +73,19 @@ def parts_of(e: Experiment) -> StreamParts:
 
 
 def codec_of(e: Experiment) -> PatchPCA:
-  """Of the experiment's sizes, at random."""
+  """Returns a random codec of the experiment's sizes.
+
+  Raises:
+    UserError: another kind of codec than patches.
+  """
   if not isinstance(e.codec, PatchPCAConfig):
     raise UserError(
       f"codec.kind = {e.codec.kind!r}: this benchmark decodes with 'patches' alone; give an "
       "experiment that does"
     )
   pixels, channels = e.codec.patch * e.codec.patch * 3, e.codec.channels
-  basis, _ = np.linalg.qr(
-    np.random.default_rng(1).standard_normal((pixels, channels)).astype(np.float32)
-  )
+  random = np.random.default_rng(1).standard_normal((pixels, channels)).astype(np.float32)
+  basis, _ = np.linalg.qr(random)  # orthonormal columns, as principal components
   return PatchPCA(
     np.zeros(pixels, np.float32), basis, np.ones(channels, np.float32), patch=e.codec.patch
   )
@@ -93,8 +95,10 @@ def codec_of(e: Experiment) -> PatchPCA:
 
 
 def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
+  """Streams `blocks` blocks on a layout of devices, without and with decoding."""
   codec, start = codec_of(e), time.perf_counter()
   engine = Engine(parts_of(e), TickOptions(layout=layout))
+  # Compiles: a generation up to its first block runs every program once.
   warm = LiveVideo(engine, "a")
   while warm.step() is None:
     pass
@@ -113,15 +117,17 @@ def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
 
 
 def latents_only(engine: Engine, blocks: int) -> dict:
+  """Streams blocks of latents to the host, on this thread."""
   times, memory, ticks = [], Memory(blocks), 0
   start = time.perf_counter()
   generation = LiveVideo(engine, "a")
   while len(times) < blocks:
     emitted, ticks = generation.step(), ticks + 1
     if emitted is not None:
-      np.asarray(emitted.latents)
+      np.asarray(emitted.latents)  # waits for the block
       times.append(time.perf_counter() - start)
-      memory.look(len(times))
+      memory.sample(len(times))
+  # The ticks that fill the pipeline, before the first block, are not counted.
   ticks_per_block = (ticks - engine.plan.levels + 1) / blocks
   return {
     "first_latents_s": round(times[0], 4),
@@ -132,32 +138,28 @@ def latents_only(engine: Engine, blocks: int) -> dict:
 
 
 def decoded(codec: PatchPCA, engine: Engine, blocks: int) -> dict:
-  """As a viewer has it who takes every chunk at once."""
+  """Streams decoded frames to a client that takes every chunk at once."""
   decode = jax.jit(patch_pca.decode)
   decoder = FramewiseDecoder(
     lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))]
   )
-  # compiles
-  decoder(
-    np.zeros(
-      (1, engine.plan.method.block, *engine.parts.size, engine.parts.config.channels), np.float32
-    ),
-    None,
-  )
+  block = (1, engine.plan.method.block, *engine.parts.size, engine.parts.config.channels)
+  decoder(np.zeros(block, np.float32), None)  # compiles
   times, memory = [], Memory(blocks)
   start = time.perf_counter()
   with Stream(LiveVideo(engine, "a"), decoder, fps=16.0, blocks=blocks) as stream:
     for _ in stream:
       times.append(time.perf_counter() - start)
-      memory.look(len(times))
+      memory.sample(len(times))
   return {"first_frames_s": round(times[0], 4), **steady(times), **memory.slopes()}
 
 
 def steady(times: list[float]) -> dict:
-  """Of the seconds at which blocks were there."""
+  """Returns throughput, jitter and drift from the arrival times of blocks, seconds."""
   kept = np.asarray(times[len(times) // 10 :])
   intervals = np.diff(kept)
   low, median, high = np.percentile(intervals, (5, 50, 95))
+  # Clipped, so that single pauses of the machine do not tilt the line.
   slope = np.polyfit(np.arange(intervals.size), np.clip(intervals, low, high), 1)[0]
   return {
     "blocks": len(times),
@@ -169,36 +171,37 @@ def steady(times: list[float]) -> dict:
 
 
 class Memory:
-  """Looks at the process's memory some forty times in a run, and fits a line to the last nine
-  tenths.
-  """
+  """Samples the process's memory about SAMPLES times in a run, and fits a line to the last 90 %."""
 
   def __init__(self, blocks: int):
-    self.every, self.first, self.seen = max(1, blocks // SAMPLES), blocks // 10, []
+    self.every = max(1, blocks // SAMPLES)
+    self.first = blocks // 10
+    self.samples = []
     gc.collect()
-    # what is there by now is not looked through again: a look would stand out among the intervals
+    # Objects that exist by now are excluded from later collections, which would otherwise lengthen
+    # the intervals in which a sample is taken.
     gc.freeze()
 
-  def look(self, block: int) -> None:
+  def sample(self, block: int) -> None:
     if block % self.every == 0 and block >= self.first:
-      gc.collect()
+      gc.collect()  # else garbage that waits for collection counts as growth
       arrays = sum(array.nbytes for array in jax.live_arrays())
-      self.seen.append((block, own_pages(), arrays))
+      self.samples.append((block, own_pages(), arrays))
 
   def slopes(self) -> dict:
-    if len(self.seen) < 3:
+    """Returns the growth in bytes per block, and the last sample; {} for fewer than 3 samples."""
+    if len(self.samples) < 3:
       return {}
-    block, pages, arrays = np.asarray(self.seen, np.float64).T
+    block, pages, arrays = np.asarray(self.samples, np.float64).T
     slope = lambda y: round(float(np.polyfit(block, y, 1)[0]), 1)
-    per_block, now = (
-      {"process": slope(pages), "arrays": slope(arrays)},
-      {"process": int(pages[-1]), "arrays": int(arrays[-1])},
-    )
-    return {"memory_per_block": per_block, "memory_bytes": now}
+    return {
+      "memory_per_block": {"process": slope(pages), "arrays": slope(arrays)},
+      "memory_bytes": {"process": int(pages[-1]), "arrays": int(arrays[-1])},
+    }
 
 
 def own_pages() -> int:
-  """Anonymous bytes of this process (Linux)."""
+  """Returns the anonymous bytes of this process (Linux)."""
   text = pathlib.Path("/proc/self/status").read_text()
   return sum(
     int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("RssAnon:")
@@ -206,10 +209,10 @@ def own_pages() -> int:
 
 
 def forwards(engine: Engine) -> int:
-  """How often the network is applied for a block: calls in one tick, each on every level, for the
-  one block that leaves.
+  """Counts the applications of the network per block: calls in one tick, each on every level, for
+  the one block that leaves.
   """
-  calls = 0
+  calls = 0  # while the tick is traced, without running it
 
   class Counted(type(engine.main)):
     def network(self, params):
@@ -222,21 +225,17 @@ def forwards(engine: Engine) -> int:
 
   programs = Counted(engine, engine.plan)
   text = jax.ShapeDtypeStruct(engine.text("a").shape, np.float32)
-  jax.eval_shape(
-    programs.compiled_tick,
-    engine.params,
-    programs.abstract(text),
-    text,
-    jax.ShapeDtypeStruct((), bool),
-  )
+  state = programs.abstract(text)
+  flag = jax.ShapeDtypeStruct((), bool)
+  jax.eval_shape(programs.compiled_tick, engine.params, state, text, flag)
   return calls * engine.plan.levels
 
 
-# -------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all layouts
 
 
 def run_layout(layout: str) -> dict:
-  """In a process of its own, with as many devices as it takes."""
+  """Measures a layout in a process of its own, which fixes the number of virtual devices."""
   environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(np.prod(parse(layout)))}
   done = subprocess.run(
     [sys.executable, "-m", "benchmarks.stream", *sys.argv[1:], f"--one={layout}"],
@@ -253,24 +252,25 @@ def parse(layout: str) -> tuple[int, int, int]:
   """'2x2x1' -> (2, 2, 1)."""
   sizes = layout.split("x")
   if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
-    raise UserError(f"--layouts: {layout!r} is none; give stage x tensor x sequence, as 4x1x1")
+    raise UserError(f"--layouts: {layout!r} is no layout; give stage x tensor x sequence, as 4x1x1")
   return tuple(int(size) for size in sizes)
 
 
 def main() -> None:
+  """Measures the layouts and prints the report, or only the layout of --one."""
   f = flags.FLAGS
   if f.one:
     print(json.dumps(measure(build(Experiment, f.config), Layout(*parse(f.one)), f.blocks)))
     return
   for layout in f.layouts:
-    parse(layout)
-  found = []
+    parse(layout)  # a typo in the last one fails before the first is measured
+  results = []
   for layout in f.layouts:
     print(f"stage x tensor x sequence = {layout}", file=sys.stderr)
-    found.append(run_layout(layout))
-  told = {"benchmark": "stream", "config": to_json(f.config), "layouts": found}
+    results.append(run_layout(layout))
+  found = {"benchmark": "stream", "config": to_json(f.config), "layouts": results}
   print(
-    json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
   )
 
 
@@ -279,10 +279,12 @@ if __name__ == "__main__":
     "config", "experiments/shapes.py", "the experiment whose student is streamed", lock_config=True
   )
   flags.DEFINE_integer(
-    "blocks", 2_000, "to stream on each layout, once without and once with decoding", 20
+    "blocks", 2_000, "blocks to stream on each layout, without and again with decoding", 20
   )
   flags.DEFINE_list(
-    "layouts", ["1x1x1", "2x1x1", "4x1x1", "2x2x1", "4x2x1"], "stage x tensor x sequence"
+    "layouts",
+    ["1x1x1", "2x1x1", "4x1x1", "2x2x1", "4x2x1"],
+    "layouts of devices to measure, each as stage x tensor x sequence",
   )
-  flags.DEFINE_string("one", "", "a single layout in this process (the benchmark calls itself)")
+  flags.DEFINE_string("one", "", "measure one layout in this process (the benchmark calls itself)")
   configs.run_flags(main)

@@ -1,16 +1,17 @@
-"""Training: `python -m benchmarks.train --config=experiments/shapes.py` says what one update of
-every stage takes.
+"""Time and memory of one training update of every stage:
 
-Each stage's own step, with its own optimizer, mapped over the devices as training maps it, on
-random latents and texts of the experiment's sizes; reading data, the codec and the text encoder are
-not in it. Every update is waited for. In distillation the exit level is drawn anew for each update,
-as in training, so updates differ in length. Prints one JSON object:
+    python -m benchmarks.train --config=experiments/shapes.py
+
+Each stage's own step, with its own optimizer, mapped over the devices as in training, on random
+latents and texts of the experiment's sizes; reading data, the codec and the text encoder are left
+out. Every update is waited for. In distillation each update draws its own exit level, as in
+training, so updates differ in length. Prints one JSON object:
 
     compile_s       tracing and compiling, with the first update
     update_s        median, 5th and 95th percentile of the updates after it
     clips_per_s     batch / median
-    peak_bytes      the most memory that the process (or the first accelerator) has held so far;
-                    stages run in the order printed
+    peak_bytes      peak memory of the process (or of the first accelerator) so far; stages run in
+                    the order printed
 """
 
 from collections.abc import Callable, Iterator
@@ -41,11 +42,11 @@ from hiar_jax.training.state import TrainConfig, TrainState, create
 from hiar_jax.types import Batch, Params
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
-WORDS = 64
+WORDS = 64  # size of the random vocabulary
 
 
 def task_of(e: Experiment) -> Task:
-  """Batches hold latents themselves; words are looked up."""
+  """Returns a task without codec and text encoder: batches hold latents; words are looked up."""
   table = jax.random.normal(jax.random.key(3), (WORDS, e.text.dim))
   return Task(
     encode=lambda batch: batch["video"],
@@ -56,8 +57,9 @@ def task_of(e: Experiment) -> Task:
 
 
 def batch_of(e: Experiment, training: TrainConfig) -> Batch:
-  """What any of the stages reads, at random."""
-  rng, clip, count = np.random.default_rng(0), e.latent.clip, training.batch
+  """Returns a random batch with the keys of every stage."""
+  rng = np.random.default_rng(0)
+  clip, count = e.latent.clip, training.batch
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
   clips = {
     "tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32),
@@ -77,42 +79,41 @@ def batch_of(e: Experiment, training: TrainConfig) -> Batch:
 def stage(
   e: Experiment, name: str
 ) -> tuple[TrainConfig, Callable[[Params], TrainState], Callable, bool]:
-  """(its settings, params -> fresh state, step, whether the step reads the teacher too)."""
-  task, key, sigmas = task_of(e), jax.random.key(1), jnp.asarray(e.student.sigmas, jnp.float32)
+  """Returns (settings, params -> initial state, step, True if the step reads the teacher too)."""
+  task = task_of(e)
+  key = jax.random.key(1)
+  sigmas = jnp.asarray(e.student.sigmas, jnp.float32)
   if name == "teacher":
-    return (
-      e.teacher,
-      lambda params: create(key, params, e.teacher.optimizer()),
-      teacher.make_step(e.teacher, e.dit, task),
-      False,
-    )
+    step = teacher.make_step(e.teacher, e.dit, task)
+    return e.teacher, lambda params: create(key, params, e.teacher.optimizer()), step, False
   if name == "causal_init":
     step = causal_init.make_step(e.causal_init, e.student_dit, task, sigmas, e.history)
     return e.causal_init, lambda params: create(key, params, e.causal_init.optimizer()), step, False
-  who = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, task)
+  student = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, task)
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
   optimizers = e.distill.generator_optimizer(), e.distill.critic_optimizer()
+  # The critic is a copy: buffers of the state are donated, so none may occur in it twice.
   fresh = lambda params: create(
     key, params, optimizers[0], jax.tree.map(jnp.copy, params), optimizers[1]
   )
-  return e.distill, fresh, make(e.distill, who), name == "generator"
+  return e.distill, fresh, make(e.distill, student), name == "generator"
 
 
 def measure(e: Experiment, name: str, updates: int) -> dict:
-  """`updates` updates of a stage after its first."""
+  """Times `updates` updates of a stage after its first."""
   mesh = make_mesh(e.mesh)
   with jax.set_mesh(mesh):
     training, fresh, step, reads_teacher = stage(e, name)
-    born = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
-    shardings = state_shardings(jax.eval_shape(born), mesh, e.mesh.min_shard)
-    state = jax.block_until_ready(jax.jit(born, out_shardings=shardings)())
-    frozen = (
-      (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),) if reads_teacher else ()
-    )
+    initial = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
+    # Initialised in its shards: the whole state may not fit on one device.
+    shardings = state_shardings(jax.eval_shape(initial), mesh, e.mesh.min_shard)
+    state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
+    frozen = ()  # arguments of the step that it does not train
+    if reads_teacher:
+      frozen = (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),)
     batch = put_batch(batch_of(e, training), mesh)
-    times = list(
-      timed(map_step(step, shardings, mesh, e.mesh.mapping), state, batch, frozen, updates)
-    )
+    mapped = map_step(step, shardings, mesh, e.mesh.mapping)
+    times = list(timed(mapped, state, batch, frozen, updates))
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   return {
     "compile_s": round(times[0], 2),
@@ -127,9 +128,10 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
 def timed(
   step: Callable, state: TrainState, batch: Batch, frozen: tuple, updates: int
 ) -> Iterator[float]:
-  """Seconds of each update."""
+  """Yields the seconds of each update, the first of them with compilation."""
   for count in range(updates + 1):
-    # its randomness comes from there, and generator steps leave it alone
+    # The step's random key is folded with state.step, which generator steps do not advance: set it,
+    # so that every update draws its own exit level.
     state = state.replace(step=jnp.full((), count, jnp.int32))
     start = time.perf_counter()
     state, metrics = jax.block_until_ready(step(state, batch, *frozen))
@@ -139,23 +141,23 @@ def timed(
 
 
 def peak_bytes() -> int:
-  found = jax.devices()[0].memory_stats()
-  return (
-    found["peak_bytes_in_use"]
-    if found
-    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  )
+  """Returns the peak memory of the first accelerator, or of this process where there is none."""
+  stats = jax.devices()[0].memory_stats()
+  if stats:
+    return stats["peak_bytes_in_use"]
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
 
 
 def main() -> None:
+  """Measures the stages and prints the report."""
   f = flags.FLAGS
-  e, found = build(Experiment, f.config), {}
+  e, stages = build(Experiment, f.config), {}
   for name in f.stages:
     print(name, file=sys.stderr)
-    found[name] = measure(e, name, f.updates)
-  told = {"benchmark": "train", "config": to_json(f.config), "stages": found}
+    stages[name] = measure(e, name, f.updates)
+  found = {"benchmark": "train", "config": to_json(f.config), "stages": stages}
   print(
-    json.dumps({**told, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
   )
 
 
@@ -163,8 +165,8 @@ if __name__ == "__main__":
   config_flags.DEFINE_config_file(
     "config", "experiments/shapes.py", "the experiment whose updates are timed", lock_config=True
   )
-  flags.DEFINE_integer("updates", 40, "of each stage", 2)
+  flags.DEFINE_integer("updates", 40, "timed updates of each stage", 2)
   flags.DEFINE_multi_enum(
-    "stages", list(STAGES), STAGES, "which to time; repeat the flag for several"
+    "stages", list(STAGES), STAGES, "stages to time; repeat the flag for several"
   )
   configs.run_flags(main)

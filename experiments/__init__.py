@@ -1,1 +1,1 @@
-"""One config per run. A fork is an import and a change."""
+"""One config per run; a variant imports another config and changes fields of it."""

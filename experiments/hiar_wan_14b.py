@@ -1,4 +1,4 @@
-"""HiAR with a student of 14B: the 1.3B run with another base, which is its own real score.
+"""HiAR with a 14B student: the 1.3B run with another base, which is its own real score.
 
     python -m hiar_jax.train --config=experiments/hiar_wan_14b.py --workdir=runs/hiar_14b \
       --config.data.prompts=prompts.txt

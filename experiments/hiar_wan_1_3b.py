@@ -6,11 +6,12 @@ Wan2.1-T2V-14B as the real score.
     python -m hiar_jax.train --config=experiments/hiar_wan_1_3b.py --workdir=runs/hiar \
       --config.data.prompts=prompts.txt
 
-For accelerators: never trained here. "code" below is the published configs/hiar.yaml and its
-trainer, where the paper is silent or differs. To start from a causal student that exists (the
-published run starts from Self-Forcing's ode_init.pt), convert it and set weights.student.
+For accelerators; not trained yet. Comments: "section", "Eq.", "Table" are the paper's; "code" is
+the published configs/hiar.yaml and its trainer, where the paper gives no value or another one. To
+start from an existing causal student (the published run starts from Self-Forcing's ode_init.pt),
+convert it and set weights.student.
 
-To use it:
+To generate:
 
     python -m hiar_jax.generate --config=experiments/hiar_wan_1_3b.py --weights=weights/hiar \
       --prompt="..." --out=clip.mp4
@@ -131,7 +132,7 @@ def get_config() -> config_dict.ConfigDict:
   )
 
 
-# What the trained stages share where they do not say otherwise.
+# Defaults of the trained stages.
 TRAINING = dict(
   warmup=50,
   schedule="constant",

@@ -1,9 +1,9 @@
-"""Self-Forcing (arXiv 2506.08009) with Wan2.1-T2V-1.3B: block-first, clean history, no forward-KL.
+"""Self-Forcing (arXiv 2506.08009) with Wan2.1-T2V-1.3B: block-first, clean context, no forward-KL.
 
     python -m hiar_jax.train --config=experiments/self_forcing_wan_1_3b.py \
       --workdir=runs/self_forcing --config.data.prompts=prompts.txt
 
-The baseline.
+The baseline of HiAR's paper.
 """
 
 from hiar_jax.experiments import hiar_wan_1_3b

@@ -5,11 +5,10 @@
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke
 
 The first is the main job, `full` trains longer, `smoke` runs every stage in a minute. On two cores
-of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (README.md has what comes
-out).
+of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (results: README.md).
 
-The same classes, losses and stages as Wan at full size; the sizes are small. To fork: import this
-file's get_config and change lines, as shapes_self_forcing.py does.
+The same classes, losses and stages as Wan at full size, with small sizes. For a variant, import
+this file's get_config and change fields, as shapes_self_forcing.py does.
 """
 
 from ml_collections import config_dict
@@ -19,16 +18,16 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   config = config_dict.ConfigDict(
     dict(
       seed=0,
-      # a workdir whose data, teacher, trajectories and causal init are used instead of made
+      # a workdir whose data, teacher, trajectories and causal init are reused
       stages_from="",
       data=dict(
         source="shapes",  # or "videos": the clips in `folder`
-        frames=9,  # three blocks of three, the shortest clip in which history matters twice
+        frames=9,  # three blocks of three, the shortest clip in which context is used twice
         size=32,
         seed=0,
         difficulty="plain",  # or "textured": two shapes that cross on a texture
-        # share of clips from further on in a video, where the caption's direction holds no more;
-        # with 0 shapes stop there
+        # share of clips from later in a video, where the caption's direction no longer holds; with
+        # 0, shapes of long videos stop there
         later=0.3,
         clips=12288,
         folder="",
@@ -36,7 +35,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
       ),
       codec=dict(  # stands for the VAE
         patch=8,
-        # numbers a token: well under the width, each carries its noise through the residual stream
+        # numbers a token; far fewer than model.dim, since the noise of each passes through the
+        # residual stream
         channels=32,
         whitening=0.5,
       ),
@@ -54,10 +54,10 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         dtype="float32",
         remat="none",  # "dots" or "full" trade time for memory
         attention="xla",
-        # not Wan's; on 4 x 4 tokens no direction is learnt without (DiTConfig)
+        # not Wan's; without it no direction is learnt on 4 x 4 tokens (DiTConfig)
         place_embedding=True,
-        unroll=4,  # all layers: on a CPU a fifth faster than the loop
-        merge_tokens=True,  # on a CPU a seventh faster still
+        unroll=4,  # all layers: about 20 % faster than the loop on a CPU
+        merge_tokens=True,  # about 14 % faster still on a CPU
       ),
       student=dict(
         timesteps=(1000, 750, 500, 250),  # HiAR, section 4.1
@@ -68,8 +68,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         order="step_first",  # Algorithm 1
         level="output",  # Eq. 9
         gradient="detached",
-        # HiAR's is the training length; here one block less, so that training shows a context
-        # without the first block
+        # HiAR's is the training length; here one block less, so that contexts without the first
+        # block occur in training
         window=6,
         sink=0,
         sink_level="history",
@@ -99,21 +99,21 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         steps=500,
         batch=16,
         lr=5e-4,
-        rule="muon",  # AdamW hardly learns anew where the first block goes (README.md)
+        rule="muon",  # AdamW barely learns the first block's direction again (README.md)
         schedule="cosine",
         clip=1.0,
-        # "noisy", a level for each block of its own, is published; here it made the error .0084,
-        # not .0069
+        # published: "noisy", an independent level per block; here its error was .0084, this one's
+        # .0069
         shows="history",
       ),
       distill=dict(
         TRAINING,
         steps=200,
         batch=16,
-        lr=5e-5,  # at 1e-4 directions and a third of the motion were lost in 60 generator updates
-        # the generator's updates are 40; in a warm-up of 50 they would end at their fastest
+        lr=5e-5,  # at 1e-4, 60 generator updates lost directions and 33 % of the motion
+        # the generator has 40 updates: with a warm-up of 50 none would reach the full lr
         warmup=10,
-        # published: constant; here, after a warm-up of 50, colours and shapes were 1 % worse
+        # published: constant; here, after a warm-up of 50, it made colours and shapes 1 % worse
         schedule="cosine",
         b1=0.0,  # HiAR's published config
         ema_decay=0.99,  # HiAR's published config, from update 200 there
@@ -121,8 +121,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         critic_lr=2e-4,
         critic_updates=5,  # HiAR, section 4.1: 5 : 1
         critic_warmup=0,
-        # g of losses.dmd; HiAR's published config: 3. Here the prompt is followed without, and
-        # guidance costs error
+        # g of losses.dmd; HiAR's published config: 3. Here prompts are followed without guidance,
+        # and guidance raises the error
         guidance=0.0,
         score_shift=5.0,  # HiAR's published config
         score_low=0.02,
@@ -130,8 +130,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         forward_kl=dict(
           weight=0.1,  # lambda; HiAR, section 4.1
           steps=1,  # K
-          # the published code; the paper's "bidirectional" moves the student while it learns that
-          # mode
+          # the published code; the paper's "bidirectional" changes the student while it learns that
+          # mask
           attention="causal",
           target="velocity",  # Eq. 10
         ),
@@ -163,7 +163,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   return VARIANTS[variant](config)
 
 
-# What the trained stages share where they do not say otherwise.
+# Defaults of the trained stages.
 TRAINING = dict(
   warmup=50,
   schedule="constant",
@@ -184,7 +184,7 @@ def main(c):
 
 
 def full(c):
-  """The same, trained longer on more."""
+  """Returns the main config with more updates and trajectories."""
   c.teacher.steps = 3600
   c.trajectories.count = 1536
   c.trajectories.steps = 24
@@ -193,7 +193,7 @@ def full(c):
 
 
 def smoke(c):
-  """Every stage in a minute: the networks learn nothing, everything runs."""
+  """Returns a config that runs every stage in a minute; the networks learn nothing."""
   c.data.clips = 64
   c.model.update(dim=32, ffn_dim=64, num_layers=2, num_heads=2, unroll=1)
   c.teacher.update(steps=20, batch=8)

@@ -3,7 +3,7 @@
     python -m hiar_jax.train --config=experiments/shapes_no_forward_kl.py \
       --workdir=runs/no_forward_kl --config.stages_from=runs/shapes
 
-In the paper there is less drift, and motion dies.
+The paper reports less drift and a loss of motion.
 """
 
 from hiar_jax.experiments import shapes

@@ -1,10 +1,10 @@
-"""Self-Aligned Forcing (2026) on the shapes world: history at the input level, differentiable, with
+"""Self-Aligned Forcing (2026) on the shapes world: context at the input level, differentiable, with
 a clean sink.
 
     python -m hiar_jax.train --config=experiments/shapes_self_aligned.py \
       --workdir=runs/self_aligned --config.stages_from=runs/shapes
 
-The rival.
+A method to compare HiAR with.
 """
 
 from hiar_jax.experiments import shapes

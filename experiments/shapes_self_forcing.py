@@ -1,9 +1,9 @@
-"""Self-Forcing (arXiv 2506.08009) on the shapes world: HiAR's chain with another row of method.py.
+"""Self-Forcing (arXiv 2506.08009) on the shapes world: HiAR's stages, another method (method.py).
 
     python -m hiar_jax.train --config=experiments/shapes_self_forcing.py \
       --workdir=runs/self_forcing --config.stages_from=runs/shapes
 
-The baseline.
+The baseline of HiAR's paper.
 """
 
 from hiar_jax.experiments import shapes

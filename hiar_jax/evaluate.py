@@ -4,7 +4,7 @@
       --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl
 
 Rows: true clips, true clips through the codec, the teacher (at its training length), the causal
-init under each run's history, and each run's student. Same held-out prompts, same seeds. Writes
+init with each run's method, and each run's student; same held-out prompts, same seeds. Writes
 metrics.json, table.md, fifths.png and a contact sheet per row.
 """
 
@@ -36,10 +36,13 @@ _VIDEOS = flags.DEFINE_integer(
   "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
 )
 _LENGTH = flags.DEFINE_float("length", 4.0, "training lengths of a video")
-_SEED = flags.DEFINE_integer("seed", 1000, "of the first video; not those of the sample stage")
+_SEED = flags.DEFINE_integer(
+  "seed", 1000, "random seed of the first video; other than those of the sample stage"
+)
 
 
 def main() -> None:
+  """Measures all rows and writes the results; prints each row as it is measured."""
   if not _WORKDIRS.value or not _OUT.value:
     raise UserError("give --workdirs=runs/a,runs/b and --out=DIR")
   runs = [open_run(read_config(workdir), workdir, save=False) for workdir in _WORKDIRS.value]
@@ -54,15 +57,16 @@ def main() -> None:
   table = report.format_table(results)
   write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
   write_atomic(out / "table.md", (table + "\n").encode())
-  report.plot(
-    {name: result for name, result in results.items() if result["settings"]["frames"] == frames},
-    out / "fifths.png",
-  )
+  # Fifths of videos of other lengths (the teacher's) cannot be drawn over the same axis.
+  drawn = {
+    name: result for name, result in results.items() if result["settings"]["frames"] == frames
+  }
+  report.plot(drawn, out / "fifths.png")
   print(table)
 
 
 def references(run: Run, frames: int) -> dict[str, dict]:
-  """What a perfect model would score, and what the codec alone costs."""
+  """Returns the measures of true clips, and of true clips through the codec alone."""
   codec = run.components.codec
   through = lambda videos: np.asarray(patch_pca.decode(codec, patch_pca.encode(codec, videos)))
   return {
@@ -72,46 +76,39 @@ def references(run: Run, frames: int) -> dict[str, dict]:
 
 
 def rows(runs: list[Run], prompts: list[str], frames: int):
-  """(name, videos uint8) of each row."""
+  """Yields (name, videos uint8 [n, f, H, W, 3]) of each row, one at a time to bound memory."""
   first = runs[0]
-  yield "teacher, training length", teacher_videos(first, prompts)
-  orders: dict[str, Method] = {}
+  # The teacher is bidirectional: its clips have the training length.
+  sample = first.teacher_sampler(jax.random.key(_SEED.value))
+  points = sample(pretrained.load(first), first.tokens(prompts), np.arange(len(prompts)))
+  yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
+  # Runs of the same method share a row.
+  methods: dict[str, Method] = {}
   for run in runs:
-    orders.setdefault(f"causal init, {label(run.experiment.history)}", run.experiment.history)
+    methods.setdefault(f"causal init, {label(run.experiment.history)}", run.experiment.history)
   weights = pretrained.load_weights(first, "causal_init")
-  for name, method in orders.items():
-    changed = dataclasses.replace(
-      first, experiment=dataclasses.replace(first.experiment, history=method)
-    )
+  for name, method in methods.items():
+    experiment = dataclasses.replace(first.experiment, history=method)
+    changed = dataclasses.replace(first, experiment=experiment)
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
     name = f"{run.workdir.name}, {label(run.experiment.history)}"
-    yield (
-      name,
-      samples.make_videos(
-        run, pretrained.load_weights(run, "distill"), prompts, frames, _SEED.value, name
-      ),
-    )
+    weights = pretrained.load_weights(run, "distill")
+    yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 
 def label(method: Method) -> str:
-  """`step-first, output history` and the like."""
+  """Returns the name of a method in the table, as `step-first, output history`."""
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"
-
-
-def teacher_videos(run: Run, prompts: list[str]) -> np.ndarray:
-  """The teacher's clips: it is bidirectional, so they have the training length."""
-  sample = run.teacher_sampler(jax.random.key(_SEED.value))
-  points = sample(pretrained.load(run), run.tokens(prompts), np.arange(len(prompts)))
-  return run.pixels(points[:, -1])
 
 
 def save_sheet(
   run: Run, out: pathlib.Path, name: str, videos: np.ndarray, prompts: list[str]
 ) -> None:
+  """Writes a contact sheet of the first eight videos as OUT/<name in lower case>.png."""
   out.mkdir(parents=True, exist_ok=True)
-  shown = {prompt: video for prompt, video in list(zip(prompts, videos, strict=True))[:8]}
+  shown = dict(list(zip(prompts, videos, strict=True))[:8])
   sheet = contact_sheet(shown, title=name, train_frames=run.experiment.data.frames)
   write_png(out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png", sheet)
 

@@ -22,7 +22,7 @@ LAYERS = [
   "data losses",
   "components evaluation",
   "planning training",
-  "generation conversion train evaluate",
+  "generation conversion train evaluate compare",
   "streaming generate convert",
   "serving stream",
   "serve",

@@ -1,10 +1,10 @@
-"""The teacher trajectories that HiAR's and Self-Forcing's `generate_ode_pairs.py` write, as a
+"""Imports the teacher trajectories of HiAR's and Self-Forcing's `generate_ode_pairs.py` as a
 trajectory data set.
 
-Their folder holds a `.pt` file a prompt, {prompt: tensor [1, s, f, c, h, w]}: latents of Wan2.1
-1.3B, normalised, from noise to data, at s of the levels of its sampler (48 Euler steps, shift 8,
-guidance 6; the levels before steps 0, 12, 24, 36 and the end). The files are read without PyTorch
-and without running what is in them.
+Their folder holds one `.pt` file per prompt, {prompt: tensor [1, s, f, c, h, w]}: normalised
+latents of Wan2.1 1.3B, from noise to data, at s of the levels of its sampler (48 Euler steps,
+shift 8, guidance scale 6; the levels before steps 0, 12, 24, 36 and the last one). The files are
+read without PyTorch and without running the code that a pickle may hold.
 """
 
 from collections.abc import Sequence
@@ -29,19 +29,17 @@ _AXES = "[1, levels, frames, channels, height, width]"
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """How the trajectories were made; the defaults are the published scripts'.
-
-  kept: which of the steps + 1 levels are in the files.
-  """
+  """Settings of the sampler that made the trajectories; defaults: the published scripts'."""
 
   steps: int = 48
-  shift: float = 8.0
-  kept: tuple[int, ...] = (0, 12, 24, 36, -1)
+  shift: float = 8.0  # of the sigma schedule
+  kept: tuple[int, ...] = (0, 12, 24, 36, -1)  # indices, of the steps + 1 levels, in the files
 
   def __post_init__(self):
     at_least(1, steps=self.steps)
-    there = all(-self.steps - 1 <= index <= self.steps for index in self.kept)
-    if len(self.kept) < 2 or not there or (np.diff(self.sigmas) >= 0).any():
+    # Checked before `sigmas` looks the indices up.
+    in_range = all(-self.steps - 1 <= index <= self.steps for index in self.kept)
+    if len(self.kept) < 2 or not in_range or (np.diff(self.sigmas) >= 0).any():
       raise UserError(
         f"kept = {self.kept}: expected at least two of the levels 0 to {self.steps} (-1 is the "
         "last), from noise to data"
@@ -49,7 +47,7 @@ class Sampler:
 
   @property
   def sigmas(self) -> list[float]:
-    """The kept levels, noisiest first: 1, .96, .8889, .7273, 0."""
+    """Kept noise levels, noisiest first; with the defaults 1, .96, .8889, .7273, 0."""
     schedule = flow.sigma_schedule(self.steps, self.shift)
     return [float(schedule[index]) for index in self.kept]
 
@@ -63,7 +61,7 @@ class Pair:
 
 
 def list_pairs(folder: str | os.PathLike) -> list[Pair]:
-  """The trajectories of a folder, files by name. Reads no latents.
+  """Returns the trajectories of a folder, in the order of the file names, without reading latents.
 
   Raises:
     UserError: no such folder, no `.pt` file in it, or one that holds no {prompt: tensor}.
@@ -71,9 +69,10 @@ def list_pairs(folder: str | os.PathLike) -> list[Pair]:
   folder = pathlib.Path(folder)
   paths = sorted(folder.glob("*.pt"))
   if not paths:
-    what = "holds no .pt file" if folder.is_dir() else "is no folder"
+    problem = "holds no .pt file" if folder.is_dir() else "is no folder"
     raise UserError(
-      f"{folder} {what}; give the folder that generate_ode_pairs.py wrote, with 00000.pt and so on"
+      f"{folder} {problem}; give the folder that generate_ode_pairs.py wrote, with 00000.pt and so "
+      "on"
     )
   return [
     Pair(path, prompt)
@@ -83,42 +82,34 @@ def list_pairs(folder: str | os.PathLike) -> list[Pair]:
 
 
 def _entries(path: pathlib.Path) -> dict[str, Any]:
-  """What a file holds: arrays in the file, by prompt."""
+  """Returns {prompt: array} of a file; arrays are mapped from the file, not read."""
   content = read_torch(path)
-  if (
-    not isinstance(content, dict) or not content or not all(isinstance(key, str) for key in content)
-  ):
-    held = (
-      f"a dict of {len(content)} entries" if isinstance(content, dict) else type(content).__name__
-    )
-    raise UserError(f"{path} holds {held}; expected a trajectory, {{prompt: tensor {_AXES}}}")
-  return content
+  if isinstance(content, dict) and content and all(isinstance(key, str) for key in content):
+    return content
+  found = (
+    f"a dict of {len(content)} entries" if isinstance(content, dict) else type(content).__name__
+  )
+  raise UserError(f"{path} holds {found}; expected a trajectory, {{prompt: tensor {_AXES}}}")
 
 
 def read_latents(pair: Pair, levels: int, channels: int = 16) -> np.ndarray:
-  """The latents of a trajectory, channels last: [s, f, h, w, c], noisiest first, in the file's
-  dtype.
+  """Returns the latents of a trajectory, [s, f, h, w, c], noisiest first, in the file's dtype.
 
   Raises:
-    UserError: a tensor of another shape or kind.
+    UserError: a tensor of another shape or dtype.
   """
   array = _entries(pair.path)[pair.prompt]
-  shape = getattr(array, "shape", None)
-  if (
-    shape is None
-    or len(shape) < 5
-    or shape[:-5] not in ((), (1,))
-    or array.dtype.name not in _FLOATING
-  ):
+  shape = getattr(array, "shape", ())
+  # The leading axis of one prompt may be missing.
+  if len(shape) < 5 or shape[:-5] not in ((), (1,)) or array.dtype.name not in _FLOATING:
     raise UserError(f"{pair.path} holds {_describe(array)}; expected floating numbers {_AXES}")
   array = array.reshape(shape[-5:])
   if array.shape[0] != levels or array.shape[2] != channels:
     raise UserError(
       f"{pair.path} holds {_describe(array)}; expected {levels} levels and {channels} channels, "
-      f"{_AXES}; "
-      "say which levels were kept if there are others"
+      f"{_AXES}; say which levels were kept if there are others"
     )
-  return np.moveaxis(array, 2, -1)
+  return np.moveaxis(array, 2, -1)  # [s, f, c, h, w] -> [s, f, h, w, c]
 
 
 def prepare(
@@ -130,17 +121,17 @@ def prepare(
   part_size: int = 8,
   channels: int = 16,
 ) -> None:
-  """Writes the trajectory data set of a folder of `.pt` files; stopped anywhere, the same call goes
-  on.
+  """Writes the trajectory data set of a folder of `.pt` files; resumes where it was stopped.
 
   dtype: of the data set; the published pipeline keeps float16 too. part_size: trajectories between
   two points of resumption, held in memory at once (42 MB each at 480p in float32).
 
   Raises:
     UserError: files that hold something else, values that are not finite, or a directory with other
-    trajectories.
+      trajectories.
   """
   pairs = list_pairs(folder)
+  # Identifies the source without reading its gigabytes: names and prompts, not latents.
   digest = hashlib.sha256(
     json.dumps([(pair.path.name, pair.prompt) for pair in pairs]).encode()
   ).hexdigest()[:16]
@@ -154,18 +145,18 @@ def prepare(
   writer = TrajectoryWriter(directory, sampler.sigmas, len(pairs), part_size, dtype, recipe)
   for part in tqdm.tqdm(writer.missing_parts(), desc="trajectories", unit="part"):
     chosen = [pairs[row] for row in writer.rows(part)]
-    writer.write_part(
-      part, _stack(chosen, len(sampler.kept), channels), [pair.prompt for pair in chosen]
-    )
+    latents = _stack(chosen, len(sampler.kept), channels)
+    writer.write_part(part, latents, [pair.prompt for pair in chosen])
   writer.finish()
 
 
 def _stack(pairs: Sequence[Pair], levels: int, channels: int) -> np.ndarray:
+  """Returns the latents of several trajectories, [m, s, f, h, w, c]."""
   latents = [read_latents(pair, levels, channels) for pair in pairs]
-  for pair, one in zip(pairs, latents, strict=True):
-    if one.shape != latents[0].shape:
+  for pair, array in zip(pairs, latents, strict=True):
+    if array.shape != latents[0].shape:
       raise UserError(
-        f"{pair.path} holds {_describe(one)}, {pairs[0].path} {_describe(latents[0])}; expected "
+        f"{pair.path} holds {_describe(array)}, {pairs[0].path} {_describe(latents[0])}; expected "
         "one size, import them apart"
       )
   return np.stack(latents)

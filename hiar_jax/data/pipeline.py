@@ -1,11 +1,11 @@
-"""From a directory to batches: any of the data sets, shuffled, sharded by process, resumable to the
-batch.
+"""Batches of a data set: shuffled, sharded by process, resumable to the batch.
 
-The order is that of the global batch: it depends on the seed and the global batch size, not on how
-many processes share the work, nor on the number of reading threads.
+The order is that of the global batch: it depends on the seed and the global batch size, not on the
+number of processes that share the work or of reading threads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -29,8 +29,7 @@ def make_iterator(
   prefetch: int = 8,
   keys: Sequence[str] | None = None,
 ) -> grain.DatasetIterator:
-  """An endless iterator over dicts of arrays: each array feature as [b, ...], and "tokens" [b,
-  ...], what `tokenize` makes of a record.
+  """Returns an endless iterator over batches {array feature: [b, ...], "tokens": [b, ...]}.
 
   Every epoch is a permutation of the data set; epochs follow each other without a break, so a batch
   may hold the end of one and the start of the next. `get_state()` and `set_state()` resume exactly.
@@ -38,27 +37,30 @@ def make_iterator(
 
   Args:
     batch_size: of this process; the global batch is batch_size * process_count.
-    tokenize: record -> what the model reads of its caption, an array of the same shape for every
-    record.
+    tokenize: record -> "tokens", an array of the same shape for every record.
     keys: the array features wanted, all by default.
 
   Raises:
-    UserError: nothing there, fewer records than the global batch, or a feature that the data set
-    lacks.
+    UserError: no data set, fewer records than the global batch, or a feature that the data set
+      lacks.
   """
   source = tfds_builder.open_source(directory)
   global_batch = batch_size * process_count
   if batch_size < 1 or len(source) < global_batch:
     raise UserError(
       f"{directory} holds {len(source)} clips, but a batch takes {global_batch}; use batches of 1 "
-      "to "
-      f"{len(source)}, or write more clips"
+      f"to {len(source)}, or write more clips"
     )
-  reader = _Reader(
-    source, tokenize, slice(process_index * batch_size, (process_index + 1) * batch_size), keys
-  )
-  reader.check(directory)
-  order = grain.MapDataset.range(len(source)).shuffle(seed=_seed32(seed)).repeat()
+  available = [key for key in source[0] if key != "caption"]
+  if missing := [key for key in keys or () if key not in available]:
+    raise UserError(f"{directory} has no {', '.join(missing)}; it has {', '.join(available)}")
+  rows = slice(process_index * batch_size, (process_index + 1) * batch_size)
+  reader = _Reader(source, tokenize, rows, available if keys is None else list(keys))
+  # Grain takes seeds of 32 bits; SeedSequence hashes longer ones down.
+  seed32 = int(np.random.SeedSequence(seed).generate_state(1)[0])
+  # Numbers are shuffled and batched for all processes alike, and only then does each process read
+  # its own rows: the global order is independent of the number of processes.
+  order = grain.MapDataset.range(len(source)).shuffle(seed=seed32).repeat()
   batches = order.batch(global_batch).map(reader)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
@@ -66,31 +68,24 @@ def make_iterator(
   return iter(batches.to_iter_dataset(options))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Reader:
-  """Record numbers of a global batch -> this process' rows of it."""
+  """Maps the record numbers of a global batch to this process's rows of it."""
 
-  def __init__(
-    self, source: Sequence[Mapping[str, Any]], tokenize, rows: slice, keys: Sequence[str] | None
-  ):
-    self._source, self._tokenize, self._rows = source, tokenize, rows
-    self._available = [k for k in source[0] if k != "caption"]
-    self._keys = list(keys) if keys is not None else self._available
-
-  def check(self, directory: str | os.PathLike) -> None:
-    missing = [k for k in self._keys if k not in self._available]
-    if missing:
-      raise UserError(
-        f"{directory} has no {', '.join(missing)}; it has {', '.join(self._available)}"
-      )
+  source: Sequence[Mapping[str, Any]]
+  tokenize: Callable[[Mapping[str, Any]], np.ndarray]
+  rows: slice  # of the global batch
+  keys: list[str]
 
   def __call__(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    records = self._source.__getitems__([int(i) for i in numbers[self._rows]])
-    batch = {key: _stack([r[key] for r in records]) for key in self._keys}
-    return {**batch, "tokens": np.stack([self._tokenize(record) for record in records])}
+    # One call for all records: array_record reads them in parallel.
+    records = self.source.__getitems__([int(i) for i in numbers[self.rows]])
+    batch = {key: _stack([record[key] for record in records]) for key in self.keys}
+    return {**batch, "tokens": np.stack([self.tokenize(record) for record in records])}
 
 
 def read_captions(directory: str | os.PathLike) -> list[str]:
-  """The caption of every record of a data set, in its order.
+  """Returns the caption of every record of a data set, in its order.
 
   Raises:
     UserError: no complete data set is there.
@@ -100,15 +95,13 @@ def read_captions(directory: str | os.PathLike) -> list[str]:
 
 
 def read_starts(directory: str | os.PathLike) -> list[int]:
-  """The frame of its video at which every clip of a data set begins, 0 where the data set does not
-  say.
-  """
+  """Returns the frame of its video at which each clip of a data set begins, 0 by default."""
   source = tfds_builder.open_source(directory)
   return [int(source[i].get("start", 0)) for i in range(len(source))]
 
 
 def read_prompts(path: str | os.PathLike) -> list[str]:
-  """One prompt a line; blank lines and lines that start with # are left out.
+  """Returns the prompts of a text file, one a line; skips blank lines and lines that start with #.
 
   Raises:
     UserError: no such file, not UTF-8 text, or no prompt in it.
@@ -117,6 +110,7 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
   if not path.is_file():
     raise UserError(f"prompts file {path} does not exist; write one prompt a line into it")
   try:
+    # Some editors put a byte order mark first; utf-8-sig drops it.
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
   except UnicodeDecodeError as error:
     raise UserError(
@@ -131,8 +125,3 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
 def _stack(arrays: list[np.ndarray]) -> np.ndarray:
   stacked = np.stack(arrays)
   return stacked.astype(np.float32) if stacked.dtype == np.float16 else stacked
-
-
-def _seed32(seed: int) -> int:
-  """Grain takes 32 bits."""
-  return int(np.random.SeedSequence(seed).generate_state(1)[0])

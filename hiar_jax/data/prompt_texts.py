@@ -1,5 +1,4 @@
-"""Prompts with their encoded text as a TFDS data set: what distillation needs of its prompts,
-without the text encoder at hand.
+"""Prompts with their encoded text as a TFDS data set, for distillation without the text encoder.
 
 A record is {caption, text [l, d]}: only the tokens of the prompt, without padding. `PadText` gives
 records one length.
@@ -22,17 +21,15 @@ _PROBED = 64  # prompts whose mean length decides how many records go into a sha
 
 
 class Encoded(Protocol):
-  """Where embeddings come from; `text_cache.TextCache` is one."""
+  """A source of text embeddings, as `text_cache.TextCache`."""
 
-  identity: str  # of the encoder: another one gives other numbers
+  identity: str  # of the encoder and its weights; compared when a data set is resumed
 
   def fill(self, prompts: Sequence[str]) -> None:
-    """Encodes those prompts that were not encoded before; what is done stays done, wherever it is
-    stopped.
-    """
+    """Encodes and stores the prompts that are not stored yet; may be interrupted and resumed."""
 
   def rows(self, prompt: str) -> np.ndarray:
-    """The text [l, d] of a prompt that `fill` has seen."""
+    """Returns the text [l, d] of a prompt that `fill` has stored."""
 
 
 @dataclasses.dataclass
@@ -42,7 +39,7 @@ class PromptTextsConfig(tfds.core.BuilderConfig):
 
 
 class PromptTexts(tfds_builder.SequentialBuilder):
-  """text [l, d] in the encoder's dtype, and caption as it was written, in the order of the file."""
+  """Builder of {text [l, d] in the encoder's dtype, caption}, in the order of the prompts file."""
 
   @property
   def count(self) -> int:
@@ -51,6 +48,7 @@ class PromptTexts(tfds_builder.SequentialBuilder):
   @property
   def example_bytes(self) -> int:
     prompts = self.builder_config.prompts
+    # Every k-th prompt, k rounded up, so at most _PROBED of them are read.
     probed = prompts[:: -(-len(prompts) // _PROBED)]
     return int(np.mean([self.builder_config.texts.rows(prompt).nbytes for prompt in probed]))
 
@@ -58,6 +56,7 @@ class PromptTexts(tfds_builder.SequentialBuilder):
     config = self.builder_config
     text = config.texts.rows(config.prompts[0])
     return {
+      # The number of tokens differs from prompt to prompt.
       "text": tfds_builder.tensor((None, text.shape[-1]), text.dtype),
       "caption": tfds.features.Text(),
     }
@@ -69,9 +68,9 @@ class PromptTexts(tfds_builder.SequentialBuilder):
 
 
 def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts: Encoded) -> None:
-  """Writes the data set of a prompts file (one a line). Returns at once where it is complete.
+  """Writes the data set of a prompts file (one a line); does nothing if it is complete.
 
-  Stopped anywhere, the same call goes on: prompts that are encoded are not encoded again.
+  Resumes where it was stopped: prompts that are encoded are not encoded again.
 
   Raises:
     UserError: no prompts, or the directory holds those of another file or encoder.
@@ -87,6 +86,7 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
   tfds_builder.check_recipe(directory, recipe)
   if tfds_builder.is_complete(directory):
     return
+  # Written before the work begins, so that an unfinished directory is refused to another recipe.
   tfds_builder.write_recipe(directory, recipe)
   texts.fill(prompts)
   tfds_builder.build(
@@ -95,7 +95,7 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
 
 
 def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
-  """Texts [l_i, d] -> [b, length, d], zeros after each.
+  """Stacks texts [l_i, d] into [b, length, d], zeros after each.
 
   Raises:
     UserError: a text longer than `length`.
@@ -113,7 +113,7 @@ def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PadText:
-  """Record -> the same with text [length, d], so that records stack:
+  """Maps a record to the same with text [length, d], so that records can be batched:
   `MapDataset.source(open_source(d)).map(PadText(512)).batch(8)`.
   """
 

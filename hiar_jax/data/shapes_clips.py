@@ -15,7 +15,7 @@ from hiar_jax.errors import UserError
 
 @dataclasses.dataclass
 class ShapesClipsConfig(tfds.core.BuilderConfig):
-  """What a data set is made of; clip i depends on (seed, i) and the world alone."""
+  """Recipe of a data set; clip i depends on (seed, i) and the world alone."""
 
   world: WorldConfig = WorldConfig()
   clips: int = 1
@@ -23,9 +23,16 @@ class ShapesClipsConfig(tfds.core.BuilderConfig):
 
 
 class ShapesClips(tfds_builder.SequentialBuilder):
-  """video uint8 [f, H, W, 3], start int32 [] (the frame of its video at which it begins), caption,
-  and the state of n shapes: position and velocity float32 [f, n, 2] (x y, pixels, pixels per
-  frame), colour, shape int32 [n] and background int32 [] as indices into `world`'s lists.
+  """Builder of records of a clip, its caption and its true state, for n shapes:
+
+  video      uint8 [f, H, W, 3]
+  start      int32 [], the frame of its video at which the clip begins
+  caption    text
+  position   float32 [f, n, 2], x y of the centres, pixels
+  velocity   float32 [f, n, 2], pixels per frame
+  colour     int32 [n], index into shapes_world.COLOURS
+  shape      int32 [n], index into shapes_world.SHAPES
+  background int32 [], index into shapes_world.BACKGROUNDS
   """
 
   @property
@@ -58,15 +65,15 @@ class ShapesClips(tfds_builder.SequentialBuilder):
 
 
 def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -> dict[str, Any]:
-  """Clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
+  """Returns clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
   rng = np.random.default_rng((seed, index))
+  # The order of the draws is part of the data set: scene, then start.
   scene = shapes_world.sample_scene(rng, world, split)
   start = shapes_world.sample_start(rng, world)
   states = shapes_world.simulate(scene, world.frames, start)
+  background = shapes_world.background_image(scene.background, world)
   return {
-    "video": shapes_world.render(
-      states, shapes_world.background_image(scene.background, world), world
-    ),
+    "video": shapes_world.render(states, background, world),
     "start": np.int32(start),
     "caption": shapes_world.caption(scene),
     "position": states.position.astype(np.float32),
@@ -78,11 +85,10 @@ def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -
 
 
 def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: int) -> None:
-  """Writes `clips` clips of the train split. Returns at once where they are complete; starts over
-  where they are not.
+  """Writes `clips` clips of the train split; does nothing if they are complete, else starts over.
 
   Raises:
-    UserError: no clips asked for, or the directory holds clips of another world, count or seed.
+    UserError: clips < 1, or the directory holds clips of another world, count or seed.
   """
   if clips < 1:
     raise UserError(f"data of {clips} clips asked for; use at least 1")

@@ -1,12 +1,12 @@
 """The shapes world: coloured shapes that move and bounce, rendered exactly, described in words.
 
-Everything is known: `Scene` is the full state at t = 0, `simulate` gives the state of any frame in
-closed form, `render` draws it with sub-pixel accurate edges. So what a model drew can be measured
-against what its prompt asked for.
+`Scene` is the full state at t = 0, `simulate` gives the state of any frame in closed form, `render`
+draws it with sub-pixel accurate edges: generated videos can be measured against the exact state
+that their prompt describes.
 
 Units: pixels and pixels per frame; x to the right, y down; pixel (i, j) covers [j, j+1] x [i, i+1];
-images in [0, 1] unless they say uint8. Lengths and speeds scale with the image: they are quoted
-here for 32 x 32.
+images in [0, 1] unless marked uint8. Lengths and speeds scale with the image; the constants here
+are for 32 x 32.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-# fast enough that clips show what comes after a wall, far from it too
+# Pixels per frame; fast enough that clips also show motion far from a wall after its bounce.
 SPEEDS = {"slowly": 1.5, "": 2.2, "quickly": 3.0}
 BACKGROUNDS = ("plain", "striped", "checkered", "dotted", "gradient")
 VOCABULARY = (
@@ -44,10 +44,10 @@ VOCABULARY = (
 )
 SPLITS = ("train", "held_out")
 
-_REFERENCE_SIZE = 32
-VIDEO_CLIPS = 4  # the clips of a video
-# that move as the caption says before a wall is met: so where a shape starts tells its direction
-# from the first noise on
+_REFERENCE_SIZE = 32  # pixels, for which lengths and speeds are given
+VIDEO_CLIPS = 4  # clips that one video is cut into
+# Frames of straight motion before the first wall: the start position correlates with the direction,
+# so that a network can infer it even at the highest noise level.
 FREE_FRAMES = 6
 _CROSSING_TRIES = 8  # scenes drawn until the two shapes of a textured clip meet
 _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
@@ -55,19 +55,20 @@ _SUBLINES = 4  # scan lines per pixel row; edges along a line are exact
 
 @dataclasses.dataclass(frozen=True)
 class WorldConfig:
-  """One difficulty of the world. `plain`: one shape on dark grey; `textured`: two shapes that cross
-  on a texture.
+  """Sizes and difficulty of the world: `plain` has one shape on dark grey, `textured` two shapes
+  that cross on a texture.
 
-  later: share of clips that are the second to fourth clip of their video, if it is cut end to end.
-    Their caption is the video's, so it says how the shapes set out, not how they move now: what a
-    model of long videos has to know.
+  later: share of clips that are the second to fourth clip of their video, when it is cut end to
+    end. Their caption is the video's: it gives the initial direction, not the one after bounces,
+    which is the case that a model of long videos meets.
 
   Raises:
-    UserError: an unknown difficulty, no share, or an image or clip too small to show a shape move.
+    UserError: an unknown difficulty, `later` outside [0, 1], or an image or clip too small to show
+      a shape move.
   """
 
-  size: int = 32
-  frames: int = 9
+  size: int = 32  # height and width, pixels
+  frames: int = 9  # of a clip
   difficulty: str = "plain"
   later: float = 0.0
 
@@ -90,7 +91,7 @@ class WorldConfig:
 
   @property
   def radius(self) -> float:
-    """Half the box around any shape, pixels."""
+    """Half the side of the bounding box of a shape, pixels."""
     return 5.5 * self.scale
 
   @property
@@ -98,7 +99,7 @@ class WorldConfig:
     return 2 if self.difficulty == "textured" else 1
 
   def speed(self, word: str) -> float:
-    """Pixels per frame of an adverb ('' for none)."""
+    """Returns the pixels per frame of an adverb ('' for none)."""
     return SPEEDS[word] * self.scale
 
 
@@ -117,7 +118,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """The whole truth at t = 0. Later shapes lie in front of earlier ones."""
+  """The full state at t = 0; later shapes lie in front of earlier ones."""
 
   shapes: tuple[Shape, ...]
   background: str
@@ -126,7 +127,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class States:
-  """The truth of every frame: n shapes, ids as indices into COLOURS, SHAPES and BACKGROUNDS."""
+  """The state of f frames of n shapes; ids are indices into COLOURS, SHAPES and BACKGROUNDS."""
 
   position: np.ndarray  # float64 [f, n, 2], centre, x y
   velocity: np.ndarray  # float64 [f, n, 2]
@@ -138,10 +139,7 @@ class States:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedShape:
-  """What a prompt asks of one shape; None where it does not say.
-
-  A missing adverb is the speed ''.
-  """
+  """One shape of a prompt; None for what the prompt does not name, '' for a missing adverb."""
 
   colour: str | None = None
   shape: str | None = None
@@ -151,32 +149,26 @@ class ParsedShape:
 
 @dataclasses.dataclass(frozen=True)
 class ParsedCaption:
-  """What a prompt asks for.
-
-  `background` is None where it names no texture; `unknown` lists words outside the world.
-  """
+  """A parsed prompt."""
 
   shapes: tuple[ParsedShape, ...]
-  background: str | None
-  unknown: tuple[str, ...]
+  background: str | None  # None: the prompt names no texture
+  unknown: tuple[str, ...]  # words outside VOCABULARY
 
 
-# Words
+# Captions
 
 
 def caption(scene: Scene) -> str:
-  """'a red circle moving left slowly', joined by 'and', then 'on a striped background' unless it is
-  plain.
+  """Returns 'a red circle moving left slowly', joined by 'and', with ' on a striped background'
+  unless the background is plain.
   """
   phrases = [_phrase(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
   return _sentence(phrases, scene.background)
 
 
 def parse_caption(text: str) -> ParsedCaption | None:
-  """Reads a prompt back, tolerantly: whatever it recognises, in order.
-
-  None where it recognises nothing.
-  """
+  """Parses a prompt, in any word order; returns None if no word of the world is in it."""
   shapes: list[dict] = []
   background, unknown = None, []
   kinds = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS}
@@ -197,16 +189,16 @@ def parse_caption(text: str) -> ParsedCaption | None:
 
 
 def held_out(colour: str, shape: str, direction: str) -> bool:
-  """True for the 9 of 72 triples that training never shows; every pair of their words is still seen
-  in training.
-  """
-  i, j, d = list(COLOURS).index(colour), SHAPES.index(shape), list(DIRECTIONS).index(direction)
+  """Returns True for the 9 of 72 triples held out of training; every pair of words stays in it."""
+  i = list(COLOURS).index(colour)
+  j = SHAPES.index(shape)
+  d = list(DIRECTIONS).index(direction)
   return (i + j) % 2 == 0 and d == (i // 2 + j) % 4
 
 
 @functools.lru_cache
 def triples(split: str) -> tuple[tuple[str, str, str], ...]:
-  """(colour, shape, direction) of a split, in a fixed order.
+  """Returns the (colour, shape, direction) of a split, in a fixed order.
 
   Raises:
     UserError: an unknown split.
@@ -218,9 +210,10 @@ def triples(split: str) -> tuple[tuple[str, str, str], ...]:
 
 
 def prompts(split: str, config: WorldConfig) -> list[str]:
-  """Distinct prompts of a split. Plain: every triple at every speed. Textured: every pair of
-  triples of two colours, with speeds and textures that rotate along the list (all of their products
-  would be a hundred thousand).
+  """Returns the distinct prompts of a split.
+
+  Plain: every triple at every speed. Textured: every pair of triples of two colours, with speeds
+  and textures that rotate along the list (all combinations would be about 100,000).
   """
   if config.difficulty == "plain":
     return [_sentence([_phrase(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
@@ -243,13 +236,14 @@ def _sentence(phrases: list[str], background: str) -> str:
   return " and ".join(phrases) + where
 
 
-# States
+# States of a scene
 
 
 def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "train") -> Scene:
-  """Draws a scene of a split.
+  """Draws a scene of a split; two shapes differ in colour, start apart and mostly meet in the clip.
 
-  Two shapes have two colours, start apart and mostly meet within the clip.
+  Whether they met is measured in the first clip of the video; after _CROSSING_TRIES scenes that
+  start apart, the last one is taken though its shapes do not meet.
   """
   tries = 0
   while True:
@@ -257,14 +251,15 @@ def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "tr
     if config.shapes_per_clip == 1:
       return scene
     centres = simulate(scene, config.frames).position
-    # 2 = boxes touch, 0 = one hides the other
+    # Chebyshev distance in radii, [f]: 2 = bounding boxes touch, 0 = one hides the other.
     gaps = np.abs(centres[:, 0] - centres[:, 1]).max(-1) / config.radius
-    tries += gaps[0] > 1.5  # a shape hidden from the start would belie its caption
+    tries += gaps[0] > 1.5  # nearer, the hidden shape's motion would not be visible
     if gaps[0] > 1.5 and (gaps.min() < 1 or tries >= _CROSSING_TRIES):
       return scene
 
 
 def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
+  # The order of the draws from rng determines the data sets of a seed: keep it.
   options, shapes = triples(split), []
   while len(shapes) < config.shapes_per_clip:
     triple = options[rng.integers(len(options))]
@@ -283,6 +278,7 @@ def _draw_shape(
   velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
   low, high = config.radius, config.size - config.radius
   run = velocity * FREE_FRAMES
+  # Both the start and the end of the free run lie between the walls.
   position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
   return Shape(
     colour,
@@ -296,22 +292,22 @@ def _draw_shape(
 
 
 def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
-  """The frame of its video at which a clip begins."""
+  """Draws the frame of its video at which a clip begins: 0, or a multiple of the clip length."""
   return config.frames * int(rng.integers(1, VIDEO_CLIPS)) if rng.random() < config.later else 0
 
 
 def simulate(scene: Scene, frames: int, start: int = 0) -> States:
-  """The state of `frames` frames from `start` on: straight motion and elastic bounces of the centre
-  within [radius, size-radius].
+  """Returns the state of `frames` frames from frame `start` on.
 
-  In closed form (a triangle wave of the unfolded path), so that frame 10,000 is as exact as frame
-  1.
+  Centres move straight and bounce elastically within [radius, size - radius]; in closed form (a
+  triangle wave of the unfolded path), so frame 10,000 is as exact as frame 1.
   """
-  origin = np.array([s.position for s in scene.shapes])
-  speed = np.array([s.velocity for s in scene.shapes])
-  radius = np.array([s.radius for s in scene.shapes])
-  room = (scene.size - 2 * radius)[:, None]
+  origin = np.array([s.position for s in scene.shapes])  # [n, 2]
+  speed = np.array([s.velocity for s in scene.shapes])  # [n, 2]
+  radius = np.array([s.radius for s in scene.shapes])  # [n]
+  room = (scene.size - 2 * radius)[:, None]  # distance between the walls, [n, 1]
   low = radius[:, None]
+  # Unfolded path modulo there and back again, [f, n, 2]; its second half runs backwards.
   path = np.mod(origin - low + np.arange(start, start + frames)[:, None, None] * speed, 2 * room)
   back = path > room
   return States(
@@ -324,52 +320,49 @@ def simulate(scene: Scene, frames: int, start: int = 0) -> States:
   )
 
 
-# Images
+# Rendering
 
 
 def render(states: States, background: np.ndarray, config: WorldConfig) -> np.ndarray:
-  """Draws every frame over `background` (float32 [H, W, 3] in [0, 1]).
-
-  Returns uint8 [f, H, W, 3].
-  """
+  """Draws every frame over `background` (float32 [H, W, 3] in [0, 1]) -> uint8 [f, H, W, 3]."""
   image = np.broadcast_to(background, (len(states.position), config.size, config.size, 3))
+  # Back to front: each shape covers the image so far.
   for n, (colour, shape) in enumerate(zip(states.colour, states.shape, strict=True)):
     rgb = np.array(list(COLOURS.values())[colour], np.float32)
-    alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)[
-      ..., None
-    ]
-    image = image + alpha * (rgb - image)
+    alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)
+    image = image + alpha[..., None] * (rgb - image)
   return np.rint(255 * image).astype(np.uint8)
 
 
 def alpha_mask(shape: str, xy: np.ndarray, radius: float, size: int) -> np.ndarray:
-  """Share of each pixel that the shape covers. `xy` is [..., 2], any leading axes. Returns float32
+  """Returns the share of each pixel that a shape covers: centres [..., 2] -> float32
   [..., size, size].
 
-  All shapes are one symmetric interval per scan line, so coverage along a line is exact. The lines
-  of a pixel row are spread over the part of the row that the shape's box touches, so horizontal
+  Every shape is one symmetric interval per scan line, so coverage along a line is exact. The lines
+  of a pixel row are spread over the part of the row that the bounding box touches, so horizontal
   edges are exact too.
   """
   xy = np.asarray(xy, np.float64)[..., None, None]
-  x, y = xy[..., 0, :, :], xy[..., 1, :, :]  # [..., 1, 1]: rows, columns
+  x, y = xy[..., 0, :, :], xy[..., 1, :, :]  # [..., 1, 1], against pixel rows and columns
   reach = _BOX[shape] * radius
   edge = np.arange(size, dtype=np.float64)
   top = np.clip(edge[:, None], y - reach, y + reach)
   bottom = np.clip(edge[:, None] + 1, y - reach, y + reach)
   alpha = np.zeros(np.broadcast_shapes(x.shape, (size, size)))
   for line in range(_SUBLINES):
+    # Midpoint of sub-line `line`, relative to the centre: [..., size, 1]
     height = top + (bottom - top) * (line + 0.5) / _SUBLINES - y
     half = _half_width(shape, height, radius)
     alpha += np.clip(np.minimum(edge + 1, x + half) - np.maximum(edge, x - half), 0, 1)
   return (alpha * (bottom - top) / _SUBLINES).astype(np.float32)
 
 
-# half height / radius; areas 3.1, 3.2 and 2 radius^2
+# Half the height / radius; areas are 3.1, 3.2 and 2 radius^2.
 _BOX = {"circle": 1.0, "square": 0.9, "triangle": 1.0}
 
 
 def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
-  """Half the width of the shape at a height below its centre (within its box)."""
+  """Returns half the width of the shape at `height` below its centre (within its box)."""
   if shape == "circle":
     return np.sqrt(np.maximum(radius**2 - height**2, 0))
   if shape == "square":
@@ -378,16 +371,14 @@ def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
 
 
 def background_image(name: str, config: WorldConfig) -> np.ndarray:
-  """The one exact picture that a background's name stands for: greys that no shape wears.
-
-  float32 [H, W, 3].
-  """
-  return _background(name, config.size).copy()
+  """Returns the grey texture of a background's name, float32 [H, W, 3] in [0, 1]."""
+  return _background(name, config.size).copy()  # the cached array stays as it is
 
 
 @functools.lru_cache
 def _background(name: str, size: int) -> np.ndarray:
-  fine = 8  # supersampling
+  fine = 8  # supersampling along each axis
+  # Sample points in units of the reference size, so that textures scale with the image.
   axis = (np.arange(size * fine) + 0.5) / fine * _REFERENCE_SIZE / size
   x, y = axis[None, :], axis[:, None]
   light = {
@@ -397,5 +388,6 @@ def _background(name: str, size: int) -> np.ndarray:
     "dotted": lambda: (x % 6.4 - 3.2) ** 2 + (y % 6.4 - 3.2) ** 2 < 1.7**2,
     "gradient": lambda: (0 * x + y) / _REFERENCE_SIZE * 1.5,
   }[name]().astype(np.float32)
+  # Box filter over the fine samples of each pixel; greys .12 to .42, which no shape has.
   grey = 0.12 + 0.2 * light.reshape(size, fine, size, fine).mean((1, 3))
   return np.repeat(grey[..., None], 3, -1).astype(np.float32)

@@ -1,7 +1,6 @@
-"""What the TFDS builders share: build once, atomically, whole or not at all; find and open what was
-built.
+"""Base of the TFDS builders: builds a data set once and atomically, finds it and opens it.
 
-A directory holds one data set, with its recipe (what it was made from) beside it in `recipe.json`.
+A directory holds one data set, with its recipe (the settings it was made from) in `recipe.json`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,18 +28,17 @@ _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it w
 
 
 class SequentialBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-  """Examples in the order of `examples()`, cut into shards of equal length; memory is one shard's
-  at most.
+  """Builder that writes `examples()` in order into shards of equal length; holds one in memory.
 
-  Subclasses give `features`, `count`, `example_bytes` and `examples()` on construction-time data
-  only.
+  Subclasses give `features`, `count`, `example_bytes` and `examples()`, from their config alone:
+  `features` runs within the constructor.
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  # nothing is downloaded; TFDS' own look-up needs importlib_resources, which it does not install
+  # Nothing is downloaded; TFDS's own look-up needs importlib_resources, which it does not install.
   url_infos = None
-  count: int
-  example_bytes: int
+  count: int  # of examples
+  example_bytes: int  # of a typical example
 
   def features(self) -> dict[str, Any]:
     raise NotImplementedError
@@ -53,59 +51,58 @@ class SequentialBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _shard_iterators_per_split(self, dl_manager) -> dict[str, Sequence[Any]]:
-    del dl_manager  # nothing is ever downloaded
+    del dl_manager  # nothing is downloaded
     per_shard = max(1, min(self.count, _SHARD_BYTES // self.example_bytes))
-    # One stream runs through all shards: sources that only read forward (video files) are read
-    # once.
-    stream = self._stream()
     shards = math.ceil(self.count / per_shard)
-    return {"train": [functools.partial(itertools.islice, stream, per_shard)] * shards}
+    # All shards slice one iterator, in order: video files, which only read forward, are decoded
+    # once.
+    numbered = self._numbered_examples()
+    return {"train": [functools.partial(itertools.islice, numbered, per_shard)] * shards}
 
-  def _stream(self) -> Iterator[tuple[int, dict[str, Any]]]:
+  def _numbered_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
     with tqdm.tqdm(desc=self.name, total=self.count, unit="clip", smoothing=0) as bar:
       for index, example in enumerate(self.examples()):
         bar.update()
+        # islice does not ask for the end after the last example: close the bar before it.
         if bar.n == self.count:
           bar.close()
         yield index, example
 
 
 def tensor(shape: tuple[int, ...], dtype: Any) -> tfds.features.Tensor:
-  """A feature stored as raw bytes: a tenth of the size and of the parsing time of TFDS' lists of
-  int64.
-  """
+  """Returns a feature stored as raw bytes: 10 % of the size and parsing time of lists of int64."""
   return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
 
 
 def is_complete(directory: str | os.PathLike) -> bool:
+  """Returns True if a finished data set is in `directory`."""
   return _find(directory) is not None
 
 
 def check_recipe(
   directory: str | os.PathLike, recipe: dict[str, Any], ignore: tuple[str, ...] = ()
 ) -> None:
-  """Ensures that what lies in `directory` was made from `recipe`; an empty or missing directory is
-  fine.
+  """Ensures that the data set in `directory`, if any, was made from `recipe`.
 
   Raises:
     UserError: another recipe's data set (or part of one) is there; names the first field that
-    differs.
+      differs.
   """
   found = read_recipe(directory)
   if found is None:
     return
-  wanted = json.loads(json.dumps(recipe))
+  wanted = json.loads(json.dumps(recipe))  # tuples -> lists, as in the file
   for field in wanted | found:
     if field not in ignore and found.get(field) != wanted.get(field):
       raise UserError(
         f"{directory} holds a data set made with {field}={found.get(field)!r}, but this run wants "
-        f"{field}={wanted.get(field)!r}; use another directory, or delete it to build the data "
-        "set anew"
+        f"{field}={wanted.get(field)!r}; use another directory, or delete it to build the data set "
+        "again"
       )
 
 
 def read_recipe(directory: str | os.PathLike) -> dict[str, Any] | None:
-  """The recipe in a directory, None where there is none yet."""
+  """Returns the recipe in a directory, None if there is none yet."""
   path = pathlib.Path(directory) / _RECIPE
   return json.loads(path.read_text()) if path.exists() else None
 
@@ -117,11 +114,10 @@ def write_recipe(directory: str | os.PathLike, recipe: dict[str, Any]) -> None:
 def build(
   builder: type[SequentialBuilder], config: tfds.core.BuilderConfig, directory: str | os.PathLike
 ) -> None:
-  """Writes the whole data set under a temporary name, then gives it its own. Killed anywhere, it
-  starts over.
+  """Writes the whole data set under a temporary name and then renames it; no resumption.
 
   Raises:
-    UserError: the disk refused the records, or took fewer than were written (a full disk).
+    UserError: writing failed, or fewer records than were written are on the disk (a full disk).
   """
   _remove_leftovers(directory)
   try:
@@ -129,7 +125,7 @@ def build(
       made = builder(data_dir=os.fspath(directory), config=config)
       made.download_and_prepare(file_format="array_record")
   except (OSError, RuntimeError) as error:
-    # how array_record reports a failed write
+    # array_record reports a failed write as a RuntimeError that names its source file.
     if isinstance(error, RuntimeError) and "array_record" not in str(error):
       raise
     raise UserError(
@@ -137,19 +133,23 @@ def build(
     ) from error
   finally:
     _remove_leftovers(directory)
+  # On a full disk array_record's writer may lose its last chunks without an error: count.
   split = made.info.splits["train"]
-  arrived = _count_records([os.path.join(made.data_dir, name) for name in split.filenames])
-  if arrived != split.num_examples:
+  paths = [os.path.join(made.data_dir, name) for name in split.filenames]
+  try:
+    written = len(array_record_data_source.ArrayRecordDataSource(paths))
+  except (ValueError, RuntimeError, OSError):  # a file without its footer
+    written = 0
+  if written != split.num_examples:
     shutil.rmtree(made.data_dir)
     raise UserError(
-      f"only {arrived} of {split.num_examples} records reached {directory}; is the disk full? "
-      "free some space and "
-      "run again"
+      f"only {written} of {split.num_examples} records reached {directory}; is the disk full? "
+      "free some space and run again"
     )
 
 
 def open_source(directory: str | os.PathLike) -> Sequence[dict[str, Any]]:
-  """Random access to the records of the data set in `directory`: a dict of arrays each, texts as
+  """Opens the data set in `directory` for random access to its records: dicts of arrays, texts as
   bytes.
 
   Raises:
@@ -162,10 +162,9 @@ def open_source(directory: str | os.PathLike) -> Sequence[dict[str, Any]]:
 
 
 def _find(directory: str | os.PathLike) -> pathlib.Path | None:
-  """The one finished data set below a directory: name/version or name/config/version, as TFDS lays
-  them out.
-  """
+  """Returns the folder of the one finished data set below a directory, None if there is none."""
   root = pathlib.Path(directory)
+  # TFDS's layout: name/version, or name/config/version.
   infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
   done = [info.parent for info in infos if not info.parent.name.startswith("incomplete.")]
   if len(done) > 1:
@@ -175,29 +174,19 @@ def _find(directory: str | os.PathLike) -> pathlib.Path | None:
   return done[0] if done else None
 
 
-def _count_records(paths: list[str]) -> int:
-  """Records that can be found in the files; 0 where a file has no end."""
-  try:
-    return len(array_record_data_source.ArrayRecordDataSource(paths))
-  except (ValueError, RuntimeError, OSError):
-    return 0
-
-
 def _remove_leftovers(directory: str | os.PathLike) -> None:
-  """Half-written data sets of runs that were stopped, and the empty download folder that TFDS
-  makes.
-  """
+  """Removes unfinished data sets of stopped runs, and the empty download folder that TFDS makes."""
   root = pathlib.Path(directory)
   for path in [*root.glob("*/incomplete.*"), *root.glob("*/*/incomplete.*")]:
     shutil.rmtree(path, ignore_errors=True)
   for name in ("downloads/extracted", "downloads"):
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # missing, or not empty: somebody else's
       (root / name).rmdir()
 
 
 @contextlib.contextmanager
 def _quiet_tfds():
-  """TFDS talks of downloads, and its bars count shards; ours counts clips."""
+  """Silences TFDS's notes of downloads and its bars, which count shards; ours counts clips."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)
   tfds.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""Teacher ODE trajectories: computed in parts that survive a stop, then one TFDS data set.
+"""Teacher ODE trajectories: computed in resumable parts, then joined into one TFDS data set.
 
-A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first;
-causal init regresses on it. Parts may be computed by several hosts over a shared file system; one
-of them then calls `finish`.
+A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first,
+[s, f, h, w, c]; causal init regresses on it. Parts may be computed by several hosts over a shared
+file system; one of them then calls `finish`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,8 +33,8 @@ class TrajectoryBuilderConfig(tfds.core.BuilderConfig):
 
 
 class Trajectories(tfds_builder.SequentialBuilder):
-  """trajectory [s, f, h, w, c] (s noise levels), start int32 [] and caption (of the clip it was
-  made for), in the order of the parts.
+  """Builder of {trajectory [s, f, h, w, c], start int32 [], caption}, in the order of the parts;
+  start and caption are those of the clip that the trajectory was made for.
   """
 
   @property
@@ -43,7 +43,8 @@ class Trajectories(tfds_builder.SequentialBuilder):
 
   @property
   def example_bytes(self) -> int:
-    return int(np.prod(self.builder_config.shape)) * np.dtype(self.builder_config.dtype).itemsize
+    config = self.builder_config
+    return int(np.prod(config.shape)) * np.dtype(config.dtype).itemsize
 
   def features(self) -> dict[str, Any]:
     config = self.builder_config
@@ -54,22 +55,22 @@ class Trajectories(tfds_builder.SequentialBuilder):
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
-    for path in self.builder_config.parts:
+    for path in self.builder_config.parts:  # one part in memory at a time
       latents, captions, starts = _read_part(path)
       for trajectory, caption, start in zip(latents, captions, starts, strict=True):
         yield {"trajectory": trajectory, "start": start, "caption": caption}
 
 
 class TrajectoryWriter:
-  """Collects `total` trajectories at `sigmas` (noisiest first) in parts of `part_size`, the last
-  one shorter.
+  """Collects `total` trajectories at `sigmas` (noisiest first) in parts of `part_size`; the last
+  part may be shorter.
 
-  `recipe` is whatever else the trajectories depend on (guidance, seed, teacher step): JSON values,
-  kept and compared.
+  recipe: other settings that the trajectories depend on (guidance, seed, teacher step), as JSON
+  values; stored, and compared when the same directory is opened again.
 
   Raises:
-    UserError: counts below 1, a dtype that can't store latents, or the directory holds trajectories
-    made otherwise.
+    UserError: counts below 1, another dtype than float32 or float16, or the directory holds
+      trajectories of other settings.
   """
 
   def __init__(
@@ -89,8 +90,10 @@ class TrajectoryWriter:
       raise UserError(f"trajectories stored as {dtype!r} asked for; use 'float32' or 'float16'")
     self.directory = pathlib.Path(directory)
     self.sigmas = [float(s) for s in sigmas]
-    self.total, self.part_size, self.dtype = total, part_size, dtype
-    self.parts = -(-total // part_size)
+    self.total = total
+    self.part_size = part_size
+    self.dtype = dtype
+    self.parts = -(-total // part_size)  # rounded up
     fields = {
       "kind": "trajectories",
       "sigmas": self.sigmas,
@@ -109,12 +112,12 @@ class TrajectoryWriter:
     return tfds_builder.is_complete(self.directory)
 
   def rows(self, index: int) -> range:
-    """Which of the `total` trajectories part `index` holds."""
+    """Returns the indices, among the `total` trajectories, of part `index`."""
     return range(index * self.part_size, min(self.total, (index + 1) * self.part_size))
 
   def missing_parts(self, process_index: int = 0, process_count: int = 1) -> list[int]:
-    """Parts that this process has still to compute, in order; none once complete."""
-    if self.complete:
+    """Returns the parts that this process has still to compute, in order; none once complete."""
+    if self.complete:  # `finish` has removed the parts
       return []
     return [
       i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()
@@ -127,8 +130,12 @@ class TrajectoryWriter:
     captions: Sequence[str],
     starts: Sequence[int] | None = None,
   ) -> None:
-    """Keeps part `index` for good: latents [m, s, f, h, w, c], m captions and starts (default 0), m
-    = len(rows(index)). Atomic.
+    """Writes part `index` atomically.
+
+    Args:
+      latents: [m, s, f, h, w, c] with m = len(rows(index)).
+      captions: m texts.
+      starts: m frame indices, default 0.
 
     Raises:
       ValueError: shapes that don't fit the part (a bug of the caller).
@@ -140,27 +147,25 @@ class TrajectoryWriter:
         f"part {index} needs latents {expected} + [f, h, w, c] and {expected[0]} captions, got "
         f"{latents.shape} and {len(captions)}"
       )
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # float16 overflows above 65504: reported as an error below
       latents = np.asarray(latents).astype(self.dtype)
     if not np.isfinite(latents).all():
       raise UserError(
         f"the teacher's trajectories {self.rows(index)} are not finite as {self.dtype}; the "
-        "teacher has "
-        "diverged, or its latents need float32"
+        "teacher has diverged, or its latents need float32"
       )
-    content = io.BytesIO()
     starts = np.zeros(len(captions), np.int32) if starts is None else np.asarray(starts, np.int32)
+    content = io.BytesIO()
     np.savez(content, latents=latents, captions=np.array(captions, dtype=np.str_), starts=starts)
     write_atomic(self._part(index), content.getvalue())
 
   def finish(self) -> None:
-    """Builds the data set from all parts, then removes them. Killed anywhere, calling it again
-    completes it.
+    """Builds the data set from all parts, then removes them; may be called again after a stop.
 
     Raises:
       ValueError: parts are missing.
-      UserError: a part is damaged (it is removed, so that the next run computes it anew), or the
-      disk is full.
+      UserError: a part is damaged (it is removed, so that the next run computes it again), or the
+        disk is full.
     """
     if not self.complete:
       if missing := self.missing_parts():
@@ -171,6 +176,7 @@ class TrajectoryWriter:
         name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype
       )
       tfds_builder.build(Trajectories, config, self.directory)
+    # Outside of the condition: a run killed between the two steps leaves parts behind.
     shutil.rmtree(self.directory / _PARTS, ignore_errors=True)
 
   def _part(self, index: int) -> pathlib.Path:
@@ -178,7 +184,7 @@ class TrajectoryWriter:
 
 
 def read_sigmas(directory: str | os.PathLike) -> list[float]:
-  """The noise levels of the trajectories in a directory, noisiest first.
+  """Returns the noise levels of the trajectories in a directory, noisiest first.
 
   Raises:
     UserError: no trajectories there.
@@ -196,23 +202,23 @@ def check_sigmas(directory: str | os.PathLike, sigmas: Sequence[float]) -> None:
     UserError: other levels, or no trajectories there.
   """
   stored = read_sigmas(directory)
-  if len(stored) != len(sigmas) or not np.allclose(
-    stored, np.asarray(sigmas, np.float64), rtol=0, atol=1e-6
-  ):
-    there, wanted = (", ".join(f"{s:.4f}" for s in levels) for levels in (stored, sigmas))
+  wanted = np.asarray(sigmas, np.float64)
+  # Levels may have passed through float32: 1e-6 covers its rounding.
+  if len(stored) != len(sigmas) or not np.allclose(stored, wanted, rtol=0, atol=1e-6):
+    listed = [", ".join(f"{sigma:.4f}" for sigma in levels) for levels in (stored, sigmas)]
     raise UserError(
-      f"{directory} holds trajectories at sigmas {there}, but the student uses {wanted}; make "
-      "them anew "
-      "in another directory"
+      f"{directory} holds trajectories at sigmas {listed[0]}, but the student uses {listed[1]}; "
+      "compute them again in another directory"
     )
 
 
 def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns (latents [m, s, f, h, w, c], captions [m], starts [m]); removes a damaged file."""
   try:
     with open(path, "rb") as file, np.load(file) as part:
       return part["latents"], part["captions"], part["starts"]
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
     raise UserError(
-      f"{path} is damaged ({error}) and was removed; run again to compute it anew"
+      f"{path} is damaged ({error}) and was removed; the same command computes it again"
     ) from error

@@ -1,9 +1,9 @@
 """A folder of real videos as a TFDS data set: any container, codec, size and frame rate that FFmpeg
 reads.
 
-Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns file, caption) where
-there is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are named, one line
-each, and skipped.
+Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns file, caption) if there
+is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are skipped, each with a
+warning.
 """
 
 from collections.abc import Iterator
@@ -31,11 +31,11 @@ _SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 
 @dataclasses.dataclass(frozen=True)
 class ClipFile:
-  """One usable file: what it shows and how many clips it gives."""
+  """One usable video file."""
 
   path: pathlib.Path
   caption: str
-  clips: int
+  clips: int  # that are cut from it
 
 
 @dataclasses.dataclass
@@ -45,7 +45,9 @@ class VideoFolderConfig(tfds.core.BuilderConfig):
 
 
 class VideoFolder(tfds_builder.SequentialBuilder):
-  """video uint8 [f, H, W, 3] and caption; the clips of a file in order, files by name."""
+  """Builder of {video uint8 [f, H, W, 3], start int32 [], caption}: the clips of a file in order,
+  files by name.
+  """
 
   @property
   def count(self) -> int:
@@ -65,14 +67,11 @@ class VideoFolder(tfds_builder.SequentialBuilder):
     }
 
   def examples(self) -> Iterator[dict[str, Any]]:
+    sampling = self.builder_config.sampling
     for source in self.builder_config.sources:
-      sampling = self.builder_config.sampling
       for number, clip in enumerate(video_file.clips(source.path, sampling)):
-        yield {
-          "video": clip,
-          "start": np.int32(number * sampling.stride),
-          "caption": source.caption,
-        }
+        start = np.int32(number * sampling.stride)
+        yield {"video": clip, "start": start, "caption": source.caption}
 
 
 def prepare(
@@ -84,13 +83,14 @@ def prepare(
   fps: float,
   stride: int | None = None,
 ) -> None:
-  """Cuts every usable video of a folder into clips of `frames` frames at `fps`, each `stride`
-  frames after the last (default: end to end). Returns at once where that is done; later changes of
-  the folder are said, not followed.
+  """Cuts every usable video of a folder into clips of `frames` frames at `fps`.
+
+  stride: frames from the start of a clip to that of the next; default: end to end. Does nothing if
+  the data set is complete; warns if the folder has changed since.
 
   Raises:
     UserError: no such folder, no usable video in it, bad metadata, bad sizes, or a directory of
-    other settings.
+      other settings.
   """
   sampling = Sampling(frames, height, width, fps, stride or frames)
   recipe = {
@@ -99,39 +99,42 @@ def prepare(
     **dataclasses.asdict(sampling),
   }
   tfds_builder.check_recipe(directory, recipe, ignore=("files",))
+  folder = pathlib.Path(source_folder)
   if tfds_builder.is_complete(directory):
-    _say_if_changed(directory, source_folder)
+    # The folder itself is no longer needed, and may be gone.
+    used = tfds_builder.read_recipe(directory)["files"]
+    if folder.is_dir() and used != _fingerprint(folder):
+      logging.warning(
+        "%s has changed since %s was made from it; delete the latter to use the new files",
+        source_folder,
+        directory,
+      )
     return
-  folder = _existing(source_folder)
+  if not folder.is_dir():
+    raise UserError(
+      f"{source_folder} is not a folder; give the folder that holds the videos and their captions"
+    )
   sources = scan(folder, sampling)
   tfds_builder.write_recipe(directory, {**recipe, "files": _fingerprint(folder)})
   config = VideoFolderConfig(name="clips", sources=tuple(sources), sampling=sampling)
   tfds_builder.build(VideoFolder, config, directory)
 
 
-def _say_if_changed(directory: str | os.PathLike, source_folder: str | os.PathLike) -> None:
-  used = tfds_builder.read_recipe(directory)["files"]
-  if os.path.isdir(source_folder) and used != _fingerprint(pathlib.Path(source_folder)):
-    logging.warning(
-      "%s has changed since %s was made from it; delete the latter to use the new files",
-      source_folder,
-      directory,
-    )
-
-
 def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
-  """Decodes every file once: which can be used, and how many clips each gives. Logs a line for each
-  that can't.
+  """Decodes every file once and returns the usable ones; logs a warning for each of the others.
 
   Raises:
-    UserError: none can be used; says why for the first.
+    UserError: none can be used; gives the reason for the first.
   """
   captions = read_captions(folder)
-  names = sorted({*captions, *(str(p.relative_to(folder)) for p in _video_files(folder))})
+  videos = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+  # Files that only the metadata names are listed too, so that they are reported as missing.
+  names = sorted({*captions, *(str(path.relative_to(folder)) for path in videos)})
   sources, skipped = [], []
   for name in tqdm.tqdm(names, "checking videos", unit="file"):
     try:
       caption = _caption(folder, name, captions)
+      # Headers are often wrong about lengths: the frames are counted by decoding.
       count = video_file.count_clips(folder / name, sampling)
       sources.append(ClipFile(folder / name, caption, count))
     except (video_file.Unusable, av.error.FFmpegError) as error:
@@ -139,13 +142,12 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
       skipped.append(f"{name}: {reason}")
       logging.warning("skipped %s", skipped[-1])
   if not sources:
-    why = (
-      f"all {len(skipped)} were skipped, the first as {skipped[0]}"
-      if skipped
-      else "no video files there"
-    )
+    reason = "no video files there"
+    if skipped:
+      reason = f"all {len(skipped)} were skipped, the first as {skipped[0]}"
     raise UserError(
-      f"no usable video in {folder} ({why}); it needs clip.mp4 beside clip.txt, or a metadata.jsonl"
+      f"no usable video in {folder} ({reason}); it needs clip.mp4 beside clip.txt, or a "
+      "metadata.jsonl"
     )
   level = logging.WARNING if skipped else logging.INFO
   logging.log(
@@ -161,10 +163,10 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
 
 
 def read_captions(folder: pathlib.Path) -> dict[str, str]:
-  """file -> caption of the folder's metadata.jsonl or metadata.csv; empty where there is neither.
+  """Returns {file: caption} of the folder's metadata.jsonl or metadata.csv; {} without either.
 
   Raises:
-    UserError: a line that is not JSON, or lacks a column; says which.
+    UserError: a line that is not JSON, or lacks a column; names the line.
   """
   captions = {}
   for path in (folder / "metadata.jsonl", folder / "metadata.csv"):
@@ -179,6 +181,7 @@ def read_captions(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _rows(path: pathlib.Path) -> list[Any]:
+  """Parses metadata.csv (rows as dicts by the header) or metadata.jsonl."""
   try:
     text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
     if path.suffix == ".csv":
@@ -191,7 +194,11 @@ def _rows(path: pathlib.Path) -> list[Any]:
 
 
 def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
-  """The caption of a file, from the metadata if there is any, else from the text beside it."""
+  """Returns the caption of a file, from the metadata if there is any, else from the text beside it.
+
+  Raises:
+    Unusable: no such video file, no caption, or one that is not UTF-8.
+  """
   if not (folder / name).is_file():
     raise video_file.Unusable("named in the metadata, but not there")
   text = folder / pathlib.Path(name).with_suffix(".txt")
@@ -202,29 +209,15 @@ def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
     except UnicodeDecodeError:
       raise video_file.Unusable(f"its caption {text.name} is not UTF-8 text") from None
   if not caption:
-    where = "in the metadata" if captions else f"in {text.name}"
-    raise video_file.Unusable(f"no caption {where}")
+    place = "in the metadata" if captions else f"in {text.name}"
+    raise video_file.Unusable(f"no caption {place}")
   return caption
 
 
-def _existing(folder: str | os.PathLike) -> pathlib.Path:
-  if not os.path.isdir(folder):
-    raise UserError(
-      f"{folder} is not a folder; give the folder that holds the videos and their captions"
-    )
-  return pathlib.Path(folder)
-
-
-def _video_files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  return (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
-
-
 def _fingerprint(folder: pathlib.Path) -> str:
-  """Changes when a video or caption is added, removed or replaced by one of another size."""
-  wanted = (
-    p
-    for p in folder.rglob("*")
-    if p.suffix.lower() in (*_SUFFIXES, ".txt", ".csv", ".jsonl") and p.is_file()
-  )
-  lines = sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in wanted)
+  """Returns a hash of the names and sizes of the videos and captions of a folder."""
+  suffixes = (*_SUFFIXES, ".txt", ".csv", ".jsonl")
+  files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
+  # Sizes, not contents: a folder of videos may hold terabytes.
+  lines = sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in files)
   return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,3 +1,1 @@
-"""Measuring generated videos: against the shapes world's own truth, and by drift numbers that need
-no network.
-"""
+"""Measures of generated videos: the shapes world's exact state, and drift without a network."""

@@ -1,11 +1,10 @@
-"""Drift of a long video by numbers that need no network: what changes from its first fifth to its
-last.
+"""Drift of a long video, by image statistics that need no network.
 
-The video is split evenly into five segments in time; a metric's value per segment is fitted by a
-line, whose slope is its drift (HiAR, arXiv 2603.08703, section 4: HSV saturation, Laplacian
-variance and temporal coherence are among its metrics; it does not publish how slopes are weighed
-into one score, so the raw slopes are reported). Beside it stands FramePack's start-end contrast
-(arXiv 2504.12626, Eq. 7): |M(first 15 % of the frames) - M(last 15 %)|.
+The video is split evenly into five segments in time; a line is fitted to a metric's means per
+segment, and its slope is the drift (HiAR, arXiv 2603.08703, section 4: HSV saturation, Laplacian
+variance and temporal coherence are among its metrics; it does not publish how slopes are weighted
+into one score, so the raw slopes are reported). FramePack's start-end contrast (arXiv 2504.12626,
+Eq. 7) is reported too: |M(first 15 % of the frames) - M(last 15 %)|.
 """
 
 from collections.abc import Mapping
@@ -20,18 +19,18 @@ START_END = 0.15  # FramePack Eq. 7
 
 
 def saturation(frames) -> np.ndarray:
-  """Mean HSV saturation (max - min) / max of each frame, in [0, 1]; frames [..., f, H, W, 3] ->
-  [..., f].
-  """
+  """Mean HSV saturation (max - min) / max per frame, in [0, 1]: [..., f, H, W, 3] -> [..., f]."""
   rgb = _unit(frames)
   top, bottom = rgb.max(-1), rgb.min(-1)
+  # Black has no saturation: 0, without a division by zero.
   return np.where(top > 0, (top - bottom) / np.maximum(top, 1e-6), 0.0).mean((-2, -1))
 
 
 def sharpness(frames) -> np.ndarray:
-  """Variance of the Laplacian (4 neighbours) of each frame's luma (0..255): [..., f, H, W, 3] ->
+  """Variance of the 4-neighbour Laplacian of each frame's luma (0..255): [..., f, H, W, 3] ->
   [..., f].
   """
+  # Rec. 601 luma and mirrored borders, as OpenCV's cvtColor and Laplacian do by default.
   luma = 255.0 * (_unit(frames) @ np.asarray([0.299, 0.587, 0.114], np.float32))
   padded = np.pad(luma, [(0, 0)] * (luma.ndim - 2) + [(1, 1), (1, 1)], mode="reflect")
   neighbours = (
@@ -41,8 +40,8 @@ def sharpness(frames) -> np.ndarray:
 
 
 def frame_difference(frames) -> np.ndarray:
-  """Mean absolute change, in [0, 1], of each frame against the one before: [..., f, H, W, 3] ->
-  [..., f], nan first.
+  """Mean absolute difference to the previous frame, in [0, 1]: [..., f, H, W, 3] -> [..., f]; frame
+  0 is nan.
   """
   rgb = _unit(frames)
   change = np.abs(np.diff(rgb, axis=-4)).mean((-3, -2, -1))
@@ -53,9 +52,10 @@ METRICS = {"saturation": saturation, "sharpness": sharpness, "frame_difference":
 
 
 def segments(frames: int, count: int = SEGMENTS) -> list[slice]:
-  """`count` nearly equal slices of `frames` frames, in order.
+  """Returns `count` nearly equal slices of `frames` frames, in order.
 
-  Raises UserError for fewer frames than slices.
+  Raises:
+    UserError: fewer frames than slices.
   """
   if frames < count:
     raise UserError(
@@ -66,21 +66,21 @@ def segments(frames: int, count: int = SEGMENTS) -> list[slice]:
 
 
 def per_segment(values: np.ndarray, count: int = SEGMENTS) -> list[float]:
-  """Mean of a metric [..., f] over each segment of its last axis and everything before it; nan
-  entries are left out.
-  """
+  """Returns the mean of a metric [..., f] over each segment of frames, nan left out."""
   return [_mean(values[..., part]) for part in segments(values.shape[-1], count)]
 
 
 def trend(values: np.ndarray) -> dict:
-  """How a metric of videos [n, f] changes along them.
+  """Fits the change of a metric of videos, [n, f], along the frames.
 
-  Returns segments (five means), slope (of their least-squares line, per segment), relative_slope
-  (slope / mean), and start_end (FramePack Eq. 7, a mean over videos of each video's contrast).
+  Returns:
+    segments: five means. mean: over all frames. slope: of the least-squares line through the
+    segments, per segment. relative_slope: slope / mean. start_end: FramePack Eq. 7, the mean over
+    videos of each video's contrast.
   """
   means = per_segment(values)
   slope = float(np.polyfit(np.arange(len(means)), means, 1)[0])
-  known = values[:, np.isfinite(values).all(0)]  # a metric of differences has no value at frame 0
+  known = values[:, np.isfinite(values).all(0)]  # frame_difference has no value at frame 0
   ends = max(1, round(START_END * known.shape[1]))
   start, end = known[:, :ends].mean(1), known[:, -ends:].mean(1)
   total = _mean(values)
@@ -94,23 +94,22 @@ def trend(values: np.ndarray) -> dict:
 
 
 def measure(videos) -> dict[str, dict]:
-  """Drift of videos [n, f, H, W, 3] (uint8, or float in [-1, 1]): metric name -> `trend`.
+  """Returns {metric: `trend`} of videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); JSON values.
 
-  JSON-serialisable.
+  Raises:
+    UserError: another shape, or fewer than SEGMENTS frames.
   """
   videos = to_float(videos)
   if videos.ndim != 5 or videos.shape[-1] != 3:
     raise UserError(f"videos have shape {videos.shape}; expected [n, f, H, W, 3]")
-  per_frame = {
-    name: np.stack([metric(video) for video in videos]) for name, metric in METRICS.items()
+  # Video by video: a metric's temporaries are several times the size of its input.
+  return {
+    name: trend(np.stack([metric(video) for video in videos])) for name, metric in METRICS.items()
   }
-  return {name: trend(values) for name, values in per_frame.items()}
 
 
 def format_table(results: Mapping[str, Mapping[str, dict]]) -> str:
-  """A markdown table of `measure`'s results: one row a method, slope and start-end contrast of each
-  metric.
-  """
+  """Returns a markdown table of {method: `measure`}: slope and start-end contrast per metric."""
   names = list(METRICS)
   header = ["method"] + [f"{name} {kind}" for name in names for kind in ("slope", "start-end")]
   lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
@@ -121,6 +120,7 @@ def format_table(results: Mapping[str, Mapping[str, dict]]) -> str:
 
 
 def _unit(frames) -> np.ndarray:
+  """Maps uint8, or float in [-1, 1], to float in [0, 1]."""
   return np.clip((to_float(frames) + 1.0) / 2.0, 0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Results of `shapes.measure` for people: a markdown table and a figure, one line per method."""
+"""Reports of `shapes_truth.measure`: a markdown table and a figure, one line per method."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 
 from hiar_jax.video.png import write_png
 
-_COLUMNS = (
+_COLUMNS = (  # (key of `measure`, format), in the order of _HEADER
   ("colour", "{:.1%}"),
   ("shape", "{:.1%}"),
   ("direction", "{:.0%}"),
@@ -39,9 +39,7 @@ _PANELS = (
 
 
 def format_table(results: Mapping[str, Mapping]) -> str:
-  """Markdown: one row per method of name -> `shapes.measure`; a dash where nothing could be
-  measured.
-  """
+  """Returns a markdown table of {method: `measure`}; a dash where nothing could be measured."""
   rows = [_HEADER, ("---",) * len(_HEADER)]
   for name, result in results.items():
     cells = [_cell(result[key]["total"], form) for key, form in _COLUMNS]
@@ -51,15 +49,18 @@ def format_table(results: Mapping[str, Mapping]) -> str:
 
 
 def plot(results: Mapping[str, Mapping], path) -> Path:
-  """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG;
-  returns the path.
+  """Draws error, motion, colour and shape per fifth of the video, one line per method, as a PNG.
+
+  Returns the path.
   """
+  # Without pyplot: no global state, no display.
   figure = Figure(figsize=(12, 3.9), layout="constrained")
   for axes, (key, title) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
     for name, result in results.items():
       values = [np.nan if value is None else value for value in result[key]["fifths"]]
       axes.plot(range(1, len(values) + 1), values, marker="o", markersize=4, label=name)
     axes.set(title=title, xlabel="fifth of the video", xticks=range(1, len(values) + 1))
+    # Shares end at 1; the margin keeps a line at 1 visible.
     axes.set_ylim(bottom=0, top=None if key in ("error", "motion_ratio") else 1.03)
     axes.grid(alpha=0.3)
   figure.legend(

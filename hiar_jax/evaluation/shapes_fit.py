@@ -1,16 +1,18 @@
-"""The nearest true rendering of the shapes world: what a drawn frame shows, and how far it is from
-anything exact.
+"""The nearest true rendering of frames of the shapes world, and the distance to it.
 
-With the picture underneath B, a shape's coverage a, its colour C and the share w of it that nothing
+With the image underneath B, a shape's coverage a, its colour C and the share w of it that nothing
 hides, a rendering is base + w a (C - B). For a frame x and D = x - base the squared error is
 
     |x - render|^2 = |D|^2 - 2 sum w a D.(C - B) + sum w^2 a^2 |C - B|^2                 (1)
 
-where all that depends on place and form is a and a^2. So one matrix product of a bank of coverages
-(every form on a grid of places) with a few columns per frame scores every form, place and colour at
-once; Gauss-Newton on the two coordinates of the place then goes below the pixel. Two shapes are
-fitted by coordinate descent: each with the other held, in both orders, and from the solutions of
-the neighbouring frames, which see apart what this frame shows one behind the other.
+in which only a and a^2 depend on position and form. One matrix product of a bank of coverages
+(every form on a grid of positions) with a few columns per frame therefore scores every form,
+position and colour at once; Gauss-Newton on the two coordinates then refines the position below
+the pixel. Two shapes are fitted by coordinate descent: each with the other fixed, in both depth
+orders, and again from the solutions of the neighbouring frames, where shapes that overlap in this
+frame may lie apart.
+
+Axes, beside those of types.py: F frames of all videos, P = H W pixels of a frame.
 """
 
 import dataclasses
@@ -25,138 +27,125 @@ from hiar_jax.video.frames import to_float
 
 RGB = np.asarray(list(COLOURS.values()), np.float32)  # [colours, 3], in [0, 1]
 _CHUNK = 192  # frames fitted at once: bounds memory at about 100 MB
-# of coordinate descent over two shapes: a second one changes errors by less than 3e-4, at twice the
-# time
+# Sweeps of coordinate descent over two shapes: a second one changes errors by less than 3e-4, at
+# twice the time.
 _SWEEPS = 1
 
 
 @dataclasses.dataclass
 class Fit:
-  """Nearest renderings of frames; leading axes [...] are those of the frames. Shapes are ordered
-  back to front.
+  """Nearest renderings of frames, with the leading axes [...] of the frames; shapes back to front.
 
-  colour:   int [..., shapes], index into COLOURS.
-  shape:    int [..., shapes], index into SHAPES.
-  xy:       float [..., shapes, 2], centres in pixels.
-  error:    float [...], MSE to the frame on the [-1, 1] scale.
-  relative: float [..., shapes], the squared error outside the other shape's visible part, over the
-            squared difference that this shape makes to the picture: 0 exact, 1 as if the shape
-            were not there.
-  visible:  float [..., shapes], the share of each shape that no other hides.
+  relative: the squared error outside the other shape's visible part, over the squared difference
+  that this shape makes to the image: 0 exact, 1 as if the shape were absent.
   """
 
-  colour: np.ndarray
-  shape: np.ndarray
-  xy: np.ndarray
-  error: np.ndarray
-  relative: np.ndarray
-  visible: np.ndarray
+  colour: np.ndarray  # int [..., shapes], index into COLOURS
+  shape: np.ndarray  # int [..., shapes], index into SHAPES
+  xy: np.ndarray  # [..., shapes, 2], centres in pixels
+  error: np.ndarray  # [...], MSE to the frame on the [-1, 1] scale
+  relative: np.ndarray  # [..., shapes]
+  visible: np.ndarray  # [..., shapes], share of each shape that no other hides
 
   def reshape(self, *leading: int) -> "Fit":
+    """Returns the same with other leading axes."""
     depth = self.error.ndim
-    parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    return Fit(
-      **{name: value.reshape(*leading, *value.shape[depth:]) for name, value in parts.items()}
-    )
+    arrays = vars(self).items()
+    return Fit(**{name: array.reshape(*leading, *array.shape[depth:]) for name, array in arrays})
 
 
 def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fit:
-  """Fits videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); leading axes of the result are [n,
-  f].
+  """Fits videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); the result's leading axes are [n, f].
 
-  `backgrounds` names the texture of each video; None means unknown: the one that the video is
-  nearest to. Raises UserError for frames of another size than the world's, or for an unknown
-  texture.
+  backgrounds: the texture of each video; None: the one that most of its frames are nearest to.
+
+  Raises:
+    UserError: frames of another size than the world's, or an unknown texture.
   """
   x = _unit(videos, config)
   if len(backgrounds) != len(x):
     raise UserError(
       f"fit: {len(x)} videos but {len(backgrounds)} backgrounds; give one (or None) per video"
     )
-  nearest = nearest_background(videos, config)
+  for name in backgrounds:
+    if name is not None and name not in BACKGROUNDS:
+      raise UserError(f"background {name!r} is unknown; choose one of {', '.join(BACKGROUNDS)}")
   ids = [
-    int(np.bincount(near).argmax()) if name is None else _background_id(name)
-    for name, near in zip(backgrounds, nearest, strict=True)
+    int(np.bincount(nearest).argmax()) if name is None else BACKGROUNDS.index(name)
+    for name, nearest in zip(backgrounds, nearest_background(videos, config), strict=True)
   ]
-  pictures = _backgrounds(config)[ids]
   n, f, pixels, _ = x.shape
-  x = x.reshape(n * f, pixels, 3)
-  under = np.repeat(pictures, f, 0)
-  parts = [slice(start, start + _CHUNK) for start in range(0, n * f, _CHUNK)]
+  x = x.reshape(n * f, pixels, 3)  # frames of all videos are fitted alike
+  under = np.repeat(_backgrounds(config)[ids], f, 0)
+  chunks = [slice(start, start + _CHUNK) for start in range(0, n * f, _CHUNK)]
   pairs = config.shapes_per_clip == 2
-  state = _concatenate(
-    [(_fit_pair if pairs else _fit_single)(x[part], under[part], config) for part in parts]
-  )
+  fit = _fit_pair if pairs else _fit_single
+  state = _concatenate([fit(x[chunk], under[chunk], config) for chunk in chunks])
   if pairs:
-    state = _ask_neighbours(state, x, under, f, config)
-  return _concatenate(
-    [_describe(x[part], under[part], state[part], config) for part in parts]
-  ).reshape(n, f)
+    state = _try_neighbours(state, x, under, f, config)
+  found = [_describe(x[chunk], under[chunk], state[chunk], config) for chunk in chunks]
+  return _concatenate(found).reshape(n, f)
 
 
 def nearest_background(videos, config: WorldConfig) -> np.ndarray:
-  """Which of BACKGROUNDS each frame of videos [n, f, H, W, 3] is nearest to: int [n, f].
-
-  The absolute error of a pixel saturates, so that the shapes, wherever they are, decide nothing.
-  """
+  """Returns the nearest of BACKGROUNDS for each frame of videos [n, f, H, W, 3]: int [n, f]."""
   x = _unit(videos, config)
+  # The error of a pixel saturates at 0.1, half the contrast of the textures: pixels of shapes, far
+  # from every background, count alike for all of them.
   distance = [
-    np.minimum(np.abs(x - picture).mean(-1), 0.1).mean(-1) for picture in _backgrounds(config)
+    np.minimum(np.abs(x - image).mean(-1), 0.1).mean(-1) for image in _backgrounds(config)
   ]
   return np.argmin(distance, 0)
 
 
-# One shape, the rest of the picture held
+# One shape, the rest of the image fixed
 
 
 @dataclasses.dataclass
 class _State:
-  """A solution per frame: colour, shape int [F, n], xy [F, n, 2], loss [F]: summed squared error,
-  colours in [0, 1].
-  """
+  """A solution per frame, for n shapes."""
 
-  colour: np.ndarray
-  shape: np.ndarray
-  xy: np.ndarray
-  loss: np.ndarray
+  colour: np.ndarray  # int [F, n]
+  shape: np.ndarray  # int [F, n]
+  xy: np.ndarray  # [F, n, 2]
+  loss: np.ndarray  # [F], squared error summed over pixels and channels, colours in [0, 1]
 
   def __getitem__(self, index) -> "_State":
     return _State(self.colour[index], self.shape[index], self.xy[index], self.loss[index])
 
   def better(self, other: "_State") -> "_State":
-    """Frame by frame, the solution of lower loss."""
+    """Returns, frame by frame, the solution of lower loss."""
     win = other.loss < self.loss
-    pairs = (
-      (getattr(self, name), getattr(other, name)) for name in ("colour", "shape", "xy", "loss")
-    )
-    return _State(
-      *(np.where(win.reshape(-1, *[1] * (old.ndim - 1)), new, old) for old, new in pairs)
-    )
+    chosen = {}
+    for name, old in vars(self).items():
+      mask = win.reshape(-1, *[1] * (old.ndim - 1))  # [F] against [F, n] or [F, n, 2]
+      chosen[name] = np.where(mask, getattr(other, name), old)
+    return _State(**chosen)
 
 
 @dataclasses.dataclass
 class _Context:
-  """What is held while one shape moves: x = base + weight a (C - under).
+  """The fixed terms of equation (1) while one shape moves: x = base + weight a (C - under)."""
 
-  Arrays [F, P, 3]; weight [F, P].
-  """
-
-  residual: np.ndarray  # x - base
-  under: np.ndarray
-  weight: np.ndarray
+  residual: np.ndarray  # x - base, [F, P, 3]
+  under: np.ndarray  # image under the shape, [F, P, 3]
+  weight: np.ndarray  # share of the shape that would be visible, [F, P]
   config: WorldConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bank:
+  """Coverages of every form at every position of a grid."""
+
   alpha: np.ndarray  # float32 [shapes * grid, P]
-  square: np.ndarray  # its square
+  square: np.ndarray  # alpha**2
   xy: np.ndarray  # [grid, 2]
 
 
 @functools.lru_cache(maxsize=4)
 def _bank(size: int, radius: float) -> _Bank:
-  # A pixel apart at 32 x 32: the nearest place of the grid lies within reach of the refinement.
+  # Grid points are one pixel apart at 32 x 32 (radius 5.5), near enough for `_refine`, which moves
+  # by at most one such pixel a step.
   axis = np.linspace(radius, size - radius, 1 + round((size - 2 * radius) * 5.5 / radius))
   xy = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
   alpha = np.stack([shapes_world.alpha_mask(shape, xy, radius, size) for shape in SHAPES])
@@ -165,20 +154,20 @@ def _bank(size: int, radius: float) -> _Bank:
 
 
 def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
-  """The best form, colour and place of one shape (n = 1) among all, colours `exclude` [F] left
-  out.
-  """
+  """Finds the best form, colour and position of one shape (n = 1), except colours `exclude` [F]."""
   scores = _scores(context)
   if exclude is not None:
     scores[np.arange(len(scores)), exclude] = np.inf
   count = len(scores)
   grid = _bank(context.config.size, context.config.radius).xy
   best = None
+  # The grid decides colour and position, but not the form: forms are close to each other in error,
+  # so each is refined before they are compared.
   for shape in range(len(SHAPES)):
     own = scores[:, :, shape * len(grid) : (shape + 1) * len(grid)].reshape(count, -1)
-    colour, place = np.divmod(own.argmin(1), len(grid))
+    colour, point = np.divmod(own.argmin(1), len(grid))  # [F, colours * grid], colours outermost
     start = _State(
-      colour[:, None], np.full((count, 1), shape), grid[place][:, None], np.zeros(count)
+      colour[:, None], np.full((count, 1), shape), grid[point][:, None], np.zeros(count)
     )
     refined = _refine(context, start)
     best = refined if best is None else best.better(refined)
@@ -186,20 +175,19 @@ def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
 
 
 def _scores(context: _Context) -> np.ndarray:
-  """Equation (1) without |D|^2 for every colour and coverage of the bank: [F, colours, shapes *
-  grid].
-  """
+  """Returns (1) without |D|^2 for every colour and coverage: [F, colours, shapes * grid]."""
   bank = _bank(context.config.size, context.config.radius)
-  pulled, under, square = (
-    context.residual * context.weight[..., None],
-    context.under,
-    context.weight**2,
-  )
+  under = context.under
+  pulled = context.residual * context.weight[..., None]  # w D
+  square = context.weight**2
   count = len(pulled)
+  # Expanded in powers of C, so that the products with the bank hold for all colours:
+  # w D.(C - B) = C.(w D) - w D.B;  w^2 |C - B|^2 = w^2 |C|^2 - 2 C.(w^2 B) + w^2 |B|^2
   linear = np.stack([*np.moveaxis(pulled, -1, 0), (pulled * under).sum(-1)], 1)  # [F, 4, P]
   quadratic = np.stack(
     [square, *np.moveaxis(under * square[..., None], -1, 0), (under**2).sum(-1) * square], 1
-  )
+  )  # [F, 5, P]
+  # One matrix product each, [F * 4, P] @ [P, shapes * grid].
   linear = (linear.reshape(count * 4, -1) @ bank.alpha.T).reshape(count, 4, -1)
   quadratic = (quadratic.reshape(count * 5, -1) @ bank.square.T).reshape(count, 5, -1)
   gain = RGB @ linear[:, :3] - linear[:, 3:]
@@ -212,9 +200,11 @@ def _scores(context: _Context) -> np.ndarray:
 def _refine(context: _Context, state: _State, steps: int = 3) -> _State:
   """Moves one shape per frame (n = 1) to the nearest minimum of (1); its colour and form stay."""
   config, xy = context.config, state.xy[:, 0]
+  # (1) is now sum(curve a^2 - 2 target a) + |D|^2, with maps [F, P] that do not move.
   contrast = RGB[state.colour[:, 0]][:, None] - context.under
   target = context.weight * (context.residual * contrast).sum(-1)
   curve = context.weight**2 * (contrast**2).sum(-1)
+  # a is 0 outside of a window around the shape, with a margin for its movement.
   reach = int(np.ceil(config.radius + 2 * config.scale))
   corner = np.floor(xy).astype(int) - reach
   target, curve = (_windows(array, corner, 2 * reach + 1, config.size) for array in (target, curve))
@@ -230,17 +220,20 @@ def _refine(context: _Context, state: _State, steps: int = 3) -> _State:
 
 
 def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarray, np.ndarray]:
-  """Gauss-Newton with a short line search on sum(curve a^2 - 2 target a) over the place of one
-  form.
+  """Minimises sum(curve a^2 - 2 target a) over positions xy [m, 2] of one form, by Gauss-Newton.
+
+  curve, target: windows [m, span, span] whose first pixels are `corner` [m, 2] (x, y). Returns
+  (positions, values [m]).
   """
   span = target.shape[-1]
 
-  def alpha(places):
-    return shapes_world.alpha_mask(shape, places - corner, config.radius, span)
+  def alpha(positions):
+    return shapes_world.alpha_mask(shape, positions - corner, config.radius, span)
 
   def value(a):
     return (curve * a * a - 2 * target * a).sum((-2, -1))
 
+  # Central differences, for a coverage has kinks where an edge meets a pixel's border.
   nudge = 0.2 * config.scale
   axes = np.asarray([[1, 0], [-1, 0], [0, 1], [0, -1]])[:, None] * nudge
   best = value(alpha(xy))
@@ -250,22 +243,23 @@ def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarra
     dx, dy = (right - left) / (2 * nudge), (down - up) / (2 * nudge)
     gradient = np.stack([((curve * now - target) * d).sum((-2, -1)) for d in (dx, dy)], -1)
     xx, yy, xy_ = ((curve * p).sum((-2, -1)) for p in (dx * dx, dy * dy, dx * dy))
-    floor = 1e-6 + 1e-3 * (xx + yy)  # a hidden shape feels no force: stay
+    floor = 1e-6 + 1e-3 * (xx + yy)  # damping; the Hessian of a hidden shape is 0
     hessian = np.stack([np.stack([xx + floor, xy_], -1), np.stack([xy_, yy + floor], -1)], -2)
     step = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
+    # At most one pixel (at 32 x 32) a step, within the walls.
     length = np.linalg.norm(step, axis=-1, keepdims=True)
     step = step * np.minimum(1, config.scale / np.maximum(length, 1e-9))
-    for share in (1.0, 0.3):
-      there = np.clip(xy + share * step, config.radius, config.size - config.radius)
-      loss = value(alpha(there))
+    for share in (1.0, 0.3):  # line search: the whole step, else 30 % of it, else none
+      moved = np.clip(xy + share * step, config.radius, config.size - config.radius)
+      loss = value(alpha(moved))
       win = loss < best
-      xy, best = np.where(win[:, None], there, xy), np.where(win, loss, best)
-      step = np.where(win[:, None], 0, step)
+      xy, best = np.where(win[:, None], moved, xy), np.where(win, loss, best)
+      step = np.where(win[:, None], 0, step)  # a step that was taken is not tried again
   return xy, best
 
 
 def _windows(maps: np.ndarray, corner: np.ndarray, span: int, size: int) -> np.ndarray:
-  """Squares of `span` pixels of maps [F, P] whose first pixel is `corner` [F, 2] (x, y); zero
+  """Cuts windows [F, span, span] with first pixel `corner` [F, 2] (x, y) out of maps [F, P]; zero
   outside the image.
   """
   maps = np.pad(maps.reshape(len(maps), size, size), ((0, 0), (span, span), (span, span)))
@@ -281,78 +275,71 @@ def _fit_single(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State
 
 
 def _fit_pair(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
-  """Greedy first shape, then coordinate descent with the second in front and with the second
-  behind.
+  """Fits one shape alone, then two by coordinate descent, with the second in front and behind.
+
+  Shapes of a state are ordered back to front, so `second` = 0 puts the second shape behind.
   """
   first = _fit_single(x, under, config)
   best = None
-  for place in (0, 1):
-    pair = _State(
-      *(np.repeat(getattr(first, k), 2, 1) for k in ("colour", "shape", "xy")), first.loss
-    )
+  for second in (0, 1):
+    # Both start as copies of the first shape; the second is fitted before it is read.
+    copies = [np.repeat(array, 2, 1) for array in (first.colour, first.shape, first.xy)]
+    pair = _State(*copies, first.loss)
     for _ in range(_SWEEPS):
-      for index in (1 - place, place):
+      for index in (1 - second, second):
         pair = _refit(x, under, pair, index, config)
     best = pair if best is None else best.better(pair)
   return best
 
 
 def _refit(x, under, pair: _State, index: int, config: WorldConfig, local: bool = False) -> _State:
-  """Fits shape `index` of each pair anew (or, `local`, only moves it), the other held; two shapes
-  have two colours.
+  """Fits shape `index` (0 back, 1 front) of each pair again (`local`: only moves it), the other
+  fixed.
   """
-  context = _holding(x, under, pair, 1 - index, config)
-  if local:
-    found = _refine(
-      context,
-      _State(pair.colour[:, [index]], pair.shape[:, [index]], pair.xy[:, [index]], pair.loss),
-    )
+  fixed = 1 - index
+  alpha = _alpha(pair.shape[:, fixed], pair.xy[:, fixed], config)[..., None]
+  covered = under + alpha * (RGB[pair.colour[:, fixed]][:, None] - under)
+  if fixed == 0:
+    context = _Context(x - covered, covered, np.ones(x.shape[:2], np.float32), config)
   else:
-    found = _fit_one(context, exclude=pair.colour[:, 1 - index])
-  parts = []
+    # The fixed shape in front hides `alpha` of what changes behind it.
+    context = _Context(x - covered, under, 1 - alpha[..., 0], config)
+  if local:
+    own = (array[:, [index]] for array in (pair.colour, pair.shape, pair.xy))
+    found = _refine(context, _State(*own, pair.loss))
+  else:  # two shapes of the world have two colours
+    found = _fit_one(context, exclude=pair.colour[:, fixed])
+  arrays = []
   for name in ("colour", "shape", "xy"):
-    held = getattr(pair, name)[:, [1 - index]]
-    parts.append(
-      np.concatenate(
-        [getattr(found, name), held] if index == 0 else [held, getattr(found, name)], 1
-      )
-    )
-  return _State(*parts, found.loss)
+    both = [getattr(found, name), getattr(pair, name)[:, [fixed]]]
+    arrays.append(np.concatenate(both if index == 0 else both[::-1], 1))
+  return _State(*arrays, found.loss)
 
 
-def _holding(x, under, pair: _State, held: int, config: WorldConfig) -> _Context:
-  """The context in which the other shape moves while shape `held` (0 back, 1 front) stays."""
-  alpha = _alpha(pair.shape[:, held], pair.xy[:, held], config)[..., None]
-  covered = under + alpha * (RGB[pair.colour[:, held]][:, None] - under)
-  if held == 0:
-    return _Context(x - covered, covered, np.ones(x.shape[:2], np.float32), config)
-  return _Context(x - covered, under, 1 - alpha[..., 0], config)
-
-
-def _ask_neighbours(
-  state: _State, x, under, frames: int, config: WorldConfig, rounds: int = 1
-) -> _State:
-  """Moves each frame's two places to fit together, then tries the solutions of the frames before
-  and after it.
+def _try_neighbours(state: _State, x, under, frames: int, config: WorldConfig) -> _State:
+  """Refines both positions of each frame together, then from the solutions of the frames before and
+  after it.
   """
   index = np.arange(len(x))
-  place = index % frames
-  for shift in [0, 1, -1] * rounds:
-    source = np.where((place - shift >= 0) & (place - shift < frames), index - shift, index)
+  frame = index % frames
+  for shift in (0, 1, -1):
+    # Neighbours are of the same video: the first and last frame keep their own solution.
+    source = np.where((frame - shift >= 0) & (frame - shift < frames), index - shift, index)
     trials = []
     for start in range(0, len(x), _CHUNK):
-      part = slice(start, start + _CHUNK)
-      trial = state[source[part]]
+      chunk = slice(start, start + _CHUNK)
+      trial = state[source[chunk]]
       for moved in (1, 0, 1, 0):
-        trial = _refit(x[part], under[part], trial, moved, config, local=True)
+        trial = _refit(x[chunk], under[chunk], trial, moved, config, local=True)
       trials.append(trial)
     state = state.better(_concatenate(trials))
   return state
 
 
 def _describe(x: np.ndarray, under: np.ndarray, state: _State, config: WorldConfig) -> Fit:
+  """Renders the solutions of frames x [F, P, 3] and measures them; see `Fit`."""
   alphas = [_alpha(state.shape[:, i], state.xy[:, i], config) for i in range(state.shape.shape[1])]
-  layers = [under]
+  layers = [under]  # image under shape 0, under shape 1, ..., the whole rendering
   for i, alpha in enumerate(alphas):
     layers.append(layers[-1] + alpha[..., None] * (RGB[state.colour[:, i]][:, None] - layers[-1]))
   visible = [alphas[0] * (1 - alphas[1]), alphas[1]] if len(alphas) == 2 else alphas
@@ -365,41 +352,36 @@ def _describe(x: np.ndarray, under: np.ndarray, state: _State, config: WorldConf
       (squared * elsewhere).sum(-1) / np.maximum((visible[i] ** 2 * contrast).sum(-1), 1e-6)
     )
   shares = [v.sum(-1) / a.sum(-1) for v, a in zip(visible, alphas, strict=True)]
-  error = 4 / 3 * squared.mean(-1)  # a mean over channels, and twice the distance between -1 and 1
+  # A mean over 3 channels; squares on the [-1, 1] scale are 4 times those on [0, 1].
+  error = 4 / 3 * squared.mean(-1)
   return Fit(
     state.colour, state.shape, state.xy, error, np.stack(relative, -1), np.stack(shares, -1)
   )
 
 
-# Pictures
+# Images
 
 
 def _alpha(shape: np.ndarray, xy: np.ndarray, config: WorldConfig) -> np.ndarray:
-  """Coverage [F, P] of a form and a place per frame."""
+  """Returns the coverage [F, P] of one shape per frame, forms [F] at xy [F, 2]."""
   alpha = np.zeros((len(shape), config.size**2), np.float32)
   for i, name in enumerate(SHAPES):
     own = np.flatnonzero(shape == i)
     if own.size:
-      alpha[own] = shapes_world.alpha_mask(name, xy[own], config.radius, config.size).reshape(
-        own.size, -1
-      )
+      mask = shapes_world.alpha_mask(name, xy[own], config.radius, config.size)
+      alpha[own] = mask.reshape(own.size, -1)
   return alpha
 
 
 def _backgrounds(config: WorldConfig) -> np.ndarray:
-  """All textures: float32 [backgrounds, P, 3] in [0, 1]."""
+  """Returns all textures, float32 [backgrounds, P, 3] in [0, 1]."""
   return np.stack(
     [shapes_world.background_image(name, config).reshape(-1, 3) for name in BACKGROUNDS]
   )
 
 
-def _background_id(name: str) -> int:
-  if name not in BACKGROUNDS:
-    raise UserError(f"background {name!r} is unknown; choose one of {', '.join(BACKGROUNDS)}")
-  return BACKGROUNDS.index(name)
-
-
 def _unit(videos, config: WorldConfig) -> np.ndarray:
+  """Maps videos [n, f, H, W, 3] (uint8, or float in [-1, 1]) to [n, f, P, 3] in [0, 1]."""
   videos = np.asarray(videos)
   if videos.ndim != 5 or videos.shape[2:] != (config.size, config.size, 3):
     raise UserError(
@@ -411,6 +393,7 @@ def _unit(videos, config: WorldConfig) -> np.ndarray:
 
 
 def _concatenate(parts: list):
-  kind = type(parts[0])
-  names = [field.name for field in dataclasses.fields(kind)]
-  return kind(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+  """Joins dataclasses of arrays along their first axis."""
+  names = vars(parts[0])
+  arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+  return type(parts[0])(**arrays)

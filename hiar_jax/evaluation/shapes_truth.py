@@ -1,16 +1,14 @@
-"""How well videos of the shapes world do what their prompts ask, measured frame by frame, per fifth
-of the video.
+"""Prompt following, motion and error of videos of the shapes world, per fifth of the video.
 
-Every frame is compared with its nearest true rendering (`fit`). A shape counts as recognised where
-that rendering
-explains it: squared error at most UNRECOGNISABLE of the squared difference that the shape itself
-makes to the picture. An empty frame scores 1 there, a red shape faded to half 0.25, noise far more
-than 1; true clips stay under 0.001, and under 0.1 when blurred by a pixel on the plain world
-(`data_reference` measures it, also through a codec). What is not recognised has neither the right
-colour nor the right form.
+Every frame is compared with its nearest true rendering (`shapes_fit`). A shape counts as recognised
+if that rendering explains it: squared error at most UNRECOGNISABLE of the squared difference that
+the shape makes to the image. An empty frame scores 1 there, a red shape faded by 50 % 0.25, noise
+far more than 1; true clips stay under 0.001, and under 0.1 when blurred by a pixel on the plain
+world (`data_reference` measures it, also through a codec). An unrecognised shape counts as wrong in
+colour and in form.
 
-A shape that another hides by more than half cannot be judged, so those frames are left out; but one
-that stays hidden for longer than a training clip is missing, and wrong.
+A shape that another hides by more than 50 % is not judged in those frames; one that stays hidden
+for longer than a training clip is missing, and counts as wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,13 +31,13 @@ WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
 
 @dataclasses.dataclass
 class Asked:
-  """What prompts ask of each shape: [n, shapes]; -1 or nan where they do not say."""
+  """The content of n prompts; -1, nan or None for what a prompt does not name."""
 
-  colour: np.ndarray
-  shape: np.ndarray
+  colour: np.ndarray  # int [n, shapes], index into COLOURS
+  shape: np.ndarray  # int [n, shapes], index into SHAPES
   direction: np.ndarray  # unit vectors [n, shapes, 2]
-  speed: np.ndarray  # pixels per frame
-  background: list[str | None]
+  speed: np.ndarray  # [n, shapes], pixels per frame
+  background: list[str | None]  # n names
 
 
 def measure(
@@ -52,25 +50,28 @@ def measure(
     prompts: captions in the world's words; what a prompt does not name is not judged.
     world: the world that the videos imitate: size and number of shapes.
     train_frames: pixel frames of a training clip: the direction is measured over these. Default:
-    world.frames.
+      world.frames.
 
   Returns:
     JSON-serialisable: per metric {"total": number, "fifths": [5 numbers]}, None where nothing could
     be judged:
       recognised, colour, shape: share of judged frames that show it and show it right;
-      background: share of frames that are nearest to the asked texture;
-      hidden: share of frames in which a shape is hidden by more than half;
+      background: share of frames that are nearest to the prompt's texture;
+      hidden: share of frames in which a shape is hidden by more than 50 %;
       motion: mean pixels between consecutive frames, without jumps;
-      motion_ratio: motion over what a true clip would move;
-      jumps: share of steps longer than 6 px (at 32 x 32);
+      motion_ratio: motion over that of a true clip;
+      jumps: share of steps longer than JUMP;
       error: MSE to the nearest true rendering on the [-1, 1] scale.
-    direction: {"total": share of clips whose displacement, up to the first turn at a wall, is
-    within 45 degrees of the caption's; standing still is wrong}. error_last_over_first: fifths of
-    `error`. relative_error: quantiles of
-    what UNRECOGNISABLE cuts. drift: `drift.measure`. prompts: the totals per video. settings: the
-    thresholds.
+    direction: {"total": share of clips whose displacement, up to the first bounce, is within 45
+      degrees of the caption's; standing still is wrong}.
+    error_last_over_first: ratio of the fifths of `error`.
+    relative_error: quantiles of `Fit.relative`, which UNRECOGNISABLE is a threshold of.
+    drift: `drift.measure`.
+    prompts: the totals per video.
+    settings: the thresholds.
 
-  Raises UserError for shapes, lengths or counts that do not fit.
+  Raises:
+    UserError: shapes, lengths or counts that do not fit.
   """
   train_frames = train_frames or world.frames
   if len(videos) != len(prompts) or not len(prompts):
@@ -83,17 +84,18 @@ def measure(
   values["background"] = _background_right(videos, asked, world)
   headed = _directions(track, asked, train_frames, world)
   result = _summary(values, headed)
-  result["relative_error"] = _quantiles(track.relative[track.visible >= HIDDEN])
+  relative = track.relative[track.visible >= HIDDEN]
+  result["relative_error"] = {
+    f"q{q}": float(np.percentile(relative, q)) if relative.size else None for q in (50, 90, 99, 100)
+  }
   result["drift"] = drift.measure(videos)
-  result["prompts"] = [
-    {
-      "prompt": prompt,
-      **_row(
-        _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])
-      ),
+  result["prompts"] = []
+  for i, prompt in enumerate(prompts):
+    own = _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])
+    totals = {
+      name: value["total"] if isinstance(value, dict) else value for name, value in own.items()
     }
-    for i, prompt in enumerate(prompts)
-  ]
+    result["prompts"].append({"prompt": prompt, **totals})
   result["settings"] = {
     "videos": len(prompts),
     "frames": int(track.error.shape[1]),
@@ -114,77 +116,78 @@ def data_reference(
   split: str = "held_out",
   seed: int = 0,
 ) -> dict:
-  """`measure` of true clips of a split: what a perfect model scores, and with a codec what the
-  codec costs.
+  """Returns `measure` of true clips of a split: the scores of a perfect model.
 
-  `codec_roundtrip` maps float32 videos [n, f, H, W, 3] in [-1, 1] to their decoded latents.
-  `frames` defaults to four training lengths. Its "relative_error" says how far UNRECOGNISABLE lies
-  from what true clips reach.
+  codec_roundtrip: encodes and decodes float32 videos [n, f, H, W, 3] in [-1, 1]; with it, the
+  result shows the loss of the codec. frames: default four training lengths. "relative_error" of the
+  result shows the margin between true clips and UNRECOGNISABLE.
   """
   rng = np.random.default_rng(seed)
   scenes = [shapes_world.sample_scene(rng, world, split) for _ in range(clips)]
-  states = [shapes_world.simulate(scene, frames or 4 * world.frames) for scene in scenes]
-  videos = np.stack(
-    [
-      shapes_world.render(state, shapes_world.background_image(scene.background, world), world)
-      for scene, state in zip(scenes, states, strict=True)
-    ]
-  )
+  videos = []
+  for scene in scenes:
+    states = shapes_world.simulate(scene, frames or 4 * world.frames)
+    background = shapes_world.background_image(scene.background, world)
+    videos.append(shapes_world.render(states, background, world))
+  videos = np.stack(videos)
   if codec_roundtrip is not None:
     videos = np.asarray(codec_roundtrip(videos.astype(np.float32) / 127.5 - 1))
   return measure(videos, [shapes_world.caption(scene) for scene in scenes], world)
 
 
 def read_prompts(prompts: Sequence[str], world: WorldConfig) -> Asked:
-  """Numbers for words: see `Asked`. Words that the world does not know ask for nothing."""
+  """Parses prompts into arrays; words outside of the world are ignored."""
   shape = (len(prompts), world.shapes_per_clip)
   asked = Asked(
     np.full(shape, -1), np.full(shape, -1), np.full((*shape, 2), np.nan), np.full(shape, np.nan), []
   )
   for i, prompt in enumerate(prompts):
     parsed = shapes_world.parse_caption(prompt)
-    plain = "plain" if world.difficulty == "plain" else None
-    asked.background.append((parsed.background if parsed else None) or plain)
-    for k, said in enumerate(parsed.shapes[: world.shapes_per_clip] if parsed else ()):
-      asked.colour[i, k] = list(COLOURS).index(said.colour) if said.colour else -1
-      asked.shape[i, k] = SHAPES.index(said.shape) if said.shape else -1
-      if said.direction:
-        asked.direction[i, k] = DIRECTIONS[said.direction]
-        asked.speed[i, k] = world.speed(said.speed)
+    # Captions of the plain world do not mention its only background.
+    default = "plain" if world.difficulty == "plain" else None
+    asked.background.append((parsed.background if parsed else None) or default)
+    for k, named in enumerate(parsed.shapes[: world.shapes_per_clip] if parsed else ()):
+      asked.colour[i, k] = list(COLOURS).index(named.colour) if named.colour else -1
+      asked.shape[i, k] = SHAPES.index(named.shape) if named.shape else -1
+      if named.direction:
+        asked.direction[i, k] = DIRECTIONS[named.direction]
+        asked.speed[i, k] = world.speed(named.speed)
   return asked
 
 
 def expected_motion(speed, world: WorldConfig):
-  """Mean pixels per frame of a true clip: the speed, less what steps lose that end beyond a wall
-  and come back.
+  """Returns the mean displacement of a true clip, pixels per frame: the speed, less the loss of the
+  steps that bounce.
 
-  A step of length v meets the wall in v / room of all cases, and then covers v / 2 on average.
+  A step of length v meets a wall with probability v / room, room = size - 2 radius, and its
+  displacement is then v / 2 on average.
   """
   return speed * (1 - speed / (2 * (world.size - 2 * world.radius)))
 
 
-# Which fitted shape is which asked one
+# Assignment of fitted shapes to those of the prompt
 
 
 def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
   """Reorders the shapes of every frame from back-to-front to the prompt's order."""
   if world.shapes_per_clip == 1:
     return fit
-  swap = np.zeros(fit.error.shape, bool)
-  last = np.full((len(fit.error), 2, 2), np.nan)
+  swap = np.zeros(fit.error.shape, bool)  # [n, f]
+  last = np.full((len(fit.error), 2, 2), np.nan)  # last seen centres, [n, shapes, 2]
+  # Frame by frame, for the cost depends on the order of the frames before.
   for i in range(fit.error.shape[1]):
     cost = [_mismatch(fit, i, order, asked, last, world) for order in ([0, 1], [1, 0])]
     swap[:, i] = cost[1] < cost[0]
     order = np.where(swap[:, i, None], [1, 0], [0, 1])
     seen = (fit.visible[:, i] >= HIDDEN) & (fit.relative[:, i] <= UNRECOGNISABLE)
-    here = np.where(seen[..., None], fit.xy[:, i], np.nan)
-    here = np.take_along_axis(here, order[..., None], 1)
-    last = np.where(np.isnan(here), last, here)
-  order = np.where(swap[..., None], [1, 0], [0, 1])
+    centres = np.where(seen[..., None], fit.xy[:, i], np.nan)
+    centres = np.take_along_axis(centres, order[..., None], 1)
+    last = np.where(np.isnan(centres), last, centres)
+  order = np.where(swap[..., None], [1, 0], [0, 1])  # [n, f, shapes]
   reordered = {
     name: np.take_along_axis(array, order.reshape(*order.shape, *[1] * (array.ndim - 3)), 2)
     for name, array in vars(fit).items()
-    if name != "error"
+    if name != "error"  # of the frame, not of a shape
   }
   return Fit(error=fit.error, **reordered)
 
@@ -192,21 +195,24 @@ def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
 def _mismatch(
   fit: Fit, i: int, order: list[int], asked: Asked, last: np.ndarray, world: WorldConfig
 ) -> np.ndarray:
-  """Cost of an order at frame i: colour decides before form, form before the distance to where the
-  shape was last.
+  """Returns the cost of an order of the shapes at frame i, [n]: colour decides before form, form
+  before the distance to the last seen position.
   """
   colour = ((fit.colour[:, i, order] != asked.colour) & (asked.colour >= 0)).sum(-1)
   shape = ((fit.shape[:, i, order] != asked.shape) & (asked.shape >= 0)).sum(-1)
   distance = np.nan_to_num(np.linalg.norm(fit.xy[:, i, order] - last, axis=-1)).sum(-1)
+  # The distances of two shapes sum to less than 2 sqrt(2) sizes: below the weight of one form,
+  # and two wrong forms (8) weigh less than one wrong colour.
   return 16.0 * colour + 4.0 * shape + distance / world.size
 
 
-# Numbers per frame and shape, nan where not judged
+# Measures per frame and shape, nan if not judged
 
 
 def _per_frame(
   track: Fit, asked: Asked, train_frames: int, world: WorldConfig
 ) -> dict[str, np.ndarray]:
+  """Returns arrays [n, f, shapes], "error" [n, f]; nan if not judged."""
   hidden = track.visible < HIDDEN
   shown = (track.relative <= UNRECOGNISABLE) & ~hidden
   judged = ~hidden | _missing(hidden, train_frames)
@@ -214,11 +220,13 @@ def _per_frame(
   def share(right, known=True):
     return np.where(judged & known, shown & right, np.nan)
 
+  # Displacement from the frame before; measured only if the shape is recognised in both.
   steps = np.linalg.norm(np.diff(track.xy, axis=1), axis=-1)
   steps = np.concatenate([np.full_like(steps[:, :1], np.nan), steps], 1)
   steps[:, 1:][~(shown[:, 1:] & shown[:, :-1])] = np.nan
   jump = np.where(np.isnan(steps), np.nan, steps > JUMP * world.scale)
   motion = np.where(jump == 1, np.nan, steps)
+  # Over the same frames as the motion, so that the ratio of the sums is fair.
   expected = np.broadcast_to(expected_motion(asked.speed, world)[:, None], motion.shape)
   return {
     "recognised": share(True),
@@ -233,9 +241,10 @@ def _per_frame(
 
 
 def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
-  """Frames of runs of True along axis 1 of [n, f, shapes] that are longer than `longest`."""
+  """Marks the runs of True along axis 1 of [n, f, shapes] that are longer than `longest`."""
   missing = np.zeros_like(hidden)
   for i, k in np.ndindex(hidden.shape[0], hidden.shape[2]):
+    # Starts and ends of runs alternate in the differences of the padded series.
     edges = np.flatnonzero(np.diff(np.concatenate([[0], hidden[i, :, k], [0]])))
     for start, end in edges.reshape(-1, 2):
       missing[i, start:end, k] = end - start > longest
@@ -243,6 +252,7 @@ def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
 
 
 def _background_right(videos, asked: Asked, world: WorldConfig) -> np.ndarray:
+  """Returns [n, f]: 1 if the frame is nearest to the prompt's texture, nan if it names none."""
   nearest = nearest_background(videos, world).astype(float)
   wanted = [np.nan if name is None else BACKGROUNDS.index(name) for name in asked.background]
   wanted = np.asarray(wanted)[:, None]
@@ -250,41 +260,42 @@ def _background_right(videos, asked: Asked, world: WorldConfig) -> np.ndarray:
 
 
 def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig) -> np.ndarray:
-  """[n, shapes]: 1 where a clip sets out as its caption says, 0 where not, nan where nobody could
-  say.
+  """Returns [n, shapes]: 1 if a shape first moves as its caption says, 0 if not, nan if the caption
+  names no direction or the shape is hidden too long to measure it.
   """
   right = np.full(asked.speed.shape, np.nan)
   hidden = track.visible < HIDDEN
   missing = _missing(hidden, train_frames)
   recognised = track.relative <= UNRECOGNISABLE
   for i, k in np.argwhere(~np.isnan(asked.speed)):
-    open_to_view = ~hidden[i, :train_frames, k]
-    if 2 * open_to_view.sum() < len(open_to_view) and not missing[i, :train_frames, k].any():
+    visible = ~hidden[i, :train_frames, k]
+    if 2 * visible.sum() < len(visible) and not missing[i, :train_frames, k].any():
       continue
-    frames = np.flatnonzero(open_to_view & recognised[i, :train_frames, k])
-    if len(frames) < 2 or 2 * len(frames) < open_to_view.sum():
+    frames = np.flatnonzero(visible & recognised[i, :train_frames, k])
+    if len(frames) < 2 or 2 * len(frames) < visible.sum():
       right[i, k] = 0
       continue
     path, frames = _before_the_wall(track.xy[i, frames, k], frames, world)
     move, elapsed = path[-1] - path[0], frames[-1] - frames[0]
     along, length = move @ asked.direction[i, k], np.linalg.norm(move)
-    right[i, k] = along >= length * np.sqrt(0.5) and length >= STANDING * asked.speed[i, k] * max(
-      elapsed, shapes_world.FREE_FRAMES
-    )
+    # A path cut short by a bounce must still be as long as the free run of a true clip allows.
+    shortest = STANDING * asked.speed[i, k] * max(elapsed, shapes_world.FREE_FRAMES)
+    right[i, k] = along >= length * np.sqrt(0.5) and length >= shortest
   return right
 
 
 def _before_the_wall(
   path: np.ndarray, frames: np.ndarray, world: WorldConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-  """A path [f, 2] up to its first turn near a wall, on the axis along which it moves most."""
+  """Cuts a path [f, 2] and its frames at the first bounce on the axis along which it moves most."""
   steps = np.diff(path, axis=0)
   axis = int(np.abs(steps).sum(0).argmax()) if len(steps) else 0
+  # Steps under 25 % of a pixel are errors of the fit, not a direction.
   along, least = steps[:, axis], 0.25 * world.scale
   for i in range(1, len(steps)):
     low, high = path[i, axis] - world.radius, world.size - world.radius - path[i, axis]
-    wall = -1 if low < high else 1
-    # what is left of a step that ends where it began, beyond the wall
+    wall = -1 if low < high else 1  # side of the nearer wall
+    # A step that bounces halfway ends near its start: the turn then shows one step later.
     short = abs(along[i]) <= least and i + 1 < len(steps)
     bounced = along[i - 1] * wall > least and along[i + short] * wall < -least
     if bounced and min(low, high) <= WALL * world.scale:
@@ -292,11 +303,15 @@ def _before_the_wall(
   return path, frames
 
 
-# Sums
+# Means
 
 
 def _summary(values: dict[str, np.ndarray], headed: np.ndarray) -> dict:
-  result = {name: _totals(array) for name, array in values.items()}
+  """Returns means of arrays [n, f, ...], nan left out: in total and per fifth of the frames."""
+  result = {}
+  for name, array in values.items():
+    fifths = [_mean(array[:, part]) for part in drift.segments(array.shape[1])]
+    result[name] = {"total": _mean(array), "fifths": fifths}
   expected = result.pop("expected_motion")
   motion = result["motion"]
   result["motion_ratio"] = {
@@ -309,29 +324,9 @@ def _summary(values: dict[str, np.ndarray], headed: np.ndarray) -> dict:
   return result
 
 
-def _totals(values: np.ndarray) -> dict:
-  """Mean over [n, f, ...], nan left out: in total and per fifth of the frames."""
-  return {
-    "total": _mean(values),
-    "fifths": [_mean(values[:, part]) for part in drift.segments(values.shape[1])],
-  }
-
-
-def _row(summary: dict) -> dict:
-  return {
-    name: value["total"] if isinstance(value, dict) else value for name, value in summary.items()
-  }
-
-
 def _mean(values: np.ndarray) -> float | None:
   kept = values[~np.isnan(values)]
   return float(kept.mean()) if kept.size else None
-
-
-def _quantiles(values: np.ndarray) -> dict:
-  return {
-    f"q{q}": float(np.percentile(values, q)) if values.size else None for q in (50, 90, 99, 100)
-  }
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

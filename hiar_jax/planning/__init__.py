@@ -1,1 +1,1 @@
-"""What a job costs: operations, memory, weights."""
+"""Costs of a job: operations, memory, weights."""

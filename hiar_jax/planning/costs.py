@@ -1,9 +1,9 @@
-"""What a video would cost, before anything is loaded: parameters, bytes, forwards, floating-point
-operations, memory of a device.
+"""Plan of a generation job before anything is loaded: parameters, bytes, forwards, operations, and
+memory of a device.
 
-Numbers come from shapes alone. Memory at the peak is the compiler's own count, for the devices that
-are here and the program that generates; a floor that holds everywhere (weights, cache, latents, and
-the widest activations) stands beside it.
+Numbers come from shapes alone (`sizes`). Peak memory is the compiler's own count, for the devices
+that are present and the program that generates; beside it stands a lower bound that holds for every
+device (weights, cache, latents, and the widest activations).
 """
 
 from collections.abc import Callable
@@ -18,111 +18,32 @@ from jax.sharding import Mesh, NamedSharding
 
 from hiar_jax import peak_memory
 from hiar_jax.components import chunked_decoder
-from hiar_jax.errors import UserError, at_least
-from hiar_jax.method import Method
-from hiar_jax.models import dit, taehv, umt5, vae
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.taehv import TinyVAEConfig
-from hiar_jax.models.umt5 import UMT5Config
+from hiar_jax.models import taehv, vae
 from hiar_jax.models.vae import VAEConfig
-from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from hiar_jax.parallel.rules import state_shardings
-from hiar_jax.rollout.past import ring as caches
+from hiar_jax.planning.sizes import DTYPES as DTYPES  # read from here by the flags of the tools
+from hiar_jax.planning.sizes import (
+  ForwardCost,
+  JobSize,
+  Part,
+  abstract_dit,
+  activation_bytes,
+  cache_bytes,
+  forward_flops,
+  forwards,
+  parts,
+)
 from hiar_jax.rollout.sample import make_sampler
 from hiar_jax.types import LatentShape, PyTree
-
-DTYPES = ("float32", "bfloat16")
-_FLOAT = 4  # bytes of float32
-
-
-@dataclasses.dataclass(frozen=True)
-class JobSize:
-  """What is asked for: `frames` new latent frames of height x width after `given` ones, in `levels`
-  steps.
-
-  New frames are whole blocks; given ones too, or a picture's one. text: tokens of a prompt. dtype:
-  of weights, products and cache.
-  vae, umt5: None where they are not needed. tiling: of the decoder.
-  """
-
-  dit: DiTConfig
-  method: Method
-  levels: int
-  frames: int
-  height: int
-  width: int
-  batch: int = 1
-  given: int = 0
-  text: int = 512
-  dtype: str = "bfloat16"
-  vae: VAEConfig | TinyVAEConfig | None = VAEConfig()
-  umt5: UMT5Config | None = UMT5Config()
-  tiling: Tiling | None = None
-
-  def __post_init__(self):
-    at_least(
-      1,
-      levels=self.levels,
-      frames=self.frames,
-      height=self.height,
-      width=self.width,
-      batch=self.batch,
-      text=self.text,
-    )
-    if self.dtype not in DTYPES:
-      raise UserError(f"dtype = {self.dtype!r}: expected one of {', '.join(DTYPES)}")
-    if self.frames % self.method.block:
-      raise UserError(
-        f"frames = {self.frames} latent frames are not whole blocks of {self.method.block}"
-      )
-    if self.given % self.method.block and self.given != 1:
-      raise UserError(
-        f"given = {self.given} latent frames: expected one, or whole blocks of {self.method.block}"
-      )
-    if self.height % self.dit.patch[1] or self.width % self.dit.patch[2]:
-      raise UserError(
-        f"latents of {self.height}x{self.width} cannot be cut into patches of "
-        f"{self.dit.patch[1]}x{self.dit.patch[2]}"
-      )
-
-  @functools.cached_property
-  def network(self) -> DiTConfig:
-    return dataclasses.replace(self.dit, dtype=self.dtype)
-
-  @property
-  def tokens(self) -> int:
-    """Of one latent frame."""
-    return self.dit.tokens(self.height, self.width)
-
-  @property
-  def slots(self) -> int:
-    """Frames that the cache holds."""
-    return self.method.cache_frames(self.given + self.frames)
-
-
-@dataclasses.dataclass(frozen=True)
-class ForwardCost:
-  """`count` evaluations of the network on `frames` frames that attend to `keys` frames, empty cache
-  slots included.
-  """
-
-  count: int
-  frames: int
-  keys: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-  parameters: int
-  bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes of one device, as its compiler counts them.
 
-  flops: of the decoder's step (loops of other programs are not counted out).
+  flops: of the decoder's step; of other programs they are no measure, since the compiler counts the
+  body of a loop once.
   """
 
   arguments: int
@@ -137,30 +58,25 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CostPlan:
-  """See `text`. compiled: of the programs `generate` and `decode`; empty where nothing was
-  compiled, and `note` says why.
+  """Costs of a job, for the whole batch unless noted; `text` formats them."""
 
-  weights: bytes of the DiT on one device; floor: the least that one device holds while it
-  generates. All for the whole batch.
-  """
-
-  parts: dict[str, Part]
+  parts: dict[str, Part]  # by network
   devices: int
   platform: str
-  weights: int
-  cache: int
-  floor: int
-  tokens_frame: int
+  weights: int  # bytes of the DiT on one device
+  cache: int  # bytes of the KV cache
+  floor: int  # lower bound of the bytes that one device holds while it generates
+  tokens_frame: int  # of one latent frame
   tokens_block: int
-  blocks: int
+  blocks: int  # new ones of a video
   forwards: tuple[ForwardCost, ...]
   flops_block: float
   flops_video: float
-  compiled: dict[str, Memory]
-  note: str
+  compiled: dict[str, Memory]  # of the programs generate and decode; empty: nothing was compiled
+  note: str  # why a program was not compiled, or how its numbers are to be read
 
   def text(self) -> str:
-    """For a person, some ten lines."""
+    """Returns a summary of about ten lines."""
     size = peak_memory.size
     lines = [
       f"{name}: {part.parameters / 1e9:.3f} billion parameters, {size(part.bytes)}"
@@ -175,8 +91,7 @@ class CostPlan:
       "encoder and decoder left out)",
       f"KV cache: {size(self.cache)}",
       f"memory of each of {self.devices} {self.platform} device{'s' * (self.devices > 1)}: at "
-      f"least {size(self.floor)}"
-      f" ({size(self.weights)} of it weights)",
+      f"least {size(self.floor)} ({size(self.weights)} of it weights)",
     ]
     for name, m in self.compiled.items():
       detail = f"{size(m.arguments)} arguments, {size(m.temporary)} temporary"
@@ -190,29 +105,37 @@ def _flops(count: float) -> str:
 
 
 def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> CostPlan:
-  """The plan. mesh: the devices to spread over, default the first; compile: ask the compiler too,
-  some ten seconds for 1.3B.
+  """Returns the plan of a job.
 
-  Raises UserError where the request does not fit together.
+  Args:
+    mesh: the devices to spread over, default the first one.
+    compile: compiles the programs for their memory, about ten seconds for 1.3B.
   """
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   calls, blocks = forwards(request), request.frames // request.method.block
   video = request.batch * sum(
-    f.count * forward_flops(request.network, request.tokens, f.frames, f.keys, request.text)
-    for f in calls
+    call.count
+    * forward_flops(request.network, request.tokens, call.frames, call.keys, request.text)
+    for call in calls
   )
-  weights = _device_bytes(_params(request, mesh))
-  cache = _bytes(_cache(request))
-  compiled, note = (
-    _compiled(request, mesh) if compile else ({}, "nothing was compiled, as was asked")
+  # Weights are sharded as in training; each device holds its shard of the large ones.
+  weights = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(_params(request, mesh))
   )
+  cache = cache_bytes(request)
+  # Videos of one device: a batch that the devices do not divide is computed on each of them.
+  share = request.batch // mesh.size if request.batch % mesh.size == 0 else request.batch
+  compiled, note = {}, "nothing was compiled, as was asked"
+  if compile:
+    compiled, note = _compiled(request, mesh)
   return CostPlan(
     parts=parts(request),
     devices=mesh.size,
     platform=mesh.devices.flat[0].platform,
     weights=weights,
     cache=cache,
-    floor=weights + _share(request, mesh) * (cache + _widest(request)) // request.batch,
+    floor=weights + share * (cache + activation_bytes(request, calls)) // request.batch,
     tokens_frame=request.tokens,
     tokens_block=request.tokens * request.method.block,
     blocks=blocks,
@@ -224,226 +147,105 @@ def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> Co
   )
 
 
-# ----------------------------------------------------------------------------- sizes and operations
-
-
-def parts(request: JobSize) -> dict[str, Part]:
-  """Parameters and bytes of each network; the autoencoder's are float32."""
-  trees = {"DiT": (_abstract_dit(request.network), request.dtype)}
-  if request.vae is not None:
-    module = vae if isinstance(request.vae, VAEConfig) else taehv
-    trees["VAE" if module is vae else "tiny VAE"] = (module.abstract_params(request.vae), "float32")
-  if request.umt5 is not None:
-    trees["UMT5"] = (
-      jax.eval_shape(lambda: umt5.init(request.umt5, jax.random.key(0))),
-      request.dtype,
-    )
-  return {name: _part(tree, dtype) for name, (tree, dtype) in trees.items()}
-
-
-def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
-  """What rollout.generate evaluates for one video: by hand, from the loops' shape."""
-  method, slots = request.method, request.slots
-  k, new, given = method.block, request.frames // method.block, request.given // method.block
-  alone = [ForwardCost(1, 1, slots + 1)] if request.given % k else []  # a picture
-  single, pair = ForwardCost(1, k, slots + k), ForwardCost(1, 2 * k, slots + 2 * k)
-  times = lambda forward, count: dataclasses.replace(forward, count=count)
-  if method.order == "block_first":
-    calls = [times(single, given + new * (request.levels + 1))]
-  else:
-    head = 0 if request.given else min(method.clean_sink // k, new)
-    sweeps = [_sweep(method, n) for n in (head, new - head) if n]
-    shown = given or (head if head < new else 0)  # blocks that are put into the cache clean
-    calls = [
-      times(single, shown + request.levels * sum(a for a, _ in sweeps)),
-      times(pair, request.levels * sum(b for _, b in sweeps)),
-    ]
-  return tuple(call for call in alone + calls if call.count)
-
-
-def _sweep(method: Method, blocks: int) -> tuple[int, int]:
-  """(forwards of one block, forwards of two) of one noise level; see rollout.step_first.sweep."""
-  return (blocks, 0) if method.level == "input" else (1, blocks - 1)
-
-
-def forward_flops(config: DiTConfig, tokens: int, frames: int, keys: int, text: int) -> float:
-  """Operations (two for a multiply-add) of one forward of one video, products alone: 2 d (...) a
-  token and layer, 4 d a query and key.
-  """
-  n, m, d = frames * tokens, keys * tokens, config.dim
-  patch = math.prod(config.patch) * config.channels
-  projections = 2 * n * (4 * d * d + 2 * d * d + 2 * d * config.ffn_dim) + 2 * text * 2 * d * d
-  attention = 4 * n * m * d + 4 * n * text * d
-  ends = (
-    2 * n * 2 * patch * d
-    + 2 * text * (config.text_dim * d + d * d)
-    + 2 * frames * (config.freq_dim * d + 7 * d * d)
-  )
-  return float(config.num_layers * (projections + attention) + ends)
-
-
-def _abstract_dit(config: DiTConfig) -> PyTree:
-  # no parameter depends on it, and a kernel may be unknown here
-  plain = dataclasses.replace(config, attention="xla")
-  return jax.eval_shape(lambda: dit.init(plain, jax.random.key(0)))
-
-
-def _part(tree: PyTree, dtype: str) -> Part:
-  count = sum(leaf.size for leaf in jax.tree.leaves(tree))
-  return Part(count, count * jnp.dtype(dtype).itemsize)
-
-
-def _cache(request: JobSize) -> PyTree:
-  return jax.eval_shape(
-    lambda: caches.empty(
-      request.network,
-      request.method,
-      batch=request.batch,
-      frames=request.given + request.frames,
-      height=request.height,
-      width=request.width,
-    )
-  )
-
-
-def _bytes(tree: PyTree) -> int:
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _device_bytes(tree: PyTree) -> int:
-  """Of sharded shapes: what one device holds."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-  )
-
-
-def _share(request: JobSize, mesh: Mesh) -> int:
-  """Videos on one device."""
-  return request.batch // mesh.size if request.batch % mesh.size == 0 else request.batch
-
-
-def _widest(request: JobSize) -> int:
-  """Bytes that no program avoids, for the batch: latents, text, and the larger of the MLP's
-  activations and the attention's logits.
-  """
-  c, widest = request.network, max(forwards(request), key=lambda f: f.frames * f.keys)
-  rows = widest.frames * request.tokens
-  visible = (
-    0
-    if c.attention == "cudnn"
-    else (request.tokens if c.attention == "chunked" else rows) * widest.keys * request.tokens
-  )
-  activations = max(
-    rows * c.ffn_dim * jnp.dtype(request.dtype).itemsize, visible * c.num_heads * _FLOAT
-  )
-  latents = (request.given + request.frames) * request.height * request.width * c.channels * _FLOAT
-  return request.batch * (
-    activations + latents + request.text * c.text_dim * jnp.dtype(request.dtype).itemsize
-  )
-
-
-# ------------------------------------------------------------------------------ the compiler's word
+# ------------------------------------------------------------------------- memory by the compiler
 
 
 def _params(request: JobSize, mesh: Mesh) -> PyTree:
-  """The DiT's parameters as shapes that know where they lie."""
+  """Returns the DiT's parameters as sharded shapes."""
   shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), _abstract_dit(request.network)
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), abstract_dit(request.network)
   )
-  places = state_shardings(shapes, mesh, MeshConfig().min_shard)
-  return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, places
-  )
+  shardings = state_shardings(shapes, mesh, MeshConfig().min_shard)
+  return jax.tree.map(_with_sharding, shapes, shardings)
 
 
-def _rows(request: JobSize, mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """An argument with a row a video, split over the devices where they divide the batch."""
-  spec = jax.P(BATCH_AXES) if request.batch % mesh.size == 0 else jax.P()
-  return jax.ShapeDtypeStruct((request.batch, *shape), dtype, sharding=NamedSharding(mesh, spec))
-
-
-def _generator(request: JobSize) -> Callable:
-  """generate(params, text, seeds, given) of rollout.sample, on texts."""
-  r = request
-  return make_sampler(
-    r.network,
-    lambda text: text,
-    jnp.linspace(1.0, 0.0, r.levels + 1),
-    r.method,
-    key=jax.random.key(0),
-    latent=LatentShape(r.frames, r.height, r.width, r.dit.channels),
-    frames=r.frames,
-  )
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _compiled(request: JobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
-  """({program: memory}, why there is none)."""
+  """Compiles the job's programs -> ({program: memory}, note)."""
   platform = mesh.devices.flat[0].platform
   if request.dit.attention == "cudnn" and platform != "gpu":
     return (
       {},
       f"nothing was compiled: attention = 'cudnn' is for GPUs, and the devices here are {platform}",
     )
-  rows = functools.partial(_rows, request, mesh)
-  arguments = [
-    _params(request, mesh),
-    rows((request.text, request.dit.text_dim), request.dtype),
-    rows((), jnp.int32),
-  ]
-  frame = (request.height, request.width, request.dit.channels)
-  if request.given:
-    arguments.append(rows((request.given, *frame), jnp.float32))
-  programs = {"generate": (_generator(request), arguments)}
+  programs = {"generate": _generator(request, mesh)}
   if request.vae is not None:
     programs["decode"] = _decoder(request, mesh)
   found = {}
   with jax.set_mesh(mesh):
-    for name, (program, shapes) in programs.items():
+    for name, (program, arguments) in programs.items():
       try:
-        done = jax.jit(program).lower(*shapes).compile()
+        executable = jax.jit(program).lower(*arguments).compile()
       except jax.errors.JaxRuntimeError as error:
-        # a program that cannot fit is refused by some compilers
+        # Compilers for accelerators refuse a program that exceeds the device's memory.
         return found, f"{name} cannot be compiled for {platform}: {str(error).splitlines()[0]}"
-      found[name] = _counted(done)
-  note = (
-    "a CPU computes bfloat16 in float32 and holds copies for it: other devices need less"
-    if platform == "cpu"
-    else ""
+      memory, costs = executable.memory_analysis(), executable.cost_analysis() or {}
+      found[name] = Memory(
+        arguments=memory.argument_size_in_bytes,
+        # Outputs that alias a donated argument take no memory of their own.
+        outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary=memory.temp_size_in_bytes,
+        flops=float(costs.get("flops", math.nan)),
+      )
+  if platform == "cpu" and request.dtype == "bfloat16":
+    return found, (
+      "a CPU computes bfloat16 in float32 and holds copies for it: other devices need less"
+    )
+  return found, ""
+
+
+def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
+  """Returns rollout.sample's generate(params, text, seeds, given) on texts, and its arguments."""
+  r = request
+  generate = make_sampler(
+    r.network,
+    lambda text: text,
+    # The values of the levels do not change the program.
+    jnp.linspace(1.0, 0.0, r.levels + 1),
+    r.method,
+    key=jax.random.key(0),
+    latent=LatentShape(r.frames, r.height, r.width, r.dit.channels),
+    frames=r.frames,
   )
-  return found, note if request.dtype == "bfloat16" else ""
+  # A row a video, split over the devices where they divide the batch.
+  rows = NamedSharding(mesh, jax.P(BATCH_AXES) if r.batch % mesh.size == 0 else jax.P())
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+  arguments = [
+    _params(r, mesh),
+    shape((r.batch, r.text, r.dit.text_dim), r.dtype),
+    shape((r.batch,), jnp.int32),
+  ]
+  if r.given:
+    arguments.append(shape((r.batch, r.given, r.height, r.width, r.dit.channels), jnp.float32))
+  return generate, arguments
 
 
 def _decoder(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
-  """One step of the streamed decoder, in the middle of one video: its frames over the devices, or
-  in tiles on one.
+  """Returns one step of the chunked decoder in the middle of one video, and its arguments: frames
+  split over the devices, or tiles on one.
   """
-  module = vae if isinstance(request.vae, VAEConfig) else taehv
-  params = module.abstract_params(request.vae)
-  if module is vae:
-    stream = chunked_decoder.from_vae(params, request.vae, tiling=request.tiling)
+  if isinstance(request.vae, VAEConfig):
+    params = vae.abstract_params(request.vae)
+    decoder = chunked_decoder.from_vae(params, request.vae, tiling=request.tiling)
   else:
-    stream = chunked_decoder.from_taehv(params, request.vae)
-  stream = (
-    stream if request.tiling else dataclasses.replace(stream, devices=tuple(mesh.devices.flat))
-  )
+    params = taehv.abstract_params(request.vae)
+    decoder = chunked_decoder.from_taehv(params, request.vae)
+  if not request.tiling:
+    decoder = dataclasses.replace(decoder, devices=tuple(mesh.devices.flat))
   latents = jax.ShapeDtypeStruct(
     (1, 1, request.height, request.width, request.dit.channels), jnp.float32
   )
-  _, cache = jax.eval_shape(lambda p, z: stream.decode(p, z, None), params, latents)
-  where = stream.place(request.width)
-  if where is None:
-    return stream.decode, [params, latents, cache]
-  at = lambda place: lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-  return stream.decode, [
-    jax.tree.map(at(NamedSharding(where.mesh, jax.P())), params),
-    *jax.tree.map(at(where), (latents, cache)),
+  # The first step has no cache and a program of its own; its result has the shape of the cache.
+  _, cache = jax.eval_shape(lambda p, z: decoder.decode(p, z, None), params, latents)
+  split = decoder.place(request.width)
+  if split is None:
+    return decoder.decode, [params, latents, cache]
+  # Weights are copied to every device, latents and cache are split by columns.
+  everywhere = NamedSharding(split.mesh, jax.P())
+  return decoder.decode, [
+    jax.tree.map(lambda leaf: _with_sharding(leaf, everywhere), params),
+    *jax.tree.map(lambda leaf: _with_sharding(leaf, split), (latents, cache)),
   ]
-
-
-def _counted(compiled: Any) -> Memory:
-  m, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
-  outputs = m.output_size_in_bytes - m.alias_size_in_bytes
-  return Memory(
-    m.argument_size_in_bytes, outputs, m.temp_size_in_bytes, float(costs.get("flops", math.nan))
-  )

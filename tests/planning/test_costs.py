@@ -15,8 +15,8 @@ from hiar_jax.method import Method
 from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.planning import costs
-from hiar_jax.planning.costs import ForwardCost, JobSize
+from hiar_jax.planning import costs, sizes
+from hiar_jax.planning.sizes import ForwardCost, JobSize
 from hiar_jax.rollout import image_to_video, sample
 from hiar_jax.rollout.past import ring as caches
 from tests.helpers import tiny
@@ -91,7 +91,7 @@ def test_forwards_are_those_that_run(name, given, frames):
     else:
       sample.rollout(forward, noise, cache, jnp.asarray(tiny.SIGMAS), row, blocks, given=start)
   expected = {}
-  for call in costs.forwards(request):
+  for call in sizes.forwards(request):
     expected[call.frames, call.keys] = expected.get((call.frames, call.keys), 0) + call.count
   assert calls == expected
 
@@ -117,7 +117,7 @@ def test_flops_are_the_compilers():
       jax.ShapeDtypeStruct((1, frames, 8, 12, 4), jnp.float32),
     )
     counted = jax.jit(forward).lower(shapes, texts, x, kv).compile().cost_analysis()["flops"]
-    by_hand = costs.forward_flops(config, tokens, frames, frames + past, text)
+    by_hand = sizes.forward_flops(config, tokens, frames, frames + past, text)
     assert by_hand == pytest.approx(counted, rel=0.05)
     assert by_hand < counted  # norms, softmax and gates are not in it
 
@@ -146,7 +146,7 @@ def test_the_published_sizes(config, parameters, flops):
   assert (found.tokens_frame, found.tokens_block, found.blocks) == (1560, 4680, 7)
   assert found.cache == 2 * 18 * 1560 * config.dim * config.num_layers * 2 + 18 * 4
   assert found.forwards == (ForwardCost(4, 3, 21), ForwardCost(24, 6, 24))
-  assert costs.forward_flops(config, 1560, 3, 21, 512) == pytest.approx(flops, rel=0.05)
+  assert sizes.forward_flops(config, 1560, 3, 21, 512) == pytest.approx(flops, rel=0.05)
   assert found.flops_video == pytest.approx(7 * found.flops_block)
   assert found.compiled == {} and "nothing was compiled" in found.note
   assert found.floor > found.weights + found.cache
