@@ -1,10 +1,10 @@
-"""A page on which video is watched while it is being made.
+"""A web page on which video is watched while it is made.
 
     python -m hiar_jax.serve --workdir=runs/shapes
 
-and open the address that it prints: type a prompt, watch, change the prompt, pause, extend,
-download. Each tab has a generation of its own, `--max_generations` of them at once; who comes later
-waits. Nobody but this machine can reach it unless `--host` says otherwise.
+prints the address to open; there, type a prompt, watch, change the prompt, pause, extend, download.
+Each tab has a generation of its own, `--max_generations` of them at once; further viewers wait. The
+page is reachable from this machine alone, unless `--host` says otherwise.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.streaming_model import StreamingModel
 
-# Flags by the names that they had; see config.command_line.
+# Earlier names of flags, which still work; see config.command_line.
 RENAMED = {
   "places": "max_generations",
   "viewers": "max_clients",
@@ -38,7 +38,7 @@ RENAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class ServeOptions:
-  """Of the page; `--help` says what they mean."""
+  """Options of the server, named as the flags; `--help` describes them."""
 
   host: str = "127.0.0.1"
   port: int = 8420
@@ -53,17 +53,17 @@ class ServeOptions:
 
 
 def listen(host: str, port: int) -> socket.socket:
-  """A socket that listens.
-
-  Raises UserError where the port is in use, or the address is none of this machine's.
+  """Returns a listening socket. Raises UserError where the port is in use, or the address is none
+  of this machine's.
   """
   try:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
+      # a server that is restarted can have its port at once, in spite of old connections
       listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       listener.bind((host, port))
-      listener.listen(128)
+      listener.listen(128)  # connections that may wait to be accepted, as aiohttp's default
     except OSError:
       listener.close()
       raise
@@ -80,17 +80,21 @@ def listen(host: str, port: int) -> socket.socket:
         f"port {port} of {host} is in use; give another one, as --port={port + 1}, or 0 for any "
         "that is free"
       ) from error
-    wanted = "give an address of this machine, and a port above 1023"
-    raise UserError(f"cannot listen on {host}, port {port} ({error.strerror}); {wanted}") from error
+    raise UserError(
+      f"cannot listen on {host}, port {port} ({error.strerror}); give an address of this machine, "
+      "and a port above 1023"
+    ) from error
 
 
 def check_installed() -> None:
+  """Raises UserError where the packages of the extra [serve] are missing."""
   if importlib.util.find_spec("aiohttp") is None:
     raise UserError("the page needs aiohttp; install it, as pip install 'hiar_jax[serve]'")
 
 
 def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions) -> None:
-  """Until SIGINT or SIGTERM."""
+  """Serves the page until SIGINT or SIGTERM."""
+  # here: aiohttp is an extra, and check_installed has reported where it is missing
   from aiohttp import web
 
   from hiar_jax.serving.app import make_app
@@ -102,17 +106,16 @@ def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions
     config = ServerConfig(
       source,
       clips,
-      options.max_generations,
-      options.max_clients,
-      options.out is not None,
-      limits,
+      max_generations=options.max_generations,
+      max_clients=options.max_clients,
+      keep=options.out is not None,
+      limits=limits,
     )
     host, port = listener.getsockname()[:2]
+    # the listener's own port, for --port=0 lets the system choose; an IPv6 address has colons
     print(f"watch at http://{f'[{host}]' if ':' in host else host}:{port}/", flush=True)
     if not ipaddress.ip_address(host).is_loopback:
-      print(
-        f"anyone who reaches {host} can use this page: it asks nobody for a name", file=sys.stderr
-      )
+      print(f"anyone who reaches {host} can use this page: it has no login", file=sys.stderr)
     web.run_app(
       make_app(config, frozenset(options.hosts)),
       sock=listener,
@@ -124,6 +127,7 @@ def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions
 
 @contextlib.contextmanager
 def _clips(out: str | None):
+  """Yields the directory of the videos: `out`, or a temporary one that is removed at the end."""
   if out is None:
     with tempfile.TemporaryDirectory(prefix="hiar_jax_") as directory:
       yield pathlib.Path(directory)
@@ -132,24 +136,23 @@ def _clips(out: str | None):
     os.makedirs(out, exist_ok=True)
   except OSError as error:
     raise UserError(
-      f"--out={out}: cannot be made ({error.strerror}); choose another place"
+      f"--out={out}: cannot be made ({error.strerror}); choose another directory"
     ) from error
   yield pathlib.Path(out)
 
 
 def warm_up(source: StreamingModel) -> None:
-  """Compiles, so that the first viewer does not wait for it, nor anyone in the midst of a video."""
+  """Compiles everything, so that no viewer waits for it, before or during a video."""
   source.engine.warm("")
+  # one block through the threads: compiles the decoder
   with source.open("", prefetch=1) as stream:
     next(stream)
 
 
 def start(model: streams.StreamOptions, options: ServeOptions) -> None:
-  """Loads the model and serves.
-
-  What is wrong with the address is known before minutes of loading.
-  """
+  """Loads the model and serves it. Raises UserError as check_installed and listen."""
   check_installed()
+  # before the model is loaded, which may take minutes: a port in use is known at once
   with listen(options.host, options.port) as listener:
     source = streams.open_source(model)
     warm_up(source)
@@ -171,11 +174,12 @@ def main() -> None:
 
 
 def define_flags() -> None:
+  """Defines the command's flags."""
   streams.define_stream_flags()
   flags.DEFINE_string(
     "host",
     "127.0.0.1",
-    "address to listen on; 0.0.0.0: every one of this machine's, for anyone",
+    "address to listen on; 0.0.0.0: all of this machine's, so that others can reach the page",
   )
   flags.DEFINE_integer("port", 8420, "port to listen on; 0: any that is free", 0, 65535)
   flags.DEFINE_list(

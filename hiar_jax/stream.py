@@ -1,5 +1,5 @@
-"""Video as a stream, from Python and from the command line: made block by block for as long as
-anyone takes it.
+"""Video as a stream, from Python and from the command line: block by block, without end or up to a
+length.
 
     for chunk in hiar_jax.stream(workdir="runs/shapes", prompt="a red circle moving left"):
       show(chunk.frames)                                     # uint8 [n H W 3]
@@ -8,8 +8,8 @@ anyone takes it.
     python -m hiar_jax.stream --workdir=runs/shapes --frames=200 --out=frames/ \
       --timeline="0s: a red circle, 10s: a blue square"
 
-The mp4 plays while it grows. Ctrl-C ends it after the block at hand; with `--save=DIR` what is
-under way is kept, and `--resume=DIR` goes on from there, also on another number of devices.
+The mp4 plays while it grows. Ctrl-C ends it after the block at hand; `--save=DIR` keeps the blocks
+in flight, and `--resume=DIR` continues from there, also on another number of devices.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from hiar_jax.video.png import PNGFolder
 
 ENDLESS = "endless"
 
-# Flags and options by the names that they had; see config.command_line.
+# Earlier names of flags and options, which still work; see config.command_line.
 RENAMED = {
   "stages": "level_devices",
   "tensor": "tensor_devices",
@@ -52,7 +52,7 @@ RENAMED = {
 
 @dataclasses.dataclass(frozen=True)
 class StreamOptions(ModelOptions):
-  """What is asked for, by the names of the flags; `--help` says what they mean."""
+  """Options of a stream, named as the flags; `--help` describes them."""
 
   prompt: str | None = None
   timeline: str | None = None
@@ -71,6 +71,7 @@ class StreamOptions(ModelOptions):
 
   @property
   def start(self) -> Conditioning | None:
+    """The file that the video starts from. Raises UserError for two of them."""
     if self.image and self.video:
       raise UserError("give either image or video: a stream starts from one of them")
     path = self.image or self.video
@@ -78,7 +79,7 @@ class StreamOptions(ModelOptions):
 
   @property
   def length(self) -> int | None:
-    """In frames; None: without end. Raises UserError for what is neither."""
+    """Frames of the video; None: without end. Raises UserError for anything else."""
     if self.frames == ENDLESS:
       return None
     try:
@@ -93,6 +94,7 @@ class StreamOptions(ModelOptions):
 
   @property
   def engine(self) -> EngineOptions:
+    """Layout, window and sink. Raises UserError for fewer than one device on an axis."""
     axes = {
       "level": self.level_devices,
       "tensor": self.tensor_devices,
@@ -105,28 +107,25 @@ class StreamOptions(ModelOptions):
 
 
 def stream(**options) -> Stream:
-  """An iterator of chunks: frames uint8 [n H W 3], block, prompt, time. The options are those of
-  the command; see `Options`.
+  """Returns an iterator of chunks: frames uint8 [n H W 3], block, prompt, time. The options are the
+  fields of StreamOptions, as the command's flags.
 
   `.change_prompt(text)`, `.pause()`, `.extend(blocks)`, `.save(directory)` and `.close()` act on it
-  while it runs. Raises UserError.
+  while it runs. Raises UserError for options that are unknown or do not fit.
   """
   options = configs.with_new_names(options, RENAMED)
-  unknown = options.keys() - {field.name for field in dataclasses.fields(StreamOptions)}
+  known = [field.name for field in dataclasses.fields(StreamOptions)]
+  unknown = sorted(options.keys() - set(known))
   if unknown:
-    name = sorted(unknown)[0]
-    raise UserError(
-      f"stream has no option {name!r}; "
-      f"{nearest(name, [field.name for field in dataclasses.fields(StreamOptions)])}"
-    )
+    raise UserError(f"stream has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
   wanted = StreamOptions(**options)
   check(wanted)
   return open_stream(open_source(wanted), wanted)
 
 
 def check(options: StreamOptions) -> None:
-  """What can be known to be wrong before anything is loaded."""
-  options.length, options.start, options.engine  # noqa: B018
+  """Raises UserError for all that is wrong with options, before anything is loaded."""
+  options.length, options.start, options.engine  # noqa: B018  (each raises for its own options)
   if options.timeline is not None:
     timelines.read(options.timeline)
   if options.resume is None and (options.prompt is None) == (options.timeline is None):
@@ -142,11 +141,12 @@ def check(options: StreamOptions) -> None:
 
 
 def open_source(options: StreamOptions) -> StreamingModel:
-  """The model, its weights loaded."""
+  """Loads the model of the options."""
   return StreamingModel(options.open_model(), options.engine)
 
 
 def open_stream(source: StreamingModel, options: StreamOptions) -> Stream:
+  """Opens a new stream of a model, or resumes the one of `options.resume`."""
   timeline = None if options.timeline is None else timelines.read(options.timeline)
   if options.resume is not None:
     return source.resume(
@@ -163,7 +163,7 @@ def open_stream(source: StreamingModel, options: StreamOptions) -> Stream:
 
 
 class _Callable(types.ModuleType):
-  """So that `hiar_jax.stream(...)` and `python -m hiar_jax.stream` can be one name."""
+  """A module that can be called: `hiar_jax.stream(...)` and `python -m hiar_jax.stream` are one."""
 
   def __call__(self, **options) -> Stream:
     return stream(**options)
@@ -173,7 +173,10 @@ class _Callable(types.ModuleType):
 
 
 def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.Path:
-  """Streams into a file or a directory of pictures until the end, or until somebody stops it."""
+  """Streams into an mp4 or a directory of pictures, up to the end or to SIGINT or SIGTERM.
+
+  Returns the path. save: directory of the snapshot. Raises UserError where the file exists already.
+  """
   path = pathlib.Path(out)
   if path.suffix not in (".mp4", ""):
     raise UserError(f"--out={out}: expected a name that ends in .mp4, or a directory for pictures")
@@ -181,6 +184,7 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
     raise UserError(f"{path} is there already; give another name, or remove it")
   check(options)
   source = open_source(options)
+  # Chunks that are taken are written at once, so the snapshot continues where the file ends.
   with (
     open_stream(source, options) as running,
     _open_out(path, running, source, options) as file,
@@ -202,15 +206,16 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
 def _open_out(
   path: pathlib.Path, running: Stream, source: StreamingModel, options: StreamOptions
 ) -> FragmentedMP4 | PNGFolder:
-  """Goes on with what is there, where a generation is gone on with and it is there."""
+  """Opens the output: a new one, or with --resume the one that is there, to append to."""
   resumed = options.resume is not None and path.exists()
+  # frames behind the snapshot (the process ran on after it was saved) are cut off
   keep = running.taken if resumed else None
   if path.suffix != ".mp4":
     return PNGFolder(path, keep=keep)
-  told = source.provenance(running.prompt, running.seed, options.start)
+  metadata = source.provenance(running.prompt, running.seed, options.start)
   if options.timeline is not None:
-    told["timeline"] = timelines.read(options.timeline).text()
-  return FragmentedMP4(path, source.fps, told, scale=source.scale, keep=keep)
+    metadata["timeline"] = timelines.read(options.timeline).text()
+  return FragmentedMP4(path, source.fps, metadata, scale=source.scale, keep=keep)
 
 
 def main() -> None:
@@ -223,6 +228,7 @@ def main() -> None:
 
 
 def define_flags() -> None:
+  """Defines the command's flags."""
   define_stream_flags()
   flags.DEFINE_string("prompt", None, "text of the video")
   flags.DEFINE_string(
@@ -239,14 +245,14 @@ def define_flags() -> None:
   flags.DEFINE_string(
     "frames",
     ENDLESS,
-    "frames of the video, rounded up to whole blocks; 'endless': until you stop it",
+    "frames of the video, rounded up to whole blocks; 'endless': until it is stopped",
   )
   flags.DEFINE_integer("seed", 0, "random seed of the noise", 0, prompts_file.MAX_SEED)
   flags.DEFINE_string(
     "out", "stream.mp4", "an mp4 that plays while it grows, or a directory for pictures"
   )
   flags.DEFINE_string("save", None, "directory to save the stream in, so that it can be resumed")
-  flags.DEFINE_string("resume", None, "directory that --save wrote, to go on from")
+  flags.DEFINE_string("resume", None, "directory that --save wrote, to resume from")
   flags.DEFINE_integer(
     "prefetch", 2, "blocks that may wait for the decoder, and again for the file", 1
   )
@@ -254,7 +260,7 @@ def define_flags() -> None:
 
 
 def define_stream_flags() -> None:
-  """Flags of the model and of its layout over devices, which the page has too."""
+  """Defines the flags of the model and of its layout over devices, which serve has too."""
   define_model_flags()
   flags.DEFINE_integer(
     "level_devices", None, "devices that share the noise levels; default: as many as can be used", 1

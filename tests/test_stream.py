@@ -169,7 +169,7 @@ WRONG = {
   "not an image": "text.png is not an image",
   "a wrong ending": "expected a name that ends in .mp4",
   "already there": "is there already",
-  "three stages": "stage can be 1, 2 or 4",
+  "three stages": "level can be 1, 2 or 4",
   "nothing saved": "holds no saved generation",
   "another model": "was saved by another model",
   "as many already": "frames",

@@ -1,3 +1,1 @@
-"""The page of hiar_jax.serve: who may watch, what each viewer's generation does, and the bytes that
-pass.
-"""
+"""The web page of hiar_jax.serve: queue, sessions, uploads, and the files that browsers load."""

@@ -1,11 +1,10 @@
-"""The web side: three files, one WebSocket a tab, downloads. Nothing that comes in reaches a
-generation unchecked.
+"""The web application: three static files, a WebSocket for each tab, and downloads. No input from a
+page reaches a generation unchecked.
 
-The page sends JSON texts, one command each (see `Talk`), or one with a file to start from behind
-it; it gets JSON texts, and the video's bytes as they are made. The file on disk is the buffer
-between a
-generation and its client: a client reads it at its own pace, so a slow one holds up nobody, and
-costs no memory.
+A page sends commands as JSON texts (see `Commands`), one with an uploaded file in the same message;
+it receives JSON texts, and the video's bytes while they are made. The file on disk is the buffer
+between a generation and its client: each client reads at its own pace, so a slow one delays nobody
+and takes no memory.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from hiar_jax.errors import UserError
 from hiar_jax.generation.prompts_file import MAX_SEED
 from hiar_jax.serving.queue import Client, ServerConfig, SessionQueue
-from hiar_jax.serving.session import Request
+from hiar_jax.serving.session import Request, Session
 
 FILES = {
   "/": ("index.html", "text/html"),
@@ -33,10 +32,11 @@ FILES = {
   "/page.css": ("page.css", "text/css"),
 }
 MAX_PROMPT = 2000  # characters
-MAX_REQUEST = 2**16  # bytes of one command; what is longer is refused unread
-MAX_MESSAGE = 2**24  # bytes, those of a file included; a socket that sends more is closed
-NEWS_EVERY = 0.25  # seconds between two reports without anything new
+MAX_REQUEST = 2**16  # bytes of one command; a longer one is refused unread
+MAX_MESSAGE = 2**24  # bytes with an uploaded file; a socket that sends more is closed
+NEWS_EVERY = 0.25  # seconds between two statuses without anything new
 
+# Allows the page what it uses itself: data: is its empty icon, blob: its MediaSource.
 _POLICY = (
   "default-src 'self'",
   "img-src 'self' data:",
@@ -53,26 +53,29 @@ HEADERS = {
   "Cache-Control": "no-store",
 }
 
-QUEUE, HOSTS = web.AppKey("queue", SessionQueue), web.AppKey("hosts", frozenset)
+QUEUE = web.AppKey("queue", SessionQueue)
+HOSTS = web.AppKey("hosts", frozenset)
 
 
 def make_app(config: ServerConfig, hosts: frozenset[str] = frozenset()) -> web.Application:
-  """hosts: names, beside localhost and any address in numbers, under which the page may be
-  reached.
+  """Returns the application. hosts: names, beside localhost and IP addresses, under which the page
+  may be reached.
   """
-  app = web.Application(middlewares=[_guard], client_max_size=MAX_REQUEST)
+  app = web.Application(middlewares=[_check_origin], client_max_size=MAX_REQUEST)
   app[HOSTS] = frozenset(host.lower() for host in hosts)
   app.cleanup_ctx.append(lambda app: _open_queue(app, config))
   static = importlib.resources.files("hiar_jax.serving") / "static"
   for path, (name, kind) in FILES.items():
-    app.router.add_get(path, _fixed((static / name).read_bytes(), kind))
-  app.router.add_get("/watch", _watch)
+    app.router.add_get(path, _static_handler((static / name).read_bytes(), kind))
+  app.router.add_get("/watch", _websocket)
   app.router.add_get("/clips/{name}", _download)
+  # an open socket would keep its handler, and so the shutdown, until the timeout
   app.on_shutdown.append(_close_sockets)
   return app
 
 
 async def _open_queue(app: web.Application, config: ServerConfig):
+  """Holds the queue open, in the event loop that serves, for as long as the application runs."""
   app[QUEUE] = queue = SessionQueue(config)
   sweeping = asyncio.create_task(queue.sweep())
   yield
@@ -90,20 +93,22 @@ async def _close_sockets(app: web.Application) -> None:
   await asyncio.gather(*farewells, return_exceptions=True)
 
 
-def _fixed(content: bytes, kind: str):
+def _static_handler(content: bytes, kind: str):
   async def handle(_: web.Request) -> web.Response:
     return web.Response(body=content, content_type=kind, charset="utf-8")
 
   return handle
 
 
-# --------------------------------------------------------------------------------------- the guards
+# -------------------------------------------------------------------------------- hosts and origins
 
 
 @web.middleware
-async def _guard(request: web.Request, handler) -> web.StreamResponse:
-  """Only for those who came by the page's own address: else another site's page could speak to it,
-  by a name of its own (DNS rebinding).
+async def _check_origin(request: web.Request, handler) -> web.StreamResponse:
+  """Refuses requests under an unknown host name or from another site's page, and adds the headers.
+
+  Otherwise any page that a viewer visits could reach this server, directly (WebSockets know no
+  same-origin policy) or under a name of its own that it lets point here (DNS rebinding).
   """
   host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
   if not _is_known(host, request.app[HOSTS]):
@@ -118,7 +123,7 @@ async def _guard(request: web.Request, handler) -> web.StreamResponse:
     response = await handler(request)
   except web.HTTPException as error:
     response = _refusal(error.status, error.reason)
-  if not response.prepared:
+  if not response.prepared:  # the headers of a WebSocket were sent when it opened
     response.headers.update(HEADERS)
   return response
 
@@ -128,8 +133,8 @@ def _refusal(status: int, why: str) -> web.Response:
 
 
 def _is_known(host: str, names: frozenset[str]) -> bool:
-  """A name cannot be made to point elsewhere where it is a number, or localhost, or one that the
-  person at the server has named.
+  """Returns True for IP addresses, localhost and the names given to the server: no other site can
+  make one of these point here.
   """
   try:
     name = urllib.parse.urlsplit(f"//{host}").hostname or ""
@@ -146,7 +151,7 @@ def _is_known(host: str, names: frozenset[str]) -> bool:
 
 
 async def _download(request: web.Request) -> web.StreamResponse:
-  """A clip of this server, by the name that it was given; nothing else has a name here."""
+  """Sends a video by its name in the queue; no path is ever built from a request."""
   path = request.app[QUEUE].clips.get(request.match_info["name"])
   if path is None or not path.exists():
     raise web.HTTPNotFound(reason="there is no such video; it is kept while its tab is open")
@@ -161,7 +166,8 @@ async def _download(request: web.Request) -> web.StreamResponse:
 # --------------------------------------------------------------------------------------- the socket
 
 
-async def _watch(request: web.Request) -> web.StreamResponse:
+async def _websocket(request: web.Request) -> web.StreamResponse:
+  """Serves one tab from its opening to its end: receives commands while `_send` sends the video."""
   queue = request.app[QUEUE]
   if queue.is_full:
     raise web.HTTPServiceUnavailable(
@@ -176,11 +182,11 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     await socket.prepare(request)
     sending = asyncio.create_task(_send(queue, client, request))
     try:
-      with contextlib.suppress(ConnectionError):  # it is gone; what it left is tidied up below
+      with contextlib.suppress(ConnectionError):  # the tab is gone; `leave` frees what it held
         async for message in socket:
           if message.type is WSMsgType.ERROR:
             break
-          await _hear(queue, client, message)
+          await _handle_message(queue, client, message)
     finally:
       sending.cancel()
       with contextlib.suppress(asyncio.CancelledError, ConnectionError):
@@ -191,50 +197,53 @@ async def _watch(request: web.Request) -> web.StreamResponse:
 
 
 async def _send(queue: SessionQueue, client: Client, request: web.Request) -> None:
-  """The video's bytes as they are made, and how things stand."""
-  sent_of, pieces = None, 0
+  """Sends the video's bytes while they are made, each time followed by the status."""
+  sent_session, pieces = None, 0  # pieces of it that were sent
   while True:
     with contextlib.suppress(TimeoutError):
       await asyncio.wait_for(client.news.wait(), NEWS_EVERY)
-    client.news.clear()
+    client.news.clear()  # before looking, so that news during the sending is not lost
     session = client.session
-    if session is not sent_of:
-      sent_of, pieces = session, 0
+    if session is not sent_session:
+      sent_session, pieces = session, 0
     try:
+      # sending blocks while the socket's buffers are full: the client's pace bounds the memory
       async with asyncio.timeout(queue.config.limits.idle_timeout):
         for start, end in session.content(pieces) if session else ():
           if not pieces:
             await client.socket.send_json(
               {"say": "begin", "mime": session.mime, "clip": f"/clips/{client.name}"}
             )
-          await client.socket.send_bytes(await queue.run(_read, session.path, start, end))
+          await client.socket.send_bytes(await queue.run_in_thread(_read, session.path, start, end))
           pieces += 1
         await client.socket.send_json({"say": "status", **_status(queue, client)})
     except TimeoutError:
       if session:
         session.end("the viewer was too slow to take it")
       if request.transport:
-        request.transport.abort()  # a farewell would only wait behind what is not being taken
+        request.transport.abort()  # a close frame would wait behind the bytes that nobody takes
       return
 
 
 def _read(path: pathlib.Path, start: int, end: int) -> bytes:
+  # reopened for each piece: a file that is held open would outlive its session
   with open(path, "rb") as file:
     return os.pread(file.fileno(), end - start, start)
 
 
 def _status(queue: SessionQueue, client: Client) -> dict[str, Any]:
+  """Returns the status of a client as the page shows it: waiting, its session's, or idle."""
   before = queue.before(client)
   if before is not None:
     return {"state": "waiting", "before": before, "max_generations": queue.config.max_generations}
   return client.session.status() if client.session else {"state": "idle"}
 
 
-async def _hear(queue: SessionQueue, client: Client, message) -> None:
-  """One message; one that cannot be carried out is answered and changes nothing."""
+async def _handle_message(queue: SessionQueue, client: Client, message) -> None:
+  """Carries out the command of a message; an invalid one is answered and changes nothing."""
   try:
     command, file = _parse(message)
-    answer = await Requests(queue, client, file).carry_out(command)
+    answer = await Commands(queue, client, file).carry_out(command)
   except UserError as error:
     answer = {"say": "refused", "why": str(error)}
   if answer:
@@ -243,7 +252,10 @@ async def _hear(queue: SessionQueue, client: Client, message) -> None:
 
 
 def _parse(message) -> tuple[dict[str, Any], bytes | None]:
-  """(a command, the file that came behind it)."""
+  """Returns (command, the uploaded file or None). Raises UserError for anything else.
+
+  A command is a text message; with a file it is a binary one: the JSON, a line's end, the file.
+  """
   text, file = message.data, None
   if message.type == WSMsgType.BINARY:
     text, _, file = message.data.partition(b"\n")
@@ -251,54 +263,59 @@ def _parse(message) -> tuple[dict[str, Any], bytes | None]:
     raise UserError(f"a message of {len(text)} characters; a prompt has at most {MAX_PROMPT}")
   try:
     command = json.loads(text)
-  except (ValueError, RecursionError):
+  except (ValueError, RecursionError):  # RecursionError: JSON nested thousands of levels deep
     raise UserError("expected a JSON object") from None
   if not isinstance(command, dict) or not isinstance(command.get("do"), str):
     raise UserError('expected a JSON object with "do"')
   return command, file
 
 
-class Requests:
-  """What a page may ask for:
+class Commands:
+  """The commands of a page, a method each:
 
-  {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}       and behind a line's end a
-  picture or video, with its "name" {"do": "prompt", "prompt": TEXT, "recache": false} {"do":
-  "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"} {"do": "at", "seconds":
-  3.2}     how much of the video has been seen
+  {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}   with a file also its "name"
+  {"do": "prompt", "prompt": TEXT, "recache": false}
+  {"do": "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"}
+  {"do": "at", "seconds": 3.2}   up to where the video has been watched
   """
 
+  # only these are reachable by name; a page's text never selects another attribute
+  NAMES = ("start", "prompt", "pause", "go", "extend", "stop", "at")
+
   def __init__(self, queue: SessionQueue, client: Client, file: bytes | None = None):
-    self.queue, self.client, self.file = queue, client, file
+    self.queue = queue
+    self.client = client
+    self.file = file
 
   async def carry_out(self, command: dict[str, Any]) -> dict[str, Any] | None:
-    """An answer, where there is one. Raises UserError for what cannot be done."""
-    names = ("start", "prompt", "pause", "go", "extend", "stop", "at")
-    does = {name: getattr(self, name) for name in names}
-    if command["do"] not in does:
-      raise UserError(f"there is no {command['do'][:40]!r}; there is {', '.join(does)}")
-    if self.file is not None and command["do"] != "start":
+    """Runs a command and returns its answer, if any. Raises UserError where that cannot be done."""
+    name = command["do"]
+    if name not in self.NAMES:
+      raise UserError(f"there is no {name[:40]!r}; there is {', '.join(self.NAMES)}")
+    if self.file is not None and name != "start":
       raise UserError('a file comes with "start" alone')
-    return await does[command["do"]](command)
+    return await getattr(self, name)(command)
 
   async def start(self, command) -> dict[str, Any] | None:
     seconds = command.get("seconds")
-    wanted = Request(
+    request = Request(
       _text(command, "prompt"),
       _seed(command.get("seed", 0)),
       None if seconds is None else self._seconds(seconds),
     )
+    # after the checks, which cost nothing; what is under way ends only when the file was read
     done = None
     if self.file is not None:
-      frames, done = await self.queue.read(_text(command, "name"), self.file)
-      wanted = dataclasses.replace(wanted, start=frames)
-    await self.queue.ask(self.client, wanted)
+      frames, done = await self.queue.read_upload(_text(command, "name"), self.file)
+      request = dataclasses.replace(request, start=frames)
+    await self.queue.enqueue(self.client, request)
     return None if done is None else {"say": "given", "done": done}
 
   async def prompt(self, command) -> dict[str, Any] | None:
     prompt, recache = _text(command, "prompt"), command.get("recache", False)
     if not isinstance(recache, bool):
       raise UserError("recache: expected true or false")
-    block = await self.queue.run(self._session().change_prompt, prompt, recache)
+    block = await self.queue.run_in_thread(self._session().change_prompt, prompt, recache)
     return None if block is None else {"say": "prompt", "prompt": prompt, "block": block}
 
   async def pause(self, command) -> None:
@@ -312,15 +329,16 @@ class Requests:
 
   async def stop(self, command) -> None:
     if self.client.session:
+      # `end` and not `queue.stop`: the client keeps the video
       self.client.session.end("stopped")
-    else:
+    else:  # it may be waiting
       await self.queue.stop(self.client, "stopped")
 
   async def at(self, command) -> None:
     if self.client.session:
       self.client.session.watched(_number(command.get("seconds"), "seconds", 0, math.inf))
 
-  def _session(self):
+  def _session(self) -> Session:
     if not self.client.session:
       raise UserError("nothing is being made for you; start a video first")
     return self.client.session
@@ -330,14 +348,14 @@ class Requests:
 
 
 def _text(command: dict[str, Any], name: str) -> str:
-  """On one line."""
+  """Returns a text of the command on one line. Raises UserError for anything else."""
   text = command.get(name)
   if not isinstance(text, str):
     raise UserError(f"{name}: expected a text")
   if len(text) > MAX_PROMPT:
     raise UserError(f"a {name} of {len(text)} characters; at most {MAX_PROMPT} are read")
   try:
-    text.encode()
+    text.encode()  # JSON may hold lone surrogates, which no file or tokenizer takes
   except UnicodeEncodeError:
     raise UserError(
       f"{name}: expected characters that can be written down; this one holds half a pair"
@@ -352,6 +370,7 @@ def _seed(value) -> int:
 
 
 def _number(value, name: str, least: float, most: float) -> float:
+  # a bool is an int in Python; NaN, which json reads, fails the comparison
   if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
     raise UserError(
       f"{name}: expected a number"

@@ -1,6 +1,5 @@
-"""A picture or a video that a client hands in to start from. It may come from anyone: it is bounded
-and looked at before it is decoded, and on the disk for no longer than that takes, in a directory of
-its own.
+"""Uploads: a picture or a video that a client sends to start from. It is untrusted: checked and
+bounded before it is decoded, and on disk only meanwhile, in a directory of its own.
 """
 
 import math
@@ -15,38 +14,43 @@ from hiar_jax.errors import UserError
 from hiar_jax.serving.session import StreamSource
 from hiar_jax.streaming.streaming_model import ConditioningFrames
 
-# How files begin that are taken. Lists of other files (playlists), which FFmpeg would open too, and
-# formats that other programs would be started for (EPS) begin otherwise.
-# PNG, JPEG, GIF, and a WebP's container
-PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")
-MATROSKA = b"\x1a\x45\xdf\xa3"
+# First bytes of the formats that are accepted. Not by what Pillow and FFmpeg can open: FFmpeg also
+# reads playlists, which name other files and addresses, and Pillow starts Ghostscript for EPS.
+PICTURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")  # PNG, JPEG, GIF, WebP
+MATROSKA = b"\x1a\x45\xdf\xa3"  # the EBML header of MKV and WebM
 MAX_PIXELS = 64 * 2**20  # of a picture
-# of a video; MAX_VIDEO: pixels of all its frames
-MAX_FRAMES, MAX_SECONDS, MAX_VIDEO = 3600, 120.0, 2**32
+MAX_FRAMES = 3600  # of a video
+MAX_SECONDS = 120.0  # of a video
+MAX_VIDEO = 2**32  # pixels of all frames of a video
 MAX_NAME = 80  # characters
 TAKEN = "give a picture (PNG, JPEG, WebP, GIF) or a video (MP4, MOV, WebM, MKV)"
 
 
 def read(source: StreamSource, name: str, content: bytes) -> tuple[ConditioningFrames, str]:
-  """(the frames, as the model takes them; what was done to them in a line).
+  """Returns (conditioning frames, message about their resizing or cropping, or '').
 
-  Raises UserError, which calls the file by its `name`.
+  Raises UserError that calls the file by its `name`.
   """
+  # the last part of a path of either system; it goes into messages and metadata, never into a path
   name = pathlib.PurePath(name.replace("\\", "/")).name[-MAX_NAME:] or "the start"
   kind = kind_of(name, content)
   with tempfile.TemporaryDirectory(prefix="hiar_jax_start_") as directory:
     path = pathlib.Path(directory) / "start"
     path.write_bytes(content)
     try:
-      (look_at_picture if kind == "image" else look_at_video)(name, path)
-      frames, line = source.read_start(path, kind, name)
+      check = check_picture if kind == "image" else check_video
+      check(name, path)
+      frames, message = source.read_start(path, kind, name)
     except UserError as error:
       raise UserError(str(error).replace(str(path), name)) from error
-  return frames, line.replace(path.name, name, 1) if line.startswith(path.name) else line
+  if message.startswith(path.name):  # the temporary file's name means nothing to the viewer
+    message = message.replace(path.name, name, 1)
+  return frames, message
 
 
 def kind_of(name: str, content: bytes) -> str:
-  """ "image" or "video", by how it begins. Raises UserError for anything else."""
+  """Returns "image" or "video" by the first bytes. Raises UserError for any other format."""
+  # bytes 8-12: RIFF is the container of WebP, but of AVI and WAV too; 4-8: MP4 and MOV
   if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
     return "image"
   if content.startswith(MATROSKA) or content[4:8] == b"ftyp":
@@ -54,9 +58,10 @@ def kind_of(name: str, content: bytes) -> str:
   raise UserError(f"{name} is neither a picture nor a video that can be read here; {TAKEN}")
 
 
-def look_at_picture(name: str, path: pathlib.Path) -> None:
-  """Raises UserError for one that would be too large in memory, or is no picture after all."""
+def check_picture(name: str, path: pathlib.Path) -> None:
+  """Raises UserError for a picture with more than MAX_PIXELS, or that cannot be read."""
   try:
+    # only the header is read here; Pillow's own limit warns at 89 million pixels, above ours
     with warnings.catch_warnings():
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
       with Image.open(path) as image:
@@ -76,9 +81,11 @@ def look_at_picture(name: str, path: pathlib.Path) -> None:
     )
 
 
-def look_at_video(name: str, path: pathlib.Path) -> None:
-  """Raises UserError for one that would take too long to decode, by what its container says of
-  every packet, or that is no video.
+def check_video(name: str, path: pathlib.Path) -> None:
+  """Raises UserError for a video with more than MAX_FRAMES, MAX_SECONDS or MAX_VIDEO pixels, or
+  that cannot be read.
+
+  Counts packets without decoding them: the header's length and frame count may be false.
   """
   try:
     with av.open(str(path)) as container:
@@ -89,12 +96,10 @@ def look_at_video(name: str, path: pathlib.Path) -> None:
       first, last = math.inf, -math.inf
       for i, packet in enumerate(container.demux(stream)):
         if packet.pts is not None:
-          time = float(packet.pts * packet.time_base)
-          first, last = (
-            min(first, time),
-            max(last, time + float((packet.duration or 0) * packet.time_base)),
-          )
-        if i > frames or last - first > MAX_SECONDS:  # the last packet is empty
+          start = float(packet.pts * packet.time_base)
+          end = start + float((packet.duration or 0) * packet.time_base)
+          first, last = min(first, start), max(last, end)  # packets come in decoding order
+        if i > frames or last - first > MAX_SECONDS:  # > : the last packet is empty, a flush
           raise UserError(
             f"{name} is too long: of its size {frames} frames are read, {MAX_SECONDS:g} seconds "
             "at most; cut it first"

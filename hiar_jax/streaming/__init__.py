@@ -1,3 +1,1 @@
-"""Video as a stream: generations that go on for as long as anyone watches, on any number of
-devices.
-"""
+"""Streaming: endless generation, block by block, on any number of devices."""

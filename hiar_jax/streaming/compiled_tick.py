@@ -1,5 +1,5 @@
-"""What many generations share: a model's weights on the devices of a layout, and the programs that
-move a pipe on, compiled once.
+"""The compiled tick: a model's weights on the devices of a layout, and the programs that advance a
+pipeline, compiled once and shared by all generations.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,37 +26,31 @@ from hiar_jax.types import Block, Key, Params
 
 @dataclasses.dataclass(frozen=True)
 class TickOptions:
-  """How to stream. None: as the model has it.
+  """Options of streaming; None keeps the model's own value."""
 
-  layout: devices; None: as many as can be used. window, sink: latent frames. sink_positions:
-  `absolute`, the sink's true distance (as published), or `relative` to the window.
-  """
-
-  layout: Layout | None = None
-  window: int | None = None
-  sink: int | None = None
+  layout: Layout | None = None  # of the devices; None: as many as can be used
+  window: int | None = None  # latent frames
+  sink: int | None = None  # latent frames
+  # `absolute`: the sink's true positions (as published); `relative`: carried along with the window
   sink_positions: str = "absolute"
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamParts:
-  """Of a model, what a stream needs. texts: prompts -> [n l d], as the network reads them;
-  identity: differs where a number would differ.
-
-  size: latent height and width. key: of the noise. history: as it was trained.
-  """
+  """The parts of a model that a stream needs."""
 
   config: DiTConfig
-  method: Method
-  sigmas: tuple[float, ...]
+  method: Method  # as trained
+  sigmas: tuple[float, ...]  # noise levels, 1 first and 0 last
   params: Params
-  key: Key
-  size: tuple[int, int]
-  texts: Callable[[Sequence[str]], np.ndarray]
-  identity: str
+  key: Key  # of the noise
+  size: tuple[int, int]  # latent height and width
+  texts: Callable[[Sequence[str]], np.ndarray]  # prompts -> [n l d], as the network reads them
+  identity: str  # differs where the numbers of two models differ
 
   @staticmethod
   def of(model: VideoModel) -> "StreamParts":
+    """Returns the parts of a loaded model."""
     e, run = model.experiment, model.run
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
@@ -64,19 +58,20 @@ class StreamParts:
       return np.asarray(run.task.embed(model.texts(list(prompts))))
 
     return StreamParts(
-      e.student_dit,
-      e.history,
-      tuple(float(sigma) for sigma in run.sigmas),
-      model.params(),
-      jax.random.fold_in(jax.random.key(e.seed), 3),
-      (e.latent.height, e.latent.width),
-      texts,
-      model.identity,
+      config=e.student_dit,
+      method=e.history,
+      sigmas=tuple(float(sigma) for sigma in run.sigmas),
+      params=model.params(),
+      # as training.run's sampler: a stream is the video that generate makes of the same seed
+      key=jax.random.fold_in(jax.random.key(e.seed), 3),
+      size=(e.latent.height, e.latent.width),
+      texts=texts,
+      identity=model.identity,
     )
 
 
 class Engine:
-  """See the module's docstring.
+  """A model on its devices, with its compiled pipelines.
 
   Raises UserError where the method cannot be streamed, or the layout does not fit.
   """
@@ -88,8 +83,9 @@ class Engine:
     devices=None,
     compiler_options: dict | None = None,
   ):
-    """devices: those to use, default all; compiler_options: XLA's, for those who measure or
-    test.
+    """Places the weights on `devices` (default: all); nothing is compiled before it is needed.
+
+    compiler_options: XLA's, for measurements and tests.
     """
     self.compiler_options = compiler_options
     self.parts = model if isinstance(model, StreamParts) else StreamParts.of(model)
@@ -108,11 +104,12 @@ class Engine:
 
   @functools.cached_property
   def main(self) -> "CompiledPipeline":
+    """The pipeline of the method."""
     return CompiledPipeline(self, self.plan)
 
   @functools.cached_property
   def head(self) -> "CompiledPipeline | None":
-    """What makes a clean sink before all else; None where the method has none."""
+    """The pipeline that makes a clean sink before the main one starts; None without such a sink."""
     if not self.plan.method.clean_sink:
       return None
     plain = dataclasses.replace(self.plan.method, sink_level="history")
@@ -120,8 +117,8 @@ class Engine:
 
   @property
   def whole(self) -> NamedSharding:
-    """On every device."""
-    return layouts.replicated_sharding(self.mesh)
+    """The sharding of an array that is replicated on every device."""
+    return NamedSharding(self.mesh, jax.P())
 
   @property
   def head_blocks(self) -> int:
@@ -129,11 +126,11 @@ class Engine:
     return self.plan.method.clean_sink // self.plan.method.block
 
   def text(self, prompt: str) -> jax.Array:
-    """[1 l d], on every device."""
+    """Returns the encoded prompt [1 l d], replicated on every device."""
     return jax.device_put(np.asarray(self.parts.texts([prompt])), self.whole)
 
   def warm(self, prompt: str) -> None:
-    """Compiles now what would else be compiled in the midst of a video."""
+    """Compiles every program that a stream may need, so that no video waits for one."""
     text = self.text(prompt)
     for programs in filter(None, (self.head, self.main)):
       pipe = programs.start(text[None], np.zeros(1, np.int32))
@@ -142,28 +139,50 @@ class Engine:
 
 
 class CompiledPipeline:
-  """Compiled for one plan: `start`, `tick` and `show_again` of rollout.pipe, with the weights in
-  place.
+  """`prefill`, `tick` and `recache` of rollout.tick, compiled for one method with the weights of an
+  engine. `network` and `noise` may be overridden.
   """
 
   def __init__(self, engine: Engine, plan: PipelineMethod):
-    self.engine, self.plan = engine, plan
+    self.engine = engine
+    self.plan = plan
+    self.shardings: PipelineState = layouts.state_sharding(plan.fused, engine.mesh)
 
-  def jit(self, function, **options):
-    return jax.jit(function, compiler_options=self.engine.compiler_options, **options)
+    def start(params, texts, seed, given):
+      pipe = self.empty(texts[0], seed)
+      if given is None:
+        return pipe
+      return pipes.prefill(self.plan, self.network(params), pipe, given, texts)
 
-  def network(self, params: Params):
-    # a frame's may lie on several devices
+    def tick(params, pipe, text, recache):
+      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, recache)
+
+    def recache(params, pipe, text, due):
+      return pipes.recache(self.plan, self.network(params), pipe, text, due)
+
+    # Without explicit output shardings the compiler may choose others than the inputs have, and the
+    # next call would compile again. The old state is donated: caches are updated in place, and one
+    # copy of them is enough.
+    jit = functools.partial(jax.jit, compiler_options=engine.compiler_options)
+    self._start = jit(start, out_shardings=self.shardings)
+    self.compiled_tick = jit(tick, donate_argnums=1, out_shardings=(self.shardings, engine.whole))
+    self._recache = jit(recache, donate_argnums=1, out_shardings=self.shardings)
+
+  def network(self, params: Params) -> pipes.Network:
+    """Returns the network with its weights, text -> forward."""
+    # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
+    # over `sequence`) would have to be gathered first.
     config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
     return functools.partial(dit.bind, config, params)
 
   def noise(self, pipe: PipelineState):
+    """Returns (level, block number) -> noise [b k h w c]."""
     parts = self.engine.parts
     shape = (self.plan.method.block, *parts.size, parts.config.channels)
     return block_noise(pipe.key, pipe.seed, shape)
 
   def empty(self, text: jax.Array, seed: jax.Array) -> PipelineState:
-    """Traced; text [b l d]."""
+    """Returns (traced) a state that no block has entered; text [b l d], seed [b]."""
     parts, method = self.engine.parts, self.plan.method
     height, width = parts.size
     return pipes.empty(
@@ -172,75 +191,49 @@ class CompiledPipeline:
       text,
       parts.key,
       seed,
+      # any length above the window: from there on the cache's size does not depend on it
       frames=method.window + method.block,
       height=height,
       width=width,
     )
 
-  @functools.cached_property
-  def shardings(self) -> PipelineState:
-    return layouts.state_sharding(self.plan.fused, self.engine.mesh)
-
   def abstract(self, text: jax.ShapeDtypeStruct) -> PipelineState:
-    """The shapes of a pipe, and where they lie."""
+    """Returns the shapes, dtypes and shardings of a state; text [b l d]."""
     shapes = jax.eval_shape(self.empty, text, jax.ShapeDtypeStruct((text.shape[0],), jnp.int32))
     return jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,
       self.shardings,
     )
 
-  @functools.cached_property
-  def _start(self):
-    def start(params, texts, seed, given):
-      pipe = self.empty(texts[0], seed)
-      return (
-        pipe
-        if given is None
-        else pipes.prefill(self.plan, self.network(params), pipe, given, texts)
-      )
-
-    return self.jit(start, out_shardings=self.shardings)
-
   def start(
     self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None
   ) -> PipelineState:
-    """A pipe that nothing has entered, after `given` clean latents [b f h w c]; texts [n b l d],
-    one for each given block, or one.
+    """Returns a state that no new block has entered, after `given` clean latents [b f h w c].
+
+    texts: [n b l d], one for each given block, or one.
     """
     with jax.set_mesh(self.engine.mesh):
       return self._start(self.engine.params, texts, jnp.asarray(seed, jnp.int32), given)
 
-  @functools.cached_property
-  def compiled_tick(self):
-    """tick(params, pipe, text, anew) -> (pipe, block), jitted; the old pipe's memory is reused."""
-
-    def tick(params, pipe, text, recache):
-      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, recache)
-
-    return self.jit(tick, donate_argnums=1, out_shardings=(self.shardings, self.engine.whole))
-
   def tick(
     self, pipe: PipelineState, text: jax.Array, recache: bool
   ) -> tuple[PipelineState, Block]:
+    """Advances the pipeline by one block with text [b l d]; `pipe` is used up. See rollout.tick."""
     with jax.set_mesh(self.engine.mesh):
       return self.compiled_tick(self.engine.params, pipe, text, np.bool_(recache))
 
-  @functools.cached_property
-  def _recache(self):
-    def again(params, pipe, text, due):
-      return pipes.recache(self.plan, self.network(params), pipe, text, due)
-
-    return self.jit(again, donate_argnums=1, out_shardings=self.shardings)
-
   def recache(self, pipe: PipelineState, text: jax.Array, due: np.ndarray) -> PipelineState:
-    """due: [s]"""
+    """Encodes the contexts of the levels `due` [s] again under the new text; `pipe` is used up."""
     with jax.set_mesh(self.engine.mesh):
       return self._recache(self.engine.params, pipe, text, due)
 
 
 def _changed_method(method: Method, options: TickOptions) -> Method:
-  """The model's, with what is to be otherwise; a stream has no end, so it needs a window."""
+  """Returns the method with the options' window and sink.
+
+  Raises UserError without a window: a stream has no end, so its cache must not grow.
+  """
   changes = {
     name: getattr(options, name)
     for name in ("window", "sink")

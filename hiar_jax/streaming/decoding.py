@@ -1,5 +1,5 @@
-"""Latents -> pixels, block after block, with what the decoder remembers of the blocks before as a
-value that goes in and comes out.
+"""Decoders of latents -> pixels, block by block; the decoder's memory of earlier blocks is a value
+that goes in and comes out.
 """
 
 from collections.abc import Callable
@@ -17,26 +17,30 @@ from hiar_jax.types import PyTree
 
 
 class BlockDecoder(Protocol):
-  def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    """(latents [1 f h w c], memory) -> (uint8 [F H W 3], memory).
+  """A decoder whose memory (a tree of arrays; None at a video's start) the caller holds."""
 
-    memory: None at a video's start; the one that goes in is used up.
+  def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    """Returns (frames uint8 [F H W 3], memory after them) of latents [1 f h w c].
+
+    The memory that goes in is used up.
     """
 
   def remember(self, leaves: list[np.ndarray], latents: tuple[int, ...]) -> PyTree:
-    """The memory with these leaves (jax.tree.leaves of one), for latents of a shape [1 f h w c];
-    None for none.
+    """Rebuilds a memory from its leaves (in the order of jax.tree.leaves), None from none.
+
+    latents: the shape [1 f h w c] of a block.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class FramewiseDecoder:
-  """A codec that takes each latent frame for itself. pieces: Medium.pieces."""
+  """A decoder that takes each latent frame by itself and needs no memory."""
 
-  pieces: Callable
+  pieces: Callable  # latents [1 f h w c] -> pieces uint8 [1 F_i H W 3], as Components.pieces
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    # by way of the host: the devices of a pipe have other things to do
+    # Through the host: latents on the pipeline's mesh would be decoded on all of its devices, in
+    # competition with the next tick.
     latents = np.asarray(latents)
     return np.concatenate([piece[0] for piece in self.pieces(latents)]), None
 
@@ -46,36 +50,38 @@ class FramewiseDecoder:
 
 @dataclasses.dataclass(frozen=True)
 class CausalDecoder:
-  """A causal autoencoder, on `device`; None: where its weights are."""
+  """A causal autoencoder on `device`; None: where its weights are."""
 
   stream: ChunkedDecoder
   device: jax.Device | None = None
 
   @functools.cached_property
-  def _stream(self) -> ChunkedDecoder:
-    return (
-      dataclasses.replace(self.stream, params=jax.device_put(self.stream.params, self.device))
-      if self.device
-      else self.stream
-    )
+  def _placed(self) -> ChunkedDecoder:
+    """The decoder with its weights on `device`; moved once, at the first block."""
+    if self.device is None:
+      return self.stream
+    params = jax.device_put(self.stream.params, self.device)
+    return dataclasses.replace(self.stream, params=params)
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
+    # through the host: from the pipeline's mesh to a device that need not belong to it
     latents = jax.device_put(np.asarray(latents), self.device)
-    pieces = list(self._stream.resume(latents, memory))
+    pieces = list(self._placed.resume(latents, memory))
     return np.concatenate([pixels[0] for pixels, _ in pieces]), pieces[-1][1]
 
   def remember(self, leaves, latents) -> PyTree:
     if not leaves:
       return None
-    shape = jax.ShapeDtypeStruct((1, 1, *latents[2:]), np.float32)
-    _, memory = jax.eval_shape(self.stream.decode, self.stream.params, shape, None)
+    # A snapshot holds leaves alone; the tree's structure is that of the cache after one frame.
+    frame = jax.ShapeDtypeStruct((1, 1, *latents[2:]), np.float32)
+    _, memory = jax.eval_shape(self.stream.decode, self.stream.params, frame, None)
     return jax.device_put(jax.tree.unflatten(jax.tree.structure(memory), leaves), self.device)
 
 
 def make_decoder(components: Components, device: jax.Device | None = None) -> BlockDecoder:
-  """device: where to decode; None: the first one.
+  """Returns the block decoder of a model's components, on `device` (None: the first one).
 
-  Small media decode there too: a few numbers a frame.
+  The codecs of the shapes world ignore `device`: they decode a few numbers a frame.
   """
   if isinstance(components, WanComponents):
     return CausalDecoder(components.stream, device)

@@ -1,10 +1,9 @@
-"""Where a pipe lies: `level` devices share the noise levels, and inside a level `tensor` and
-`sequence` split the network and the frame.
+"""The layout of a pipeline over devices, a mesh of three axes.
 
-    level      levels, each with its cache, its latents in flight and what it has shown
-    tensor     heads and the hidden units of the MLP (weights, caches)
-    sequence   rows of the frame for what is done token by token; attention splits its heads over
-               both, so a cache never moves
+level      noise levels, each with its cache, its latents in flight and its contexts
+tensor     heads and the hidden units of the MLP (weights, caches)
+sequence   rows of the frame, in layers that work token by token; attention splits its heads
+           over tensor x sequence instead, so that a cache never moves
 """
 
 import dataclasses
@@ -23,9 +22,12 @@ from hiar_jax.types import Params, PyTree
 AXES = ("level", "tensor", "sequence")
 HEADS = ("tensor", "sequence")
 
-# How a layer's parameters are split: (module, its parameter) -> axis over `tensor`, counted behind
-# the axis of layers.
-COLUMNS, ROWS = {"kernel": 1, "bias": 0, "scale": 0}, {"kernel": 0}
+# Parameter of a module -> its axis that is split over `tensor`, not counting the leading axis of
+# layers (they are scanned). As in Megatron-LM (arXiv:1909.08053, section 3): the projections into
+# attention and MLP by their outputs (columns), those out of them by their inputs (rows), so that a
+# layer needs one all-reduce after each. A row-split module's bias is added once, hence not split.
+COLUMNS = {"kernel": 1, "bias": 0, "scale": 0}
+ROWS = {"kernel": 0}
 SPLIT = {
   "q": COLUMNS,
   "k": COLUMNS,
@@ -40,7 +42,7 @@ SPLIT = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Devices along each axis."""
+  """Numbers of devices along each axis."""
 
   level: int = 1
   tensor: int = 1
@@ -55,7 +57,9 @@ class Layout:
 
   def check(self, levels: int, config: DiTConfig, height: int) -> None:
     """Raises UserError where an axis does not divide what it splits. height: of the latents."""
-    heads, rows, split = config.num_heads, height // config.patch[1], self.tensor * self.sequence
+    heads = config.num_heads
+    rows = height // config.patch[1]  # of tokens in a frame
+    split = self.tensor * self.sequence
     _check_divides("level", self.level, levels, f"the {levels} noise levels")
     _check_divides(
       "tensor",
@@ -73,29 +77,32 @@ class Layout:
       )
 
   def mesh(self, devices=None) -> Mesh:
-    """Over the first devices. Raises UserError where there are too few."""
+    """Returns the mesh [level tensor sequence] of the first of `devices` (default: all).
+
+    Raises UserError where there are too few.
+    """
     devices = list(jax.devices() if devices is None else devices)
     if self.devices > len(devices):
       raise UserError(
         f"level = {self.level} x tensor = {self.tensor} x sequence = {self.sequence} takes "
         f"{self.devices} devices; here are {len(devices)}"
       )
-    return Mesh(
-      np.asarray(devices[: self.devices]).reshape(self.level, self.tensor, self.sequence),
-      AXES,
-      axis_types=(AxisType.Auto,) * 3,
-    )
+    # `sequence` varies fastest, `level` slowest: neighbours exchange most, as levels pass on one
+    # block's latents a tick, and the other two axes activations in every layer
+    grid = np.asarray(devices[: self.devices]).reshape(self.level, self.tensor, self.sequence)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def widest(count: int, levels: int, config: DiTConfig, height: int) -> Layout:
-  """As many of `count` devices as can be used: levels first, since they talk least, then tensor,
-  then sequence.
+  """Returns a layout of as many of `count` devices as can be used: levels first, since they
+  communicate least, then tensor, then sequence.
   """
   level = max(n for n in range(1, count + 1) if levels % n == 0)
   tensor = max(
     n for n in range(1, count // level + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0
   )
-  rows, left = height // config.patch[1], count // (level * tensor)
+  rows = height // config.patch[1]
+  left = count // (level * tensor)
   sequence = max(
     n for n in range(1, left + 1) if rows % n == 0 and config.num_heads % (tensor * n) == 0
   )
@@ -115,18 +122,11 @@ def _divisors(n: int) -> str:
 # ---------------------------------------------------------------------------------------- shardings
 
 
-def replicated_sharding(mesh: Mesh) -> NamedSharding:
-  """On every device."""
-  return NamedSharding(mesh, jax.P())
-
-
 def state_sharding(fused: bool, mesh: Mesh) -> PipelineState:
-  """A sharding for every array of a pipe; fused: as its plan."""
+  """Returns a sharding for every array of a pipeline's state. fused: as PipelineMethod.fused."""
   place = lambda *spec: NamedSharding(mesh, jax.P(*spec))
-  latents, keys = (
-    place("level", None, None, "sequence"),
-    place("level", None, None, None, None, HEADS),
-  )
+  latents = place("level", None, None, "sequence")  # [s b k h w c], contexts [s b slots h w c]
+  keys = place("level", None, None, None, None, HEADS)  # [s layers b slots t a d]
   return PipelineState(
     latents=latents,
     context=latents if fused else None,
@@ -142,13 +142,13 @@ def state_sharding(fused: bool, mesh: Mesh) -> PipelineState:
 
 
 def params_sharding(params: Params, mesh: Mesh) -> PyTree:
-  """A sharding for every weight: layers split over `tensor`, everything else whole on each
-  device.
-  """
+  """Returns a sharding for every weight: layers split over `tensor`, everything else replicated."""
 
   def place(path, leaf):
     names = [entry.key for entry in path]
     axis = SPLIT.get(names[-2], {}).get(names[-1]) if names[0] == "layers" else None
-    return NamedSharding(mesh, jax.P() if axis is None else jax.P(*(None,) * (1 + axis), "tensor"))
+    if axis is None:
+      return NamedSharding(mesh, jax.P())
+    return NamedSharding(mesh, jax.P(*(None,) * (1 + axis), "tensor"))  # 1 +: the axis of layers
 
   return jax.tree_util.tree_map_with_path(place, params)

@@ -1,13 +1,13 @@
-"""A generation under way: one tick after another, each a block of latents once the pipe is full;
-prompts may change on the way.
+"""A live video: a generation without end whose prompt may change. Each tick yields a block of
+latents, once the pipeline is full.
 
-    engine = Engine(model, Options())              # weights and programs, shared by generations
-    generation = Generation(engine, "a red circle moving left", seed=1)
+    engine = Engine(model, TickOptions())          # weights and programs, shared by generations
+    video = LiveVideo(engine, "a red circle moving left", seed=1)
     while watching:
-      if emitted := generation.step():
+      if emitted := video.step():
         show(emitted.latents)
 
-A change of prompt belongs to the next block that enters: those in flight keep theirs, so it is seen
+A new prompt holds from the next block that enters: blocks in flight keep theirs, so it is seen
 `levels` blocks later.
 """
 
@@ -21,27 +21,25 @@ import numpy as np
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import snapshot
-from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
+from hiar_jax.streaming.compiled_tick import CompiledPipeline, Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.types import Block, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class Emitted:
-  """A finished block: its number in the video, its clean latents [1 k h w c], and the latent frames
-  before it, given ones included.
-  """
+  """A finished block."""
 
-  block: int
-  latents: Block
-  frames_before: int
+  block: int  # its number in the video
+  latents: Block  # [1 k h w c], clean
+  frames_before: int  # latent frames before it, given ones included
 
 
 class LiveVideo:
-  """See the module's docstring. Not for several threads at once.
+  """A generation under way; see the module's docstring. Not thread-safe.
 
-  decoder: a place for the state of whoever decodes (a tree of arrays, or None): saved and restored
-  with the rest.
+  decoder: the state of whoever decodes (a tree of arrays, or None), saved and restored with the
+  rest. It comes back as a list of leaves.
   """
 
   decoder: PyTree = None
@@ -54,106 +52,114 @@ class LiveVideo:
     options: TickOptions | None = None,
     start: np.ndarray | None = None,
   ):
-    """options: for a model that is no engine yet. start: given clean latents [1 f h w c], one
-    frame's (a picture) or whole blocks'.
+    """Starts a video after `start`, clean latents [1 f h w c] of one frame (a picture) or of whole
+    blocks; None: from nothing.
 
-    Raises UserError where the method cannot be streamed, or layout, window, sink or start do not
-    fit.
+    options: for a model that is no engine yet. Raises UserError where the method cannot be
+    streamed, or layout, window, sink or start do not fit.
     """
     self.engine = model if isinstance(model, Engine) else Engine(model, options or TickOptions())
     if start is not None:
       _check_start(start, self.engine)
-    self.seed, self.prompt = seed, prompt
+    self.seed = seed
+    self.prompt = prompt
     self.given_frames = 0 if start is None else start.shape[1]
-    self._text = self.engine.text(prompt)
-    self._head: list[np.ndarray] | None = [] if start is None and self.engine.head else None
-    self._prompts: dict[int, str] = {}
-    self._recache_from: set[int] = set()
+    self._text = self.engine.text(prompt)  # of the next block that enters
+    # (latents, prompt) of a clean sink's finished blocks; None: no such sink, or it is whole.
+    # A start takes the sink's place: given frames are clean anyway.
+    self._head: list[tuple[np.ndarray, str]] | None = None
+    if start is None and self.engine.head:
+      self._head = []
+    self._prompts: dict[int, str] = {}  # of the blocks in flight
+    self._recache_from: set[int] = set()  # blocks in flight before which contexts are recached
     self._begin(None if start is None else np.asarray(start, np.float32), None)
 
   def _begin(self, given: np.ndarray | None, texts: jax.Array | None) -> None:
-    """texts: [n 1 l d] of the given blocks, default the prompt's."""
+    """Fills a new pipeline with given latents [1 f h w c] under texts [n 1 l d] (None: the
+    prompt's).
+    """
     k = self.engine.plan.method.block
-    blocks = 0 if given is None else -(-given.shape[1] // k)
+    blocks = 0 if given is None else -(-given.shape[1] // k)  # a picture counts as a block
     if texts is None:
       texts = jnp.stack([self._text] * max(blocks, 1))
     self._pipe = self._programs.start(texts, np.asarray([self.seed]), given)
     self._block = self._first = blocks
 
   @property
-  def _programs(self):
+  def _programs(self) -> CompiledPipeline:
     return self.engine.main if self._head is None else self.engine.head
 
   @property
   def levels(self) -> int:
+    """Noise levels, the number of blocks in flight."""
     return self.engine.plan.levels
 
   @property
   def next_block(self) -> int:
-    """The block that enters next.
+    """Number of the block that enters next.
 
-    Those that follow a clean sink wait until it is whole: ticks pass meanwhile in which none
-    enters.
+    While a clean sink is made, the pipeline counts on behind its last block, but those blocks are
+    dropped: the block after the sink enters when the sink is whole.
     """
     return self._block if self._head is None else min(self._block, self.engine.head_blocks)
 
   def step(self) -> Emitted | None:
-    """One tick: None while the pipe fills.
+    """Runs one tick and returns the block that left the pipeline, None while it fills.
 
     Returns before the devices are done; reading the latents waits for them.
     """
-    n, left = self._block, self._block - (self.levels - 1)
-    due = np.asarray(
-      [
-        n - level in self._recache_from and self._is_there(n - level)
-        for level in range(self.levels)
-      ]
-    )
+    entering = self._block
+    leaving = entering - (self.levels - 1)
+    # Level j works on block n - j in this tick. Contexts are encoded again at the one level that a
+    # block of `_recache_from` has reached, just before it is denoised there.
+    blocks = [entering - level for level in range(self.levels)]
+    due = np.asarray([block in self._recache_from and self._is_there(block) for block in blocks])
     if due.any():
       self._pipe = self._programs.recache(self._pipe, self._text, due)
-    self._pipe, latents = self._programs.tick(self._pipe, self._text, n in self._recache_from)
-    self._prompts[n], self._block = self.prompt, n + 1
-    if left < self._first:
-      return None
-    prompt = self._prompts.pop(left)
-    self._recache_from.discard(left)
-    emitted = Emitted(left, latents, self._frames_before(left))
+    self._pipe, latents = self._programs.tick(
+      self._pipe, self._text, entering in self._recache_from
+    )
+    self._prompts[entering] = self.prompt
+    self._block = entering + 1
+    if leaving < self._first:
+      return None  # the last level worked on a block that does not exist
+    prompt = self._prompts.pop(leaving)
+    self._recache_from.discard(leaving)
+    k = self.engine.plan.method.block
+    given_blocks = -(-self.given_frames // k)
+    emitted = Emitted(leaving, latents, self.given_frames + (leaving - given_blocks) * k)
     if self._head is not None:
       self._grow_head(latents, prompt)
     return emitted
 
   def _is_there(self, block: int) -> bool:
-    """Whether a block that the pipe counts is one of the video; see next_block."""
+    """Tells a block of the video from one that the pipeline merely counts; see next_block."""
     return self._first <= block and (self._head is None or block < self.engine.head_blocks)
 
-  def _frames_before(self, block: int) -> int:
-    k = self.engine.plan.method.block
-    given = -(-self.given_frames // k)
-    return self.given_frames + (block - given) * k
-
   def _grow_head(self, latents: Block, prompt: str) -> None:
-    """A clean sink is made by a pipe of its own; when it is whole, the pipe proper starts after
-    it.
-    """
+    """Adds a block to the clean sink; once it is whole, begins the main pipeline after it (SAF)."""
     self._head.append((np.asarray(latents), prompt))
     if len(self._head) < self.engine.head_blocks:
       return
     head, self._head = self._head, None
+    # a change of prompt may be due at the block after the sink, which has not entered yet
     recache_next = len(head) in self._recache_from
     self._begin(
       np.concatenate([latents for latents, _ in head], axis=1),
       jnp.stack([self.engine.text(prompt) for _, prompt in head]),
     )
-    self._prompts, self._recache_from = {}, {self._block} if recache_next else set()
+    self._prompts = {}  # the blocks that followed the sink in its own pipeline are dropped
+    self._recache_from = {self._block} if recache_next else set()
 
   def change_prompt(self, prompt: str, recache: bool = False) -> int:
-    """For the blocks from the next one that enters on; returns its number.
+    """Sets the prompt from the next block that enters on; returns its number.
 
-    recache: each level encodes what it has shown again under the new prompt, just before that block
-    reaches it; otherwise earlier blocks stay as they were shown. It costs a window's forward in
-    each of the next `levels` ticks.
+    recache: each level encodes its contexts again under the new prompt, just before that block
+    reaches it (LongLive); otherwise they stay as they are. It costs a forward of a window in each
+    of the next `levels` ticks.
     """
-    self.prompt, self._text = prompt, self.engine.text(prompt)
+    self.prompt = prompt
+    self._text = self.engine.text(prompt)
     if recache and self.next_block > 0:
       self._recache_from.add(self.next_block)
     else:
@@ -162,9 +168,7 @@ class LiveVideo:
 
   @property
   def in_flight(self) -> list[tuple[int, int, str]]:
-    """(level that it waits for, block, its prompt) of the blocks that have entered and not left,
-    the oldest last.
-    """
+    """(level that it waits for, block, prompt) of the blocks in the pipeline, the oldest last."""
     blocks = ((level, self._block - level) for level in range(1, self.levels))
     return [
       (level, block, self._prompts[block]) for level, block in blocks if self._is_there(block)
@@ -173,31 +177,28 @@ class LiveVideo:
   # ----------------------------------------------------------------------------------------- saving
 
   def save(self, directory: str | os.PathLike) -> None:
-    """Writes all that is needed to go on, whole or not at all; what was saved there before is
-    replaced.
+    """Writes a snapshot to resume from, atomically; one that is there already is replaced.
 
     Raises UserError where the disk is full.
     """
     head = [latents for latents, _ in self._head or []]
-    arrays = {
-      "pipe": self._pipe,
-      "text": self._text,
-      **({"head": np.concatenate(head, axis=1)} if head else {}),
-    }
-    facts = {
+    arrays = {"pipe": self._pipe, "text": self._text}
+    if head:
+      arrays["head"] = np.concatenate(head, axis=1)
+    metadata = {
       "identity": self.engine.parts.identity,
       "options": snapshot.options(self.engine.plan),
-      "text": snapshot.shape(self._text),
+      "text": {"shape": list(self._text.shape), "dtype": str(self._text.dtype)},
       "seed": self.seed,
       "prompt": self.prompt,
       "block": self._block,
       "first": self._first,
       "given_frames": self.given_frames,
       "prompts": [[block, prompt] for block, prompt in self._prompts.items()],
-      "anew": sorted(self._recache_from),
+      "anew": sorted(self._recache_from),  # its name in the first snapshots
       "head": None if self._head is None else [prompt for _, prompt in self._head],
     }
-    snapshot.write(directory, arrays, facts, self.decoder)
+    snapshot.write(directory, arrays, metadata, self.decoder)
 
   @classmethod
   def restore(
@@ -206,60 +207,57 @@ class LiveVideo:
     model: Engine | VideoModel | StreamParts,
     layout: Layout | None = None,
   ) -> "LiveVideo":
-    """What `save` wrote, to go on with the same frames on this layout (of an engine: its own; None:
-    as many devices as can be used).
+    """Resumes what `save` wrote; the frames that follow do not depend on the layout.
 
-    Raises UserError where nothing is saved, where it is damaged, or of another model, window or
-    sink.
+    layout: for a model that is no engine yet; None: as many devices as can be used. Raises
+    UserError where nothing is saved, or it is damaged, or of another model, window or sink.
     """
-    facts = snapshot.read_metadata(directory)
-    snapshot.check_identity(
-      directory, facts, (model.parts if isinstance(model, Engine) else model).identity
-    )
+    metadata = snapshot.read_metadata(directory)
+    identity = (model.parts if isinstance(model, Engine) else model).identity
+    snapshot.check_identity(directory, metadata, identity)
     if not isinstance(model, Engine):
-      model = Engine(model, TickOptions(layout=layout, **facts["options"]))
-    snapshot.check_options(directory, facts, snapshot.options(model.plan))
-    self = cls.__new__(cls)
-    self.engine, self.seed, self.prompt, self.given_frames = (
-      model,
-      facts["seed"],
-      facts["prompt"],
-      facts["given_frames"],
-    )
-    self._block, self._first = facts["block"], facts["first"]
-    self._prompts, self._recache_from = (
-      {int(block): prompt for block, prompt in facts["prompts"]},
-      set(facts["anew"]),
-    )
-    self._head = None if facts["head"] is None else []
-    arrays = snapshot.read(directory, facts, self._abstract(facts))
-    self._pipe, self._text, self.decoder = (
-      arrays["pipe"],
-      arrays["text"],
-      snapshot.decoder(directory),
-    )
-    if facts["head"]:
-      latents = np.split(np.asarray(arrays["head"]), len(facts["head"]), axis=1)
-      self._head = list(zip(latents, facts["head"], strict=True))
+      model = Engine(model, TickOptions(layout=layout, **metadata["options"]))
+    snapshot.check_options(directory, metadata, snapshot.options(model.plan))
+    self = cls.__new__(cls)  # without __init__, which would start a pipeline
+    self.engine = model
+    self.seed = metadata["seed"]
+    self.prompt = metadata["prompt"]
+    self.given_frames = metadata["given_frames"]
+    self._block = metadata["block"]
+    self._first = metadata["first"]
+    self._prompts = {int(block): prompt for block, prompt in metadata["prompts"]}
+    self._recache_from = set(metadata["anew"])
+    # set before the arrays are read: whether there is a head decides which pipeline's they are
+    self._head = None if metadata["head"] is None else []
+    arrays = snapshot.read(directory, metadata, self._abstract(metadata))
+    self._pipe = arrays["pipe"]
+    self._text = arrays["text"]
+    self.decoder = snapshot.decoder(directory)
+    if metadata["head"]:
+      latents = np.split(np.asarray(arrays["head"]), len(metadata["head"]), axis=1)
+      self._head = list(zip(latents, metadata["head"], strict=True))
     return self
 
-  def _abstract(self, facts: dict) -> dict:
-    """The arrays of `save` as shapes that know where they lie."""
-    text = snapshot.abstract(facts["text"], self.engine.whole)
+  def _abstract(self, metadata: dict) -> dict:
+    """Returns the arrays of `save` as shapes, dtypes and shardings."""
+    shape, dtype = metadata["text"]["shape"], metadata["text"]["dtype"]
+    text = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self.engine.whole)
     arrays = {"pipe": self._programs.abstract(text), "text": text}
-    if facts["head"]:
+    if metadata["head"]:
+      # the blocks of the head lie one behind another in time: [b (blocks k) h w c]
       _, b, k, *rest = arrays["pipe"].latents.shape
       arrays["head"] = jax.ShapeDtypeStruct(
-        (b, k * len(facts["head"]), *rest), jnp.float32, sharding=self.engine.whole
+        (b, k * len(metadata["head"]), *rest), jnp.float32, sharding=self.engine.whole
       )
     return arrays
 
 
 def _check_start(start: np.ndarray, engine: Engine) -> None:
-  """Raises UserError for a start that is neither one latent frame nor whole blocks, or of another
-  size.
+  """Raises UserError for a start that is not [1 f h w c] of the model's size, or whose f is neither
+  1 nor whole blocks.
   """
-  block, frame = engine.plan.method.block, (*engine.parts.size, engine.parts.config.channels)
+  block = engine.plan.method.block
+  frame = (*engine.parts.size, engine.parts.config.channels)  # [h w c]
   if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
     raise UserError(
       f"a start of shape {list(start.shape)}: expected latents [1, frames, "

@@ -1,7 +1,7 @@
-"""A generation on disk: its arrays by Orbax, and beside them the facts that say what they are.
+"""Snapshots of a generation on disk: its arrays by Orbax, and metadata (JSON) that describes them.
 
-Checkpoints of one step each: written under another name and renamed, with checksums, the one before
-removed only then.
+A snapshot is a checkpoint of one step, with checksums; it is written under a temporary name and
+renamed, and only then the one before it is removed.
 """
 
 import dataclasses
@@ -19,27 +19,33 @@ from hiar_jax.errors import UserError
 from hiar_jax.rollout.tick import PipelineMethod, PipelineState
 from hiar_jax.types import PyTree
 
-# On disk an option keeps the names that it had first: {name: (name on disk, {value: on disk})}.
+# Snapshots keep the names of the first version, so that old ones can be resumed:
+# option -> (name on disk, {value: value on disk})
 ON_DISK = {"sink_positions": ("sink_place", {"absolute": "true", "relative": "carried"})}
-# So do the arrays of a PipelineState.
+# field of PipelineState -> name on disk, where they differ
 ARRAYS_ON_DISK = {"contexts": "shown", "recache": "anew"}
 
 
 def write(
-  directory: str | os.PathLike, arrays: PyTree, facts: dict[str, Any], decoder: PyTree
+  directory: str | os.PathLike, arrays: PyTree, metadata: dict[str, Any], decoder: PyTree
 ) -> None:
-  """Returns when it is on disk."""
+  """Writes a snapshot and waits until it is on disk.
+
+  arrays: a dict of arrays, the PipelineState as `pipe`. decoder: the state of whoever decodes (a
+  tree of arrays, or None). Raises UserError where the disk is full.
+  """
   leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
-  with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
+  # leaving the `with` waits for the save, which runs in the background
+  with Checkpoints(directory, keep=1, config=_to_disk(metadata)) as checkpoints:
     step = (checkpoints.latest_step() or 0) + 1
     arrays = {**arrays, "pipe": _arrays_to_disk(arrays["pipe"])}
-    checkpoints.save(
-      step, arrays, {"decoder": leaves} if leaves else {"none": np.zeros(1)}, force=True
-    )
+    # `params` is never an empty tree: without a decoder's state one number stands in for it
+    params = {"decoder": leaves} if leaves else {"none": np.zeros(1)}
+    checkpoints.save(step, arrays, params, force=True)
 
 
 def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
-  """Raises UserError where no generation is saved."""
+  """Returns the metadata of a snapshot. Raises UserError where no generation is saved."""
   path = pathlib.Path(directory)
   if not path.is_dir() or not any(entry.name.isdigit() for entry in path.iterdir()):
     raise UserError(f"{directory} holds no saved generation; check the path")
@@ -49,33 +55,43 @@ def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
   return {**found, "options": _from_disk(found["options"])}
 
 
-def _to_disk(facts: dict[str, Any]) -> dict[str, Any]:
-  options = dict(facts["options"])
+def _to_disk(metadata: dict[str, Any]) -> dict[str, Any]:
+  """Returns the metadata with its options under their names on disk."""
+  options = dict(metadata["options"])
   for name, (on_disk, values) in ON_DISK.items():
     options[on_disk] = values[options.pop(name)]
-  return {**facts, "options": options}
+  return {**metadata, "options": options}
 
 
 def _from_disk(options: dict[str, Any]) -> dict[str, Any]:
+  """Returns options read from disk under today's names."""
   options = dict(options)
   for name, (on_disk, values) in ON_DISK.items():
-    here = {there: value for value, there in values.items()}
-    options[name] = here[options.pop(on_disk)]
+    value_of = {stored: value for value, stored in values.items()}
+    options[name] = value_of[options.pop(on_disk)]
   return options
 
 
-def read(directory: str | os.PathLike, facts: dict[str, Any], abstract: PyTree) -> PyTree:
-  with Checkpoints(directory, keep=1, config=_to_disk(facts)) as checkpoints:
-    arrays = checkpoints.restore({**abstract, "pipe": _arrays_to_disk(abstract["pipe"])})[1]
+def read(directory: str | os.PathLike, metadata: dict[str, Any], abstract: PyTree) -> PyTree:
+  """Returns the arrays of a snapshot. abstract: their shapes, dtypes and shardings.
+
+  The shardings may belong to another layout than the one it was saved on. Raises UserError for a
+  damaged snapshot.
+  """
   state = abstract["pipe"]
-  names = {
-    field.name: ARRAYS_ON_DISK.get(field.name, field.name) for field in dataclasses.fields(state)
+  # the metadata again: restoring compares it with what lies there
+  with Checkpoints(directory, keep=1, config=_to_disk(metadata)) as checkpoints:
+    arrays = checkpoints.restore({**abstract, "pipe": _arrays_to_disk(state)})[1]
+  pipe = {
+    # a field that is None (`context` of a method at the input level) is not on disk
+    field.name: arrays["pipe"].get(ARRAYS_ON_DISK.get(field.name, field.name))
+    for field in dataclasses.fields(state)
   }
-  pipe = state.replace(**{name: arrays["pipe"].get(there) for name, there in names.items()})
-  return {**arrays, "pipe": pipe}
+  return {**arrays, "pipe": state.replace(**pipe)}
 
 
 def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
+  """Returns the fields of a state under their names on disk."""
   return {
     ARRAYS_ON_DISK.get(field.name, field.name): getattr(state, field.name)
     for field in dataclasses.fields(state)
@@ -83,48 +99,42 @@ def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
 
 
 def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:
-  """The leaves of the decoder's state, in order; None where there was none."""
+  """Returns the leaves of the decoder's state, in order; None where none was saved."""
   leaves = training_state.load_params(directory).get("decoder")
   return None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
 
 
-def check_identity(directory: str | os.PathLike, facts: dict[str, Any], identity: str) -> None:
-  if facts["identity"] != identity:
+def check_identity(directory: str | os.PathLike, metadata: dict[str, Any], identity: str) -> None:
+  """Raises UserError where the snapshot is of another model than `identity`."""
+  if metadata["identity"] != identity:
     raise UserError(
-      f"{directory} was saved by another model ({facts['identity']}; this one is {identity}): its "
-      "weights, sizes, levels, history or text "
-      "encoder differ; give the model that made it"
+      f"{directory} was saved by another model ({metadata['identity']}; this one is {identity}): "
+      "its weights, sizes, levels, history or text encoder differ; give the model that made it"
     )
 
 
 def check_options(
-  directory: str | os.PathLike, facts: dict[str, Any], here: dict[str, Any]
+  directory: str | os.PathLike, metadata: dict[str, Any], here: dict[str, Any]
 ) -> None:
-  """here: `options` of the engine that is to go on."""
-  lines = [
-    f"{name} = {there}, here {here[name]}"
-    for name, there in facts["options"].items()
-    if here[name] != there
+  """Raises UserError where the snapshot's options differ from `here`, those of the engine that is
+  to continue it.
+  """
+  differences = [
+    f"{name} = {saved}, here {here[name]}"
+    for name, saved in metadata["options"].items()
+    if here[name] != saved
   ]
-  if lines:
+  if differences:
     raise UserError(
-      f"{directory} was saved with other options ({'; '.join(lines)}); use those that it was "
+      f"{directory} was saved with other options ({'; '.join(differences)}); use those that it was "
       "saved with"
     )
 
 
 def options(plan: PipelineMethod) -> dict[str, Any]:
-  """Those that change a number; the layout does not."""
+  """Returns the options that change numbers; the layout does not."""
   return {
     "window": plan.method.window,
     "sink": plan.method.sink,
     "sink_positions": plan.sink_positions,
   }
-
-
-def shape(array: jax.Array) -> dict[str, Any]:
-  return {"shape": list(array.shape), "dtype": str(array.dtype)}
-
-
-def abstract(shape: dict[str, Any], sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(tuple(shape["shape"]), shape["dtype"], sharding=sharding)

@@ -1,6 +1,4 @@
-"""A model that is ready to stream: weights and programs in place, shared by as many streams as are
-opened from it.
-"""
+"""A model that is ready to stream: weights and compiled programs, shared by all of its streams."""
 
 import dataclasses
 import functools
@@ -26,27 +24,24 @@ from hiar_jax.video import lengths
 
 @dataclasses.dataclass(frozen=True)
 class ConditioningFrames:
-  """A start that was read before: uint8 [F H W 3] of one `kind`, and the name of the file that it
-  came from.
-  """
+  """Conditioning frames that were read before, in place of a file (generation.conditioning)."""
 
-  path: pathlib.Path
-  kind: str
-  pixels: np.ndarray
+  path: pathlib.Path  # name of the file that they came from
+  kind: str  # "image" or "video"
+  pixels: np.ndarray  # uint8 [F H W 3]
 
   def read(self, e: Experiment) -> tuple[np.ndarray, str]:
+    """Returns (frames, no message), as Conditioning.read."""
     return self.pixels, ""
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamingModel:
-  """decode_on: the device of the decoder; None: the last one that the layout leaves free, else the
-  first.
-  """
+  """A model with its options of streaming; the engine is built when it is first used."""
 
   model: VideoModel
   options: TickOptions = TickOptions()
-  decode_on: jax.Device | None = None
+  decode_on: jax.Device | None = None  # None: the first that the layout leaves free, else the first
 
   @property
   def experiment(self) -> Experiment:
@@ -54,52 +49,57 @@ class StreamingModel:
 
   @property
   def fps(self) -> float:
+    """Frames a second of the video."""
     return self.experiment.sample.fps
 
   @property
   def scale(self) -> int:
+    """Factor by which frames are enlarged where they are written."""
     return self.experiment.sample.scale
 
   @property
-  def size(self) -> tuple[int, int]:
-    """Height and width of the frames as they are written."""
-    return self.experiment.data.height * self.scale, self.experiment.data.width * self.scale
-
-  @property
   def sigmas(self) -> tuple[float, ...]:
-    """Of the noise levels, 1 first and 0 last."""
+    """Noise levels, 1 first and 0 last."""
     return self.engine.parts.sigmas
 
   @property
   def block_frames(self) -> int:
-    """Frames of a block that is not the first."""
+    """Pixel frames of a block that is not the first."""
+    # the first one has fewer: a causal autoencoder's first latent frame is one frame of pixels
     k, pixels = self.experiment.history.block, self.experiment.pixel_frames
     return pixels(2 * k) - pixels(k)
 
   @functools.cached_property
   def engine(self) -> Engine:
+    """The engine, shared by all streams."""
     return Engine(self.model, self.options)
 
   @functools.cached_property
   def decoder(self) -> decoding.BlockDecoder:
-    return decoding.make_decoder(
-      self.model.run.components, self.decode_on or _free_device(self.engine)
-    )
+    """The decoder, shared by all streams: its memory is theirs."""
+    device = self.decode_on
+    if device is None:
+      # Decoding overlaps with denoising where it has a device of its own.
+      used = set(self.engine.mesh.devices.flat)
+      devices = jax.local_devices()
+      device = next((device for device in devices if device not in used), devices[0])
+    return decoding.make_decoder(self.model.run.components, device)
 
   def remarks(self, prompt: str) -> list[str]:
-    """What the model will not understand of a prompt, a line each."""
+    """Returns warnings about words of a prompt that the model does not know, a line each."""
     return self.model.run.components.remarks(prompt)
 
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
-    """(a file's frames, of a video those that a window holds, at its end; what was done to them in
-    a line, '' for nothing).
+    """Returns (conditioning frames of a file, message about their resizing or cropping, or '').
 
-    kind: "image" or "video"; name: what it is called from then on. Raises UserError, as Start.read.
+    kind: "image" or "video"; of a video the last frames are kept, as many as a window holds. name:
+    the name that errors and metadata give it. Raises UserError, as Conditioning.read.
     """
-    e, k = self.experiment, self.experiment.history.block
-    window = -(-self.engine.plan.method.window // k) * k
-    pixels, line = Conditioning(path, kind, e.pixel_frames(window)).read(e)
-    return ConditioningFrames(pathlib.Path(name), kind, pixels), line
+    e = self.experiment
+    k = e.history.block
+    window = -(-self.engine.plan.method.window // k) * k  # rounded up to whole blocks
+    pixels, message = Conditioning(path, kind, e.pixel_frames(window)).read(e)
+    return ConditioningFrames(pathlib.Path(name), kind, pixels), message
 
   def open(
     self,
@@ -111,11 +111,11 @@ class StreamingModel:
     start: Conditioning | ConditioningFrames | None = None,
     prefetch: int = 2,
   ) -> Stream:
-    """A new stream. frames: of the video, those of its start included, rounded up to whole blocks;
-    None: without end.
+    """Opens a new stream.
 
-    Raises UserError where neither a prompt nor a timeline says what to show, or both do, and where
-    the start cannot be used.
+    frames: pixel frames of the video, those of its start included, rounded up to whole blocks;
+    None: without end. Raises UserError unless there is either a prompt or a timeline, and where the
+    start cannot be used.
     """
     if (prompt is None) == (timeline is None):
       raise UserError(
@@ -127,6 +127,7 @@ class StreamingModel:
     changes = timeline.changes(self.seconds(before)) if timeline else []
     first = changes.pop(0).prompt if changes else prompt
     generation = LiveVideo(self.engine, first, seed, start=given)
+    # once more, now that the first new block is known: changes that fall into the start merge
     changes = timeline.changes(self.seconds(before), generation.next_block) if timeline else []
     return Stream(
       generation,
@@ -146,27 +147,27 @@ class StreamingModel:
     frames: int | None = None,
     prefetch: int = 2,
   ) -> Stream:
-    """Goes on with what Stream.save wrote; the layout may be another. timeline: in place of the one
-    that it was saved with.
+    """Resumes what Stream.save wrote, also on another layout.
 
-    Raises UserError where it has as many frames already, or what Generation.restore raises.
+    timeline: replaces the one that it was saved with. Raises UserError where it has as many frames
+    already, and as LiveVideo.restore.
     """
     generation = LiveVideo.restore(directory, self.engine)
-    k, (height, width) = self.experiment.history.block, self.engine.parts.size
-    changes = (
-      {"changes": timeline.changes(self.seconds(generation.given_frames), generation.next_block)}
-      if timeline
-      else {}
-    )
+    given = generation.given_frames
+    options = {}
+    if timeline:  # without `changes`, those that were saved hold
+      options["changes"] = timeline.changes(self.seconds(given), generation.next_block)
+    parts = self.engine.parts
     stream = Stream.resume(
       generation,
       self.decoder,
-      (1, k, height, width, self.engine.parts.config.channels),
+      (1, self.experiment.history.block, *parts.size, parts.config.channels),
       fps=self.fps,
-      blocks=self._blocks(frames, generation.given_frames),
+      blocks=self._blocks(frames, given),
       prefetch=prefetch,
-      **changes,
+      **options,
     )
+    # only now: the frames of the chunks that were not taken are known to the stream alone
     taken = stream.taken
     if frames is not None and taken >= frames:
       stream.close()
@@ -177,16 +178,14 @@ class StreamingModel:
     return stream
 
   def seconds(self, given: int):
-    """block -> second at which it starts, after so many given latent frames."""
-    e = self.experiment
-    return block_seconds(
-      -(-given // e.history.block), given, e.history.block, e.pixel_frames, self.fps
-    )
+    """Returns a function block -> second at which it starts, after `given` latent frames."""
+    e, k = self.experiment, self.experiment.history.block
+    return block_seconds(-(-given // k), given, k, e.pixel_frames, self.fps)
 
   def provenance(
     self, prompt: str, seed: int, start: Conditioning | ConditioningFrames | None = None
   ) -> dict[str, str]:
-    """What a file says of itself. prompt: the one that it starts with."""
+    """Returns the metadata of a video file. prompt: the one that it starts with."""
     e = self.experiment
     return {
       "prompt": prompt,
@@ -200,17 +199,17 @@ class StreamingModel:
     }
 
   def _given(self, start: Conditioning | ConditioningFrames | None) -> np.ndarray | None:
-    """[1 f h w c]"""
+    """Returns the latents [1 f h w c] of a start, and prints what was done to its frames."""
     if start is None:
       return None
-    pixels, line = start.read(self.experiment)
-    if line:
-      print(line, file=sys.stderr)
-    return np.asarray(self.model.run.components.latents(pixels[None]))[
-      :, : latent_frames(pixels, self.experiment)
-    ]
+    pixels, message = start.read(self.experiment)
+    if message:
+      print(message, file=sys.stderr)
+    latents = np.asarray(self.model.run.components.latents(pixels[None]))
+    return latents[:, : latent_frames(pixels, self.experiment)]
 
   def _blocks(self, frames: int | None, given: int) -> int | None:
+    """Returns the blocks that fill `frames` pixel frames after `given` latent frames."""
     if frames is None:
       return None
     e = self.experiment
@@ -218,10 +217,3 @@ class StreamingModel:
     if message:
       print(message, file=sys.stderr)
     return latent // e.history.block
-
-
-def _free_device(engine: Engine) -> jax.Device:
-  """Decoding overlaps with denoising where it has a device of its own."""
-  used = set(engine.mesh.devices.flat)
-  free = [device for device in jax.local_devices() if device not in used]
-  return free[0] if free else jax.local_devices()[0]

@@ -1,12 +1,12 @@
-"""Timelines: which prompt from which second on.
+"""Timelines: prompts and the seconds from which they hold.
 
     0s: a red circle moving left, 10s: a blue square moving up
 
-On one line or on many; a comma, a semicolon or a line's end stands before each time. Times are
-written `10s`, `1.5s`, `2m`, `1m30s`, `1h` or `1:30`, from the start of the video. `10s recache:
-...` also shows the model anew, under the new prompt, what it has made so far. A line that starts
-with # is a comment. A prompt may hold commas and colons; only what reads as a time and a colon
-starts the next one.
+Entries stand on one line or on many; a comma, a semicolon or a line's end precedes each time. Times
+are written `10s`, `1.5s`, `2m`, `1m30s`, `1h` or `1:30`, from the start of the video. `10s recache:
+...` also encodes the video so far again, under the new prompt. A line that starts with # is a
+comment. A prompt may hold commas and colons; only a time with a colon behind it starts the next
+entry.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,6 +18,7 @@ import re
 from hiar_jax.errors import UserError
 
 _TIME = r"(?:\d+(?:\.\d+)?\s*(?:h|m(?:in)?|s(?:ec)?)\s*)+|\d+(?::\d\d)+(?:\.\d+)?"
+# the colon after a time stands before a space, a separator or the end, so that `1:30` is one time
 _MARK = re.compile(rf"(?P<time>{_TIME})(?P<flag>\s+\w+)?\s*:(?=[\s,;]|$)")
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
 _BEFORE = re.compile(r"(?:^|[,;\n])[^\S\n]*\Z")  # what may stand before a time
@@ -26,7 +27,7 @@ _SECONDS = {"h": 3600, "m": 60, "s": 1}
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """From `time` (seconds) on, `prompt`. line, column: where it stands, counted from 1."""
+  """A prompt from `time` (seconds) on. line, column: its place in the text, counted from 1."""
 
   time: float
   prompt: str
@@ -37,7 +38,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """From block `block` on, `prompt`."""
+  """A prompt from block `block` on."""
 
   block: int
   prompt: str
@@ -46,88 +47,92 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-  """The entries in order; times grow. source: what errors call it."""
+  """Entries in order of time. source: the name that errors give it."""
 
   entries: tuple[Entry, ...]
   source: str = "timeline"
 
   def changes(self, start: Callable[[int], float], first: int = 0) -> list[Change]:
-    """Each entry at the first block that starts at its time or later.
+    """Returns a change for each entry, at the first block that starts at its time or later.
 
-    start: block -> second at which its first frame is shown, growing. first: blocks before it are
-    made already, or given: what belongs before it is left out but for the last one, which holds at
-    `first`. Raises UserError where two entries fall on one block.
+    start: block -> second at which its first frame is shown, growing. first: blocks before it exist
+    already (made, or given); of the entries before it only the last one counts, from `first` on.
+    Raises UserError where two entries fall on one block.
     """
     changes: list[tuple[Change, Entry]] = []
     for entry in self.entries:
       change = Change(_block_at(entry.time, start), entry.prompt, entry.recache)
       if change.block < first:
-        change = Change(first, entry.prompt)  # what was made already is not shown anew
-        changes = []
+        # no recache: frames that exist already keep the prompt that they were made with
+        change = Change(first, entry.prompt)
+        changes = []  # an earlier entry no longer holds at `first`
       elif changes and changes[-1][0].block == change.block:
-        apart = start(change.block + 1) - start(change.block)
-        same = (
+        interval = start(change.block + 1) - start(change.block)
+        raise _error(
+          self.source,
+          entry,
           f"{entry.time:g}s falls on the same block as {changes[-1][1].time:g}s before it "
-          f"(the block at {start(change.block):g}s)"
+          f"(the block at {start(change.block):g}s); blocks start {interval:g}s apart",
         )
-        raise _wrong(self.source, entry, f"{same}; blocks start {apart:g}s apart")
       changes.append((change, entry))
     return [change for change, _ in changes]
 
   def text(self) -> str:
-    """A line an entry, as `parse` reads it."""
+    """Returns the timeline as text, an entry a line, which `parse` reads back."""
     return write((entry.time, entry.prompt, entry.recache) for entry in self.entries)
 
 
 def write(entries: Iterable[tuple[float, str, bool]]) -> str:
-  """(seconds, prompt, recache) -> a timeline's text."""
+  """Returns the text of entries (seconds, prompt, recache), one a line."""
   return "".join(
     f"{time:g}s{' recache' if recache else ''}: {prompt}\n" for time, prompt, recache in entries
   )
 
 
 def read(source: str | os.PathLike) -> Timeline:
-  """A file's timeline; where there is no such file, the text itself is one if it starts with a
-  time.
+  """Returns the timeline of a text that starts with a time, or else of the file of that name.
 
-  Raises UserError, with line and column, for what `parse` refuses; and for a file that is not there
-  or is no text.
+  Raises UserError for what `parse` refuses (with line and column), and for a file that is missing
+  or not UTF-8.
   """
   path, text = pathlib.Path(source), os.fspath(source)
   if _MARK.match(text.lstrip()):
     return parse(text)
   try:
+    # -sig: editors on Windows put a byte order mark first
     return parse(path.read_text(encoding="utf-8-sig"), f"timeline {path}")
   except UnicodeDecodeError as error:
     raise UserError(
       f"timeline {path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
     ) from error
   except OSError as error:
-    wanted = "give a file, or a text as '0s: a red circle, 10s: a blue square'"
-    raise UserError(f"timeline {text[:80]!r}: {error.strerror}; {wanted}") from error
+    raise UserError(
+      f"timeline {text[:80]!r}: {error.strerror}; give a file, or a text as '0s: a red circle, "
+      "10s: a blue square'"
+    ) from error
 
 
 def parse(text: str, source: str = "timeline") -> Timeline:
-  """The entries of a text.
+  """Returns the timeline of a text.
 
-  Raises UserError, with line and column, for text before the first time, a time that is none, an
-  unknown word after one, a prompt that is missing, times that do not grow, a first one that is not
-  0.
+  Raises UserError, with line and column, for text before the first time, an invalid time, an
+  unknown word after one, a missing prompt, times that do not grow, and a first time other than 0.
   """
+  # comments become empty lines, so that lines keep their numbers
   text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.splitlines())
   marks = [mark for mark in _MARK.finditer(text) if _BEFORE.search(text, 0, mark.start())]
   head = text[: marks[0].start()] if marks else text
   if head.strip():
-    at = _place(text, len(head) - len(head.lstrip()))
-    raise _wrong(
+    raise _error(
       source,
-      at,
+      _location(text, len(head) - len(head.lstrip())),
       "expected a time and a colon, as '0s: a red circle', got "
       f"{head.strip().splitlines()[0][:40]!r}",
     )
   if not marks:
     raise UserError(f"{source} holds no prompt; write '0s: a red circle' into it")
   entries: list[Entry] = []
+  # each prompt ends where the next time begins
   for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)], strict=True):
     entries.append(_entry(text, mark, end, source))
     _check_order(entries, source)
@@ -135,16 +140,18 @@ def parse(text: str, source: str = "timeline") -> Timeline:
 
 
 def _entry(text: str, mark: re.Match, end: int, source: str) -> Entry:
-  at, flag = _place(text, mark.start()), (mark["flag"] or "").strip()
+  """Returns the entry of a matched time, whose prompt reaches up to the offset `end`."""
+  at = _location(text, mark.start())
+  flag = (mark["flag"] or "").strip()
   if flag not in ("", "recache"):
-    raise _wrong(
+    raise _error(
       source,
-      _place(text, mark.start("flag") + 1),
+      _location(text, mark.start("flag") + 1),
       f"expected 'recache' or a colon after the time, got {flag!r}",
     )
   prompt = " ".join(text[mark.end() : end].rstrip().rstrip(",;").split())
   if not prompt:
-    raise _wrong(
+    raise _error(
       source, at, f'no prompt after {mark["time"].strip()}; the empty prompt is written ""'
     )
   return Entry(
@@ -157,13 +164,14 @@ def _entry(text: str, mark: re.Match, end: int, source: str) -> Entry:
 
 
 def _seconds(text: str, at: Entry, source: str) -> float:
+  """Returns the seconds of `1m30s` or `[hours:]minutes:seconds`."""
   if ":" not in text:
     return sum(float(number) * _SECONDS[unit] for number, unit in _UNIT.findall(text))
   first, *rest = text.split(":")
   total = float(first)
   for part in rest:
     if float(part) >= 60 or len(rest) > 2:
-      raise _wrong(source, at, f"{text} is not a time; write 90s, 1m30s, 1:30 or 1:00:30")
+      raise _error(source, at, f"{text} is not a time; write 90s, 1m30s, 1:30 or 1:00:30")
     total = total * 60 + float(part)
   return total
 
@@ -171,20 +179,23 @@ def _seconds(text: str, at: Entry, source: str) -> float:
 def _check_order(entries: list[Entry], source: str) -> None:
   last = entries[-1]
   if len(entries) == 1 and last.time != 0:
-    raise _wrong(
+    raise _error(
       source,
       last,
       f"the first prompt starts at {last.time:g}s; expected 0s, for the video needs one from its "
       "start",
     )
   if len(entries) > 1 and last.time <= entries[-2].time:
-    raise _wrong(
+    raise _error(
       source, last, f"{last.time:g}s comes after {entries[-2].time:g}s; expected times that grow"
     )
 
 
 def _block_at(time: float, start: Callable[[int], float]) -> int:
-  """The first block with start(block) >= time."""
+  """Returns the first block with start(block) >= time (within 1 us, for times in decimals).
+
+  Doubles an upper bound and bisects: `start` is only known to grow, and videos may be endless.
+  """
   high = 1
   while start(high) < time - 1e-6:
     high *= 2
@@ -195,11 +206,11 @@ def _block_at(time: float, start: Callable[[int], float]) -> int:
   return low
 
 
-def _place(text: str, offset: int) -> Entry:
-  """Where in the text, as an entry that says no more."""
+def _location(text: str, offset: int) -> Entry:
+  """Returns an empty entry with the line and column of an offset."""
   before = text[:offset]
   return Entry(0, "", line=before.count("\n") + 1, column=offset - (before.rfind("\n") + 1) + 1)
 
 
-def _wrong(source: str, at: Entry, what: str) -> UserError:
+def _error(source: str, at: Entry, what: str) -> UserError:
   return UserError(f"{source}, line {at.line}, column {at.column}: {what}")
