@@ -113,7 +113,7 @@ def test_experiments_are_light():
 # conversion. Each is to lose its knowledge to a registry of components; none may join them.
 KNOW_WAN = {
   "generation/video_model.py",
-  "planning/costs.py",
+  "planning/sizes.py",
   "streaming/decoding.py",
   "training/experiment.py",
   "training/run.py",
