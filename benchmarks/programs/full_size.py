@@ -1,0 +1,180 @@
+"""A run of an experiment at its own size, of shapes alone: no weights, no files."""
+
+from collections.abc import Callable
+import copy
+import dataclasses
+import functools
+import importlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.components import small, wan
+from hiar_jax.components.interfaces import Components
+from hiar_jax.components.patch_pca import PatchPCA
+from hiar_jax.components.wan import WanCodecConfig
+from hiar_jax.config.building import build
+from hiar_jax.data import shapes_world
+from hiar_jax.models import dit, taehv, vae
+from hiar_jax.training import samples
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.run import Run
+
+FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
+VARIANTS = {"shapes": ("main", "full", "smoke")}
+
+shape = jax.ShapeDtypeStruct
+
+
+@functools.cache
+def experiments() -> dict[str, Experiment]:
+  """By their names on a command line, without .py: `shapes`, `shapes:smoke`."""
+  found = {}
+  for path in sorted(FOLDER.glob("[!_]*.py")):
+    get_config = importlib.import_module(f"experiments.{path.stem}").get_config
+    for variant in VARIANTS.get(path.stem, ()):
+      name = path.stem if variant == "main" else f"{path.stem}:{variant}"
+      found[name] = build(Experiment, get_config(variant))
+    if path.stem not in VARIANTS:
+      found[path.stem] = build(Experiment, get_config())
+  return found
+
+
+# -------------------------------------------------------------------------- a part of an experiment
+
+
+class Unread:
+  """Stands for a group that a program has not named: reading it fails."""
+
+  def __getattr__(self, name: str):
+    raise AssertionError(f"a program reads {name!r} of a group that it does not name")
+
+  def __bool__(self) -> bool:
+    return self.anything
+
+
+def only(e: Experiment, groups: tuple[str, ...]) -> Experiment:
+  """The experiment with these groups, and no other."""
+  others = [field.name for field in dataclasses.fields(e) if field.name not in groups]
+  return changed(e, **{name: Unread() for name in others})
+
+
+def changed(e: Experiment, **groups) -> Experiment:
+  """dataclasses.replace without the checks, which read all groups."""
+  part = copy.copy(e)
+  for name, group in groups.items():
+    object.__setattr__(part, name, group)
+  return part
+
+
+def without_places(e: Experiment) -> Experiment:
+  """Without the directories of weights: they change no program."""
+  if not is_wan(e):
+    return e
+  codec = dataclasses.replace(e.codec, weights="")
+  return changed(e, codec=codec, text=dataclasses.replace(e.text, weights="", cache=""))
+
+
+def is_wan(e: Experiment) -> bool:
+  """Or of the small worlds."""
+  return isinstance(e.codec, WanCodecConfig)
+
+
+# ------------------------------------------------------------------------------------------ the run
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallComponents(small.SmallComponents):
+  """With a codec that was fitted on nothing."""
+
+  patch: int = 0
+
+  @functools.cached_property
+  def codec(self) -> PatchPCA:
+    patch, channels = self.patch, self.latent.channels
+    numbers, zeros = 3 * patch**2, functools.partial(np.zeros, dtype=np.float32)
+    basis = zeros((numbers, channels))
+    return PatchPCA(zeros(numbers), basis, zeros(channels), patch=patch)
+
+
+class WanComponents(wan.WanComponents):
+  """With shapes for the autoencoder's weights, and zeros for the texts of prompts."""
+
+  @functools.cached_property
+  def texts(self) -> Callable:
+    c = self.text
+    return lambda prompts: np.zeros((len(prompts), c.length, c.dim), jnp.dtype(c.dtype))
+
+  @functools.cached_property
+  def _autoencoder(self) -> tuple:
+    codec = self.codec
+    module, config = (taehv, taehv.TinyVAEConfig()) if codec.tiny else (vae, vae.VAEConfig())
+    dtype = getattr(jnp, codec.dtype)
+    return module, dataclasses.replace(config, dtype=dtype), module.abstract_params(config)
+
+  @property
+  def autoencoder(self) -> tuple:
+    """(module, config, shapes of the weights)."""
+    return self._autoencoder
+
+
+class FullSize(Run):
+  """The run, and the shapes of what its programs take."""
+
+  @functools.cached_property
+  def components(self) -> Components:
+    e = self.experiment
+    if is_wan(e):
+      return WanComponents(e.codec, e.text, e.latent)
+    words = shapes_world.VOCABULARY
+    return SmallComponents(e.text, e.latent, pathlib.Path(), words, patch=e.codec.patch)
+
+  def batch(self, size: int, *keys: str) -> dict:
+    """A batch as the data gives it: tokens, example_id, start where it is read, and these keys."""
+    e = self.experiment
+    found = {"tokens": self.prompts(size), "example_id": integers(size)}
+    if e.dit.place_embedding:
+      found["start"] = integers(size)
+    if "video" in keys:
+      found["video"] = self.pixels(size, e.data.frames)
+    if "trajectory" in keys:
+      points = len(self.point_sigmas)
+      found["trajectory"] = shape((size, points, *self.task.latent.clip), np.float32)
+    return found
+
+  def prompts(self, size: int) -> jax.ShapeDtypeStruct:
+    """Word ids, or texts."""
+    text = self.experiment.text
+    if is_wan(self.experiment):
+      return shape((size, text.length, text.dim), jnp.dtype(text.dtype))
+    return integers(size, text.length)
+
+  def latents(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
+    return shape((size, *self.experiment.latent.block(frames)), np.float32)
+
+  def pixels(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
+    data = self.experiment.data
+    return shape((size, frames, data.height, data.width, 3), np.uint8)
+
+  @property
+  def train_frames(self) -> int:
+    """Latent frames of a clip."""
+    return self.experiment.latent.frames
+
+  @property
+  def long_frames(self) -> int:
+    """Latent frames of the sample stage's videos."""
+    return self.experiment.latent_frames(samples.long_frames(self))
+
+
+def integers(*sizes: int) -> jax.ShapeDtypeStruct:
+  return shape(sizes, np.int32)
+
+
+@functools.cache
+def network(config: dit.DiTConfig, dtype: str = "float32"):
+  """Shapes of a DiT's weights."""
+  shapes = jax.eval_shape(functools.partial(dit.init, config), jax.random.key(0))
+  return jax.tree.map(lambda leaf: shape(leaf.shape, dtype), shapes)

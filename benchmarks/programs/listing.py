@@ -1,0 +1,335 @@
+"""The programs that training, generating and streaming compile, lowered from what they jit."""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.programs.full_size import (
+  FullSize,
+  WanComponents,
+  integers,
+  is_wan,
+  network,
+  only,
+  shape,
+  without_places,
+)
+from hiar_jax.components import patch_pca
+from hiar_jax.components.wan import tiling_of
+from hiar_jax.config.workdir import to_json
+from hiar_jax.generation.video_model import VideoModel
+from hiar_jax.models import dit, umt5, vae_tiling
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
+from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.state import create
+
+PREVIEWED = 8  # clips of the log
+GIVEN = 6  # latent frames that a continuation starts from: two blocks
+SINK = 3  # latent frames, of streams that are given one
+TILE = 32  # latents a side, as in docs/wan.md
+PROMPTS, LENGTHS = 4, (64, 512)  # encoded at once; their tokens, at least and at most
+
+Lowered = jax.stages.Lowered
+Condition = Callable[[Experiment], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """reads: groups of the experiment. exists: whether an experiment has it."""
+
+  lower: Callable[[FullSize], Lowered]
+  reads: tuple[str, ...]
+  exists: Condition
+
+
+PROGRAMS: dict[str, Program] = {}
+
+
+def program(name: str, *reads: str, exists: Condition = lambda e: True):
+  """Enters a function run -> Lowered under a name."""
+
+  def enter(lower):
+    PROGRAMS[name] = Program(lower, reads, exists)
+    return lower
+
+  return enter
+
+
+def programs(e: Experiment) -> Iterator[tuple[str, str, Callable[[], Lowered]]]:
+  """(name, key, lower) of those that the experiment has. Those of one key are the same program."""
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  e = without_places(e)
+
+  def lower(entry: Program) -> Lowered:
+    with jax.set_mesh(mesh):
+      return entry.lower(FullSize(only(e, entry.reads), pathlib.Path(), mesh))
+
+  for name, entry in PROGRAMS.items():
+    if entry.exists(e):
+      read = {group: to_json(getattr(e, group)) for group in entry.reads}
+      yield name, json.dumps([name, read]), functools.partial(lower, entry)
+
+
+# The groups that programs read.
+SIZES = ("data", "codec", "text", "model")
+STUDENT = (*SIZES, "seed", "student", "history")
+DISTILL = (*STUDENT, "teacher_model", "trajectories", "distill")
+
+# The conditions under which they exist.
+trains_teacher = lambda e: not e.weights.base
+trains_init = lambda e: not e.weights.student
+is_small = lambda e: not is_wan(e)
+streams = lambda e: e.history.order == "step_first"
+has_clean_sink = lambda e: streams(e) and e.history.clean_sink > 0
+has_no_sink = lambda e: streams(e) and e.history.sink == 0
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def step(function: Callable, *arguments) -> Lowered:
+  """A training step on one device."""
+  return jax.jit(functools.partial(function, mean=lambda tree: tree)).lower(*arguments)
+
+
+def stage_key(e: Experiment, stage: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.key(e.seed), stage)
+
+
+def start_teacher(e: Experiment) -> Callable:
+  """The function that training/stages.py jits."""
+  key_init, key_train = jax.random.split(stage_key(e, 1))
+  return lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer())
+
+
+@program("teacher/start", *SIZES, "seed", "teacher", exists=trains_teacher)
+def teacher_start(run):
+  return jax.jit(start_teacher(run.experiment)).lower()
+
+
+@program("teacher/step", *SIZES, "seed", "teacher", exists=trains_teacher)
+def teacher_step(run):
+  e = run.experiment
+  state = jax.eval_shape(start_teacher(e))
+  made = teacher.make_step(e.teacher, e.dit, run.task)
+  return step(made, state, run.batch(e.teacher.batch, "video"))
+
+
+@program("teacher/preview", *SIZES, "seed", "student", "trajectories", exists=trains_teacher)
+def teacher_preview(run):
+  walk = run.teacher_sampler(jax.random.key(run.experiment.seed))
+  weights = network(run.experiment.dit)
+  return walk.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
+
+
+@program(
+  "trajectories/walk", *SIZES, "seed", "student", "trajectories",
+  exists=lambda e: e.needs_trajectories,
+)  # fmt: skip
+def trajectories_walk(run):
+  e, size = run.experiment, run.experiment.trajectories.batch
+  walk = run.teacher_sampler(stage_key(e, 2))
+  return walk.lower(network(e.dit), run.prompts(size), integers(size), integers(size))
+
+
+def start_init(e: Experiment) -> Callable:
+  """The function that training/stages.py jits, of the weights it starts from."""
+  key = stage_key(e, 4)
+  return lambda weights: create(key, weights, e.causal_init.optimizer())
+
+
+@program("causal_init/start", *SIZES, "seed", "causal_init", exists=trains_init)
+def causal_init_start(run):
+  e = run.experiment
+  return jax.jit(start_init(e)).lower(network(e.dit))
+
+
+@program("causal_init/step", *STUDENT, "trajectories", "causal_init", exists=trains_init)
+def causal_init_step(run):
+  e, config = run.experiment, run.experiment.causal_init
+  made = causal_init.make_step(config, e.student_dit, run.task, run.point_sigmas, e.history)
+  state = jax.eval_shape(start_init(e), network(e.dit))
+  return step(made, state, run.batch(config.batch, "trajectory"))
+
+
+def distilled(run: FullSize) -> distill.Student:
+  """As training/stages.py makes it."""
+  e, sigmas, points = run.experiment, jnp.asarray(run.sigmas), jnp.asarray(run.point_sigmas)
+  return distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, run.task, points)
+
+
+def start_distill(e: Experiment) -> Callable:
+  """The function that training/stages.py jits, of the student's weights and the critic's."""
+  key, rules = stage_key(e, 5), (e.distill.generator_optimizer(), e.distill.critic_optimizer())
+  return lambda weights, base: create(key, weights, rules[0], base, rules[1])
+
+
+@program("distill/start", *SIZES, "seed", "distill")
+def distill_start(run):
+  e = run.experiment
+  return jax.jit(start_distill(e)).lower(*[network(e.dit)] * 2)
+
+
+def distill_state(e: Experiment):
+  return jax.eval_shape(start_distill(e), *[network(e.dit)] * 2)
+
+
+@program("distill/critic_step", *DISTILL)
+def critic_step(run):
+  e, config = run.experiment, run.experiment.distill
+  made = distill.make_critic_step(config, distilled(run))
+  return step(made, distill_state(e), run.batch(config.batch))
+
+
+@program("distill/generator_step", *DISTILL)
+def generator_step(run):
+  e, config = run.experiment, run.experiment.distill
+  batch = run.batch(config.batch)
+  if config.forward_kl.weight:
+    batch["trajectories"] = run.batch(config.batch, "trajectory")
+  real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
+  made = distill.make_generator_step(config, distilled(run))
+  return step(made, distill_state(e), batch, real)
+
+
+# --------------------------------------------------------------------------------------- generation
+
+
+@program("student/preview", *STUDENT)
+def preview(run):
+  generate = run.sampler(run.train_frames)
+  weights = network(run.experiment.dit)
+  return generate.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
+
+
+@program("sample/generate", *STUDENT, "sample")
+def sample_generate(run):
+  size = run.experiment.sample.batch
+  generate = run.sampler(run.long_frames)
+  return generate.lower(network(run.experiment.dit), run.prompts(size), integers(size))
+
+
+def weights_in_use(e: Experiment):
+  """Of the small worlds those of a run; of Wan converted ones, in the dtype of the products."""
+  return network(e.dit, e.model.dtype if is_wan(e) else "float32")
+
+
+def generate(run: FullSize, given: int) -> Lowered:
+  """One video, as long as it is without --frames."""
+  frames = run.train_frames if is_wan(run.experiment) else run.long_frames
+  made = VideoModel(run, "", "").generator(frames)
+  start = [run.latents(1, given)] if given else []
+  return made.lower(weights_in_use(run.experiment), run.prompts(1), integers(1), *start)
+
+
+for name, given in {"text": 0, "picture": 1, "video": GIVEN}.items():
+  entered = functools.partial(generate, given=given)
+  program(f"generate/from_{name}", *STUDENT, "sample")(entered)
+
+
+# ---------------------------------------------------------------------------------------- streaming
+
+
+def engine(run: FullSize, options: TickOptions) -> Engine:
+  """Without weights, which its programs are given."""
+  e = run.experiment
+  sigmas, key = tuple(float(sigma) for sigma in run.sigmas), stage_key(e, 3)
+  size = e.latent.height, e.latent.width
+  parts = StreamParts(e.student_dit, e.history, sigmas, {}, key, size, lambda prompts: None, "")
+  return Engine(parts, options, jax.devices()[:1])
+
+
+def stream(run: FullSize, what: str, given: int = 0, head: bool = False, **options) -> Lowered:
+  """what: tick, which is one program while the pipe fills and after; recache; start, after `given`.
+
+  head: of the pipe that makes a clean sink.
+  """
+  of, e = engine(run, TickOptions(**options)), run.experiment
+  made, weights = of.head if head else of.main, weights_in_use(e)
+  text = shape((1, e.text.length, e.text.dim), np.float32)
+  with jax.set_mesh(of.mesh):
+    if what == "tick":
+      return made.compiled_tick.lower(weights, made.abstract(text), text, shape((), bool))
+    if what == "recache":
+      due = shape((of.plan.levels,), bool)
+      return made._recache.lower(weights, made.abstract(text), text, due)
+    texts = shape((max(1, -(-given // e.history.block)), *text.shape), text.dtype)
+    start = run.latents(1, given) if given else None
+    return made._start.lower(weights, texts, integers(1), start)
+
+
+for name, exists, options in (
+  ("stream", streams, {}),
+  ("stream_clean_sink", has_clean_sink, {"head": True}),
+  ("stream_sink", has_no_sink, {"sink": SINK}),
+  ("stream_carried_sink", streams, {"sink": SINK, "sink_positions": "relative"}),
+):
+  for what in ("start", "tick", "recache"):
+    entered = functools.partial(stream, what=what, **options)
+    program(f"{name}/{what}", *STUDENT, exists=exists)(entered)
+for name, given in {"picture": 1, "video": GIVEN}.items():
+  entered = functools.partial(stream, what="start", given=given)
+  program(f"stream/start_from_{name}", *STUDENT, exists=streams)(entered)
+
+
+# ---------------------------------------------------------------------------------- pixels and text
+
+
+@program("codec/encode", *SIZES, exists=is_small)
+def codec_encode(run):
+  encode = lambda codec, video: patch_pca.encode(codec, patch_pca.to_unit(video))
+  return jax.jit(encode).lower(run.components.codec, run.pixels(1, GIVEN))
+
+
+@program("codec/decode", *SIZES, exists=is_small)
+def codec_decode(run):
+  latents = run.latents(PREVIEWED, run.train_frames)
+  return jax.jit(patch_pca.decode).lower(run.components.codec, latents)
+
+
+def autoencoder(run: FullSize, what: str, **changes) -> Lowered:
+  """encode_picture or _video; decode_first or _next, a latent frame each; decode_video."""
+  e = run.experiment
+  codec = dataclasses.replace(e.codec, **changes)
+  wan, latent = WanComponents(codec, e.text, e.latent), run.latents(1, 1)
+  module, config, weights = wan.autoencoder
+  if what.startswith("encode"):
+    frames = {"encode_picture": 1, "encode_video": GIVEN}[what]
+    return wan._encode.lower(weights, run.pixels(1, e.pixel_frames(frames)))
+  if what == "decode_first":
+    return wan.stream._step.lower(weights, latent, None)
+  if what == "decode_next":
+    _, cache = jax.eval_shape(wan.stream.decode, weights, latent, None)
+    return wan.stream._step.lower(weights, latent, cache)
+  tiling = tiling_of(codec)
+  decode = functools.partial(vae_tiling.decode, tiling=tiling) if tiling else module.decode
+  decode = functools.partial(decode, config=config)
+  return jax.jit(decode).lower(weights, run.latents(1, run.train_frames))
+
+
+for name, changes in {"vae": {}, "vae_tiled": {"tile": TILE}, "tiny_vae": {"tiny": True}}.items():
+  for what in ("encode_picture", "encode_video", "decode_first", "decode_next", "decode_video"):
+    entered = functools.partial(autoencoder, what=what, **changes)
+    program(f"{name}/{what}", "data", "codec", exists=is_wan)(entered)
+
+
+def encode_text(run: FullSize, length: int) -> Lowered:
+  """As text_cache.py has it."""
+  dtype = jnp.dtype(run.experiment.text.dtype)
+  config = umt5.UMT5Config(dtype=dtype)
+  weights = jax.tree.map(lambda leaf: shape(leaf.shape, dtype), umt5.abstract_params(config))
+  encode = jax.jit(lambda params, ids, mask: umt5.encode_text(params, ids, mask, config))
+  return encode.lower(weights, integers(PROMPTS, length), integers(PROMPTS, length))
+
+
+for length in LENGTHS:
+  entered = functools.partial(encode_text, length=length)
+  program(f"umt5/{length}_tokens", "text", exists=is_wan)(entered)
