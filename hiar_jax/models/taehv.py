@@ -214,7 +214,7 @@ class TinyVAE(nn.Module):
   def decode(self, latents: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     """Returns (pixels, memory) of (latents, memory)."""
     video, new_past = self.decoder(latents.astype(self.config.dtype), past)
-    if past is None:  # of a video's first latent only the last frame is shown
+    if past is None:  # a video's first latent stands for one frame, the last of its four
       video = video[:, self.config.temporal_factor - 1 :]
     return jnp.clip(video.astype(jnp.float32), 0, 1) * 2 - 1, new_past
 
