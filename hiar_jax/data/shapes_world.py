@@ -307,7 +307,7 @@ def simulate(scene: Scene, frames: int, start: int = 0) -> States:
   radius = np.array([s.radius for s in scene.shapes])  # [n]
   room = (scene.size - 2 * radius)[:, None]  # distance between the walls, [n, 1]
   low = radius[:, None]
-  # Unfolded path modulo there and back again, [f, n, 2]; its second half runs backwards.
+  # Unfolded path modulo a return trip, [f, n, 2]; beyond room the shape is on its way back.
   path = np.mod(origin - low + np.arange(start, start + frames)[:, None, None] * speed, 2 * room)
   back = path > room
   return States(

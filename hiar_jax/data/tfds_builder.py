@@ -180,7 +180,7 @@ def _remove_leftovers(directory: str | os.PathLike) -> None:
   for path in [*root.glob("*/incomplete.*"), *root.glob("*/*/incomplete.*")]:
     shutil.rmtree(path, ignore_errors=True)
   for name in ("downloads/extracted", "downloads"):
-    with contextlib.suppress(OSError):  # missing, or not empty: somebody else's
+    with contextlib.suppress(OSError):  # missing, or with files of the user
       (root / name).rmdir()
 
 

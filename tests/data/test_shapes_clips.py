@@ -125,7 +125,7 @@ def test_shards_hold_all_clips_in_order(tmp_path, monkeypatch):
 def test_killed_in_the_middle_then_the_same(tmp_path):
   killed, straight = tmp_path / "killed", tmp_path / "straight"
   prepare = (
-    "from hiar_jax.data import shapes_clips, world; shapes_clips.prepare({!r}, "
+    "from hiar_jax.data import shapes_clips, shapes_world as world; shapes_clips.prepare({!r}, "
     "world.WorldConfig(), 30, 1)"
   )
   # Stops for good at clip 15, so that the kill always falls in the middle of the write.
@@ -164,7 +164,7 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing_half_made(tmp_path):
   code = f"""
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-from hiar_jax.data import shapes_clips, world
+from hiar_jax.data import shapes_clips, shapes_world as world
 from hiar_jax.errors import UserError
 try:
   shapes_clips.prepare({str(tmp_path)!r}, world.WorldConfig(), 2000, 0)
