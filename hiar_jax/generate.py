@@ -1,13 +1,13 @@
-"""Makes videos: from a trained run, or from a config and converted weights.
+"""Generates videos from a trained run, or from a config and converted weights.
 
     python -m hiar_jax.generate --workdir=runs/shapes --prompt="a red circle" --out=clip.mp4
     python -m hiar_jax.generate --config=experiments/hiar_wan_1_3b.py --weights=weights/hiar \
       --prompt="A cat walks on grass" --out=clip.mp4
 
 The same prompt and seed give the same video, alone or among others (`--prompts=FILE`, see
-prompts_file.py). `--image` and `--video` say what it starts from, kept as it is. A file that is
-there already and was made of the same things is not made again. `--dry_run` says what it would
-cost, and loads nothing.
+generation/prompts_file.py). A video continues the frames of `--image` or `--video`. A file that
+exists and was made of the same prompt, seed and weights is kept. `--dry_run` prints the memory and
+FLOPs that it would need, and loads nothing.
 """
 
 import dataclasses
@@ -20,21 +20,20 @@ import jax
 from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.generation import clips as videos
-from hiar_jax.generation import prompts_file
+from hiar_jax.generation import clips, prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.training import samples
 from hiar_jax.video import lengths
 
-# Flags by the names that they had; see config.command_line.
+# Former names of flags -> today's; see config.command_line.
 RENAMED = {"memory": "report_memory", "plan": "dry_run"}
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions(ModelOptions):
-  """The flags of the command by their names; `--help` says what they mean."""
+  """Values of the flags of `define_flags`, by their names."""
 
   prompt: str | None = None
   prompts: str | None = None
@@ -50,28 +49,34 @@ class GenerateOptions(ModelOptions):
 
 
 def generate(options: GenerateOptions) -> list[pathlib.Path]:
-  """Writes the videos and returns their paths."""
+  """Writes the videos and returns their paths; for a dry run prints the costs and returns [].
+
+  Raises UserError for bad flags, prompts, conditioning files or weights.
+  """
+  # all that can be wrong with the input is checked before weights are loaded
   jobs = read_jobs(options)
-  paths = videos.output_paths(jobs, options.out, many=options.prompts is not None)
+  paths = clips.output_paths(jobs, options.out, many=options.prompts is not None)
   model = options.open_model(needed=not options.dry_run)
-  clips = videos.plan_clips(model, jobs, paths, lambda given: new_frames(model, options, given))
+  planned = clips.plan_clips(model, jobs, paths, lambda given: new_frames(model, options, given))
   if options.dry_run:
-    batch = min(model.experiment.sample.batch, len(clips))
-    for given, frames in dict.fromkeys((clip.given, clip.frames) for clip in clips):
+    batch = min(model.experiment.sample.batch, len(planned))
+    # one estimate for each shape: clips of one shape share a compiled program
+    for given, frames in dict.fromkeys((clip.given, clip.frames) for clip in planned):
       print(model.plan(frames, given, batch).text(), flush=True)
     return []
-  wanted = [clip for clip in clips if options.overwrite or not clip.is_done(model)]
+  wanted = [clip for clip in planned if options.overwrite or not clip.is_done(model)]
   if wanted:
     with jax.set_mesh(model.run.mesh):
-      videos.write_clips(model, wanted)
+      clips.write_clips(model, wanted)
   if options.report_memory:
     print(peak_memory.peak().report(), file=sys.stderr)
   return paths
 
 
 def read_jobs(options: GenerateOptions) -> list[Job]:
-  """One for each video. Raises UserError where the flags do not say which, or say it twice."""
+  """Returns one job per video. Raises UserError for missing or contradicting flags."""
   if (options.prompt is None) == (options.prompts is None):
+    # a dry run may leave out both: its costs do not depend on the prompt
     if not options.dry_run or options.prompt is not None:
       raise UserError('give either --prompt="a red circle moving left" or --prompts=FILE')
     return [Job("", options.seed)]
@@ -84,13 +89,15 @@ def read_jobs(options: GenerateOptions) -> list[Job]:
   if options.prompt is not None:
     return [Job(options.prompt, options.seed, **start)]
   jobs = prompts_file.read_jobs(options.prompts, options.seed)
+  # the flags are the default of the rows that name no conditioning file of their own
   return [job if job.image or job.video else dataclasses.replace(job, **start) for job in jobs]
 
 
 def new_frames(model: VideoModel, options: GenerateOptions, given: int) -> int:
-  """New latent frames after `given` ones, in whole blocks, saying so."""
+  """Returns the new latent frames, in whole blocks, after `given` ones; prints a rounded count."""
   e = model.experiment
   if options.frames is None:
+    # a default length counts new frames, --frames the conditioning frames too
     frames = samples.long_frames(model.run) if options.workdir else e.data.frames
     return e.latent_frames(frames)
   latent, message = lengths.fit_blocks(
@@ -102,17 +109,13 @@ def new_frames(model: VideoModel, options: GenerateOptions, given: int) -> int:
 
 
 def main() -> None:
-  generate(
-    GenerateOptions(
-      **{
-        field.name: getattr(flags.FLAGS, field.name)
-        for field in dataclasses.fields(GenerateOptions)
-      }
-    )
-  )
+  """Generates with the options that the absl flags hold."""
+  names = [field.name for field in dataclasses.fields(GenerateOptions)]
+  generate(GenerateOptions(**{name: getattr(flags.FLAGS, name) for name in names}))
 
 
 def define_flags() -> None:
+  """Defines an absl flag for each field of `GenerateOptions`."""
   define_model_flags()
   flags.DEFINE_string("prompt", None, "text of the video")
   flags.DEFINE_string(

@@ -1,1 +1,1 @@
-"""Prompts in, pixels out: text encoders and autoencoders."""
+"""Text encoders and autoencoders: prompt -> text, pixels <-> latents."""

@@ -1,5 +1,8 @@
-"""Latents of any length -> uint8 pixels, a few frames at a time: memory that does not grow with the
-video, on the device or off it.
+"""Latents of any length -> uint8 pixels, a few frames at a time.
+
+    (pixels_i, cache_i) = decode(params, latents_i, cache_{i-1}),  cache_{-1} = None
+
+Memory, on the device and on the host, does not grow with the video.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +26,13 @@ DecodeChunk = Callable[[Params, jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedDecoder:
-  """A decoder that is compiled once and run piece by piece. chunk: latent frames a piece (4 frames
-  of pixels each).
+  """A causal decoder, compiled once and run piece by piece.
 
-  devices: a frame's width is cut over as many of them as divide it, and the compiler exchanges the
-  seams: only the attention in the VAE's middle, at the size of the latents, is whole on each. The
-  numbers are one device's, up to rounding. Empty: where `params` are.
+  chunk: latent frames of a piece (4 pixel frames each).
+  devices: the width of a frame is sharded over as many of them as divide it; the result is that of
+  one device up to rounding. Empty: runs where `params` are.
+
+  Raises UserError for a chunk below 1.
   """
 
   decode: DecodeChunk
@@ -45,11 +49,13 @@ class ChunkedDecoder:
       pixels, cache = self.decode(params, latents, cache)
       return to_uint8(pixels), cache
 
+    # the cache is donated: the new one is written into the old one's buffers
     return jax.jit(step, donate_argnums=2)
 
   def __call__(self, latents: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
-    """Latents [b f h w c] -> pieces uint8 [b F_i H W 3] whose joint is the decoded video; cut
-    anywhere, the numbers are the same.
+    """Decodes latents [b f h w c] from a video's start into pieces uint8 [b F_i H W 3].
+
+    The pieces joined are the decoded video, whatever the chunk.
     """
     for pixels, _ in self.resume(latents, None):
       yield pixels
@@ -57,33 +63,37 @@ class ChunkedDecoder:
   def resume(
     self, latents: jax.Array | np.ndarray, cache: PyTree
   ) -> Iterator[tuple[np.ndarray, PyTree]]:
-    """The same after what `cache` has seen (None: a video's start), with the cache after each
-    piece; the one that goes in is used up.
+    """Decodes latents that follow those of `cache` (None: a video's start), piece by piece.
+
+    Yields (pixels uint8 [b F_i H W 3], the cache after them). The cache passed in is donated.
     """
     start = 0
     while start < latents.shape[1]:
-      # a video's first latent frame is one frame of pixels
+      # The first latent frame of a video makes 1 pixel frame, each later one 4: another shape, so
+      # it is a piece of its own. With chunk = 1 the step compiles twice, whatever the length.
       end = start + (1 if cache is None else self.chunk)
       pixels, cache = self.spread(self._step, latents[:, start:end], cache)
       yield np.asarray(pixels), cache
       start = end
 
   def spread(
-    self, code: Callable, video: jax.Array | np.ndarray, *others: PyTree, factor: int = 1
+    self, function: Callable, video: jax.Array | np.ndarray, *others: PyTree, factor: int = 1
   ) -> Any:
-    """code(params, video, *others) with a video [b f h w c] over the devices, whatever mesh is set
-    here. factor: its pixels a latent.
+    """Returns function(params, video, *others) with latents or pixels [b f h w c] sharded in width.
+
+    factor: columns of the video per latent, 1 for latents.
     """
-    where = self.place(video.shape[3] // factor)
-    if where is None:
-      return code(self.params, video, *others)
-    with jax.set_mesh(where.mesh):
-      return code(self._everywhere(where.mesh), jax.device_put(video, where), *others)
+    sharding = self.place(video.shape[3] // factor)
+    if sharding is None:
+      return function(self.params, video, *others)
+    # The caller's mesh (the network's) is replaced for the call. The compiler exchanges the seams
+    # of the convolutions; only the VAE's middle attention gathers whole frames, at latent size.
+    with jax.set_mesh(sharding.mesh):
+      params = self._replicated(sharding.mesh)
+      return function(params, jax.device_put(video, sharding), *others)
 
   def place(self, width: int) -> NamedSharding | None:
-    """Where latents of this width go, and whatever else is cut as they are; None without
-    `devices`.
-    """
+    """Sharding of [b f h w c] arrays whose latents have this width; None without `devices`."""
     count = max((n for n in range(1, len(self.devices) + 1) if width % n == 0), default=0)
     if not count:
       return None
@@ -92,21 +102,16 @@ class ChunkedDecoder:
     )
     return NamedSharding(mesh, jax.P(None, None, None, "width"))
 
-  def _everywhere(self, mesh: Mesh) -> Params:
-    """The parameters, whole on every device."""
-    if mesh not in self._copies:
-      self._copies[mesh] = jax.device_put(self.params, NamedSharding(mesh, jax.P()))
-    return self._copies[mesh]
-
   @functools.cached_property
-  def _copies(self) -> dict[Mesh, Params]:
-    return {}
+  def _replicated(self) -> Callable[[Mesh], Params]:
+    # one copy a mesh, not one a piece; widths that other device counts divide have other meshes
+    return functools.cache(lambda mesh: jax.device_put(self.params, NamedSharding(mesh, jax.P())))
 
 
 def from_vae(
   params: Params, config: vae.VAEConfig, chunk: int = 1, tiling: Tiling | None = None
 ) -> ChunkedDecoder:
-  """Wan2.1's VAE; with a tiling in tiles, one after another on one device, for small memories."""
+  """The decoder of Wan2.1's VAE; with a tiling, tile after tile on one device to save memory."""
   if tiling is None:
     return ChunkedDecoder(
       lambda params, latents, cache: vae.decode_chunk(params, latents, cache, config), params, chunk
@@ -119,7 +124,7 @@ def from_vae(
 
 
 def from_taehv(params: Params, config: taehv.TinyVAEConfig, chunk: int = 1) -> ChunkedDecoder:
-  """The tiny autoencoder."""
+  """The decoder of TAEHV, the tiny autoencoder."""
   return ChunkedDecoder(
     lambda params, latents, cache: taehv.decode_chunk(params, latents, cache, config),
     params,
@@ -128,7 +133,6 @@ def from_taehv(params: Params, config: taehv.TinyVAEConfig, chunk: int = 1) -> C
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
-  """[-1, 1] -> 0 .. 255, rounded and clipped; on the device, so that a quarter of the bytes leave
-  it.
-  """
+  """[-1, 1] -> uint8, rounded and clipped, of any shape; on the device."""
+  # before the transfer to the host, which then moves 25 % of the bytes of float32
   return jnp.clip(jnp.rint((pixels + 1) * 127.5), 0, 255).astype(jnp.uint8)

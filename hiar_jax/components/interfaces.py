@@ -1,4 +1,4 @@
-"""What a component is: prompts become what the model reads, its latents become pixels, and back."""
+"""The interface of text encoder and autoencoder: prompt -> tokens -> text, latents <-> pixels."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -12,11 +12,12 @@ from hiar_jax.types import Batch, LatentShape, Text, Video
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """encode: batch -> latents [b f h w c]; embed: a batch's tokens (ids [b l], or texts already) ->
-  text [b l d].
+  """The part of the components that training steps trace.
 
-  negative: the text that guidance leads away from, for texts of that shape. latent: sizes of a
-  clip's latents.
+  encode: batch -> latents [b f h w c].
+  embed: the tokens of a batch (ids [b l], or texts [b l d] encoded beforehand) -> text [b l d].
+  negative: text [b l d] -> the text of the negative prompt, for classifier-free guidance.
+  latent: sizes of a clip's latents.
   """
 
   encode: Callable[[Batch], Video]
@@ -26,36 +27,36 @@ class Task:
 
 
 class Components(Protocol):
-  """task: what the steps know of it.
+  """A text encoder and an autoencoder, as the host uses them.
 
-  A prompt's tokens are what `task.embed` takes: word ids, or the text itself.
+  The tokens of a prompt are the input of `task.embed`: word ids, or the encoded text itself.
   """
 
   task: Task
 
+  # prompt -> tokens
+
   def prepare(self, prompts: Sequence[str]) -> None:
-    """Encodes what needs an encoder of its own, all at once, before a loop asks for one prompt
-    after another.
-    """
+    """Encodes all prompts at once, before a loop asks for them one by one."""
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
-    """[n l] ids or [n l d] texts."""
+    """Ids [n l], or texts [n l d], of n prompts."""
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    """The tokens of one record of a data set: of its text where it brings one, else of its
-    caption.
-    """
+    """Tokens of a data set's record: its stored text where it has one, else of its caption."""
 
   def remarks(self, prompt: str) -> list[str]:
-    """What the model will not understand of it, a line each."""
+    """Warnings about the words that the encoder does not know or does not read, one line each."""
+
+  # latents <-> pixels
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
-    """Latents [b f h w c] -> pieces uint8 [b F_i H W 3], in order."""
+    """Decodes latents [b f h w c] into consecutive pieces uint8 [b F_i H W 3]."""
 
   def latents(self, video: np.ndarray) -> np.ndarray:
-    """uint8 [b F H W 3] -> [b f h w c]."""
+    """Encodes a video uint8 [b F H W 3] into latents [b f h w c]."""
 
 
 def decode_pixels(components: Components, latents) -> np.ndarray:
-  """Latents [b f h w c] -> uint8 [b F H W 3]."""
+  """Decodes latents [b f h w c] into one array uint8 [b F H W 3]."""
   return np.concatenate(list(components.pieces(latents)), axis=1)

@@ -1,9 +1,12 @@
-"""The small worlds' autoencoder: principal components of image patches. Linear, frozen, fitted once
-on the data.
+"""The autoencoder of the small worlds: principal components of image patches, fitted on the data.
 
-A frame is cut into patches of `patch` x `patch` pixels; each becomes `channels` numbers: its
-leading principal components, divided by `scale` so that latents have the size that the noise has.
-It stands where Wan's VAE stands (one latent frame per frame here).
+A frame is cut into patches of `patch` x `patch` pixels, p = patch * patch * 3 numbers each:
+
+    z = (x - mean) basis / scale,   x = (z * scale) basis^T + mean
+
+`basis` [p c] holds the c leading principal components, `scale` [c] brings the latents to about the
+variance of the noise. Linear and frozen; one latent frame per frame. It takes the role of Wan's
+VAE.
 """
 
 import dataclasses
@@ -22,8 +25,8 @@ from hiar_jax.types import Pixels, Video, typed
 
 @dataclasses.dataclass(frozen=True)
 class PatchPCAConfig:
-  """patch: pixels a side; channels: components kept; whitening: 0 keeps their variances' ratios, 1
-  makes them all equal.
+  """patch: pixels a side; channels: components kept; whitening: from 0 to 1, the latents' variances
+  are the components' to the power 1 - whitening (0 keeps their ratios, 1 makes them equal).
   """
 
   kind: str = "patches"
@@ -52,7 +55,7 @@ class PatchPCAConfig:
 
 @flax.struct.dataclass
 class PatchPCA:
-  """mean [p], basis [p, c] orthonormal, scale [c] with p = patch * patch * 3."""
+  """mean [p], basis [p c] orthonormal, scale [c] with p = patch * patch * 3."""
 
   mean: jax.Array
   basis: jax.Array
@@ -61,22 +64,25 @@ class PatchPCA:
 
 
 def patches(video: jax.Array, patch: int) -> jax.Array:
-  """[b f H W 3] -> [b f h w p]."""
+  """Cuts frames into patches: [b f H W 3] -> [b f h w p]."""
   b, f, height, width, c = video.shape
+  # [b f h i w j c], (i, j) the pixel within its patch -> [b f h w i j c] -> p = (i, j, c) flattened
   grid = video.reshape(b, f, height // patch, patch, width // patch, patch, c)
   return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, f, height // patch, width // patch, -1)
 
 
 def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
-  """Principal components of the patches of videos [n f H W 3] in [-1, 1]; float64 inside, signs
-  fixed.
-  """
+  """Fits the components to the patches of videos [n f H W 3] in [-1, 1]."""
+  # float64: in float32 the small eigenvalues drown in the covariance's rounding
   rows = patches(videos, config.patch).reshape(-1, config.patch**2 * 3).astype(np.float64)
   mean = rows.mean(0)
   covariance = (rows - mean).T @ (rows - mean) / len(rows)
-  variances, vectors = np.linalg.eigh(covariance)
-  variances, basis = variances[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
+  variances, vectors = np.linalg.eigh(covariance)  # ascending; the columns are the vectors
+  variances = variances[::-1][: config.channels]
+  basis = vectors[:, ::-1][:, : config.channels]
+  # eigh leaves the signs open: each component's largest entry is made positive
   basis = basis * np.sign(basis[np.abs(basis).argmax(0), np.arange(basis.shape[1])])
+  # lower bounds 1e-8, 1e-6: components without variance (plain backgrounds) divide by no zero
   scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
   # mean variance of a latent number: 1
   scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))
@@ -85,42 +91,41 @@ def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
 
 @typed
 def encode(codec: PatchPCA, video: Pixels) -> Video:
-  """Pixels [b f H W 3] in [-1, 1] -> latents [b f h w c]."""
-  rows = patches(video, codec.patch)
-  return (
-    (rows - codec.mean.reshape(1, 1, 1, 1, -1)) @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
-  )
+  """Encodes pixels [b f H W 3] in [-1, 1] into latents [b f h w c]."""
+  centred = patches(video, codec.patch) - codec.mean.reshape(1, 1, 1, 1, -1)
+  return centred @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
 
 
 @typed
 def decode(codec: PatchPCA, latents: Video) -> Pixels:
-  """Latents [b f h w c] -> pixels [b f H W 3], not clipped."""
+  """Decodes latents [b f h w c] into pixels [b f H W 3], not clipped."""
   b, f, h, w, _ = latents.shape
-  rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T + codec.mean.reshape(
-    1, 1, 1, 1, -1
-  )
+  rows = (latents * codec.scale.reshape(1, 1, 1, 1, -1)) @ codec.basis.T
+  rows = rows + codec.mean.reshape(1, 1, 1, 1, -1)
+  # the inverse of `patches`: [b f h w i j c] -> [b f h i w j c]
   grid = rows.reshape(b, f, h, w, codec.patch, codec.patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
   return grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
 
 
 def to_unit(video: jax.Array) -> jax.Array:
-  """uint8 -> [-1, 1]."""
+  """uint8 -> float32 in [-1, 1], of any shape."""
   return video.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(video) -> np.ndarray:
-  """[-1, 1] -> uint8, rounded and clipped."""
+  """[-1, 1] -> uint8, rounded and clipped, of any shape; on the host."""
   return np.clip(np.rint((np.asarray(video) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def save(path: pathlib.Path, codec: PatchPCA) -> None:
-  """Atomically."""
+  """Writes an .npz file, atomically."""
   buffer = io.BytesIO()
   np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
   write_atomic(path, buffer.getvalue())
 
 
 def load(path: pathlib.Path) -> PatchPCA:
+  """Reads what `save` wrote. Raises UserError where the file is missing."""
   if not path.exists():
     raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
   with np.load(path) as stored:

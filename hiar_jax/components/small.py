@@ -1,4 +1,9 @@
-"""The components of the small worlds: a codec fitted on the data, and a frozen word table."""
+"""The components of the small worlds: a patch PCA fitted on the data and a frozen word table.
+
+prompt --WordTokenizer--> ids [b l] --word_table.encode--> text [b l d]
+latents [b f h w c] --patch_pca.decode--> pixels [b f H W 3] --to_uint8--> uint8
+uint8 [b f H W 3] --to_unit--> pixels --patch_pca.encode--> latents
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
@@ -19,36 +24,36 @@ from hiar_jax.types import LatentShape
 
 @dataclasses.dataclass(frozen=True)
 class SmallComponents:
-  """A fitted codec, a frozen word table over `vocabulary`."""
+  """`Components` of a run on a small world; both parts are read when they are first used."""
 
   text: TextConfig
   latent: LatentShape
-  codec_file: pathlib.Path
+  codec_file: pathlib.Path  # written by the data stage
   vocabulary: tuple[str, ...]
 
   @functools.cached_property
-  def tokenizer(self) -> word_table.WordTokenizer:
-    return word_table.WordTokenizer(self.vocabulary, self.text.length)
-
-  @functools.cached_property
-  def codec(self) -> PatchPCA:
-    return load(self.codec_file)
-
-  @functools.cached_property
   def task(self) -> Task:
-    """Closes over the fitted codec and the frozen word table."""
+    """The codec's encoder and the word table's lookup, as traced functions."""
+    # The closures hold the arrays, so a traced step has them as constants, not as arguments.
     codec = self.codec
     table = word_table.word_table(self.tokenizer.size, self.text.length, self.text.dim)
     embed = lambda tokens: word_table.encode(table, tokens)
     return Task(
       encode=lambda batch: patch_pca.encode(codec, patch_pca.to_unit(batch["video"])),
       embed=embed,
-      negative=lambda text: embed(jnp.zeros(text.shape[:2], jnp.int32)),  # the empty prompt
+      # the negative prompt is the empty one: padding (id 0) alone
+      negative=lambda text: embed(jnp.zeros(text.shape[:2], jnp.int32)),
       latent=self.latent,
     )
 
+  # ---------------------------------------------------------------------- prompt -> tokens -> text
+
+  @functools.cached_property
+  def tokenizer(self) -> word_table.WordTokenizer:
+    return word_table.WordTokenizer(self.vocabulary, self.text.length)
+
   def prepare(self, prompts: Sequence[str]) -> None:
-    pass  # a table lookup
+    pass  # tokens are ids; the table is looked up inside the step
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([self.tokenizer(prompt) for prompt in prompts])
@@ -57,21 +62,29 @@ class SmallComponents:
     return self.tokenizer(record["caption"].decode())
 
   def remarks(self, prompt: str) -> list[str]:
-    unknown, too_many = self.tokenizer.unknown(prompt), self.tokenizer.cut_off(prompt)
-    lines = []
-    if too_many:
-      lines.append(
+    unknown = self.tokenizer.unknown(prompt)
+    excess = self.tokenizer.cut_off(prompt)
+    warnings = []
+    if excess:
+      warnings.append(
         f"prompt {prompt[:60]!r}...: the model reads {self.tokenizer.length} words; the last "
-        f"{too_many} are left out"
+        f"{excess} are left out"
       )
     if unknown:
-      lines.append(
+      warnings.append(
         f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made "
         "without"
       )
-    return lines
+    return warnings
+
+  # ---------------------------------------------------------------------------- latents <-> pixels
+
+  @functools.cached_property
+  def codec(self) -> PatchPCA:
+    return load(self.codec_file)
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
+    # one piece: a small world's whole video fits into memory
     yield patch_pca.to_uint8(jax.jit(patch_pca.decode)(self.codec, latents))
 
   def latents(self, video: np.ndarray) -> np.ndarray:

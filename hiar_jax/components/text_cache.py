@@ -1,10 +1,10 @@
-"""Prompts -> text embeddings, kept on disk: UMT5-XXL (11 GB) is loaded only for prompts that were
-never seen, and freed at once.
+"""Prompts -> text embeddings, cached on disk.
 
-    <directory>/<encoder>/<prompt>.safetensors     text [l, d] of the prompt without padding
+    <directory>/<encoder>/<prompt>.safetensors     text [l d] of the prompt without padding
 
-<encoder> names the weights, the tokenizer, the dtype and the length, <prompt> the cleaned prompt,
-so nothing stale is ever read.
+UMT5-XXL (11 GB in bfloat16) is loaded only while there are prompts to encode. <encoder> is a
+fingerprint of weights, tokenizer, dtype and length, <prompt> one of the cleaned prompt, so other
+weights or settings never read each other's texts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,22 +33,22 @@ from hiar_jax.files import write_atomic
 from hiar_jax.models import umt5
 
 DTYPES = ("bfloat16", "float32")
-_LOADING = threading.Lock()  # data is read by several threads; one encoder at a time is in memory
-# tokens: prompts are encoded at a multiple of it; short ones cost an eighth of the full length, and
-# little is compiled
+# Data is read by several threads; one encoder at a time may be in memory.
+_LOADING = threading.Lock()
+# Prompts are encoded at multiples of so many tokens: a short one costs 64 tokens instead of 512,
+# and at most 8 shapes are compiled.
 _BUCKET = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class TextCache:
-  """Text embeddings of prompts, from the encoder in `weights` (folders umt5/ and tokenizer/) or
-  from `directory`.
+  """Text embeddings of prompts, read from `directory` or made by the encoder in `weights`.
 
-  dtype: that of weights, activations and result. length: tokens, longer prompts are cut, and that
-  is said. batch: prompts encoded at once. Hosts that share the directory fill different prompts.
+  weights: a directory with umt5/ and tokenizer/. dtype: of weights, activations and result.
+  length: tokens; longer prompts are cut, with a warning. batch: prompts encoded at once.
 
-  A prompt's numbers do not depend on the others: every batch of a length has the same shape, filled
-  up where it is short.
+  The text of a prompt does not depend on the prompts beside it. Hosts that share the directory must
+  encode different prompts: the temporary name of a file is fixed.
 
   Raises:
     UserError: no encoder or tokenizer there, or an unknown dtype.
@@ -64,7 +64,7 @@ class TextCache:
     at_least(1, batch=self.batch)
     if self.dtype not in DTYPES:
       raise UserError(f"texts of dtype {self.dtype!r} asked for; use {' or '.join(DTYPES)}")
-    self.identity  # noqa: B018  says at once what is missing
+    self.identity  # noqa: B018  reads the fingerprints now, so missing files are an error here
 
   @functools.cached_property
   def tokenizer(self) -> umt5_tokenizer.Tokenizer:
@@ -72,30 +72,33 @@ class TextCache:
 
   @functools.cached_property
   def identity(self) -> str:
-    """Names the encoder and everything about it that changes the numbers."""
+    """A name of the encoder and of all its settings that change the numbers."""
     encoder = weights.fingerprint(self.weights, "umt5")
     return f"{encoder}-{self.tokenizer.fingerprint}-{self.dtype}-{self.length}"
 
   def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-    """Embeddings [b, length, d], zero on padding; encodes what is not there."""
+    """Embeddings [b length d], zero on padding; encodes the missing ones first."""
     self.fill(prompts)
     return pad([self.rows(prompt) for prompt in prompts], self.length)
 
   def missing(self, prompts: Sequence[str]) -> list[str]:
-    """The prompts that are still to be encoded, each once."""
+    """The prompts that have no file yet, each once."""
+    # by path: prompts that are equal once cleaned share a file
     unique = {self._path(prompt): prompt for prompt in prompts}
     return [prompt for path, prompt in unique.items() if not path.is_file()]
 
   def fill(self, prompts: Sequence[str]) -> None:
-    """Encodes the prompts that are not there yet; loads the encoder only if there are any.
+    """Encodes the missing prompts, loading the encoder only if there are any.
 
-    Each is kept as soon as it is done.
+    Each is written as soon as it is encoded, so a stopped call loses at most a batch. Prompts that
+    are too long are reported on stderr. Raises UserError for a text that is not finite.
     """
-    self._tell_cut(prompts)
+    self._warn_truncated(prompts)
     if not self.missing(prompts):
       return
     with _LOADING:
-      if missing := self.missing(prompts):  # another thread may just have done it
+      # again, inside the lock: another thread may have encoded them meanwhile
+      if missing := self.missing(prompts):
         self._encode(missing)
 
   def _encode(self, missing: Sequence[str]) -> None:
@@ -105,22 +108,23 @@ class TextCache:
     ):
       for chosen, ids, mask in self._batches(missing):
         text = encode(ids, mask)
-        # the batch may be filled up
+        # not strict: the last batch repeats prompts up to its size
         for prompt, row, count in zip(chosen, text, mask.sum(axis=1), strict=False):
           self._write(prompt, row[:count])
         bar.update(len(chosen))
 
   def rows(self, prompt: str) -> np.ndarray:
-    """The text [l, d] of a prompt that was filled in, without padding.
+    """The text [l d] of one prompt, without padding, from its file.
 
     Raises:
-      UserError: it is not there, or damaged (then it is removed).
+      UserError: the file is missing, or damaged (then it is removed).
     """
     path = self._path(prompt)
     if not path.is_file():
       raise UserError(f"prompt {prompt[:60]!r} is not in {path.parent}; encode it first")
     try:
       ((_, tensor),) = safetensors.deserialize(path.read_bytes())
+      # not safetensors.numpy.load, which knows no bfloat16
       return np.frombuffer(tensor["data"], jnp.dtype(self.dtype)).reshape(tensor["shape"])
     except (safetensors.SafetensorError, ValueError) as error:
       path.unlink()
@@ -129,15 +133,19 @@ class TextCache:
       ) from error
 
   def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
-    """(prompts, ids, mask), short prompts first; ids and mask [batch, l] with l the least multiple
-    of `_BUCKET` that fits them.
+    """Yields (prompts, ids, mask), short prompts first.
+
+    ids and mask are int32 [batch l], l the smallest multiple of `_BUCKET` that holds the prompts.
     """
     tokens = self.tokenizer(prompts)
     buckets = -(-tokens.mask.sum(axis=1) // _BUCKET)
     for bucket in np.unique(buckets):
-      rows, width = np.flatnonzero(buckets == bucket), min(bucket * _BUCKET, self.length)
+      rows = np.flatnonzero(buckets == bucket)
+      width = min(bucket * _BUCKET, self.length)
       for start in range(0, len(rows), self.batch):
         chosen = rows[start : start + self.batch]
+        # A short batch repeats its prompts: one shape a bucket, so one program, and the numbers of
+        # a prompt do not depend on how many there are.
         filled = np.resize(chosen, self.batch)
         yield [prompts[i] for i in chosen], tokens.ids[filled, :width], tokens.mask[filled, :width]
 
@@ -157,13 +165,13 @@ class TextCache:
     )
 
   @functools.cached_property
-  def _told(self) -> set[str]:
-    """Prompts that were looked at: data is read over and over, what is cut is said once."""
+  def _measured(self) -> set[str]:
+    """Prompts whose length was checked: epochs repeat them, a warning is printed once."""
     return set()
 
-  def _tell_cut(self, prompts: Sequence[str]) -> None:
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._told]
-    self._told.update(new)
+  def _warn_truncated(self, prompts: Sequence[str]) -> None:
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
+    self._measured.update(new)
     for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
       if cut:
         print(
@@ -178,15 +186,20 @@ Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> te
 
 @contextlib.contextmanager
 def _encoder(cache: TextCache) -> Iterator[Encode]:
-  """The encoder, in memory while the block runs and no longer."""
-  # In a thread of its own: neither the mesh that is set here, nor a step that is being traced and
-  # asks for a text, reaches there.
-  with futures.ThreadPoolExecutor(1) as apart:
-    config, params = apart.submit(weights.load, cache.weights, "umt5", dtype=cache.dtype).result()
+  """Loads the encoder for the `with` block and frees its memory at the end."""
+  # JAX's mesh and trace are per thread. In a thread of its own the encoder runs outside the
+  # caller's mesh, and eagerly even where the caller is a step being traced (the negative prompt).
+  with futures.ThreadPoolExecutor(1) as executor:
+    config, params = executor.submit(
+      weights.load, cache.weights, "umt5", dtype=cache.dtype
+    ).result()
     config = dataclasses.replace(config, dtype=jnp.dtype(cache.dtype))
     encode = jax.jit(lambda params, ids, mask: umt5.encode_text(params, ids, mask, config))
     try:
-      yield lambda ids, mask: apart.submit(lambda: np.asarray(encode(params, ids, mask))).result()
+      yield lambda ids, mask: executor.submit(
+        lambda: np.asarray(encode(params, ids, mask))
+      ).result()
     finally:
+      # now, not when the last reference goes: the network needs the 11 GB
       for leaf in jax.tree.leaves(params):
-        leaf.delete()  # at once, whoever else holds the tree
+        leaf.delete()

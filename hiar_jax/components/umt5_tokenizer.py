@@ -1,7 +1,7 @@
-"""Prompts -> UMT5's token ids, as Wan2.1 feeds them to its text encoder (wan/modules/tokenizers.py,
-clean="whitespace").
+"""Prompts -> token ids of UMT5, as Wan2.1 feeds them to its text encoder.
 
-The tokenizer itself is data: `tokenizer.json`, published beside the weights in google/umt5-xxl/.
+Reference: Wan2.1, wan/modules/tokenizers.py with clean="whitespace". The tokenizer itself is data:
+`tokenizer.json`, published beside the weights in google/umt5-xxl/.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,12 @@ from hiar_jax.types import Tokens
 LENGTH = 512
 END, PAD = "</s>", "<pad>"
 FILE = "tokenizer.json"
-# converted weights, diffusers' folders, the original ones
+# folders of converted weights, of diffusers' layout and of Wan2.1's own
 _PLACES = ("", "tokenizer", "google/umt5-xxl")
 _PUBLISHED = "Wan2.1's download has one in google/umt5-xxl/"
 
-# What Wan2.1 steers away from (wan/configs/shared_config.py: sample_neg_prompt); Self-Forcing and
-# HiAR use the same words.
+# The negative prompt of Wan2.1 (wan/configs/shared_config.py: sample_neg_prompt); Self-Forcing and
+# HiAR use it too.
 NEGATIVE_PROMPT = (
   "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
   "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
@@ -35,10 +35,8 @@ NEGATIVE_PROMPT = (
 
 
 class PromptTokens(NamedTuple):
-  """Tokenised prompts.
-
-  ids, mask: int32 [b l], mask 1 on tokens and 0 on padding; cut: how many tokens each prompt lost,
-  [b].
+  """Tokenised prompts: ids and mask int32 [b l], mask 1 on tokens and 0 on padding; cut: tokens
+  that each of the b prompts lost.
   """
 
   ids: Tokens
@@ -47,33 +45,34 @@ class PromptTokens(NamedTuple):
 
 
 def clean(prompt: str) -> str:
-  """The text that is tokenised: broken encodings and HTML entities repaired, every run of white
-  space one blank, none at the ends.
-  """
+  """Repairs broken encodings and HTML entities, and makes every run of white space one blank."""
+  # unescaped twice, as the reference does: entities of web captions are often escaped themselves
   fixed = html.unescape(html.unescape(ftfy.fix_text(prompt)))
   return " ".join(fixed.split())
 
 
 class Tokenizer:
-  """UMT5's tokenizer, from `tokenizer.json` or a folder that holds it (converted weights, Wan2.1's
-  or diffusers' download).
+  """UMT5's tokenizer.
+
+  path: `tokenizer.json`, or a folder as in `find`. length: tokens, the end mark included.
 
   Raises:
-    UserError: no such file, or it is not UMT5's kind of tokenizer.
+    UserError: no such file, or the file is not a tokenizer of UMT5's kind.
   """
 
   def __init__(self, path: str | os.PathLike, length: int = LENGTH):
     at_least(2, length=length)
-    self.path, self.length = find(path), length
+    self.path = find(path)
+    self.length = length
     content = self.path.read_bytes()
     self.fingerprint = hashlib.sha256(content).hexdigest()[:12]
     try:
       self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    except Exception as error:  # all that the library raises
+    except Exception as error:  # the library raises no narrower type
       raise UserError(
         f"{self.path} is no tokenizer file ({error}); copy it again, {_PUBLISHED}"
       ) from error
-    # The file may ask for another length; ours is counted here, so that what is cut can be told.
+    # The file may set a length and padding of its own; both are done below, to count what is cut.
     self._tokenizer.no_truncation()
     self._tokenizer.no_padding()
     self._end, self._pad = (self._tokenizer.token_to_id(token) for token in (END, PAD))
@@ -84,28 +83,25 @@ class Tokenizer:
       )
 
   def __call__(self, prompts: Sequence[str]) -> PromptTokens:
-    """Prompts, not cleaned yet -> ids and mask of `length` tokens each. One that is too long keeps
-    its beginning and the end mark.
+    """Cleans and tokenises prompts; one that is too long keeps its beginning and the end mark.
 
     Raises:
       UserError: a prompt that is not valid Unicode text.
     """
-    pieces = [
-      encoding.ids
-      for encoding in self._tokenizer.encode_batch([clean(_checked(prompt)) for prompt in prompts])
-    ]
-    ids = np.full((len(pieces), self.length), self._pad, np.int32)
+    texts = [clean(_valid_unicode(prompt)) for prompt in prompts]
+    encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
+    ids = np.full((len(encoded), self.length), self._pad, np.int32)
     mask = np.zeros_like(ids)
-    for row, piece in enumerate(pieces):
-      count = min(len(piece), self.length)
-      ids[row, :count] = piece[:count]
-      ids[row, count - 1] = self._end
+    for row, tokens in enumerate(encoded):
+      count = min(len(tokens), self.length)
+      ids[row, :count] = tokens[:count]
+      ids[row, count - 1] = self._end  # already there, unless the prompt was cut
       mask[row, :count] = 1
-    return PromptTokens(ids, mask, tuple(max(0, len(piece) - self.length) for piece in pieces))
+    return PromptTokens(ids, mask, tuple(max(0, len(tokens) - self.length) for tokens in encoded))
 
 
 def find(path: str | os.PathLike) -> pathlib.Path:
-  """The `tokenizer.json` that a path means.
+  """Returns the `tokenizer.json` at a path, or in the folder of weights that the path names.
 
   Raises:
     UserError: there is none, or only SentencePiece's file, which is not read here.
@@ -117,23 +113,17 @@ def find(path: str | os.PathLike) -> pathlib.Path:
   for place in _PLACES:
     if (folder / place / FILE).is_file():
       return folder / place / FILE
-  other = next(
-    (
-      folder / place / "spiece.model"
-      for place in _PLACES
-      if (folder / place / "spiece.model").is_file()
-    ),
-    None,
-  )
-  if other is not None:
-    raise UserError(
-      f"{other} has no {FILE} beside it, which is what the tokenizer is read from; {_PUBLISHED}, "
-      "copy it there"
-    )
+  for place in _PLACES:
+    sentencepiece = folder / place / "spiece.model"
+    if sentencepiece.is_file():
+      raise UserError(
+        f"{sentencepiece} has no {FILE} beside it, which is what the tokenizer is read from; "
+        f"{_PUBLISHED}, copy it there"
+      )
   raise UserError(f"{path} holds no {FILE}; {_PUBLISHED}")
 
 
-def _checked(prompt: str) -> str:
+def _valid_unicode(prompt: str) -> str:
   try:
     prompt.encode()
   except UnicodeEncodeError as error:

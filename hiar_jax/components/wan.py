@@ -1,6 +1,12 @@
-"""The components of Wan2.1: its autoencoder (or the tiny one) and UMT5, from converted weights.
+"""The components of Wan2.1 (arXiv 2503.20314): UMT5-XXL (arXiv 2304.09151) and the 3D VAE, or the
+tiny autoencoder TAEHV in its place, from converted weights.
 
-Texts come from a cache on disk, encoded when they are new.
+    prompt --TextCache (tokenizer, UMT5, disk)--> text [b l d] --Task.embed--> float32 [b l d]
+    latents [b f h w c] --ChunkedDecoder (VAE or TAEHV)--> pieces uint8 [b F_i H W 3]
+    uint8 [b F H W 3] --encode of the VAE or TAEHV--> latents [b f h w c]
+
+with F = 1 + 4 (f - 1), H = 8 h, W = 8 w. The tokens of a prompt are its text: UMT5 is too large to
+run inside a training step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,11 +33,10 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class WanCodecConfig:
-  """Wan2.1's autoencoder from `weights`, a directory made by hiar_jax.convert; `tiny`: TAEHV
-  instead.
+  """Wan2.1's autoencoder.
 
-  tile: latents a side of the tiles that small memories encode and decode in, 0 = whole frames.
-  dtype: of activations.
+  weights: a directory made by hiar_jax.convert. tiny: TAEHV instead. tile: latents a side of the
+  tiles for small memories, 0 for whole frames. dtype: of activations.
   """
 
   kind: str = "wan"
@@ -49,9 +54,10 @@ class WanCodecConfig:
 
 @dataclasses.dataclass(frozen=True)
 class UMT5TextConfig:
-  """UMT5 and its tokenizer from `weights`; texts are kept in `cache` (default: <weights>/texts).
+  """UMT5 and its tokenizer.
 
-  length: tokens, dim: of a token's text.
+  weights: a directory made by hiar_jax.convert. cache: directory of encoded texts, by default
+  <weights>/texts. length: tokens of a prompt; dim: width of the text.
   """
 
   kind: str = "umt5"
@@ -73,40 +79,38 @@ def _check_dtype(dtype: str, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class WanComponents:
-  """Wan2.1's VAE and UMT5.
-
-  Each is read when it is first needed: training from trajectories never needs the VAE.
-  """
+  """`Components` of Wan2.1; weights are read when first used (training needs no VAE)."""
 
   codec: WanCodecConfig
   text: UMT5TextConfig
   latent: LatentShape
 
   @functools.cached_property
-  def texts(self) -> TextCache:
-    c = self.text
-    return TextCache(
-      c.weights, c.cache or str(pathlib.Path(c.weights) / "texts"), dtype=c.dtype, length=c.length
-    )
+  def task(self) -> Task:
+    """The text as the cache has it, in float32; videos cannot be encoded inside a step."""
+
+    def encode(batch) -> jax.Array:
+      # only the teacher's own training encodes videos, and Wan's teacher is published
+      raise UserError(
+        "the teacher of this experiment is published, not trained: give weights.base, a directory "
+        "of converted weights"
+      )
+
+    def negative(text: jax.Array) -> jax.Array:
+      # read while the step is traced: a constant [1 l d] of the program
+      row = _float32(self.texts([umt5_tokenizer.NEGATIVE_PROMPT]))
+      return jnp.broadcast_to(row, (text.shape[0], *row.shape[1:]))
+
+    return Task(encode=encode, embed=_float32, negative=negative, latent=self.latent)
+
+  # ---------------------------------------------------------------------- prompt -> tokens -> text
 
   @functools.cached_property
-  def task(self) -> Task:
-    return Task(
-      encode=self._no_videos,
-      embed=_float32,
-      negative=self._negative,
-      latent=self.latent,
-    )
-
-  def _negative(self, text: jax.Array) -> jax.Array:
-    negative = _float32(self.texts([umt5_tokenizer.NEGATIVE_PROMPT]))
-    return jnp.broadcast_to(negative, (text.shape[0], *negative.shape[1:]))
-
-  def _no_videos(self, batch) -> jax.Array:
-    raise UserError(
-      "the teacher of this experiment is published, not trained: give weights.base, a directory "
-      "of converted weights"
-    )
+  def texts(self) -> TextCache:
+    """The tokenizer and UMT5 behind a cache on disk."""
+    config = self.text
+    directory = config.cache or str(pathlib.Path(config.weights) / "texts")
+    return TextCache(config.weights, directory, dtype=config.dtype, length=config.length)
 
   def prepare(self, prompts: Sequence[str]) -> None:
     self.texts.fill([*prompts, umt5_tokenizer.NEGATIVE_PROMPT])
@@ -115,16 +119,18 @@ class WanComponents:
     return self.texts(prompts)
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    if "text" in record:
+    if "text" in record:  # [l d], stored without its padding
       return prompt_texts.pad([record["text"]], self.text.length)[0]
     return self.texts([record["caption"].decode()])[0]
 
   def remarks(self, prompt: str) -> list[str]:
-    return []  # the text cache says what it cuts off
+    return []  # UMT5 has no unknown words; the text cache reports what it cuts off
+
+  # ---------------------------------------------------------------------------- latents <-> pixels
 
   @functools.cached_property
   def _autoencoder(self) -> tuple[Any, Any, Any]:
-    """(module, config, params)."""
+    """(module, config, params): module is models.vae or models.taehv, which share an interface."""
     codec = self.codec
     kind, module = ("tiny_vae", taehv) if codec.tiny else ("vae", vae)
     config, params = weights.load(codec.weights, kind)
@@ -132,7 +138,7 @@ class WanComponents:
 
   @functools.cached_property
   def stream(self) -> chunked_decoder.ChunkedDecoder:
-    """The decoder, to be run piece by piece."""
+    """The decoder on one device."""
     _, config, params = self._autoencoder
     if self.codec.tiny:
       return chunked_decoder.from_taehv(params, config)
@@ -140,28 +146,29 @@ class WanComponents:
 
   @functools.cached_property
   def _wide_stream(self) -> chunked_decoder.ChunkedDecoder:
-    """The decoder over all devices; tiles are decoded one after another on one."""
+    """The decoder with the width of a frame sharded over this host's devices."""
     devices = tuple(jax.local_devices())
+    # tiles exist to save memory and are decoded one after another: one device
     return dataclasses.replace(
       self.stream, devices=devices[:1] if tiling_of(self.codec) else devices
     )
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
-    # they may lie on the network's devices, spread otherwise
+    # through the host: the network's mesh shards the latents in another way
     yield from self._wide_stream(np.asarray(latents))
-
-  @functools.cached_property
-  def _encode(self):
-    """Compiled once for all videos of a size."""
-    module, config, _ = self._autoencoder
-    tiling = tiling_of(self.codec)
-    encode = functools.partial(vae_tiling.encode, tiling=tiling) if tiling else module.encode
-    return jax.jit(lambda params, video: encode(params, patch_pca.to_unit(video), config=config))
 
   def latents(self, video: np.ndarray) -> np.ndarray:
     return np.asarray(
       self._wide_stream.spread(self._encode, video, factor=self.codec.spatial_factor)
     )
+
+  @functools.cached_property
+  def _encode(self):
+    # cached: one jitted function, so videos of one size compile once
+    module, config, _ = self._autoencoder
+    tiling = tiling_of(self.codec)
+    encode = functools.partial(vae_tiling.encode, tiling=tiling) if tiling else module.encode
+    return jax.jit(lambda params, video: encode(params, patch_pca.to_unit(video), config=config))
 
 
 def _float32(text) -> jax.Array:
@@ -169,5 +176,5 @@ def _float32(text) -> jax.Array:
 
 
 def tiling_of(codec: WanCodecConfig) -> vae_tiling.Tiling | None:
-  """The tiles of a small memory; None: whole frames."""
+  """The tiling of the VAE, neighbours overlapping by 25 %; None for whole frames."""
   return vae_tiling.Tiling(codec.tile, codec.tile // 4) if codec.tile and not codec.tiny else None

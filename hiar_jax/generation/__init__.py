@@ -1,1 +1,1 @@
-"""A generation as asked for: its model, its start, its cost."""
+"""Generation with a trained student: the model, the conditioning frames, the list of videos."""

@@ -1,7 +1,7 @@
-"""Videos that are made and written one file each: which there are to make, and making them.
+"""Generates videos in batches and writes one mp4 file each.
 
-A file that is there already and was made of the same things is not made again, so a list of videos
-that was stopped goes on where it was.
+A file that exists with the same recipe (prompt, seed, weights, sizes, ...) is kept, so the same
+command resumes a stopped list of videos.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ from hiar_jax.video.mp4 import read_metadata, write_mp4
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video to make: `frames` new latent frames after `given` ones."""
+  """One video to generate: `frames` new latent frames after `given` conditioning frames."""
 
   job: Job
   path: pathlib.Path
@@ -35,9 +35,9 @@ class Clip:
   frames: int
 
   def provenance(self, model: VideoModel) -> dict[str, str]:
-    """What the file says of itself. `recipe` is the same for the same video alone."""
+    """The metadata written into the file; equal `recipe` means an equal video."""
     e = model.experiment
-    told = {
+    metadata = {
       "prompt": self.job.prompt,
       "seed": str(self.job.seed),
       "frames": str(e.pixel_frames(self.given + self.frames)),
@@ -46,8 +46,9 @@ class Clip:
       "codec": model.codec,
       "start": f"{self.start.kind} {self.start.path.name}" if self.start else "",
     }
+    # the recipe: also what changes the file but has no key of its own in the metadata
     content = [
-      told,
+      metadata,
       model.identity,
       self.start.digest if self.start else "",
       e.sample.fps,
@@ -55,32 +56,34 @@ class Clip:
     ]
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return {
-      **told,
+      **metadata,
       "weights" if model.weights else "workdir": model.name,
       "recipe": recipe,
       "hiar_jax": __version__,
     }
 
   def is_done(self, model: VideoModel) -> bool:
-    """Whether the file is there and was made of the same things; says so."""
-    done = (
-      self.path.exists()
-      and (read_metadata(self.path) or {}).get("recipe") == self.provenance(model)["recipe"]
+    """True, with a message on stderr, where the file exists and has this clip's recipe."""
+    if not self.path.exists():
+      return False
+    # {} for a file without metadata, None for one that is no video: both are written over
+    metadata = read_metadata(self.path) or {}
+    if metadata.get("recipe") != self.provenance(model)["recipe"]:
+      return False
+    print(
+      f"{self.path} is there already, made of the same prompt, seed and weights; --overwrite makes "
+      "it again",
+      file=sys.stderr,
     )
-    if done:
-      print(
-        f"{self.path} is there already, made of the same prompt, seed and weights; --overwrite "
-        "makes it again",
-        file=sys.stderr,
-      )
-    return done
+    return True
 
 
 def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.Path]:
-  """A file per job: as it is named, else after its prompt.
+  """Returns one path per job: the job's own name, else one made of its prompt.
 
-  out: the file, or of `many` the directory.
+  out: the file; if `many`, the directory. Raises UserError where it cannot be that.
   """
+  # first all names that jobs ask for, so that no name made of a prompt takes one of them
   taken = {job.out.removesuffix(".mp4") for job in jobs if job.out}
   if many:
     if out and pathlib.Path(out).is_file():
@@ -96,21 +99,26 @@ def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.P
 def plan_clips(
   model: VideoModel, jobs: list[Job], paths: list[pathlib.Path], fit: Callable[[int], int]
 ) -> list[Clip]:
-  """Reads every start once, so that what is wrong with one is said before hours of work; says once
-  what was done to each.
+  """Returns the clips, with the lengths of their conditioning frames and of what follows.
 
-  fit: given latent frames -> new latent frames after them.
+  fit: conditioning latent frames -> new latent frames after them.
+
+  Raises UserError for a conditioning file that cannot be used.
   """
-  e, clips, said = model.experiment, [], set()
-  fitted: dict[int, int] = {}
+  e = model.experiment
+  clips = []
+  messages = set()
+  fitted: dict[int, int] = {}  # `fit` prints a message: called once for each length
   for job, path in zip(jobs, paths, strict=True):
     start, given = Conditioning.of(job), 0
     if start:
-      pixels, line = start.read(e)
+      # All files are read here, before hours of work, and again when their batch is generated:
+      # the pixels of a long list need not fit into memory.
+      pixels, message = start.read(e)
       given = latent_frames(pixels, e)
-      if line and line not in said:
-        print(line, file=sys.stderr)
-      said.add(line)
+      if message and message not in messages:
+        print(message, file=sys.stderr)
+      messages.add(message)
     if given not in fitted:
       fitted[given] = fit(given)
     clips.append(Clip(job, path, start, given, fitted[given]))
@@ -118,11 +126,11 @@ def plan_clips(
 
 
 def write_clips(model: VideoModel, clips: list[Clip]) -> None:
-  """Makes the videos, those that start alike in batches, and prints the path of each when it is
-  whole.
-  """
+  """Generates the videos and prints the path of each one when its file is complete."""
+  # texts first: the text encoder has left the memory before the network's weights are loaded
   model.prepare_texts(list(dict.fromkeys(clip.job.prompt for clip in clips)))
   params = model.params()
+  # a batch has one shape: clips with equal numbers of conditioning and new frames go together
   alike: dict[tuple[int, int], list[Clip]] = {}
   for clip in clips:
     alike.setdefault((clip.given, clip.frames), []).append(clip)
@@ -138,29 +146,32 @@ def write_clips(model: VideoModel, clips: list[Clip]) -> None:
 def iterate_latents(
   model: VideoModel, params, clips: list[Clip], frames: int, given: int
 ) -> Iterator[tuple[list[Clip], jax.Array]]:
-  """(clips, their latents [b f h w c]) a batch at a time; a video does not depend on those beside
-  it.
+  """Yields (clips, their latents [b f h w c]), a batch at a time.
+
+  A video depends on its own prompt, seed and conditioning alone. In a filled-up last batch b is
+  larger than the number of clips.
   """
   size = min(model.experiment.sample.batch, len(clips))
   generate = model.generator(frames)
   for first in range(0, len(clips), size):
     batch = clips[first : first + size]
-    # the last batch is filled up, so nothing is compiled twice
+    # the last batch repeats its clips up to the size, so that the sampler is compiled once
     rows = [batch[i % len(batch)] for i in range(size)]
     start = [np.concatenate([start_latents(model, clip) for clip in rows])] if given else []
     texts = model.texts([clip.job.prompt for clip in rows])
-    yield batch, generate(params, texts, np.asarray([clip.job.seed for clip in rows]), *start)
+    seeds = np.asarray([clip.job.seed for clip in rows])
+    yield batch, generate(params, texts, seeds, *start)
 
 
 def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
-  """[1 given h w c]"""
+  """Encodes the conditioning frames of a clip into latents [1 given h w c]."""
   pixels, _ = clip.start.read(model.experiment)
   return np.asarray(model.run.components.latents(pixels[None]))
 
 
 def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
-  """Decodes piece by piece into a file that says how it was made."""
+  """Decodes latents [1 f h w c] piece by piece into the clip's file, its metadata included."""
   config = model.experiment.sample
   pieces = (piece[0] for piece in model.run.components.pieces(latents))
   write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
-  print(clip.path, file=sys.stdout, flush=True)
+  print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr

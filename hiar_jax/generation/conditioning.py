@@ -1,5 +1,6 @@
-"""What a video starts from, as the model takes it: an image's one latent frame, or whole blocks of
-a video's last frames.
+"""Conditioning frames, which a generated video continues.
+
+An image is one latent frame; of a video the last whole blocks are used.
 """
 
 import dataclasses
@@ -16,9 +17,9 @@ from hiar_jax.video import foreign, lengths
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-  """The file, what it is, and its content's hash.
+  """An image or a video file whose frames a generated video starts with.
 
-  last: so many frames of a video, those at its end, are kept at most; None: all.
+  last: the number of frames kept at most, those at the video's end; None keeps all.
   """
 
   path: pathlib.Path
@@ -27,28 +28,30 @@ class Conditioning:
 
   @staticmethod
   def of(job: Job) -> "Conditioning | None":
-    """What a job starts from."""
+    """The conditioning of a job, None where it has neither image nor video."""
     if job.image:
       return Conditioning(job.image, "image")
     return Conditioning(job.video, "video") if job.video else None
 
   @property
   def digest(self) -> str:
+    """16 hex digits of the file's SHA-256: the path alone would not notice a changed picture."""
     with open(self.path, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
   def read(self, e: Experiment) -> tuple[np.ndarray, str]:
-    """(uint8 [F H W 3] at the experiment's size, what was done to it in a line, '' for nothing).
+    """Reads (pixels uint8 [F H W 3] at the experiment's size, a message on what was changed or '').
 
-    An image is one frame. Of a video the most whole blocks are kept, those at its end, since it
-    goes on from there. Raises UserError where the file is not what it should be, or too short for a
-    block.
+    F is 1 for an image; of a video it is the most whole blocks. Raises UserError where the file
+    cannot be read, or has less than one block.
     """
     if self.kind == "image":
       return foreign.read_image(self.path, e.data.height, e.data.width)
-    frames, said = foreign.read_video(
+    frames, message = foreign.read_video(
       self.path, e.data.height, e.data.width, e.sample.fps, self.last
     )
+    # The cache is filled block by block, so a video is cut to whole blocks, at its beginning: the
+    # new frames follow its end.
     kept, _ = lengths.crop_to_blocks(len(frames), e.history.block, e.pixel_frames)
     if not kept:
       least = e.pixel_frames(e.history.block)
@@ -58,11 +61,11 @@ class Conditioning:
         "give a longer video, or one frame of it as an image"
       )
     if kept < len(frames):
-      left = f"its last {kept} of {len(frames)} frames, which are whole blocks"
-      said = f"{said}, {left}" if said else f"{self.path.name}: {left}"
-    return frames[-kept:], said
+      cropped = f"its last {kept} of {len(frames)} frames, which are whole blocks"
+      message = f"{message}, {cropped}" if message else f"{self.path.name}: {cropped}"
+    return frames[-kept:], message
 
 
 def latent_frames(pixels: np.ndarray, e: Experiment) -> int:
-  """Latent frames of what `Start.read` returned."""
+  """The number of latent frames of the pixels [F H W 3] that `Conditioning.read` returned."""
   return e.latent_frames(len(pixels))

@@ -1,6 +1,4 @@
-"""Which model a command generates with, and what it changes of it: the options and flags that
-generate, stream and serve share.
-"""
+"""The flags that choose a model and change its sizes, shared by generate, stream and serve."""
 
 import dataclasses
 
@@ -17,7 +15,7 @@ STAGES = ("distill", "causal_init")
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-  """The flags of `define_model_flags` by their names; `--help` says what they mean."""
+  """Values of the flags of `define_model_flags`, by their names."""
 
   workdir: str | None = None
   config: config_dict.ConfigDict | None = None
@@ -30,10 +28,13 @@ class ModelOptions:
   tile: int | None = None
 
   def open_model(self, needed: bool = True) -> VideoModel:
-    """The model of the run, or of the config and weights; of a plan they are not `needed`.
+    """Opens the model of `workdir`, or of `config` with `weights`.
 
-    Raises UserError where neither is named, or both.
+    needed: False where the weights will not be loaded (`--dry_run`), and may be missing.
+
+    Raises UserError where neither is given, or both.
     """
+    # the fields of ModelChanges are a subset of these, under the same names
     changes = ModelChanges(
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}
     )
@@ -54,6 +55,7 @@ class ModelOptions:
 
 
 def define_model_flags() -> None:
+  """Defines an absl flag for each field of `ModelOptions`."""
   config_flags.DEFINE_config_file(
     "config",
     None,

@@ -1,5 +1,4 @@
-"""A file of videos to make: a prompt for each, and where wanted its seed, what it starts from and
-the name of its file.
+"""A file of prompts, one per video, with optional seed, image or video to start from, output name.
 
     prompts.txt     A cat walks on grass
                     # a comment
@@ -9,8 +8,8 @@ the name of its file.
                     "A cat, then a dog",7,cat.mp4
 
 In .txt, settings stand before a ` | `, quoted where they hold spaces (image="my cat.png"); a line
-without settings is a prompt as it stands. A video without a seed takes that of the command plus its
-place in the file, counted from 0. Pictures are looked for in the folder of the file.
+without settings is a prompt as it stands. A row without a seed takes the command's seed plus its
+index in the file, counted from 0. Relative paths start at the folder of the file.
 """
 
 from collections.abc import Iterator
@@ -27,21 +26,23 @@ import sys
 from hiar_jax.errors import UserError
 
 FIELDS = ("prompt", "seed", "image", "video", "out")
-MAX_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1  # seeds become int32 on the device
 
-_SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"
+_SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"  # name=value, name="value" or name='value'
 _SETTINGS = re.compile(rf"\s*(?:{_SETTING}(?:\s+|(?=\|)))+\|")
+# Settings of known names that _SETTINGS does not accept: an error, not the words of a prompt.
 _BROKEN = re.compile(rf"\s*(?:{'|'.join(FIELDS)})=[^|]*\|")
-_EMPTY = '""'  # how a prompt without words is written, where leaving it out would read the same
+_EMPTY = '""'  # a prompt without words; nothing at all would read as a missing prompt
+# byte order marks; Windows' editors save text as UTF-16
 _BYTE_ORDER = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One video to make. image, video: what it starts from, at most one of them; out: the name of its
-  file, None for one made of the prompt.
+  """One video to generate.
 
-  line: where in the file it stands, 0 for a prompt that came otherwise.
+  image, video: the file that it continues, at most one of them. out: the name of its file, None for
+  one made of the prompt. line: line number in the prompts file, 0 without one.
   """
 
   prompt: str
@@ -53,12 +54,11 @@ class Job:
 
 
 def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:
-  """The videos of a .txt, .jsonl or .csv file (another ending is read as .txt), in its order.
+  """Reads the jobs of a .txt, .jsonl or .csv file (another ending is read as .txt), in its order.
 
-  A line that asks for exactly what an earlier one asks for is left out, and said. Raises UserError,
-  with the file and the line, for no such file, no prompt in it, no UTF-8 or UTF-16 text, a broken
-  row, an unknown field, a seed that is none, a picture that is not there, or two videos that would
-  get the same name.
+  Repeated rows are left out, with a message on stderr. Raises UserError, with file and line, for a
+  missing file or image, no prompt, text that is neither UTF-8 nor UTF-16, a broken row, an unknown
+  field, a bad seed, or two different videos of one output name.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -71,9 +71,9 @@ def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:
 
 
 def _text(path: pathlib.Path) -> io.StringIO:
-  """The file as text; every kind of line end is one."""
+  """The file as text with universal newlines."""
   content = path.read_bytes()
-  encoding = _BYTE_ORDER.get(content[:2], "utf-8-sig")
+  encoding = _BYTE_ORDER.get(content[:2], "utf-8-sig")  # -sig: drops a UTF-8 byte order mark
   try:
     text = content.decode(encoding)
   except UnicodeDecodeError as error:
@@ -81,12 +81,14 @@ def _text(path: pathlib.Path) -> io.StringIO:
     raise UserError(
       f"prompts file {path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8"
     ) from error
+  # zero bytes are valid UTF-8, but mean a binary file
   if "\0" in text:
-    raise UserError(
-      f"prompts file {path} is not text: line {text[: text.index(chr(0))].count(chr(10)) + 1} "
-      "holds a zero byte"
-    )
+    line = text.count("\n", 0, text.index("\0")) + 1
+    raise UserError(f"prompts file {path} is not text: line {line} holds a zero byte")
   return io.StringIO(text, newline=None)
+
+
+# A reader of rows yields (line number, {field: value}), prompt None where the row has none.
 
 
 def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -98,6 +100,7 @@ def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dic
       raise _wrong(
         path, number, "expected name=value settings before the |, in quotes where they hold spaces"
       )
+    # a repeated group keeps its last match alone, so the settings are found again one by one
     row = {}
     for name, value in re.findall(_SETTING, match[0]) if match else ():
       if name in row:
@@ -105,7 +108,7 @@ def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dic
       row[name] = value.strip("\"'")
     if "prompt" in row:
       raise _wrong(path, number, "the prompt stands after the |, not before it")
-    yield number, {**row, "prompt": _written(line[match.end() :] if match else line)}
+    yield number, {**row, "prompt": _unquote_empty(line[match.end() :] if match else line)}
 
 
 def _json_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
@@ -135,18 +138,20 @@ def _csv_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict
       )
     reader.fieldnames = names
     for row in reader:
+      # DictReader collects what stands beyond the named columns under None
       if row.pop(None, None) is not None:
         raise _wrong(
           path,
           reader.line_num,
           f"more than the {len(names)} columns of the first line; quote a prompt that holds commas",
         )
-      yield reader.line_num, {**row, "prompt": _written(row["prompt"])}
+      yield reader.line_num, {**row, "prompt": _unquote_empty(row["prompt"])}
   except csv.Error as error:
     raise _wrong(path, reader.line_num, f"not CSV ({error})") from error
 
 
 def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
+  """Checks a row. seed: that of a row without one."""
   for name in row:
     if name not in FIELDS:
       close = difflib.get_close_matches(str(name), FIELDS, n=1)
@@ -168,7 +173,8 @@ def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
   return Job(given["prompt"], _seed(row.get("seed"), seed, path, line), image, video, out, line)
 
 
-def _written(prompt: str | None) -> str | None:
+def _unquote_empty(prompt: str | None) -> str | None:
+  """A prompt of .txt or .csv: '""' is the empty one, nothing is None."""
   prompt = (prompt or "").strip()
   return "" if prompt == _EMPTY else prompt or None
 
@@ -182,6 +188,7 @@ def _string(name: str, value, path: pathlib.Path, line: int) -> str | None:
 def _seed(value, default: int, path: pathlib.Path, line: int) -> int:
   if value is None or (isinstance(value, str) and not value.strip()):
     value = default
+  # JSON's true is an int of Python, and int() would take "1_0" and digits of other scripts
   number = value if isinstance(value, int) and not isinstance(value, bool) else None
   if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value, re.ASCII):
     number = int(value)
@@ -200,12 +207,13 @@ def _picture(name: str, value: str | None, path: pathlib.Path, line: int) -> pat
 
 
 def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
-  """Without repetitions; two different videos of one name are an error."""
+  """Drops repeated jobs. Raises UserError for different videos of one output name."""
+  # A repetition has the same seed too: rows without a seed have different ones.
   first: dict[tuple, Job] = {}
   named: dict[str, Job] = {}
   for job in jobs:
-    content = (job.prompt, job.seed, job.image, job.video)
-    same = first.get((*content, job.out))
+    content = (job.prompt, job.seed, job.image, job.video, job.out)
+    same = first.get(content)
     if same:
       print(
         f"{path}, line {job.line}: the same prompt and seed as in line {same.line}; made once",
@@ -220,9 +228,9 @@ def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
       )
     if job.out:
       named[job.out] = job
-    first[(*content, job.out)] = job
+    first[content] = job
   return list(first.values())
 
 
-def _wrong(path: pathlib.Path, line: int, what: str) -> UserError:
-  return UserError(f"prompts file {path}, line {line}: {what}")
+def _wrong(path: pathlib.Path, line: int, message: str) -> UserError:
+  return UserError(f"prompts file {path}, line {line}: {message}")

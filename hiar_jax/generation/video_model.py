@@ -1,5 +1,5 @@
-"""A student to generate with: from a training run's directory, or from a config and converted
-weights, at the size that is asked for.
+"""A student to generate with, from a training run's directory (`from_workdir`) or from a config and
+converted weights (`from_config`).
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from hiar_jax.types import Params
 from hiar_jax.video import lengths
 
 DECODERS = ("vae", "tiny_vae")
-LEAST_TILE = 4  # a quarter of it is the seam
+LEAST_TILE = 4  # latents a side; 25 % of it, the overlap of neighbours, is then 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelChanges:
-  """What a command may want otherwise than the config: pixels, dtype, decoder, its tiles in
-  latents; None: as it is.
+  """Settings that replace the config's; None keeps the config's.
 
-  dtype: of the products, and of converted weights; those of a run stay as they were trained.
+  height, width: pixels. dtype: of matrix products, and of converted weights (a run's weights keep
+  theirs). tile: latents a side.
   """
 
   height: int | None = None
@@ -49,7 +49,7 @@ class ModelChanges:
 
 @dataclasses.dataclass(frozen=True)
 class VideoModel:
-  """run: the experiment and its medium.
+  """A run with the weights to generate with.
 
   weights: a directory of converted weights; '' for those of the run's `stage`.
   """
@@ -60,73 +60,74 @@ class VideoModel:
 
   @property
   def experiment(self) -> Experiment:
+    """The run's experiment, with the changes of the command."""
     return self.run.experiment
 
   @property
   def codec(self) -> str:
+    """The kind of autoencoder: "vae", "tiny_vae", or that of a small world's config."""
     codec = self.experiment.codec
     return _kind(codec) if isinstance(codec, WanCodecConfig) else codec.kind
 
   @property
   def name(self) -> str:
-    """Of the run or the weights, for people."""
+    """The last folder of the weights or of the workdir, for metadata and messages."""
     return pathlib.Path(self.weights).resolve().name if self.weights else self.run.workdir.name
 
   @functools.cached_property
   def identity(self) -> str:
-    """Differs where anything differs that changes a number of a video: weights, sizes, levels,
-    history, codec, text encoder.
+    """A fingerprint (16 hex digits) of all that changes the numbers of a video, prompt and seed
+    apart: weights, sizes, noise levels, method, codec, text encoder.
     """
     e = self.experiment
-    told = {
+    content = {
       name: to_json(getattr(e, name))
       for name in ("seed", "model", "student", "history", "codec", "text")
     }
     for group in ("codec", "text"):
-      # places on this disk; the fingerprints below say what lies there
+      # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):
-        told[group].pop(name, None)
+        content[group].pop(name, None)
     if self.weights:
-      told["weights"] = weights.fingerprint(self.weights, "dit")
+      content["weights"] = weights.fingerprint(self.weights, "dit")
     else:
       steps = [
         path.name
         for path in (self.run.directory(self.stage) / "checkpoints").glob("*")
         if path.name.isdigit()
       ]
-      made_with = {
-        key: value
-        for key, value in read_config(self.run.workdir).to_dict().items()
-        if key not in FREE
-      }
-      told["weights"] = [self.stage, max(steps, key=int, default=""), to_json(made_with)]
+      # Weights of a run have no fingerprint: its config without the keys that may be changed
+      # between calls (FREE), and the last step, stand for them.
+      config = read_config(self.run.workdir).to_dict()
+      trained_with = {key: value for key, value in config.items() if key not in FREE}
+      content["weights"] = [self.stage, max(steps, key=int, default=""), to_json(trained_with)]
     if isinstance(e.codec, WanCodecConfig):
-      told["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
-      told["text"]["weights"] = self.run.components.texts.identity
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+      content["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
+      content["text"]["weights"] = self.run.components.texts.identity
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
   def params(self) -> Params:
-    """The network's weights, over the run's devices.
+    """Loads the network's weights, sharded over the run's mesh.
 
     Raises UserError where they are missing or of another size.
     """
-    e = self.experiment
     if self.weights:
+      e = self.experiment
       return pretrained.load_published(self.run, self.weights, e.dit, e.model.dtype)
     return pretrained.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
-    """Says what the model will not understand, and encodes what needs an encoder of its own, all at
-    once: it is then out of memory.
-    """
+    """Encodes the prompts that need an encoder, and prints remarks on unknown words to stderr."""
+    # Not `components.prepare`, which adds the negative prompt: the student runs without guidance.
     if isinstance(self.run.components, WanComponents):
       self.run.components.texts.fill(prompts)
     for prompt in prompts:
-      for line in self.run.components.remarks(prompt):
-        print(line, file=sys.stderr)
+      for remark in self.run.components.remarks(prompt):
+        print(remark, file=sys.stderr)
 
   def texts(self, prompts: list[str]) -> np.ndarray:
-    """[n l] or [n l d], for prompts that were prepared."""
+    """Ids [n l] or texts [n l d] of prompts that `prepare_texts` has seen."""
+    # read from the text cache's files, so a missing one is an error and loads no encoder
     if not isinstance(self.run.components, WanComponents):
       return self.run.tokens(prompts)
     return prompt_texts.pad(
@@ -134,15 +135,21 @@ class VideoModel:
     )
 
   def generator(self, frames: int):
-    """generate(params, texts, seeds, given) -> latents [b given + frames h w c]; given latents are
-    None, one frame's, or whole blocks'.
+    """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.
+
+    given: conditioning latents [b f h w c], one frame's or whole blocks'.
     """
     return self.run.sampler(frames)
 
   def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
-    """What `frames` new latent frames after `given` ones would cost."""
+    """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""
     e = self.experiment
-    small = not isinstance(e.codec, WanCodecConfig)
+    decoder = text_encoder = tiling = None  # those of the small worlds cost next to nothing
+    if isinstance(e.codec, WanCodecConfig):
+      published = taehv.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig()
+      decoder = _stored(e.codec.weights, _kind(e.codec), published)
+      text_encoder = _stored(e.text.weights, "umt5", umt5.UMT5Config())
+      tiling = tiling_of(e.codec)
     request = costs.JobSize(
       dit=e.student_dit,
       method=e.history,
@@ -154,38 +161,33 @@ class VideoModel:
       given=given,
       text=e.text.length,
       dtype=e.model.dtype,
-      vae=None
-      if small
-      else _stored(
-        e.codec.weights,
-        _kind(e.codec),
-        taehv.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig(),
-      ),
-      umt5=None if small else _stored(e.text.weights, "umt5", umt5.UMT5Config()),
-      tiling=None if small else tiling_of(e.codec),
+      vae=decoder,
+      umt5=text_encoder,
+      tiling=tiling,
     )
     return costs.make(request, self.run.mesh)
 
 
 def from_workdir(workdir: str, stage: str, changes: ModelChanges) -> VideoModel:
-  """A run that hiar_jax.train made.
+  """Opens a run of hiar_jax.train, to generate with the weights of one of its stages.
 
-  Raises UserError where there is none, or where it cannot be changed so.
+  Raises UserError where there is none, or where the changes do not suit it.
   """
   run = open_run(read_config(workdir), workdir, save=False)
-  return VideoModel(
-    dataclasses.replace(run, experiment=_changed(run.experiment, changes)), "", stage
-  )
+  run = dataclasses.replace(run, experiment=_with_changes(run.experiment, changes))
+  return VideoModel(run, "", stage)
 
 
 def from_config(
   config: config_dict.ConfigDict, directory: str | None, changes: ModelChanges, needed: bool = True
 ) -> VideoModel:
-  """A config's experiment with the weights in `directory`, default its weights.student; for a plan
-  they are not `needed`.
+  """Opens a config's experiment with converted weights.
 
-  The autoencoder and the text encoder are taken from there too, where they are there; else from
-  where the config says.
+  directory: holds dit/; vae/ (or tiny_vae/), umt5/ and tokenizer/ are taken from it too where it
+  has them, else from the config's directories. By default the config's weights.student.
+  needed: False where the weights will not be loaded, and may be missing.
+
+  Raises UserError where weights are missing, or where the changes do not suit the config.
   """
   experiment = build(Experiment, config)
   directory = directory or experiment.weights.student or ""
@@ -200,23 +202,24 @@ def from_config(
       "instead of --config"
     )
   if needed:
-    weights.describe(directory, "dit")  # says what is missing
-  experiment = _changed(experiment, changes)
+    weights.describe(directory, "dit")  # raises where something is missing
+  experiment = _with_changes(experiment, changes)
   codec, text = experiment.codec, experiment.text
   if directory and weights.exists(directory, _kind(codec)):
     codec = dataclasses.replace(codec, weights=directory)
   if directory and weights.exists(directory, "umt5"):
     text = dataclasses.replace(text, weights=directory)
   experiment = dataclasses.replace(experiment, codec=codec, text=text)
-  return VideoModel(
-    Run(experiment, pathlib.Path(), make_mesh(experiment.mesh)), os.fspath(directory), ""
-  )
+  # a run without a workdir: nothing is read from it or written to it
+  run = Run(experiment, pathlib.Path(), make_mesh(experiment.mesh))
+  return VideoModel(run, os.fspath(directory), "")
 
 
-def _changed(e: Experiment, changes: ModelChanges) -> Experiment:
-  """The experiment as the command wants it."""
+def _with_changes(e: Experiment, changes: ModelChanges) -> Experiment:
+  """The experiment with the changes. Raises UserError where they do not suit its codec."""
   if changes.height or changes.width:
     height, width = changes.height or e.data.height, changes.width or e.data.width
+    # the autoencoder's factor times the DiT's patch: 16 pixels for Wan2.1
     lengths.check_sides(height, width, e.codec.spatial_factor * max(e.model.patch))
     e = dataclasses.replace(e, data=dataclasses.replace(e.data, size=(height, width)))
   if changes.dtype:
@@ -226,10 +229,8 @@ def _changed(e: Experiment, changes: ModelChanges) -> Experiment:
       raise UserError(
         f"--decoder and --tile are for Wan's autoencoder; this run's codec is {e.codec.kind!r}"
       )
-    tiny, tile = (
-      changes.decoder == "tiny_vae" if changes.decoder else e.codec.tiny,
-      e.codec.tile if changes.tile is None else changes.tile,
-    )
+    tiny = changes.decoder == "tiny_vae" if changes.decoder else e.codec.tiny
+    tile = e.codec.tile if changes.tile is None else changes.tile
     if 0 < tile < LEAST_TILE:
       raise UserError(
         f"--tile={tile}: expected at least {LEAST_TILE} latents a side ({8 * LEAST_TILE} pixels), "
@@ -245,11 +246,12 @@ def _changed(e: Experiment, changes: ModelChanges) -> Experiment:
 
 
 def _kind(codec: WanCodecConfig) -> str:
+  """The folder of the autoencoder in a directory of converted weights."""
   return "tiny_vae" if codec.tiny else "vae"
 
 
 def _stored(directory: str, kind: str, published):
-  """The config of weights that are there, else the published one: a plan needs no weights."""
+  """The config of the weights in `directory`, else the published one: estimates need no weights."""
   return (
     weights.read_config(directory, kind)
     if directory and weights.exists(directory, kind)

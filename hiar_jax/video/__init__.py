@@ -1,1 +1,1 @@
-"""Files that people watch: ours and those of others."""
+"""Video and image files: reading any format, writing mp4, PNG and contact sheets."""

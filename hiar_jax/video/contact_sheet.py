@@ -1,4 +1,4 @@
-"""Contact sheets: many videos as one picture that a person can read."""
+"""Contact sheets: frames of many videos in one image, a row each."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,14 @@ from PIL import Image, ImageDraw, ImageFont
 from hiar_jax.errors import UserError
 from hiar_jax.video.frames import checked_frames, to_uint8
 
-_INK, _PAPER, _QUIET, _ACCENT = (32, 32, 32), (255, 255, 255), (150, 150, 150), (214, 96, 40)
+# RGB
+_INK = (32, 32, 32)
+_PAPER = (255, 255, 255)
+_QUIET = (150, 150, 150)
+_ACCENT = (214, 96, 40)
+# pixels
+_GAP = 6  # between the frames of a row
+_STRIP = 15  # below a frame: its bar and its number
 
 
 def contact_sheet(
@@ -21,16 +28,15 @@ def contact_sheet(
   scale: int | None = None,
   title: str = "",
 ) -> np.ndarray:
-  """One row a video, caption above it, frames left to right: an image uint8 [H', W', 3].
+  """Returns an image uint8 [H' W' 3]: a row per video, its caption above, frames left to right.
 
   Args:
-    videos: caption -> frames [f, H, W, 3], uint8 or float in [-1, 1]; all of one frame size.
-    columns: how many frames a row shows, spread evenly from the first to the last.
-    every: shows frames 0, every, 2 * every, ... instead of `columns` frames.
-    train_frames: pixel frames of a training clip; frames beyond it carry an orange bar instead of a
-    grey one.
-    block_frames: pixel frames of a block (the first block has `block_frames` frames too); where
-      consecutive pictures belong to different blocks the gap between them holds a thin line.
+    videos: caption -> frames [f H W 3], uint8 or float in [-1, 1]; all of one frame size.
+    columns: frames in a row, spread evenly from the first to the last.
+    every: takes frames 0, every, 2 * every, ... instead of `columns` frames.
+    train_frames: pixel frames of a training clip; later frames have an orange bar, not a grey one.
+    block_frames: pixel frames of a block (the first block has `block_frames` frames too); a thin
+      line in the gap separates frames of different blocks.
     scale: integer enlargement; by default the smallest that makes a frame at least 96 pixels high.
     title: one line above everything.
 
@@ -43,17 +49,18 @@ def contact_sheet(
       f"contact sheet: got frame sizes {sorted(sizes)}, columns={columns}, every={every}; expected "
       "videos of one frame size, columns >= 1 and every >= 1"
     )
-  height, width, _ = next(iter(sizes))
+  ((height, _, _),) = sizes
   scale = scale or max(1, -(-96 // height))
-  shown = [
-    (caption, clip, _shown_frames(len(clip), columns, every)) for caption, clip in clips.items()
-  ]
-  header = _label(title, 15, _INK) if title else None
-  rows = [
-    _sheet_row(caption, clip, index, scale, train_frames, block_frames)
-    for caption, clip, index in shown
-  ]
-  rows = ([header] if header is not None else []) + rows
+  rows = [_label(title, 15)] if title else []
+  for caption, clip in clips.items():
+    if every is not None:
+      indices = list(range(0, len(clip), every))
+    else:
+      # a set: rounding may hit a frame twice
+      spread = np.linspace(0, len(clip) - 1, min(columns, len(clip)))
+      indices = sorted(set(spread.round().astype(int).tolist()))
+    rows.append(_sheet_row(caption, clip, indices, scale, train_frames, block_frames))
+  # white margins: 4 pixels above and below, 8 at the sides
   canvas = np.full(
     (sum(len(row) for row in rows) + 8, max(row.shape[1] for row in rows) + 16, 3), 255, np.uint8
   )
@@ -64,36 +71,42 @@ def contact_sheet(
   return canvas
 
 
-def _sheet_row(caption, clip, shown, scale, train_frames, block_frames) -> np.ndarray:
-  gap, strip = 6, 15
+def _sheet_row(
+  caption: str,
+  clip: np.ndarray,
+  indices: list[int],
+  scale: int,
+  train_frames: int | None,
+  block_frames: int | None,
+) -> np.ndarray:
+  """One row, uint8 [H' W' 3]: the caption above frames `indices` of a clip uint8 [f H W 3]."""
   height, width = clip.shape[1] * scale, clip.shape[2] * scale
-  pictures = [clip[i].repeat(scale, 0).repeat(scale, 1) for i in shown]
-  body = Image.new("RGB", (len(shown) * (width + gap) - gap, height + strip + 8), _PAPER)
-  draw = ImageDraw.Draw(body)
+  # 8: the distance to the next row
+  size = (len(indices) * (width + _GAP) - _GAP, height + _STRIP + 8)
+  canvas = Image.new("RGB", size, _PAPER)
+  draw = ImageDraw.Draw(canvas)
   font = ImageFont.load_default(10)
-  for place, (i, picture) in enumerate(zip(shown, pictures, strict=True)):
-    left = place * (width + gap)
-    body.paste(Image.fromarray(picture), (left, 0))
+  for column, i in enumerate(indices):
+    left = column * (width + _GAP)
+    # nearest neighbour: the pixels of small videos stay visible
+    canvas.paste(Image.fromarray(clip[i].repeat(scale, 0).repeat(scale, 1)), (left, 0))
     colour = _ACCENT if train_frames is not None and i >= train_frames else _QUIET
     draw.rectangle((left, height, left + width - 1, height + 1), fill=colour)
     draw.text((left + 1, height + 2), str(i), font=font, fill=colour)
-    if block_frames and place and i // block_frames != shown[place - 1] // block_frames:
-      draw.line((left - gap // 2, 0, left - gap // 2, height + 1), fill=_QUIET)
-  label, body = _label(caption, 14, _INK), np.asarray(body)
+    if block_frames and column and i // block_frames != indices[column - 1] // block_frames:
+      draw.line((left - _GAP // 2, 0, left - _GAP // 2, height + 1), fill=_QUIET)
+  label = _label(caption, 14)
+  body = np.asarray(canvas)
+  # the caption may be wider than the frames, or narrower
   row = np.full((len(label) + len(body), max(label.shape[1], body.shape[1]), 3), 255, np.uint8)
   row[: len(label), : label.shape[1]] = label
   row[len(label) :, : body.shape[1]] = body
   return row
 
 
-def _label(text: str, size: int, colour) -> np.ndarray:
+def _label(text: str, size: int) -> np.ndarray:
+  """A line of text as an image uint8 [H' W' 3]; size: of the font, in pixels."""
   font = ImageFont.load_default(size)
   image = Image.new("RGB", (int(font.getlength(text)) + 2, size + 8), _PAPER)
-  ImageDraw.Draw(image).text((0, 2), text, font=font, fill=colour)
+  ImageDraw.Draw(image).text((0, 2), text, font=font, fill=_INK)
   return np.asarray(image)
-
-
-def _shown_frames(frames: int, columns: int, every: int | None) -> list[int]:
-  if every is not None:
-    return list(range(0, frames, every))
-  return sorted(set(np.linspace(0, frames - 1, min(columns, frames)).round().astype(int).tolist()))

@@ -1,11 +1,15 @@
-"""An MP4 that plays while it grows: H.264 in fragments (ISO/IEC 14496-12, 8.8), each whole and on
-the disk before the next one starts.
+"""Fragmented MP4 (ISO/IEC 14496-12, 8.8): H.264 video that can be played while it is written.
 
-A process that dies leaves a file that plays up to its last whole fragment, and that can be gone on
-with. FFmpeg writes every box; what is done here is to take a fragment out as soon as its last frame
-is in (the muxer alone would keep it until the next one begins), to put the fragment's place in time
-into it, and to write it so that players pass over a part of one: it is marked as free space until
-all of it is on the disk.
+    file = head (ftyp moov), fragment, fragment, ...     fragment = moof mdat
+
+Each fragment is complete and on the disk before the next one starts, so a killed process leaves a
+file that plays up to its last whole fragment and that can be resumed. FFmpeg writes every box; what
+is done here:
+
+- A fragment leaves the muxer with its last frame; FFmpeg would keep it until the next one begins.
+- Its decode time is patched, since a muxer of its own starts every fragment at 0.
+- It is written under the name `free`, a box that players skip, and named `moof` when all of it is
+  on the disk.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,19 +28,20 @@ import numpy as np
 from hiar_jax.errors import UserError
 from hiar_jax.files import explained
 from hiar_jax.video.frames import checked_frames
-from hiar_jax.video.mp4 import yuv_frame
+from hiar_jax.video.mp4 import BT709, yuv_frame
 
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
-_CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")
-_FREE = b"free"  # the name of a box that players pass over, whole or not
-_NO_LIMIT = 2**31 - 1  # frames between key frames: only a fragment's first frame is one
+_CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")  # boxes that hold boxes
+_FREE = b"free"  # free space (8.1.2), which players skip, whole or not
+_NO_LIMIT = 2**31 - 1  # frames between key frames: only the first frame of a fragment is one
+_HEADER = 8  # bytes of a box before its content: size uint32, name 4 bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class Fragment:
-  """`frames` frames, the first of them number `first`, in bytes start .. end of the file.
+  """Frames first .. first + frames of the video, bytes start .. end of the file; ends are excluded.
 
-  The file's head is a fragment of 0 frames.
+  The head of the file is a fragment of 0 frames.
   """
 
   first: int
@@ -46,10 +51,10 @@ class Fragment:
 
 
 class FragmentedMP4:
-  """Writes frames uint8 [n, H, W, 3], a call a fragment, all of one size.
+  """A writer of frames uint8 [n H W 3], all of one size: one fragment per call of `write`.
 
-  metadata: as media.write_mp4's, in the head. scale, crf: as there. The file's first bytes are
-  written with the first frames. `mime` is its type for a browser's MediaSource, known from then on.
+  The file appears with the first frames. From then on `mime` is its type for MediaSource of a
+  browser. metadata, scale, crf: as in `mp4.write_mp4`; the metadata is in the head.
   """
 
   def __init__(
@@ -62,28 +67,35 @@ class FragmentedMP4:
     crf: int = 14,
     keep: int | None = None,
   ):
-    """keep: goes on with the file that is there, after its first `keep` frames; what follows them
-    is cut off.
+    """Opens a new file, or resumes one.
 
-    Raises UserError where a file is there already (without `keep`), or is none that can be gone on
-    with, or none can be written.
+    keep: resumes the existing file after its first `keep` frames and cuts off later ones.
+
+    Raises UserError where the file exists (without `keep`), cannot be resumed, or cannot be
+    written.
     """
-    self.path, self.fps, self.frames, self.mime = pathlib.Path(path), fps, 0, ""
-    self._metadata, self._scale, self._crf = dict(metadata or {}), scale, crf
+    self.path = pathlib.Path(path)
+    self.fps = fps
+    self.frames = 0
+    self.mime = ""
+    self._metadata = dict(metadata or {})
+    self._scale = scale
+    self._crf = crf
     self._rate = Fraction(fps).limit_denominator(1001)
+    # the encoder needs the frames' size, so it starts with the first ones
     self._encoder: _Encoder | None = None
     self._fragments: list[Fragment] = []
-    self._head = b""
+    self._head = b""  # of a resumed file
     self._file: io.FileIO | None = None
     with explained(self.path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
     if keep is not None:
-      self._go_back(keep)
+      self._truncate(keep)
     elif self.path.exists():
       raise _taken(self.path)
 
   def write(self, frames: np.ndarray) -> Fragment:
-    """One fragment of these frames, which is on the disk when this returns."""
+    """Writes frames uint8 [n H W 3] as one fragment, which is on the disk when this returns."""
     frames = checked_frames(self.path, frames)
     if self._encoder is None:
       self._start(frames.shape[1:3])
@@ -93,15 +105,20 @@ class FragmentedMP4:
         "expected one size"
       )
     content = self._encoder.fragment(frames, self.frames, len(self._fragments))
+    # Bytes 4 .. 8 are the name of the moof box. With the name `free` the box is skipped; an mdat
+    # box without a moof before it is not played. The 4 bytes of the name are written last, after
+    # all others were synchronised, and make the fragment valid in one step.
     start = self._append(content[:4] + _FREE + content[8:])
-    self._commit(start + 4, content[4:8])
+    with explained(self.path):
+      os.pwrite(self._file.fileno(), content[4:8], start + 4)
+      os.fsync(self._file.fileno())
     fragment = Fragment(self.frames, len(frames), start, start + len(content))
     self._fragments.append(fragment)
     self.frames += len(frames)
     return fragment
 
   def close(self) -> None:
-    """There is nothing left to write: the file has been whole since its last fragment."""
+    """Closes the file, which is complete since its last fragment."""
     if self._file:
       self._file.close()
 
@@ -112,11 +129,13 @@ class FragmentedMP4:
     self.close()
 
   def _start(self, size: tuple[int, int]) -> None:
+    """Starts the encoder for frames of (height, width), and writes the head of a new file."""
     self._encoder = _Encoder(size, self._rate, self._scale, self._crf, self._metadata)
     self.mime = f'video/mp4; codecs="{codec_name(self._encoder.head)}"'
     if self._file is None:
       self._open("xb")
       self._append(self._encoder.head)
+    # a resumed file keeps its head, so new fragments must decode with its settings
     elif _decoder_settings(self._head) != _decoder_settings(self._encoder.head):
       raise UserError(
         f"{self.path} is a video of another size or quality; give the one that this generation "
@@ -125,6 +144,7 @@ class FragmentedMP4:
 
   def _open(self, mode: str) -> None:
     try:
+      # unbuffered: what is written is with the kernel, in the order of the calls
       with explained(self.path):
         self._file = open(self.path, mode, buffering=0)
     except UserError as error:
@@ -133,30 +153,26 @@ class FragmentedMP4:
       ) from error.__cause__
 
   def _append(self, content: bytes) -> int:
-    """Where it starts."""
+    """Writes bytes at the end of the file and returns the offset of the first."""
     with explained(self.path):
-      start, left = self._file.seek(0, os.SEEK_END), memoryview(content)
-      while left:
+      start = self._file.seek(0, os.SEEK_END)
+      left = memoryview(content)
+      while left:  # a raw file may write less than it is given
         left = left[self._file.write(left) :]
       os.fsync(self._file.fileno())
     return start
 
-  def _commit(self, at: int, name: bytes) -> None:
-    """Gives a box its name."""
-    with explained(self.path):
-      os.pwrite(self._file.fileno(), name, at)
-      os.fsync(self._file.fileno())
-
-  def _go_back(self, keep: int) -> None:
-    """To just after frame `keep`."""
+  def _truncate(self, keep: int) -> None:
+    """Opens the existing file and cuts it off after its first `keep` frames."""
     if not self.path.exists():
       raise UserError(
         f"{self.path} is not there to be gone on with; restore it, or start a new video"
       )
-    head, *there = scan(self.path)
-    kept = [fragment for fragment in there if fragment.first + fragment.frames <= keep]
+    head, *fragments = scan(self.path)
+    # fragments are the smallest unit that can be cut off
+    kept = [fragment for fragment in fragments if fragment.first + fragment.frames <= keep]
     if sum(fragment.frames for fragment in kept) != keep:
-      held = sum(fragment.frames for fragment in there)
+      held = sum(fragment.frames for fragment in fragments)
       raise UserError(
         f"{self.path} holds {held} frames in fragments of other lengths; expected the first "
         f"{keep} to be whole"
@@ -164,48 +180,56 @@ class FragmentedMP4:
     end = kept[-1].end if kept else head.end
     self._open("r+b")
     self._head = os.pread(self._file.fileno(), head.end, 0)
-    self._fragments, self.frames = kept, keep
+    self._fragments = kept
+    self.frames = keep
     self._file.truncate(end)
     os.fsync(self._file.fileno())
 
 
 class _Encoder:
-  """Frames -> fragments. head: the bytes before the first one."""
+  """Frames -> the bytes of fragments; `head`: the bytes before the first one."""
 
   def __init__(
     self, size: tuple[int, int], rate: Fraction, scale: int, crf: int, metadata: Mapping[str, str]
   ):
-    self.size, self._scale, self._time = size, scale, 1 / rate
+    self.size = size
+    self._scale = scale
+    self._time = 1 / rate  # seconds per frame
+    # even sides, for yuv420p
     self._height, self._width = (side * scale + side * scale % 2 for side in size)
     head = io.BytesIO()
-    # It writes the head and encodes; what it encodes goes into other files, one a fragment.
+    # This container writes the head and owns the encoder. Its packets are muxed into other
+    # containers, one a fragment.
     self._container = av.open(head, "w", format="mp4", options={"movflags": _MOVFLAGS})
     self._container.metadata["comment"] = json.dumps(
       dict(metadata), ensure_ascii=False, sort_keys=True
     )
-    # zerolatency: each frame comes out when it goes in; one thread: the same bytes on every machine
+    # zerolatency: a frame is encoded when it is given; one thread: equal bytes on every machine
     self._stream = self._container.add_stream(
       "libx264", rate=rate, options={"crf": str(crf), "tune": "zerolatency", "threads": "1"}
     )
-    self._stream.width, self._stream.height, self._stream.pix_fmt = (
-      self._width,
-      self._height,
-      "yuv420p",
-    )
+    self._stream.width, self._stream.height = self._width, self._height
+    self._stream.pix_fmt = "yuv420p"
     context = self._stream.codec_context
     context.gop_size, context.max_b_frames = _NO_LIMIT, 0
-    context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+    context.colorspace = context.color_primaries = context.color_trc = BT709
     self._container.start_encoding()
     self.head = head.getvalue()
 
   def fragment(self, frames: np.ndarray, first: int, index: int) -> bytes:
-    """frames uint8 [n, H, W, 3], the first of them number `first`, as fragment `index`: a moof and
-    an mdat box.
+    """Encodes frames uint8 [n H W 3] into a moof and an mdat box.
+
+    first: number of the first frame in the video; index: of the fragment, from 0.
     """
-    packets = [
-      packet for i, frame in enumerate(frames) for packet in self._encode(frame, first + i, i == 0)
-    ]
+    packets = []
+    for i, frame in enumerate(frames):
+      picture = yuv_frame(frame, self._height, self._width, self._scale)
+      picture.pts, picture.time_base = first + i, self._time
+      # a key frame first, so that a fragment decodes without the ones before it
+      picture.pict_type = PictureType.I if i == 0 else PictureType.NONE
+      packets += self._stream.encode(picture)
     file = io.BytesIO()
+    # skip_trailer: no index of the fragments at the end; sequence numbers of fragments start at 1
     options = {"movflags": f"{_MOVFLAGS}+skip_trailer", "fragment_index": str(index + 1)}
     with av.open(file, "w", format="mp4", options=options) as container:
       stream = container.add_stream_from_template(self._stream)
@@ -214,17 +238,17 @@ class _Encoder:
         packet.stream, packet.duration = stream, 1
         container.mux(packet)
     content = bytearray(file.getvalue())
-    start = next(box.start for box in _boxes(content) if box.name == "moof")
-    tick = _ticks(content)
-    decode_time = next(box for box in _boxes(content, deep=True) if box.name == "tfdt")
-    struct.pack_into(">Q", content, decode_time.start + 12, round(first * self._time * tick))
-    return bytes(content[start:])
-
-  def _encode(self, frame: np.ndarray, number: int, key: bool) -> list[av.Packet]:
-    picture = yuv_frame(frame, self._height, self._width, self._scale)
-    picture.pts, picture.time_base = number, self._time
-    picture.pict_type = PictureType.I if key else PictureType.NONE
-    return self._stream.encode(picture)
+    boxes: dict[str, _Box] = {}
+    for box in _boxes(content, deep=True):
+      boxes.setdefault(box.name, box)
+    # mdhd (8.4.2): version and flags, two times of 4 bytes (8 in version 1), the timescale
+    header = boxes["mdhd"].start + _HEADER
+    offset = header + 4 + (16 if content[header] else 8)
+    (timescale,) = struct.unpack_from(">I", content, offset)
+    # tfdt (8.8.12) in version 1, which FFmpeg writes: version and flags, the decode time in 8 bytes
+    decode_time = round(first * self._time * timescale)
+    struct.pack_into(">Q", content, boxes["tfdt"].start + _HEADER + 4, decode_time)
+    return bytes(content[boxes["moof"].start :])  # without this container's own head
 
 
 def _taken(path: pathlib.Path) -> UserError:
@@ -236,30 +260,37 @@ def _taken(path: pathlib.Path) -> UserError:
 
 @dataclasses.dataclass(frozen=True)
 class _Box:
+  """A box in bytes start .. end, its header included."""
+
   name: str
   start: int
   end: int
 
 
 def scan(path: str | os.PathLike) -> list[Fragment]:
-  """The head and the whole fragments of a file, in order; a cut-off one at its end is left out.
+  """Returns the head and the whole fragments of a file, in order; a cut-off last one is left out.
 
   Raises UserError where this is no fragmented MP4.
   """
   with explained(pathlib.Path(path)):
     content = pathlib.Path(path).read_bytes()
-  found, head, moof, frames = [], 0, None, 0
+  found = []
+  moof = None  # the last one, until its mdat comes
+  frames = 0
   for box in _boxes(content):
     if box.name == "moov":
-      head = box.end
-      found.append(Fragment(0, 0, 0, head))
+      found.append(Fragment(0, 0, 0, box.end))
     elif box.name == "moof":
       moof = box
     elif box.name == "mdat" and moof and found:
-      count = _samples(content, moof)
+      inner = _boxes(content, moof.start + _HEADER, moof.end, deep=True)
+      # trun (8.8.8): version and flags, then the number of samples, which are frames
+      runs = [box.start + _HEADER + 4 for box in inner if box.name == "trun"]
+      count = sum(struct.unpack_from(">I", content, run)[0] for run in runs)
       found.append(Fragment(frames, count, moof.start, box.end))
-      frames, moof = frames + count, None
-  if not head:
+      frames += count
+      moof = None
+  if not found:
     raise UserError(
       f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote"
     )
@@ -267,40 +298,29 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
 
 
 def codec_name(head: bytes) -> str:
-  """What a browser calls the codec (RFC 6381), such as avc1.64001f: profile, constraints and
-  level.
-  """
+  """Returns the codec's name for browsers (RFC 6381): avc1 with profile, constraints and level."""
   return f"avc1.{_decoder_settings(head)[1:4].hex()}"
 
 
 def _decoder_settings(head: bytes) -> bytes:
-  """The content of the avcC box."""
+  """The content of the avcC box (ISO/IEC 14496-15): profile, level, parameter sets."""
+  # by its name: it lies within a sample entry of stsd, which is no plain container of boxes
   at = head.index(b"avcC")
   return head[at + 4 : at - 4 + int.from_bytes(head[at - 4 : at])]
-
-
-def _samples(content: bytes, moof: _Box) -> int:
-  runs = [box for box in _boxes(content, moof.start + 8, moof.end, deep=True) if box.name == "trun"]
-  return sum(struct.unpack_from(">I", content, run.start + 12)[0] for run in runs)
-
-
-def _ticks(content: bytes) -> int:
-  """Units of the track's clock in a second."""
-  box = next(box for box in _boxes(content, deep=True) if box.name == "mdhd")
-  return struct.unpack_from(">I", content, box.start + (28 if content[box.start + 8] else 20))[0]
 
 
 def _boxes(
   content: bytes, start: int = 0, end: int | None = None, deep: bool = False
 ) -> Iterator[_Box]:
-  """The whole boxes between two offsets; deep: also those inside."""
+  """Yields the whole boxes between two offsets; deep: each followed by those inside it."""
   end = len(content) if end is None else end
-  while start + 8 <= end:
+  while start + _HEADER <= end:
     size, name = struct.unpack_from(">I4s", content, start)
-    if size < 8 or start + size > end:
+    # sizes 0 and 1 (to the end of the file, 64 bits) are not written here; cut-off boxes end it too
+    if size < _HEADER or start + size > end:
       return
     box = _Box(name.decode("latin-1"), start, start + size)
     yield box
     if deep and box.name in _CONTAINERS:
-      yield from _boxes(content, start + 8, box.end, deep=True)
+      yield from _boxes(content, start + _HEADER, box.end, deep=True)
     start = box.end

@@ -1,4 +1,4 @@
-"""Frames as arrays: conversions between bytes and [-1, 1], and a check before they are written."""
+"""Frames as arrays: uint8 <-> [-1, 1] on the host, and the check before frames are written."""
 
 import numpy as np
 
@@ -6,9 +6,7 @@ from hiar_jax.errors import UserError
 
 
 def to_uint8(frames) -> np.ndarray:
-  """Float frames in [-1, 1] of any shape -> uint8 in 0..255, rounded and clipped; uint8 passes
-  through.
-  """
+  """Float frames in [-1, 1] of any shape -> uint8, rounded and clipped; uint8 is returned as is."""
   frames = np.asarray(frames)
   if frames.dtype == np.uint8:
     return frames
@@ -16,7 +14,7 @@ def to_uint8(frames) -> np.ndarray:
 
 
 def to_float(frames) -> np.ndarray:
-  """uint8 frames of any shape -> float32 in [-1, 1]; float frames pass through as float32."""
+  """uint8 frames of any shape -> float32 in [-1, 1]; float frames are returned as float32."""
   frames = np.asarray(frames)
   if frames.dtype == np.uint8:
     return frames.astype(np.float32) / 127.5 - 1.0
@@ -24,7 +22,7 @@ def to_float(frames) -> np.ndarray:
 
 
 def checked_frames(name, frames) -> np.ndarray:
-  """uint8 [f, H, W, 3] with f >= 1; UserError for anything else."""
+  """Returns uint8 frames [f H W 3], f >= 1. Raises UserError, which begins with name, otherwise."""
   frames = np.asarray(frames)
   if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
     raise UserError(

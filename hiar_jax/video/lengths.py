@@ -1,5 +1,5 @@
-"""The sizes of a video that a model can make: sides that its codec and patches divide, and frames
-in whole blocks.
+"""Sizes of a video that a model can generate: sides that its codec and patches divide, and frame
+counts of whole blocks.
 """
 
 import bisect
@@ -11,13 +11,14 @@ Frames = Callable[[int], int]  # latent frames -> pixel frames
 
 
 def wan_pixel_frames(latent: int) -> int:
-  """F = 1 + 4 (f - 1): Wan2.1's VAE."""
+  """F = 1 + 4 (f - 1), Wan2.1's VAE (arXiv 2503.20314, section 4.1)."""
   return 1 + 4 * (latent - 1)
 
 
 def check_sides(height: int, width: int, multiple: int = 16) -> None:
-  """Raises UserError unless both are positive multiples of `multiple` (Wan2.1: 8 of the VAE times
-  patches of 2), naming the nearest.
+  """Raises UserError, with the nearest size, unless both sides are positive multiples.
+
+  multiple: in pixels; the default is Wan2.1's, 8 of the VAE times patches of 2.
   """
   wrong = [
     f"--{name}={side}"
@@ -40,51 +41,57 @@ def fit_blocks(
   given: int = 0,
   strict: bool = False,
 ) -> tuple[int, str]:
-  """(latent frames to make, message): the fewest whole blocks after `given` latent frames that fill
-  a video of `frames` pixel frames.
+  """Returns (new latent frames, message) of a video of at least `frames` pixel frames.
 
-  The message says that more are made than were asked for, '' where it fits. Raises UserError where
-  `frames` is not at least 1 and more than is given, and, if `strict`, where it does not fit, naming
-  the nearest counts.
+  frames: pixel frames, those of the conditioning included. block: latent frames of a block. given:
+  latent frames of the conditioning; the fewest whole blocks follow them. The message names the
+  count that is made instead of `frames`, '' where both are equal.
+
+  Raises UserError where `frames` is below 1 or not more than the conditioning has; if `strict`,
+  also where `frames` is not reached exactly, with the nearest counts.
   """
-  there = pixel_frames(given) if given else 0
+  # not pixel_frames(0), which is negative for Wan2.1
+  conditioning = pixel_frames(given) if given else 0
   if frames < 1:
     raise UserError(
       f"frames = {frames}: expected at least 1; {_counts(block, pixel_frames, given)}"
     )
-  if frames <= there:
+  if frames <= conditioning:
     after = pixel_frames(given + block)
     raise UserError(
-      f"frames = {frames}, but the given start has {there} already; ask for more, from {after} on"
+      f"frames = {frames}, but the given start has {conditioning} already; ask for more, from "
+      f"{after} on"
     )
-  filled = lambda blocks: pixel_frames(given + blocks * block)
-  blocks = 1 + bisect.bisect_left(range(1, frames + 1), frames, key=filled)
-  fits = filled(blocks)
-  if fits == frames:
+  total = lambda blocks: pixel_frames(given + blocks * block)
+  # Binary search: pixel_frames has no inverse here, and grows with the count. At most `frames`
+  # blocks are needed, as each adds a frame or more.
+  blocks = 1 + bisect.bisect_left(range(1, frames + 1), frames, key=total)
+  above = total(blocks)
+  if above == frames:
     return blocks * block, ""
-  line = (
-    f"frames = {frames} is not whole blocks of {block} "
-    f"{'' if fits == given + blocks * block else 'latent '}frames"
-  )
+  # "latent" only where a latent frame is not a pixel frame
+  unit = "frames" if above == given + blocks * block else "latent frames"
+  message = f"frames = {frames} is not whole blocks of {block} {unit}"
   if strict:
-    below = filled(blocks - 1) if blocks > 1 else 0
-    raise UserError(
-      f"{line}; the nearest {f'counts are {below} and {fits}' if below else f'count is {fits}'}"
-    )
-  return blocks * block, f"{line}: making {fits}"
+    below = total(blocks - 1) if blocks > 1 else 0
+    nearest = f"counts are {below} and {above}" if below else f"count is {above}"
+    raise UserError(f"{message}; the nearest {nearest}")
+  return blocks * block, f"{message}: making {above}"
 
 
 def crop_to_blocks(
   frames: int, block: int, pixel_frames: Frames = wan_pixel_frames
 ) -> tuple[int, int]:
-  """(pixel frames, latent frames) of the most whole blocks that `frames` given pixel frames hold;
-  (0, 0) for less than one.
+  """Returns (pixel frames, latent frames) of the most whole blocks in `frames` pixel frames.
+
+  (0, 0) where they are less than one block.
   """
   blocks = bisect.bisect_right(range(1, frames + 1), frames, key=lambda n: pixel_frames(n * block))
   return (pixel_frames(blocks * block), blocks * block) if blocks else (0, 0)
 
 
 def _counts(block: int, pixel_frames: Frames, given: int) -> str:
+  """The end of an error message: the shortest frame counts that can be made."""
   counts = [pixel_frames(given + n * block) for n in (1, 2, 3)]
   if counts == [block, 2 * block, 3 * block]:
     return f"videos are made in blocks of {block}"

@@ -1,8 +1,7 @@
-"""Videos and pictures on disk: H.264 mp4 with its provenance inside, PNG, and contact sheets that a
-person can read.
+"""H.264 mp4 files with metadata (prompt, seed, ...) as JSON in the container's comment.
 
-Every file is written under a hidden temporary name in the same directory and renamed when it is
-complete, so a path either holds a whole file or nothing new.
+A file is written under a hidden temporary name in the same directory and renamed when it is
+complete, so a path holds a whole file or nothing new.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.files import whole_file
 from hiar_jax.video.frames import checked_frames
 
+BT709 = 1  # ITU-T H.273: the value of BT.709 as matrix, primaries and transfer function
+
 
 def write_mp4(
   path,
@@ -28,36 +29,39 @@ def write_mp4(
   scale: int = 1,
   crf: int = 14,
 ) -> Path:
-  """Encodes frames uint8 [f, H, W, 3] as H.264 (yuv420p, BT.709), atomically, and returns the path.
+  """Encodes frames uint8 [f H W 3] as H.264 (yuv420p, BT.709), atomically, and returns the path.
 
-  `frames` may also be an iterable of such arrays, pieces of one video, which are encoded one by one
-  and need not be in memory together; where it raises, nothing is left. `metadata` (prompt, seed,
-  config, ...) is stored as JSON in the container's comment; `read_mp4` and `ffprobe -show_format`
-  show it. `scale` enlarges by that integer factor with nearest neighbour, so that small videos can
-  be watched and keep their colours in spite of the halved chroma. `crf` is x264's quality, 0 (best)
-  .. 51. An odd side gains a copy of its last row or column, because yuv420p needs even sides.
+  frames: an array, or an iterable of pieces of one video, which are encoded one by one and need not
+    be in memory together; where it raises, no file is left.
+  metadata: shown by `read_mp4` and `ffprobe -show_format`.
+  scale: integer enlargement with nearest neighbour, for small videos.
+  crf: x264's quality, 0 (best) .. 51.
 
-  Raises UserError for another dtype or shape, no frames, or a scale or fps that is not positive.
+  An odd side is padded to an even one with its last row or column. Raises UserError for another
+  dtype or shape, no frames, or a scale or fps that is not positive.
   """
   path = Path(path)
   if not isinstance(scale, int) or scale < 1 or not fps > 0:
     raise UserError(
       f"{path}: scale is {scale!r} and fps is {fps!r}; give a whole scale >= 1 and fps > 0"
     )
+  # the first piece ahead of the others: the encoder needs the size, and no file is opened for none
   pieces = iter([frames] if hasattr(frames, "shape") else frames)
   first = checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
   with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
     container.metadata["comment"] = json.dumps(
       dict(metadata or {}), ensure_ascii=False, sort_keys=True
     )
+    # 1001: the denominator of the NTSC rates, as 30000/1001
     stream = container.add_stream(
       "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
     )
+    # yuv420p holds chroma at half the size, so the sides are even
     height, width = (side * scale + side * scale % 2 for side in first.shape[1:3])
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
     context = stream.codec_context
-    # BT.709 (ITU-T H.273), said in the file
-    context.colorspace = context.color_primaries = context.color_trc = 1
+    # tagged, since players guess BT.601 for small videos without a tag
+    context.colorspace = context.color_primaries = context.color_trc = BT709
     for piece in itertools.chain([first], pieces):
       if checked_frames(path, piece).shape[1:] != first.shape[1:]:
         raise UserError(
@@ -66,22 +70,27 @@ def write_mp4(
         )
       for frame in piece:
         container.mux(stream.encode(yuv_frame(frame, height, width, scale)))
-    container.mux(stream.encode())
+    container.mux(stream.encode())  # the frames that x264 holds back for its lookahead
   return path
 
 
 def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
-  """Decodes the first video stream: (frames uint8 [f, H, W, 3], frames per second, metadata).
+  """Decodes the first video stream: (frames uint8 [f H W 3], frames per second, metadata).
 
-  `scale` > 1 undoes `write_mp4`'s enlargement by the mean over each scale x scale square. Metadata
-  is {} in a file that carries no JSON comment. Raises UserError for a file that is missing,
-  damaged, or without video.
+  scale: undoes that of `write_mp4` by the mean of each scale x scale square. Metadata is {} in a
+  file without a JSON comment. Raises UserError for a file that is missing, damaged or without
+  video.
   """
   try:
     with av.open(str(path)) as container:
       stream = container.streams.video[0]
-      frames = [_rgb(frame) for frame in container.decode(stream)]
-      fps, comment = float(stream.average_rate or 0), container.metadata.get("comment", "")
+      frames = []
+      for frame in container.decode(stream):
+        # swscale would guess BT.601 for a stream tagged BT.709 and shift the colours
+        source = "ITU709" if frame.colorspace == BT709 else None
+        frames.append(frame.reformat(format="rgb24", src_colorspace=source).to_ndarray())
+      fps = float(stream.average_rate or 0)
+      comment = container.metadata.get("comment", "")
   except FileNotFoundError:
     raise UserError(f"{path}: no such video file") from None
   except (av.error.FFmpegError, IndexError) as error:
@@ -92,9 +101,7 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
 
 
 def read_metadata(path) -> dict | None:
-  """What `write_mp4` was told of a video, {} where nobody said anything; None where this is no
-  video file. Decodes nothing.
-  """
+  """Reads the metadata alone: {} for a file without a JSON comment, None for no video file."""
   try:
     with av.open(str(path)) as container:
       return (
@@ -105,7 +112,8 @@ def read_metadata(path) -> dict | None:
 
 
 def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.VideoFrame:
-  """uint8 [H, W, 3] enlarged by `scale` and filled up to height x width, as yuv420p in BT.709."""
+  """Converts a frame uint8 [H W 3], enlarged and padded to height x width, to yuv420p in BT.709."""
+  # nearest neighbour: at scale >= 2 a pixel has chroma samples of its own and keeps its colour
   frame = frame.repeat(scale, 0).repeat(scale, 1)
   frame = np.pad(
     frame, ((0, height - frame.shape[0]), (0, width - frame.shape[1]), (0, 0)), mode="edge"
@@ -114,17 +122,13 @@ def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.Vide
   return rgb.reformat(format="yuv420p", dst_colorspace="ITU709")
 
 
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-  # swscale would guess BT.601 for a stream tagged BT.709 and shift the colours.
-  source = "ITU709" if frame.colorspace == 1 else None
-  return frame.reformat(format="rgb24", src_colorspace=source).to_ndarray()
-
-
 def _pooled(frames: np.ndarray, scale: int) -> np.ndarray:
+  """The means of scale x scale squares: uint8 [f H W 3] -> uint8 [f H/scale W/scale 3]."""
   if scale == 1:
     return frames
   f, height, width, _ = frames.shape
   h, w = height // scale, width // scale
+  # the padding of odd sides is less than a square, and is dropped
   squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
   return np.rint(squares.mean((2, 4))).astype(np.uint8)
 
@@ -132,6 +136,6 @@ def _pooled(frames: np.ndarray, scale: int) -> np.ndarray:
 def _json_object(text: str) -> dict:
   try:
     value = json.loads(text)
-  except ValueError:  # somebody else's comment, in prose
+  except ValueError:  # a comment that another program wrote
     return {}
   return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""Frames as pictures in a directory: 000000.png, 000001.png, ..."""
+"""Frames as PNG files of a directory: 000000.png, 000001.png, ..."""
 
 import io
 import os
@@ -14,16 +14,19 @@ from hiar_jax.video.frames import checked_frames
 
 
 class PNGFolder:
-  """Writes frames uint8 [n, H, W, 3], each picture whole or not at all. keep: goes on after the
-  first `keep`; what follows is removed.
+  """A writer of frames uint8 [n H W 3], each file whole or not at all.
 
-  Raises UserError where there are pictures already (without `keep`), or too few of them.
+  keep: resumes after the first `keep` files and removes later ones; None starts an empty directory.
+
+  Raises UserError where there are files already (without `keep`), or some of the first are missing.
   """
 
   def __init__(self, path: str | os.PathLike, *, keep: int | None = None):
-    self.path, self.frames = pathlib.Path(path), keep or 0
+    self.path = pathlib.Path(path)
+    self.frames = keep or 0
     with explained(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
+      # other files of the directory, and temporary ones (.000007.png.tmp), are left alone
       there = sorted(entry for entry in self.path.glob("*.png") if entry.stem.isdigit())
     if there and keep is None:
       raise UserError(
@@ -37,12 +40,13 @@ class PNGFolder:
       entry.unlink()
 
   def write(self, frames: np.ndarray) -> None:
+    """Appends frames uint8 [n H W 3]; they are on the disk when this returns."""
     for frame in checked_frames(self.path, frames):
       write_png(self.path / f"{self.frames:06d}.png", frame)
       self.frames += 1
 
   def close(self) -> None:
-    """Every picture is on the disk already."""
+    """Does nothing: every frame is on the disk already."""
 
   def __enter__(self) -> "PNGFolder":
     return self
@@ -52,7 +56,10 @@ class PNGFolder:
 
 
 def write_png(path, image: np.ndarray) -> Path:
-  """Writes an image uint8 [H, W, 3] or [H, W] as PNG, atomically, and returns the path."""
+  """Writes an image uint8 [H W 3] or [H W] as PNG, atomically, and returns the path.
+
+  Raises UserError for another dtype or shape.
+  """
   image = np.asarray(image)
   if image.dtype != np.uint8 or image.ndim not in (2, 3):
     raise UserError(

@@ -1,6 +1,4 @@
-"""One video file as clips: decoded in order, resampled in time by its timestamps, resized and
-cropped to cover.
-"""
+"""Clips of a video file: decoded in order, resampled in time by timestamps, resized and cropped."""
 
 import collections
 from collections.abc import Iterator
@@ -12,7 +10,8 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 
-# a file that decodes to less than this share of the frames it declares was cut off
+# A file that decodes to less than this share of its declared frames counts as cut off; containers
+# declare a few frames more or less than there are.
 _TRUNCATED = 0.9
 
 
@@ -22,8 +21,9 @@ class Unusable(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """The clips wanted: `frames` frames of height x width pixels at `fps`, one starting every
-  `stride` frames.
+  """The clips to take: `frames` frames of height x width pixels at `fps`, a start every `stride`.
+
+  stride: in frames at `fps`; below `frames`, clips overlap.
 
   Raises:
     UserError: a number that is not positive.
@@ -42,7 +42,7 @@ class Sampling:
 
 
 def count_clips(path: str | os.PathLike, sampling: Sampling) -> int:
-  """Decodes the whole file. Returns how many clips it gives, at least 1.
+  """Decodes the whole file and returns its number of clips, at least 1.
 
   Raises:
     Unusable: damaged, cut off, without a picture, or too short for one clip.
@@ -58,13 +58,14 @@ def count_clips(path: str | os.PathLike, sampling: Sampling) -> int:
 
 
 def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
-  """The clips of a file, uint8 [f, H, W, 3] each, reading forward once.
+  """Yields the clips of a file, uint8 [f H W 3] each, in one pass.
 
-  Raises what `count_clips` raises.
+  Raises what `count_clips` raises, but yields nothing for a file too short for one clip.
   """
   window: collections.deque[np.ndarray] = collections.deque(maxlen=sampling.frames)
   index = 0
   for frame, repeats in _resampled(path, sampling.fps):
+    # frames that the resampling skips are decoded, but not resized
     image = _cover(frame, sampling.height, sampling.width) if repeats else None
     for _ in range(repeats):
       window.append(image)
@@ -74,14 +75,19 @@ def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
 
 
 def _resampled(path: str | os.PathLike, fps: float) -> Iterator[tuple[av.VideoFrame, int]]:
-  """Each frame, and at how many of the times 0, 1/fps, 2/fps, ... it is the one on screen."""
-  previous, done = None, 0
+  """Yields (frame, repeats): how many of the times 0, 1/fps, 2/fps, ... show this frame.
+
+  Times count from the first frame. A frame is shown until the next one, the last for its duration.
+  """
+  previous = None
+  done = 0  # ticks that the frames so far fill
   start = end = 0.0
   for frame, time, duration in _decoded(path):
     if previous is None:
       start = time
     else:
       due = _ticks(time - start, fps)
+      # max: timestamps of damaged files may go back
       yield previous, max(0, due - done)
       done = max(done, due)
     previous, end = frame, max(end, time - start + duration)
@@ -89,15 +95,13 @@ def _resampled(path: str | os.PathLike, fps: float) -> Iterator[tuple[av.VideoFr
 
 
 def _ticks(seconds: float, fps: float) -> int:
-  """How many of the times 0, 1/fps, 2/fps, ... lie before `seconds`.
-
-  Timestamps are rounded, hence the tolerance.
-  """
+  """The number of the times 0, 1/fps, 2/fps, ... before `seconds`."""
+  # 1e-3 of a tick: timestamps are rounded to the container's time base
   return int(np.ceil(seconds * fps - 1e-3))
 
 
 def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, float]]:
-  """Every frame with its time and duration in seconds.
+  """Yields every frame with its time and duration in seconds.
 
   Raises:
     Unusable: no picture, damaged pictures, or fewer frames than the container declares.
@@ -106,7 +110,7 @@ def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, fl
     if not container.streams.video:
       raise Unusable("no video stream")
     stream = container.streams.video[0]
-    stream.thread_type = "AUTO"
+    stream.thread_type = "AUTO"  # FFmpeg decodes on all cores
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     count = 0
     for frame in container.decode(stream):
@@ -120,21 +124,23 @@ def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, fl
       count += 1
     if not count:
       raise Unusable("no picture in it")
+    # stream.frames is 0 where the container declares no count
     if count < _TRUNCATED * stream.frames:
       raise Unusable(f"cut off: {count} of {stream.frames} frames there")
 
 
 def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-  """Upright, scaled until it covers height x width with its shape kept, centre cropped.
-
-  uint8 [H, W, 3].
-  """
+  """Returns uint8 [H W 3]: rotated upright, scaled to cover height x width, centre cropped."""
+  # the box is rotated here, the frame at the end, where it has the pixels of the result alone
   sideways = frame.rotation % 180 != 0
   box_h, box_w = (width, height) if sideways else (height, width)
   scale = max(box_h / frame.height, box_w / frame.width)
   new_h, new_w = max(box_h, round(frame.height * scale)), max(box_w, round(frame.width * scale))
-  how = "AREA" if scale < 1 else "BICUBIC"
-  image = frame.reformat(width=new_w, height=new_h, format="rgb24", interpolation=how).to_ndarray()
+  # area averaging when shrinking: swscale's bicubic filter would alias
+  filter_name = "AREA" if scale < 1 else "BICUBIC"
+  image = frame.reformat(
+    width=new_w, height=new_h, format="rgb24", interpolation=filter_name
+  ).to_ndarray()
   top, left = (new_h - box_h) // 2, (new_w - box_w) // 2
   image = image[top : top + box_h, left : left + box_w]
   return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
