@@ -3,10 +3,10 @@
 import sys
 
 from hiar_jax import evaluate
-from hiar_jax.config import command_line
+from hiar_jax.config import command_line as configs
 
 if __name__ == "__main__":
   # run_flags would do it too, but starts the process again: the note would come twice.
-  command_line.use_huge_pages()
+  configs.use_huge_pages()
   print("note: hiar_jax.compare is now called hiar_jax.evaluate", file=sys.stderr)
-  command_line.run_flags(evaluate.main)
+  configs.run_flags(evaluate.main)

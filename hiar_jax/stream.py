@@ -24,7 +24,7 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file
-from hiar_jax.generation.conditioning import Conditioning
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import progress

@@ -17,7 +17,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.components import wan
 from hiar_jax.components.umt5_tokenizer import clean
 from hiar_jax.generation import clips, video_model
-from hiar_jax.generation.conditioning import Conditioning
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.models import dit, vae
 from hiar_jax.models.vae_tiling import Tiling

@@ -14,7 +14,7 @@ import pytest
 import hiar_jax
 from hiar_jax.components.interfaces import decode_pixels
 from hiar_jax.generation import video_model
-from hiar_jax.generation.conditioning import Conditioning
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.decoding import CausalDecoder

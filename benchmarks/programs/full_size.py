@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.components import small, wan
+from hiar_jax.components import wan
 from hiar_jax.components.interfaces import Components
 from hiar_jax.components.patch_pca import PatchPCA
+from hiar_jax.components.small import SmallComponents
 from hiar_jax.components.wan import WanCodecConfig
 from hiar_jax.config.building import build
 from hiar_jax.data import shapes_world
@@ -86,7 +87,7 @@ def is_wan(e: Experiment) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class SmallComponents(small.SmallComponents):
+class SmallComponents(SmallComponents):
   """With a codec that was fitted on nothing."""
 
   patch: int = 0

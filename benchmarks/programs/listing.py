@@ -322,7 +322,7 @@ for name, changes in {"vae": {}, "vae_tiled": {"tile": TILE}, "tiny_vae": {"tiny
 
 
 def encode_text(run: FullSize, length: int) -> Lowered:
-  """As text_cache.py has it."""
+  """As components.umt5_encoder has it."""
   dtype = jnp.dtype(run.experiment.text.dtype)
   config = umt5.UMT5Config(dtype=dtype)
   weights = jax.tree.map(lambda leaf: shape(leaf.shape, dtype), umt5.abstract_params(config))

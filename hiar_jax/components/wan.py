@@ -22,7 +22,7 @@ import numpy as np
 from hiar_jax.checkpoints import weights
 from hiar_jax.components import chunked_decoder, patch_pca, umt5_tokenizer
 from hiar_jax.components.interfaces import Task
-from hiar_jax.components.text_cache import TextCache
+from hiar_jax.components.umt5_encoder import TextCache
 from hiar_jax.data import prompt_texts
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import taehv, vae, vae_tiling

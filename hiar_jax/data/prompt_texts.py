@@ -21,7 +21,7 @@ _PROBED = 64  # prompts whose mean length decides how many records go into a sha
 
 
 class Encoded(Protocol):
-  """A source of text embeddings, as `text_cache.TextCache`."""
+  """A source of text embeddings, as `umt5_encoder.TextCache`."""
 
   identity: str  # of the encoder and its weights; compared when a data set is resumed
 

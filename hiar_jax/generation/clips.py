@@ -16,7 +16,7 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Conditioning, latent_frames
+from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.progress import progress

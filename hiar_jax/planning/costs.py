@@ -22,7 +22,6 @@ from hiar_jax.models import taehv, vae
 from hiar_jax.models.vae import VAEConfig
 from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from hiar_jax.parallel.rules import state_shardings
-from hiar_jax.planning.sizes import DTYPES as DTYPES  # read from here by the flags of the tools
 from hiar_jax.planning.sizes import (
   ForwardCost,
   JobSize,

@@ -11,7 +11,7 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Conditioning, latent_frames
+from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import decoding
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions

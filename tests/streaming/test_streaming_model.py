@@ -9,7 +9,7 @@ import pytest
 
 from hiar_jax.components import chunked_decoder
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning import Conditioning
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.models import vae
 from hiar_jax.streaming import timeline
 from hiar_jax.streaming.compiled_tick import TickOptions

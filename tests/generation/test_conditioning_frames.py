@@ -8,8 +8,8 @@ import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
-from hiar_jax.generation import conditioning
-from hiar_jax.generation.conditioning import Conditioning
+from hiar_jax.generation import conditioning_frames
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video.mp4 import write_mp4
@@ -35,7 +35,7 @@ def count_up(path, frames, fps=16):
 def test_of_a_video_the_end_is_kept(experiment, tmp_path, frames, first, kept, latent):
   """It goes on from there: what does not fill a block is left out at its beginning."""
   pixels, said = Conditioning(count_up(tmp_path / "a.mp4", frames), "video").read(experiment)
-  assert len(pixels) == kept and conditioning.latent_frames(pixels, experiment) == latent
+  assert len(pixels) == kept and conditioning_frames.latent_frames(pixels, experiment) == latent
   assert np.abs(pixels[:, 9, 9, 0] - 10.0 * np.arange(first, frames)).max() <= 2
   assert said == (
     f"a.mp4: its last {kept} of {frames} frames, which are whole blocks" if kept < frames else ""
@@ -59,7 +59,7 @@ def test_an_image_is_one_frame(experiment, tmp_path):
   assert (
     pixels.shape == (1, 32, 48, 3)
     and said == ""
-    and conditioning.latent_frames(pixels, experiment) == 1
+    and conditioning_frames.latent_frames(pixels, experiment) == 1
   )
 
 

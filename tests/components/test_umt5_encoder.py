@@ -10,8 +10,8 @@ import pytest
 import safetensors
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components import text_cache, umt5_tokenizer
-from hiar_jax.components.text_cache import TextCache
+from hiar_jax.components import umt5_encoder, umt5_tokenizer
+from hiar_jax.components.umt5_encoder import TextCache
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
 from tests.helpers.small_tokenizer import save_small_tokenizer, small_tokenizer
@@ -56,7 +56,7 @@ def loaded(monkeypatch):
     trees.append(params)
     return config, params
 
-  monkeypatch.setattr(text_cache.weights, "load", spy)
+  monkeypatch.setattr(umt5_encoder.weights, "load", spy)
   return trees
 
 
