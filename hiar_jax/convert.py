@@ -1,12 +1,13 @@
-"""Published weights in, published weights out: `python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B
---out=weights/wan_1_3b`.
+"""Converts published weights to a weights directory, and exports weights to published files.
 
-In: a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt, .pth);
-out: a weights directory (see weights.py). `--export=weights/hiar --layout=diffusers
---out=hiar-diffusers` is the way back, also for a training run's directory. Every tensor is
-accounted for, or the error lists what is missing and what is left over. Neither direction holds
-more than a few tensors, or one shard that it writes, in memory; an interrupted run leaves nothing
-that passes for weights, and what is complete is kept unless --overwrite.
+    python -m hiar_jax.convert --source=Wan2.1-T2V-1.3B --out=weights/wan_1_3b
+    python -m hiar_jax.convert --export=weights/hiar --layout=diffusers --out=hiar-diffusers
+
+--source is a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt,
+.pth); its --out is a weights directory (see weights.py). --export is a weights directory or a
+training run's directory. Tensors that are missing or left over are errors that list them. Memory:
+a few tensors, or one shard that is written. An interrupted run leaves nothing that passes for
+weights; models that are there already are kept without --overwrite.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,12 +45,12 @@ _DIT = "DiT (Wan2.1's names)"
 
 
 def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-  """Every tensor of the published checkpoint of a DiT of this size: name -> shape."""
+  """Returns {name: shape} of the published checkpoint of a DiT of this size."""
   return {rule.name: rule.shape for rule in dit_rules(config)}
 
 
 def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Params:
-  """Arrays under Wan2.1's published names -> parameters of `DiT(config)`, dtypes as given.
+  """Returns the parameters of `DiT(config)` from arrays under Wan2.1's names, dtypes as given.
 
   Raises UserError listing what is missing or left over, or naming the tensor whose shape differs.
   """
@@ -57,7 +58,7 @@ def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Par
 
 
 def params_to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
-  """The exact inverse of `params_from_torch`."""
+  """Returns arrays under Wan2.1's names; the exact inverse of `params_from_torch`."""
   return to_published(params, dit_rules(config), _DIT)
 
 
@@ -74,23 +75,24 @@ def convert(
   heads: int | None = None,
   overwrite: bool = False,
 ) -> Iterator[str]:
-  """Writes the models of a source into the weights directory `out`; yields a line for each thing
-  that was done.
+  """Converts the models of a source into the weights directory `out`; yields lines of report.
 
-  Raises UserError where a model is not exactly one that is known here, or a file is missing, cut
-  off or damaged.
+  kind: one model alone; entry: the state dict of a .pt file with several; dtype: a cast (default:
+  as published); heads: of the DiT (default: from its config.json or its width). Raises UserError if
+  a model is not exactly a known one, or a file is missing, cut off or damaged.
   """
   root = pathlib.Path(source)
-  places = layouts.find(root)
+  found = layouts.find(root)
   if kind is not None:
-    places = [(kind, path) for found, path in places if found in (None, kind)]
-    if not places:
+    # Kind None: only the tensors can tell, so open_model checks it against `kind`.
+    found = [(kind, path) for found_kind, path in found if found_kind in (None, kind)]
+    if not found:
       raise UserError(
         f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is "
         "there"
       )
   done = []
-  for expected, path in places:
+  for expected, path in found:
     model = layouts.open_model(path, expected, entry=entry, heads=heads)
     yield from model.tensors.notes
     yield _convert_model(model, out, dtype, overwrite)
@@ -98,20 +100,22 @@ def convert(
   if root.is_dir() and kind is None:
     yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
     lacking = layouts.missing(done)
-    if lacking and len(places) > 1:
+    if lacking and len(found) > 1:  # a folder of one model is not meant to be complete
       yield f"{source} has no {' and no '.join(lacking)}, which generating a video needs"
 
 
 def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
+  """Writes one model, if it is not there; returns a line of report."""
   folder = pathlib.Path(out) / model.kind
   rules = model.rules
+  # Before the check for existing weights: a source that does not fit is an error in any case.
   tree = view_published(
     model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)"
   )
   if weights.exists(out, model.kind) and not overwrite:
-    there = weights.describe(out, model.kind)
+    existing = weights.describe(out, model.kind)
     return (
-      f"{folder} is there already ({there.parameters:,} parameters, from {there.source}); "
+      f"{folder} is there already ({existing.parameters:,} parameters, from {existing.source}); "
       "kept, --overwrite replaces it"
     )
   for leaf in jax.tree.leaves(tree):
@@ -127,30 +131,32 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
   found = weights.save(out, model.kind, model.config, tree, source=model.source, tensors=len(rules))
   return (
     f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, "
-    f"{size / 1e9:.3g} GB, "
-    f"from {model.source} ({model.layout} names)"
+    f"{size / 1e9:.3g} GB, from {model.source} ({model.layout} names)"
   )
 
 
 def _check_space(folder: pathlib.Path, size: int) -> None:
-  """Raises UserError before an hour's work that cannot end well."""
-  place = next(path for path in folder.absolute().parents if path.exists())
-  free = shutil.disk_usage(place).free
+  """Raises UserError if the disk of `folder` has less than `size` bytes left."""
+  parent = next(path for path in folder.absolute().parents if path.exists())
+  free = shutil.disk_usage(parent).free
   if size > free:
     raise UserError(
-      f"{folder} needs {size / 1e9:.3g} GB, the disk of {place} has {free / 1e9:.3g} GB left; "
+      f"{folder} needs {size / 1e9:.3g} GB, the disk of {parent} has {free / 1e9:.3g} GB left; "
       "free some, or give another --out"
     )
 
 
 def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[str]:
-  found, target = layouts.find_tokenizer(source), out / exports.TOKENIZER
+  """Copies the source's tokenizer, if it has one; yields lines of report."""
+  found = layouts.find_tokenizer(source)
+  target = out / exports.TOKENIZER
   if found is None:
     return
   if target.exists() and not overwrite:
     yield f"{target} is there already; kept, --overwrite replaces it"
     return
   content = found.read_bytes()
+  # Parsed before it is copied: a damaged file would otherwise fail only when a prompt is encoded.
   try:
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
   except Exception as error:  # the library raises nothing more precise
@@ -165,7 +171,7 @@ def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) ->
 
 
 def parse_bytes(text: str) -> int:
-  """'5GB', '500MB' or a plain number of bytes. Raises UserError for anything else."""
+  """Parses '5GB', '500MB' or a plain number of bytes. Raises UserError for anything else."""
   match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
   if not match or not float(match[1]):
     raise UserError(f"--max_shard={text}: expected a size such as 5GB or 500MB")
@@ -173,6 +179,7 @@ def parse_bytes(text: str) -> int:
 
 
 def main() -> None:
+  """Runs the direction that the flags choose and prints its lines of report."""
   f = flags.FLAGS
   if (f.source is None) == (f.export is None):
     raise UserError(
@@ -208,6 +215,7 @@ def main() -> None:
 
 
 def _refuse_foreign(f: flags.FlagValues, names: tuple[str, ...]) -> None:
+  """Raises UserError if a flag of the other direction is set."""
   for name in names:
     if f[name].value is not None:
       direction = "--export" if f.source is not None else "--source"

@@ -1,1 +1,1 @@
-"""What lies on disk: training states, converted weights, and the files of others."""
+"""Files on disk: training states, converted weights, and published weight files."""

@@ -1,8 +1,8 @@
-"""A tree of arrays as an Orbax checkpoint that is written and read piece by piece.
+"""Trees of arrays as Orbax checkpoints, written and read chunk by chunk.
 
-The tree is Orbax's, and Orbax can read it; the numbers of a leaf are a Zarr array whose chunks have
-checksums, so that a changed bit is noticed when it is read. A tree may be larger than memory: views
-of mapped files, and stacks that give one row at a time, are read a chunk at a time.
+Orbax can read the result. Each leaf is a Zarr v3 array whose chunks carry CRC-32C checksums, so a
+changed bit raises on reading. A tree may be larger than memory: views of mapped files, and stacks
+that give one row at a time, are read one chunk at a time.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from hiar_jax.checkpoints.checksums import Damaged
 from hiar_jax.errors import UserError
 from hiar_jax.types import PyTree
 
 CHUNK_BYTES = 64 << 20
-IN_FLIGHT = 4  # chunks of that size in memory at once; of smaller ones as many more
-
-
-class Damaged(Exception):
-  """What is stored cannot be read back."""
+IN_FLIGHT = 4  # chunks of that size in memory at once; of smaller ones proportionally more
 
 
 class Cast:
-  """An array, or a stack of rows, in another dtype; cast where it is read."""
+  """An array, or a stack of rows, in another dtype; cast lazily, when it is read."""
 
   def __init__(self, base: Any, dtype: Any):
-    self.base, self.dtype, self.shape, self.size = base, np.dtype(dtype), base.shape, base.size
+    self.base = base
+    self.dtype = np.dtype(dtype)
+    self.shape = base.shape
+    self.size = base.size
 
   def __getitem__(self, row) -> np.ndarray:
     return np.asarray(self.base[row]).astype(self.dtype)
@@ -52,12 +52,13 @@ class Cast:
 
 
 def write(directory: str | os.PathLike, tree: PyTree) -> str:
-  """Writes nested dicts of arrays to a new directory; returns an id of their names, shapes, dtypes
-  and numbers.
+  """Writes nested dicts of arrays to a new directory; returns a 64-bit id of names and contents.
 
-  A leaf may also be anything with shape, dtype and size whose rows are arrays: leaf[i].
+  The id depends on the names, shapes, dtypes and numbers. A leaf may also be any object with shape,
+  dtype and size whose rows `leaf[i]` are arrays.
   """
   handler = _Writer()
+  # _Leaf is a type of its own, so that Orbax neither copies nor converts the arrays in it.
   registry = ocp.type_handlers.create_type_handler_registry(
     (_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
   )
@@ -67,24 +68,22 @@ def write(directory: str | os.PathLike, tree: PyTree) -> str:
   leaves = jax.tree.map(_Leaf, tree)
   with _quiet(), ocp.Checkpointer(format_) as checkpointer:
     checkpointer.save(os.path.abspath(directory), args=ocp.args.PyTreeSave(leaves))
-  lines = sorted(handler.sums)
-  return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+  # Sorted: the id must not depend on the order in which Orbax passes the leaves.
+  return hashlib.blake2b("\n".join(sorted(handler.sums)).encode(), digest_size=8).hexdigest()
 
 
 class _Leaf:
-  """What Orbax hands to _Writer as it is."""
+  """A leaf that Orbax hands to _Writer unchanged."""
 
   def __init__(self, array: Any):
-    self.array, self.shape, self.dtype, self.size = (
-      array,
-      tuple(array.shape),
-      np.dtype(array.dtype),
-      array.size,
-    )
+    self.array = array
+    self.shape = tuple(array.shape)
+    self.dtype = np.dtype(array.dtype)
+    self.size = array.size
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
-  """Writes leaves chunk by chunk, and sums them up."""
+  """Handler that writes leaves chunk by chunk and keeps a line with the checksums of each."""
 
   def __init__(self):
     super().__init__()
@@ -95,32 +94,36 @@ class _Writer(ocp.type_handlers.NumpyHandler):
 
     async def write_one(leaf: _Leaf, info: ocp.type_handlers.ParamInfo) -> str:
       await info.await_path_creation()
-      return (
-        f"{info.name} {leaf.shape} {leaf.dtype.name} {await _write_leaf(info.path, leaf, budget)}"
-      )
+      checksums = await _write_leaf(info.path, leaf, budget)
+      return f"{info.name} {leaf.shape} {leaf.dtype.name} {checksums}"
 
-    # Flushing a file to the disk takes long however small it is: many at once.
+    # All leaves at once: a flush to disk has a fixed cost however small the file, and flushes
+    # overlap. The budget bounds the memory.
     tasks = [
       asyncio.create_task(write_one(leaf, info)) for leaf, info in zip(values, infos, strict=True)
     ]
     try:
       self.sums += await asyncio.gather(*tasks)
     finally:
-      for task in tasks:
+      for task in tasks:  # after the first failure; a task that is done ignores it
         task.cancel()
-    return []
+    return []  # no futures: everything is on disk already
 
 
 class _Budget:
-  """Bytes in memory at once, handed out in the order of asking."""
+  """Limit on the bytes in memory at once, granted first come, first served."""
 
   def __init__(self, limit: int):
-    self.left, self.limit, self.turn, self.freed = limit, limit, asyncio.Lock(), asyncio.Event()
+    self.limit = limit
+    self.left = limit
+    self.queue = asyncio.Lock()
+    self.freed = asyncio.Event()
 
   @contextlib.asynccontextmanager
   async def take(self, size: int) -> AsyncIterator[None]:
-    size = min(size, self.limit)
-    async with self.turn:
+    size = min(size, self.limit)  # a chunk above the limit is written alone
+    # Only the head of the queue waits for memory, so small requests cannot starve a large one.
+    async with self.queue:
       while self.left < size:
         self.freed.clear()
         await self.freed.wait()
@@ -133,13 +136,14 @@ class _Budget:
 
 
 async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[int]:
-  """-> the CRC-32 of each chunk."""
+  """Writes one leaf as a Zarr array; returns the CRC-32 of each chunk, in order."""
   chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize, CHUNK_BYTES)
   spec = {
     "driver": "zarr3",
     "kvstore": {"driver": "file", "path": f"{os.fspath(path)}/"},
     "create": True,
-    "store_data_equal_to_fill_value": True,  # a chunk that is not there is one that was lost
+    # Chunks of zeros are stored too, so that an absent chunk always means a lost one.
+    "store_data_equal_to_fill_value": True,
     "metadata": {
       "shape": leaf.shape,
       "data_type": leaf.dtype.name,
@@ -150,7 +154,9 @@ async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[i
   store = await tensorstore.open(spec)
 
   async def write_piece(index: tuple[slice, ...]) -> int:
+    # Contiguous: the CRC below views the bytes, which must not depend on the source's strides.
     piece = np.asarray(_take(leaf.array, index), order="C")
+    # `piece` is never changed, so TensorStore may use it without a copy.
     await store[index].write(piece, can_reference_source_data_indefinitely=True)
     return zlib.crc32(piece.reshape(-1).view(np.uint8))
 
@@ -162,31 +168,36 @@ async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[i
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int) -> tuple[int, ...]:
-  """The leading axes are cut until a chunk is no larger than `limit` bytes."""
+  """Returns the shape of chunks of at most `limit` bytes, cut along the leading axes.
+
+  Chunks cut that way are contiguous in C order. One element may exceed the limit.
+  """
   chunk = list(shape)
   for axis, size in enumerate(shape):
-    rest = math.prod(shape[axis + 1 :]) * itemsize
+    rest = math.prod(shape[axis + 1 :]) * itemsize  # bytes of one index along this axis
     chunk[axis] = max(1, min(size, limit // max(rest, 1)))
+    # Cut the next axis only where even a single index along this one is too large.
     if chunk[axis] > 1 or rest <= limit:
       break
-  return tuple(max(1, size) for size in chunk)
+  return tuple(max(1, size) for size in chunk)  # Zarr has no chunks of size 0
 
 
 def _pieces(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-  """Chunks in order, as indices."""
+  """Yields the index of each chunk, in C order."""
   axes = [range(0, size, step) for size, step in zip(shape, chunk, strict=True)]
   for corner in itertools.product(*axes):
     yield tuple(
-      slice(at, min(at + step, size)) for at, step, size in zip(corner, chunk, shape, strict=True)
+      slice(start, min(start + step, size))
+      for start, step, size in zip(corner, chunk, shape, strict=True)
     )
 
 
 def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
-  """A piece of an array; of a stack only the rows that it needs are read."""
+  """Returns a piece of an array; of a stack, only the rows in it are read."""
   if isinstance(array, Cast):
     return _take(array.base, index).astype(array.dtype)
   if isinstance(array, jax.Array):
-    array = np.asarray(array)  # once: it keeps its copy on the host
+    array = np.asarray(array)  # one transfer: jax caches the copy on the host
   if index and not isinstance(array, np.ndarray):
     first, *rest = index
     return np.stack([np.asarray(array[row])[tuple(rest)] for row in range(first.start, first.stop)])
@@ -197,7 +208,7 @@ def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
 
 
 def shapes(directory: str | os.PathLike) -> PyTree:
-  """The tree of jax.ShapeDtypeStructs. Raises Damaged."""
+  """Returns the tree of jax.ShapeDtypeStructs. Raises Damaged."""
   with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, _damage():
     tree = checkpointer.metadata(os.path.abspath(directory)).item_metadata.tree
     if not jax.tree.leaves(tree):
@@ -206,39 +217,41 @@ def shapes(directory: str | os.PathLike) -> PyTree:
 
 
 def read(directory: str | os.PathLike, abstract: PyTree) -> PyTree:
-  """The arrays, with the dtypes and shardings of `abstract`, a tree of jax.ShapeDtypeStructs.
-  Raises Damaged.
+  """Returns the arrays with the dtypes and shardings of `abstract`, a tree of ShapeDtypeStructs.
 
-  Leaf by leaf, and of each what the devices of this process hold: on the host there is never more
-  than a leaf.
+  Reads leaf by leaf, and of each only the parts that the devices of this process hold: the host
+  never has more than one leaf. Raises Damaged.
   """
-  return jax.tree.map(_place, open_tree(directory), abstract)
 
+  def place(stored: Stored, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    # Several devices may hold the same part (replicated axes): read it once. Slices have no hash
+    # before Python 3.12, so the key is their text.
+    parts: dict[str, np.ndarray] = {}
 
-def _place(stored: "Stored", leaf: jax.ShapeDtypeStruct) -> jax.Array:
-  parts: dict[str, np.ndarray] = {}
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+      if str(index) not in parts:
+        parts[str(index)] = stored[index].astype(leaf.dtype, copy=False)
+      return parts[str(index)]
 
-  def part(index: tuple[slice, ...]) -> np.ndarray:
-    if str(index) not in parts:  # several devices may hold the same one
-      parts[str(index)] = stored[index].astype(leaf.dtype, copy=False)
-    return parts[str(index)]
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
-  return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+  return jax.tree.map(place, open_tree(directory), abstract)
 
 
 class Stored:
-  """An array on the disk: numpy.asarray reads all of it, an index a row or a part.
+  """An array on disk: numpy.asarray reads all of it, an index reads a row or a part.
 
-  Reading raises Damaged.
+  Opening and reading raise Damaged.
   """
 
   def __init__(self, path: str | os.PathLike):
     store = {"driver": "file", "path": f"{os.path.abspath(path)}/"}
-    # a lost chunk is no zeros
+    # By default TensorStore reads an absent chunk as zeros; here it is damage.
     spec = {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
     with _damage():
       self._store = tensorstore.open(spec, read=True).result()
-    self.shape, self.dtype = tuple(self._store.shape), self._store.dtype.numpy_dtype
+    self.shape = tuple(self._store.shape)
+    self.dtype = self._store.dtype.numpy_dtype
     self.size = math.prod(self.shape)
 
   def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
@@ -246,24 +259,28 @@ class Stored:
       return self._store[index].read().result()
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    del copy  # it is read anew every time
+    del copy  # every read makes a new array
     with _damage():
       return self._store.read().result().astype(dtype or self.dtype, copy=False)
 
 
 def open_tree(directory: str | os.PathLike) -> PyTree:
-  """The tree of Stored arrays. Raises Damaged."""
-  name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: Stored(os.path.join(directory, name(path))), shapes(directory)
-  )
+  """Returns the tree of Stored arrays. Raises Damaged."""
+
+  def open_leaf(path: tuple, _: jax.ShapeDtypeStruct) -> Stored:
+    # Orbax names the directory of a leaf by its path joined with dots.
+    return Stored(os.path.join(directory, jax.tree_util.keystr(path, simple=True, separator=".")))
+
+  return jax.tree_util.tree_map_with_path(open_leaf, shapes(directory))
 
 
 @contextlib.contextmanager
 def _damage() -> Iterator[None]:
+  """Turns errors of reading into Damaged, with the first line of the cause."""
   try:
     yield
-  except Exception as error:  # what it raises depends on which file is damaged
+  except Exception as error:  # the class depends on which file is damaged
+    # Lack of memory says nothing about the files.
     if isinstance(error, MemoryError | Damaged) or "RESOURCE_EXHAUSTED" in str(error):
       raise
     cause = error.__cause__ or error
@@ -272,25 +289,32 @@ def _damage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def disk_errors(path: pathlib.Path) -> Iterator[None]:
-  """A full disk becomes one clear line (TensorStore says it in words only)."""
+  """Turns a full disk into a UserError of one line."""
   try:
     yield
   except Exception as error:
-    cause: BaseException | None = error
-    while cause is not None:
-      if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
-        cause
-      ):
-        raise UserError(
-          f"no space left on the disk of {path}; free some space and run the same command"
-        ) from error
-      cause = cause.__cause__ or cause.__context__
-    raise
+    if not is_disk_full(error):
+      raise
+    raise UserError(
+      f"no space left on the disk of {path}; free some space and run the same command"
+    ) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+  """Returns True if the error, or one that caused it, is a full disk or an exhausted quota."""
+  while error is not None:
+    # TensorStore sets no errno: only its message tells.
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
+      error
+    ):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Without Orbax's notes that there is nothing to merge and no device layout to keep."""
+  """Silences Orbax's warnings that there is nothing to merge and no device layout to keep."""
   logger = logging.getLogger("absl")
   level = logger.level
   logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
 """Named tensors of published files: .safetensors, whole or in shards, and PyTorch's .pt and .pth.
 
-Tensors are views of the mapped files: opening reads headers only, and a tensor is in memory while
-it is being used.
+Tensors are views of memory-mapped files: opening reads headers only, and the pages of a tensor are
+read when its numbers are used.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from hiar_jax.checkpoints.torch_files import read_torch
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 
+# The dtype tags of the safetensors format.
 _DTYPES = {
   "F64": "float64",
   "F32": "float32",
@@ -37,7 +38,7 @@ _DTYPES = {
 }
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH)
-# Parts of a name that wrappers leave in it: FSDP, activation checkpointing, torch.compile, DDP, the
+# Parts that wrappers add to a name: FSDP, activation checkpointing, torch.compile, DDP, the
 # training code's own, ComfyUI's.
 WRAPPERS = {
   "_fsdp_wrapped_module",
@@ -47,7 +48,7 @@ WRAPPERS = {
   "model",
   "diffusion_model",
 }
-# Of a file with several state dicts, the one for inference comes first.
+# State dicts of a file with several, the preferred (those for inference) first.
 ENTRIES = ("generator_ema", "generator", "model_ema", "ema", "model", "state_dict", "module")
 
 assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes by name
@@ -55,9 +56,7 @@ assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes b
 
 @dataclasses.dataclass(frozen=True)
 class TensorSet:
-  """Tensors by name, the files that they are in, and what is worth telling about how they were
-  found.
-  """
+  """Tensors by name, the files that hold them, and remarks for the user on how they were chosen."""
 
   named: Mapping[str, np.ndarray]
   files: tuple[pathlib.Path, ...]
@@ -65,11 +64,10 @@ class TensorSet:
 
 
 def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet:
-  """The tensors of a file, of an index of shards, or of a folder of safetensors; names without what
-  wrappers add.
+  """Opens a file, an index of shards, or a folder; tensor names come without wrappers' parts.
 
-  entry: which state dict of a .pt file with several. Raises UserError for what is missing, cut off,
-  damaged or ambiguous.
+  entry: the state dict to take from a .pt file with several. Raises UserError for what is missing,
+  cut off, damaged or ambiguous.
   """
   path = pathlib.Path(path)
   if path.is_dir():
@@ -77,12 +75,13 @@ def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet
   if not path.is_file():
     there = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(f"there is no file {path}; {nearest(str(path), there)}")
+  files, notes = (path,), ()
   if path.name.endswith(".index.json"):
-    named, files, notes = *_open_index(path), ()
+    named, files = _open_index(path)
   elif path.suffix == ".safetensors":
-    named, files, notes = open_safetensors(path), (path,), ()
+    named = open_safetensors(path)
   elif path.suffix in TORCH:
-    (named, notes), files = pick_entry(read_torch(path), entry, path), (path,)
+    named, notes = pick_entry(read_torch(path), entry, path)
   else:
     raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
   if entry is not None and path.suffix not in TORCH:
@@ -94,9 +93,10 @@ def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Tensors of one file, as read-only views."""
+  """Returns the tensors of one file as read-only views. Raises UserError if it is damaged."""
   try:
-    # the library checks that header and file fit each other
+    # The library checks that header and file size agree; the views below are our own, since its
+    # numpy tensors are copies.
     with safetensors.safe_open(path, "np"):
       pass
   except safetensors.SafetensorError as error:
@@ -104,6 +104,7 @@ def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     raise UserError(
       f"{path} is cut off or damaged ({error}; it has {size:,} bytes); download or copy it again"
     ) from error
+  # Layout of the file: 8 bytes with the header's length, the header (JSON), the numbers.
   with open(path, "rb") as file:
     length = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(length))
@@ -122,15 +123,15 @@ def _view(
 ) -> np.ndarray:
   if dtype not in _DTYPES:
     raise UserError(f"{path}: {name} has the dtype {dtype}; expected one of {', '.join(_DTYPES)}")
-  if not math.prod(shape):
+  if not math.prod(shape):  # an empty slice of the file cannot be viewed in another dtype
     return np.empty(shape, _DTYPES[dtype])
   return content[slice(*data_offsets)].view(_DTYPES[dtype]).reshape(shape)
 
 
 def _open_index(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[pathlib.Path, ...]]:
   try:
-    places = json.loads(path.read_text())["weight_map"]
-    shards = sorted(set(places.values()))
+    shard_of = json.loads(path.read_text())["weight_map"]  # {name of a tensor: file name}
+    shards = sorted(set(shard_of.values()))
   except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is damaged (no weight_map can be read from it); download it again"
@@ -142,21 +143,22 @@ def _open_index(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[pathli
     )
   named: dict[str, np.ndarray] = {}
   for shard in shards:
-    there = open_safetensors(path.parent / shard)
-    absent = [name for name, place in places.items() if place == shard and name not in there]
+    tensors = open_safetensors(path.parent / shard)
+    absent = [name for name, file in shard_of.items() if file == shard and name not in tensors]
     if absent:
       raise UserError(
         f"{path} says that {absent[0]} is in {shard}, but it is not; download both again"
       )
-    named |= there  # also what the index forgot: it is left over, and reported as such
+    # Tensors that the index does not list are kept, so that converting reports them as left over.
+    named |= tensors
   return named, tuple(path.parent / shard for shard in shards)
 
 
 def only_set(folder: pathlib.Path, stem: str = "") -> pathlib.Path:
-  """The file of a folder that stands for its weights: the index, or the only file. stem: how the
-  names begin, if others are there too.
+  """Returns the file that stands for a folder's weights: the index, or the only file.
 
-  Raises UserError where there is none, or where there are several.
+  stem: start of the file names, if the folder holds other weights too. Raises UserError if there is
+  no such file, or several.
   """
   indices = sorted(folder.glob(f"{stem}*.safetensors.index.json"))
   files = sorted(folder.glob(f"{stem}*.safetensors")) or [
@@ -181,26 +183,33 @@ def only_set(folder: pathlib.Path, stem: str = "") -> pathlib.Path:
   )
 
 
-# ------------------------------------------------------------------------ what training code leaves
+# ----------------------------------------------------------------------- state dicts of torch files
 
 
 def pick_entry(
   saved: Any, entry: str | None, path: pathlib.Path
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """The state dict in what torch.save was given -> (tensors by name, notes)."""
+  """Picks the state dict from an object of torch.save; returns (tensors by name, remarks).
+
+  Raises UserError if there is none, or no such entry, or several without a preferred one.
+  """
   if not isinstance(saved, dict):
     raise UserError(
       f"{path} holds a {type(saved).__name__}; expected tensors by name, or entries such as "
       "'generator_ema'"
     )
-  found = {key: value for key, value in saved.items() if _is_state_dict(value)}
+  found = {
+    key: value
+    for key, value in saved.items()
+    if isinstance(value, dict) and any(isinstance(item, np.ndarray) for item in value.values())
+  }
   if entry is not None:
     if entry not in found:
       raise UserError(
         f"--entry={entry}: {path} has no such entry; {nearest(entry, map(str, found))}"
       )
     return _only_arrays(found[entry], path), ()
-  if not found:
+  if not found:  # `saved` is a state dict itself
     return _only_arrays(saved, path), ()
   known = [name for name in ENTRIES if name in found]
   if not known and len(found) > 1:
@@ -213,11 +222,8 @@ def pick_entry(
   return _only_arrays(found[chosen], path), (note,) if len(found) > 1 else ()
 
 
-def _is_state_dict(value: Any) -> bool:
-  return isinstance(value, dict) and any(isinstance(item, np.ndarray) for item in value.values())
-
-
 def _only_arrays(state: dict, path: pathlib.Path) -> dict[str, np.ndarray]:
+  """Returns `state`; raises UserError if it is empty or holds anything but arrays by name."""
   for name, value in state.items():
     if not isinstance(value, np.ndarray) or not isinstance(name, str):
       raise UserError(
@@ -229,7 +235,7 @@ def _only_arrays(state: dict, path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def unwrap(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Names without the parts that wrappers add. Raises UserError where two become one."""
+  """Removes the parts of names that wrappers add. Raises UserError if two names become one."""
   plain: dict[str, np.ndarray] = {}
   for name, array in named.items():
     bare = ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -1,9 +1,8 @@
-"""PyTorch's .pt and .pth files without PyTorch, and without running what is in them.
+"""Reader of PyTorch's .pt and .pth files that needs no PyTorch and runs no code from them.
 
-Such a file is a ZIP archive of a pickle and of one member per storage, uncompressed. The pickle is
-a program: here it may build plain containers and name slices of storages, and a file that asks for
-anything else is refused by the name of what it asks for. Tensors are views of the mapped file, so
-nothing is read before it is used.
+Such a file is a ZIP archive of a pickle and of one member per storage, uncompressed. A pickle is a
+program: here it may build plain containers and name slices of storages; a file that asks for
+anything else is refused, and the error names it. Tensors are views of the memory-mapped file.
 """
 
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 
+# PyTorch's storage classes, as pickles name them, and the dtypes of their elements.
 _STORAGES = {
   "DoubleStorage": "float64",
   "FloatStorage": "float32",
@@ -38,8 +38,10 @@ _DTYPES = {
   "float8_e4m3fn": "float8_e4m3fn",
   "float8_e5m2": "float8_e5m2",
 }
-# of a ZIP member: lengths of its name and of its extra field
+# Local header of a ZIP member, 30 bytes; the last two fields are the lengths of its name and of its
+# extra field, which follow (APPNOTE.TXT, section 4.3.7).
 _LOCAL_HEADER = struct.Struct("<26xHH")
+# Exceptions that changed bytes can cause in zipfile, pickle and numpy.
 _DAMAGED = (
   zipfile.BadZipFile,
   pickle.UnpicklingError,
@@ -56,11 +58,10 @@ _DAMAGED = (
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-  """What was saved, with numpy arrays (read-only views of the file; bfloat16 as ml_dtypes') where
-  it held tensors.
+  """Returns the saved object, with read-only numpy views of the file in place of tensors.
 
-  Raises UserError for a file that is damaged, that was saved by PyTorch before 1.6, or that holds
-  anything but tensors, numbers, strings and plain containers.
+  bfloat16 is ml_dtypes' dtype. Raises UserError for a file that is damaged, that was saved by
+  PyTorch before 1.6, or that holds anything but tensors, numbers, strings and plain containers.
   """
   path = pathlib.Path(path)
   if not path.is_file():
@@ -78,15 +79,15 @@ def read_torch(path: str | os.PathLike) -> Any:
 
 
 def _not_an_archive(path: pathlib.Path) -> str:
+  """Returns the error message for a file that is no ZIP archive, from its first bytes."""
   with open(path, "rb") as file:
     start = file.read(4)
-  if start[:1] == b"\x80":
+  if start[:1] == b"\x80":  # opcode PROTO, with which a pickle starts
     return (
       f"{path} was saved in the format of PyTorch before 1.6, which cannot be read safely; save "
-      "it again with a newer one: "
-      "torch.save(torch.load(old, weights_only=True), new)"
+      "it again with a newer one: torch.save(torch.load(old, weights_only=True), new)"
     )
-  if start == b"PK\x03\x04":
+  if start == b"PK\x03\x04":  # a ZIP archive starts so, but its directory is at the end
     return (
       f"{path} is cut off ({path.stat().st_size:,} bytes, without the archive's directory at "
       "the end); download or copy it again"
@@ -98,10 +99,11 @@ def _not_an_archive(path: pathlib.Path) -> str:
 
 
 class _Archive:
-  """An open file: its members, mapped."""
+  """An open file and its memory-mapped bytes."""
 
   def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
-    self.path, self.archive = path, archive
+    self.path = path
+    self.archive = archive
     self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
     pickles = [
       name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
@@ -123,7 +125,7 @@ class _Archive:
       return self._resolve(_Unpickler(file, self.path).load())
 
   def _resolve(self, value: Any) -> Any:
-    """Arrays for the tensors in a nest of containers."""
+    """Replaces the tensors in nested containers by arrays."""
     if isinstance(value, _Tensor):
       return self._array(value)
     if isinstance(value, dict):
@@ -133,14 +135,17 @@ class _Archive:
     return value
 
   def _array(self, tensor: "_Tensor") -> np.ndarray:
-    if tensor.dtype not in _DTYPES:  # a pickle may write into what it has built
+    """Returns the view of the file that a tensor describes. Raises ValueError."""
+    # Every field is checked: as_strided below would read any address, and a pickle may write into
+    # the objects that it has built (opcode BUILD).
+    if tensor.dtype not in _DTYPES:
       raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
     dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
-    if not all(isinstance(n, int) and n >= 0 for n in (tensor.offset, *shape, *strides)) or len(
-      shape
-    ) != len(strides):
+    numbers = (tensor.offset, *shape, *strides)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(shape) != len(strides):
       raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
     storage = self._member(tensor.key)
+    # Whole elements alone: a view needs a multiple of the item size.
     storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
     if not math.prod(shape):
       return np.empty(shape, dtype)
@@ -151,10 +156,12 @@ class _Archive:
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps)
 
   def _member(self, key: str) -> np.ndarray:
-    """The bytes of a storage, in place where it is not compressed."""
+    """Returns the bytes of a storage: a view of the file, or a copy if the member is compressed."""
     info = self.archive.getinfo(f"{self.root}data/{key}")
     if info.compress_type != zipfile.ZIP_STORED:
       return np.frombuffer(self.archive.read(info), np.uint8)
+    # The directory's copy of the header may have an extra field of another length: PyTorch pads the
+    # local one to align the numbers.
     header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
     start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
     return self.bytes[start : start + info.file_size]
@@ -166,14 +173,25 @@ class _Tensor:
   __slots__ = ("key", "dtype", "offset", "shape", "strides")
 
   def __init__(self, key, dtype, offset, shape, strides):
-    self.key, self.dtype, self.offset, self.shape, self.strides = key, dtype, offset, shape, strides
+    self.key = key
+    self.dtype = dtype
+    self.offset = offset
+    self.shape = shape
+    self.strides = strides
 
 
 class _Storage:
+  """Reference to a storage: the name of its member and its dtype."""
+
   __slots__ = ("key", "dtype")
 
   def __init__(self, key, dtype):
-    self.key, self.dtype = key, dtype
+    self.key = key
+    self.dtype = dtype
+
+
+# Stand-ins for the functions that PyTorch's pickles call. They make descriptions only; the file is
+# read when the pickle has ended.
 
 
 def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
@@ -193,6 +211,7 @@ def _device(*name) -> str:
   return ":".join(map(str, name))
 
 
+# (module, name) in a pickle -> stand-in. Anything else is refused.
 _ALLOWED = {
   ("collections", "OrderedDict"): OrderedDict,
   ("torch._utils", "_rebuild_tensor"): _tensor,
@@ -210,7 +229,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Calls nothing but what is in _ALLOWED: all of it is here, or a plain container."""
+  """Unpickler that resolves the names in _ALLOWED and no others."""
 
   def __init__(self, file, path: pathlib.Path):
     super().__init__(file, encoding="utf-8")
@@ -221,13 +240,13 @@ class _Unpickler(pickle.Unpickler):
     if found is None:
       raise UserError(
         f"{self.path} asks to run {module}.{name}, which weights have no need of; nothing of it "
-        "was run. If you trust the file, "
-        "save its tensors alone: torch.save(torch.load(file, weights_only=False)['model'], new)"
+        "was run. If you trust the file, save its tensors alone: "
+        "torch.save(torch.load(file, weights_only=False)['model'], new)"
       )
     return found
 
   def persistent_load(self, pid: Any) -> _Storage:
-    kind, dtype, key, *_ = pid
+    kind, dtype, key, *_ = pid  # further: device and number of elements
     if kind != "storage":
       raise pickle.UnpicklingError(f"unknown reference {pid!r}")
     return _Storage(key, dtype)

@@ -1,10 +1,10 @@
-"""Checkpoints of a training stage: Orbax underneath, one clear line where a restore cannot work.
+"""Checkpoints of a training stage, written by Orbax, with one-line errors where a restore fails.
 
 A checkpoint at step s is the directory `<directory>/<s>` with the items `state` (everything that
 training needs), `params` (the weights that inference loads, normally the EMA), `data` (the
-iterator's state, a file a process) and `config` (JSON, what the model is). Orbax writes under a
-temporary name and renames, so a directory with that name is complete; the checksums in it tell
-whether it still is what was written.
+iterator's state, one file per process) and `config` (JSON, the model's config). Orbax writes under
+a temporary name and renames, so a directory of that name is complete; its checksums show later
+changes.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.checksums import Damaged
+from hiar_jax.checkpoints.stored_arrays import is_disk_full
 from hiar_jax.config.workdir import difference, to_json
 from hiar_jax.errors import UserError
 from hiar_jax.types import Params, PyTree
@@ -33,24 +34,24 @@ from hiar_jax.types import Params, PyTree
 class Checkpoints:
   """The checkpoints of one stage.
 
-  Saves in the background; `close` (or leaving the `with`) waits for the last one.
+  Saves run in the background; `close` (or leaving the `with` block) waits for the last one.
   """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 2, config: Any = None):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
-    `config` (ConfigDict, dataclass or dict) describes the model; restoring under another one raises
-    `UserError`.
+    `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
+    raises UserError.
     """
     self.directory = _path(directory)
     self._config = to_json(config or {})
-    self._saving = -1
-    logging.getLogger("absl").addFilter(_is_news)
+    self._saving = -1  # the step being written, read by Orbax's thread
+    logging.getLogger("absl").addFilter(_hide_disk_full)
     with self._disk_errors():
       self._manager = _manager(
         self.directory,
         max_to_keep=keep,
-        cleanup_tmp_directories=True,
+        cleanup_tmp_directories=True,  # left by a process that died while saving
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
       )
 
@@ -61,17 +62,17 @@ class Checkpoints:
     self.close()
 
   def latest_step(self) -> int | None:
-    """The newest step that was written to its end, damaged since or not."""
+    """Returns the newest step that was written completely, even if damaged since."""
     return self._manager.latest_step()
 
   def save(
     self, step: int, state: PyTree, params: Params, iterator: Any = None, force: bool = False
   ) -> bool:
-    """Starts to save; False where this step is there already, or (without `force`) a newer one.
+    """Starts to save; returns False if this step exists already or, without `force`, a newer one.
 
-    The arrays and the iterator's position are taken before this returns: both may move on, or be
-    donated, at once. Raises `UserError` if the disk is full, here or in the call that next waits;
-    older checkpoints stay as they were.
+    The arrays and the iterator's position are copied before this returns: both may change, or be
+    donated, at once. Raises UserError if the disk is full, here or in the next call that waits;
+    older checkpoints stay unchanged.
     """
     items = {
       "state": ocp.args.StandardSave(state),
@@ -81,6 +82,7 @@ class Checkpoints:
     if iterator is not None:
       items["data"] = grain.checkpoint.CheckpointSave(_Iterator(iterator))
     with self._disk_errors():
+      # One save at a time: `_saving` names the step whose checksums are still to be written.
       self._manager.wait_until_finished()
       if step in self._manager.all_steps():
         return False
@@ -89,20 +91,26 @@ class Checkpoints:
       return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
   def restore(self, abstract_state: PyTree, iterator: Any = None) -> tuple[int, PyTree] | None:
-    """The newest checkpoint as (step, state), or None if there is none; sets the iterator's
-    position in place.
+    """Returns the newest checkpoint as (step, state), or None; sets the iterator in place.
 
-    `abstract_state` has the leaves' shapes, dtypes and shardings (arrays, or ShapeDtypeStructs;
-    without a sharding a leaf goes to the first device), so any number of devices can restore what
-    any other saved. A damaged checkpoint is reported on stderr, renamed to `<step>.damaged`, and
-    the one before is used. Raises `UserError` if a checkpoint does not fit (another config, tree or
+    `abstract_state` has the leaves' shapes, dtypes and shardings (arrays or ShapeDtypeStructs; a
+    leaf without a sharding goes to the first device), so the number of devices may differ from that
+    of the save. A damaged checkpoint is reported on stderr, renamed to `<step>.damaged`, and the
+    one before is used. Raises UserError if a checkpoint does not fit (different config, tree or
     data pipeline), or if all are damaged.
     """
     self.wait()
 
     def read(step: int) -> PyTree:
+      # The config first: its differences explain more than the shapes that follow from them.
       stored = _read(self._manager, step, config=ocp.args.JsonRestore())["config"]
-      _check_config(self.directory / str(step), stored, self._config)
+      differences = difference(stored, self._config)
+      if differences:
+        raise UserError(
+          f"checkpoint {self.directory / str(step)} was saved with another config "
+          f"(stored -> given: {'; '.join(differences)}); use the stored values, or another "
+          "--workdir"
+        )
       tree = _check_tree(self._manager, step, "state", abstract_state)
       state = _read(self._manager, step, state=ocp.args.StandardRestore(tree))["state"]
       if iterator is not None:
@@ -115,12 +123,12 @@ class Checkpoints:
     return found
 
   def wait(self) -> None:
-    """Returns when the last save is on disk. Raises `UserError` if the disk was full."""
+    """Waits until the last save is on disk. Raises UserError if the disk was full."""
     with self._disk_errors():
       self._manager.wait_until_finished()
 
   def close(self) -> None:
-    """Waits, and lets go of the directory."""
+    """Waits for the last save and closes Orbax's manager."""
     try:
       self.wait()
     finally:
@@ -130,18 +138,17 @@ class Checkpoints:
     items = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(_Iterator(iterator)))
     try:
       self._manager.restore(step, args=items)
-    except Exception as error:  # Grain raises what its sources and samplers raise
+    except Exception as error:  # any class: Grain passes on what its sources and samplers raise
       raise UserError(
-        f"checkpoint {self.directory / str(step)}: the position in the data does not fit this "
-        "data pipeline "
-        f"({_first_line(error)}); use the data settings and the number of processes that it was "
-        "saved with"
+        f"checkpoint {self.directory / str(step)}: the position in the data does not fit this data "
+        f"pipeline ({_first_line(error)}); use the data settings and the number of processes that "
+        "it was saved with"
       ) from error
 
   def _check_space(self, *trees: PyTree) -> None:
-    """Refuses what cannot fit before Orbax's threads try: on a full disk every one of them prints a
-    traceback of its own.
-    """
+    """Raises OSError (ENOSPC) if the trees cannot fit on the disk."""
+    # Before Orbax's threads try: on a full disk each of them prints a traceback. A process of
+    # several writes only its part, and buckets have no free space to ask for.
     path = os.fspath(self.directory)
     if jax.process_count() == 1 and "://" not in path:
       needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
@@ -149,9 +156,8 @@ class Checkpoints:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
   def _write_checksums(self) -> None:
-    """Called by Orbax's thread when all items are written, before their directory gets its final
-    name.
-    """
+    """Writes the checksums of the step being saved."""
+    # Orbax's thread calls this when all items are written, before it renames their directory.
     if jax.process_index() == 0:
       for path in self.directory.iterdir():
         if path.name == str(self._saving) or path.name.startswith(
@@ -160,39 +166,37 @@ class Checkpoints:
           checksums.write(path)
 
   def _set_aside(self, step: int) -> None:
-    """Frees the name of a damaged step, which training reaches again; its files stay, for whoever
-    can mend them.
-    """
+    """Renames a damaged step, since training reaches it again; its files are kept for repair."""
     if jax.process_index() == 0:
       (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
-    if jax.process_count() > 1:
+    if jax.process_count() > 1:  # no process may list the directory before the rename
       multihost_utils.sync_global_devices("damaged checkpoint set aside")
     self._manager.reload()
 
   @contextlib.contextmanager
   def _disk_errors(self) -> Iterator[None]:
-    """A full disk, met here or by the thread that writes, becomes one clear line."""
+    """Turns a full disk, here or in the writing thread, into a UserError of one line."""
     try:
       yield
     except Exception as error:
-      if not _is_disk_full(error):
+      if not is_disk_full(error):
         raise
-      self._manager.reload()  # it has forgotten the checkpoints that this one was to replace
+      # The manager has dropped the checkpoints that the failed one was to replace from its list.
+      self._manager.reload()
       raise UserError(
         f"no space left on the disk of {self.directory}; the last complete checkpoint is "
-        f"{self.latest_step()}; "
-        "free some space and run the same command"
+        f"{self.latest_step()}; free some space and run the same command"
       ) from error
 
 
 def load_params(
   directory: str | os.PathLike, abstract: PyTree = None, step: int | None = None
 ) -> Params:
-  """The inference weights of the newest checkpoint (or of `step`), as a nested dict of arrays.
+  """Returns the inference weights of the newest checkpoint (or of `step`), a nested dict of arrays.
 
   `abstract` gives shapes, dtypes (weights are cast to them) and shardings; without it the arrays
-  are as saved, on the first device. Raises `UserError` if there is no checkpoint, if it does not
-  fit `abstract`, or if all are damaged.
+  are as saved, on the first device. Raises UserError if there is no checkpoint, if it does not fit
+  `abstract`, or if all are damaged.
   """
 
   def read(manager: ocp.CheckpointManager, step: int) -> Params:
@@ -203,7 +207,7 @@ def load_params(
 
 
 def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
-  """What `config` the newest checkpoint (or `step`) was saved with, as plain JSON values."""
+  """Returns the `config` that the newest checkpoint (or `step`) was saved with, as JSON values."""
   return _load(
     directory,
     step,
@@ -214,17 +218,18 @@ def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 def _load(
   directory: str | os.PathLike, step: int | None, read: Callable[[ocp.CheckpointManager, int], Any]
 ) -> Any:
+  """Returns `read(manager, step)` of the newest readable checkpoint, or of `step`."""
   path = _path(directory)
   if not path.is_dir():
     raise UserError(
       f"there are no checkpoints in {path}: no such directory; train first, or check the path"
     )
   with contextlib.closing(_manager(path, create=False)) as manager:
-    there = manager.all_steps()
-    if not there or (step is not None and step not in there):
+    steps = manager.all_steps()
+    if not steps or (step is not None and step not in steps):
       wanted = "" if step is None else f" of step {step}"
       raise UserError(
-        f"there is no checkpoint{wanted} in {path}; steps there: {sorted(there) or 'none'}"
+        f"there is no checkpoint{wanted} in {path}; steps there: {sorted(steps) or 'none'}"
       )
     found, _ = _newest(
       manager, path, lambda step: read(manager, step), [step] if step is not None else None
@@ -236,7 +241,7 @@ def _load(
 
 
 class _Iterator:
-  """Lets Grain's handler write the state of any iterator that has get_state and set_state."""
+  """Adapter to Grain's handler for any iterator that has get_state and set_state."""
 
   def __init__(self, iterator: Any):
     self._iterator = iterator
@@ -246,6 +251,7 @@ class _Iterator:
     return state if isinstance(state, bytes) else json.dumps(state).encode()
 
   def set_state(self, state: bytes) -> None:
+    # The iterator's present state shows which form it takes: bytes, or JSON values.
     is_bytes = isinstance(self._iterator.get_state(), bytes)
     self._iterator.set_state(state if is_bytes else json.loads(state))
 
@@ -255,7 +261,7 @@ class _Iterator:
 
 def _path(directory: str | os.PathLike) -> epath.Path:
   text = os.fspath(directory)
-  # Orbax wants absolute paths; buckets are
+  # Orbax needs absolute paths; those of buckets (gs://...) are absolute already.
   return epath.Path(text if "://" in text else os.path.abspath(text))
 
 
@@ -277,8 +283,8 @@ def _newest(
   read: Callable[[int], Any],
   steps: list[int] | None = None,
 ) -> tuple[tuple[int, Any] | None, list[int]]:
-  """-> (newest readable step, what was read), or None if there is no step at all; and the damaged
-  steps above it.
+  """Returns (newest readable step, its content), or None without any step; and the damaged steps
+  above it. Raises UserError if all are damaged.
   """
   damaged = []
   for step in sorted(steps or manager.all_steps(), reverse=True):
@@ -302,38 +308,38 @@ def _newest(
 def _read(
   manager: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs
 ) -> ocp.args.Composite:
+  """Restores items of a step. Raises Damaged."""
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
-  except Exception as error:  # what it raises depends on which file is damaged
+  except Exception as error:  # the class depends on which file is damaged
+    # Lack of memory says nothing about the files.
     if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
       raise
     raise Damaged(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
-def _check_config(path: epath.Path, stored: dict, given: dict) -> None:
-  lines = difference(stored, given)
-  if lines:
-    raise UserError(
-      f"checkpoint {path} was saved with another config (stored -> given: {'; '.join(lines)}); "
-      "use the stored values, or another --workdir"
-    )
-
-
 def _check_tree(
   manager: ocp.CheckpointManager, step: int, item: str, abstract: PyTree, cast: bool = False
 ) -> PyTree:
-  """-> `abstract` with a sharding on every leaf; raises `UserError` at the first leaf that is
-  otherwise there.
+  """Returns `abstract` (default: the stored tree) with a sharding on every leaf.
+
+  Raises UserError at the first leaf whose path, shape or (without `cast`) dtype differs, and
+  Damaged.
   """
   try:
     stored = manager.item_metadata(step)[item].tree
   except Exception as error:
     raise Damaged(f"{type(error).__name__}: {_first_line(error)}") from error
   tree = jax.tree.map(_with_sharding, stored if abstract is None else abstract)
-  a, b = _leaves(stored), _leaves(tree)
-  for path in sorted(a | b):
-    if a.get(path, (None,))[0] != b.get(path, (None,))[0] or (a[path] != b[path] and not cast):
-      there, here = (_describe(leaves.get(path)) for leaves in (a, b))
+  saved, wanted = _leaves(stored), _leaves(tree)
+  for path in sorted(saved | wanted):
+    saved_shape, wanted_shape = (leaves.get(path, (None,))[0] for leaves in (saved, wanted))
+    # Equal shapes mean that both have the path: only then may the dtypes be looked up.
+    if saved_shape != wanted_shape or (saved[path] != wanted[path] and not cast):
+      there, here = (
+        f"{leaves[path][1]}{list(leaves[path][0])}" if path in leaves else "absent"
+        for leaves in (saved, wanted)
+      )
       raise UserError(
         f"checkpoint step {step} does not fit: {item} {path} is {there} in it, {here} here"
       )
@@ -342,46 +348,27 @@ def _check_tree(
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   sharding = getattr(leaf, "sharding", None)
-  # none given, or Orbax's description of the saved one
+  # Absent, or Orbax's description of the saved sharding, whose devices may not exist here.
   if not isinstance(sharding, jax.sharding.Sharding):
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
-  """path -> (shape, dtype) of the arrays; random keys as the integers that they are stored as."""
+  """Returns {path: (shape, dtype)} of the arrays."""
   leaves = {}
   for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
     if hasattr(leaf, "shape"):
       path = jax.tree_util.keystr(keys, simple=True, separator="/")
-      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+      if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as integers
         leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
       leaves[path] = (tuple(leaf.shape), str(leaf.dtype))
   return leaves
 
 
-def _describe(leaf: tuple[tuple[int, ...], str] | None) -> str:
-  return "absent" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-  """True if the error, or what caused it, says that the disk is full (TensorStore says it in words
-  only).
-  """
-  while error is not None:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
-      error
-    ):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-  """False for the tracebacks that Orbax's threads log of a full disk, before it raises what we say
-  in one line.
-  """
-  return not (record.exc_info and _is_disk_full(record.exc_info[1]))
+def _hide_disk_full(record: logging.LogRecord) -> bool:
+  """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line."""
+  return not (record.exc_info and is_disk_full(record.exc_info[1]))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,5 +1,4 @@
-"""Weights on disk: a directory with a folder for each part of the model, read without knowing where
-they came from.
+"""Weights directories: one folder per part of the model, independent of where they came from.
 
     weights/dit/        model.json, params/       the diffusion transformer
             vae/        ...                       Wan2.1's autoencoder
@@ -8,9 +7,9 @@ they came from.
             tokenizer/  tokenizer.json
 
 `params` is an Orbax checkpoint whose leaves are cut into chunks with checksums (see
-stored_arrays.py); model.json says what it holds, and what it does not name is not there. To replace
-weights, new ones are written beside the old (`params`, `params_`: in turn), then model.json
-changes in one step: whenever a process dies, the old ones or the new ones are there, complete.
+stored_arrays.py). model.json describes it; params that it does not name count as absent. To replace
+weights, new ones are written beside the old (`params` and `params_` alternate), then model.json is
+replaced atomically: whenever a process dies, the old or the new weights are there, complete.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,14 +26,14 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.checkpoints import stored_arrays
+from hiar_jax.checkpoints.checksums import Damaged
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Params, PyTree
 
-# kind -> (module, class) of its config; imported when asked for, since most programs need one or
-# two.
+# kind -> (module, class) of its config; imported on demand, since most programs need one or two.
 CONFIGS = {
   "dit": ("hiar_jax.models.dit", "DiTConfig"),
   "vae": ("hiar_jax.models.vae", "VAEConfig"),
@@ -42,7 +41,8 @@ CONFIGS = {
   "tiny_vae": ("hiar_jax.models.taehv", "TinyVAEConfig"),
 }
 KINDS = tuple(CONFIGS)
-MODEL, PARAMS = "model.json", ("params", "params_")
+MODEL = "model.json"
+PARAMS = ("params", "params_")
 ADVICE = "convert published weights with python -m hiar_jax.convert --source=FILES --out="
 
 Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -50,10 +50,10 @@ Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What model.json says.
+  """The content of model.json.
 
-  dtype: of the weights, several joined by "+"; fingerprint: an id of the numbers; params: their
-  folder.
+  source: names of the published files; tensors: how many published tensors; dtype: of the weights,
+  several joined by "+"; fingerprint: an id of the numbers; params: the folder that holds them.
   """
 
   kind: str
@@ -67,15 +67,12 @@ class Description:
 
 
 def exists(directory: str | os.PathLike, kind: str) -> bool:
-  """Whether the directory holds a complete folder of this kind."""
+  """Returns True if the directory holds complete weights of this kind."""
   return (_folder(directory, kind) / MODEL).is_file()
 
 
 def describe(directory: str | os.PathLike, kind: str) -> Description:
-  """What is known without reading the weights.
-
-  Raises UserError where they are missing, of another kind, or damaged.
-  """
+  """Reads model.json. Raises UserError if weights are missing, of another kind, or damaged."""
   folder = _folder(directory, kind)
   path = folder / MODEL
   if not path.is_file():
@@ -97,16 +94,14 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
 
 
 def read_config(directory: str | os.PathLike, kind: str) -> Any:
-  """DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig of the stored weights.
-
-  Raises UserError as `describe`.
-  """
+  """Returns the DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig; raises as `describe` does."""
   return _open(directory, kind)[0]
 
 
 def _open(directory: str | os.PathLike, kind: str) -> tuple[Any, pathlib.Path]:
-  """(config, the checkpoint that model.json names)."""
-  found, folder = describe(directory, kind), _folder(directory, kind)
+  """Returns (config, path of the checkpoint that model.json names)."""
+  found = describe(directory, kind)
+  folder = _folder(directory, kind)
   try:
     return config_from_json(kind, found.config), folder / found.params
   except UserError as error:
@@ -114,43 +109,51 @@ def _open(directory: str | os.PathLike, kind: str) -> tuple[Any, pathlib.Path]:
 
 
 def fingerprint(directory: str | os.PathLike, kind: str) -> str:
-  """A short id that changes with any number, shape or dtype of the weights; nothing but model.json
-  is read.
-  """
+  """Returns an id that changes with any number, shape or dtype; reads nothing but model.json."""
   return describe(directory, kind).fingerprint
 
 
 def load(
   directory: str | os.PathLike, kind: str, *, dtype: Any = None, sharding: Placement | None = None
 ) -> tuple[Any, Params]:
-  """-> (config, params): jax arrays, in `dtype` (floating leaves; default: as stored).
+  """Loads (config, params): jax arrays, floating leaves in `dtype` (default: as stored).
 
-  sharding: of every leaf, or a function from the tree of shapes to a tree of shardings; default:
-  all on the first device. Raises UserError where the weights are missing, of another kind, or
+  sharding: one for every leaf, or a function from the tree of shapes to a tree of shardings;
+  default: all on the first device. Raises UserError if the weights are missing, of another kind, or
   damaged.
   """
   config, stored = _open(directory, kind)
-  with _one_line(stored.parent):
+  with _damage_as_user_error(stored.parent):
     shapes = stored_arrays.shapes(stored)
     if dtype is not None:
-      shapes = jax.tree.map(lambda leaf: _cast(leaf, dtype), shapes)
+      shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, jnp.dtype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+        ),
+        shapes,
+      )
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  # Outside of the block above: a fault of the caller's function is no damage of the files.
   shardings = sharding(shapes) if callable(sharding) else jax.tree.map(lambda _: sharding, shapes)
-  place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-  abstract = jax.tree.map(place, shapes, shardings)
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes,
+    shardings,
+  )
   for leaf in jax.tree.leaves(abstract):
-    # raises where it does not divide: that would else pass for damage
+    # Raises if the sharding does not divide the shape; while reading, that would pass for damage.
     leaf.sharding.shard_shape(leaf.shape)
-  with _one_line(stored.parent):
+  with _damage_as_user_error(stored.parent):
     return config, stored_arrays.read(stored, abstract)
 
 
 def open_arrays(directory: str | os.PathLike, kind: str) -> tuple[Any, PyTree]:
-  """-> (config, tree of arrays on disk): each has shape and dtype, is read by numpy.asarray, and by
-  row with array[i].
+  """Opens (config, tree of `stored_arrays.Stored`), whose numbers are read on use, whole or by row.
+
+  Raises UserError as `load` does.
   """
   config, stored = _open(directory, kind)
-  with _one_line(stored.parent):
+  with _damage_as_user_error(stored.parent):
     return config, stored_arrays.open_tree(stored)
 
 
@@ -162,14 +165,14 @@ def save(
   source: str = "",
   tensors: int | None = None,
 ) -> Description:
-  """Writes `<directory>/<kind>` from a tree of arrays, or of stacks that are read row by row, and
-  replaces what was there.
+  """Writes or replaces `<directory>/<kind>` from a tree of arrays, or of stacks read row by row.
 
-  The memory needed beyond the tree's own is that of a few chunks. source: names of the files they
-  came from; tensors: how many published tensors they were (default: leaves). Raises UserError where
-  the disk is full.
+  Needs the memory of a few chunks beyond the tree's own. source: names of the files they came from;
+  tensors: how many published tensors they were (default: the number of leaves). Raises UserError if
+  the disk is full or the folder cannot be made.
   """
-  leaves, folder = jax.tree.leaves(params), _folder(directory, kind)
+  leaves = jax.tree.leaves(params)
+  folder = _folder(directory, kind)
   with stored_arrays.disk_errors(folder), _replacing(folder) as name:
     digest = stored_arrays.write(folder / name, params)
     found = Description(
@@ -182,45 +185,43 @@ def save(
       params=name,
       dtype="+".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})),
     )
+    # Last, and in one step: from here on the new params are the ones that count.
     write_atomic(folder / MODEL, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
   return found
 
 
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path) -> Iterator[str]:
-  """A name in the folder for new params. What is there goes only after the block, in which
-  model.json changes to that name.
+  """Yields a free name for new params; the block is to write model.json with that name.
 
-  What a kill leaves behind is cleared by the next try.
+  After the block, the params that model.json does not name are removed: the old ones, or the new
+  ones if it failed.
   """
-  _make(folder)
-  new = next(name for name in PARAMS if name != _named(folder))
   try:
-    _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{folder} cannot be made ({error.strerror}); choose another place") from error
+  new = next(name for name in PARAMS if name != _named_params(folder))
+  try:
+    _remove_unnamed(folder)  # left by a process that was killed
     yield new
   finally:
-    _clear(folder)
+    _remove_unnamed(folder)
     with contextlib.suppress(OSError):  # it is not empty
       folder.rmdir()
 
 
-def _clear(folder: pathlib.Path) -> None:
-  """Removes the params that model.json does not name, also what Orbax has not finished."""
-  kept = _named(folder)
+def _remove_unnamed(folder: pathlib.Path) -> None:
+  """Removes the params that model.json does not name."""
+  kept = _named_params(folder)
+  # The pattern also matches the temporary directories of Orbax, which begin with the final name.
   for path in folder.glob(f"{PARAMS[0]}*"):
     if path.name != kept:
       shutil.rmtree(path, ignore_errors=True)
 
 
-def _make(folder: pathlib.Path) -> None:
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{folder} cannot be made ({error.strerror}); choose another place") from error
-
-
-def _named(folder: pathlib.Path) -> str | None:
-  """The params that model.json names; None where it does not exist or is damaged."""
+def _named_params(folder: pathlib.Path) -> str | None:
+  """Returns the params that model.json names; None if it does not exist or is damaged."""
   try:
     return json.loads((folder / MODEL).read_text()).get("params", PARAMS[0])
   except (FileNotFoundError, ValueError, AttributeError):
@@ -228,7 +229,7 @@ def _named(folder: pathlib.Path) -> str | None:
 
 
 def config_to_json(config: Any) -> dict:
-  """The fields of a config; dtypes by their names."""
+  """Returns the fields of a config as JSON values; dtypes by their names."""
   fields = dataclasses.asdict(config)
   return to_json(
     {name: jnp.dtype(value).name if name == "dtype" else value for name, value in fields.items()}
@@ -236,16 +237,17 @@ def config_to_json(config: Any) -> dict:
 
 
 def config_from_json(kind: str, fields: dict) -> Any:
-  """The inverse. Raises UserError for fields that the kind's config does not have."""
+  """Inverts `config_to_json`. Raises UserError for fields that the kind's config does not have."""
   cls = config_class(kind)
   default = {field.name: field.default for field in dataclasses.fields(cls)}.get("dtype")
   if "dtype" in fields and not isinstance(default, str):
-    # these configs hold jax.numpy's own types
+    # Such a config holds jax.numpy's scalar types (jnp.bfloat16), not names or numpy dtypes.
     fields = {**fields, "dtype": getattr(jnp, fields["dtype"])}
   return build(cls, fields)
 
 
 def config_class(kind: str) -> type:
+  """Imports the config class of a kind. Raises UserError for an unknown kind."""
   if kind not in CONFIGS:
     raise UserError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
   module, name = CONFIGS[kind]
@@ -259,20 +261,16 @@ def _folder(directory: str | os.PathLike, kind: str) -> pathlib.Path:
 
 
 def _missing(directory: pathlib.Path, kind: str) -> str:
+  """Returns the reason why weights of this kind are missing."""
   if not directory.is_dir():
     return f"there is no directory {directory}, which should hold weights"
   there = [name for name in KINDS if exists(directory, name)]
   return f"{directory} holds no weights of kind {kind!r} (there is {', '.join(there) or 'nothing'})"
 
 
-def _cast(leaf: jax.ShapeDtypeStruct, dtype: Any) -> jax.ShapeDtypeStruct:
-  floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-  return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if floating else leaf.dtype)
-
-
 @contextlib.contextmanager
-def _one_line(folder: pathlib.Path) -> Iterator[None]:
+def _damage_as_user_error(folder: pathlib.Path) -> Iterator[None]:
   try:
     yield
-  except stored_arrays.Damaged as error:
+  except Damaged as error:
     raise UserError(f"{folder} is damaged ({error}); delete it and convert again") from error

@@ -1,1 +1,1 @@
-"""Published checkpoints: their layouts and sizes, read and written."""
+"""Conversion from and to published checkpoints: names, layouts, sizes, configs."""

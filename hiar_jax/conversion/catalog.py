@@ -1,4 +1,7 @@
-"""The config.json files that other tools read beside exported weights."""
+"""Contents of the config.json files that other tools read beside exported weights.
+
+The field names and values are those of Wan2.1's original release, diffusers and transformers.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from hiar_jax.models.vae import VAEConfig
 
 DIFFUSERS = "0.33.0"  # the first version with Wan2.1
 
-# The published pipeline; 3.0 is its shift for 480p.
+# The scheduler of diffusers' published Wan2.1 pipelines; 3.0 is their shift for 480p.
 SCHEDULER = {
   "_class_name": "UniPCMultistepScheduler",
   "_diffusers_version": DIFFUSERS,
@@ -27,6 +30,7 @@ PIPELINE = {
   "transformer": ["diffusers", "WanTransformer3DModel"],
   "vae": ["diffusers", "AutoencoderKLWan"],
 }
+# google/umt5-xxl's tokenizer; 512 is Wan2.1's text length.
 TOKENIZER = {
   "tokenizer_class": "T5TokenizerFast",
   "model_max_length": 512,
@@ -38,7 +42,7 @@ TOKENIZER = {
 
 
 def model_config(kind: str, config: Any, layout: str) -> dict | None:
-  """The content of config.json, None where the layout has none."""
+  """Returns the content of config.json, or None if the layout has none for this kind."""
   if kind == "dit":
     return _wan_model(config) if layout == "original" else _wan_transformer(config)
   if layout == "original":
@@ -49,7 +53,7 @@ def model_config(kind: str, config: Any, layout: str) -> dict | None:
 def _wan_model(config: DiTConfig) -> dict:
   return {
     "_class_name": "WanModel",
-    "_diffusers_version": "0.30.0",
+    "_diffusers_version": "0.30.0",  # as in Wan2.1's own config.json
     "model_type": "t2v",
     "text_len": 512,
     "dim": config.dim,
@@ -94,8 +98,8 @@ def _autoencoder(config: VAEConfig) -> dict:
     "dim_mult": list(config.dim_mult),
     "num_res_blocks": config.num_res_blocks,
     "attn_scales": [],
-    "temperal_downsample": list(config.temporal_downsample),
-    "dropout": 0.0,  # so spelt
+    "temperal_downsample": list(config.temporal_downsample),  # diffusers' spelling
+    "dropout": 0.0,
     "latents_mean": list(config.latents_mean),
     "latents_std": list(config.latents_std),
   }

@@ -1,6 +1,4 @@
-"""The DiT's tensors in published files: Wan2.1's own names and diffusers' (`transformer/`), as
-rules.
-"""
+"""Key maps of the DiT: Wan2.1's original names and diffusers' (`transformer/`)."""
 
 import numpy as np
 
@@ -10,7 +8,8 @@ from hiar_jax.models.dit import DiTConfig
 
 LAYOUTS = ("original", "diffusers")
 
-# Original name, diffusers' name, path here.
+# Linear layers outside of the blocks: original name, diffusers' name, path here. The tables below
+# have the same columns.
 _ENDS = (
   ("text_embedding.0", "condition_embedder.text_embedder.linear_1", "text_embedding_in"),
   ("text_embedding.2", "condition_embedder.text_embedder.linear_2", "text_embedding_out"),
@@ -25,10 +24,10 @@ _MLP = (("ffn.0", "ffn.net.0.proj", "mlp_in"), ("ffn.2", "ffn.net.2", "mlp_out")
 
 
 def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping]:
-  """One rule per published tensor, in the order of the network. Layers are stacked on a leading
-  axis here.
+  """Returns one rule per published tensor, in the order of the network.
 
-  layout: "original" (Wan2.1's names) or "diffusers" (WanTransformer3DModel's).
+  Layers are stacked on a leading axis here. layout: "original" (Wan2.1's names) or "diffusers"
+  (WanTransformer3DModel's). Raises UserError for another layout, or a config with place_embedding.
   """
   if layout not in LAYOUTS:
     raise UserError(f"DiT: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -37,13 +36,14 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping
       "DiT: place_embedding = True: published models have none, so such weights have no published "
       "names."
     )
-  d, text, freq, here = config.dim, config.text_dim, config.freq_dim, LAYOUTS.index(layout)
-  shapes = {
-    "text_embedding_in": (d, text),
+  d = config.dim
+  column = LAYOUTS.index(layout)
+  shapes = {  # [out, in], as PyTorch stores linear layers
+    "text_embedding_in": (d, config.text_dim),
     "text_embedding_out": (d, d),
-    "time_embedding_in": (d, freq),
+    "time_embedding_in": (d, config.freq_dim),
     "time_embedding_out": (d, d),
-    "time_projection": (6 * d, d),
+    "time_projection": (6 * d, d),  # shift, scale and gate of attention and of the MLP
     "head": (int(np.prod(config.patch)) * config.channels, d),
   }
   patch = (d, config.channels, *config.patch)
@@ -52,18 +52,19 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping
     TensorMapping("patch_embedding.bias", (d,), ("patch_embedding", "bias")),
   ]
   for *names, ours in _ENDS:
-    rules += _linear(names[here], shapes[ours], (ours,))
+    rules += _linear(names[column], shapes[ours], (ours,))
   for layer in range(config.num_layers):
-    rules += _layer_rules(config, layer, here)
-  return [
-    *rules,
-    TensorMapping(("head.modulation", "scale_shift_table")[here], (1, 2, d), ("head_modulation",)),
-  ]
+    rules += _layer_rules(config, layer, column)
+  head_modulation = ("head.modulation", "scale_shift_table")[column]
+  return [*rules, TensorMapping(head_modulation, (1, 2, d), ("head_modulation",))]
 
 
-def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[TensorMapping]:
-  d, stem = config.dim, f"blocks.{layer}"
-  modulation, norm = (("modulation", "norm3"), ("scale_shift_table", "norm2"))[here]
+def _layer_rules(config: DiTConfig, layer: int, column: int) -> list[TensorMapping]:
+  d = config.dim
+  stem = f"blocks.{layer}"
+  # The one norm with weights stands before the text attention: Wan2.1 calls it norm3, diffusers
+  # norm2.
+  modulation, norm = (("modulation", "norm3"), ("scale_shift_table", "norm2"))[column]
   rules = [
     TensorMapping(f"{stem}.{modulation}", (1, 6, d), ("layers", "modulation"), layer=layer),
     TensorMapping(f"{stem}.{norm}.weight", (d,), ("layers", "norm_text", "scale"), layer=layer),
@@ -71,17 +72,15 @@ def _layer_rules(config: DiTConfig, layer: int, here: int) -> list[TensorMapping
   ]
   for *attention, ours in _ATTENTIONS:
     for *projection, p in _PROJECTIONS:
-      rules += _linear(
-        f"{stem}.{attention[here]}.{projection[here]}", (d, d), ("layers", ours, p), layer
-      )
-    for p in "qk":
+      name = f"{stem}.{attention[column]}.{projection[column]}"
+      rules += _linear(name, (d, d), ("layers", ours, p), layer)
+    for p in "qk":  # RMS norms over the whole width, not per head
+      name = f"{stem}.{attention[column]}.norm_{p}.weight"
       path = ("layers", ours, f"norm_{p}", "scale")
-      rules.append(
-        TensorMapping(f"{stem}.{attention[here]}.norm_{p}.weight", (d,), path, layer=layer)
-      )
+      rules.append(TensorMapping(name, (d,), path, layer=layer))
   for *names, ours in _MLP:
     shape = (config.ffn_dim, d) if ours == "mlp_in" else (d, config.ffn_dim)
-    rules += _linear(f"{stem}.{names[here]}", shape, ("layers", ours), layer)
+    rules += _linear(f"{stem}.{names[column]}", shape, ("layers", ours), layer)
   return rules
 
 

@@ -1,5 +1,5 @@
-"""From weights here back to published files: safetensors under Wan2.1's original names or
-diffusers', with the configs that others read.
+"""Export of weights to published files: safetensors under Wan2.1's original names or diffusers',
+with the config files that other tools read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ from hiar_jax.types import PyTree
 LAYOUTS = ("original", "diffusers")
 STAGES = ("distill", "causal_init", "teacher")
 TOKENIZER = "tokenizer/tokenizer.json"
-# File names without their ending, where they differ from PLACES'.
+# File names without their ending, where they differ from those in layouts.PLACES.
 STEMS = {
   ("vae", "diffusers"): "diffusion_pytorch_model",
   ("umt5", "diffusers"): "model",
@@ -39,7 +39,7 @@ STEMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One model to be written: its tree of arrays, or of what is read like arrays."""
+  """One model to be written; leaves of `tree` are arrays or lazy ones (weights.open_arrays)."""
 
   kind: str
   config: Any
@@ -48,14 +48,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-  """Where a part goes: a folder, and how its files are named."""
+  """Folder of an exported part, and the start of its file names."""
 
   folder: pathlib.Path
   stem: str
 
   @property
   def taken(self) -> list[pathlib.Path]:
-    """Files of these names that are there already."""
+    """Existing files of these names."""
     return sorted(self.folder.glob(f"{self.stem}*.safetensors*"))
 
 
@@ -70,12 +70,12 @@ def export(
   stage: str = "distill",
   overwrite: bool = False,
 ) -> Iterator[str]:
-  """Writes what a weights directory or a training run holds (of one kind, or all); yields a line
-  for each thing that was done.
+  """Writes the models of a weights directory or a training run; yields a line of report for each.
 
-  With a run's model goes what it was trained with: autoencoder, text encoder, tokenizer. Each part
-  is complete or not there. Raises UserError where there is nothing to write, a model has parts that
-  Wan2.1 lacks, or the folder holds one already.
+  kind: one model alone; max_shard: bytes of the largest file. A run's model is written together
+  with the autoencoder, text encoder and tokenizer that it was trained with. Each part is complete
+  or absent. Raises UserError if there is nothing to write, a model has parts that Wan2.1 lacks, or
+  the files exist already.
   """
   directories = _directories(source)
   parts = [part for part in _parts(source, directories, stage) if kind in (None, part.kind)]
@@ -85,6 +85,7 @@ def export(
       "path"
     )
   targets = {part.kind: _target(part.kind, layout, out) for part in parts}
+  # All targets are checked before the first is written.
   for part in parts:
     target = targets[part.kind]
     if target is None:
@@ -102,18 +103,17 @@ def export(
 
 
 def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Kind -> the weights directory that holds it: the source, or what a run's config names beside
-  the model that it trained.
-  """
+  """Returns {kind: weights directory with it}: the source, or those that a run's config names."""
   stored = read_resolved(source)
   if stored is None:
     named = dict.fromkeys(weights.KINDS, source)
   else:
     experiment = build(Experiment, stored)
-    named = {"vae": experiment.codec, "umt5": experiment.text}
+    # Some components have no field `weights`; an empty one names no directory.
+    groups = {"vae": experiment.codec, "umt5": experiment.text}
     named = {
       kind: pathlib.Path(group.weights)
-      for kind, group in named.items()
+      for kind, group in groups.items()
       if getattr(group, "weights", "")
     }
   return {kind: directory for kind, directory in named.items() if weights.exists(directory, kind)}
@@ -126,6 +126,7 @@ def _parts(
   if stored is not None:
     experiment = build(Experiment, stored)
     folder = source / stage
+    # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
       folder = pathlib.Path(experiment.stages_from) / stage
     yield Part("dit", experiment.dit, load_params(folder / "checkpoints"))
@@ -144,7 +145,10 @@ def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
 
 
 def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_shard: int) -> str:
-  """Writes into a folder beside the final one, then moves file by file, the config last."""
+  """Writes one part; returns a line of report.
+
+  Files are written in a folder inside the target, then moved one by one; the config comes last.
+  """
   rules = layouts.rules_of(part.kind, part.config, layout)
   tree = part.tree if dtype is None else jax.tree.map(lambda leaf: Cast(leaf, dtype), part.tree)
   tensors = iterate_published(tree, rules, f"{part.kind} ({layout} names)")
@@ -154,6 +158,7 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
     with disk_errors(target.folder):
       shutil.rmtree(staging, ignore_errors=True)
       staging.mkdir(parents=True)
+      # Tensors are produced one at a time, so the split must follow from shapes and dtypes alone.
       dtypes = {
         tuple(key.key for key in path): leaf.dtype
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -162,12 +167,13 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
         {rule.name: np.prod(rule.shape) * dtypes[rule.path].itemsize for rule in rules}, max_shard
       )
       size, count = write_shards(staging, target.stem, tensors, shards)
-      for path in target.taken:  # of an earlier export, maybe in more shards
+      # Files of an earlier export may have been more shards, which would stay beside the new ones.
+      for path in target.taken:
         path.unlink()
       for path in sorted(staging.iterdir()):
         os.replace(path, target.folder / path.name)
       if config is not None:
-        write_atomic(target.folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        _write_json(target.folder / "config.json", config)
   finally:
     shutil.rmtree(staging, ignore_errors=True)
   shards = f" in {count} shards" if count > 1 else ""
@@ -175,7 +181,10 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard: int) -> list[list[str]]:
-  """Names by shard, in order, from their bytes; a tensor larger than a shard has one to itself."""
+  """Splits names, in order, into shards of at most `max_shard` bytes.
+
+  sizes: bytes by name. A tensor above the limit gets a shard of its own.
+  """
   shards: list[list[str]] = [[]]
   filled = 0
   for name, size in sizes.items():
@@ -193,11 +202,12 @@ def write_shards(
   tensors: Iterator[tuple[str, np.ndarray]],
   shards: list[list[str]],
 ) -> tuple[int, int]:
-  """Writes tensors, which come in the order of `shards`, as safetensors; -> (bytes, files).
+  """Writes tensors, given in the order of `shards`, as safetensors; returns (bytes, files).
 
-  One shard is in memory at a time.
+  Holds one shard in memory at a time.
   """
-  total, places = 0, {}
+  total = 0
+  file_of: dict[str, str] = {}
   for number, names in enumerate(shards, 1):
     name = (
       f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -205,30 +215,26 @@ def write_shards(
       else f"{stem}.safetensors"
     )
     arrays = dict(next(tensors) for _ in names)
-    # transformers refuses files that do not say so
+    # transformers refuses files without this entry.
     save_file(arrays, folder / name, metadata={"format": "pt"})
     with open(folder / name, "rb") as file:
       os.fsync(file.fileno())
     total += sum(array.nbytes for array in arrays.values())
-    places |= dict.fromkeys(arrays, name)
-    del arrays
+    file_of |= dict.fromkeys(arrays, name)
+    del arrays  # before the next shard is read
   if len(shards) > 1:
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    write_atomic(
-      folder / f"{stem}.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode()
-    )
+    index = {"metadata": {"total_size": total}, "weight_map": file_of}
+    _write_json(folder / f"{stem}.safetensors.index.json", index)
   return total, len(shards)
 
 
-# ---------------------------------------------------------------------------- what lies beside them
+# ------------------------------------------------------------------------ tokenizer, pipeline files
 
 
 def _companions(
   tokenizer: pathlib.Path, layout: str, out: pathlib.Path, written: list[str]
 ) -> Iterator[str]:
-  """The tokenizer; and in diffusers' layout, where all is there, what makes a pipeline of the
-  parts.
-  """
+  """Writes the tokenizer and, in diffusers' layout, the pipeline's files if no part is lacking."""
   if tokenizer.is_file():
     content = tokenizer.read_bytes()
     target = out / ("google/umt5-xxl" if layout == "original" else "tokenizer")

@@ -1,6 +1,4 @@
-"""The config of a published model: from the shapes of its tensors, and from the config.json that
-comes with it.
-"""
+"""Configs of published models, from the shapes of their tensors and from their config.json."""
 
 from collections.abc import Callable, Mapping
 import itertools
@@ -12,11 +10,11 @@ from hiar_jax.models.taehv import TinyVAEConfig
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
 
-HEAD_DIM = 128  # of every published Wan2.1 DiT
+HEAD_DIM = 128  # of every published Wan2.1 DiT (1.3B: 1536 / 12 heads, 14B: 5120 / 40)
 Shape = tuple[int, ...]
 
 CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "tiny_vae": TinyVAEConfig}
-# Field here -> names in a config.json (original, diffusers, transformers); the first that is there
+# Field here -> names in a config.json (original, diffusers, transformers); the first one found
 # counts.
 _STATED = {
   "dit": {
@@ -51,10 +49,14 @@ _STATED = {
 
 
 class _Shapes:
-  """Shapes by name; asking for one that is not there, or has another rank, is bad input."""
+  """Shapes by name. Raises UserError for one that is absent or has another rank.
+
+  what: the source, as error messages name it.
+  """
 
   def __init__(self, shapes: Mapping[str, Shape], what: str):
-    self.shapes, self.what = shapes, what
+    self.shapes = shapes
+    self.what = what
 
   def __contains__(self, name: str) -> bool:
     return name in self.shapes
@@ -72,7 +74,7 @@ class _Shapes:
     return self.shapes[name]
 
   def layers(self, stem: str) -> int:
-    """How many numbers follow `stem.` in the names, from 0."""
+    """Returns the number of layers, which are numbered from 0 behind `stem.`."""
     parts = (
       name.removeprefix(f"{stem}.").split(".")[0]
       for name in self.shapes
@@ -82,43 +84,44 @@ class _Shapes:
 
 
 def infer(kind: str, layout: str, shapes: Mapping[str, Shape], what: str) -> dict[str, Any]:
-  """The fields of a config that the shapes tell.
+  """Returns the config fields that follow from shapes.
 
-  Raises UserError where a tensor that tells is missing.
+  what: the source, as error messages name it. Raises UserError if a tensor that decides a field is
+  missing or has another rank.
   """
   rule: Callable = {"dit": _dit, "vae": _vae, "umt5": _umt5, "tiny_vae": _tiny_vae}[kind]
   return rule(_Shapes(shapes, what), layout == "original")
 
 
 def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
-  """The fields of a config that a config.json tells.
+  """Returns the config fields that a config.json states.
 
-  Raises UserError for sizes that no DiT here can have.
+  Raises UserError for a DiT whose input and output channels differ.
   """
   fields = {}
   for field, names in _STATED.get(kind, {}).items():
     found = [config[name] for name in names if config.get(name) is not None]
     if found:
       fields[field] = tuple(found[0]) if isinstance(found[0], list) else found[0]
+  # diffusers and transformers state the width per head.
   if "attention_head_dim" in config and "num_heads" in fields:
     fields["dim"] = config["attention_head_dim"] * fields["num_heads"]
   if kind == "umt5" and "d_kv" in config and "num_heads" in fields:
     fields["dim_attn"] = config["d_kv"] * fields["num_heads"]
-  for name, wanted in (("in_dim", "out_dim"), ("in_channels", "out_channels")):
-    given, back = config.get(name), config.get(wanted)
-    if kind == "dit" and back is not None and given != back:
+  for in_name, out_name in (("in_dim", "out_dim"), ("in_channels", "out_channels")):
+    channels_in, channels_out = config.get(in_name), config.get(out_name)
+    if kind == "dit" and channels_out is not None and channels_in != channels_out:
       raise UserError(
-        f"{what}: its config.json says {name} = {given}, {wanted} = {back}; "
+        f"{what}: its config.json says {in_name} = {channels_in}, {out_name} = {channels_out}; "
         "expected the same (a text-to-video model, image-to-video models have more in)"
       )
   return fields
 
 
 def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
-  """The config.
+  """Builds the config of a kind from its fields.
 
-  Raises UserError where the sizes do not fit each other, or where nothing says how many heads a DiT
-  has.
+  Raises UserError if the sizes do not fit each other, or the number of heads of a DiT is unknown.
   """
   if kind == "dit" and "num_heads" not in fields:
     if fields["dim"] % HEAD_DIM:
@@ -134,8 +137,10 @@ def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
 
 
 def _dit(shape: _Shapes, original: bool) -> dict[str, Any]:
-  pick = lambda a, b: f"{a if original else b}.weight"
-  dim, channels, *patch = shape("patch_embedding.weight", 5)
+  pick = lambda original_name, diffusers_name: (
+    f"{original_name if original else diffusers_name}.weight"
+  )
+  dim, channels, *patch = shape("patch_embedding.weight", 5)  # [out, in, frames, height, width]
   head = shape(pick("head.head", "proj_out"), 2)[0]
   pixels = patch[0] * patch[1] * patch[2]
   if head != pixels * channels:
@@ -159,7 +164,10 @@ def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
     ("encoder.downsamples", "residual.2") if original else ("encoder.down_blocks", "conv1")
   )
   dim = shape("encoder.conv1.weight" if original else "encoder.conv_in.weight", 5)[0]
-  stages, temporal = [[]], []
+  # The encoder is one list of residual blocks and resamplings; each resampling ends a stage. One
+  # that has a time_conv halves the frames too.
+  stages: list[list[int]] = [[]]  # output widths of the residual blocks, by stage
+  temporal: list[bool] = []
   for i in itertools.count():
     if f"{stem}.{i}.{conv}.weight" in shape:
       stages[-1].append(shape(f"{stem}.{i}.{conv}.weight", 5)[0])
@@ -184,7 +192,9 @@ def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
 
 def _umt5(shape: _Shapes, original: bool) -> dict[str, Any]:
   stem = "blocks" if original else "encoder.block"
-  part = lambda a, b: f"{stem}.0.{a if original else b}.weight"
+  part = lambda original_name, diffusers_name: (
+    f"{stem}.0.{original_name if original else diffusers_name}.weight"
+  )
   vocab, dim = shape("token_embedding.weight" if original else "shared.weight", 2)
   buckets, heads = shape(
     part("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"), 2
@@ -201,17 +211,24 @@ def _umt5(shape: _Shapes, original: bool) -> dict[str, Any]:
 
 
 def _tiny_vae(shape: _Shapes, original: bool) -> dict[str, Any]:
-  del original  # there is but one layout
-  width, blocks = shape("encoder.0.weight", 4)[0], 0
+  del original  # there is only one layout
+  width = shape("encoder.0.weight", 4)[0]
+  # Tensors are named by their layer's index in a list, so the strides of the indices below are the
+  # layers of a stage; see taehv_keys.py for their order.
+  blocks = 0
   while f"decoder.{3 + blocks}.conv.0.weight" in shape:
     blocks += 1
-  down, up, widths = [], [], [shape("decoder.1.weight", 4)[0]]
+  widths = [shape("decoder.1.weight", 4)[0]]
+  down: list[bool] = []
   while f"encoder.{2 + len(down) * (2 + blocks)}.conv.weight" in shape:
+    # A stage that halves the frames takes two of them, side by side in the channels.
     down.append(shape(f"encoder.{2 + len(down) * (2 + blocks)}.conv.weight", 4)[1] > width)
+  up: list[bool] = []
   while f"decoder.{4 + blocks + len(up) * (3 + blocks)}.conv.weight" in shape:
-    place = 4 + blocks + len(up) * (3 + blocks)
-    up.append(shape(f"decoder.{place}.conv.weight", 4)[0] > widths[-1])
-    widths.append(shape(f"decoder.{place + 1}.weight", 4)[0])
+    index = 4 + blocks + len(up) * (3 + blocks)
+    # A stage that doubles the frames gives two of them, side by side in the channels.
+    up.append(shape(f"decoder.{index}.conv.weight", 4)[0] > widths[-1])
+    widths.append(shape(f"decoder.{index + 1}.weight", 4)[0])
   return {
     "z_dim": shape("decoder.1.weight", 4)[1],
     "encoder_width": width,

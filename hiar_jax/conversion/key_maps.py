@@ -1,8 +1,8 @@
-"""Published tensor names <-> parameter trees, as a table of rules: one rule per published tensor.
+"""Key maps between published tensors and parameter trees: one rule per published tensor.
 
-A model's rules are data: `Rule(name, shape, path, kind, layer)`. The same table converts in both
-directions, lists the names and shapes to be expected in a file, and says what is missing or left
-over. Both directions have a form that holds one tensor at a time, for weights that are larger than
+A model's rules are data: `TensorMapping(name, shape, path, kind, layer)`. The same table converts
+in both directions, lists the names and shapes that a file must have, and finds missing and left
+over ones. Both directions have a form that holds one tensor at a time, for weights larger than
 memory.
 """
 
@@ -17,22 +17,21 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 
-LISTED = 4  # how many names an error message spells out
+LISTED = 4  # names that an error message spells out
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorMapping:
-  """One published tensor and the place of its numbers in the parameter tree.
+  """One published tensor and its place in the parameter tree.
 
-  kind says how the array is laid out here:
+  kind: layout of the array, published -> here:
     same       as published
     linear     [out, in] -> [in, out]; trailing axes of size 1 (pointwise convolutions) are dropped
     conv       [out, in, *kernel] -> [*kernel, in, out]
     patches    [out, in, *kernel] -> [kernel * in, out]: a convolution whose stride is its kernel,
                as a linear layer
     vector     [c, 1, ...] -> [c]
-  layer: row of a leaf that stacks the layers in front, [layers, ...]; None where the leaf is the
-  tensor itself.
+  layer: row of a leaf [layers, ...] that stacks all layers; None if the leaf is the tensor itself.
   """
 
   name: str
@@ -43,16 +42,19 @@ class TensorMapping:
 
 
 def _inward(array: np.ndarray, kind: str) -> np.ndarray:
+  """Returns a published array in the layout of the tree: a view, except for "patches"."""
   if kind == "linear":
     return array.reshape(array.shape[:2]).T
   if kind == "conv":
     return np.moveaxis(array, (0, 1), (-1, -2))
   if kind == "patches":
+    # [*kernel, in, out] -> [kernel * in, out]: the order in which DiT flattens a patch.
     return _inward(array, "conv").reshape(-1, array.shape[0])
   return array.reshape(-1) if kind == "vector" else array
 
 
 def _outward(array: np.ndarray, rule: TensorMapping) -> np.ndarray:
+  """Inverts `_inward`; contiguous, as safetensors needs."""
   if rule.kind == "patches":
     array = array.reshape(*rule.shape[2:], rule.shape[1], rule.shape[0])
   if rule.kind in ("conv", "patches"):
@@ -63,7 +65,8 @@ def _outward(array: np.ndarray, rule: TensorMapping) -> np.ndarray:
 
 
 def shape_here(rule: TensorMapping) -> tuple[int, ...]:
-  """Shape of the rule's tensor in the parameter tree, without the axis of stacked layers."""
+  """Returns the shape of a rule's tensor in the tree, without the axis of stacked layers."""
+  # A broadcast scalar has the shape, but needs no memory.
   return _inward(np.broadcast_to(np.zeros((), np.int8), rule.shape), rule.kind).shape
 
 
@@ -75,9 +78,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def check_names(names: Sequence[str], rules: Sequence[TensorMapping], what: str) -> None:
-  """Raises UserError that lists what is missing and what is left over, compared with the rules of
-  the model `what`.
-  """
+  """Raises UserError listing the names that are missing and left over, by the rules of `what`."""
   given, expected = set(names), {rule.name for rule in rules}
   problems = []
   if expected - given:
@@ -91,15 +92,6 @@ def check_names(names: Sequence[str], rules: Sequence[TensorMapping], what: str)
     )
 
 
-def _checked(array: Any, rule: TensorMapping, what: str) -> np.ndarray:
-  if tuple(array.shape) != rule.shape:
-    raise UserError(
-      f"{what}: {rule.name} has shape {tuple(array.shape)}, the config asks for {rule.shape}. Use "
-      "the config of these weights."
-    )
-  return np.asarray(array)
-
-
 def _place(tree: dict, path: tuple[str, ...], array: np.ndarray) -> None:
   for key in path[:-1]:
     tree = tree.setdefault(key, {})
@@ -107,7 +99,7 @@ def _place(tree: dict, path: tuple[str, ...], array: np.ndarray) -> None:
 
 
 class Stack:
-  """Arrays of one shape and dtype as the rows of one that is not made before it is needed."""
+  """Arrays of one shape and dtype as the rows of a larger one, stacked when it is read."""
 
   def __init__(self, rows: Sequence[np.ndarray]):
     self.rows = rows
@@ -119,21 +111,27 @@ class Stack:
     return self.rows[row]
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
-    del copy  # the rows lie apart: this always makes one
+    del copy  # the rows lie apart, so stacking always copies
     return np.stack(self.rows).astype(dtype or self.dtype, copy=False)
 
 
 def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:
-  """Parameter tree of views of the given arrays and of Stacks of views, dtypes as given: no number
-  is read.
+  """Returns a parameter tree of views and of Stacks of views, dtypes as given.
 
-  Raises UserError where a name is missing or left over, a shape differs, or layers differ in dtype.
+  Raises UserError if a name is missing or left over, a shape differs, or layers differ in dtype.
   """
   check_names(list(named), rules, what)
   tree: dict = {}
+  # Layers are collected by row first: rules may come in any order.
   rows: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
   for rule in rules:
-    array = _inward(_checked(named[rule.name], rule, what), rule.kind)
+    published = named[rule.name]
+    if tuple(published.shape) != rule.shape:
+      raise UserError(
+        f"{what}: {rule.name} has shape {tuple(published.shape)}, the config asks for "
+        f"{rule.shape}. Use the config of these weights."
+      )
+    array = _inward(np.asarray(published), rule.kind)
     if rule.layer is None:
       _place(tree, rule.path, array)
       continue
@@ -151,24 +149,23 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
 
 
 def from_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:
-  """`view_published` with numpy arrays of their own. Raises UserError in the same cases."""
+  """Returns `view_published` as contiguous numpy copies. Raises UserError in the same cases."""
   return jax.tree.map(lambda leaf: np.array(leaf, order="C"), view_published(named, rules, what))
 
 
 def iterate_published(
   params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Published names and layouts from a parameter tree, one tensor at a time; leaves may be anything
-  that numpy.asarray reads.
+  """Iterates over (published name, array in the published layout) of a parameter tree.
 
-  Raises UserError, before the first tensor, where the tree holds other leaves than the rules, or
-  other shapes.
+  Holds one tensor at a time; leaves may be anything that numpy.asarray reads. Raises UserError, at
+  the call, if the tree has other leaves than the rules, or other shapes.
   """
   leaves = {
     tuple(str(key.key) for key in path): leaf
     for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
   }
-  depth = Counter(rule.path for rule in rules)
+  depth = Counter(rule.path for rule in rules)  # number of layers, for stacked leaves
   if set(leaves) != set(depth):
     odd = [".".join(path) for path in set(leaves) ^ set(depth)]
     raise UserError(
@@ -179,22 +176,20 @@ def iterate_published(
     if tuple(leaves[rule.path].shape) != shape:
       raise UserError(
         f"{what}: {'.'.join(rule.path)} has shape {tuple(leaves[rule.path].shape)}, the config "
-        f"asks for {shape}."
-        " Use the config they were made with."
+        f"asks for {shape}. Use the config they were made with."
       )
-  return _iterate(leaves, rules)
 
+  # A generator of its own, so that the checks above run at the call and not at the first tensor.
+  def generate() -> Iterator[tuple[str, np.ndarray]]:
+    for rule in rules:
+      leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
+      yield rule.name, _outward(np.asarray(leaf), rule)
 
-def _iterate(
-  leaves: Mapping[tuple[str, ...], Any], rules: Sequence[TensorMapping]
-) -> Iterator[tuple[str, np.ndarray]]:
-  for rule in rules:
-    leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
-    yield rule.name, _outward(np.asarray(leaf), rule)
+  return generate()
 
 
 def to_published(
   params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> dict[str, np.ndarray]:
-  """All of `iterate_published`; the exact inverse of `from_published`."""
+  """Returns all of `iterate_published`; the exact inverse of `from_published`."""
   return dict(iterate_published(params, rules, what))

@@ -1,9 +1,8 @@
-"""Published weights as they lie on a disk: which models are in a source, under whose names, and of
-what sizes.
+"""Detection of the models in published weights: their kinds, naming layouts and configs.
 
 A source is a folder in Wan2.1's original layout or in diffusers', a folder or index of one model's
-shards, or a single file. The sizes follow from the tensors' shapes; what shapes cannot tell (heads,
-epsilon, the statistics of latents) from a config.json beside them.
+shards, or a single file. Sizes follow from the tensors' shapes; what shapes do not determine
+(heads, epsilon, the statistics of latents) is read from a config.json beside them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ PLACES = {
   "tiny_vae": (None, "taew2_1"),
 }
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
-# A tensor that nothing else has -> (kind, layout).
+# A tensor that only one kind and layout has -> (kind, layout).
 MARKS = {
   "head.modulation": ("dit", "original"),
   "condition_embedder.time_proj.weight": ("dit", "diffusers"),
@@ -42,7 +41,7 @@ MARKS = {
   "encoder.final_layer_norm.weight": ("umt5", "diffusers"),
   "encoder.2.conv.weight": ("tiny_vae", "original"),
 }
-# What config.json calls its model: kind -> (field, values).
+# Class of the model in config.json: kind -> (field, values).
 CLASSES = {
   "dit": ("_class_name", ("WanModel", "CausalWanModel", "WanTransformer3DModel")),
   "vae": ("_class_name", ("AutoencoderKLWan",)),
@@ -52,7 +51,7 @@ CLASSES = {
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """One model of a source."""
+  """One model of a source; layout is "original" or "diffusers"."""
 
   kind: str
   layout: str
@@ -61,16 +60,18 @@ class Model:
 
   @property
   def rules(self) -> list[TensorMapping]:
+    """One rule per published tensor."""
     return rules_of(self.kind, self.config, self.layout)
 
   @property
   def source(self) -> str:
+    """Names of the files, joined by commas."""
     return ", ".join(path.name for path in self.tensors.files)
 
 
 def rules_of(kind: str, config: Any, layout: str) -> list[TensorMapping]:
-  """The published tensors of a model. The tiny autoencoder has names of one kind only."""
-  if kind == "tiny_vae":
+  """Returns one rule per published tensor of a model."""
+  if kind == "tiny_vae":  # published under one set of names only
     return tiny_vae_rules(config)
   rules: Callable[..., list[TensorMapping]] = {
     "dit": dit_rules,
@@ -81,10 +82,9 @@ def rules_of(kind: str, config: Any, layout: str) -> list[TensorMapping]:
 
 
 def find(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
-  """Where the models of a source are: (kind, path), kind None where the tensors must tell. Nothing
-  is opened.
+  """Finds the models of a source: (kind, path), kind None if only the tensors can tell.
 
-  Raises UserError where there is no such source, or nothing in it.
+  Opens no file. Raises UserError if the source does not exist or holds no weights.
   """
   if not source.exists():
     raise UserError(
@@ -102,30 +102,27 @@ def find(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
   stems = [
     (kind, tensor_files.only_set(source, stem))
     for kind, (_, stem) in PLACES.items()
-    if any(_weights(source, stem))
+    if any(path.suffix in tensor_files.SUFFIXES for path in source.glob(f"{stem}*"))
   ]
-  whole = [place for place in stems if place[0] != "dit"]
-  # A folder of one model in diffusers' layout has files of the same name as the original DiT's: the
-  # tensors tell which it is.
-  return stems if whole else [(None, tensor_files.only_set(source))]
-
-
-def _weights(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-  return [path for path in folder.glob(f"{stem}*") if path.suffix in tensor_files.SUFFIXES]
+  # Files of the DiT's stem alone are ambiguous: in diffusers' layout, the folder of any one model
+  # has files of that name. The tensors decide.
+  if all(kind == "dit" for kind, _ in stems):
+    return [(None, tensor_files.only_set(source))]
+  return stems
 
 
 def find_tokenizer(source: pathlib.Path) -> pathlib.Path | None:
-  """The tokenizer of a source that is a folder, if it has one."""
+  """Returns the tokenizer's file in a source folder, or None."""
   return next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
 
 
 def open_model(
   path: pathlib.Path, kind: str | None = None, *, entry: str | None = None, heads: int | None = None
 ) -> Model:
-  """A model, its tensors not yet read. heads: of a DiT, where neither its config.json nor Wan2.1's
-  width of 128 is right.
+  """Opens a model without reading its tensors' numbers.
 
-  Raises UserError where the tensors are those of another kind, or of none that is known.
+  heads: of a DiT, if neither its config.json nor Wan2.1's head width of 128 is right. Raises
+  UserError if the tensors are those of another kind, or of no known one.
   """
   tensors = tensor_files.open_tensors(path, entry)
   found = [place for mark, place in MARKS.items() if mark in tensors.named]
@@ -133,7 +130,7 @@ def open_model(
     names = ", ".join(sorted(tensors.named)[:3])
     raise UserError(
       f"{path}: its tensors ({names}, ...) are those of no model that is known here; expected "
-      f"{_known()}"
+      "Wan2.1's DiT, VAE or UMT5 encoder, in the original or diffusers' names, or taew2_1"
     )
   if not found or (kind is not None and found[0][0] != kind):
     there = f"those of kind {found[0][0]!r}" if found else "not"
@@ -144,21 +141,17 @@ def open_model(
   kind, layout = found[0]
   if (kind, layout) == ("umt5", "diffusers"):
     tensors = dataclasses.replace(tensors, named=_untied(tensors.named, path))
-  sizes = infer_config.infer(
-    kind, layout, {name: tuple(array.shape) for name, array in tensors.named.items()}, str(path)
-  )
+  shapes = {name: tuple(array.shape) for name, array in tensors.named.items()}
+  sizes = infer_config.infer(kind, layout, shapes, str(path))
   stated = infer_config.stated(kind, _stated(tensors.files[0].parent, kind), str(path))
   if kind == "dit" and heads is not None:
     stated["num_heads"] = heads
+  # Stated fields win: where they contradict the shapes, checking the tensors names the difference.
   return Model(kind, layout, infer_config.build(kind, {**sizes, **stated}, str(path)), tensors)
 
 
-def _known() -> str:
-  return "Wan2.1's DiT, VAE or UMT5 encoder, in the original or diffusers' names, or taew2_1"
-
-
 def _stated(folder: pathlib.Path, kind: str) -> dict:
-  """The config.json beside the tensors, if it is that of a model of this kind."""
+  """Reads the config.json beside the tensors; empty if absent or of another kind of model."""
   path = folder / "config.json"
   if kind not in CLASSES or not path.is_file():
     return {}
@@ -171,8 +164,9 @@ def _stated(folder: pathlib.Path, kind: str) -> dict:
 
 
 def _untied(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Transformers ties two names to one table, and versions differ in which they save: here it is
-  `shared.weight`.
+  """Renames UMT5's embedding table to `shared.weight`; raises UserError if there are two tables.
+
+  Transformers ties two names to one table, and its versions differ in which of them they save.
   """
   ours, other = "shared.weight", "encoder.embed_tokens.weight"
   named = dict(named)
@@ -187,12 +181,15 @@ def _untied(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np
 
 
 def _same(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
-  """Equality without a copy as large as the arrays."""
+  """Returns True if the bytes are equal, comparing `rows` rows at a time.
+
+  Bytes rather than numbers, so that NaN equals NaN; in pieces, since a table may have 4 GB.
+  """
   if a is b or a.shape != b.shape or a.dtype != b.dtype:
     return a is b
   return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, len(a), rows))
 
 
 def missing(kinds: Sequence[str]) -> list[str]:
-  """What a source of several models has not: the parts that generating a video needs."""
+  """Returns the kinds that generating a video needs and that are not among `kinds`."""
   return [kind for kind in ("dit", "vae", "umt5") if kind not in kinds]

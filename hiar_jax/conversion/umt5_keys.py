@@ -1,4 +1,4 @@
-"""The UMT5 encoder's tensors in published files: Wan2.1's (`models_t5_*.pth`) and transformers'
+"""Key maps of the UMT5 encoder: Wan2.1's names (`models_t5_*.pth`) and transformers'
 (`text_encoder/`).
 """
 
@@ -16,17 +16,17 @@ LAYOUTS = ("original", "diffusers")
 
 
 def umt5_rules(config: UMT5Config, layout: str = "original") -> list[TensorMapping]:
-  """One rule per published tensor. layout: "original" (Wan2.1's names) or "diffusers"
-  (transformers' UMT5EncoderModel).
+  """Returns one rule per published tensor.
 
-  Transformers ties `encoder.embed_tokens.weight` to `shared.weight` and saves the latter alone; so
-  do these rules.
+  layout: "original" (Wan2.1's names) or "diffusers" (transformers' UMT5EncoderModel). Transformers
+  ties `encoder.embed_tokens.weight` to `shared.weight`; the rules have the latter alone. Raises
+  UserError for another layout.
   """
   if layout not in LAYOUTS:
     raise UserError(f"UMT5: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
-  here = 0 if layout == "original" else 1
+  column = LAYOUTS.index(layout)
   dim, attn, ffn = config.dim, config.dim_attn, config.dim_ffn
-  distances = (config.num_buckets, config.num_heads)
+  distances = (config.num_buckets, config.num_heads)  # UMT5 has a table per layer, T5 one in all
   self_attention, gated = "layer.0.SelfAttention", "layer.1.DenseReluDense"
   layer_parts = (  # original name, transformers' name, published shape, path here
     ("norm1", "layer.0.layer_norm", (dim,), "norm_attention/scale"),
@@ -47,13 +47,13 @@ def umt5_rules(config: UMT5Config, layout: str = "original") -> list[TensorMappi
   )
   embed, stem, norm = (
     ("token_embedding", "blocks", "norm")
-    if here == 0
+    if layout == "original"
     else ("shared", "encoder.block", "encoder.final_layer_norm")
   )
   rules = [TensorMapping(f"{embed}.weight", (config.vocab, dim), ("embed", "embedding"))]
   for layer in range(config.num_layers):
     for *names, shape, path in layer_parts:
-      name = f"{stem}.{layer}.{names[here]}.weight"
+      name = f"{stem}.{layer}.{names[column]}.weight"
       kind = "linear" if path.endswith("kernel") else "same"
       rules.append(TensorMapping(name, shape, ("layers", *path.split("/")), kind, layer))
   return [*rules, TensorMapping(f"{norm}.weight", (dim,), ("norm", "scale"))]
@@ -62,12 +62,12 @@ def umt5_rules(config: UMT5Config, layout: str = "original") -> list[TensorMappi
 def umt5_params_from_published(
   named: Mapping[str, Any], config: UMT5Config, layout: str = "original"
 ) -> Params:
-  """Parameters from named tensors; raises UserError where names or shapes do not fit the config."""
+  """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
   return from_published(named, umt5_rules(config, layout), f"UMT5 ({layout} names)")
 
 
 def umt5_params_to_published(
   params: Params, config: UMT5Config, layout: str = "original"
 ) -> dict[str, np.ndarray]:
-  """Named tensors of parameters; the exact inverse of `umt5_params_from_published`."""
+  """Returns named tensors; the exact inverse of `umt5_params_from_published`."""
   return to_published(params, umt5_rules(config, layout), f"UMT5 ({layout} names)")

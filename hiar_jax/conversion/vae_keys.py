@@ -1,6 +1,4 @@
-"""The VAE's tensors in published files: Wan2.1's own names (`Wan2.1_VAE.pth`) and diffusers'
-(`vae/`), as rules.
-"""
+"""Key maps of the VAE: Wan2.1's original names (`Wan2.1_VAE.pth`) and diffusers' (`vae/`)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +12,8 @@ from hiar_jax.types import Params
 
 LAYOUTS = ("original", "diffusers")
 
-# Parts of a residual block: original name, diffusers' name, path here.
+# Parts of a residual block: original name, diffusers' name, path here. Of the original list, layers
+# 1, 4 and 5 (SiLU, SiLU, dropout) have no weights.
 _HALVES = (
   ("residual.0", "norm1", ("half_0", "norm")),
   ("residual.2", "conv1", ("half_0", "causal", "conv")),
@@ -24,6 +23,7 @@ _HALVES = (
 
 
 def _norm(name: str, width: int, path: tuple[str, ...], axes: int = 3) -> list[TensorMapping]:
+  # Published as [c, 1, 1, 1], or [c, 1, 1] (axes = 2) where the layer works on single frames.
   return [TensorMapping(f"{name}.gamma", (width, *(1,) * axes), (*path, "gamma"), "vector")]
 
 
@@ -36,7 +36,7 @@ def _conv(name: str, shape: tuple[int, ...], path: tuple[str, ...]) -> list[Tens
 
 
 class _Layout:
-  """Rules of one layout; `original` picks between the two names that each method is given."""
+  """Rules of one layout. Methods return those of a part of the network."""
 
   def __init__(self, layout: str):
     if layout not in LAYOUTS:
@@ -44,9 +44,11 @@ class _Layout:
     self.original = layout == "original"
 
   def pick(self, original: str, diffusers: str) -> str:
+    """Returns the name in this layout."""
     return original if self.original else diffusers
 
   def res(self, name: str, fan_in: int, width: int, path: tuple[str, ...]) -> list[TensorMapping]:
+    """Returns the rules of a residual block; only one that changes the width has a shortcut."""
     rules = []
     for i, (original, diffusers, part) in enumerate(_HALVES):
       full = f"{name}.{self.pick(original, diffusers)}"
@@ -64,21 +66,22 @@ class _Layout:
     return rules
 
   def middle(self, half: str, width: int) -> list[TensorMapping]:
+    """Returns the rules of the middle: residual block, attention, residual block."""
     rules = []
     blocks = (("middle.0", "mid_block.resnets.0"), ("middle.2", "mid_block.resnets.1"))
     for i, (original, diffusers) in enumerate(blocks):
       rules += self.res(
         f"{half}.{self.pick(original, diffusers)}", width, width, (half, f"mid_res_{i}")
       )
-    name, path = (
-      f"{half}.{self.pick('middle.1', 'mid_block.attentions.0')}",
-      (half, "mid_attention"),
-    )
+    name = f"{half}.{self.pick('middle.1', 'mid_block.attentions.0')}"
+    path = (half, "mid_attention")
     rules += _norm(f"{name}.norm", width, (*path, "norm"), axes=2)
+    # Attention within a frame: its projections are 1x1 convolutions, linear layers here.
     rules += _conv(f"{name}.to_qkv", (3 * width, width, 1, 1), (*path, "qkv"))
     return rules + _conv(f"{name}.proj", (width, width, 1, 1), (*path, "out"))
 
   def ends(self, half: str, fan_in: int, first: int, last: int, out: int) -> list[TensorMapping]:
+    """Returns the rules of the first (fan_in -> first) and last (last -> out) convolutions."""
     rules = _conv(
       f"{half}.{self.pick('conv1', 'conv_in')}", (first, fan_in, 3, 3, 3), (half, "conv_in", "conv")
     )
@@ -88,10 +91,12 @@ class _Layout:
 
   def encoder(self, config: VAEConfig) -> list[TensorMapping]:
     widths = [config.dim * mult for mult in config.dim_mult]
-    rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim) + self.middle(
-      "encoder", widths[-1]
-    )
-    index, fan_in, stem = 0, config.dim, f"encoder.{self.pick('downsamples', 'down_blocks')}"
+    # 2 z_dim: mean and log variance.
+    rules = self.ends("encoder", 3, config.dim, widths[-1], 2 * config.z_dim)
+    rules += self.middle("encoder", widths[-1])
+    # Both layouts number blocks and resamplings of all stages in one list.
+    stem = f"encoder.{self.pick('downsamples', 'down_blocks')}"
+    index, fan_in = 0, config.dim
     for i, width in enumerate(widths):
       for j in range(config.num_res_blocks):
         rules += self.res(f"{stem}.{index}", fan_in, width, ("encoder", f"down_{i}_res_{j}"))
@@ -107,12 +112,12 @@ class _Layout:
   def decoder(self, config: VAEConfig) -> list[TensorMapping]:
     widths = [config.dim * mult for mult in reversed(config.dim_mult)]
     doubled = tuple(reversed(config.temporal_downsample))
-    rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3) + self.middle(
-      "decoder", widths[0]
-    )
+    rules = self.ends("decoder", config.z_dim, widths[0], widths[-1], 3)
+    rules += self.middle("decoder", widths[0])
+    # The original layout numbers all stages in one list, diffusers each stage for itself.
     index, fan_in = 0, widths[0]
     for i, width in enumerate(widths):
-      for j in range(config.num_res_blocks + 1):
+      for j in range(config.num_res_blocks + 1):  # one more than in the encoder
         name = self.pick(f"decoder.upsamples.{index}", f"decoder.up_blocks.{i}.resnets.{j}")
         rules += self.res(name, fan_in, width, ("decoder", f"up_{i}_res_{j}"))
         index, fan_in = index + 1, width
@@ -122,14 +127,15 @@ class _Layout:
         rules += _conv(f"{name}.resample.1", (width // 2, width, 3, 3), (*path, "conv"))
         if doubled[i]:
           rules += _conv(f"{name}.time_conv", (2 * width, width, 3, 1, 1), (*path, "time_conv"))
-        index, fan_in = index + 1, width // 2
+        index, fan_in = index + 1, width // 2  # upsampling halves the channels
     return rules
 
 
 def vae_rules(config: VAEConfig, layout: str = "original") -> list[TensorMapping]:
-  """One rule per published tensor.
+  """Returns one rule per published tensor.
 
-  layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's).
+  layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's). Raises UserError for
+  another.
   """
   names, z = _Layout(layout), config.z_dim
   return [
@@ -143,12 +149,12 @@ def vae_rules(config: VAEConfig, layout: str = "original") -> list[TensorMapping
 def vae_params_from_published(
   named: Mapping[str, Any], config: VAEConfig, layout: str = "original"
 ) -> Params:
-  """Parameters from named tensors; raises UserError where names or shapes do not fit the config."""
+  """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
   return from_published(named, vae_rules(config, layout), f"VAE ({layout} names)")
 
 
 def vae_params_to_published(
   params: Params, config: VAEConfig, layout: str = "original"
 ) -> dict[str, np.ndarray]:
-  """Named tensors of parameters; the exact inverse of `vae_params_from_published`."""
+  """Returns named tensors; the exact inverse of `vae_params_from_published`."""
   return to_published(params, vae_rules(config, layout), f"VAE ({layout} names)")

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import pytest
 
-from hiar_jax.checkpoints import training_state
+from hiar_jax.checkpoints import stored_arrays, training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
 
@@ -482,9 +482,9 @@ def test_a_disk_that_fills_up_in_the_background_is_one_line_too(tmp_path, monkey
 
 def test_a_full_disk_is_told_from_its_cause():
   error = ValueError("INTERNAL: writing: No space left on device")
-  assert training_state._is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
-  assert training_state._is_disk_full(error)
+  assert stored_arrays.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+  assert stored_arrays.is_disk_full(error)
   wrapped = RuntimeError("save failed")
   wrapped.__cause__ = error
-  assert training_state._is_disk_full(wrapped)
-  assert not training_state._is_disk_full(OSError(errno.EACCES, "Permission denied"))
+  assert stored_arrays.is_disk_full(wrapped)
+  assert not stored_arrays.is_disk_full(OSError(errno.EACCES, "Permission denied"))
