@@ -6,6 +6,9 @@ import os
 # before jax is imported, here and in the processes that tests start
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Compiling takes most of the time here; processes that tests start compile alike, so that whatever
+# is compared bit for bit has one preset on both sides.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_opt_preset=FAST_COMPILE"
 
 from absl import flags
 import jax

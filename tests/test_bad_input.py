@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 
 
@@ -307,7 +308,7 @@ def test_a_folder_of_real_videos_goes_through_every_stage(chain, tmp_path):
     "another-one-slower",
   ]
   for path in shown:
-    frames, _, metadata = tiny_run.media.read_mp4(path)
+    frames, _, metadata = read_mp4(path)
     assert frames.shape == (16, 128, 128, 3)
     assert metadata["seed"] == str(["a-yellow", "another-", "a-wide-o"].index(path.stem[:8]))
   assert (workdir / "sample" / "contact_sheet.png").exists() and (

@@ -116,7 +116,7 @@ def test_what_is_left_out_is_named():
     "not slow",
     "-p",
     "no:cacheprovider",
-    "tests/test_page_browser.py",
+    "tests/serving/test_browser.py",
   ]
   path = os.pathsep.join(
     p
@@ -129,7 +129,7 @@ def test_what_is_left_out_is_named():
   assert done.returncode in (0, 5), done.stdout + done.stderr  # 5: nothing else was asked for
   (line,) = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
   assert (
-    "test_page_browser.py" in line
+    "test_browser.py" in line
     and "not installed: chromium, chromedriver" in line
     and "apt-get install chromium" in line
   ), line

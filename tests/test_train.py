@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.data import tfds_builder
+from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import assert_same_run, files, log
 
@@ -132,7 +133,7 @@ def test_sigkill_anywhere_and_the_same_command_goes_on(chain, kills):
     else:
       kept = {}
     if where == "the second video":
-      whole = [tiny_run.media.read_mp4(path) for path in (workdir / "sample").glob("*.mp4")]
+      whole = [read_mp4(path) for path in (workdir / "sample").glob("*.mp4")]
       assert len(whole) == 1 and len(whole[0][0]) == 16
   finished = chain.train(workdir)
   assert finished.returncode == 0, finished.stderr

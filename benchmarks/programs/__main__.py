@@ -8,7 +8,7 @@
 
 Before a change that should change no number: --out=FILE --full; after it: --compare=FILE. Nothing
 is compiled and no weights are allocated. digest.py says what is a difference, and what is none.
-tests/benchmarks/test_programs.py compares with tests/golden/programs/<version of jax>.json.
+tests/benchmarks/test_programs.py compares with tests/golden_programs/<version of jax>.json.
 """
 
 import argparse

@@ -192,12 +192,18 @@ def critic_step(run):
 @program("distill/generator_step", *DISTILL)
 def generator_step(run):
   e, config = run.experiment, run.experiment.distill
-  batch = run.batch(config.batch)
-  if config.forward_kl.weight:
-    batch["trajectories"] = run.batch(config.batch, "trajectory")
-  real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
   made = distill.make_generator_step(config, distilled(run))
-  return step(made, distill_state(e), batch, real)
+  real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
+  if not config.forward_kl.weight:
+    return step(made, distill_state(e), run.batch(config.batch), real)
+
+  # The recording has the trajectories before the rest of the batch, in the order in which its keys
+  # were sorted then. A renamed key changes that order, and nothing else of the program.
+  def with_trajectories(state, trajectories, batch, real, mean):
+    return made(state, {**batch, "trajectories": trajectories}, real, mean=mean)
+
+  trajectories = run.batch(config.batch, "trajectory")
+  return step(with_trajectories, distill_state(e), trajectories, run.batch(config.batch), real)
 
 
 # --------------------------------------------------------------------------------------- generation

@@ -10,9 +10,9 @@ import pytest
 from benchmarks.programs import digest, full_size, listing, recording
 from benchmarks.programs.__main__ import main
 
-RECORDED = pathlib.Path(__file__).parents[1] / "golden" / "programs" / f"{jax.__version__}.json"
+RECORDED = pathlib.Path(__file__).parents[1] / "golden_programs" / f"{jax.__version__}.json"
 QUICK = ("hiar_wan_1_3b", "shapes")  # the others repeat their code at other sizes, or for minutes
-HOW = f"python -m benchmarks.programs --out=tests/golden/programs/{RECORDED.name}"
+HOW = f"python -m benchmarks.programs --out=tests/golden_programs/{RECORDED.name}"
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,8 @@ def test_a_fragment_half_written_is_passed_over(tmp_path, monkeypatch):
   path, cut = tmp_path / "clip.mp4", tmp_path / "cut.mp4"
   with monkeypatch.context() as patch:
     made = write(path, pieces(2))
-    patch.setattr(FragmentedMP4, "_commit", lambda *_: None)  # killed just before that
+    # killed just before the fragment gets its name
+    patch.setattr(os, "pwrite", lambda *_: 0)
     write(path, pieces(3)[2:], keep=10)
   content = path.read_bytes()
   for size in [
@@ -190,9 +191,9 @@ WRITER = """
 import itertools, sys
 sys.path.insert(0, sys.argv[2])
 from tests.video.test_fragmented_mp4 import pieces
-from hiar_jax.video.fragmented_mp4 import GrowingMP4
+from hiar_jax.video.fragmented_mp4 import FragmentedMP4
 
-with GrowingMP4(sys.argv[1], 8, {"seed": "3"}, scale=4) as file:
+with FragmentedMP4(sys.argv[1], 8, {"seed": "3"}, scale=4) as file:
   for frames in itertools.cycle(pieces(3)):
     print(file.write(frames).end, flush=True)
 """
