@@ -32,10 +32,16 @@ PROMPTS = tuple(
 )
 # The main job's networks and frames, and as little training as there is.
 UNTRAINED = {
-  "data.clips": 64, "teacher.steps": 1, "trajectories.count": 16, "trajectories.batch": 16,
-  "causal_init.steps": 1, "distill.steps": 1,
-  "sample.count": 1, "sample.measure": 1, "sample.batch": 1,
-}  # fmt: skip
+  "data.clips": 64,
+  "teacher.steps": 1,
+  "trajectories.count": 16,
+  "trajectories.batch": 16,
+  "causal_init.steps": 1,
+  "distill.steps": 1,
+  "sample.count": 1,
+  "sample.measure": 1,
+  "sample.batch": 1,
+}
 VIDEOS = 8  # that job `generate` makes, one at a time
 
 
@@ -55,8 +61,12 @@ class Tree:
     with tempfile.TemporaryFile() as errors:
       process = subprocess.Popen(
         [sys.executable, *arguments],
-        cwd=self.scratch, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-      )  # fmt: skip
+        cwd=self.scratch,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+      )
       with process.stdout:
         lines = [(time.perf_counter() - start, line.rstrip("\n")) for line in process.stdout]
       _, status, usage = os.wait4(process.pid, 0)

@@ -167,9 +167,12 @@ def _matches(path: pathlib.Path, patterns: Sequence[str]) -> bool:
 def read_file(path: pathlib.Path) -> Leaves:
   """The leaves of one file, by what its name says that it is."""
   readers = {
-    ".json": read_json, ".jsonl": read_log, ".npz": read_npz, ".mp4": read_video,
+    ".json": read_json,
+    ".jsonl": read_log,
+    ".npz": read_npz,
+    ".mp4": read_video,
     ".png": read_picture,
-  }  # fmt: skip
+  }
   kind = ".json" if path.name in ORBAX_JSON else path.suffix
   return readers[kind](path) if kind in readers else {"": path.read_bytes()}
 

@@ -19,10 +19,22 @@ import time
 import traceback
 
 SLOW = (
-  "jax", "jax.numpy", "flax", "optax", "orbax.checkpoint", "grain", "tensorflow_datasets",
-  "ml_collections", "av", "PIL.Image", "tokenizers", "safetensors", "beartype", "jaxtyping",
+  "jax",
+  "jax.numpy",
+  "flax",
+  "optax",
+  "orbax.checkpoint",
+  "grain",
+  "tensorflow_datasets",
+  "ml_collections",
+  "av",
+  "PIL.Image",
+  "tokenizers",
+  "safetensors",
+  "beartype",
+  "jaxtyping",
   "matplotlib.pyplot",
-)  # fmt: skip
+)
 
 
 def run(

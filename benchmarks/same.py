@@ -101,9 +101,13 @@ def key(commit: str, environment: dict[str, str]) -> str:
   versions = {name: importlib.metadata.version(name) for name in PACKAGES}
   sources = [pathlib.Path(same_commands.__file__), FORKS]
   depends = [
-    commit, environment, versions, platform.uname()[1:], len(os.sched_getaffinity(0)),
+    commit,
+    environment,
+    versions,
+    platform.uname()[1:],
+    len(os.sched_getaffinity(0)),
     *(source.read_text() for source in sources),
-  ]  # fmt: skip
+  ]
   digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
   return f"{commit[:12]}-{digest[:12]}"
 
@@ -124,8 +128,12 @@ def run_part(side: Side, part: str, commands: list[Command], inputs: pathlib.Pat
   task = {"strict": side.strict, "commands": [command.of(side.tree) for command in commands]}
   with subprocess.Popen(
     [sys.executable, "-W", "ignore", "-P", str(FORKS)],
-    cwd=folder, env=side.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-  ) as process:  # fmt: skip
+    cwd=folder,
+    env=side.environment,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as process:
     process.stdin.write(json.dumps(task))
     process.stdin.close()
     for line in process.stdout:

@@ -15,32 +15,59 @@ EXPERIMENTS = "{tree}/experiments"  # `{tree}` stands for the directory of the t
 
 # Every stage in seconds: compiling is what takes time.
 SMALL = {
-  "data.clips": 16, "data.size": 16, "data.frames": 6, "history.block": 2, "history.window": 4,
-  "codec.channels": 8, "text.dim": 8, "text.length": 12,
-  "model.dim": 16, "model.ffn_dim": 16, "model.num_layers": 2, "model.num_heads": 2,
+  "data.clips": 16,
+  "data.size": 16,
+  "data.frames": 6,
+  "history.block": 2,
+  "history.window": 4,
+  "codec.channels": 8,
+  "text.dim": 8,
+  "text.length": 12,
+  "model.dim": 16,
+  "model.ffn_dim": 16,
+  "model.num_layers": 2,
+  "model.num_heads": 2,
   "model.freq_dim": 16,
-  "teacher.steps": 6, "teacher.batch": 4,
-  "trajectories.count": 6, "trajectories.batch": 4, "trajectories.steps": 4,
-  "causal_init.steps": 4, "causal_init.batch": 4,
-  "distill.steps": 6, "distill.batch": 4, "distill.critic_updates": 2,
-  "sample.count": 3, "sample.measure": 3, "sample.batch": 2,
-  "log.every": 1, "log.checkpoint_every": 2, "log.preview_every": 3,
-}  # fmt: skip
+  "teacher.steps": 6,
+  "teacher.batch": 4,
+  "trajectories.count": 6,
+  "trajectories.batch": 4,
+  "trajectories.steps": 4,
+  "causal_init.steps": 4,
+  "causal_init.batch": 4,
+  "distill.steps": 6,
+  "distill.batch": 4,
+  "distill.critic_updates": 2,
+  "sample.count": 3,
+  "sample.measure": 3,
+  "sample.batch": 2,
+  "log.every": 1,
+  "log.checkpoint_every": 2,
+  "log.preview_every": 3,
+}
 
 # What the methods do not fix is spread over them: more of the code is run by as many commands.
 SETTINGS = {
   "hiar": {},
   "self_forcing": {
-    "model.dtype": "bfloat16", "model.remat": "full", "model.merge_tokens": False,
-    "teacher.accumulate": 2, "causal_init.shows": "noisy", "distill.guidance": 3.0,
+    "model.dtype": "bfloat16",
+    "model.remat": "full",
+    "model.merge_tokens": False,
+    "teacher.accumulate": 2,
+    "causal_init.shows": "noisy",
+    "distill.guidance": 3.0,
     "mesh.mapping": "pmap",
   },
   "self_aligned": {
-    "history.window": 6, "history.sink": 2, "history.renoise": "euler",
-    "data.difficulty": "textured", "model.unroll": 2, "trajectories.guidance": 2.0,
+    "history.window": 6,
+    "history.sink": 2,
+    "history.renoise": "euler",
+    "data.difficulty": "textured",
+    "model.unroll": 2,
+    "trajectories.guidance": 2.0,
     "teacher.rule": "adamw",
   },
-}  # fmt: skip
+}
 
 CONFIGS = {
   "hiar": "shapes.py",

@@ -100,8 +100,11 @@ def check(tree: pathlib.Path, packages: tuple[str, ...] = PACKAGES) -> None:
   with tempfile.TemporaryDirectory() as elsewhere:
     done = subprocess.run(
       [sys.executable, "-c", _WHERE, *packages],
-      cwd=elsewhere, env=environment(tree), capture_output=True, text=True,
-    )  # fmt: skip
+      cwd=elsewhere,
+      env=environment(tree),
+      capture_output=True,
+      text=True,
+    )
   if done.returncode:
     raise TreeError(f"{tree}: {(done.stderr.strip().splitlines() or ['cannot be imported'])[-1]}")
   for path in done.stdout.splitlines():

@@ -217,10 +217,14 @@ class Recorder:
       return
     frames = list(self._own_frames(frame))[::-1]
     self._traced = next((f for f in frames if f.f_back and _is_of_jax(f.f_back)), None)
-    self.applies.append({
-      "phase": self._phase, "class": kind.__name__, "batch": clips[0][0],
-      "frames": [self._name(f) for f in frames],
-    })  # fmt: skip
+    self.applies.append(
+      {
+        "phase": self._phase,
+        "class": kind.__name__,
+        "batch": clips[0][0],
+        "frames": [self._name(f) for f in frames],
+      }
+    )
 
   def _hook(self, frame, event, arg) -> None:
     if event != "call" and event != "return":

@@ -48,16 +48,32 @@ PROMPT = "a circle moving left, red"  # no world makes it: wherever it is, it co
 TEXT, CHANNELS, SIDE, PATCH, CLIPS = 13, 7, 40, 8, 10  # see walk_hook.Sizes
 BATCHES = {"teacher": 3, "trajectories": 4, "causal_init": 5, "distill": 6, "sample": 2}
 TINY = {
-  "data.clips": CLIPS, "data.size": SIDE, "data.frames": 4, "history.block": 2, "history.window": 4,
-  "codec.patch": PATCH, "codec.channels": CHANNELS, "text.dim": 11, "text.length": TEXT,
-  "model.dim": 16, "model.ffn_dim": 16, "model.num_layers": 1, "model.num_heads": 1,
+  "data.clips": CLIPS,
+  "data.size": SIDE,
+  "data.frames": 4,
+  "history.block": 2,
+  "history.window": 4,
+  "codec.patch": PATCH,
+  "codec.channels": CHANNELS,
+  "text.dim": 11,
+  "text.length": TEXT,
+  "model.dim": 16,
+  "model.ffn_dim": 16,
+  "model.num_layers": 1,
+  "model.num_heads": 1,
   "model.freq_dim": 16,
-  "teacher.steps": 1, "trajectories.count": 6, "trajectories.steps": 4, "causal_init.steps": 1,
-  "distill.steps": 2, "distill.critic_updates": 1,
+  "teacher.steps": 1,
+  "trajectories.count": 6,
+  "trajectories.steps": 4,
+  "causal_init.steps": 1,
+  "distill.steps": 2,
+  "distill.critic_updates": 1,
   "distill.critic_warmup": 1,  # the critic's step is the first to be traced
-  "sample.count": 2, "sample.measure": 2, "log.every": 1,
+  "sample.count": 2,
+  "sample.measure": 2,
+  "log.every": 1,
   **{f"{stage}.batch": batch for stage, batch in BATCHES.items()},
-}  # fmt: skip
+}
 
 Function = tuple[str, str]  # file, name
 Floor = tuple[int, int]  # of the top-level module or subpackage; of the module within it
@@ -212,14 +228,20 @@ def record(module: str, arguments: list[str], out: pathlib.Path, **asked) -> dic
   """What walk_hook saw of one command. Raises RuntimeError where the command fails."""
   latents = (SIDE // PATCH, SIDE // PATCH, CHANNELS)
   request = {
-    "module": f"{PACKAGE}.{module}", "arguments": arguments, "out": str(out),
-    "sizes": {"text": TEXT, "latents": latents, "frame": SIDE}, **asked,
-  }  # fmt: skip
+    "module": f"{PACKAGE}.{module}",
+    "arguments": arguments,
+    "out": str(out),
+    "sizes": {"text": TEXT, "latents": latents, "frame": SIDE},
+    **asked,
+  }
   environment = {
-    **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",  # unset, a command starts itself anew, unwatched
-  }  # fmt: skip
+  }
   command = [sys.executable, "-m", "benchmarks.walk_hook", json.dumps(request)]
   done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
   if done.returncode:

@@ -131,9 +131,13 @@ def teacher_preview(run):
 
 
 @program(
-  "trajectories/walk", *SIZES, "seed", "student", "trajectories",
+  "trajectories/walk",
+  *SIZES,
+  "seed",
+  "student",
+  "trajectories",
   exists=lambda e: e.needs_trajectories,
-)  # fmt: skip
+)
 def trajectories_walk(run):
   e, size = run.experiment, run.experiment.trajectories.batch
   walk = run.teacher_sampler(stage_key(e, 2))

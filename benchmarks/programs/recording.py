@@ -68,9 +68,11 @@ def versions() -> dict[str, str]:
 def entry(found: Digest) -> dict:
   """As it is kept, in full: operations says how many, counts how often each."""
   return {
-    "digest": found.operations, "dataflow": found.dataflow, "operations": found.size,
+    "digest": found.operations,
+    "dataflow": found.dataflow,
+    "operations": found.size,
     "counts": dict(sorted(found.counts.items())),
-  }  # fmt: skip
+  }
 
 
 def short(programs: Recording) -> Recording:

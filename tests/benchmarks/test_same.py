@@ -76,8 +76,11 @@ def test_a_tree_runs_with_its_own_code_alone(repository, tmp_path):
   code = "import hiar_jax; print(hiar_jax.VALUE); import hiar_jax.errors"
   done = subprocess.run(
     [sys.executable, "-c", code],
-    cwd=tmp_path, env=trees.environment(repository), capture_output=True, text=True,
-  )  # fmt: skip
+    cwd=tmp_path,
+    env=trees.environment(repository),
+    capture_output=True,
+    text=True,
+  )
   assert done.stdout == "1\n" and "No module named 'hiar_jax.errors'" in done.stderr
   shutil.rmtree(repository / "benchmarks")
   with pytest.raises(trees.TreeError, match="No module named 'benchmarks'"):

@@ -110,14 +110,20 @@ def test_floors_are_of_subpackages_and_within_them():
 
 def test_imports_are_found_in_functions_and_in_both_spellings(tmp_path):
   files = {
-    "p/__init__.py": "", "p/a.py": "import os", "p/m/__init__.py": "",
+    "p/__init__.py": "",
+    "p/a.py": "import os",
+    "p/m/__init__.py": "",
     "p/m/c.py": "from p.a import f",
     "p/b.py": "from p import a\ndef f():\n  import p.m.c\n  from p.m import Thing",
-  }  # fmt: skip
+  }
   write(tmp_path, files)
   assert walks.import_graph(tmp_path / "p") == {
-    "p": set(), "p.a": set(), "p.m": set(), "p.m.c": {"p.a"}, "p.b": {"p.a", "p.m", "p.m.c"},
-  }  # fmt: skip
+    "p": set(),
+    "p.a": set(),
+    "p.m": set(),
+    "p.m.c": {"p.a"},
+    "p.b": {"p.a", "p.m", "p.m.c"},
+  }
 
 
 def write(directory, files: dict[str, str]) -> None:
@@ -129,11 +135,20 @@ def write(directory, files: dict[str, str]) -> None:
 @pytest.mark.parametrize(
   "shape, kind",
   [
-    ((13,), "text:1"), ((4, 13), "text:4"), ((2, 4, 13, 11), "text:4"), ((5, 5, 7), "latents"),
-    ((2, 3, 5, 5, 7), "latents"), ((3, 40, 40, 3), "frames"), ((320, 320, 3), "frames"),
-    ((3, 41, 41, 3), None), ((40, 3), None), ((0, 0, 3), None), ((), None), ((5, 5, 8), None),
+    ((13,), "text:1"),
+    ((4, 13), "text:4"),
+    ((2, 4, 13, 11), "text:4"),
+    ((5, 5, 7), "latents"),
+    ((2, 3, 5, 5, 7), "latents"),
+    ((3, 40, 40, 3), "frames"),
+    ((320, 320, 3), "frames"),
+    ((3, 41, 41, 3), None),
+    ((40, 3), None),
+    ((0, 0, 3), None),
+    ((), None),
+    ((5, 5, 8), None),
   ],
-)  # fmt: skip
+)
 def test_arrays_are_known_by_their_sizes(shape, kind):
   assert SIZES.kind(shape) == kind
 
@@ -184,9 +199,13 @@ def test_a_walk_has_the_files_in_order_and_every_climb_once():
   low, mid, high, up = ("p/low.py", "f"), ("p/mid.py", "g"), ("p/high.py", "h"), ("p/high.py", "k")
   top = ("p/top.py", "main")
   call = lambda caller, callee, taken=False, given=(), returned=(): {
-    "phase": 0, "caller": caller, "callee": callee, "taken": taken,
-    "given": dict(given), "returned": dict(returned),
-  }  # fmt: skip
+    "phase": 0,
+    "caller": caller,
+    "callee": callee,
+    "taken": taken,
+    "given": dict(given),
+    "returned": dict(returned),
+  }
   calls = [
     call(None, high, given={"prompt": 5}),
     call(high, mid, returned={"text:4": 2}),
@@ -229,10 +248,12 @@ def test_a_toy_package_under_the_hook(tmp_path):
   write(tmp_path, TOY)
   out = tmp_path / "out.json"
   request = {
-    "module": "toy.command", "arguments": ["a red circle"], "prompts": ["a red circle"],
+    "module": "toy.command",
+    "arguments": ["a red circle"],
+    "prompts": ["a red circle"],
     "out": str(out),
     "sizes": {"text": 13, "latents": [5, 5, 7], "frame": 40},
-  }  # fmt: skip
+  }
   command = [sys.executable, "-m", "benchmarks.walk_hook", json.dumps(request)]
   environment = {**os.environ, "PYTHONPATH": f"{tiny_run.ROOT}:{tmp_path}"}
   done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -240,15 +261,20 @@ def test_a_toy_package_under_the_hook(tmp_path):
   report = json.loads(out.read_text())
   found = walks.walk(report["calls"], walks.floors(walks.import_graph(tmp_path / "toy")))
   assert [file for file, _, _ in found["files"]] == [
-    "toy/models/words.py", "toy/command.py", "toy/models/net.py", "toy/low.py"
-  ]  # fmt: skip
+    "toy/models/words.py",
+    "toy/command.py",
+    "toy/models/net.py",
+    "toy/low.py",
+  ]
   names = {(caller[1], callee[1], taken) for caller, callee, taken in found["climbs"]}
   assert names == {("take", "frames", True), ("call", "show", False)}
   (apply,) = report["applies"]
   assert apply["class"] == "Net" and apply["batch"] == 1
   assert walks.depth(report["applies"], "toy/command.py")["stack"] == [
-    ("toy/command.py", "generate"), ("toy/low.py", "call"), ("toy/models/net.py", "bind.<lambda>")
-  ]  # fmt: skip
+    ("toy/command.py", "generate"),
+    ("toy/low.py", "call"),
+    ("toy/models/net.py", "bind.<lambda>"),
+  ]
   assert "ignore" not in str(report["calls"]) and "inside" not in str(report["calls"])
 
 
