@@ -58,9 +58,11 @@ def snapshot(directory: pathlib.Path, root: pathlib.Path = ROOT) -> None:
   listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").decode()
   directory.mkdir(parents=True)
   for name in filter(None, listed.split("\0")):
-    if (root / name).is_file():  # one that was deleted is listed until that is committed
+    path = root / name
+    # one that was deleted is listed until that is committed; a link may be to a folder
+    if path.is_file() or path.is_symlink():
       (directory / name).parent.mkdir(parents=True, exist_ok=True)
-      shutil.copy2(root / name, directory / name)
+      shutil.copy2(path, directory / name, follow_symlinks=False)
 
 
 def commit(revision: str, root: pathlib.Path = ROOT) -> str:
