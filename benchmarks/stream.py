@@ -252,7 +252,7 @@ def parse(layout: str) -> tuple[int, int, int]:
   """'2x2x1' -> (2, 2, 1)."""
   sizes = layout.split("x")
   if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
-    raise UserError(f"--layouts: {layout!r} is no layout; give stage x tensor x sequence, as 4x1x1")
+    raise UserError(f"--layouts: {layout!r} is no layout; give level x tensor x sequence, as 4x1x1")
   return tuple(int(size) for size in sizes)
 
 
@@ -266,7 +266,7 @@ def main() -> None:
     parse(layout)  # a typo in the last one fails before the first is measured
   results = []
   for layout in f.layouts:
-    print(f"stage x tensor x sequence = {layout}", file=sys.stderr)
+    print(f"level x tensor x sequence = {layout}", file=sys.stderr)
     results.append(run_layout(layout))
   found = {"benchmark": "stream", "config": to_json(f.config), "layouts": results}
   print(
@@ -284,7 +284,7 @@ if __name__ == "__main__":
   flags.DEFINE_list(
     "layouts",
     ["1x1x1", "2x1x1", "4x1x1", "2x2x1", "4x2x1"],
-    "layouts of devices to measure, each as stage x tensor x sequence",
+    "layouts of devices to measure, each as level x tensor x sequence",
   )
   flags.DEFINE_string("one", "", "measure one layout in this process (the benchmark calls itself)")
   configs.run_flags(main)

@@ -94,7 +94,8 @@ def with_new_names(options: Mapping[str, Any], renamed: Renamed) -> dict[str, An
     new, values = _new_name(name, renamed)
     if new != name:
       print(f"note: {name} is now called {new}", file=sys.stderr)
-    found[new] = values.get(value, value)
+    # values are looked up where they can be renamed: a config among the options has no hash
+    found[new] = values.get(value, value) if values else value
   return found
 
 

@@ -7,7 +7,10 @@ import pathlib
 import subprocess
 import sys
 
+from ml_collections import ConfigDict
 import pytest
+
+from hiar_jax.config import command_line
 
 EXPERIMENT = """
 from ml_collections import ConfigDict, config_dict
@@ -193,7 +196,50 @@ def test_main_cannot_add_a_key(job):
   assert status == 1 and "locked" in err and "lrr" in err
 
 
-# -------------------------------------------------------------------------------------------- build
+# -------------------------------------------------------------------------- names that have changed
+
+RENAMED = {
+  "stages": "level_devices",
+  "memory": "report_memory",
+  "sink_place": ("sink_positions", {"true": "absolute", "carried": "relative"}),
+}
+RENAMING_TOOL = f"""
+from absl import flags
+from hiar_jax.config import command_line
+
+LEVELS = flags.DEFINE_integer("level_devices", 1, "")
+MEMORY = flags.DEFINE_bool("report_memory", True, "")
+SINK = flags.DEFINE_enum("sink_positions", "absolute", ["absolute", "relative"], "")
+PROMPT = flags.DEFINE_string("prompt", "", "")
+command_line.run_flags(
+  lambda: print(LEVELS.value, MEMORY.value, SINK.value, PROMPT.value), renamed={RENAMED!r}
+)
+"""
 
 
-# ------------------------------------------------------------------------------ the resolved config
+@pytest.mark.parametrize(
+  "arguments, printed, notes",
+  [
+    (["--level_devices=2"], "2 True absolute ", 0),
+    (["--stages=2"], "2 True absolute ", 1),
+    (["--stages", "4", "--prompt=true"], "4 True absolute true", 1),
+    (["--nomemory"], "1 False absolute ", 1),
+    (["--sink_place=carried"], "1 True relative ", 1),
+    (["--sink_place", "carried", "--prompt", "carried"], "1 True relative carried", 1),
+    (["--memory", "--prompt=--stages"], "1 True absolute --stages", 1),
+  ],
+)
+def test_flags_work_by_their_old_names_and_say_so(job, arguments, printed, notes):
+  status, out, err = job(*arguments, code=RENAMING_TOOL)
+  assert (status, out) == (0, f"{printed}\n"), err
+  assert err.count("is now called --") == notes == len(err.splitlines())
+
+
+def test_options_work_by_their_old_names_and_say_so(capsys):
+  """A config among them, which has no hash, comes through as it is."""
+  config = ConfigDict({"seed": 1})
+  options = {"stages": 2, "sink_place": "carried", "config": config, "prompt": "carried"}
+  found = command_line.with_new_names(options, RENAMED)
+  assert found.pop("config") is config
+  assert found == {"level_devices": 2, "sink_positions": "relative", "prompt": "carried"}
+  assert capsys.readouterr().err.count("is now called") == 2

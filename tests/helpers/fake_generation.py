@@ -21,7 +21,7 @@ class Emitted:
 
 
 class FakeGeneration:
-  """Interface of streaming.generation.Generation.
+  """Interface of streaming.live_video.LiveVideo.
 
   seconds: what a tick takes; fail_at: the block at which it breaks.
   """

@@ -2,7 +2,7 @@
 its own, one forward at a time.
 
 Keys and values are kept by frame in dictionaries and never leave them; what a block may see is
-decided frame by frame. Written from the definitions in rollout.pipe, not from its code.
+decided frame by frame. Written from the definitions in rollout.tick, not from its code.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ def turned(keys: np.ndarray, frames: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class PlainStream:
-  """texts(n): [b l d] of block n; noise(level, n): [b k h w c]; anew: blocks before which the
+  """texts(n): [b l d] of block n; noise(level, n): [b k h w c]; recache: blocks before which the
   history is encoded again.
   """
 
