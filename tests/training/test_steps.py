@@ -11,151 +11,20 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from hiar_jax import flow
-from hiar_jax.components import word_table
-from hiar_jax.components.interfaces import Task
-from hiar_jax.method import Method
-from hiar_jax.models import dit
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.parallel.mapping import map_step
-from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
-from hiar_jax.parallel.rules import state_shardings
-from hiar_jax.training import causal_init, distill, teacher
-from hiar_jax.training import state as states
-from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Student
-from hiar_jax.types import LatentShape
-
-MODEL = DiTConfig(
-  dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
+from hiar_jax.parallel.mesh import MeshConfig
+from tests.helpers import training_steps
+from tests.helpers.training_steps import (
+  BATCH,
+  MODEL,
+  compiled_quickly,  # noqa: F401
+  linear_optimizer,  # noqa: F401
+  make_batch,
+  make_case,
+  run,
 )
-HIAR = Method(block=1, window=3)
-HISTORIES = {
-  "HiAR": HIAR,
-  "Self-Forcing": dataclasses.replace(HIAR, order="block_first", level="clean"),
-  "Self-Aligned Forcing": dataclasses.replace(
-    HIAR, level="input", gradient="attached", sink=1, sink_level="clean"
-  ),
-}
-TABLE = word_table.word_table(9, 4, 8)
-TASK = Task(
-  encode=lambda batch: batch["video"],
-  embed=lambda tokens: word_table.encode(TABLE, tokens),
-  negative=jnp.zeros_like,
-  latent=LatentShape(frames=3, height=1, width=2, channels=4),
-)
-SIGMAS = np.asarray(flow.shifted_schedule((1000, 500), 5.0), np.float32)
-BATCH = 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-  """These tests compile much and compute little."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def linear_optimizer():
-  """AdamW divides by the gradient's size, so that of a parameter without influence its rounding
-  would be seen at full scale.
-  """
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(optax, "adamw", lambda rate, **_: optax.sgd(rate, momentum=0.9))
-    yield
-
-
-def make_batch(step: int) -> dict[str, np.ndarray]:
-  rng = np.random.default_rng(step)
-  tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
-  video = rng.normal(size=(BATCH, *TASK.latent.clip)).astype(np.float32)
-  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.latent.clip)).astype(np.float32)
-  return {
-    "video": video,
-    "trajectory": trajectory,
-    "tokens": tokens,
-    "example_id": np.arange(BATCH, dtype=np.int32),
-    "trajectories": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
-  }
-
-
-def make_params(seed: int):
-  """Random weights, none of them zero: a fresh network's head is, and would hide all that is behind
-  it.
-  """
-  shapes, rng = (
-    jax.eval_shape(lambda: dit.init(MODEL, jax.random.key(0))),
-    np.random.default_rng(seed),
-  )
-  return jax.tree.map(
-    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.ndim < 2), jnp.float32), shapes
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-  """One kind of step: create() -> state; step(state, batch, *frozen, mean)."""
-
-  create: object
-  step: object
-  frozen: tuple = ()
-
-
-def make_case(
-  kind: str,
-  accumulate: int = 1,
-  method: Method = HIAR,
-  weight: float = 0.1,
-  guidance: float = 1.0,
-) -> Case:
-  common = {
-    "steps": 10,
-    "batch": BATCH,
-    "lr": 0.02,
-    "accumulate": accumulate,
-    "clip": 0.5,
-    "ema_decay": 0.9,
-  }
-  key = jax.random.key(7)
-  if kind == "teacher":
-    config = teacher.TeacherConfig(**common, caption_dropout=0.5)
-    step = teacher.make_step(config, MODEL, TASK)
-    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
-  if kind.startswith("causal init"):
-    config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
-    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, method)
-    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
-  config = DistillConfig(
-    **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
-  )
-  student = Student(MODEL, MODEL, MODEL, method, jnp.asarray(SIGMAS), TASK)
-  create = lambda: states.create(
-    key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
-  )
-  if kind == "critic":
-    return Case(create, distill.make_critic_step(config, student))
-  return Case(create, distill.make_generator_step(config, student), (make_params(2),))
-
-
-def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
-  """-> (state after `updates`, the last metrics)."""
-  mesh = make_mesh(mesh_config, jax.devices()[:devices])
-  with jax.set_mesh(mesh):
-    shardings = state_shardings(jax.eval_shape(case.create), mesh, mesh_config.min_shard)
-    state = jax.jit(case.create, out_shardings=shardings)()
-    frozen = jax.device_put(case.frozen, replicated(mesh))
-    step = map_step(case.step, shardings, mesh, mesh_config.mapping)
-    for i in range(updates):
-      state, metrics = step(state, put_batch(make_batch(i), mesh), *frozen)
-      # the critic counts the steps, and is not here
-      if "generator_loss" not in metrics and case.frozen:
-        state = state.replace(step=state.step + 1)
-  return state, {name: float(value) for name, value in metrics.items()}
 
 
 @functools.cache
@@ -246,38 +115,6 @@ def test_an_update_moves_its_own_network_alone(kind):
   assert int(after.step) == 3
 
 
-def influence(case: Case, of: str, on: str) -> float:
-  """The largest derivative of the network `on` after an update, along a change of the network `of`
-  before it.
-  """
-  state, batch = jax.jit(case.create)(), jax.tree.map(jnp.asarray, make_batch(0))
-
-  def update(changed):
-    frozen = (changed,) if of == "teacher" else case.frozen
-    given = state if of == "teacher" else state.replace(**{of: changed})
-    return getattr(case.step(given, batch, *frozen, mean=lambda tree: tree)[0], on)
-
-  start = case.frozen[0] if of == "teacher" else getattr(state, of)
-  direction = jax.tree.map(jnp.ones_like, start)
-  tangent = jax.jit(lambda: jax.jvp(update, (start,), (direction,))[1])()
-  return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tangent))
-
-
-@pytest.mark.parametrize(
-  "kind, of, on",
-  [
-    ("generator", "critic", "params"),
-    ("generator", "teacher", "params"),
-    ("critic", "params", "critic"),
-  ],
-)
-def test_no_gradient_passes_between_networks(kind, of, on):
-  """They see each other's outputs as numbers: the derivative is exactly zero, though the update
-  depends on them.
-  """
-  assert influence(make_case(kind), of, on) == 0.0
-
-
 PLACED = [
   pytest.param(kind, "clips", marks=() if kind in ("teacher", "critic") else pytest.mark.slow)
   for kind in KINDS
@@ -286,8 +123,8 @@ PLACED = [
 
 @pytest.mark.parametrize("kind, whose", [*PLACED, ("generator", "trajectories")])
 def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
-  monkeypatch.setitem(
-    globals(), "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4))
+  monkeypatch.setattr(
+    training_steps, "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4))
   )
   case = make_case(kind)
   state = jax.jit(case.create)()
@@ -304,71 +141,6 @@ def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
   assert abs(loss(4) - loss(0)) > 1e-4 and loss(8) == loss(4)  # places repeat
 
 
-@pytest.mark.parametrize(
-  "name", ["Self-Aligned Forcing", pytest.param("Self-Forcing", marks=pytest.mark.slow)]
-)
-def test_the_rivals_go_through_the_same_step(name):
-  state, metrics = run(
-    make_case("generator", method=HISTORIES[name], weight=0.0, guidance=0.0), MeshConfig(data=1), 1
-  )
-  assert np.isfinite(list(metrics.values())).all() and metrics["grad_norm"] > 0
-  assert "forward_kl" not in metrics
-  before = make_params(0)
-  assert all(
-    (np.asarray(a) != np.asarray(b)).any()
-    for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
-  )
-
-
-def test_without_forward_kl_no_trajectories_are_needed():
-  batch = {name: make_batch(0)[name] for name in ("tokens", "example_id")}
-
-  def shapes(weight):
-    case = make_case("generator", weight=weight)
-    step = functools.partial(case.step, mean=lambda tree: tree)
-    return jax.eval_shape(step, jax.eval_shape(case.create), batch, *case.frozen)[1]
-
-  assert "forward_kl" not in shapes(0.0)
-  with pytest.raises(KeyError, match="trajectories"):
-    shapes(0.1)
-
-
-@pytest.mark.parametrize(
-  "ratio, warmup, steps, expected",
-  [(5, 0, 12, [0, 5, 10]), (1, 0, 3, [0, 1, 2]), (2, 3, 8, [3, 5, 7]), (5, 20, 12, [])],
-)
-def test_the_critic_is_trained_more_often_and_first(ratio, warmup, steps, expected):
-  config = DistillConfig(
-    steps=steps, batch=8, lr=1.0, critic_lr=1.0, critic_updates=ratio, critic_warmup=warmup
-  )
-  assert [i for i in range(steps) if config.updates_generator(i)] == expected
-  assert config.generator_steps == len(expected)
-
-
-def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
-  """Five critic updates to each, after a warm-up of ten."""
-  monkeypatch.setattr(distill, "update_ema", lambda ema, params, updates, config: updates)
-  config = DistillConfig(
-    steps=50, batch=BATCH, lr=0.02, critic_lr=0.03, critic_updates=5, critic_warmup=10
-  )
-  step = distill.make_generator_step(
-    config, Student(MODEL, MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK)
-  )
-  state = states.create(
-    jax.random.key(7),
-    make_params(0),
-    config.generator_optimizer(),
-    make_params(1),
-    config.critic_optimizer(),
-  )
-  batch = jax.tree.map(jnp.asarray, make_batch(0))
-  count = jax.jit(
-    lambda i: step(state.replace(step=i), batch, make_params(2), mean=lambda tree: tree)[0].ema
-  )
-  turns = [i for i in range(30) if config.updates_generator(i)]
-  assert [int(count(i)) for i in turns] == [0, 1, 2, 3]
-
-
 # ------------------------------------------------------------------------------------ two processes
 
 PROCESS = """
@@ -380,7 +152,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
 import optax
 optax.adamw = lambda rate, **_: optax.sgd(rate, momentum=0.9)
-from tests.training import test_steps as t
+from tests.helpers import training_steps as t
 
 rows = slice(4 * jax.process_index(), 4 * jax.process_index() + 4)
 whole = t.make_batch

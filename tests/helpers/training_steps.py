@@ -1,0 +1,145 @@
+"""One case of every kind of training step, on a DiT of a few hundred numbers: its state, batches
+and updates on any devices.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax import flow
+from hiar_jax.components import word_table
+from hiar_jax.components.interfaces import Task
+from hiar_jax.method import Method
+from hiar_jax.models import dit
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.parallel.mapping import map_step
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
+from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.training import state as states
+from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Student
+from hiar_jax.types import LatentShape
+
+MODEL = DiTConfig(
+  dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
+)
+HIAR = Method(block=1, window=3)
+TABLE = word_table.word_table(9, 4, 8)
+TASK = Task(
+  encode=lambda batch: batch["video"],
+  embed=lambda tokens: word_table.encode(TABLE, tokens),
+  negative=jnp.zeros_like,
+  latent=LatentShape(frames=3, height=1, width=2, channels=4),
+)
+SIGMAS = np.asarray(flow.shifted_schedule((1000, 500), 5.0), np.float32)
+BATCH = 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly():
+  """These tests compile much and compute little."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linear_optimizer():
+  """AdamW divides by the gradient's size, so that of a parameter without influence its rounding
+  would be seen at full scale.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(optax, "adamw", lambda rate, **_: optax.sgd(rate, momentum=0.9))
+    yield
+
+
+def make_batch(step: int) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(step)
+  tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
+  video = rng.normal(size=(BATCH, *TASK.latent.clip)).astype(np.float32)
+  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.latent.clip)).astype(np.float32)
+  return {
+    "video": video,
+    "trajectory": trajectory,
+    "tokens": tokens,
+    "example_id": np.arange(BATCH, dtype=np.int32),
+    "trajectories": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
+  }
+
+
+def make_params(seed: int):
+  """Random weights, none of them zero: a fresh network's head is, and would hide all that is behind
+  it.
+  """
+  shapes, rng = (
+    jax.eval_shape(lambda: dit.init(MODEL, jax.random.key(0))),
+    np.random.default_rng(seed),
+  )
+  return jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.ndim < 2), jnp.float32), shapes
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One kind of step: create() -> state; step(state, batch, *frozen, mean)."""
+
+  create: object
+  step: object
+  frozen: tuple = ()
+
+
+def make_case(
+  kind: str,
+  accumulate: int = 1,
+  method: Method = HIAR,
+  weight: float = 0.1,
+  guidance: float = 1.0,
+) -> Case:
+  common = {
+    "steps": 10,
+    "batch": BATCH,
+    "lr": 0.02,
+    "accumulate": accumulate,
+    "clip": 0.5,
+    "ema_decay": 0.9,
+  }
+  key = jax.random.key(7)
+  if kind == "teacher":
+    config = teacher.TeacherConfig(**common, caption_dropout=0.5)
+    step = teacher.make_step(config, MODEL, TASK)
+    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+  if kind.startswith("causal init"):
+    config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
+    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, method)
+    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+  config = DistillConfig(
+    **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
+  )
+  student = Student(MODEL, MODEL, MODEL, method, jnp.asarray(SIGMAS), TASK)
+  create = lambda: states.create(
+    key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
+  )
+  if kind == "critic":
+    return Case(create, distill.make_critic_step(config, student))
+  return Case(create, distill.make_generator_step(config, student), (make_params(2),))
+
+
+def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
+  """-> (state after `updates`, the last metrics)."""
+  mesh = make_mesh(mesh_config, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    shardings = state_shardings(jax.eval_shape(case.create), mesh, mesh_config.min_shard)
+    state = jax.jit(case.create, out_shardings=shardings)()
+    frozen = jax.device_put(case.frozen, replicated(mesh))
+    step = map_step(case.step, shardings, mesh, mesh_config.mapping)
+    for i in range(updates):
+      state, metrics = step(state, put_batch(make_batch(i), mesh), *frozen)
+      # the critic counts the steps, and is not here
+      if "generator_loss" not in metrics and case.frozen:
+        state = state.replace(step=state.step + 1)
+  return state, {name: float(value) for name, value in metrics.items()}
