@@ -1,12 +1,16 @@
-"""Wan of a few thousand random numbers: a config, and weights in a directory."""
+"""Wan of a few thousand random numbers: a config, weights in a directory, commands with them."""
 
+import functools
 import pathlib
 
 import jax
 import numpy as np
+from PIL import Image
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.models import dit, taehv, umt5, vae
+from hiar_jax.video.mp4 import write_mp4
+from tests.helpers import tiny_run
 from tests.helpers.small_tokenizer import save_small_tokenizer
 
 CONFIG = """
@@ -53,3 +57,32 @@ def save_weights(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
   weights.save(folder, "umt5", UMT5, random_like(UMT5, umt5.init, 3, 0.3))
   save_small_tokenizer(folder / "tokenizer")
   return folder
+
+
+@functools.cache
+def directory(parent: pathlib.Path) -> pathlib.Path:
+  """Makes parent/tiny_wan with config.py, weights/, cat.png and before.mp4.
+
+  It is one for all test modules of a session (parent: tmp_path_factory.getbasetemp()).
+  """
+  root = parent / "tiny_wan"
+  root.mkdir()
+  (root / "config.py").write_text(CONFIG)
+  save_weights(root / "weights")
+  pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+  Image.fromarray(pixels).save(root / "cat.png")
+  ramp = np.broadcast_to(
+    np.linspace(0, 255, 24).astype(np.uint8)[:, None, None, None], (24, 16, 32, 3)
+  )
+  write_mp4(root / "before.mp4", ramp, 16)
+  return root
+
+
+def generate(
+  parent: pathlib.Path, cases: dict[str, list[str]], common: list[str], devices: int = 1
+) -> dict[str, tuple[int, str, str]]:
+  """Runs hiar_jax.generate once a case; returns (exit status, stdout, stderr) by case."""
+  done = tiny_run.chain(parent).commands(
+    [("hiar_jax.generate", [*common, *case]) for case in cases.values()], devices=devices
+  )
+  return dict(zip(cases, done, strict=True))
