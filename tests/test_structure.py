@@ -33,6 +33,7 @@ MAX_FILE, MAX_FUNCTION = 400, 60  # lines; a function's docstring is not counted
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def module_name(path: pathlib.Path) -> str:
@@ -146,6 +147,11 @@ def test_files_and_functions_are_short(path):
       assert node.end_lineno - node.lineno + 1 - docstring <= MAX_FUNCTION, (
         f"{node.name} is too long"
       )
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_test_files_are_short(path):
+  assert len(path.read_text().splitlines()) <= MAX_FILE
 
 
 def test_nothing_loads_torch_or_tensorflow():
