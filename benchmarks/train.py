@@ -38,7 +38,7 @@ from hiar_jax.parallel.mesh import make_mesh, put_batch
 from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.state import TrainConfig, TrainState, create
+from hiar_jax.training.state import TrainConfig, TrainState, create_state
 from hiar_jax.types import Batch, Params
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
@@ -85,15 +85,20 @@ def stage(
   sigmas = jnp.asarray(e.student.sigmas, jnp.float32)
   if name == "teacher":
     step = teacher.make_step(e.teacher, e.dit, task)
-    return e.teacher, lambda params: create(key, params, e.teacher.optimizer()), step, False
+    return e.teacher, lambda params: create_state(key, params, e.teacher.optimizer()), step, False
   if name == "causal_init":
     step = causal_init.make_step(e.causal_init, e.student_dit, task, sigmas, e.history)
-    return e.causal_init, lambda params: create(key, params, e.causal_init.optimizer()), step, False
+    return (
+      e.causal_init,
+      lambda params: create_state(key, params, e.causal_init.optimizer()),
+      step,
+      False,
+    )
   student = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, task)
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
   optimizers = e.distill.generator_optimizer(), e.distill.critic_optimizer()
   # The critic is a copy: buffers of the state are donated, so none may occur in it twice.
-  fresh = lambda params: create(
+  fresh = lambda params: create_state(
     key, params, optimizers[0], jax.tree.map(jnp.copy, params), optimizers[1]
   )
   return e.distill, fresh, make(e.distill, student), name == "generator"

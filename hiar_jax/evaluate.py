@@ -80,24 +80,26 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   first = runs[0]
   # The teacher is bidirectional: its clips have the training length.
   sample = first.teacher_sampler(jax.random.key(_SEED.value))
-  points = sample(pretrained.load(first), first.tokens(prompts), np.arange(len(prompts)))
+  points = sample(pretrained.load_teacher(first), first.tokens(prompts), np.arange(len(prompts)))
   yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
   # Runs of the same method share a row.
   methods: dict[str, Method] = {}
   for run in runs:
-    methods.setdefault(f"causal init, {label(run.experiment.history)}", run.experiment.history)
+    methods.setdefault(
+      f"causal init, {method_label(run.experiment.history)}", run.experiment.history
+    )
   weights = pretrained.load_weights(first, "causal_init")
   for name, method in methods.items():
     experiment = dataclasses.replace(first.experiment, history=method)
     changed = dataclasses.replace(first, experiment=experiment)
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
-    name = f"{run.workdir.name}, {label(run.experiment.history)}"
+    name = f"{run.workdir.name}, {method_label(run.experiment.history)}"
     weights = pretrained.load_weights(run, "distill")
     yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 
-def label(method: Method) -> str:
+def method_label(method: Method) -> str:
   """Returns the name of a method in the table, as `step-first, output history`."""
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"

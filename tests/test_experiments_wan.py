@@ -123,7 +123,7 @@ def abstract_state(e: Experiment, key):
   init = lambda: dit.init(e.dit, jax.random.key(0))
   config = e.distill
   return jax.eval_shape(
-    lambda: states.create(
+    lambda: states.create_state(
       key, init(), config.generator_optimizer(), init(), config.critic_optimizer()
     )
   )
@@ -160,7 +160,7 @@ def test_every_step_is_traced_at_full_size(name):
     e.causal_init, e.student_dit, abstract_task(e), e.student.sigmas, e.history
   )
   start = jax.eval_shape(
-    lambda: states.create(
+    lambda: states.create_state(
       jax.random.key(0), dit.init(e.dit, jax.random.key(0)), e.causal_init.optimizer()
     )
   )

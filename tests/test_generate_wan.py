@@ -10,7 +10,7 @@ import pytest
 from hiar_jax.checkpoints import weights
 from hiar_jax.components.umt5_tokenizer import clean
 from hiar_jax.models import vae
-from hiar_jax.video import foreign
+from hiar_jax.video import conditioning_files
 from hiar_jax.video.frames import to_float, to_uint8
 from hiar_jax.video.mp4 import read_metadata, read_mp4
 from tests.helpers import tiny_run, tiny_wan
@@ -129,7 +129,7 @@ def test_a_picture_is_the_first_frame(made, place):
     )[0]
   )
   cat, none = (
-    foreign.read_image(place / "cat.png", 16, 32)[0],
+    conditioning_files.read_image(place / "cat.png", 16, 32)[0],
     np.full((1, 16, 32, 3), 128, np.uint8),
   )
   # a file halves the resolution of colour

@@ -70,7 +70,7 @@ def generated(model, blocks, start=None):
   """uint8 [F H W 3], as hiar_jax.generate makes them. start: given latents."""
   model.prepare_texts([PROMPT])
   given = [] if start is None else [start]
-  make = model.generator(blocks * model.experiment.history.block)
+  make = model.sampler(blocks * model.experiment.history.block)
   return decode_pixels(
     model.run.components,
     np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),

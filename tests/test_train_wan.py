@@ -109,7 +109,7 @@ def test_the_walk_has_a_shift_of_its_own(trained):
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
     sample = run.teacher_sampler(jax.random.key(0))
-    points = sample(pretrained.load(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
+    points = sample(pretrained.load_teacher(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
     moves.append(np.asarray(points[:, 1] - points[:, 0]))
   np.testing.assert_allclose(
     moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max()

@@ -29,7 +29,7 @@ from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.state import create
+from hiar_jax.training.state import create_state
 
 PREVIEWED = 8  # clips of the log
 GIVEN = 6  # latent frames that a continuation starts from: two blocks
@@ -107,7 +107,7 @@ def stage_key(e: Experiment, stage: int) -> jax.Array:
 def start_teacher(e: Experiment) -> Callable:
   """The function that training/stages.py jits."""
   key_init, key_train = jax.random.split(stage_key(e, 1))
-  return lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer())
+  return lambda: create_state(key_train, dit.init(e.dit, key_init), e.teacher.optimizer())
 
 
 @program("teacher/start", *SIZES, "seed", "teacher", exists=trains_teacher)
@@ -147,7 +147,7 @@ def trajectories_walk(run):
 def start_init(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the weights it starts from."""
   key = stage_key(e, 4)
-  return lambda weights: create(key, weights, e.causal_init.optimizer())
+  return lambda weights: create_state(key, weights, e.causal_init.optimizer())
 
 
 @program("causal_init/start", *SIZES, "seed", "causal_init", exists=trains_init)
@@ -173,7 +173,7 @@ def distilled(run: FullSize) -> distill.Student:
 def start_distill(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the student's weights and the critic's."""
   key, rules = stage_key(e, 5), (e.distill.generator_optimizer(), e.distill.critic_optimizer())
-  return lambda weights, base: create(key, weights, rules[0], base, rules[1])
+  return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
 
 
 @program("distill/start", *SIZES, "seed", "distill")
@@ -235,7 +235,7 @@ def weights_in_use(e: Experiment):
 def generate(run: FullSize, given: int) -> Lowered:
   """One video, as long as it is without --frames."""
   frames = run.train_frames if is_wan(run.experiment) else run.long_frames
-  made = VideoModel(run, "", "").generator(frames)
+  made = VideoModel(run, "", "").sampler(frames)
   start = [run.latents(1, given)] if given else []
   return made.lower(weights_in_use(run.experiment), run.prompts(1), integers(1), *start)
 

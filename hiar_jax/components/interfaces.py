@@ -45,7 +45,7 @@ class Components(Protocol):
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     """Tokens of a data set's record: its stored text where it has one, else of its caption."""
 
-  def remarks(self, prompt: str) -> list[str]:
+  def warnings(self, prompt: str) -> list[str]:
     """Warnings about the words that the encoder does not know or does not read, one line each."""
 
   # latents <-> pixels

@@ -61,7 +61,7 @@ class SmallComponents:
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     return self.tokenizer(record["caption"].decode())
 
-  def remarks(self, prompt: str) -> list[str]:
+  def warnings(self, prompt: str) -> list[str]:
     unknown = self.tokenizer.unknown(prompt)
     excess = self.tokenizer.cut_off(prompt)
     warnings = []

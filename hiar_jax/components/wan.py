@@ -123,7 +123,7 @@ class WanComponents:
       return prompt_texts.pad([record["text"]], self.text.length)[0]
     return self.texts([record["caption"].decode()])[0]
 
-  def remarks(self, prompt: str) -> list[str]:
+  def warnings(self, prompt: str) -> list[str]:
     return []  # UMT5 has no unknown words; the text cache reports what it cuts off
 
   # ---------------------------------------------------------------------------- latents <-> pixels

@@ -25,12 +25,12 @@ from hiar_jax.evaluation.shapes_fit import Fit, fit_videos, nearest_background
 UNRECOGNISABLE = 0.5  # share of the shape's own squared contrast
 HIDDEN = 0.5  # visible share below which a shape is not judged
 JUMP = 7.5  # pixels a frame at 32 x 32: 2.5 times the fastest shape
-STANDING = 0.25  # share of the asked speed below which a clip goes nowhere
+STANDING = 0.25  # share of the prompt's speed below which a clip goes nowhere
 WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
 
 
 @dataclasses.dataclass
-class Asked:
+class PromptContent:
   """The content of n prompts; -1, nan or None for what a prompt does not name."""
 
   colour: np.ndarray  # int [n, shapes], index into COLOURS
@@ -78,11 +78,11 @@ def measure(
     raise UserError(
       f"measure: {len(videos)} videos and {len(prompts)} prompts; give one prompt per video"
     )
-  asked = read_prompts(prompts, world)
-  track = _tracks(fit_videos(videos, asked.background, world), asked, world)
-  values = _per_frame(track, asked, train_frames, world)
-  values["background"] = _background_right(videos, asked, world)
-  headed = _directions(track, asked, train_frames, world)
+  content = read_prompts(prompts, world)
+  track = _tracks(fit_videos(videos, content.background, world), content, world)
+  values = _per_frame(track, content, train_frames, world)
+  values["background"] = _background_right(videos, content, world)
+  headed = _directions(track, content, train_frames, world)
   result = _summary(values, headed)
   relative = track.relative[track.visible >= HIDDEN]
   result["relative_error"] = {
@@ -135,24 +135,24 @@ def data_reference(
   return measure(videos, [shapes_world.caption(scene) for scene in scenes], world)
 
 
-def read_prompts(prompts: Sequence[str], world: WorldConfig) -> Asked:
+def read_prompts(prompts: Sequence[str], world: WorldConfig) -> PromptContent:
   """Parses prompts into arrays; words outside of the world are ignored."""
   shape = (len(prompts), world.shapes_per_clip)
-  asked = Asked(
+  content = PromptContent(
     np.full(shape, -1), np.full(shape, -1), np.full((*shape, 2), np.nan), np.full(shape, np.nan), []
   )
   for i, prompt in enumerate(prompts):
     parsed = shapes_world.parse_caption(prompt)
     # Captions of the plain world do not mention its only background.
     default = "plain" if world.difficulty == "plain" else None
-    asked.background.append((parsed.background if parsed else None) or default)
+    content.background.append((parsed.background if parsed else None) or default)
     for k, named in enumerate(parsed.shapes[: world.shapes_per_clip] if parsed else ()):
-      asked.colour[i, k] = list(COLOURS).index(named.colour) if named.colour else -1
-      asked.shape[i, k] = SHAPES.index(named.shape) if named.shape else -1
+      content.colour[i, k] = list(COLOURS).index(named.colour) if named.colour else -1
+      content.shape[i, k] = SHAPES.index(named.shape) if named.shape else -1
       if named.direction:
-        asked.direction[i, k] = DIRECTIONS[named.direction]
-        asked.speed[i, k] = world.speed(named.speed)
-  return asked
+        content.direction[i, k] = DIRECTIONS[named.direction]
+        content.speed[i, k] = world.speed(named.speed)
+  return content
 
 
 def expected_motion(speed, world: WorldConfig):
@@ -168,7 +168,7 @@ def expected_motion(speed, world: WorldConfig):
 # Assignment of fitted shapes to those of the prompt
 
 
-def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
+def _tracks(fit: Fit, content: PromptContent, world: WorldConfig) -> Fit:
   """Reorders the shapes of every frame from back-to-front to the prompt's order."""
   if world.shapes_per_clip == 1:
     return fit
@@ -176,7 +176,7 @@ def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
   last = np.full((len(fit.error), 2, 2), np.nan)  # last seen centres, [n, shapes, 2]
   # Frame by frame, for the cost depends on the order of the frames before.
   for i in range(fit.error.shape[1]):
-    cost = [_mismatch(fit, i, order, asked, last, world) for order in ([0, 1], [1, 0])]
+    cost = [_mismatch(fit, i, order, content, last, world) for order in ([0, 1], [1, 0])]
     swap[:, i] = cost[1] < cost[0]
     order = np.where(swap[:, i, None], [1, 0], [0, 1])
     seen = (fit.visible[:, i] >= HIDDEN) & (fit.relative[:, i] <= UNRECOGNISABLE)
@@ -193,13 +193,13 @@ def _tracks(fit: Fit, asked: Asked, world: WorldConfig) -> Fit:
 
 
 def _mismatch(
-  fit: Fit, i: int, order: list[int], asked: Asked, last: np.ndarray, world: WorldConfig
+  fit: Fit, i: int, order: list[int], content: PromptContent, last: np.ndarray, world: WorldConfig
 ) -> np.ndarray:
   """Returns the cost of an order of the shapes at frame i, [n]: colour decides before form, form
   before the distance to the last seen position.
   """
-  colour = ((fit.colour[:, i, order] != asked.colour) & (asked.colour >= 0)).sum(-1)
-  shape = ((fit.shape[:, i, order] != asked.shape) & (asked.shape >= 0)).sum(-1)
+  colour = ((fit.colour[:, i, order] != content.colour) & (content.colour >= 0)).sum(-1)
+  shape = ((fit.shape[:, i, order] != content.shape) & (content.shape >= 0)).sum(-1)
   distance = np.nan_to_num(np.linalg.norm(fit.xy[:, i, order] - last, axis=-1)).sum(-1)
   # The distances of two shapes sum to less than 2 sqrt(2) sizes: below the weight of one form,
   # and two wrong forms (8) weigh less than one wrong colour.
@@ -210,7 +210,7 @@ def _mismatch(
 
 
 def _per_frame(
-  track: Fit, asked: Asked, train_frames: int, world: WorldConfig
+  track: Fit, content: PromptContent, train_frames: int, world: WorldConfig
 ) -> dict[str, np.ndarray]:
   """Returns arrays [n, f, shapes], "error" [n, f]; nan if not judged."""
   hidden = track.visible < HIDDEN
@@ -227,11 +227,11 @@ def _per_frame(
   jump = np.where(np.isnan(steps), np.nan, steps > JUMP * world.scale)
   motion = np.where(jump == 1, np.nan, steps)
   # Over the same frames as the motion, so that the ratio of the sums is fair.
-  expected = np.broadcast_to(expected_motion(asked.speed, world)[:, None], motion.shape)
+  expected = np.broadcast_to(expected_motion(content.speed, world)[:, None], motion.shape)
   return {
     "recognised": share(True),
-    "colour": share(track.colour == asked.colour[:, None], asked.colour[:, None] >= 0),
-    "shape": share(track.shape == asked.shape[:, None], asked.shape[:, None] >= 0),
+    "colour": share(track.colour == content.colour[:, None], content.colour[:, None] >= 0),
+    "shape": share(track.shape == content.shape[:, None], content.shape[:, None] >= 0),
     "hidden": hidden.astype(float),
     "motion": motion,
     "expected_motion": np.where(np.isnan(motion), np.nan, expected),
@@ -251,23 +251,25 @@ def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
   return missing
 
 
-def _background_right(videos, asked: Asked, world: WorldConfig) -> np.ndarray:
+def _background_right(videos, content: PromptContent, world: WorldConfig) -> np.ndarray:
   """Returns [n, f]: 1 if the frame is nearest to the prompt's texture, nan if it names none."""
   nearest = nearest_background(videos, world).astype(float)
-  wanted = [np.nan if name is None else BACKGROUNDS.index(name) for name in asked.background]
+  wanted = [np.nan if name is None else BACKGROUNDS.index(name) for name in content.background]
   wanted = np.asarray(wanted)[:, None]
   return np.where(np.isnan(wanted), np.nan, nearest == wanted)
 
 
-def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig) -> np.ndarray:
+def _directions(
+  track: Fit, content: PromptContent, train_frames: int, world: WorldConfig
+) -> np.ndarray:
   """Returns [n, shapes]: 1 if a shape first moves as its caption says, 0 if not, nan if the caption
   names no direction or the shape is hidden too long to measure it.
   """
-  right = np.full(asked.speed.shape, np.nan)
+  right = np.full(content.speed.shape, np.nan)
   hidden = track.visible < HIDDEN
   missing = _missing(hidden, train_frames)
   recognised = track.relative <= UNRECOGNISABLE
-  for i, k in np.argwhere(~np.isnan(asked.speed)):
+  for i, k in np.argwhere(~np.isnan(content.speed)):
     visible = ~hidden[i, :train_frames, k]
     if 2 * visible.sum() < len(visible) and not missing[i, :train_frames, k].any():
       continue
@@ -277,9 +279,9 @@ def _directions(track: Fit, asked: Asked, train_frames: int, world: WorldConfig)
       continue
     path, frames = _before_the_wall(track.xy[i, frames, k], frames, world)
     move, elapsed = path[-1] - path[0], frames[-1] - frames[0]
-    along, length = move @ asked.direction[i, k], np.linalg.norm(move)
+    along, length = move @ content.direction[i, k], np.linalg.norm(move)
     # A path cut short by a bounce must still be as long as the free run of a true clip allows.
-    shortest = STANDING * asked.speed[i, k] * max(elapsed, shapes_world.FREE_FRAMES)
+    shortest = STANDING * content.speed[i, k] * max(elapsed, shapes_world.FREE_FRAMES)
     right[i, k] = along >= length * np.sqrt(0.5) and length >= shortest
   return right
 

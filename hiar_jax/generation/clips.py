@@ -110,7 +110,7 @@ def plan_clips(
   messages = set()
   fitted: dict[int, int] = {}  # `fit` prints a message: called once for each length
   for job, path in zip(jobs, paths, strict=True):
-    start, given = Conditioning.of(job), 0
+    start, given = Conditioning.from_job(job), 0
     if start:
       # All files are read here, before hours of work, and again when their batch is generated:
       # the pixels of a long list need not fit into memory.
@@ -152,7 +152,7 @@ def iterate_latents(
   larger than the number of clips.
   """
   size = min(model.experiment.sample.batch, len(clips))
-  generate = model.generator(frames)
+  generate = model.sampler(frames)
   for first in range(0, len(clips), size):
     batch = clips[first : first + size]
     # the last batch repeats its clips up to the size, so that the sampler is compiled once

@@ -12,7 +12,7 @@ import numpy as np
 from hiar_jax.errors import UserError
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.video import foreign, lengths
+from hiar_jax.video import conditioning_files, lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Conditioning:
   last: int | None = None
 
   @staticmethod
-  def of(job: Job) -> "Conditioning | None":
+  def from_job(job: Job) -> "Conditioning | None":
     """The conditioning of a job, None where it has neither image nor video."""
     if job.image:
       return Conditioning(job.image, "image")
@@ -46,8 +46,8 @@ class Conditioning:
     cannot be read, or has less than one block.
     """
     if self.kind == "image":
-      return foreign.read_image(self.path, e.data.height, e.data.width)
-    frames, message = foreign.read_video(
+      return conditioning_files.read_image(self.path, e.data.height, e.data.width)
+    frames, message = conditioning_files.read_video(
       self.path, e.data.height, e.data.width, e.sample.fps, self.last
     )
     # The cache is filled block by block, so a video is cut to whole blocks, at its beginning: the

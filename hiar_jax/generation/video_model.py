@@ -24,7 +24,7 @@ from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
 from hiar_jax.training import pretrained
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.run import FREE, Run, open_run, read_config
+from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
 from hiar_jax.types import Params
 from hiar_jax.video import lengths
 
@@ -97,9 +97,9 @@ class VideoModel:
         if path.name.isdigit()
       ]
       # Weights of a run have no fingerprint: its config without the keys that may be changed
-      # between calls (FREE), and the last step, stand for them.
+      # between calls (FREE_GROUPS), and the last step, stand for them.
       config = read_config(self.run.workdir).to_dict()
-      trained_with = {key: value for key, value in config.items() if key not in FREE}
+      trained_with = {key: value for key, value in config.items() if key not in FREE_GROUPS}
       content["weights"] = [self.stage, max(steps, key=int, default=""), to_json(trained_with)]
     if isinstance(e.codec, WanCodecConfig):
       content["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
@@ -117,13 +117,13 @@ class VideoModel:
     return pretrained.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
-    """Encodes the prompts that need an encoder, and prints remarks on unknown words to stderr."""
+    """Encodes the prompts that need an encoder; prints warnings about unknown words to stderr."""
     # Not `components.prepare`, which adds the negative prompt: the student runs without guidance.
     if isinstance(self.run.components, WanComponents):
       self.run.components.texts.fill(prompts)
     for prompt in prompts:
-      for remark in self.run.components.remarks(prompt):
-        print(remark, file=sys.stderr)
+      for warning in self.run.components.warnings(prompt):
+        print(warning, file=sys.stderr)
 
   def texts(self, prompts: list[str]) -> np.ndarray:
     """Ids [n l] or texts [n l d] of prompts that `prepare_texts` has seen."""
@@ -134,7 +134,7 @@ class VideoModel:
       [self.run.components.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
     )
 
-  def generator(self, frames: int):
+  def sampler(self, frames: int):
     """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.
 
     given: conditioning latents [b f h w c], one frame's or whole blocks'.
@@ -165,7 +165,7 @@ class VideoModel:
       umt5=text_encoder,
       tiling=tiling,
     )
-    return costs.make(request, self.run.mesh)
+    return costs.make_plan(request, self.run.mesh)
 
 
 def from_workdir(workdir: str, stage: str, changes: ModelChanges) -> VideoModel:

@@ -103,7 +103,7 @@ def _flops(count: float) -> str:
   return f"{count / 1e15:.4g} P" if count >= 1e15 else f"{count / 1e12:.4g} T"
 
 
-def make(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> CostPlan:
+def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> CostPlan:
   """Returns the plan of a job.
 
   Args:

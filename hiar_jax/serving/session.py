@@ -38,7 +38,7 @@ class StreamSource(Protocol):
   def read_start(
     self, path: pathlib.Path, kind: str, name: str
   ) -> tuple[ConditioningFrames, str]: ...
-  def remarks(self, prompt: str) -> list[str]: ...
+  def warnings(self, prompt: str) -> list[str]: ...
   def provenance(
     self, prompt: str, seed: int, start: ConditioningFrames | None
   ) -> dict[str, str]: ...
@@ -90,7 +90,7 @@ class Session:
     self.prompt = request.prompt
     self.mime = ""
     self.why = ""
-    self.remarks: list[str] = []
+    self.warnings: list[str] = []
     # Guards what follows: the event loop's threads and the session's own one both use it.
     self._condition = threading.Condition()
     self._stream: Stream | None = None  # None before it is open and after the end
@@ -126,7 +126,7 @@ class Session:
       stream = self._stream
     if stream is None or self.why:
       return None
-    self.remarks = self.source.remarks(prompt)
+    self.warnings = self.source.warnings(prompt)
     block = stream.change_prompt(prompt, recache)
     self.prompt = prompt
     self._changed()
@@ -219,7 +219,7 @@ class Session:
         "fps": self.source.fps,
         "target": None if self._target is None else self._target / self.source.fps,
         "levels": levels,
-        "remarks": self.remarks,
+        "remarks": self.warnings,
         "latency": self._first_made_at - self._requested_at if self._first_made_at else None,
         "speed": stream.speed if stream else None,
       }
@@ -248,7 +248,7 @@ class Session:
     why = ""
     source, request = self.source, self.request
     try:
-      self.remarks = source.remarks(request.prompt)
+      self.warnings = source.warnings(request.prompt)
       metadata = source.provenance(request.prompt, request.seed, request.start)
       # frames: endless, since the target may be extended; prefetch: a changed prompt is seen sooner
       stream = source.open(

@@ -85,9 +85,9 @@ class StreamingModel:
       device = next((device for device in devices if device not in used), devices[0])
     return decoding.make_decoder(self.model.run.components, device)
 
-  def remarks(self, prompt: str) -> list[str]:
+  def warnings(self, prompt: str) -> list[str]:
     """Returns warnings about words of a prompt that the model does not know, a line each."""
-    return self.model.run.components.remarks(prompt)
+    return self.model.run.components.warnings(prompt)
 
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
     """Returns (conditioning frames of a file, message about their resizing or cropping, or '').

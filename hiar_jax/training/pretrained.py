@@ -25,16 +25,16 @@ SIZES = (
 )
 
 
-def load(run: Run) -> Params:
-  """Loads the bidirectional model of the student's size: the teacher stage's, or weights.base."""
+def load_teacher(run: Run) -> Params:
+  """Loads the teacher, bidirectional and of the student's size: its stage's, or weights.base."""
   return load_weights(run, "teacher")
 
 
-def load_real(run: Run) -> Params:
-  """Loads the real score of distribution matching: weights.teacher, else the model of `load`."""
+def load_real_score(run: Run) -> Params:
+  """Loads the real score of distribution matching: weights.teacher, else `load_teacher`'s model."""
   e = run.experiment
   if not e.weights.teacher:
-    return load(run)
+    return load_teacher(run)
   # Never trained, so it is kept in the dtype that it computes in (half the memory in bfloat16).
   return load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
 

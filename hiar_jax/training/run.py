@@ -39,10 +39,10 @@ from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
-FREE = ("log", "sample", "mesh", "stages_from")
+FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
 # The groups that the stages from data to causal_init depend on: stages_from takes the results of
 # another workdir, so these must agree.
-SHARED = (
+SHARED_GROUPS = (
   "seed",
   "data",
   "codec",
@@ -140,7 +140,7 @@ class Run:
     method: order, window and sink that replace the run's own.
     """
     e = self.experiment
-    # 3 in the seed's fold_in is the student's noise; the stages' own numbers are in stages.KEYS
+    # 3 in the seed's fold_in is the student's noise; those of the stages are in stages.KEY_OFFSETS
     return jax.jit(
       sample.make_sampler(
         e.student_dit,
@@ -221,7 +221,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   number, or where a later stage could not run.
   """
   experiment = build(Experiment, config)
-  check_workdir(config, workdir, ignore=FREE)
+  check_workdir(config, workdir, ignore=FREE_GROUPS)
   if experiment.stages_from:
     _check_shared(config, experiment)
   mesh = make_mesh(experiment.mesh if save else MeshConfig())
@@ -281,7 +281,7 @@ def _count_clips(run: Run) -> tuple[float, str]:
 
 
 def _check_shared(config, experiment: Experiment) -> None:
-  """Raises UserError where stages_from was made with another config in the groups SHARED."""
+  """Raises UserError where stages_from was made with another config in SHARED_GROUPS."""
   stored = read_resolved(experiment.stages_from)
   if stored is None:
     raise UserError(
@@ -293,7 +293,7 @@ def _check_shared(config, experiment: Experiment) -> None:
     # Of the history only the block must agree, since it cuts the clips: methods that differ in the
     # rest are compared from one causal init.
     block = tree.get("history", {}).get("block")
-    return {**{name: tree.get(name) for name in SHARED}, "history": {"block": block}}
+    return {**{name: tree.get(name) for name in SHARED_GROUPS}, "history": {"block": block}}
 
   lines = difference(shared(stored), shared(to_json(config)))
   if lines:

@@ -62,10 +62,10 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
   return e.pixel_frames(latent)
 
 
-def print_remarks(run: Run, prompt: str) -> None:
+def print_warnings(run: Run, prompt: str) -> None:
   """Prints which words of a prompt the model has not learnt, and which are beyond its length."""
-  for remark in run.components.remarks(prompt):
-    print(remark, file=sys.stderr)
+  for warning in run.components.warnings(prompt):
+    print(warning, file=sys.stderr)
 
 
 def make_videos(

@@ -31,12 +31,12 @@ from hiar_jax.parallel.mapping import map_step
 from hiar_jax.progress import progress
 from hiar_jax.training import causal_init, distill, loop, pretrained, samples, teacher
 from hiar_jax.training.run import CODEC, Run
-from hiar_jax.training.state import create
+from hiar_jax.training.state import create_state
 
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
 
 # Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
-KEYS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5}
+KEY_OFFSETS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -82,7 +82,7 @@ def train_teacher(run: Run) -> None:
     run,
     "teacher",
     e.teacher,
-    create=lambda: create(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
+    create=lambda: create_state(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
     update=_update_from(run, step, "clips"),
     iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     # The sampler returns trajectories [b points f h w c]; the last point is the clip.
@@ -141,7 +141,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   config = run.experiment.trajectories
   captions = pipeline.read_captions(run.directory("data"))
   starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
-  params = pretrained.load(run)
+  params = pretrained.load_teacher(run)
   sample = run.teacher_sampler(_stage_key(run, "trajectories"))
 
   def fill(rows: np.ndarray) -> np.ndarray:
@@ -175,7 +175,7 @@ def train_causal_init(run: Run) -> None:
     return
   # Trajectories kept from another config would lie at other levels than the step assumes.
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
-  weights = pretrained.load(run)
+  weights = pretrained.load_teacher(run)
   key = _stage_key(run, "causal_init")
   step = causal_init.make_step(config, e.student_dit, run.task, run.point_sigmas, e.history)
   trajectories = run.clips("trajectories", config.batch, ("trajectory",), salt=4)
@@ -183,7 +183,7 @@ def train_causal_init(run: Run) -> None:
     run,
     "causal_init",
     config,
-    create=lambda: create(key, weights, config.optimizer()),
+    create=lambda: create_state(key, weights, config.optimizer()),
     update=_update_from(run, step, "trajectories"),
     iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
@@ -219,8 +219,8 @@ def distill_student(run: Run) -> None:
   config = e.distill
   if loop.is_done(run, "distill", config.steps):
     return
-  real_score = pretrained.load_real(run)
-  critic_start = pretrained.load(run)
+  real_score = pretrained.load_real_score(run)
+  critic_start = pretrained.load_teacher(run)
   student_start = pretrained.load_weights(run, "causal_init")
   key = _stage_key(run, "distill")
   latest = LatestMetrics()
@@ -231,7 +231,7 @@ def distill_student(run: Run) -> None:
     run,
     "distill",
     config,
-    create=lambda: create(
+    create=lambda: create_state(
       key, student_start, config.generator_optimizer(), critic_start, config.critic_optimizer()
     ),
     update=_distill_update(run, real_score, latest),
@@ -293,7 +293,7 @@ def make_samples(run: Run) -> None:
     return
   prompts = samples.read_prompts(run)
   for prompt in prompts:
-    samples.print_remarks(run, prompt)
+    samples.print_warnings(run, prompt)
   frames = samples.long_frames(run)
   params = pretrained.load_weights(run, "distill")
   # The prompts that are saved come first among those that are measured, so no video is made twice.
@@ -314,7 +314,7 @@ def make_samples(run: Run) -> None:
 
 
 def _stage_key(run: Run, stage: str) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(run.experiment.seed), KEYS[stage])
+  return jax.random.fold_in(jax.random.key(run.experiment.seed), KEY_OFFSETS[stage])
 
 
 def _wait_for_all(name: str) -> None:

@@ -122,7 +122,7 @@ def _layer_matrices(params: Params) -> PyTree:
   )
 
 
-def create(
+def create_state(
   key: Key, params: Params, optimizer, critic: Params | None = None, critic_optimizer=None
 ) -> TrainState:
   """Returns the state before the first update.

@@ -73,9 +73,9 @@ def test_too_short_a_video(experiment, tmp_path):
 
 
 def test_of_a_job(tmp_path):
-  assert Conditioning.of(Job("a", 0)) is None
-  assert Conditioning.of(Job("a", 0, image=tmp_path)) == Conditioning(tmp_path, "image")
-  assert Conditioning.of(Job("a", 0, video=tmp_path)) == Conditioning(tmp_path, "video")
+  assert Conditioning.from_job(Job("a", 0)) is None
+  assert Conditioning.from_job(Job("a", 0, image=tmp_path)) == Conditioning(tmp_path, "image")
+  assert Conditioning.from_job(Job("a", 0, video=tmp_path)) == Conditioning(tmp_path, "video")
 
 
 def test_the_digest_is_of_the_content(tmp_path):

@@ -52,7 +52,7 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   expected = np.asarray(vae.encode(params, jnp.asarray(pixels[None] / 127.5 - 1, jnp.float32), VAE))
   np.testing.assert_allclose(clips.start_latents(model, start), expected, atol=1e-4)
   model.prepare_texts(["A cat"])
-  made = model.generator(3)
+  made = model.sampler(3)
   args = model.params(), model.texts(["A cat"]), np.asarray([3])
   latents = np.asarray(made(*args, expected))
   assert latents.shape == (1, given + 3, 2, 4, 16)

@@ -14,7 +14,7 @@ from hiar_jax.serving.queue import ServerConfig
 from hiar_jax.serving.session import Limits
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.streaming_model import ConditioningFrames
-from hiar_jax.video import foreign
+from hiar_jax.video import conditioning_files
 from tests.helpers.fake_generation import SIZE, FakeDecoder, FakeGeneration, latents_of
 
 
@@ -50,12 +50,12 @@ class FakeSource:
 
   def read_start(self, path, kind, name):
     if kind == "image":
-      pixels, said = foreign.read_image(path, SIZE, SIZE)
+      pixels, said = conditioning_files.read_image(path, SIZE, SIZE)
     else:
-      pixels, said = foreign.read_video(path, SIZE, SIZE, self.fps, last=6)
+      pixels, said = conditioning_files.read_video(path, SIZE, SIZE, self.fps, last=6)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), said
 
-  def remarks(self, prompt):
+  def warnings(self, prompt):
     return [
       f"the model does not know {word!r}; it is made without"
       for word in prompt.split()

@@ -112,16 +112,16 @@ def make_case(
   if kind == "teacher":
     config = teacher.TeacherConfig(**common, caption_dropout=0.5)
     step = teacher.make_step(config, MODEL, TASK)
-    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), step)
   if kind.startswith("causal init"):
     config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
     step = causal_init.make_step(config, MODEL, TASK, SIGMAS, method)
-    return Case(lambda: states.create(key, make_params(0), config.optimizer()), step)
+    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), step)
   config = DistillConfig(
     **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
   )
   student = Student(MODEL, MODEL, MODEL, method, jnp.asarray(SIGMAS), TASK)
-  create = lambda: states.create(
+  create = lambda: states.create_state(
     key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
   )
   if kind == "critic":

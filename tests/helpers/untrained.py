@@ -59,7 +59,7 @@ def generated(model: VideoModel, blocks: int, given: np.ndarray | None = None) -
   start = [] if given is None else [given]
   frames = 0 if given is None else given.shape[1]
   with jax.set_mesh(model.run.mesh):
-    generate = model.generator(blocks * model.experiment.history.block)
+    generate = model.sampler(blocks * model.experiment.history.block)
     latents = generate(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *start)
   return np.asarray(latents)[:, frames:]
 

@@ -132,7 +132,7 @@ def test_the_published_sizes(config, parameters, flops):
   One forward of a block at 480x832 that sees 21 frames: 12 TFLOP of products and 28 of attention.
   """
   begin = time.process_time()
-  found = costs.make(
+  found = costs.make_plan(
     JobSize(config, Method(), levels=4, frames=21, height=60, width=104), compile=False
   )
   assert time.process_time() - begin < 20
@@ -158,7 +158,7 @@ def test_compiled_memory_is_that_of_the_program():
   temporary memory.
   """
   narrow, wide = (
-    costs.make(small(method=Method(block=2, window=w), frames=24, height=8, width=12))
+    costs.make_plan(small(method=Method(block=2, window=w), frames=24, height=8, width=12))
     for w in (4, 20)
   )
   weights = narrow.parts["DiT"].bytes
@@ -173,16 +173,16 @@ def test_compiled_memory_is_that_of_the_program():
 def test_devices_share_what_is_sharded():
   config = dataclasses.replace(SMALL, dim=1024, ffn_dim=1024, num_heads=4)
   request = small(dit=config, batch=4)
-  alone = costs.make(request, compile=False)
+  alone = costs.make_plan(request, compile=False)
   mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
-  spread = costs.make(request, mesh)
+  spread = costs.make_plan(request, mesh)
   assert spread.devices == 4 and alone.devices == 1
   assert alone.weights / 4 < spread.weights < alone.weights / 3  # small leaves are everywhere
   arguments = spread.compiled["generate"].arguments
   assert arguments == pytest.approx(spread.weights + 8 * 24 * 4, rel=0.01)
   assert spread.floor < alone.floor / 3
   # three videos are not split over four devices
-  odd = costs.make(small(dit=config, batch=3), mesh, compile=False)
+  odd = costs.make_plan(small(dit=config, batch=3), mesh, compile=False)
   assert odd.floor - odd.weights > 2 * (spread.floor - spread.weights)
 
 
@@ -200,7 +200,7 @@ def test_decoding_is_planned_as_it_runs():
   )
   mesh = make_mesh(MeshConfig(data=4, fsdp=1), jax.devices()[:4])
   request = small(vae=config, frames=2, height=32, width=48)
-  decode = lambda request, mesh=None: costs.make(request, mesh).compiled["decode"]
+  decode = lambda request, mesh=None: costs.make_plan(request, mesh).compiled["decode"]
   whole, spread = decode(request), decode(request, mesh)
   assert decode(dataclasses.replace(request, batch=2)).total == whole.total
   assert (
@@ -214,12 +214,12 @@ def test_decoding_is_planned_as_it_runs():
 @pytest.mark.slow
 def test_a_picture_and_a_continuation_can_be_planned():
   for given in (1, 4):
-    found = costs.make(small(given=given))
+    found = costs.make_plan(small(given=given))
     assert found.compiled["generate"].outputs == (given + 6) * 4 * 6 * 4 * 4
 
 
 def test_what_is_said():
-  found = costs.make(
+  found = costs.make_plan(
     JobSize(dit.DiTConfig(), Method(), levels=4, frames=21, height=60, width=104), compile=False
   )
   text = found.text()
@@ -238,7 +238,7 @@ def test_what_is_said():
 
 
 def test_a_kernel_for_gpus_alone_is_not_compiled_here():
-  found = costs.make(small(dit=dataclasses.replace(SMALL, attention="cudnn")))
+  found = costs.make_plan(small(dit=dataclasses.replace(SMALL, attention="cudnn")))
   assert found.compiled == {} and found.note.startswith(
     "nothing was compiled: attention = 'cudnn' is for GPUs"
   )

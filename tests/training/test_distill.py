@@ -120,7 +120,7 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
   step = distill.make_generator_step(
     config, Student(MODEL, MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK)
   )
-  state = states.create(
+  state = states.create_state(
     jax.random.key(7),
     make_params(0),
     config.generator_optimizer(),

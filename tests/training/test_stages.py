@@ -224,7 +224,7 @@ def train(
 
     return advance
 
-  create = lambda: states.create(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
+  create = lambda: states.create_state(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
   with run.writer:
     training = TrainConfig(steps=steps, batch=8, lr=0.1)
     loop.run_stage(
@@ -363,14 +363,14 @@ def test_prompts_of_a_file_are_taken_once(tmp_path):
 
 
 def test_words_that_do_nothing_are_said(with_data, capfd):
-  samples.print_remarks(with_data, "a red circle moving left")
+  samples.print_warnings(with_data, "a red circle moving left")
   assert capfd.readouterr().err == ""
-  samples.print_remarks(with_data, "a purple circle, dancing")
+  samples.print_warnings(with_data, "a purple circle, dancing")
   assert capfd.readouterr().err == (
     "prompt 'a purple circle, dancing': the model does not know 'purple', 'dancing'; it is made "
     "without\n"
   )
-  samples.print_remarks(with_data, "a red circle " * 10)
+  samples.print_warnings(with_data, "a red circle " * 10)
   assert "the model reads 12 words; the last 18 are left out" in capfd.readouterr().err
 
 

@@ -147,10 +147,10 @@ def test_an_example_s_draws_are_its_own():
 
 def test_a_fresh_state_is_complete():
   params, optimizer = {"w": jnp.ones(3)}, training().optimizer()
-  alone = states.create(jax.random.key(0), params, optimizer)
+  alone = states.create_state(jax.random.key(0), params, optimizer)
   assert alone.critic is None and alone.critic_opt_state is None and int(alone.step) == 0
   np.testing.assert_array_equal(alone.ema["w"], params["w"])
-  both = states.create(
+  both = states.create_state(
     jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(0.2)
   )
   assert jax.tree.structure(both.critic_opt_state) == jax.tree.structure(both.opt_state)

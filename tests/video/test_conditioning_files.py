@@ -10,7 +10,7 @@ from PIL import Image
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.video import foreign
+from hiar_jax.video import conditioning_files
 from hiar_jax.video.mp4 import write_mp4
 
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 180, 60), (30, 60, 220), (255, 255, 255)
@@ -35,7 +35,7 @@ def save(path, image, **options):
 
 def test_the_right_size_passes_through(tmp_path):
   image = np.random.default_rng(0).integers(0, 256, (16, 32, 3), dtype=np.uint8)
-  frames, said = foreign.read_image(save(tmp_path / "a.png", image), 16, 32)
+  frames, said = conditioning_files.read_image(save(tmp_path / "a.png", image), 16, 32)
   np.testing.assert_array_equal(frames, image[None])
   assert said == ""
 
@@ -54,7 +54,9 @@ def test_the_right_size_passes_through(tmp_path):
 )
 def test_any_size_covers_and_keeps_its_middle(tmp_path, height, width, cropped):
   """The middle of the picture stays the middle of the frame, and nothing is squeezed."""
-  frames, said = foreign.read_image(save(tmp_path / "a.png", quarters(height, width)), 48, 80)
+  frames, said = conditioning_files.read_image(
+    save(tmp_path / "a.png", quarters(height, width)), 48, 80
+  )
   assert frames.shape == (1, 48, 80, 3) and frames.dtype == np.uint8
   assert said.startswith(f"a.png: {height}x{width}, scaled by ") and "to cover 48x80" in said
   assert ("width cropped" in said, "height cropped" in said) == (
@@ -72,7 +74,7 @@ def test_a_circle_stays_round(tmp_path):
     .repeat(3, -1)
     .astype(np.uint8)
   )
-  frames, said = foreign.read_image(save(tmp_path / "a.png", image), 96, 96)
+  frames, said = conditioning_files.read_image(save(tmp_path / "a.png", image), 96, 96)
   inside = frames[0, ..., 0] > 127
   assert abs(inside.any(0).sum() - 64) <= 1 and abs(inside.any(1).sum() - 64) <= 1
   assert said == "a.png: 300x900, scaled by 0.32 to cover 96x96, 67% of its width cropped"
@@ -88,7 +90,7 @@ def test_exif_rotation(tmp_path, orientation):
   image = Image.fromarray(quarters(32, 64)).transpose(Image.Transpose(stored))
   exif = Image.Exif()
   exif[0x0112] = orientation
-  frames, said = foreign.read_image(
+  frames, said = conditioning_files.read_image(
     save(tmp_path / "a.jpg", image, exif=exif, quality=95, subsampling=0), 32, 64
   )
   assert np.abs(np.subtract(corners(frames[0]), [RED, GREEN, BLUE, WHITE])).max() < 25
@@ -124,7 +126,7 @@ def mode(name):
   ],
 )
 def test_modes_and_formats(tmp_path, name, suffix):
-  frames, said = foreign.read_image(save(tmp_path / f"a.{suffix}", mode(name)), 16, 16)
+  frames, said = conditioning_files.read_image(save(tmp_path / f"a.{suffix}", mode(name)), 16, 16)
   wanted = quarters(16, 16)
   if name in ("L", "LA", "1", "I;16"):
     wanted = np.asarray(Image.fromarray(wanted).convert("1" if name == "1" else "L").convert("RGB"))
@@ -136,7 +138,7 @@ def test_modes_and_formats(tmp_path, name, suffix):
 def test_transparency_is_black(tmp_path):
   image = np.full((16, 16, 4), 255, np.uint8)
   image[:, :8, 3], image[:, 8:, 3] = 0, 128
-  frames, said = foreign.read_image(save(tmp_path / "a.png", image), 16, 16)
+  frames, said = conditioning_files.read_image(save(tmp_path / "a.png", image), 16, 16)
   assert frames[0, 3, 3].tolist() == [0, 0, 0] and abs(int(frames[0, 3, 12, 0]) - 128) <= 1
   assert said == "a.png: 16x16, transparency shown on black"
 
@@ -146,7 +148,7 @@ def test_of_an_animation_the_first_frame(tmp_path):
     Image.fromarray(np.full((16, 16, 3), RED, np.uint8)),
     Image.fromarray(np.full((16, 16, 3), BLUE, np.uint8)),
   )
-  frames, said = foreign.read_image(
+  frames, said = conditioning_files.read_image(
     save(tmp_path / "a.gif", first, save_all=True, append_images=[second]), 16, 16
   )
   assert (
@@ -193,7 +195,7 @@ def bad_image(tmp_path, case):
 )
 def test_what_is_no_image_is_one_line(tmp_path, case, message):
   with pytest.raises(UserError, match=message) as error:
-    foreign.read_image(bad_image(tmp_path, case), 16, 16)
+    conditioning_files.read_image(bad_image(tmp_path, case), 16, 16)
   assert "\n" not in str(error.value)
 
 
@@ -201,7 +203,7 @@ def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
   path = save(tmp_path / "a.png", quarters(16, 16))
   with pytest.raises(UserError, match="too many pixels"):
-    foreign.read_image(path, 16, 16)
+    conditioning_files.read_image(path, 16, 16)
 
 
 # ------------------------------------------------------------------------------------------- videos
@@ -216,13 +218,13 @@ def count_up(frames, height=32, width=48):
 
 def test_a_video_of_the_right_size_and_rate(tmp_path):
   path = write_mp4(tmp_path / "a.mp4", count_up(9), 16)
-  frames, said = foreign.read_video(path, 32, 48, 16)
+  frames, said = conditioning_files.read_video(path, 32, 48, 16)
   assert frames.shape == (9, 32, 48, 3) and frames.dtype == np.uint8 and said == ""
   assert np.abs(frames[:, 9, 9, 0] - np.arange(9.0) * 10).max() <= 2
 
 
 def test_the_last_frames_of_a_video(tmp_path):
-  frames, said = foreign.read_video(
+  frames, said = conditioning_files.read_video(
     write_mp4(tmp_path / "a.mp4", count_up(9), 16), 32, 48, 16, last=4
   )
   assert np.abs(frames[:, 9, 9, 0] - np.arange(5.0, 9) * 10).max() <= 2
@@ -234,7 +236,7 @@ def test_the_last_frames_of_a_video(tmp_path):
 )
 def test_a_video_is_resampled(tmp_path, rate, wanted):
   count = 10 if rate == 32 else 5
-  frames, said = foreign.read_video(
+  frames, said = conditioning_files.read_video(
     write_mp4(tmp_path / "a.mp4", count_up(count), rate), 32, 48, 16
   )
   assert np.abs(frames[:, 9, 9, 0] - 10.0 * np.asarray(wanted)).max() <= 2
@@ -243,7 +245,7 @@ def test_a_video_is_resampled(tmp_path, rate, wanted):
 
 def test_a_video_is_covered_and_cropped(tmp_path):
   path = write_mp4(tmp_path / "a.mp4", np.stack([quarters(64, 256)] * 3), 16)
-  frames, said = foreign.read_video(path, 48, 80, 16)
+  frames, said = conditioning_files.read_video(path, 48, 80, 16)
   assert np.abs(np.subtract(corners(frames[1]), [RED, GREEN, BLUE, WHITE])).max() < 25
   assert said == "a.mp4: 64x256, scaled by 0.75 to cover 48x80, 58% of its width cropped"
 
@@ -265,7 +267,7 @@ def test_a_telephone_video_is_upright(tmp_path):
   track = content.index(b"tkhd")
   place = content.index(matrix, track)
   path.write_bytes(content[:place] + turned + content[place + len(turned) :])
-  frames, said = foreign.read_video(path, 64, 48, 16)
+  frames, said = conditioning_files.read_video(path, 64, 48, 16)
   assert frames.shape == (3, 64, 48, 3)
   assert np.abs(np.subtract(corners(frames[1]), [BLUE, RED, WHITE, GREEN])).max() < 25
   assert said == "a.mp4: 64x48, turned upright by its container's note"
@@ -303,5 +305,5 @@ def test_what_is_no_video_is_one_line(tmp_path, case, message):
       container.mux(stream.encode(frame))
       container.mux(stream.encode())
   with pytest.raises(UserError, match=message) as error:
-    foreign.read_video(path, 32, 48, 16)
+    conditioning_files.read_video(path, 32, 48, 16)
   assert "\n" not in str(error.value)
