@@ -26,7 +26,7 @@ from benchmarks import machine
 from hiar_jax.checkpoints import weights
 from hiar_jax.config import command_line as configs
 from hiar_jax.conversion import catalog, export, layouts
-from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method
 from hiar_jax.models import dit
@@ -45,7 +45,7 @@ INTERVAL = 0.02  # seconds between two samples of a process's memory
 def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int) -> list[int]:
   """Writes random weights in the original layout; returns the bytes of each shard."""
   folder.mkdir()
-  rules = dit_rules(config)
+  rules = dit_key_map(config)
   sizes = {rule.name: 2 * int(np.prod(rule.shape)) for rule in rules}  # bytes in bfloat16
   shards = export.plan_shards(sizes, max_shard)
 
@@ -55,7 +55,7 @@ def write_published(config: dit.DiTConfig, folder: pathlib.Path, max_shard: int)
     for rule in rules:
       yield rule.name, (0.02 * rng.standard_normal(rule.shape, np.float32)).astype(jnp.bfloat16)
 
-  export.write_shards(folder, layouts.PLACES["dit"][1], random_tensors(), shards)
+  export.write_shards(folder, layouts.FOLDERS_AND_STEMS["dit"][1], random_tensors(), shards)
   (folder / "config.json").write_text(json.dumps(catalog.model_config("dit", config, "original")))
   return [path.stat().st_size for path in folder.glob("*.safetensors")]
 

@@ -28,7 +28,7 @@ from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.config import command_line as configs
 from hiar_jax.conversion import export as exports
 from hiar_jax.conversion import layouts
-from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.conversion.key_maps import from_published, to_published, view_published
 from hiar_jax.conversion.layouts import Model
 from hiar_jax.errors import UserError
@@ -46,7 +46,7 @@ _DIT = "DiT (Wan2.1's names)"
 
 def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
   """Returns {name: shape} of the published checkpoint of a DiT of this size."""
-  return {rule.name: rule.shape for rule in dit_rules(config)}
+  return {rule.name: rule.shape for rule in dit_key_map(config)}
 
 
 def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Params:
@@ -54,12 +54,12 @@ def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Par
 
   Raises UserError listing what is missing or left over, or naming the tensor whose shape differs.
   """
-  return from_published(named_arrays, dit_rules(config), _DIT)
+  return from_published(named_arrays, dit_key_map(config), _DIT)
 
 
 def params_to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
   """Returns arrays under Wan2.1's names; the exact inverse of `params_from_torch`."""
-  return to_published(params, dit_rules(config), _DIT)
+  return to_published(params, dit_key_map(config), _DIT)
 
 
 # --------------------------------------------------------------------------------- files to weights
@@ -82,7 +82,7 @@ def convert(
   a model is not exactly a known one, or a file is missing, cut off or damaged.
   """
   root = pathlib.Path(source)
-  found = layouts.find(root)
+  found = layouts.find_models(root)
   if kind is not None:
     # Kind None: only the tensors can tell, so open_model checks it against `kind`.
     found = [(kind, path) for found_kind, path in found if found_kind in (None, kind)]
@@ -107,7 +107,7 @@ def convert(
 def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
   """Writes one model, if it is not there; returns a line of report."""
   folder = pathlib.Path(out) / model.kind
-  rules = model.rules
+  rules = model.key_map
   # Before the check for existing weights: a source that does not fit is an error in any case.
   tree = view_published(
     model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)"

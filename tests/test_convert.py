@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hiar_jax import convert
-from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
@@ -90,7 +90,7 @@ def test_every_parameter_has_a_published_place(config):
   """The module's own shapes (nothing is allocated) are those that the rules make of the published
   ones.
   """
-  rules = {".".join(rule.path): rule for rule in dit_rules(config)}
+  rules = {".".join(rule.path): rule for rule in dit_key_map(config)}
   ours = {
     path: shape_here(rule) if rule.layer is None else (config.num_layers, *shape_here(rule))
     for path, rule in rules.items()

@@ -56,7 +56,9 @@ def random_tensors(kind: str, config, init) -> dict[str, np.ndarray]:
     lambda x: np.asarray(x + 0.05 * np.random.default_rng(x.size).normal(size=x.shape), np.float32),
     params,
   )
-  return published_files.to_published(noisy, published_files.RULES[kind](config, "original"), kind)
+  return published_files.to_published(
+    noisy, published_files.KEY_MAPS[kind](config, "original"), kind
+  )
 
 
 @pytest.fixture(scope="module")

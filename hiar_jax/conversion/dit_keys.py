@@ -23,7 +23,7 @@ _PROJECTIONS = (("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"), ("o"
 _MLP = (("ffn.0", "ffn.net.0.proj", "mlp_in"), ("ffn.2", "ffn.net.2", "mlp_out"))
 
 
-def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping]:
+def dit_key_map(config: DiTConfig, layout: str = "original") -> list[TensorMapping]:
   """Returns one rule per published tensor, in the order of the network.
 
   Layers are stacked on a leading axis here. layout: "original" (Wan2.1's names) or "diffusers"
@@ -54,12 +54,12 @@ def dit_rules(config: DiTConfig, layout: str = "original") -> list[TensorMapping
   for *names, ours in _ENDS:
     rules += _linear(names[column], shapes[ours], (ours,))
   for layer in range(config.num_layers):
-    rules += _layer_rules(config, layer, column)
+    rules += _layer_key_map(config, layer, column)
   head_modulation = ("head.modulation", "scale_shift_table")[column]
   return [*rules, TensorMapping(head_modulation, (1, 2, d), ("head_modulation",))]
 
 
-def _layer_rules(config: DiTConfig, layer: int, column: int) -> list[TensorMapping]:
+def _layer_key_map(config: DiTConfig, layer: int, column: int) -> list[TensorMapping]:
   d = config.dim
   stem = f"blocks.{layer}"
   # The one norm with weights stands before the text attention: Wan2.1 calls it norm3, diffusers

@@ -29,7 +29,7 @@ from hiar_jax.types import PyTree
 LAYOUTS = ("original", "diffusers")
 STAGES = ("distill", "causal_init", "teacher")
 TOKENIZER = "tokenizer/tokenizer.json"
-# File names without their ending, where they differ from those in layouts.PLACES.
+# File names without their ending, where they differ from those in layouts.FOLDERS_AND_STEMS.
 STEMS = {
   ("vae", "diffusers"): "diffusion_pytorch_model",
   ("umt5", "diffusers"): "model",
@@ -135,7 +135,7 @@ def _parts(
 
 
 def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
-  folder, stem = layouts.PLACES[kind]
+  folder, stem = layouts.FOLDERS_AND_STEMS[kind]
   if layout == "original":
     return Target(out, stem)
   return Target(out / folder, STEMS[kind, layout]) if folder else None
@@ -149,7 +149,7 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
 
   Files are written in a folder inside the target, then moved one by one; the config comes last.
   """
-  rules = layouts.rules_of(part.kind, part.config, layout)
+  rules = layouts.key_map(part.kind, part.config, layout)
   tree = part.tree if dtype is None else jax.tree.map(lambda leaf: Cast(leaf, dtype), part.tree)
   tensors = iterate_published(tree, rules, f"{part.kind} ({layout} names)")
   staging = target.folder / f".{part.kind}.tmp"

@@ -16,15 +16,15 @@ import numpy as np
 from hiar_jax.checkpoints import tensor_files
 from hiar_jax.checkpoints.tensor_files import TensorSet
 from hiar_jax.conversion import infer_config
-from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.conversion.key_maps import TensorMapping
-from hiar_jax.conversion.taehv_keys import tiny_vae_rules
-from hiar_jax.conversion.umt5_keys import umt5_rules
-from hiar_jax.conversion.vae_keys import vae_rules
+from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
+from hiar_jax.conversion.umt5_keys import umt5_key_map
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.errors import UserError
 
 # kind -> (folder in diffusers' layout, start of the file names in the original one).
-PLACES = {
+FOLDERS_AND_STEMS = {
   "dit": ("transformer", "diffusion_pytorch_model"),
   "vae": ("vae", "Wan2.1_VAE"),
   "umt5": ("text_encoder", "models_t5_umt5-xxl-enc"),
@@ -32,7 +32,7 @@ PLACES = {
 }
 TOKENIZERS = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
 # A tensor that only one kind and layout has -> (kind, layout).
-MARKS = {
+MARKER_TENSORS = {
   "head.modulation": ("dit", "original"),
   "condition_embedder.time_proj.weight": ("dit", "diffusers"),
   "encoder.conv1.weight": ("vae", "original"),
@@ -59,9 +59,9 @@ class Model:
   tensors: TensorSet
 
   @property
-  def rules(self) -> list[TensorMapping]:
-    """One rule per published tensor."""
-    return rules_of(self.kind, self.config, self.layout)
+  def key_map(self) -> list[TensorMapping]:
+    """The model's key map: one rule per published tensor."""
+    return key_map(self.kind, self.config, self.layout)
 
   @property
   def source(self) -> str:
@@ -69,19 +69,19 @@ class Model:
     return ", ".join(path.name for path in self.tensors.files)
 
 
-def rules_of(kind: str, config: Any, layout: str) -> list[TensorMapping]:
-  """Returns one rule per published tensor of a model."""
+def key_map(kind: str, config: Any, layout: str) -> list[TensorMapping]:
+  """Returns the key map of a model: one rule per published tensor."""
   if kind == "tiny_vae":  # published under one set of names only
-    return tiny_vae_rules(config)
-  rules: Callable[..., list[TensorMapping]] = {
-    "dit": dit_rules,
-    "vae": vae_rules,
-    "umt5": umt5_rules,
+    return tiny_vae_key_map(config)
+  make: Callable[..., list[TensorMapping]] = {
+    "dit": dit_key_map,
+    "vae": vae_key_map,
+    "umt5": umt5_key_map,
   }[kind]
-  return rules(config, layout)
+  return make(config, layout)
 
 
-def find(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
+def find_models(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
   """Finds the models of a source: (kind, path), kind None if only the tensors can tell.
 
   Opens no file. Raises UserError if the source does not exist or holds no weights.
@@ -94,14 +94,14 @@ def find(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
     return [(None, source)]
   folders = [
     (kind, source / folder)
-    for kind, (folder, _) in PLACES.items()
+    for kind, (folder, _) in FOLDERS_AND_STEMS.items()
     if folder and (source / folder).is_dir()
   ]
   if folders:
     return folders
   stems = [
     (kind, tensor_files.only_set(source, stem))
-    for kind, (_, stem) in PLACES.items()
+    for kind, (_, stem) in FOLDERS_AND_STEMS.items()
     if any(path.suffix in tensor_files.SUFFIXES for path in source.glob(f"{stem}*"))
   ]
   # Files of the DiT's stem alone are ambiguous: in diffusers' layout, the folder of any one model
@@ -125,7 +125,7 @@ def open_model(
   UserError if the tensors are those of another kind, or of no known one.
   """
   tensors = tensor_files.open_tensors(path, entry)
-  found = [place for mark, place in MARKS.items() if mark in tensors.named]
+  found = [model for marker, model in MARKER_TENSORS.items() if marker in tensors.named]
   if not found and kind is None:
     names = ", ".join(sorted(tensors.named)[:3])
     raise UserError(

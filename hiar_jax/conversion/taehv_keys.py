@@ -72,16 +72,16 @@ def _decoder(config: TinyVAEConfig) -> list[TensorMapping]:
   return rules + _conv(f"decoder.{index + 1}", widths[-1], 3, ("decoder", "conv_out"))
 
 
-def tiny_vae_rules(config: TinyVAEConfig) -> list[TensorMapping]:
+def tiny_vae_key_map(config: TinyVAEConfig) -> list[TensorMapping]:
   """Returns one rule per published tensor."""
   return [*_encoder(config), *_decoder(config)]
 
 
 def tiny_vae_params_from_published(named: Mapping[str, Any], config: TinyVAEConfig) -> Params:
   """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
-  return from_published(named, tiny_vae_rules(config), _MODEL)
+  return from_published(named, tiny_vae_key_map(config), _MODEL)
 
 
 def tiny_vae_params_to_published(params: Params, config: TinyVAEConfig) -> dict[str, np.ndarray]:
   """Returns named tensors; the exact inverse of `tiny_vae_params_from_published`."""
-  return to_published(params, tiny_vae_rules(config), _MODEL)
+  return to_published(params, tiny_vae_key_map(config), _MODEL)

@@ -15,7 +15,7 @@ from hiar_jax.types import Params
 LAYOUTS = ("original", "diffusers")
 
 
-def umt5_rules(config: UMT5Config, layout: str = "original") -> list[TensorMapping]:
+def umt5_key_map(config: UMT5Config, layout: str = "original") -> list[TensorMapping]:
   """Returns one rule per published tensor.
 
   layout: "original" (Wan2.1's names) or "diffusers" (transformers' UMT5EncoderModel). Transformers
@@ -63,11 +63,11 @@ def umt5_params_from_published(
   named: Mapping[str, Any], config: UMT5Config, layout: str = "original"
 ) -> Params:
   """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
-  return from_published(named, umt5_rules(config, layout), f"UMT5 ({layout} names)")
+  return from_published(named, umt5_key_map(config, layout), f"UMT5 ({layout} names)")
 
 
 def umt5_params_to_published(
   params: Params, config: UMT5Config, layout: str = "original"
 ) -> dict[str, np.ndarray]:
   """Returns named tensors; the exact inverse of `umt5_params_from_published`."""
-  return to_published(params, umt5_rules(config, layout), f"UMT5 ({layout} names)")
+  return to_published(params, umt5_key_map(config, layout), f"UMT5 ({layout} names)")

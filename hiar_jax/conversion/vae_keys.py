@@ -131,7 +131,7 @@ class _Layout:
     return rules
 
 
-def vae_rules(config: VAEConfig, layout: str = "original") -> list[TensorMapping]:
+def vae_key_map(config: VAEConfig, layout: str = "original") -> list[TensorMapping]:
   """Returns one rule per published tensor.
 
   layout: "original" (Wan2.1's names) or "diffusers" (AutoencoderKLWan's). Raises UserError for
@@ -150,11 +150,11 @@ def vae_params_from_published(
   named: Mapping[str, Any], config: VAEConfig, layout: str = "original"
 ) -> Params:
   """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
-  return from_published(named, vae_rules(config, layout), f"VAE ({layout} names)")
+  return from_published(named, vae_key_map(config, layout), f"VAE ({layout} names)")
 
 
 def vae_params_to_published(
   params: Params, config: VAEConfig, layout: str = "original"
 ) -> dict[str, np.ndarray]:
   """Returns named tensors; the exact inverse of `vae_params_from_published`."""
-  return to_published(params, vae_rules(config, layout), f"VAE ({layout} names)")
+  return to_published(params, vae_key_map(config, layout), f"VAE ({layout} names)")

@@ -27,7 +27,7 @@ LARGEST = ("14B", "UMT5-XXL")  # some ten seconds of zeros
 )
 def test_every_tensor_goes_there_and_back(name, layout):
   kind, config, init = MODELS[name]
-  rules = layouts.rules_of(kind, config, layout)
+  rules = layouts.key_map(kind, config, layout)
   tree = view_published(
     {rule.name: np.broadcast_to(np.zeros((), np.int8), rule.shape) for rule in rules}, rules, name
   )

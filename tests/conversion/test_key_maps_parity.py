@@ -7,19 +7,19 @@ Needs the extra `[parity]` (torch, diffusers, transformers).
 import pytest
 
 from hiar_jax.conversion import catalog
-from hiar_jax.conversion.dit_keys import dit_rules
-from hiar_jax.conversion.umt5_keys import umt5_rules
-from hiar_jax.conversion.vae_keys import vae_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
+from hiar_jax.conversion.umt5_keys import umt5_key_map
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import dit, umt5, vae
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 
 LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 SIZES = {
-  "1.3B": ("dit", dit.DiTConfig(), dit_rules),
-  "14B": ("dit", LARGE, dit_rules),
-  "VAE": ("vae", vae.VAEConfig(), vae_rules),
-  "UMT5-XXL": ("umt5", umt5.UMT5Config(), umt5_rules),
+  "1.3B": ("dit", dit.DiTConfig(), dit_key_map),
+  "14B": ("dit", LARGE, dit_key_map),
+  "VAE": ("vae", vae.VAEConfig(), vae_key_map),
+  "UMT5-XXL": ("umt5", umt5.UMT5Config(), umt5_key_map),
 }
 
 

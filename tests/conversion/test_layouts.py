@@ -168,10 +168,10 @@ def test_sizes_follow_from_the_shapes(tmp_path, kind, layout):
 def test_the_published_tiny_autoencoder(tmp_path):
   """Its sizes are the defaults; only shapes are needed to see it."""
   from hiar_jax.conversion import infer_config
-  from hiar_jax.conversion.taehv_keys import tiny_vae_rules
+  from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
   from hiar_jax.models.taehv import TinyVAEConfig
 
-  shapes = {rule.name: rule.shape for rule in tiny_vae_rules(TinyVAEConfig())}
+  shapes = {rule.name: rule.shape for rule in tiny_vae_key_map(TinyVAEConfig())}
   assert TinyVAEConfig(**infer_config.infer("tiny_vae", "original", shapes, "a")) == TinyVAEConfig()
 
 
@@ -189,7 +189,7 @@ def test_the_published_models(sizes, layout):
     "vae": vae.VAEConfig(),
     "umt5": weights.config_class("umt5")(),
   }.items():
-    shapes = {rule.name: rule.shape for rule in published_files.RULES[kind](config, layout)}
+    shapes = {rule.name: rule.shape for rule in published_files.KEY_MAPS[kind](config, layout)}
     assert infer_config.build(kind, infer_config.infer(kind, layout, shapes, "a"), "a") == config
 
 

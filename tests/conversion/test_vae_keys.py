@@ -8,9 +8,9 @@ import pytest
 
 from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.vae_keys import (
+  vae_key_map,
   vae_params_from_published,
   vae_params_to_published,
-  vae_rules,
 )
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
@@ -73,13 +73,13 @@ def published(d):
 
 def test_every_published_tensor_is_accounted_for():
   facts = published(96)
-  assert {rule.name: rule.shape for rule in vae_rules(vae.VAEConfig())} == facts
+  assert {rule.name: rule.shape for rule in vae_key_map(vae.VAEConfig())} == facts
   assert len(facts) == 194 and sum(int(np.prod(shape)) for shape in facts.values()) == 126_892_531
 
 
 @layouts
 def test_the_rules_fill_the_model_of_the_real_size(layout):
-  rules = vae_rules(vae.VAEConfig(), layout)
+  rules = vae_key_map(vae.VAEConfig(), layout)
   leaves = jax.tree_util.tree_leaves_with_path(vae.abstract_params(vae.VAEConfig()))
   assert {rule.path: shape_here(rule) for rule in rules} == {
     tuple(key.key for key in path): leaf.shape for path, leaf in leaves
@@ -89,7 +89,7 @@ def test_the_rules_fill_the_model_of_the_real_size(layout):
 
 def test_both_layouts_hold_the_same_tensors():
   first, second = (
-    {rule.path: rule.shape for rule in vae_rules(SMALL, layout)}
+    {rule.path: rule.shape for rule in vae_key_map(SMALL, layout)}
     for layout in ("original", "diffusers")
   )
   assert first == second
@@ -107,7 +107,9 @@ def test_a_clip_of_the_real_size_keeps_its_shape():
 
 def _named(layout, dtype="float32"):
   rng = np.random.default_rng(0)
-  return {rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in vae_rules(SMALL, layout)}
+  return {
+    rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in vae_key_map(SMALL, layout)
+  }
 
 
 @layouts
@@ -130,7 +132,7 @@ def test_misfits_are_listed():
   with pytest.raises(UserError, match=r"conv1.weight has shape .* asks for"):
     vae_params_from_published(_named("original"), vae.dataclasses.replace(SMALL, dim=4))
   with pytest.raises(UserError, match="unknown layout 'torch'"):
-    vae_rules(SMALL, "torch")
+    vae_key_map(SMALL, "torch")
   params = vae_params_from_published(_named("original"), SMALL)
   with pytest.raises(UserError, match="has shape"):
     vae_params_to_published(params, vae.dataclasses.replace(SMALL, dim=4))

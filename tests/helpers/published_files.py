@@ -11,11 +11,11 @@ from safetensors.numpy import save_file
 import tokenizers
 
 from hiar_jax.conversion import catalog
-from hiar_jax.conversion.dit_keys import dit_rules
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.conversion.key_maps import from_published, to_published
-from hiar_jax.conversion.taehv_keys import tiny_vae_rules
-from hiar_jax.conversion.umt5_keys import umt5_rules
-from hiar_jax.conversion.vae_keys import vae_rules
+from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
+from hiar_jax.conversion.umt5_keys import umt5_key_map
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import dit, taehv, umt5, vae
 from tests.helpers import tiny, torch_archive
 
@@ -30,11 +30,11 @@ CONFIGS = {
   ),
   "tiny_vae": taehv.TinyVAEConfig(encoder_width=4, decoder_widths=(8, 6, 4, 4), blocks=2),
 }
-RULES = {
-  "dit": dit_rules,
-  "vae": vae_rules,
-  "umt5": umt5_rules,
-  "tiny_vae": lambda config, _: tiny_vae_rules(config),
+KEY_MAPS = {
+  "dit": dit_key_map,
+  "vae": vae_key_map,
+  "umt5": umt5_key_map,
+  "tiny_vae": lambda config, _: tiny_vae_key_map(config),
 }
 
 
@@ -43,16 +43,16 @@ def tensors(
 ) -> dict[str, np.ndarray]:
   """Random tensors under their published names; the numbers do not depend on the layout."""
   config = config or CONFIGS[kind]
-  original = RULES[kind](config, "original")
+  original = KEY_MAPS[kind](config, "original")
   named = {
     rule.name: tiny.random(zlib.crc32(rule.name.encode()), *rule.shape).astype(dtype)
     for rule in original
   }
-  return to_published(from_published(named, original, kind), RULES[kind](config, layout), kind)
+  return to_published(from_published(named, original, kind), KEY_MAPS[kind](config, layout), kind)
 
 
 def params(kind: str, dtype=np.float32):
-  return from_published(tensors(kind, dtype=dtype), RULES[kind](CONFIGS[kind], "original"), kind)
+  return from_published(tensors(kind, dtype=dtype), KEY_MAPS[kind](CONFIGS[kind], "original"), kind)
 
 
 def save_shards(named: dict[str, np.ndarray], folder: pathlib.Path, stem: str, count: int) -> None:

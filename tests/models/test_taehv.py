@@ -9,9 +9,9 @@ import pytest
 
 from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.taehv_keys import (
+  tiny_vae_key_map,
   tiny_vae_params_from_published,
   tiny_vae_params_to_published,
-  tiny_vae_rules,
 )
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv
@@ -192,12 +192,12 @@ def published():
 
 def test_every_published_tensor_is_accounted_for():
   facts = published()
-  assert {rule.name: rule.shape for rule in tiny_vae_rules(taehv.TinyVAEConfig())} == facts
+  assert {rule.name: rule.shape for rule in tiny_vae_key_map(taehv.TinyVAEConfig())} == facts
   assert len(facts) == 128 and sum(int(np.prod(shape)) for shape in facts.values()) == 11_315_539
 
 
 def test_the_rules_fill_the_model_of_the_real_size():
-  rules = tiny_vae_rules(taehv.TinyVAEConfig())
+  rules = tiny_vae_key_map(taehv.TinyVAEConfig())
   leaves = jax.tree_util.tree_leaves_with_path(taehv.abstract_params(taehv.TinyVAEConfig()))
   assert {rule.path: shape_here(rule) for rule in rules} == {
     tuple(key.key for key in path): leaf.shape for path, leaf in leaves
@@ -209,7 +209,7 @@ def test_there_and_back_bit_for_bit(dtype):
   rng = np.random.default_rng(0)
   named = {
     rule.name: rng.normal(size=rule.shape).astype(jnp.dtype(dtype))
-    for rule in tiny_vae_rules(CONFIG)
+    for rule in tiny_vae_key_map(CONFIG)
   }
   params = tiny_vae_params_from_published(named, CONFIG)
   back = tiny_vae_params_to_published(jax.tree.map(jnp.asarray, params), CONFIG)
@@ -266,7 +266,7 @@ def test_sizes_that_make_no_model():
 
 
 def test_tensors_that_do_not_fit():
-  named = {rule.name: np.zeros(rule.shape, np.float16) for rule in tiny_vae_rules(CONFIG)}
+  named = {rule.name: np.zeros(rule.shape, np.float16) for rule in tiny_vae_key_map(CONFIG)}
   del named["decoder.1.bias"]
   with pytest.raises(UserError, match=r"tiny VAE.*1 missing \(decoder.1.bias\)"):
     tiny_vae_params_from_published(named, CONFIG)

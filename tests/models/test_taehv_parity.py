@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.taehv_keys import tiny_vae_params_from_published, tiny_vae_rules
+from hiar_jax.conversion.taehv_keys import tiny_vae_key_map, tiny_vae_params_from_published
 from hiar_jax.models import taehv
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
@@ -49,7 +49,7 @@ DECODER += [*["block"] * 3, "double", "split", "conv", "relu", "conv"]
 def named():
   rng = np.random.default_rng(0)
   tensors = {}
-  for rule in tiny_vae_rules(CONFIG):
+  for rule in tiny_vae_key_map(CONFIG):
     scale = np.sqrt(2 / np.prod(rule.shape[1:])) if len(rule.shape) > 1 else 0.05
     tensors[rule.name] = (scale * rng.normal(size=rule.shape)).astype(np.float32)
   tensors["decoder.22.weight"] *= 0.01  # pixels around grey: clipping would hide mistakes

@@ -9,9 +9,9 @@ import pytest
 
 from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.umt5_keys import (
+  umt5_key_map,
   umt5_params_from_published,
   umt5_params_to_published,
-  umt5_rules,
 )
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
@@ -25,7 +25,7 @@ layouts = pytest.mark.parametrize("layout", ["original", "diffusers"])
 def _named(layout="original", dtype=np.float32):
   rng = np.random.default_rng(1)
   return {
-    rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in umt5_rules(SMALL, layout)
+    rule.name: rng.normal(size=rule.shape).astype(dtype) for rule in umt5_key_map(SMALL, layout)
   }
 
 
@@ -105,13 +105,13 @@ def published():
 
 def test_every_published_tensor_is_accounted_for():
   facts = published()
-  assert {rule.name: rule.shape for rule in umt5_rules(umt5.UMT5Config())} == facts
+  assert {rule.name: rule.shape for rule in umt5_key_map(umt5.UMT5Config())} == facts
   assert len(facts) == 242 and sum(int(np.prod(shape)) for shape in facts.values()) == 5_680_910_336
 
 
 @layouts
 def test_the_rules_fill_the_model_of_the_real_size(layout):
-  rules = umt5_rules(umt5.UMT5Config(), layout)
+  rules = umt5_key_map(umt5.UMT5Config(), layout)
   here = {
     tuple(key.key for key in path): leaf.shape
     for path, leaf in jax.tree_util.tree_leaves_with_path(umt5.abstract_params(umt5.UMT5Config()))
@@ -140,6 +140,6 @@ def test_misfits_are_listed():
   with pytest.raises(UserError, match="one dtype"):
     umt5_params_from_published(named | {"blocks.1.norm1.weight": np.ones(16, np.float16)}, SMALL)
   with pytest.raises(UserError, match="unknown layout"):
-    umt5_rules(SMALL, "hf")
+    umt5_key_map(SMALL, "hf")
   with pytest.raises(UserError, match="no multiple of num_heads=5"):
     umt5.UMT5Config(num_heads=5)
