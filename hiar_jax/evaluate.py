@@ -68,10 +68,15 @@ def main() -> None:
 def references(run: Run, frames: int) -> dict[str, dict]:
   """Returns the measures of true clips, and of true clips through the codec alone."""
   codec = run.components.codec
-  through = lambda videos: np.asarray(patch_pca.decode(codec, patch_pca.encode(codec, videos)))
+
+  def roundtrip(videos):
+    return np.asarray(patch_pca.decode(codec, patch_pca.encode(codec, videos)))
+
   return {
     "true clips": shapes_truth.data_reference(run.world, frames=frames),
-    "true clips through the codec": shapes_truth.data_reference(run.world, through, frames=frames),
+    "true clips through the codec": shapes_truth.data_reference(
+      run.world, roundtrip, frames=frames
+    ),
   }
 
 

@@ -37,7 +37,7 @@ class SmallComponents:
     # The closures hold the arrays, so a traced step has them as constants, not as arguments.
     codec = self.codec
     table = word_table.word_table(self.tokenizer.size, self.text.length, self.text.dim)
-    embed = lambda tokens: word_table.encode(table, tokens)
+    embed = functools.partial(word_table.encode, table)  # ids [n l] -> texts [n l d]
     return Task(
       encode=lambda batch: patch_pca.encode(codec, patch_pca.to_unit(batch["video"])),
       embed=embed,

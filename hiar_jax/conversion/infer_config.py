@@ -137,9 +137,9 @@ def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
 
 
 def _dit(shape: _Shapes, original: bool) -> dict[str, Any]:
-  pick = lambda original_name, diffusers_name: (
-    f"{original_name if original else diffusers_name}.weight"
-  )
+  def pick(original_name: str, diffusers_name: str) -> str:
+    return f"{original_name if original else diffusers_name}.weight"
+
   dim, channels, *patch = shape("patch_embedding.weight", 5)  # [out, in, frames, height, width]
   head = shape(pick("head.head", "proj_out"), 2)[0]
   pixels = patch[0] * patch[1] * patch[2]
@@ -192,9 +192,10 @@ def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
 
 def _umt5(shape: _Shapes, original: bool) -> dict[str, Any]:
   stem = "blocks" if original else "encoder.block"
-  part = lambda original_name, diffusers_name: (
-    f"{stem}.0.{original_name if original else diffusers_name}.weight"
-  )
+
+  def part(original_name: str, diffusers_name: str) -> str:
+    return f"{stem}.0.{original_name if original else diffusers_name}.weight"
+
   vocab, dim = shape("token_embedding.weight" if original else "shared.weight", 2)
   buckets, heads = shape(
     part("pos_embedding.embedding", "layer.0.SelfAttention.relative_attention_bias"), 2

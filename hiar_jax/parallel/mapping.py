@@ -48,9 +48,11 @@ def _pmap(step: Callable, mesh: Mesh) -> Callable:
       out_axes=None,
     )
 
-  def call(state, batch, *frozen):
+  def split(x):
     # [b ...] -> [devices, b / devices, ...], in the order in which the mesh splits a batch
-    split = lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:])
+    return x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:])
+
+  def call(state, batch, *frozen):
     # pmap has a mesh of its own and refuses the one set by jax.set_mesh
     with jax.sharding.use_abstract_mesh(NO_MESH):
       return mapped(len(frozen))(state, jax.tree.map(split, batch), *frozen)

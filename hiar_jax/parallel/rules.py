@@ -26,8 +26,9 @@ def state_shardings(tree: PyTree, mesh: Mesh, min_shard: int) -> PyTree:
 
   The optimizer's moments have the shapes of their parameters, so they are split as those are.
   """
-  spec = lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"], min_shard))
-  return jax.tree.map(spec, tree)
+  return jax.tree.map(
+    lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"], min_shard)), tree
+  )
 
 
 def sharded_shapes(shapes: PyTree, shardings: PyTree) -> PyTree:

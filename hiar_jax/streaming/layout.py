@@ -124,7 +124,10 @@ def _divisors(n: int) -> str:
 
 def state_sharding(fused: bool, mesh: Mesh) -> PipelineState:
   """Returns a sharding for every array of a pipeline's state. fused: as PipelineMethod.fused."""
-  place = lambda *spec: NamedSharding(mesh, jax.P(*spec))
+
+  def place(*axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, jax.P(*axes))
+
   latents = place("level", None, None, "sequence")  # [s b k h w c], contexts [s b slots h w c]
   keys = place("level", None, None, None, None, HEADS)  # [s layers b slots t a d]
   return PipelineState(

@@ -69,5 +69,8 @@ def load_published(
       f"{directory} holds another model than the config describes: {lines}; give the weights of "
       "this size"
     )
-  place = lambda shapes: state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  return weights.load(directory, "dit", dtype=dtype, sharding=place)[1]
+
+  def shardings(shapes):
+    return state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+
+  return weights.load(directory, "dit", dtype=dtype, sharding=shardings)[1]

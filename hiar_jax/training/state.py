@@ -114,12 +114,12 @@ def _layer_matrices(params: Params) -> PyTree:
   advises.
   """
   axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-  is_matrix = lambda path, leaf: (
-    leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
-  )
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: axes if is_matrix(path, leaf) else None, params
-  )
+
+  def matrix_axes(path, leaf):
+    is_matrix = leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
+    return axes if is_matrix else None
+
+  return jax.tree_util.tree_map_with_path(matrix_axes, params)
 
 
 def create_state(
@@ -179,16 +179,19 @@ def apply_gradients(
   if accumulate == 1:
     grads, metrics = gradient(batch)
   else:
-    # [b ...] -> [b / count, count, ...] -> [count, b / count, ...]. The rows of a device lie
-    # together, so with the count innermost each part takes rows of every device and none moves.
-    split = lambda x: jnp.swapaxes(
-      x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1
-    )
+
+    def split(x):
+      # [b ...] -> [b / count, count, ...] -> [count, b / count, ...]. The rows of a device lie
+      # together, so with the count innermost each part takes rows of every device and none moves.
+      return jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, gradient(part)), None
+
     parts = jax.tree.map(split, batch)
     # a scan compiles one part and holds the activations of one part at a time
     total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
-    add = lambda carry, part: (jax.tree.map(jnp.add, carry, gradient(part)), None)
     total, _ = jax.lax.scan(add, zeros, parts)
     grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
   # averaged over devices before the optimizer clips: the norm is the global gradient's

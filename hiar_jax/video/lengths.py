@@ -62,7 +62,10 @@ def fit_blocks(
       f"frames = {frames}, but the given start has {conditioning} already; ask for more, from "
       f"{after} on"
     )
-  total = lambda blocks: pixel_frames(given + blocks * block)
+
+  def total(blocks: int) -> int:
+    return pixel_frames(given + blocks * block)
+
   # Binary search: pixel_frames has no inverse here, and grows with the count. At most `frames`
   # blocks are needed, as each adds a frame or more.
   blocks = 1 + bisect.bisect_left(range(1, frames + 1), frames, key=total)
