@@ -13,9 +13,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.serving.session import Limits
 from hiar_jax.video.mp4 import read_mp4
 from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
-from tests.helpers.fake_generation import (
-  expected,
-)
+from tests.helpers.fake_generation import expected
 from tests.helpers.served_page import FakeSource, page
 
 PROMPT = "a red circle"
