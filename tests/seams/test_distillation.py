@@ -1,0 +1,148 @@
+"""The tenth hard case: a generator and five critic updates, a frozen score, accumulation 2."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax import method as methods
+from hiar_jax.components.interfaces import Task
+from hiar_jax.training import distill
+from hiar_jax.training import state as states
+from hiar_jax.types import LatentShape
+from tests.helpers import tiny
+from tests.helpers.compiling import quick_jit
+from tests.seams import steps
+from tests.seams.method import Method
+from tests.seams.plain_wan import PlainWan
+from tests.seams.ring import Ring
+
+NETWORK = PlainWan(dim=16, heads=2, layers=2, freq_dim=8)
+SHAPE = LatentShape(6, tiny.HEIGHT, tiny.WIDTH, tiny.CONFIG.channels)
+ROW = methods.Method(window=5, sink=1)
+METHOD = Method(tuple(map(float, tiny.SIGMAS)), window=5, sink=1, past=Ring)
+CONFIG = distill.DistillConfig(
+  steps=5,
+  batch=4,
+  lr=0.02,
+  critic_lr=0.03,
+  accumulate=2,
+  clip=0.5,
+  guidance=2.0,
+  ema_decay=0.9,
+)
+TOLERANCE = 1e-5  # of the largest value of a leaf
+
+
+def params(seed: int):
+  return jax.tree.map(lambda x: x + 0.02 * tiny.random(seed, *x.shape), tiny.params())
+
+
+def batch(step: int):
+  trajectory = tiny.random(50 + step, 4, tiny.SIGMAS.size, *SHAPE.clip)
+  text, other = (tiny.random(60 + step + n, 4, 3, tiny.CONFIG.text_dim) for n in (0, 30))
+  return {
+    "text": text,
+    "example_id": np.arange(4, dtype=np.int32),
+    "trajectories": {"trajectory": trajectory, "text": other},
+  }
+
+
+def as_tokens(tree):
+  """Today's names: a batch's texts are its tokens, embedded in the step."""
+  return {
+    {"text": "tokens"}.get(k, k): as_tokens(v) if isinstance(v, dict) else v
+    for k, v in tree.items()
+  }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def linear_optimizer():
+  """AdamW divides by the gradient's size, so that rounding would be seen at full scale."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(optax, "adamw", lambda rate, **_: optax.sgd(rate, momentum=0.9))
+    yield
+
+
+def created():
+  return states.create_state(
+    jax.random.key(7),
+    params(1),
+    CONFIG.generator_optimizer(),
+    params(2),
+    CONFIG.critic_optimizer(),
+  )
+
+
+def negative():
+  return tiny.random(98, 1, 3, tiny.CONFIG.text_dim)
+
+
+def advance(generator, critic):
+  """The generator first, then five critic updates, a fresh batch each: (state, metrics)."""
+  state, metrics = generator(created(), batch(0))
+  losses = [metrics]
+  for step in range(5):
+    state, metrics = critic(state, batch(1 + step))
+    losses.append(metrics)
+  return state, losses
+
+
+@functools.cache
+def by_today():
+  task = Task(
+    encode=None,
+    embed=lambda text: text,
+    negative=lambda text: jnp.broadcast_to(negative(), text.shape),
+    latent=SHAPE,
+  )
+  models = (tiny.CONFIG,) * 3
+  student = distill.Student(*models, ROW, jnp.asarray(tiny.SIGMAS), task)
+  generator = distill.make_generator_step(CONFIG, student)
+  critic = distill.make_critic_step(CONFIG, student)
+  same = lambda tree: tree
+  return advance(
+    quick_jit(lambda s, b: generator(s, as_tokens(b), params(3), same)),
+    quick_jit(lambda s, b: critic(s, as_tokens(b), same)),
+  )
+
+
+def by_seams(objective=((1.0, "dmd"), (0.1, "forward_kl"))):
+  networks = steps.Networks(NETWORK, NETWORK, NETWORK)
+  frozen = steps.Frozen(params(3), jnp.asarray(negative()))
+  common = CONFIG, networks, METHOD, SHAPE
+  generator = steps.make_generator_step(*common, CONFIG.generator_optimizer(), objective)
+  critic = steps.make_critic_step(*common, CONFIG.critic_optimizer())
+  return advance(
+    quick_jit(lambda s, b: generator(s, b, frozen)), quick_jit(lambda s, b: critic(s, b, frozen))
+  )
+
+
+def test_10_one_generator_and_five_critic_updates():
+  (new, new_losses), (old, old_losses) = by_seams(), by_today()
+  for ours, todays in zip(new_losses, old_losses, strict=True):
+    for name in ours:
+      np.testing.assert_allclose(ours[name], todays[name], rtol=2e-4, err_msg=name)
+  before = created()
+  moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), old.params, before.params)
+  assert min(jax.tree.leaves(moved)) > 0
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(dataclasses.replace(new, key=None)),
+    jax.tree.leaves(dataclasses.replace(old, key=None)),
+    strict=True,
+  ):
+    error = np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max()
+    assert error <= TOLERANCE * max(np.abs(b).max(), 1.0), (jax.tree_util.keystr(path), error)
+
+
+def test_10_keys_are_folded():
+  """fold_in(key, i) is split(key, n)[i], bit for bit: terms may be added without new draws."""
+  key = jax.random.key(3)
+  for i, part in enumerate(jax.random.split(key, 3)):
+    assert jax.random.key_data(jax.random.fold_in(key, i)).tolist() == (
+      jax.random.key_data(part).tolist()
+    )
