@@ -30,8 +30,10 @@ from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method
 from hiar_jax.models import dit
-from hiar_jax.rollout.blocks import apply_with_cache, block_positions
-from hiar_jax.rollout.past import ring as caches
+from hiar_jax.models.frames import Frames, bind
+from hiar_jax.rollout.blocks import block_positions, denoise
+from hiar_jax.rollout.past import ring
+from hiar_jax.types import LatentShape
 
 HISTORY = Method()  # HiAR's
 TEXT_TOKENS = 512  # Wan2.1's prompts are padded to it
@@ -71,17 +73,16 @@ def forward_once(directory: str, height: int, width: int) -> dict:
   key_x, key_text = jax.random.split(jax.random.key(0))
   x = jax.random.normal(key_x, (1, HISTORY.block, h, w, config.channels))
   text = jax.random.normal(key_text, (1, TEXT_TOKENS, config.text_dim))
-  cache = caches.empty(config, HISTORY, batch=1, frames=2 * HISTORY.block, height=h, width=w)
+  shape = LatentShape(2 * HISTORY.block, h, w, config.channels)
+  past = ring.empty(config, HISTORY, shape, batch=1)
 
   @jax.jit
-  def call(params, x, text, cache):
-    return apply_with_cache(
-      dit.bind(config, params, text), cache, x, 1.0, block_positions(0, HISTORY), HISTORY
-    )
+  def call(params, x, text, past):
+    return denoise(bind(config, params, text), past, Frames(x, 1.0, block_positions(0, HISTORY)))
 
   times = [time.perf_counter()]
   for _ in range(2):  # the first call compiles
-    velocity, _ = jax.block_until_ready(call(params, x, text, cache))
+    velocity, _ = jax.block_until_ready(call(params, x, text, past))
     times.append(time.perf_counter())
   assert bool(jnp.isfinite(velocity).all())
   return {

@@ -45,6 +45,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
+from hiar_jax.models.frames import bind
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.streaming.decoding import FramewiseDecoder
 from hiar_jax.streaming.layout import Layout
@@ -111,7 +112,7 @@ def measure(e: Experiment, layout: Layout, blocks: int) -> dict:
     "compile_s": round(compiled, 2),
     "without_decoding": latents_only(engine, blocks),
     "with_decoding": decoded(codec, engine, blocks),
-    "ticks_to_first": engine.plan.levels,
+    "ticks_to_first": engine.method.levels,
     "forwards_per_block": forwards(engine),
   }
 
@@ -128,7 +129,7 @@ def latents_only(engine: Engine, blocks: int) -> dict:
       times.append(time.perf_counter() - start)
       memory.sample(len(times))
   # The ticks that fill the pipeline, before the first block, are not counted.
-  ticks_per_block = (ticks - engine.plan.levels + 1) / blocks
+  ticks_per_block = (ticks - engine.method.levels + 1) / blocks
   return {
     "first_latents_s": round(times[0], 4),
     **steady(times),
@@ -143,7 +144,7 @@ def decoded(codec: PatchPCA, engine: Engine, blocks: int) -> dict:
   decoder = FramewiseDecoder(
     lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))]
   )
-  block = (1, engine.plan.method.block, *engine.parts.size, engine.parts.config.channels)
+  block = (1, engine.method.block, *engine.parts.size, engine.parts.config.channels)
   decoder(np.zeros(block, np.float32), None)  # compiles
   times, memory = [], Memory(blocks)
   start = time.perf_counter()
@@ -214,21 +215,27 @@ def forwards(engine: Engine) -> int:
   """
   calls = 0  # while the tick is traced, without running it
 
+  class CountedNetwork:
+    """The network of the engine, each application counted."""
+
+    def __getattr__(self, name):
+      return getattr(engine.parts.config, name)
+
+    def apply(self, *arguments):
+      nonlocal calls
+      calls += 1
+      return engine.parts.config.apply(*arguments)
+
   class Counted(type(engine.main)):
-    def network(self, params):
-      def bind(text):
-        nonlocal calls
-        calls += 1
-        return dit.bind(engine.parts.config, params, text)
+    def bound(self, params, text):
+      return bind(CountedNetwork(), params, text)
 
-      return bind
-
-  programs = Counted(engine, engine.plan)
+  programs = Counted(engine, engine.method)
   text = jax.ShapeDtypeStruct(engine.text("a").shape, np.float32)
   state = programs.abstract(text)
   flag = jax.ShapeDtypeStruct((), bool)
   jax.eval_shape(programs.compiled_tick, engine.params, state, text, flag)
-  return calls * engine.plan.levels
+  return calls * engine.method.levels
 
 
 # -------------------------------------------------------------------------------------- all layouts

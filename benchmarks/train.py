@@ -94,7 +94,8 @@ def stage(
       step,
       False,
     )
-  student = distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, task)
+  method = e.history.at(sigmas)
+  student = distill.Student(e.student_dit, e.dit, e.teacher_dit, method, task)
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
   optimizers = e.distill.generator_optimizer(), e.distill.critic_optimizer()
   # The critic is a copy: buffers of the state are donated, so none may occur in it twice.

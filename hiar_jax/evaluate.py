@@ -22,7 +22,7 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.files import write_atomic
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
@@ -88,7 +88,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   points = sample(pretrained.load_teacher(first), first.tokens(prompts), np.arange(len(prompts)))
   yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
   # Runs of the same method share a row.
-  methods: dict[str, Method] = {}
+  methods: dict[str, MethodConfig] = {}
   for run in runs:
     methods.setdefault(
       f"causal init, {method_label(run.experiment.history)}", run.experiment.history
@@ -104,7 +104,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
     yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 
-def method_label(method: Method) -> str:
+def method_label(method: MethodConfig) -> str:
   """Returns the name of a method in the table, as `step-first, output history`."""
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"

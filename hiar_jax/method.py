@@ -10,33 +10,34 @@ is filled and the noise level at which a block is context for the blocks after i
     | SAF          | step_first  | input (t_j)      | attached | 3, clean | 12     |
 
 `level`, for the step t_j -> t_{j+1} of a block: its predecessors are context as they are after that
-step (output; HiAR, section 3.1: the noisiest context that keeps SNR(context) >= SNR(own output)),
-as clean predictions (clean), or as they entered the step (input).
+step (output), as clean predictions (clean), or as they entered the step (input): hiar_jax.context.
 
 Window rule: with a window of w frames, the block's own included, and a sink of s frames, a block
-that ends at frame e sees the frames p < s and the frames p > e - (w - s). rollout.past.visibility
-turns it into masks.
+that ends at frame e sees the frames p < s and the frames p > e - (w - s): rollout.past.visibility.
 """
 
 import dataclasses
 
+import numpy as np
+
+from hiar_jax import context
 from hiar_jax.errors import UserError
 
 ORDERS = ("step_first", "block_first")
-LEVELS = ("output", "clean", "input")
 GRADIENTS = ("detached", "attached")
 RENOISES = ("fresh", "euler")
 SINK_LEVELS = ("history", "clean")
+SINK_POSITIONS = ("absolute", "relative")
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-  """One row of the table above.
+class MethodConfig:
+  """One row of the table above, as a config's group `history` holds it.
 
   block:      latent frames generated at once (k).
   order:      `step_first`: all blocks take a denoising step before any takes the next;
               `block_first`: a block takes all its steps before the next block starts.
-  level:      noise level of the context, see above.
+  level:      how a block shows itself to its successors (hiar_jax.context).
   gradient:   of the exit step in training: whether it passes through the context's K/V.
   window:     latent frames that a block sees, its own included; 0 = all.
   sink:       first frames that never leave the window (counted in it).
@@ -56,9 +57,9 @@ class Method:
   renoise: str = "fresh"
 
   def __post_init__(self):
+    self.context  # noqa: B018  # raises for an unknown level
     for name, allowed in (
       ("order", ORDERS),
-      ("level", LEVELS),
       ("gradient", GRADIENTS),
       ("renoise", RENOISES),
       ("sink_level", SINK_LEVELS),
@@ -78,7 +79,7 @@ class Method:
         f"({self.sink})"
       )
     # finished blocks have lost their intermediate levels
-    if self.order == "block_first" and self.level != "clean":
+    if self.order == "block_first" and not self.context.of_x0:
       raise UserError(
         f"history.level = {self.level!r}: block_first finishes each block first, so its history "
         "is 'clean'"
@@ -90,15 +91,66 @@ class Method:
       )
 
   @property
+  def context(self) -> context.ContextLevel:
+    """How a block shows itself to its successors."""
+    return context.of_name(self.level)
+
+  @property
   def clean_sink(self) -> int:
     """Frames generated first and then seen at sigma 0; 0 where the sink is like any other frame."""
     return self.sink if self.sink_level == "clean" and self.order == "step_first" else 0
 
-  def cache_frames(self, frames: int) -> int:
-    """Returns how many past frames a cache must hold for a video of `frames` latent frames."""
+  def past_frames(self, frames: int) -> int:
+    """Returns how many past frames a video of `frames` latent frames must keep."""
     return min(self.window or frames, frames) - self.block if frames > self.block else 0
 
-  def context_sigma(self, sigma, sigma_next):
-    """Returns the noise level of a block as context, for its step from `sigma` to `sigma_next`."""
-    # 0 * sigma_next: a 0 with the type and shape of the other two
-    return {"output": sigma_next, "clean": 0.0 * sigma_next, "input": sigma}[self.level]
+  def at(self, sigmas, sink_positions: str = "absolute") -> "Method":
+    """Returns the method at the student's levels [s + 1], falling to 0."""
+    levels = tuple(float(sigma) for sigma in sigmas)
+    row = {field.name: getattr(self, field.name) for field in dataclasses.fields(MethodConfig)}
+    return Method(**row, sigmas=levels, sink_positions=sink_positions)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(MethodConfig):
+  """A row of the table bound to its levels: all that a rollout must know.
+
+  sigmas: the student's levels [s + 1], float32's values, 0 last.
+  sink_positions: `absolute`, as published, or `relative` to the window. At absolute positions the
+    distance from a block to the sink grows without end; LongLive and Rolling Forcing move the
+    sink's rotary positions along instead, so that it stays what it was when the window began to
+    roll. A place embedding (dit.DiTConfig), added before the layers, keeps the true position.
+
+  Raises UserError for a window in which blocks would see a relative sink before it is in the cache.
+  """
+
+  sigmas: tuple[float, ...] = ()
+  sink_positions: str = "absolute"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.sink_positions not in SINK_POSITIONS:
+      raise UserError(
+        f"sink_positions = {self.sink_positions!r}: expected one of {', '.join(SINK_POSITIONS)}"
+      )
+    least = (-(-self.sink // self.block) + 1) * self.block  # the sink's blocks and one more
+    if self.moves_sink and self.window < least:
+      raise UserError(
+        f"window = {self.window} is too short to carry a sink of {self.sink} along: with "
+        f"blocks of {self.block} frames it takes at least {least}"
+      )
+
+  @property
+  def levels(self) -> int:
+    """The noise levels at which the network works."""
+    return len(self.sigmas) - 1
+
+  @property
+  def moves_sink(self) -> bool:
+    """True where the sink moves along with the window."""
+    return self.sink_positions == "relative" and self.sink > 0 and self.window > 0
+
+  @property
+  def sigma_table(self) -> np.ndarray:
+    """The levels [s + 1], float32."""
+    return np.asarray(self.sigmas, np.float32)

@@ -26,9 +26,9 @@ from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
+from hiar_jax.method import SINK_POSITIONS
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import progress
-from hiar_jax.rollout.past import relative_sink
 from hiar_jax.streaming import timeline as timelines
 from hiar_jax.streaming.compiled_tick import TickOptions as EngineOptions
 from hiar_jax.streaming.layout import Layout
@@ -276,7 +276,7 @@ def define_stream_flags() -> None:
   flags.DEFINE_enum(
     "sink_positions",
     "absolute",
-    relative_sink.POSITIONS,
+    SINK_POSITIONS,
     "positions of the sink: absolute, or relative to the window (carried along with it)",
   )
 

@@ -140,8 +140,7 @@ def test_every_step_is_traced_at_full_size(name):
     e.student_dit,
     e.dit,
     e.teacher_dit,
-    e.history,
-    jnp.asarray(e.student.sigmas, jnp.float32),
+    e.history.at(e.student.sigmas),
     abstract_task(e),
   )
   teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hiar_jax"
 LAYERS = [
   "errors types",
   "progress preemption peak_memory",
-  "files flow method",
+  "files flow context method",
   "config parallel video models",
   "checkpoints rollout",
   "data losses",
@@ -152,6 +152,15 @@ def test_files_and_functions_are_short(path):
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_test_files_are_short(path):
   assert len(path.read_text().splitlines()) <= MAX_FILE
+
+
+def test_rollouts_take_nouns():
+  """Three arguments that travel together are a noun: no loop takes more than six by position."""
+  for path in SOURCES:
+    if path.relative_to(PACKAGE).parts[0] == "rollout":
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+          assert len(node.args.posonlyargs + node.args.args) <= 6, f"{path.name}: {node.name}"
 
 
 def test_nothing_loads_torch_or_tensorflow():

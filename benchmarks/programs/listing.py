@@ -166,8 +166,9 @@ def causal_init_step(run):
 
 def distilled(run: FullSize) -> distill.Student:
   """As training/stages.py makes it."""
-  e, sigmas, points = run.experiment, jnp.asarray(run.sigmas), jnp.asarray(run.point_sigmas)
-  return distill.Student(e.student_dit, e.dit, e.teacher_dit, e.history, sigmas, run.task, points)
+  e, method = run.experiment, run.experiment.history.at(run.sigmas)
+  points = jnp.asarray(run.point_sigmas)
+  return distill.Student(e.student_dit, e.dit, e.teacher_dit, method, run.task, points)
 
 
 def start_distill(e: Experiment) -> Callable:
@@ -269,7 +270,7 @@ def stream(run: FullSize, what: str, given: int = 0, head: bool = False, **optio
     if what == "tick":
       return made.compiled_tick.lower(weights, made.abstract(text), text, shape((), bool))
     if what == "recache":
-      due = shape((of.plan.levels,), bool)
+      due = shape((of.method.levels,), bool)
       return made._recache.lower(weights, made.abstract(text), text, due)
     texts = shape((max(1, -(-given // e.history.block)), *text.shape), text.dtype)
     start = run.latents(1, given) if given else None

@@ -11,36 +11,47 @@ Published: g = 3, which is guidance scale 4. The published code takes the loss i
 float32.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
+from hiar_jax.models.frames import Bound, whole_clip
 from hiar_jax.types import Video, typed
 
 
-def score_x0(forward, x_t: Video, sigma) -> Video:
-  """Returns the x0 prediction of a bidirectional network (no mask)."""
-  v, _ = forward(x_t, sigma, jnp.arange(x_t.shape[1], dtype=jnp.int32))
-  return flow.x0_from_velocity(x_t, v, sigma)
+class Scores(NamedTuple):
+  """The networks whose difference moves the generator: the critic and the teacher with the text,
+  and the teacher with the negative text.
+  """
+
+  fake: Bound
+  real: Bound
+  negative: Bound
+
+
+def score_x0(bound: Bound, x_t: Video, sigma) -> Video:
+  """Returns the x0 prediction of a bidirectional network."""
+  return flow.x0_from_velocity(x_t, whole_clip(bound, x_t, sigma), sigma)
 
 
 @typed
-def dmd_gradient(
-  fake, real, real_negative, x: Video, eps: Video, sigma: jax.Array, guidance: float
-) -> Video:
+def dmd_gradient(scores: Scores, x: Video, eps: Video, sigma: jax.Array, guidance: float) -> Video:
   """Returns grad of the module's docstring.
 
-  fake, real: forwards with the text; real_negative: with the negative text (unused where guidance
-  is 0). sigma: scalar, [b] or [b f].
+  sigma: scalar, [b] or [b f]. The negative score is unused where guidance is 0.
   """
   x_t = flow.add_noise(x, eps, sigma)
-  x0_real = score_x0(real, x_t, sigma)
+  x0_real = score_x0(scores.real, x_t, sigma)
   if guidance:
-    x0_real = flow.classifier_free_guidance(x0_real, score_x0(real_negative, x_t, sigma), guidance)
+    x0_real = flow.classifier_free_guidance(
+      x0_real, score_x0(scores.negative, x_t, sigma), guidance
+    )
   # [b 1 1 1 1]: each sample's gradient is scaled by its own distance to the real score
   scale = jnp.mean(jnp.abs(x - x0_real), axis=range(1, x.ndim), keepdims=True)
   # as published: a sample that meets the real score exactly has scale 0 and gets no gradient
-  return jnp.nan_to_num((score_x0(fake, x_t, sigma) - x0_real) / scale)
+  return jnp.nan_to_num((score_x0(scores.fake, x_t, sigma) - x0_real) / scale)
 
 
 @typed

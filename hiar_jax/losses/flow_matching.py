@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
+from hiar_jax.models.frames import Bound, whole_clip
 from hiar_jax.types import Video, typed
 
 
@@ -17,9 +18,7 @@ def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 
 
 
 @typed
-def flow_matching(forward, x0: Video, eps: Video, sigma: jax.Array, mask=None) -> jax.Array:
+def flow_matching(bound: Bound, x0: Video, eps: Video, sigma: jax.Array) -> jax.Array:
   """Returns mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2): [b]; sigma [b] or [b f]."""
-  v, _ = forward(
-    flow.add_noise(x0, eps, sigma), sigma, jnp.arange(x0.shape[1], dtype=jnp.int32), mask=mask
-  )
+  v = whole_clip(bound, flow.add_noise(x0, eps, sigma), sigma)
   return jnp.mean((v - flow.velocity_target(x0, eps)) ** 2, axis=range(1, x0.ndim))

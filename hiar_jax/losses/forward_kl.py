@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.method import Method
-from hiar_jax.rollout.past.visibility import block_causal_mask
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Bound, whole_clip
+from hiar_jax.rollout.past.visibility import causal_groups
 from hiar_jax.types import Points, typed
 
 ATTENTIONS = ("bidirectional", "causal")
@@ -26,11 +27,11 @@ TARGETS = ("velocity", "x0", "end")
 
 @typed
 def forward_kl(
-  forward,
+  bound: Bound,
   points: Points,
   step,
   sigmas: jax.Array,
-  method: Method,
+  method: MethodConfig,
   *,
   attention: str = "bidirectional",
   target: str = "velocity",
@@ -44,9 +45,10 @@ def forward_kl(
   point_sigmas = sigmas if point_sigmas is None else point_sigmas
   x, x_next = points[:, step], points[:, step + 1]
   # all frames at one level, which is also the level of what they see
-  positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = None if attention == "bidirectional" else block_causal_mask(positions, method)
-  v, _ = forward(x, sigmas[step], positions, mask=mask)
+  if attention == "bidirectional":
+    v = whole_clip(bound, x, sigmas[step])
+  else:
+    v = jnp.concatenate(bound(causal_groups(x, sigmas[step], method)).velocity, axis=1)
   # the network is queried at the student's level even where the points lie at others, as published
   chord = (x_next - x) / (point_sigmas[step + 1] - point_sigmas[step])
   if target == "velocity":

@@ -4,10 +4,13 @@ The block-causal student predicts x0 of points of a bidirectional teacher's ODE 
 CausVid and Self-Forcing initialise theirs.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Bound
 from hiar_jax.rollout.exit_step import block_causal, teacher_forcing
 from hiar_jax.types import Points, Video, typed
 
@@ -29,28 +32,36 @@ def sample_levels(keys: jax.Array, count: int, frames: int, block: int, shared: 
 
 @typed
 def trajectory(
-  forward, points: Points, levels: jax.Array, sigmas: jax.Array, method: Method
+  bound: Bound, points: Points, levels: jax.Array, sigmas: jax.Array, method: MethodConfig
 ) -> jax.Array:
   """Returns mean |x0_theta - end of the trajectory|^2 [b], blocks seeing each other as they are.
 
   points [b s+1 f h w c] at sigmas [s + 1]; levels [b f], one per block in the published code.
   """
   x = at_levels(points, levels)
-  x0 = block_causal(forward, x, sigmas[levels], method)
+  x0 = block_causal(bound, x, sigmas[levels], method)
   return jnp.mean((x0 - points[:, -1]) ** 2, axis=range(1, x.ndim))
 
 
 @typed
-def trajectory_with_history(forward, points: Points, levels, sigmas, method: Method) -> jax.Array:
+def trajectory_with_history(
+  bound: Bound,
+  points: Points,
+  levels: jax.Array,
+  sigmas: jax.Array,
+  method: MethodConfig,
+  eps: Callable[[], Video],
+) -> jax.Array:
   """Returns the loss of `trajectory` [b] with the context that `method` gives a block.
 
-  At the output level that is the predecessors' next trajectory point, at the clean level its end.
+  The trajectory stands for the rollout: at the output level that is the predecessors' next point,
+  at the clean level its end. eps: the noise of a context level that adds some.
   """
-  if method.level == "input":
-    return trajectory(forward, points, levels, sigmas, method)
-  last = sigmas.shape[0] - 1
-  # indices into sigmas, [b f]: levels < s, so levels + 1 exists
-  context_levels = jnp.full_like(levels, last) if method.level == "clean" else levels + 1
-  context, noisy = at_levels(points, context_levels), at_levels(points, levels)
-  x0 = teacher_forcing(forward, context, sigmas[context_levels], noisy, sigmas[levels], method)
-  return jnp.mean((x0 - points[:, -1]) ** 2, axis=range(1, noisy.ndim))
+  context = method.context
+  if context.free:
+    return trajectory(bound, points, levels, sigmas, method)
+  noisy, after, end = at_levels(points, levels), at_levels(points, levels + 1), points[:, -1]
+  shown = context.latent(noisy, after, end, eps)  # levels < s, so levels + 1 exists
+  sigma, shown_sigma = sigmas[levels], context.sigma(sigmas[levels], sigmas[levels + 1])
+  x0 = teacher_forcing(bound, shown, shown_sigma, noisy, sigma, method)
+  return jnp.mean((x0 - end) ** 2, axis=range(1, noisy.ndim))

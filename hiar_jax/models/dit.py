@@ -5,14 +5,8 @@ Deviations: noise levels, masks and K/V are per frame; frame positions have no u
 changes the output for published weights.
 
 Tokens of the latent frames attend to each other and, by cross-attention, to the text; the noise
-level modulates every layer and may differ from frame to frame. What a frame sees is an argument, so
-the same parameters serve as
-
-    bidirectional     mask=None
-    block-causal      mask=visibility.block_causal_mask, one level per frame
-    teacher-forcing   [context | noisy] with visibility.teacher_forcing_mask, or the context's K/V
-                      as `past`
-    cached            past=a KV cache, mask over [past | own]
+level modulates every layer and may differ from frame to frame. Which frames see which is an
+argument (models.frames): one set of parameters serves with full, block-causal and cached attention.
 
 K/V come out of every call and go in as `past`; nothing is hidden in a mutable collection. Residual
 stream and matrix products run in `dtype`; norms, modulation, rotary angles, softmax and the output
@@ -26,6 +20,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
@@ -37,6 +32,7 @@ from hiar_jax.models.dit_layers import (
   place_features,
   time_features,
 )
+from hiar_jax.models.frames import PROJECTION, Frames, Out, frame_mask
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", "dots", "full")
@@ -107,13 +103,86 @@ class DiTConfig:
     """Tokens of one latent frame."""
     return (height // self.patch[1]) * (width // self.patch[2])
 
+  # models.frames.Network
+
+  def empty_kv(self, frames: int, batch: int, height: int, width: int) -> "KV":
+    shape = (
+      self.num_layers,
+      batch,
+      frames,
+      self.tokens(height, width),
+      self.num_heads,
+      self.head_dim,
+    )
+    zeros = jnp.zeros(shape, self.dtype)
+    return KV(zeros, zeros)
+
+  def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
+    _check_groups(groups, texts.shape[0])
+    sizes = [g.x.shape[1] for g in groups]
+    heard = [g.text for g in groups]
+    if len(set(heard)) == 1:  # one text for all frames
+      text = texts[heard[0]]
+    else:  # one for each group, all of a size
+      text = jnp.stack([texts[i] for i in heard], axis=1)
+    velocity, kv = DiT(self).apply(
+      {"params": params},
+      jnp.concatenate([jnp.asarray(g.x) for g in groups], axis=1),
+      flow.timestep(jnp.concatenate([_levels(g) for g in groups], axis=1)),
+      text,
+      jnp.concatenate([jnp.asarray(g.positions, jnp.int32) for g in groups]),
+      frame_mask(groups, tuple(kv.k.shape[2] for kv in past)),
+      jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past) if past else None,
+      start,
+    )
+    ends = np.cumsum(sizes)
+    return Out(
+      tuple(velocity[:, end - k : end] for end, k in zip(ends, sizes, strict=True)),
+      tuple(kv.take(end - k, end) for end, k in zip(ends, sizes, strict=True)),
+    )
+
+
+def _check_groups(groups: tuple[Frames, ...], texts: int) -> None:
+  """Raises UserError for what a group may ask of other networks, or a text that is not there."""
+  for group in groups:
+    if group.projection != PROJECTION or group.text is None or jnp.ndim(group.positions) != 1:
+      raise UserError(
+        "DiT: packed frames, groups without a text and frame indices per example are not supported"
+      )
+    if not 0 <= group.text < texts:
+      raise UserError(f"DiT: a group hears text {group.text}, of which there are {texts}")
+  if len({g.text for g in groups}) > 1 and len({g.x.shape[1] for g in groups}) > 1:
+    raise UserError("DiT: groups with texts of their own must have as many frames each")
+
+
+def _levels(group: Frames) -> jax.Array:
+  """Returns the noise level of each frame [b k]."""
+  sigma = jnp.asarray(group.sigma, jnp.float32)
+  sigma = sigma[:, None] if sigma.ndim == 1 else sigma
+  b_k = group.x.shape[:2]
+  return jnp.broadcast_to(sigma, b_k) if sigma.ndim else jnp.full(b_k, sigma)
+
 
 @flax.struct.dataclass
 class KV:
-  """Keys (rotated) and values of frames: each [num_layers b f t a d]."""
+  """Keys (rotated) and values of frames: each [num_layers b f t a d]; see models.frames.KV."""
 
   k: jax.Array
   v: jax.Array
+
+  def put(self, slots: jax.Array, new: "KV") -> "KV":
+    def write(old, leaf):
+      return old.at[:, :, slots].set(leaf.astype(old.dtype), mode="drop")
+
+    return jax.tree.map(write, self, new)
+
+  def take(self, first: int, end: int) -> "KV":
+    return jax.tree.map(lambda leaf: leaf[:, :, first:end], self)
+
+  def moved(self, distance: jax.Array) -> "KV":
+    # keys keep their rotation to their true positions in the cache, and each use rotates a copy on:
+    # none is rotated twice, so rounding does not accumulate; values hold no position
+    return KV(rope.move(self.k, distance), self.v)
 
 
 @flax.struct.dataclass
@@ -327,29 +396,3 @@ def init(config: DiTConfig, key: jax.Array) -> Params:
     key, x, jnp.zeros((1, 1)), jnp.zeros((1, 1, config.text_dim)), jnp.zeros(1, jnp.int32)
   )
   return variables["params"]
-
-
-def bind(config: DiTConfig, params: Params, text: Text, start: jax.Array | None = None):
-  """Returns the network as the function that rollouts and losses call.
-
-  forward(x [b f h w c], sigma, positions [f], mask=None, past=None) -> (velocity, KV), with sigma a
-  scalar, [b] or [b f]. start: see DiT; default 0.
-  """
-
-  def forward(x, sigma, positions, mask=None, past=None):
-    # scalar, [b] or [b f] -> [b f]: the network takes a level per frame
-    sigma = jnp.asarray(sigma, jnp.float32)
-    sigma = sigma[:, None] if sigma.ndim == 1 else sigma
-    levels = jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)
-    return DiT(config).apply(
-      {"params": params},
-      jnp.asarray(x),
-      flow.timestep(levels),
-      jnp.asarray(text),
-      positions,
-      mask,
-      past,
-      start,
-    )
-
-  return forward

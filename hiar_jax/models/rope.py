@@ -86,3 +86,15 @@ def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   cos, sin = cos[None], sin[None]
   rotated = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
   return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def move(keys: jax.Array, frames: jax.Array) -> jax.Array:
+  """Moves rotated keys [... f t a head_dim] on by `frames`, a scalar >= 0."""
+  pairs = keys.shape[-1] // 2
+  frame_pairs = split_pairs(keys.shape[-1])[0]
+  cos, sin = frame_rotation(frames.reshape(1), frame_pairs)
+  # the pairs of row and column stay: rotation by 0; axes [f t a pairs], as `apply` takes them
+  cos = jnp.concatenate([cos[0], jnp.ones(pairs - frame_pairs)])[None, None, None]
+  sin = jnp.concatenate([sin[0], jnp.zeros(pairs - frame_pairs)])[None, None, None]
+  # `apply` has one batch axis: all leading ones become one
+  return apply(keys.reshape(-1, *keys.shape[-4:]), cos, sin).reshape(keys.shape)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+import numpy as np
 
 from hiar_jax import peak_memory
 from hiar_jax.components import chunked_decoder
@@ -203,11 +204,9 @@ def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
     r.network,
     lambda text: text,
     # The values of the levels do not change the program.
-    jnp.linspace(1.0, 0.0, r.levels + 1),
-    r.method,
+    r.method.at(np.linspace(1.0, 0.0, r.levels + 1)),
     key=jax.random.key(0),
-    latent=LatentShape(r.frames, r.height, r.width, r.dit.channels),
-    frames=r.frames,
+    shape=LatentShape(r.frames, r.height, r.width, r.dit.channels),
   )
   # A row a video, split over the devices where they divide the batch.
   rows = NamedSharding(mesh, jax.P(BATCH_AXES) if r.batch % mesh.size == 0 else jax.P())

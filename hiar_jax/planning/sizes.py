@@ -1,5 +1,6 @@
 """Sizes of a generation job, counted from shapes alone: parameters, bytes, forwards, operations."""
 
+import collections
 from collections.abc import Iterable
 import dataclasses
 import functools
@@ -9,15 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, taehv, umt5, vae
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.taehv import TinyVAEConfig
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
 from hiar_jax.models.vae_tiling import Tiling
-from hiar_jax.rollout.past import ring as caches
-from hiar_jax.types import PyTree
+from hiar_jax.rollout.past import ring
+from hiar_jax.types import LatentShape, PyTree
 
 DTYPES = ("float32", "bfloat16")
 _FLOAT = 4  # bytes of float32
@@ -33,7 +34,7 @@ class JobSize:
   """
 
   dit: DiTConfig
-  method: Method
+  method: MethodConfig
   levels: int  # denoising steps
   frames: int  # new latent frames, whole blocks
   height: int  # of the latents
@@ -85,7 +86,7 @@ class JobSize:
   @property
   def slots(self) -> int:
     """Frames that the cache holds."""
-    return self.method.cache_frames(self.given + self.frames)
+    return self.method.past_frames(self.given + self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,28 +136,27 @@ def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
 
   A test compares the counts with the loops themselves, for every method.
   """
-  method, slots = request.method, request.slots
+  method, slots, levels = request.method, request.slots, request.levels
   k, new, given = method.block, request.frames // method.block, request.given // method.block
-  # An image is one frame, written into the cache by a forward of its own.
-  image = [ForwardCost(1, 1, slots + 1)] if request.given % k else []
+  counts = collections.Counter()  # (frames, keys) -> evaluations
+  if request.given % k:  # an image is one frame, written into the cache by a forward of its own
+    counts[1, slots + 1] += 1
   if method.order == "block_first":
     # Each new block takes one forward a level and one that writes it into the cache, clean.
-    singles, pairs = given + new * (request.levels + 1), 0
+    counts[k, slots + k] += given + new * (levels + 1)
   else:
-    # Blocks of a clean sink are denoised in a sweep of their own, before the others.
+    # Blocks of a clean sink are denoised first, as a video of their own with a cache of its length.
     head = 0 if request.given else min(method.clean_sink // k, new)
-    sweeps = [blocks for blocks in (head, new - head) if blocks]
-    clean = given or (head if head < new else 0)  # blocks written into the cache clean
-    # Forwards of one noise level, see rollout.step_first.sweep: with context at the input level one
-    # of each block; else one of two blocks, the block before (as context) and the block itself, but
-    # for the first block.
-    if method.level == "input":
-      singles, pairs = sum(sweeps), 0
-    else:
-      singles, pairs = len(sweeps), sum(blocks - 1 for blocks in sweeps)
-    singles, pairs = clean + request.levels * singles, request.levels * pairs
-  calls = [ForwardCost(singles, k, slots + k), ForwardCost(pairs, 2 * k, slots + 2 * k)]
-  return tuple(call for call in image + calls if call.count)
+    # Blocks written into the cache clean.
+    counts[k, slots + k] += given or (head if head < new else 0)
+    # Forwards of one noise level, see rollout.step_first.sweep: where contexts are free one of each
+    # block; else one of two blocks, the block before (as context) and the block itself, but for the
+    # first block.
+    for blocks, held in ((head, method.past_frames(head * k)), (new - head, slots)):
+      pairs = 0 if method.context.free else max(blocks - 1, 0)
+      counts[k, held + k] += levels * (blocks - pairs)
+      counts[2 * k, held + 2 * k] += levels * pairs
+  return tuple(ForwardCost(count, *sizes) for sizes, count in counts.items() if count)
 
 
 def forward_flops(config: DiTConfig, tokens: int, frames: int, keys: int, text: int) -> float:
@@ -183,16 +183,9 @@ def forward_flops(config: DiTConfig, tokens: int, frames: int, keys: int, text: 
 
 def cache_bytes(request: JobSize) -> int:
   """Returns the bytes of the KV cache of the whole batch."""
-  cache = jax.eval_shape(
-    lambda: caches.empty(
-      request.network,
-      request.method,
-      batch=request.batch,
-      frames=request.given + request.frames,
-      height=request.height,
-      width=request.width,
-    )
-  )
+  r = request
+  shape = LatentShape(r.given + r.frames, r.height, r.width, r.dit.channels)
+  cache = jax.eval_shape(lambda: ring.empty(r.network, r.method, shape, r.batch))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

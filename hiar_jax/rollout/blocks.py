@@ -1,8 +1,8 @@
-"""The primitives of every rollout: denoise a block, write its context into the cache, or both.
+"""The primitives of every rollout: denoise a block, write its context into the past, or both.
 
-Context is what the blocks after a block see of it: the K/V of its latent at a noise level that the
-method sets. Those K/V take a forward pass over that latent, since its noise level is not the one at
-which the block was denoised (except at method.level = "input").
+Context is what the blocks after a block see of it (hiar_jax.context): the K/V of a latent of its at
+a noise level that the method sets. They take a forward over that latent, since its level is not the
+one at which the block was denoised, except where the context level is free.
 """
 
 from collections.abc import Callable
@@ -12,30 +12,63 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
+from hiar_jax.errors import UserError
 from hiar_jax.method import Method
-from hiar_jax.models.dit import KV
-from hiar_jax.rollout.past.ring import Cache, write
-from hiar_jax.rollout.past.visibility import own_block_mask, past_mask
+from hiar_jax.models.frames import KV, Bound, Frames, Read
+from hiar_jax.rollout.past.ring import Ring
+from hiar_jax.rollout.past.visibility import visible
 from hiar_jax.types import Block, Positions, Video
 
-# models.dit.bind: (x, sigma, positions, mask, past) -> (velocity, K/V of x's frames)
-Forward = Callable[..., tuple[jax.Array, KV]]
-# (level, block) -> eps [b k h w c] with which the block arrives at the level; at level 0 it starts
+# (level, block) -> eps [b k h w c] with which the block arrives at the level; at level 0 it starts.
+# Levels behind the method's own are the draws of contexts that add noise of theirs.
 Noise = Callable[[jax.Array | int, jax.Array | int], Block]
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One denoising step of one block: from `sigma` to `sigma_next`, its frames at `positions`."""
+  """The denoising step of block n from `level` to the next; both may be traced."""
 
-  sigma: jax.Array
-  sigma_next: jax.Array
-  positions: Positions
+  method: Method
+  level: jax.Array | int
+  n: jax.Array | int
+
+  @property
+  def sigma(self) -> jax.Array:
+    return jnp.asarray(self.method.sigma_table)[self.level]
+
+  @property
+  def sigma_next(self) -> jax.Array:
+    return jnp.asarray(self.method.sigma_table)[self.level + 1]
+
+  @property
+  def context_sigma(self) -> jax.Array:
+    """The noise level of the block as context."""
+    return self.method.context.sigma(self.sigma, self.sigma_next)
+
+  @property
+  def positions(self) -> Positions:
+    return block_positions(self.n, self.method)
+
+  def finish(self, x: Block, v: Block, noise: Noise) -> tuple[Block, Block, Block]:
+    """Returns (x at the next level, the block's context, its x0) from the velocity v at x.
+
+    `fresh` adds new noise to x0; `euler` follows the velocity (HiAR, Eq. 3) and draws none.
+    """
+    x0 = flow.x0_from_velocity(x, v, self.sigma)
+    if self.method.renoise == "euler":
+      x_next = flow.euler(x, v, self.sigma, self.sigma_next)
+    else:
+      x_next = flow.add_noise(x0, noise(self.level + 1, self.n), self.sigma_next)
+
+    def eps():
+      return noise(self.method.levels + 1 + self.level, self.n)
+
+    return x_next, self.method.context.latent(x, x_next, x0, eps), x0
 
 
-def block_positions(block, method: Method) -> Positions:
-  """Returns the frame indices [k] of a block; `block` may be traced."""
-  return block * method.block + jnp.arange(method.block, dtype=jnp.int32)
+def block_positions(n, method: Method) -> Positions:
+  """Returns the frame indices [k] of block n, which may be traced."""
+  return n * method.block + jnp.arange(method.block, dtype=jnp.int32)
 
 
 def split_blocks(video: Video, method: Method) -> jax.Array:
@@ -50,88 +83,74 @@ def join_blocks(blocks: jax.Array) -> Video:
   return jnp.moveaxis(blocks, 0, 1).reshape(b, n * k, *rest)
 
 
-def renoise(
-  method: Method, x: Block, v: Block, step: Step, eps: Callable[[], Block]
-) -> tuple[Block, Block]:
-  """Returns (x at sigma_next, x0 prediction) from the velocity v at x.
-
-  `fresh` adds the new noise eps() to x0; `euler` follows the velocity (HiAR, Eq. 3) and draws none.
-  """
-  x0 = flow.x0_from_velocity(x, v, step.sigma)
-  if method.renoise == "euler":
-    return flow.euler(x, v, step.sigma, step.sigma_next), x0
-  return flow.add_noise(x0, eps(), step.sigma_next), x0
+def denoise(bound: Bound, past: Ring, x: Frames) -> tuple[Block, KV]:
+  """Runs one group against the past: (velocity, the group's own K/V)."""
+  groups, kept = past.read((x,))
+  out = bound(groups, kept)
+  return out.velocity[0], out.kv[0]
 
 
-def context_latent(method: Method, x: Block, x_next: Block, x0: Block) -> Block:
-  """Returns the latent that later blocks see of a block, at method.context_sigma."""
-  return {"output": x_next, "clean": x0, "input": x}[method.level]
-
-
-def apply_with_cache(
-  forward: Forward, cache: Cache, x: Block, sigma, positions: Positions, method: Method
-):
-  """Runs one block against the cache: (velocity, the block's own K/V)."""
-  # [k, slots + k]: forward puts `past` before the block's own keys
-  mask = jnp.concatenate(
-    [past_mask(positions, cache.position, method), own_block_mask(positions, positions, method)],
-    axis=1,
-  )
-  return forward(x, sigma, positions, mask=mask, past=cache.kv)
-
-
-def write_context(
-  forward: Forward, cache: Cache, context: Block, sigma, positions: Positions, method: Method
-) -> Cache:
-  """Writes the K/V of a block's context latent at `sigma` into the cache."""
-  _, kv = apply_with_cache(forward, cache, context, sigma, positions, method)
-  return write(cache, kv, positions, method)
+def write_context(bound: Bound, past: Ring, context: Frames) -> Ring:
+  """Writes the K/V of a block's context into the past."""
+  _, kv = denoise(bound, past, context)
+  return past.write(kv, context.x, context.positions)
 
 
 def write_context_and_denoise(
-  forward: Forward,
-  cache: Cache,
-  context: Block,
-  context_sigma,
-  x: Block,
-  step: Step,
-  method: Method,
-) -> tuple[Block, Cache]:
+  bound: Bound, past: Ring, context: Frames, x: Frames
+) -> tuple[Block, Ring]:
   """Runs [context of block n | noisy block n + 1] in one forward (HiAR, section 3.3).
 
-  x, step: of block n + 1. Returns (velocity of block n + 1, cache with block n written).
+  Returns (velocity of block n + 1, past with block n written). The noisy block sees the context as
+  if it were in the past already; nobody sees the noisy block. A context that does not exist
+  (Frames.exists) is neither seen nor kept.
   """
-  k = method.block
-  positions = jnp.concatenate([step.positions - k, step.positions])
-  # Mask [2 k, slots + 2 k] over [cache | context | noisy]:
-  #   context of n    sees the cache and itself
-  #   noisy n + 1     sees the cache, the context and itself
-  # The context's columns are past for the noisy rows only (past_mask: earlier blocks); nobody but
-  # the noisy block itself sees its own columns.
-  own = jnp.concatenate(
-    [past_mask(positions, step.positions - k, method), jnp.zeros((2 * k, k), bool)], axis=1
-  )
-  own = own | own_block_mask(positions, positions, method)
-  mask = jnp.concatenate([past_mask(positions, cache.position, method), own], axis=1)
-  levels = jnp.concatenate(
-    [jnp.full((x.shape[0], k), context_sigma), jnp.full((x.shape[0], k), step.sigma)], axis=1
-  )
-  v, kv = forward(
-    jnp.concatenate([context, x], axis=1), levels, positions, mask=mask, past=cache.kv
-  )
-  kv = jax.tree.map(lambda leaf: leaf[:, :, :k], kv)  # [num_layers b 2k t a d] -> the context's
-  return v[:, k:], write(cache, kv, positions[:k], method)
+  seen = visible(past.method, x.positions[-1], context.positions)
+  groups, kept = past.read((context, x.replace(reads=(Read(group=0, seen=seen),))))
+  out = bound(groups, kept)
+  keep = True if context.exists is None else context.exists
+  return out.velocity[1], past.write(out.kv[0], context.x, context.positions, keep)
 
 
-def prefill(forward: Forward, cache: Cache, given: Video, method: Method) -> Cache:
-  """Writes `given` clean frames into the cache block by block, at sigma 0.
+def prefill(bound: Bound, past: Ring, given: Video) -> Ring:
+  """Writes `given` clean frames into the past: the start of a continuation, or a clean sink.
 
-  They are the start of a continuation, or a clean sink.
+  given: whole blocks; or one frame, an image, which stands alone before whole blocks
+  (Self-Forcing's
+  published code: `independent_first_frame`). Networks see positions through rotary embeddings,
+  hence only differences of them, so an image takes the last position of block 0, whose other frames
+  never exist, and every rule about blocks, windows and sinks holds unchanged.
   """
+  method = past.method
+  if is_image(given, method):
+    return write_context(bound, past, Frames(given, 0.0, image_positions(method)))
 
-  def write_block(cache, inputs):
-    block, x = inputs
-    return write_context(forward, cache, x, 0.0, block_positions(block, method), method), None
+  def write_block(past, inputs):
+    n, x = inputs
+    return write_context(bound, past, Frames(x, 0.0, block_positions(n, method))), None
 
   blocks = split_blocks(given, method)
-  return jax.lax.scan(write_block, cache, (jnp.arange(blocks.shape[0]), blocks))[0]
+  return jax.lax.scan(write_block, past, (jnp.arange(blocks.shape[0]), blocks))[0]
+
+
+def is_image(given: Video, method: Method) -> bool:
+  """Returns True where given frames are an image and not whole blocks.
+
+  Raises UserError where they are neither.
+  """
+  image = given.shape[1] % method.block != 0
+  if image and given.shape[1] != 1:
+    raise UserError(
+      f"{given.shape[1]} given latent frames: expected one, or whole blocks of {method.block}"
+    )
+  return image
+
+
+def image_positions(method: Method) -> Positions:
+  """Returns the frame index [1] of an image."""
+  return jnp.asarray([method.block - 1], jnp.int32)
+
+
+def blocks_of(given: Video | None, method: Method) -> int:
+  """Returns the number of blocks that given frames take; an image takes one."""
+  return 0 if given is None else -(-given.shape[1] // method.block)

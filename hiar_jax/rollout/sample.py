@@ -4,87 +4,69 @@ from collections.abc import Callable
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from hiar_jax.method import Method
-from hiar_jax.models import dit
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.rollout import block_first, image_to_video, step_first
-from hiar_jax.rollout.blocks import Forward, Noise
+from hiar_jax.models.frames import Bound, Network, bind
+from hiar_jax.rollout import block_first, step_first
+from hiar_jax.rollout.blocks import Noise, blocks_of, join_blocks, prefill
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.past import ring as caches
-from hiar_jax.rollout.past.ring import Cache
+from hiar_jax.rollout.past import ring
 from hiar_jax.types import Key, LatentShape, Text, Video
+
+ORDERS = {"step_first": step_first.generate, "block_first": block_first.generate}
 
 
 def make_sampler(
-  config: DiTConfig,
+  network: Network,
   embed: Callable[[jax.Array], Text],
-  sigmas: jax.Array,
   method: Method,
   *,
   key: Key,
-  latent: LatentShape,
-  frames: int,
+  shape: LatentShape,
 ) -> Callable[..., Video]:
   """Returns generate(params, tokens, seeds [b], given=None) -> latents [b given + frames h w c].
 
   Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
-  embed: tokens [b ...] -> text [b l d]. sigmas: the student's levels [s + 1]. latent: height, width
-  and channels of the latents. frames: new latent frames, whole blocks.
-  given: clean first frames: whole blocks, or one frame (an image).
+  embed: tokens [b ...] -> text [b l d]. shape: of the new latents, whole blocks. given: see
+  rollout.
   """
 
   def generate(params, tokens, seeds, given=None):
-    cache = caches.empty(
-      config,
-      method,
-      batch=tokens.shape[0],
-      frames=frames + (0 if given is None else given.shape[1]),
-      height=latent.height,
-      width=latent.width,
-    )
-    return rollout(
-      dit.bind(config, params, embed(tokens)),
-      block_noise(key, seeds, latent.block(method.block)),
-      cache,
-      sigmas,
-      method,
-      frames // method.block,
-      given=given,
-    )
+    bound = bind(network, params, embed(tokens))
+    noise = block_noise(key, seeds, shape.block(method.block))
+    return rollout(bound, noise, method, shape, given)
 
   return generate
 
 
 def rollout(
-  forward: Forward,
+  bound: Bound,
   noise: Noise,
-  cache: Cache,
-  sigmas: jax.Array,
   method: Method,
-  blocks: int,
-  *,
+  shape: LatentShape,
   given: Video | None = None,
-  fused: bool = True,
 ) -> Video:
-  """Generates `blocks` blocks after the `given` clean frames: [b given + blocks k h w c].
+  """Generates shape.frames latent frames after the `given` clean ones: [b given + frames h w c].
 
-  given: whole blocks, or one frame (an image). A clean sink (SAF) is generated first, by the same
-  method without one, and is then context at sigma 0 for every later block.
+  noise(level, block): block counts from the start of the video, given ones
+  included. given: whole blocks, or one frame (an image). A clean sink (SAF) is generated first, by
+  the same method without one, and is then context at sigma 0 for every later block.
   """
-  # not whole blocks: an image, which stands alone
-  if given is not None and given.shape[1] % method.block:
-    return image_to_video.rollout(forward, noise, cache, sigmas, method, blocks, given)
-  if method.order == "block_first":
-    return block_first.rollout(forward, noise, cache, sigmas, method, blocks, given=given)
-  sink_blocks = method.clean_sink // method.block
-  if sink_blocks and given is None:
+  if method.clean_sink and given is None:
     # from here on the finished sink is like given frames; blocks count on behind it
     plain = dataclasses.replace(method, sink_level="history")
-    head = min(sink_blocks, blocks)
-    given = step_first.rollout(forward, noise, cache, sigmas, plain, head, fused=fused)
-    blocks -= head
-    if not blocks:
+    head = dataclasses.replace(shape, frames=min(method.clean_sink, shape.frames))
+    given = rollout(bound, noise, plain, head)
+    shape = dataclasses.replace(shape, frames=shape.frames - head.frames)
+    if not shape.frames:
       return given
-  return step_first.rollout(forward, noise, cache, sigmas, method, blocks, given=given, fused=fused)
+  given_frames = 0 if given is None else given.shape[1]
+  video = dataclasses.replace(shape, frames=given_frames + shape.frames)
+  past = ring.empty(bound.network, method, video, bound.batch)
+  if given is not None:
+    past = prefill(bound, past, given)
+  blocks, first = shape.frames // method.block, blocks_of(given, method)
+  new = join_blocks(ORDERS[method.order](bound, noise, past, blocks, first))
+  return new if given is None else jnp.concatenate([given, new], axis=1)

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.models import dit
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.rollout.blocks import Forward
+from hiar_jax.models.frames import Bound, Network, bind, whole_clip
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.types import Key, Points, Text, Video
 
 
 def make_sampler(
-  config: DiTConfig,
+  network: Network,
   embed: Callable[[jax.Array], Text],
   negative: Callable[[Text], Text],
   sigmas: jax.Array,
@@ -37,16 +35,16 @@ def make_sampler(
   def sample(params, tokens, index, start=None):
     text = embed(tokens)
     eps = example_normal(example_keys(key, index), clip)
-    forward = dit.bind(config, params, text, start)
-    forward_negative = dit.bind(config, params, negative(text), start)
-    return sample_trajectory(forward, forward_negative, eps, sigmas, keep, guidance)
+    bound = bind(network, params, text, start)
+    unconditional = bind(network, params, negative(text), start)
+    return sample_trajectory(bound, unconditional, eps, sigmas, keep, guidance)
 
   return sample
 
 
 def sample_trajectory(
-  forward: Forward,
-  negative: Forward,
+  bound: Bound,
+  negative: Bound,
   eps: Video,
   sigmas: jax.Array,
   keep: tuple[int, ...],
@@ -57,12 +55,11 @@ def sample_trajectory(
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
   keep: indices into `sigmas`.
   """
-  positions = jnp.arange(eps.shape[1], dtype=jnp.int32)
 
   def euler_step(x, j):
-    v, _ = forward(x, sigmas[j], positions)
+    v = whole_clip(bound, x, sigmas[j])
     if guidance:  # static: at 0 the second forward is not in the program
-      v = flow.classifier_free_guidance(v, negative(x, sigmas[j], positions)[0], guidance)
+      v = flow.classifier_free_guidance(v, whole_clip(negative, x, sigmas[j]), guidance)
     x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
     return x, x
 

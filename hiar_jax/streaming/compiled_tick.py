@@ -13,15 +13,15 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.method import Method
-from hiar_jax.models import dit
+from hiar_jax.method import Method, MethodConfig
 from hiar_jax.models.dit import DiTConfig
-from hiar_jax.rollout import tick as pipes
+from hiar_jax.models.frames import Bound, bind
+from hiar_jax.rollout import tick as ticks
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.tick import PipelineMethod, PipelineState
+from hiar_jax.rollout.pipeline import Entering, PipelineState, check_method
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.layout import Layout
-from hiar_jax.types import Block, Key, Params
+from hiar_jax.types import Block, Key, LatentShape, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StreamParts:
   """The parts of a model that a stream needs."""
 
   config: DiTConfig
-  method: Method  # as trained
+  method: MethodConfig  # as trained
   sigmas: tuple[float, ...]  # noise levels, 1 first and 0 last
   params: Params
   key: Key  # of the noise
@@ -90,10 +90,10 @@ class Engine:
     self.compiler_options = compiler_options
     self.parts = model if isinstance(model, StreamParts) else StreamParts.of(model)
     self.options = options = options or TickOptions()
-    self.plan = PipelineMethod(
-      _changed_method(self.parts.method, options), self.parts.sigmas, options.sink_positions
-    )
-    levels, config, height = self.plan.levels, self.parts.config, self.parts.size[0]
+    row = _changed_method(self.parts.method, options)
+    self.method: Method = row.at(self.parts.sigmas, options.sink_positions)
+    check_method(self.method)
+    levels, config, height = self.method.levels, self.parts.config, self.parts.size[0]
     devices = list(jax.devices() if devices is None else devices)
     self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
     self.layout.check(levels, config, height)
@@ -105,15 +105,14 @@ class Engine:
   @functools.cached_property
   def main(self) -> "CompiledPipeline":
     """The pipeline of the method."""
-    return CompiledPipeline(self, self.plan)
+    return CompiledPipeline(self, self.method)
 
   @functools.cached_property
   def head(self) -> "CompiledPipeline | None":
     """The pipeline that makes a clean sink before the main one starts; None without such a sink."""
-    if not self.plan.method.clean_sink:
+    if not self.method.clean_sink:
       return None
-    plain = dataclasses.replace(self.plan.method, sink_level="history")
-    return CompiledPipeline(self, dataclasses.replace(self.plan, method=plain))
+    return CompiledPipeline(self, dataclasses.replace(self.method, sink_level="history"))
 
   @property
   def whole(self) -> NamedSharding:
@@ -123,7 +122,7 @@ class Engine:
   @property
   def head_blocks(self) -> int:
     """Blocks of a clean sink."""
-    return self.plan.method.clean_sink // self.plan.method.block
+    return self.method.clean_sink // self.method.block
 
   def text(self, prompt: str) -> jax.Array:
     """Returns the encoded prompt [1 l d], replicated on every device."""
@@ -134,31 +133,31 @@ class Engine:
     text = self.text(prompt)
     for programs in filter(None, (self.head, self.main)):
       pipe = programs.start(text[None], np.zeros(1, np.int32))
-      pipe = programs.recache(pipe, text, np.zeros(self.plan.levels, bool))
+      pipe = programs.recache(pipe, text, np.zeros(self.method.levels, bool))
       jax.block_until_ready(programs.tick(pipe, text, False))
 
 
 class CompiledPipeline:
   """`prefill`, `tick` and `recache` of rollout.tick, compiled for one method with the weights of an
-  engine. `network` and `noise` may be overridden.
+  engine. `bound` and `noise` may be overridden.
   """
 
-  def __init__(self, engine: Engine, plan: PipelineMethod):
+  def __init__(self, engine: Engine, method: Method):
     self.engine = engine
-    self.plan = plan
-    self.shardings: PipelineState = layouts.state_sharding(plan.fused, engine.mesh)
+    self.method = method
+    self.shardings: PipelineState = layouts.state_sharding(method, engine.mesh)
 
     def start(params, texts, seed, given):
-      pipe = self.empty(texts[0], seed)
-      if given is None:
-        return pipe
-      return pipes.prefill(self.plan, self.network(params), pipe, given, texts)
+      bound = self.bound(params, texts[0])
+      pipe = self._empty(bound, seed)
+      return pipe if given is None else ticks.prefill(bound, pipe, given, texts)
 
     def tick(params, pipe, text, recache):
-      return pipes.tick(self.plan, self.network(params), self.noise(pipe), pipe, text, recache)
+      bound = self.bound(params, text)
+      return ticks.tick(bound, self.noise(pipe), pipe, Entering(text, recache))
 
     def recache(params, pipe, text, due):
-      return pipes.recache(self.plan, self.network(params), pipe, text, due)
+      return ticks.recache(self.bound(params, text), pipe, text, due)
 
     # Without explicit output shardings the compiler may choose others than the inputs have, and the
     # next call would compile again. The old state is donated: caches are updated in place, and one
@@ -168,38 +167,34 @@ class CompiledPipeline:
     self.compiled_tick = jit(tick, donate_argnums=1, out_shardings=(self.shardings, engine.whole))
     self._recache = jit(recache, donate_argnums=1, out_shardings=self.shardings)
 
-  def network(self, params: Params) -> pipes.Network:
-    """Returns the network with its weights, text -> forward."""
+  def bound(self, params: Params, text: jax.Array) -> Bound:
+    """Returns the network with its weights and a text [b l d]."""
     # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
     # over `sequence`) would have to be gathered first.
     config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
-    return functools.partial(dit.bind, config, params)
+    return bind(config, params, text)
 
   def noise(self, pipe: PipelineState):
     """Returns (level, block number) -> noise [b k h w c]."""
     parts = self.engine.parts
-    shape = (self.plan.method.block, *parts.size, parts.config.channels)
+    shape = (self.method.block, *parts.size, parts.config.channels)
     return block_noise(pipe.key, pipe.seed, shape)
 
-  def empty(self, text: jax.Array, seed: jax.Array) -> PipelineState:
-    """Returns (traced) a state that no block has entered; text [b l d], seed [b]."""
-    parts, method = self.engine.parts, self.plan.method
-    height, width = parts.size
-    return pipes.empty(
-      self.plan,
-      parts.config,
-      text,
-      parts.key,
-      seed,
-      # any length above the window: from there on the cache's size does not depend on it
-      frames=method.window + method.block,
-      height=height,
-      width=width,
-    )
+  def _empty(self, bound: Bound, seed: jax.Array) -> PipelineState:
+    """Returns (traced) a state that no block has entered; seed [b]."""
+    parts, method = self.engine.parts, self.method
+    # any length above the window: from there on the size of the past does not depend on it
+    shape = LatentShape(method.window + method.block, *parts.size, parts.config.channels)
+    return ticks.empty(bound, method, shape, parts.key, seed)
 
   def abstract(self, text: jax.ShapeDtypeStruct) -> PipelineState:
     """Returns the shapes, dtypes and shardings of a state; text [b l d]."""
-    shapes = jax.eval_shape(self.empty, text, jax.ShapeDtypeStruct((text.shape[0],), jnp.int32))
+
+    def empty(params, text, seed):
+      return self._empty(self.bound(params, text), seed)
+
+    seed = jax.ShapeDtypeStruct((text.shape[0],), jnp.int32)
+    shapes = jax.eval_shape(empty, self.engine.params, text, seed)
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,
@@ -229,7 +224,7 @@ class CompiledPipeline:
       return self._recache(self.engine.params, pipe, text, due)
 
 
-def _changed_method(method: Method, options: TickOptions) -> Method:
+def _changed_method(method: MethodConfig, options: TickOptions) -> MethodConfig:
   """Returns the method with the options' window and sink.
 
   Raises UserError without a window: a stream has no end, so its cache must not grow.

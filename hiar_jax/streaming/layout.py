@@ -14,9 +14,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import UserError, at_least
+from hiar_jax.method import Method
 from hiar_jax.models.dit import KV, DiTConfig
-from hiar_jax.rollout.past.ring import Cache
-from hiar_jax.rollout.tick import PipelineState
+from hiar_jax.rollout.past.ring import Ring
+from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import Params, PyTree
 
 AXES = ("level", "tensor", "sequence")
@@ -122,19 +123,18 @@ def _divisors(n: int) -> str:
 # ---------------------------------------------------------------------------------------- shardings
 
 
-def state_sharding(fused: bool, mesh: Mesh) -> PipelineState:
-  """Returns a sharding for every array of a pipeline's state. fused: as PipelineMethod.fused."""
+def state_sharding(method: Method, mesh: Mesh) -> PipelineState:
+  """Returns a sharding for every array of the state of a method's pipeline."""
 
   def place(*axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, jax.P(*axes))
 
-  latents = place("level", None, None, "sequence")  # [s b k h w c], contexts [s b slots h w c]
+  latents = place("level", None, None, "sequence")  # [s b k h w c], the past's [s b slots h w c]
   keys = place("level", None, None, None, None, HEADS)  # [s layers b slots t a d]
   return PipelineState(
     latents=latents,
-    context=latents if fused else None,
-    cache=Cache(KV(keys, keys), place("level")),
-    contexts=latents,
+    context=None if method.context.free else latents,
+    past=Ring(KV(keys, keys), place("level"), latents, method),
     texts=place(),
     recache=place(),
     block=place(),

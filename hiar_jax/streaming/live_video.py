@@ -78,7 +78,7 @@ class LiveVideo:
     """Fills a new pipeline with given latents [1 f h w c] under texts [n 1 l d] (None: the
     prompt's).
     """
-    k = self.engine.plan.method.block
+    k = self.engine.method.block
     blocks = 0 if given is None else -(-given.shape[1] // k)  # a picture counts as a block
     if texts is None:
       texts = jnp.stack([self._text] * max(blocks, 1))
@@ -92,7 +92,7 @@ class LiveVideo:
   @property
   def levels(self) -> int:
     """Noise levels, the number of blocks in flight."""
-    return self.engine.plan.levels
+    return self.engine.method.levels
 
   @property
   def next_block(self) -> int:
@@ -125,7 +125,7 @@ class LiveVideo:
       return None  # the last level worked on a block that does not exist
     prompt = self._prompts.pop(leaving)
     self._recache_from.discard(leaving)
-    k = self.engine.plan.method.block
+    k = self.engine.method.block
     given_blocks = -(-self.given_frames // k)
     emitted = Emitted(leaving, latents, self.given_frames + (leaving - given_blocks) * k)
     if self._head is not None:
@@ -187,7 +187,7 @@ class LiveVideo:
       arrays["head"] = np.concatenate(head, axis=1)
     metadata = {
       "identity": self.engine.parts.identity,
-      "options": snapshot.options(self.engine.plan),
+      "options": snapshot.options(self.engine.method),
       "text": {"shape": list(self._text.shape), "dtype": str(self._text.dtype)},
       "seed": self.seed,
       "prompt": self.prompt,
@@ -217,7 +217,7 @@ class LiveVideo:
     snapshot.check_identity(directory, metadata, identity)
     if not isinstance(model, Engine):
       model = Engine(model, TickOptions(layout=layout, **metadata["options"]))
-    snapshot.check_options(directory, metadata, snapshot.options(model.plan))
+    snapshot.check_options(directory, metadata, snapshot.options(model.method))
     self = cls.__new__(cls)  # without __init__, which would start a pipeline
     self.engine = model
     self.seed = metadata["seed"]
@@ -256,7 +256,7 @@ def _check_start(start: np.ndarray, engine: Engine) -> None:
   """Raises UserError for a start that is not [1 f h w c] of the model's size, or whose f is neither
   1 nor whole blocks.
   """
-  block = engine.plan.method.block
+  block = engine.method.block
   frame = (*engine.parts.size, engine.parts.config.channels)  # [h w c]
   if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
     raise UserError(

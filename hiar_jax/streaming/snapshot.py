@@ -16,14 +16,15 @@ import numpy as np
 from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
-from hiar_jax.rollout.tick import PipelineMethod, PipelineState
+from hiar_jax.method import Method
+from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import PyTree
 
 # Snapshots keep the names of the first version, so that old ones can be resumed:
 # option -> (name on disk, {value: value on disk})
 ON_DISK = {"sink_positions": ("sink_place", {"absolute": "true", "relative": "carried"})}
-# field of PipelineState -> name on disk, where they differ
-ARRAYS_ON_DISK = {"contexts": "shown", "recache": "anew"}
+# field of PipelineState -> name on disk, where they differ; its past is taken apart
+ARRAYS_ON_DISK = {"recache": "anew"}
 
 
 def write(
@@ -82,20 +83,32 @@ def read(directory: str | os.PathLike, metadata: dict[str, Any], abstract: PyTre
   # the metadata again: restoring compares it with what lies there
   with Checkpoints(directory, keep=1, config=_to_disk(metadata)) as checkpoints:
     arrays = checkpoints.restore({**abstract, "pipe": _arrays_to_disk(state)})[1]
-  pipe = {
-    # a field that is None (`context` of a method at the input level) is not on disk
-    field.name: arrays["pipe"].get(ARRAYS_ON_DISK.get(field.name, field.name))
+  pipe = arrays["pipe"]
+  fields = {
+    # a field that is None (`context` of a method whose contexts are free) is not on disk
+    field.name: pipe.get(ARRAYS_ON_DISK.get(field.name, field.name))
     for field in dataclasses.fields(state)
+    if field.name != "past"
   }
-  return {**arrays, "pipe": state.replace(**pipe)}
+  cache = pipe["cache"]
+  past = state.past.replace(
+    kv=jax.tree.unflatten(jax.tree.structure(state.past.kv), jax.tree.leaves(cache["kv"])),
+    positions=cache["position"],
+    latents=pipe["shown"],
+  )
+  return {**arrays, "pipe": state.replace(past=past, **fields)}
 
 
 def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
   """Returns the fields of a state under their names on disk."""
-  return {
+  fields = {
     ARRAYS_ON_DISK.get(field.name, field.name): getattr(state, field.name)
     for field in dataclasses.fields(state)
+    if field.name != "past"
   }
+  past = state.past
+  cache = {"kv": past.kv, "position": past.positions}
+  return {**fields, "cache": cache, "shown": past.latents}
 
 
 def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:
@@ -131,10 +144,10 @@ def check_options(
     )
 
 
-def options(plan: PipelineMethod) -> dict[str, Any]:
+def options(method: Method) -> dict[str, Any]:
   """Returns the options that change numbers; the layout does not."""
   return {
-    "window": plan.method.window,
-    "sink": plan.method.sink,
-    "sink_positions": plan.sink_positions,
+    "window": method.window,
+    "sink": method.sink,
+    "sink_positions": method.sink_positions,
   }

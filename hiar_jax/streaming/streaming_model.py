@@ -97,7 +97,7 @@ class StreamingModel:
     """
     e = self.experiment
     k = e.history.block
-    window = -(-self.engine.plan.method.window // k) * k  # rounded up to whole blocks
+    window = -(-self.engine.method.window // k) * k  # rounded up to whole blocks
     pixels, message = Conditioning(path, kind, e.pixel_frames(window)).read(e)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), message
 

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError
 from hiar_jax.losses import trajectory as losses
-from hiar_jax.method import Method
-from hiar_jax.models import dit
-from hiar_jax.rollout.noise import example_keys
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Network, bind
+from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Mean
 
@@ -35,7 +35,7 @@ class CausalInitConfig(TrainConfig):
       raise UserError(f"shows = {self.shows!r}: expected one of {', '.join(SHOWS)}")
 
 
-def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Method):
+def make_step(config: CausalInitConfig, model: Network, task: Task, sigmas, method: MethodConfig):
   """Returns step(state, batch, mean) -> (state, metrics).
 
   batch: {trajectory [b s+1 f h w c], tokens, example_id}, and start where the model embeds places.
@@ -50,15 +50,22 @@ def make_step(config: CausalInitConfig, model, task: Task, sigmas, method: Metho
 
     def loss(params, part):
       keys = example_keys(key, part["example_id"])
-      forward = dit.bind(model, params, task.embed(part["tokens"]), part.get("start"))
+      bound = bind(model, params, task.embed(part["tokens"]), part.get("start"))
       # stored as float16 perhaps; differences between points near sigma 1 need float32
       points = part["trajectory"].astype(jnp.float32)
       # In the published form every block has its own level. With a history all blocks of a clip
       # share one, as they do in a sweep of the rollout.
       shared = config.shows == "history"
       levels = losses.sample_levels(keys, count, task.latent.frames, method.block, shared)
-      regress = losses.trajectory_with_history if shared else losses.trajectory
-      return regress(forward, points, levels, sigmas, method).mean(), {}
+      if not shared:
+        return losses.trajectory(bound, points, levels, sigmas, method).mean(), {}
+
+      def eps():
+        # 1: `levels` are drawn from the keys themselves
+        return example_normal(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys), points.shape[2:])
+
+      loss = losses.trajectory_with_history(bound, points, levels, sigmas, method, eps)
+      return loss.mean(), {}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean

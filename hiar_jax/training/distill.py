@@ -17,10 +17,10 @@ from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.method import Method
-from hiar_jax.models import dit
+from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.frames import Bound, bind
 from hiar_jax.rollout.exit_step import self_rollout, self_rollout_without_gradient
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
-from hiar_jax.rollout.past import ring as caches
 from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Key, Mean, Params
 
@@ -87,56 +87,41 @@ class DistillConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-  """The three networks' sizes, the method and the levels: all of a self-rollout but the weights.
+  """The three networks' sizes and the method: all of a self-rollout but the weights.
 
   point_sigmas: [s+1], levels of the trajectories' points where they are not the student's.
   """
 
-  model: dit.DiTConfig
-  critic_model: dit.DiTConfig
-  teacher_model: dit.DiTConfig
+  model: DiTConfig
+  critic_model: DiTConfig
+  teacher_model: DiTConfig
   method: Method
-  sigmas: jax.Array  # [s+1], float32
   task: Task
   point_sigmas: jax.Array | None = None
 
-  def generate(self, params: Params, frozen: Params, clips: Batch, key: Key) -> jax.Array:
+  def generate(self, params: Params, clips: Batch, key: Key) -> jax.Array:
     """Returns x0 [b f h w c] of a self-rollout to a random exit level, the same for all examples.
 
-    Differentiable in params; `frozen` are the same weights, for all that comes before the exit.
+    Differentiable in params, through the exit step alone.
     """
-    return self_rollout(self.bind(self.model, params, clips), *self._rollout(frozen, clips, key))
+    return self_rollout(*self._rollout(params, clips, key))
 
-  def sample(self, frozen: Params, clips: Batch, key: Key) -> jax.Array:
+  def sample(self, params: Params, clips: Batch, key: Key) -> jax.Array:
     """Returns the clips that `generate` returns for these arguments, without gradient."""
-    return self_rollout_without_gradient(*self._rollout(frozen, clips, key))
+    return self_rollout_without_gradient(*self._rollout(params, clips, key))
 
-  def bind(self, model: dit.DiTConfig, params: Params, clips: Batch):
-    """Returns the forward of a network on the texts (and starts, if any) of clips."""
-    return dit.bind(model, params, self.task.embed(clips["tokens"]), clips.get("start"))
+  def bind(self, model: DiTConfig, params: Params, clips: Batch) -> Bound:
+    """Returns a network bound to the texts (and starts, if any) of clips."""
+    return bind(model, params, self.task.embed(clips["tokens"]), clips.get("start"))
 
-  def _rollout(self, frozen: Params, clips: Batch, key: Key) -> tuple:
-    """Returns the arguments that self_rollout and self_rollout_without_gradient share."""
+  def _rollout(self, params: Params, clips: Batch, key: Key) -> tuple:
+    """Returns the arguments of self_rollout."""
     latent = self.task.latent
     k_exit, k_noise = jax.random.split(key)
     # one level for the batch: it is a traced loop count, on which all examples must agree
-    exit_level = jax.random.randint(k_exit, (), 0, self.sigmas.size - 1)
-    return (
-      self.bind(self.model, frozen, clips),
-      block_noise(k_noise, clips["example_id"], latent.block(self.method.block)),
-      caches.empty(
-        self.model,
-        self.method,
-        batch=clips["tokens"].shape[0],
-        frames=latent.frames,
-        height=latent.height,
-        width=latent.width,
-      ),
-      self.sigmas,
-      self.method,
-      latent.frames // self.method.block,
-      exit_level,
-    )
+    exit_level = jax.random.randint(k_exit, (), 0, self.method.levels)
+    noise = block_noise(k_noise, clips["example_id"], latent.block(self.method.block))
+    return self.bind(self.model, params, clips), noise, self.method, latent, exit_level
 
 
 def _score_draws(
@@ -166,8 +151,8 @@ def make_critic_step(config: DistillConfig, student: Student):
     def loss(critic, part):
       x = student.sample(state.params, part, k_rollout)
       sigma, eps = _score_draws(config, k_score, part["example_id"], x.shape[1:])
-      forward = student.bind(student.critic_model, critic, part)
-      return critic_loss.critic(forward, x, eps, sigma).mean(), {}
+      bound = student.bind(student.critic_model, critic, part)
+      return critic_loss.critic(bound, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = apply_gradients(
       loss,
@@ -197,8 +182,7 @@ def make_generator_step(config: DistillConfig, student: Student):
     k_rollout, k_score, k_fkl = jax.random.split(key, 3)
 
     def loss(params, part):
-      # `params` are differentiated through the exit step alone, state.params make the rest
-      x = student.generate(params, state.params, part, k_rollout)
+      x = student.generate(params, part, k_rollout)
       gradient = _dmd_gradient(
         config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score
       )
@@ -215,7 +199,7 @@ def make_generator_step(config: DistillConfig, student: Student):
         student.bind(student.model, params, clips),
         clips["trajectory"].astype(jnp.float32),
         level,
-        student.sigmas,
+        jnp.asarray(student.method.sigma_table),
         student.method,
         attention=fkl.attention,
         target=fkl.target,
@@ -238,10 +222,11 @@ def _dmd_gradient(config, student, critic, teacher, x, part, key):
   """Returns losses.dmd.dmd_gradient at x [b f h w c]; no gradient reaches critic or teacher."""
   text = student.task.embed(part["tokens"])
   sigma, eps = _score_draws(config, key, part["example_id"], x.shape[1:])
-  # the teacher runs twice, with the prompt and with the negative text, for guidance
-  real = lambda text: dit.bind(student.teacher_model, teacher, text, part.get("start"))
-  fake = student.bind(student.critic_model, critic, part)
-  negative = student.task.negative(text)
-  return jax.lax.stop_gradient(
-    dmd_loss.dmd_gradient(fake, real(text), real(negative), x, eps, sigma, config.guidance)
+  negative, start = student.task.negative(text), part.get("start")
+  scores = dmd_loss.Scores(
+    fake=student.bind(student.critic_model, critic, part),
+    # the teacher runs twice, with the prompt and with the negative text, for guidance
+    real=bind(student.teacher_model, teacher, text, start),
+    negative=bind(student.teacher_model, teacher, negative, start),
   )
+  return jax.lax.stop_gradient(dmd_loss.dmd_gradient(scores, x, eps, sigma, config.guidance))

@@ -13,7 +13,7 @@ from hiar_jax.components.patch_pca import PatchPCAConfig
 from hiar_jax.components.wan import UMT5TextConfig, WanCodecConfig
 from hiar_jax.components.word_table import TextConfig
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.training.causal_init import CausalInitConfig
@@ -202,7 +202,7 @@ class Experiment:
   text: TextConfig | UMT5TextConfig
   model: ModelConfig
   student: StudentConfig
-  history: Method
+  history: MethodConfig
   teacher: TeacherConfig
   trajectories: TrajectoriesConfig
   causal_init: CausalInitConfig

@@ -31,7 +31,7 @@ from hiar_jax.config.workdir import (
 from hiar_jax.data import pipeline, shapes_world, tfds_builder
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
+from hiar_jax.method import Method, MethodConfig
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import sample, teacher_sampler
@@ -78,6 +78,11 @@ class Run:
   def sigmas(self) -> np.ndarray:
     """The student's noise levels [s + 1], float32."""
     return self.experiment.student.sigmas.astype(np.float32)
+
+  @property
+  def method(self) -> Method:
+    """The student's method at its noise levels."""
+    return self.experiment.history.at(self.sigmas)
 
   @property
   def point_sigmas(self) -> np.ndarray:
@@ -134,10 +139,10 @@ class Run:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
     return decode_pixels(self.components, latents)
 
-  def sampler(self, frames: int, method: Method | None = None):
+  def sampler(self, frames: int, method: MethodConfig | None = None):
     """Returns the student's sampler (rollout.sample), jitted, for videos of `frames` latent frames.
 
-    method: order, window and sink that replace the run's own.
+    method: a row that replaces the run's own.
     """
     e = self.experiment
     # 3 in the seed's fold_in is the student's noise; those of the stages are in stages.KEY_OFFSETS
@@ -145,11 +150,9 @@ class Run:
       sample.make_sampler(
         e.student_dit,
         self.task.embed,
-        jnp.asarray(self.sigmas),
-        method or e.history,
+        (method or e.history).at(self.sigmas),
         key=jax.random.fold_in(jax.random.key(e.seed), 3),
-        latent=e.latent,
-        frames=frames,
+        shape=dataclasses.replace(e.latent, frames=frames),
       )
     )
 

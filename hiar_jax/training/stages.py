@@ -248,8 +248,7 @@ def _distill_update(run: Run, real_score, latest: LatestMetrics):
     e.student_dit,
     e.dit,
     e.teacher_dit,
-    e.history,
-    jnp.asarray(run.sigmas),
+    run.method,
     run.task,
     jnp.asarray(run.point_sigmas),
   )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from hiar_jax.components.interfaces import Task
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
-from hiar_jax.models import dit
+from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
 from hiar_jax.types import Batch, Mean
@@ -25,7 +25,7 @@ class TeacherConfig(TrainConfig):
   caption_dropout: float = 0.1
 
 
-def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
+def make_step(config: TeacherConfig, model: Network, task: Task):
   """Returns step(state, batch, mean) -> (state, metrics).
 
   batch: {video, tokens, example_id}, and start where the model embeds places.
@@ -46,8 +46,8 @@ def make_step(config: TeacherConfig, model: dit.DiTConfig, task: Task):
       x0 = task.encode(part)
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      forward = dit.bind(model, params, text, part.get("start"))
-      return flow_matching(forward, x0, eps, sigma).mean(), {}
+      bound = bind(model, params, text, part.get("start"))
+      return flow_matching(bound, x0, eps, sigma).mean(), {}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean

@@ -11,7 +11,7 @@ import numpy as np
 from hiar_jax import convert
 from hiar_jax.method import Method
 from hiar_jax.models import dit
-from hiar_jax.rollout.past import ring as caches
+from hiar_jax.types import LatentShape
 
 ROOT = pathlib.Path(os.environ.get("HIAR_GOLDEN_DIR", pathlib.Path(__file__).parents[1] / "golden"))
 TOLERANCE = 2e-4  # of the largest value
@@ -83,10 +83,9 @@ class Case:
   def history(self, **changes) -> Method:
     return Method(**{"block": self.sizes["config"]["num_frame_per_block"], "window": 0, **changes})
 
-  def cache(self, method: Method, latents: np.ndarray) -> caches.Cache:
-    """An empty cache for a video like `latents` [b f h w c]."""
-    b, f, h, w, _ = latents.shape
-    return caches.empty(self.config, method, batch=b, frames=f, height=h, width=w)
+  def shape(self, latents: np.ndarray) -> LatentShape:
+    """Of a video like `latents` [b f h w c]."""
+    return LatentShape(*latents.shape[1:])
 
 
 @functools.cache

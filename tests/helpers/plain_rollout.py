@@ -1,18 +1,18 @@
 """Every rollout again, in the plainest way: loops over blocks and levels, one forward over what is
 visible, no cache.
 
-Written from the table of method.Method and the papers' algorithms, not from hiar_jax.rollout.
+Written from the table of method.MethodConfig and the papers' algorithms, not from hiar_jax.rollout.
 """
 
 import dataclasses
 
 import numpy as np
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from tests.helpers import tiny
 
 
-def sees(query: int, key: int, row: Method) -> bool:
+def sees(query: int, key: int, row: MethodConfig) -> bool:
   """Whether a frame may attend to another."""
   end = query - query % row.block + row.block - 1
   if key > end:
@@ -22,10 +22,17 @@ def sees(query: int, key: int, row: Method) -> bool:
   return key < row.sink or key > end - (row.window - row.sink)
 
 
+def shown_at(row: MethodConfig, level: int) -> float:
+  """The noise level of contexts in the step from `level`."""
+  if row.level.startswith("fixed:"):
+    return float(row.level.removeprefix("fixed:"))
+  return {"output": tiny.SIGMAS[level + 1], "clean": 0.0, "input": tiny.SIGMAS[level]}[row.level]
+
+
 class Plain:
   """A network and a row of the table."""
 
-  def __init__(self, network: str, row: Method, frames: int, table: np.ndarray, params=None):
+  def __init__(self, network: str, row: MethodConfig, frames: int, table: np.ndarray, params=None):
     self.network, self.row, self.frames, self.table = network, row, frames, table
     self.params = tiny.NETWORKS[network][1] if params is None else params
 
@@ -57,18 +64,25 @@ class Plain:
       return x + (lower - sigma) * v, x0
     return (1 - lower) * x0 + lower * self.table[level + 1, n], x0
 
+  def shown(self, n: int, level: int, x, x_next, x0) -> tuple[np.ndarray, float]:
+    """(latents, level) of block n as context, for the step from `level`."""
+    at = shown_at(self.row, level)
+    if self.row.level.startswith("fixed"):  # its draws stand behind those of the levels
+      return (1 - at) * x0 + at * self.table[tiny.SIGMAS.size + level, n], at
+    return {"output": x_next, "clean": x0, "input": x}[self.row.level], at
+
   def block_first(self, given: list, blocks: int, stop: int) -> tuple[list, list, list]:
     context = {m: (latents, 0.0) for m, latents in enumerate(given)}
-    before = list(given)
+    before, x0s = list(given), list(given)
     for n in range(len(given), blocks):
       x = self.table[0, n]
       for level in range(stop + 1):
         last = x
         x, x0 = self.step(context, n, x, level)
       before.append(last)
-      context[n] = (x0, 0.0)
-    shown = [context[n][0] for n in range(blocks)]
-    return before, shown, shown
+      context[n] = self.shown(n, stop, last, x, x0)
+      x0s.append(x0)
+    return before, [context[n][0] for n in range(blocks)], x0s
 
   def step_first(self, given: list, blocks: int, stop: int) -> tuple[list, list, list]:
     xs = {n: self.table[0, n] for n in range(len(given), blocks)}
@@ -80,11 +94,7 @@ class Plain:
         xs[n], x0 = self.step(context, n, x, level)
         before.append(x)
         x0s.append(x0)
-        context[n] = {
-          "output": (xs[n], tiny.SIGMAS[level + 1]),
-          "clean": (x0, 0.0),
-          "input": (x, tiny.SIGMAS[level]),
-        }[self.row.level]
+        context[n] = self.shown(n, level, x, xs[n], x0)
     return before, [context[n][0] for n in range(blocks)], x0s
 
   def clean_sink(self, blocks: int, stop: int) -> list:
@@ -116,24 +126,30 @@ class Plain:
 
 
 ROWS = {
-  "hiar": Method(block=2, window=0),
-  "hiar_window": Method(block=2, window=4),
-  "hiar_sink": Method(block=2, window=5, sink=1),
-  "hiar_sink_across_blocks": Method(block=2, window=6, sink=3),
-  "hiar_clean_sink": Method(block=2, window=6, sink=2, sink_level="clean"),
-  "hiar_frames": Method(block=1, window=3, sink=1),
-  "euler": Method(block=2, window=0, renoise="euler"),
-  "clean": Method(block=2, window=5, level="clean"),
-  "input": Method(block=2, window=5, sink=1, level="input"),
-  "self_aligned": Method(
+  "hiar": MethodConfig(block=2, window=0),
+  "hiar_window": MethodConfig(block=2, window=4),
+  "hiar_sink": MethodConfig(block=2, window=5, sink=1),
+  "hiar_sink_across_blocks": MethodConfig(block=2, window=6, sink=3),
+  "hiar_clean_sink": MethodConfig(block=2, window=6, sink=2, sink_level="clean"),
+  "hiar_frames": MethodConfig(block=1, window=3, sink=1),
+  "euler": MethodConfig(block=2, window=0, renoise="euler"),
+  "clean": MethodConfig(block=2, window=5, level="clean"),
+  "fixed": MethodConfig(block=2, window=5, level="fixed:0.3"),
+  "input": MethodConfig(block=2, window=5, sink=1, level="input"),
+  "self_aligned": MethodConfig(
     block=2, window=5, sink=2, sink_level="clean", level="input", gradient="attached"
   ),
-  "self_aligned_euler": Method(
+  "self_aligned_euler": MethodConfig(
     block=1, window=4, sink=2, sink_level="clean", level="input", renoise="euler"
   ),
-  "self_forcing": Method(block=2, window=0, order="block_first", level="clean"),
-  "self_forcing_window": Method(block=2, window=5, sink=1, order="block_first", level="clean"),
-  "self_forcing_euler": Method(
+  "self_forcing": MethodConfig(block=2, window=0, order="block_first", level="clean"),
+  "self_forcing_window": MethodConfig(
+    block=2, window=5, sink=1, order="block_first", level="clean"
+  ),
+  "self_forcing_fixed": MethodConfig(
+    block=2, window=5, order="block_first", level="fixed:0.2", renoise="euler"
+  ),
+  "self_forcing_euler": MethodConfig(
     block=2, window=3, order="block_first", level="clean", renoise="euler"
   ),
 }

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, rope
+from tests.helpers import masked
 from tests.helpers.compiling import quick_jit
 
 
 @functools.cache
 def _forward(config: dit.DiTConfig):
   def run(params, text, x, sigma, positions, mask, past):
-    return dit.bind(config, params, text)(x, sigma, positions, mask=mask, past=past)
+    return masked.bind(config, params, text)(x, sigma, positions, mask=mask, past=past)
 
   return quick_jit(run)
 
@@ -42,7 +43,7 @@ class PlainStream:
 
   config: dit.DiTConfig
   params: dict
-  row: Method
+  row: MethodConfig
   sigmas: tuple[float, ...]
   blocks: int
   texts: object
@@ -125,7 +126,8 @@ class PlainStream:
       for m, x in enumerate(given):
         past.update(self.forward(past, m, x, 0.0, self.texts(m))[1])
         latents[m] = x
-      context_sigma = {"output": lower, "clean": 0.0, "input": sigma}[row.level]
+      fixed = float(row.level.partition(":")[2] or 0)  # the level of `fixed:0.3`
+      context_sigma = {"output": lower, "clean": 0.0, "input": sigma}.get(row.level, fixed)
       for n in range(first, self.blocks):
         if n in self.recache and n > 0:
           past = self.encode_again(latents, lambda m: 0.0 if m < first else context_sigma, n)  # noqa: B023
@@ -138,7 +140,11 @@ class PlainStream:
           xs[n] = np.float32(1 - lower) * x0 + np.float32(lower) * np.asarray(
             self.noise(level + 1, n)
           )
-        latents[n] = {"output": xs[n], "clean": x0, "input": x}[row.level]
+        if fixed:
+          eps = np.asarray(self.noise(len(self.sigmas) + level, n))
+          latents[n] = np.float32(1 - fixed) * x0 + np.float32(fixed) * eps
+        else:
+          latents[n] = {"output": xs[n], "clean": x0, "input": x}[row.level]
         if row.level != "input":
           _, own = self.forward(past, n, latents[n], context_sigma, self.texts(n))
         past.update(own)

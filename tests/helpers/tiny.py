@@ -1,25 +1,25 @@
 """Networks that compile in a second: a DiT of a few thousand numbers, and a toy that obeys the same
-interface.
+interface (models.frames.Network).
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.method import Method
-from hiar_jax.models import dit
-from hiar_jax.rollout.past import ring as caches
+from hiar_jax.method import MethodConfig
+from hiar_jax.models import dit, frames
+from hiar_jax.models.frames import Out, frame_mask
+from hiar_jax.types import LatentShape
+from tests.helpers import masked
 from tests.helpers.compiling import quick_jit
 
 CONFIG = dit.DiTConfig(
   dim=16, ffn_dim=24, num_heads=2, num_layers=2, patch=(1, 2, 2), channels=2, text_dim=6, freq_dim=8
 )
 BATCH, HEIGHT, WIDTH = 2, 4, 2
-TOY_CONFIG = dit.DiTConfig(
-  dim=2, ffn_dim=2, num_heads=1, num_layers=2, patch=(1, HEIGHT, WIDTH), channels=2
-)
 SIGMAS = np.asarray([1.0, 0.9, 0.6, 0.0], np.float32)
 
 
@@ -43,10 +43,13 @@ def text() -> np.ndarray:
   return random(99, BATCH, 3, CONFIG.text_dim)
 
 
-def noise_table(row: Method, blocks: int, seed: int = 7) -> np.ndarray:
-  """[level, block, b, k, h, w, c] for the levels of SIGMAS; none is drawn on arrival at 0."""
-  table = random(seed, SIGMAS.size, blocks, BATCH, row.block, HEIGHT, WIDTH, CONFIG.channels)
-  table[-1] = 0
+def noise_table(row: MethodConfig, blocks: int, seed: int = 7) -> np.ndarray:
+  """[level, block, b, k, h, w, c] for the levels of SIGMAS and, behind them, for the contexts of
+  each step; none is drawn on arrival at 0.
+  """
+  levels = 2 * SIGMAS.size - 1
+  table = random(seed, levels, blocks, BATCH, row.block, HEIGHT, WIDTH, CONFIG.channels)
+  table[SIGMAS.size - 1] = 0
   return table
 
 
@@ -54,12 +57,8 @@ def lookup(table):
   return lambda level, n: jnp.asarray(table)[level, n]
 
 
-def bind(params):
-  return dit.bind(CONFIG, params, text())
-
-
-def cache(row: Method, frames: int, config: dit.DiTConfig = CONFIG) -> caches.Cache:
-  return caches.empty(config, row, batch=BATCH, frames=frames, height=HEIGHT, width=WIDTH)
+def shape(frames: int) -> LatentShape:
+  return LatentShape(frames, HEIGHT, WIDTH, CONFIG.channels)
 
 
 TOY_PARAMS = {
@@ -71,7 +70,7 @@ TOY_PARAMS = {
 }
 
 
-def toy(params):
+def toy_forward(params):
   """Two rounds of averaging over visible frames: depends on latents, levels, positions, and what
   the past had seen.
   """
@@ -105,13 +104,47 @@ def toy(params):
   return forward
 
 
-NETWORKS = {"toy": (toy, TOY_PARAMS, TOY_CONFIG), "dit": (bind, params(), CONFIG)}
+@dataclasses.dataclass(frozen=True)
+class Toy:
+  """The toy as a Network; its K/V are the DiT's, of one token a frame."""
+
+  channels: int = CONFIG.channels
+
+  def empty_kv(self, frames: int, batch: int, height: int, width: int):
+    zeros = jnp.zeros((2, batch, frames, 1, 1, self.channels))
+    return dit.KV(zeros, zeros)
+
+  def apply(self, params, groups, texts, past=(), start=None) -> Out:
+    x = jnp.concatenate([g.x for g in groups], axis=1)
+    sigma = [
+      jnp.broadcast_to(jnp.asarray(s)[:, None] if jnp.ndim(s) == 1 else s, g.x.shape[:2])
+      for g in groups
+      for s in [g.sigma]
+    ]
+    positions = jnp.concatenate([g.positions for g in groups])
+    mask = frame_mask(groups, tuple(kv.v.shape[2] for kv in past))
+    kept = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past) if past else None
+    v, kv = toy_forward(params)(x, jnp.concatenate(sigma, axis=1), positions, mask, kept)
+    ends = np.cumsum([g.x.shape[1] for g in groups])
+    cuts = [(int(end) - g.x.shape[1], int(end)) for g, end in zip(groups, ends, strict=True)]
+    return Out(tuple(v[:, a:b] for a, b in cuts), tuple(kv.take(a, b) for a, b in cuts))
+
+
+NETWORKS = {"toy": (Toy(), TOY_PARAMS), "dit": (CONFIG, params())}
+
+
+def bind(name: str = "dit", params=None) -> frames.Bound:
+  """One of NETWORKS with its parameters, or others, and the text of all tests."""
+  network, own = NETWORKS[name]
+  return frames.bind(network, own if params is None else params, text())
 
 
 @functools.cache
 def full_forward(network: str):
-  """(params, x, sigma, positions, mask) -> velocity, compiled."""
-  make = NETWORKS[network][0]
-  return quick_jit(
-    lambda params, x, sigma, positions, mask: make(params)(x, sigma, positions, mask)[0]
-  )
+  """(params, x, sigma, positions, mask) -> velocity, compiled; around groups of frames."""
+
+  def run(params, x, sigma, positions, mask):
+    forward = toy_forward(params) if network == "toy" else masked.bind(CONFIG, params, text())
+    return forward(x, sigma, positions, mask)[0]
+
+  return quick_jit(run)

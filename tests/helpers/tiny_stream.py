@@ -7,7 +7,7 @@ import zlib
 import jax
 import numpy as np
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from tests.helpers import compiling, tiny
@@ -16,8 +16,10 @@ from tests.helpers.plain_stream import PlainStream
 CONFIG = dataclasses.replace(tiny.CONFIG, num_heads=4)  # 4 heads of 4, 2 layers
 SIGMAS = (1.0, 0.9, 0.7, 0.4, 0.0)
 SIZE = (4, 4)
-ROW = Method(block=2, window=7, sink=1)
-SAF = Method(block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached")
+ROW = MethodConfig(block=2, window=7, sink=1)
+SAF = MethodConfig(
+  block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
+)
 KEY = 11
 
 
@@ -26,7 +28,7 @@ def text(prompt: str) -> np.ndarray:
   return tiny.random(zlib.crc32(prompt.encode()), 3, CONFIG.text_dim)
 
 
-def parts(row: Method = ROW, config=CONFIG, identity: str = "tiny") -> StreamParts:
+def parts(row: MethodConfig = ROW, config=CONFIG, identity: str = "tiny") -> StreamParts:
   texts = lambda prompts: np.stack([text(prompt) for prompt in prompts])
   return StreamParts(
     config, row, SIGMAS, tiny.params(config), jax.random.key(KEY), SIZE, texts, identity
@@ -46,7 +48,7 @@ def noise(seed: int, block: int):
 
 
 def plain(
-  row: Method, blocks: int, prompts: dict[int, str], *, seed: int = 0, given=None, **options
+  row: MethodConfig, blocks: int, prompts: dict[int, str], *, seed: int = 0, given=None, **options
 ) -> np.ndarray:
   """[1 f h w c] of all blocks. prompts: by the first block that has them."""
   last = lambda n: prompts[max(start for start in prompts if start <= n)]

@@ -13,7 +13,7 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.components import word_table
 from hiar_jax.components.interfaces import Task
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.parallel.mapping import map_step
@@ -27,7 +27,7 @@ from hiar_jax.types import LatentShape
 MODEL = DiTConfig(
   dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
 )
-HIAR = Method(block=1, window=3)
+HIAR = MethodConfig(block=1, window=3)
 TABLE = word_table.word_table(9, 4, 8)
 TASK = Task(
   encode=lambda batch: batch["video"],
@@ -96,7 +96,7 @@ class Case:
 def make_case(
   kind: str,
   accumulate: int = 1,
-  method: Method = HIAR,
+  method: MethodConfig = HIAR,
   weight: float = 0.1,
   guidance: float = 1.0,
 ) -> Case:
@@ -120,7 +120,7 @@ def make_case(
   config = DistillConfig(
     **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
   )
-  student = Student(MODEL, MODEL, MODEL, method, jnp.asarray(SIGMAS), TASK)
+  student = Student(MODEL, MODEL, MODEL, method.at(SIGMAS), TASK)
   create = lambda: states.create_state(
     key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
   )

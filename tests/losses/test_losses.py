@@ -1,5 +1,8 @@
 """Each loss against its formula in float64, and where its gradient may not go."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,28 +10,66 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.losses import critic, dmd, flow_matching, forward_kl, trajectory
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Bound, Out, bind, frame_mask
 from tests.helpers import tiny
 
 X, EPS = tiny.video(1, 4), tiny.video(2, 4)
 SIGMA = jnp.asarray([0.3, 0.8])
-ROW = Method(block=2, window=0)
+ROW = MethodConfig(block=2, window=0)
 LEVELS = jnp.asarray(tiny.SIGMAS)
+CAUSAL = np.kron(np.tri(2, dtype=bool), np.ones((2, 2), bool))  # between blocks of two frames
 POINTS = tiny.random(3, tiny.BATCH, LEVELS.size, 4, tiny.HEIGHT, tiny.WIDTH, 2)
 
 
-def linear(slope, offset=0.0):
-  """v = slope x + offset sigma; sees its own frame alone."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+  """v = slope x + offset sigma of params (slope, offset); a frame sees itself alone.
 
-  def forward(x, sigma, positions, mask=None, past=None):
-    del positions, mask, past
-    return slope * x + offset * flow.expand_like(sigma, x), None
+  calls: the (groups, past) of every forward; its K/V are names.
+  """
 
-  return forward
+  channels: int = 2
+  calls: list[Any] = dataclasses.field(default_factory=list)
+
+  def apply(self, params, groups, texts, past=(), start=None) -> Out:
+    del texts, start
+    self.calls.append((groups, past))
+    slope, offset = params
+    velocity = [slope * g.x + offset * flow.expand_like(jnp.asarray(g.sigma), g.x) for g in groups]
+    return Out(tuple(velocity), tuple(f"kv of group {n}" for n in range(len(groups))))
 
 
-def never(*_, **__):
-  raise AssertionError("this network was called")
+def linear(slope, offset=0.0) -> Bound:
+  return bind(Linear(), (slope, offset), tiny.text())
+
+
+class Never:
+  """A network that may not be called."""
+
+  def apply(self, *_):
+    raise AssertionError("this network was called")
+
+
+def never(*_):
+  raise AssertionError("no noise is drawn here")
+
+
+NEVER = bind(Never(), None, tiny.text())
+
+
+def only_call(bound: Bound):
+  """(x [b f h w c], sigma [b f], positions [f], mask, past) of a network's only forward."""
+  ((groups, past),) = bound.network.calls
+  return (*joined(groups), frame_mask(groups, ()), past)
+
+
+def joined(groups):
+  """Groups -> (x [b f h w c], sigma [b f], positions [f])."""
+  frames = lambda g: jnp.broadcast_to(flow.expand_like(jnp.asarray(g.sigma), g.x), g.x.shape)
+  x = np.concatenate([g.x for g in groups], axis=1)
+  sigma = np.concatenate([frames(g)[..., 0, 0, 0] for g in groups], axis=1)
+  return x, sigma, np.concatenate([g.positions for g in groups])
 
 
 def wide(sigma):
@@ -62,15 +103,14 @@ def test_flow_matching_takes_a_level_per_frame():
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
-def test_flow_matching_passes_the_mask_on():
-  mask, seen = np.eye(4, dtype=bool), []
-
-  def forward(x, sigma, positions, mask=None):
-    seen.append(mask)
-    return x, None
-
-  flow_matching.flow_matching(forward, X, EPS, SIGMA, mask)
-  assert seen[0] is mask
+@pytest.mark.parametrize("loss", [flow_matching.flow_matching, critic.critic])
+def test_all_frames_see_each_other(loss):
+  bound = linear(0.7)
+  loss(bound, jnp.asarray(X), EPS, SIGMA)
+  x, sigma, positions, mask, past = only_call(bound)
+  np.testing.assert_allclose(x, noised(), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(sigma, np.repeat(SIGMA[:, None], 4, axis=1))
+  assert positions.tolist() == [0, 1, 2, 3] and mask is None and past == ()
 
 
 def test_the_critic_does_not_train_the_generator():
@@ -102,17 +142,15 @@ def dmd_reference(guidance: float) -> np.ndarray:
 
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_dmd_gradient(guidance):
-  negative = linear(-0.3) if guidance else never
-  gradient = dmd.dmd_gradient(linear(0.9), linear(0.4), negative, X, EPS, SIGMA, guidance)
+  scores = dmd.Scores(linear(0.9), linear(0.4), linear(-0.3) if guidance else NEVER)
+  gradient = dmd.dmd_gradient(scores, X, EPS, SIGMA, guidance)
   expected = dmd_reference(guidance)
   np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_dmd_gradient_of_a_perfect_sample_is_finite():
-  zero = jnp.zeros_like(X)
-  assert np.isfinite(
-    dmd.dmd_gradient(linear(0.0), linear(0.0), never, zero, zero, SIGMA, 0.0)
-  ).all()
+  zero, scores = jnp.zeros_like(X), dmd.Scores(linear(0.0), linear(0.0), NEVER)
+  assert np.isfinite(dmd.dmd_gradient(scores, zero, zero, SIGMA, 0.0)).all()
 
 
 def test_dmd_surrogate_hands_the_gradient_to_x():
@@ -124,8 +162,8 @@ def test_dmd_surrogate_hands_the_gradient_to_x():
 
 def test_dmd_trains_neither_score_and_x_through_the_surrogate_alone():
   def loss(x, fake, real, negative):
-    gradient = dmd.dmd_gradient(linear(fake), linear(real), linear(negative), x, EPS, SIGMA, 3.0)
-    return dmd.dmd(x, gradient).sum()
+    scores = dmd.Scores(linear(fake), linear(real), linear(negative))
+    return dmd.dmd(x, dmd.dmd_gradient(scores, x, EPS, SIGMA, 3.0)).sum()
 
   slope, *scores = jax.grad(loss, argnums=(0, 1, 2, 3))(jnp.asarray(X), 0.9, 0.4, -0.3)
   assert [float(score) for score in scores] == [0, 0, 0]
@@ -169,30 +207,47 @@ def test_trajectory():
 def test_trajectory_shows_what_the_rollout_will_show(level):
   """The forwards that it makes: which points at which levels are context, and which are noisy."""
   levels = np.asarray([[0, 0, 2, 2], [1, 1, 0, 0]])
-  calls = []
-
-  def forward(x, sigma, positions, mask=None, past=None):
-    calls.append((np.asarray(x), np.asarray(sigma), past))
-    return 0.7 * x, "kv of the context"
-
-  row = Method(block=2, window=0, level=level, gradient="attached")
+  bound = linear(0.7)
+  row = MethodConfig(block=2, window=0, level=level, gradient="attached")
   loss = trajectory.trajectory_with_history(
-    forward, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row
+    bound, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row, never
   )
   pick = lambda index: np.take_along_axis(POINTS, index[:, None, :, None, None, None], axis=1)[:, 0]
   noisy, s = pick(levels), tiny.SIGMAS[levels]
-  np.testing.assert_allclose(calls[-1][0], noisy)
-  np.testing.assert_allclose(calls[-1][1], s)
+  *contexts, (groups, past) = bound.network.calls
+  x, sigma, positions = joined(groups)
+  np.testing.assert_allclose(x, noisy)
+  np.testing.assert_allclose(sigma, s)
+  assert positions.tolist() == [0, 1, 2, 3]
   np.testing.assert_allclose(
     loss, mean(noisy - s[..., None, None, None] * 0.7 * noisy - POINTS[:, -1]), rtol=1e-5
   )
   if level == "input":
-    assert len(calls) == 1
+    assert not contexts and past == ()
+    np.testing.assert_array_equal(frame_mask(groups, ()), CAUSAL)
     return
   shown = levels + 1 if level == "output" else np.full_like(levels, 3)
-  np.testing.assert_allclose(calls[0][0], pick(shown)[:, :2])  # the last block is shown to nobody
-  np.testing.assert_allclose(calls[0][1], tiny.SIGMAS[shown][:, :2])
-  assert calls[-1][2] == "kv of the context"
+  ((context, before),) = contexts
+  x, sigma, positions = joined(context)
+  np.testing.assert_allclose(x, pick(shown)[:, :2])  # the last block is shown to nobody
+  np.testing.assert_allclose(sigma, tiny.SIGMAS[shown][:, :2])
+  assert positions.tolist() == [0, 1] and before == () and past == ("kv of group 0",)
+  # over [context | noisy]: the second block sees the first as context, and both see themselves
+  np.testing.assert_array_equal(
+    frame_mask(groups, (2,)), np.kron([[0, 1, 0], [1, 0, 1]], np.ones((2, 2))).astype(bool)
+  )
+
+
+def test_a_context_level_draws_its_own_noise():
+  """fixed:0.3: the ends, with the noise that is given for them."""
+  levels, bound = np.zeros((2, 4), int), linear(0.7)
+  row = MethodConfig(block=2, window=0, level="fixed:0.3", gradient="attached")
+  trajectory.trajectory_with_history(
+    bound, jnp.asarray(POINTS), jnp.asarray(levels), LEVELS, row, lambda: jnp.asarray(EPS)
+  )
+  x, sigma, _ = joined(bound.network.calls[0][0])
+  np.testing.assert_allclose(x, (0.7 * POINTS[:, -1] + 0.3 * EPS)[:, :2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(sigma, np.full((2, 2), 0.3), rtol=1e-6)
 
 
 # -- forward-KL
@@ -235,18 +290,15 @@ def test_forward_kl_with_the_teachers_own_levels():
 
 def test_forward_kl_attention():
   """Bidirectional by default; causal only where asked for."""
-  masks = {}
 
-  def forward(x, sigma, positions, mask=None):
-    masks[attention] = mask
-    return x, None
+  def mask(**asked):
+    bound = linear(0.7)
+    forward_kl.forward_kl(bound, jnp.asarray(POINTS), 0, LEVELS, ROW, **asked)
+    *_, mask, past = only_call(bound)
+    assert past == ()
+    return mask
 
-  for attention in forward_kl.ATTENTIONS:
-    forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW, attention=attention)
-  assert masks["bidirectional"] is None
-  np.testing.assert_array_equal(
-    masks["causal"], np.kron(np.tri(2, dtype=bool), np.ones((2, 2), bool))
-  )
-  attention = "default"
-  forward_kl.forward_kl(forward, jnp.asarray(POINTS), 0, LEVELS, ROW)
-  assert masks["default"] is None
+  assert set(forward_kl.ATTENTIONS) == {"bidirectional", "causal"}
+  assert mask(attention="bidirectional") is None
+  np.testing.assert_array_equal(mask(attention="causal"), CAUSAL)
+  assert mask() is None

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
-from hiar_jax.rollout.past.visibility import block_causal_mask
-from tests.helpers import tiny
+from hiar_jax.models.frames import Frames, frame_mask
+from hiar_jax.rollout.past.visibility import causal_groups
+from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
 
 FRAMES = 3
@@ -219,9 +220,8 @@ def test_a_cache_equals_one_forward():
     return apply(x[:, 2:], levels[:, 2:], text, positions[2:], None, past)
 
   v, own = quick_jit(cached)(tiny.params(), tiny.video(1, FRAMES), LEVELS, tiny.text())
-  expected = velocity(
-    mask=np.asarray(block_causal_mask(jnp.asarray(POSITIONS), Method(block=1, window=0)))
-  )
+  groups = causal_groups(tiny.video(1, FRAMES), 0.0, MethodConfig(block=1, window=0))
+  expected = velocity(mask=np.asarray(frame_mask(groups, ())))
   np.testing.assert_allclose(v, expected[:, 2:], rtol=0, atol=1e-5 * np.abs(expected).max())
   tokens = tiny.CONFIG.tokens(tiny.HEIGHT, tiny.WIDTH)
   assert own.k.shape == own.v.shape == (2, tiny.BATCH, 1, tokens, 2, 8)
@@ -236,7 +236,7 @@ def _value_and_gradient(**changes):
   x, weight = tiny.video(1, FRAMES), tiny.video(2, FRAMES)
 
   def loss(params):
-    forward = dit.bind(config, params, tiny.text())
+    forward = masked.bind(config, params, tiny.text())
     v, _ = forward(x, jnp.asarray(LEVELS) / 1000, jnp.asarray(POSITIONS), jnp.asarray(CAUSAL))
     return jnp.mean(v * weight), v
 
@@ -260,7 +260,7 @@ def test_merged_tokens_are_the_rows_of_one_matrix():
   """Values cannot tell; the hidden activations of the traced MLP do."""
   tokens = FRAMES * tiny.CONFIG.tokens(*tiny.video(1, FRAMES).shape[2:4])
   for merged in (False, True):
-    forward = dit.bind(
+    forward = masked.bind(
       dataclasses.replace(tiny.CONFIG, merge_tokens=merged), tiny.params(), tiny.text()
     )
     traced = str(
@@ -276,7 +276,7 @@ def test_remat_recomputes():
   products = []
   for remat in dit.REMATS:
     forward = functools.partial(
-      dit.bind, dataclasses.replace(tiny.CONFIG, remat=remat), text=tiny.text()
+      masked.bind, dataclasses.replace(tiny.CONFIG, remat=remat), text=tiny.text()
     )
     loss = lambda params, forward=forward: jnp.sum(
       forward(params)(tiny.video(1, FRAMES), 0.5, jnp.asarray(POSITIONS))[0]
@@ -295,13 +295,14 @@ def test_bfloat16_is_close_and_returns_float32():
 
 def test_bound_levels_may_be_a_scalar_or_per_example_or_per_frame(monkeypatch):
   seen = []
-  monkeypatch.setattr(
-    dit.DiT, "apply", lambda self, params, x, timestep, *rest: seen.append(np.asarray(timestep))
-  )
-  forward = dit.bind(tiny.CONFIG, None, tiny.text())
-  x = tiny.video(1, FRAMES)
+
+  def apply(self, params, x, timestep, *rest):
+    seen.append(np.asarray(timestep))
+    return x, self.config.empty_kv(FRAMES, *x.shape[:1], *x.shape[2:4])
+
+  monkeypatch.setattr(dit.DiT, "apply", apply)
   for sigma in (0.5, np.asarray([0.1, 0.2]), LEVELS / 1000):
-    forward(x, sigma, POSITIONS)
+    tiny.bind(params={})((Frames(tiny.video(1, FRAMES), sigma, POSITIONS),))
   np.testing.assert_allclose(seen[0], np.full((2, 3), 500.0))
   np.testing.assert_allclose(seen[1], np.repeat([[100.0], [200.0]], 3, axis=1), rtol=1e-6)
   np.testing.assert_allclose(seen[2], LEVELS, rtol=1e-6)

@@ -4,6 +4,7 @@ A case is a folder; each of its files, and each array in a file, must be known h
 assumed of sizes: they come from config.json, the arrays and the names.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -18,14 +19,15 @@ from hiar_jax import convert, flow
 from hiar_jax.errors import UserError
 from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
+from hiar_jax.models.frames import Bound, Frames, Read, bind
 from hiar_jax.rollout import exit_step, sample
-from hiar_jax.rollout.past.visibility import block_causal_mask, teacher_forcing_mask
+from hiar_jax.rollout.past.visibility import block_groups, causal_groups
 from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import Case, assert_close, channels_last, noise_table
 
-# what marks a folder as a recorded DiT, VAE or text encoder
-KINDS = {golden_cases.DIT, "vae.npz", "umt5.npz"}
+# what marks a folder as a recorded DiT, VAE, text encoder or packed history
+KINDS = {golden_cases.DIT, "vae.npz", "umt5.npz", "framepack.json"}
 CASES = golden_cases.cases()
 FILES = [(case, path.name) for case in CASES for path in sorted(case.path.iterdir())]
 GUIDANCE = 3.0  # of the published distribution matching
@@ -78,9 +80,10 @@ def schedule(case: Case, z: dict) -> None:
 # -- forward passes
 
 
-def _apply(case: Case, network: str, x, timestep, text, positions, mask):
-  run = quick_jit(dit.DiT(case.config).apply)
-  return run({"params": case.params(network)}, x, timestep, text, positions, mask)[0]
+def _velocity(case: Case, network: str, text, groups) -> jax.Array:
+  """The groups' velocity, joined [b f h w c]."""
+  run = quick_jit(lambda bound, groups: jnp.concatenate(bound(groups).velocity, axis=1))
+  return run(bind(case.config, case.params(network), text), groups)
 
 
 def _assert_forward(z: dict, velocity) -> None:
@@ -90,24 +93,21 @@ def _assert_forward(z: dict, velocity) -> None:
 
 
 def forward(case: Case, z: dict, kind: str) -> None:
-  x = channels_last(z["x"])
-  positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = block_causal_mask(positions, case.history()) if kind == "block_causal" else None
-  network = "generator" if kind == "block_causal" else "fake_score"
-  text, timestep = z.pop("prompt_embeds"), z.pop("timestep")
-  _assert_forward(z, _apply(case, network, x, timestep, text, positions, mask))
+  x, level = channels_last(z["x"]), z.pop("timestep") / 1000
+  if kind == "block_causal":
+    network, groups = "generator", causal_groups(x, level, case.history())
+  else:
+    network, groups = "fake_score", (Frames(x, level, jnp.arange(x.shape[1])),)
+  _assert_forward(z, _velocity(case, network, z.pop("prompt_embeds"), groups))
 
 
 def teacher_forcing_forward(case: Case, z: dict) -> None:
-  clean, x = channels_last(z.pop("clean_x")), channels_last(z["x"])
-  positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-  mask = teacher_forcing_mask(positions, case.history())
-  both, timestep = np.concatenate([clean, x], axis=1), z.pop("timestep")
-  timestep = np.concatenate([np.zeros_like(timestep), timestep], axis=1)
-  text = z.pop("prompt_embeds")
-  velocity = _apply(
-    case, "generator", both, timestep, text, jnp.concatenate([positions, positions]), mask
-  )
+  """One forward over [context | noisy]: noisy blocks read the groups of the context before them."""
+  clean, x, row = channels_last(z.pop("clean_x")), channels_last(z["x"]), case.history()
+  contexts = causal_groups(clean, 0.0, row)
+  shown = {n: Read(group=n) for n in range(len(contexts))}
+  noisy = block_groups(x, z.pop("timestep") / 1000, row, [shown] * len(contexts))
+  velocity = _velocity(case, "generator", z.pop("prompt_embeds"), (*contexts, *noisy))
   _assert_forward(z, velocity[:, clean.shape[1] :])
 
 
@@ -125,44 +125,28 @@ def rollout(
     window=int(window or 0),
     sink=int(sink or 0),
   )
-  sigmas = golden_cases.levels(z.pop("denoising_timesteps"))
-  table = noise_table(z.pop("noise"), z.pop("step_noise", None), row.block, len(sigmas) - 1)
+  method = row.at(golden_cases.levels(z.pop("denoising_timesteps")))
+  table = noise_table(z.pop("noise"), z.pop("step_noise", None), row.block, method.levels)
   video, text = channels_last(z.pop("latents")), z.pop("prompt_embeds")
   given = channels_last(z.pop("initial_latent")) if start == "continuation" else None
   first = 0 if given is None else given.shape[1] // row.block
+  new = dataclasses.replace(case.shape(video), frames=table.shape[1] * row.block)
 
-  def run(params, table, sigmas, given):
-    return sample.rollout(
-      dit.bind(case.config, params, text),
-      lambda level, n: table[level, n - first],
-      case.cache(row, video),
-      sigmas,
-      row,
-      table.shape[1],
-      given=given,
-    )
+  def run(params, table, given):
+    bound = bind(case.config, params, text)
+    return sample.rollout(bound, lambda level, n: table[level, n - first], method, new, given)
 
-  assert_close(
-    quick_jit(run)(case.params("generator"), jnp.asarray(table), jnp.asarray(sigmas), given), video
-  )
+  assert_close(quick_jit(run)(case.params("generator"), jnp.asarray(table), given), video)
 
 
 @functools.cache
 def _exit_step(case: Case):
-  """One program for every exit level: (params, text, table, sigmas, level, weight) -> gradients,
-  x0.
-  """
-  row = case.history()
+  """One program for every exit level: (params, text, table, level, weight) -> gradients, x0."""
+  method = case.history().at(case.levels)
 
-  def loss(params, text, table, sigmas, level, weight):
-    bound, frozen = (
-      dit.bind(case.config, params, text),
-      dit.bind(case.config, jax.lax.stop_gradient(params), text),
-    )
-    noise = lambda level, n: table[level, n]
-    x0 = exit_step.self_rollout(
-      bound, frozen, noise, case.cache(row, weight), sigmas, row, table.shape[1], level
-    )
+  def loss(params, text, table, level, weight):
+    bound, noise = bind(case.config, params, text), lambda level, n: table[level, n]
+    x0 = exit_step.self_rollout(bound, noise, method, case.shape(weight), level)
     return jnp.sum(x0 * weight), x0
 
   return quick_jit(jax.grad(loss, has_aux=True))
@@ -177,7 +161,6 @@ def training_rollout(case: Case, z: dict, exit_level: str) -> None:
     case.params("generator"),
     z.pop("prompt_embeds"),
     table,
-    case.levels,
     int(exit_level),
     channels_last(z.pop("loss_weight")),
   )
@@ -202,6 +185,18 @@ def _drawn_level(
   )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtTimestep:
+  """A network that is called at a timestep [b] of its own, whatever the level of its groups."""
+
+  config: dit.DiTConfig
+  timestep: jax.Array
+
+  def apply(self, params, groups, *rest):
+    groups = tuple(group.replace(sigma=self.timestep / 1000) for group in groups)
+    return self.config.apply(params, groups, *rest)
+
+
 def dmd_losses(case: Case, z: dict) -> None:
   x, text, negative = (
     channels_last(z.pop("x")),
@@ -212,20 +207,16 @@ def dmd_losses(case: Case, z: dict) -> None:
     case, z.pop("raw_timestep"), float(z.pop("timestep_shift")), x.shape[0]
   )
 
-  def at_timestep(params, text):
-    bound = dit.bind(case.config, params, text)
-    return lambda x, sigma, positions, mask=None: bound(x, timestep / 1000, positions, mask)
+  def at_timestep(params, text) -> Bound:
+    return bind(AtTimestep(case.config, timestep), params, text)
 
   def distribution_matching(x, fake, real, eps):
-    gradient = dmd.dmd_gradient(
-      at_timestep(fake, text),
-      at_timestep(real, text),
-      at_timestep(real, negative),
-      x,
-      eps,
-      sigma,
-      GUIDANCE,
+    scores = dmd.Scores(
+      fake=at_timestep(fake, text),
+      real=at_timestep(real, text),
+      negative=at_timestep(real, negative),
     )
+    gradient = dmd.dmd_gradient(scores, x, eps, sigma, GUIDANCE)
     return jnp.mean(dmd.dmd(x, gradient))
 
   def critic_loss(params, eps):
@@ -251,7 +242,7 @@ def forward_kl_losses(case: Case, z: dict) -> None:
 
   def loss(params, step, attention, kind):
     terms = forward_kl.forward_kl(
-      dit.bind(case.config, params, text),
+      bind(case.config, params, text),
       points,
       step,
       sigmas,

@@ -11,28 +11,28 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, vae
+from hiar_jax.models.frames import Out, bind
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import costs, sizes
 from hiar_jax.planning.sizes import ForwardCost, JobSize
-from hiar_jax.rollout import image_to_video, sample
-from hiar_jax.rollout.past import ring as caches
-from tests.helpers import tiny
+from hiar_jax.rollout import sample
+from tests.helpers import masked, tiny
 
 SMALL = dit.DiTConfig(
   dim=64, ffn_dim=160, num_heads=4, num_layers=3, channels=4, text_dim=24, freq_dim=32
 )
 LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 ROWS = {
-  "hiar": Method(block=2, window=4),
-  "hiar_sink": Method(block=2, window=6, sink=2),
-  "clean_sink": Method(block=2, window=6, sink=4, sink_level="clean"),
-  "self_aligned": Method(
+  "hiar": MethodConfig(block=2, window=4),
+  "hiar_sink": MethodConfig(block=2, window=6, sink=2),
+  "clean_sink": MethodConfig(block=2, window=6, sink=4, sink_level="clean"),
+  "self_aligned": MethodConfig(
     block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
   ),
-  "self_forcing": Method(block=2, window=4, order="block_first", level="clean"),
+  "self_forcing": MethodConfig(block=2, window=4, order="block_first", level="clean"),
 }
 
 
@@ -54,46 +54,43 @@ def small(**changes):
   )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Counted(tiny.Toy):
+  """Returns what it is given, and counts its forwards by (frames, frames seen with the past)."""
+
+  calls: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
+
+  def apply(self, params, groups, texts, past=(), start=None):
+    frames = sum(g.x.shape[1] for g in groups)
+    key = (frames, frames + sum(kv.k.shape[2] for kv in past))
+    self.calls[key] = self.calls.get(key, 0) + 1
+    kv = tuple(self.empty_kv(g.x.shape[1], *g.x.shape[:1], *g.x.shape[2:4]) for g in groups)
+    return Out(tuple(g.x for g in groups), kv)
+
+
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("given", [0, 1, 4])
 @pytest.mark.parametrize("frames", [4, 8])
 def test_forwards_are_those_that_run(name, given, frames):
   """The loops of the rollout itself, unrolled in Python around a network that counts its calls."""
-  row, calls = ROWS[name], {}
-
-  def forward(x, sigma, positions, mask=None, past=None):
-    key = (x.shape[1], mask.shape[1])
-    calls[key] = calls.get(key, 0) + 1
-    kv = jnp.zeros((2, tiny.BATCH, x.shape[1], 1, 1, 2))
-    return x, dit.KV(kv, kv)
-
+  row, network = ROWS[name], Counted()
   request = small(
-    dit=tiny.TOY_CONFIG,
+    dit=tiny.CONFIG,
     method=row,
     frames=frames,
     given=given,
     height=tiny.HEIGHT,
     width=tiny.WIDTH,
   )
-  cache = caches.empty(
-    tiny.TOY_CONFIG,
-    row,
-    batch=tiny.BATCH,
-    frames=given + frames,
-    height=tiny.HEIGHT,
-    width=tiny.WIDTH,
-  )
   noise = lambda level, n: jnp.zeros((tiny.BATCH, 2, tiny.HEIGHT, tiny.WIDTH, 2))
-  start, blocks = jnp.asarray(tiny.video(0, given)) if given else None, frames // 2
+  start = jnp.asarray(tiny.video(0, given)) if given else None
   with jax.disable_jit():
-    if given == 1:
-      image_to_video.rollout(forward, noise, cache, jnp.asarray(tiny.SIGMAS), row, blocks, start)
-    else:
-      sample.rollout(forward, noise, cache, jnp.asarray(tiny.SIGMAS), row, blocks, given=start)
+    bound = bind(network, None, tiny.text())
+    sample.rollout(bound, noise, row.at(tiny.SIGMAS), tiny.shape(frames), start)
   expected = {}
   for call in sizes.forwards(request):
     expected[call.frames, call.keys] = expected.get((call.frames, call.keys), 0) + call.count
-  assert calls == expected
+  assert network.calls == expected
 
 
 @pytest.mark.slow
@@ -107,7 +104,7 @@ def test_flops_are_the_compilers():
     def forward(params, text, x, kv, past=past, frames=frames):
       mask = jnp.ones((frames, past + frames), bool)
       past_kv = dit.KV(kv, kv) if past else None
-      return dit.bind(config, params, text)(
+      return masked.bind(config, params, text)(
         x, jnp.float32(0.5), jnp.arange(frames) + past, mask=mask, past=past_kv
       )
 
@@ -133,7 +130,7 @@ def test_the_published_sizes(config, parameters, flops):
   """
   begin = time.process_time()
   found = costs.make_plan(
-    JobSize(config, Method(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(config, MethodConfig(), levels=4, frames=21, height=60, width=104), compile=False
   )
   assert time.process_time() - begin < 20
   assert (
@@ -158,7 +155,7 @@ def test_compiled_memory_is_that_of_the_program():
   temporary memory.
   """
   narrow, wide = (
-    costs.make_plan(small(method=Method(block=2, window=w), frames=24, height=8, width=12))
+    costs.make_plan(small(method=MethodConfig(block=2, window=w), frames=24, height=8, width=12))
     for w in (4, 20)
   )
   weights = narrow.parts["DiT"].bytes
@@ -220,7 +217,8 @@ def test_a_picture_and_a_continuation_can_be_planned():
 
 def test_what_is_said():
   found = costs.make_plan(
-    JobSize(dit.DiTConfig(), Method(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(dit.DiTConfig(), MethodConfig(), levels=4, frames=21, height=60, width=104),
+    compile=False,
   )
   text = found.text()
   for part in (

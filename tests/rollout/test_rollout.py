@@ -3,15 +3,17 @@ for long videos.
 """
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import Method
-from hiar_jax.rollout import sample, teacher_sampler
-from hiar_jax.rollout.past import ring as caches
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Out
+from hiar_jax.rollout import sample, step_first, teacher_sampler
+from hiar_jax.rollout.past import ring
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.plain_rollout import ROWS, Plain, assert_same
@@ -20,27 +22,27 @@ BLOCKS = 4
 # One of each loop with the true network; the toy goes through all rows.
 DIT_ROWS = ("hiar_sink", "self_aligned", "self_forcing_window")
 CASES = [("toy", name) for name in ROWS] + [("dit", name) for name in DIT_ROWS]
+
+
+def can_be_fused(row: MethodConfig) -> bool:
+  return row.order == "step_first" and row.level != "input"
+
+
 each_case = pytest.mark.parametrize(("network", "name"), CASES)
 
 
 @functools.cache
-def program(network: str, row: Method, fused: bool = True, given: int = 0):
+def program(network: str, row: MethodConfig, fused: bool = True, given: int = 0):
   """(table, given video or None) -> video, compiled; the table counts the given blocks."""
-  make, params, config = tiny.NETWORKS[network]
+  orders = {"step_first": functools.partial(step_first.generate, fused=fused)}
 
   def run(params, table, given_video):
-    return sample.rollout(
-      make(params),
-      tiny.lookup(table),
-      tiny.cache(row, table.shape[1] * row.block, config),
-      jnp.asarray(tiny.SIGMAS),
-      row,
-      table.shape[1] - given,
-      given=given_video,
-      fused=fused,
-    )
+    shape = tiny.shape((table.shape[1] - given) * row.block)
+    with mock.patch.dict(sample.ORDERS, orders):  # while it is traced
+      bound, method = tiny.bind(network, params), row.at(tiny.SIGMAS)
+      return sample.rollout(bound, tiny.lookup(table), method, shape, given_video)
 
-  return functools.partial(quick_jit(run), params)
+  return functools.partial(quick_jit(run), tiny.NETWORKS[network][1])
 
 
 def plain(network, row, table, given=None) -> np.ndarray:
@@ -58,7 +60,7 @@ def test_equals_plain_loops(network, name):
 
 
 @pytest.mark.parametrize(
-  ("network", "name"), [case for case in CASES if ROWS[case[1]].level == "output"]
+  ("network", "name"), [case for case in CASES if can_be_fused(ROWS[case[1]])]
 )
 def test_separate_forwards_equal_fused_ones(network, name):
   row = ROWS[name]
@@ -99,17 +101,17 @@ def test_videos_shorter_than_the_window(name, blocks):
 @pytest.mark.parametrize(
   "row",
   [
-    Method(block=2, window=5, sink=1),
-    Method(block=3, window=7, sink=2),
-    Method(block=3, window=10, sink=4, level="input"),
-    Method(block=2, window=5, sink=1, order="block_first", level="clean"),
+    MethodConfig(block=2, window=5, sink=1),
+    MethodConfig(block=3, window=7, sink=2),
+    MethodConfig(block=3, window=10, sink=4, level="input"),
+    MethodConfig(block=2, window=5, sink=1, order="block_first", level="clean"),
   ],
   ids=lambda row: f"{row.order}_{row.level}_block{row.block}_window{row.window}_sink{row.sink}",
 )
 def test_a_long_video_through_a_small_cache_equals_full_masks(row):
   """The ring turns many times; the plain loops keep everything and mask it."""
   table = tiny.noise_table(row, 12)
-  assert tiny.cache(row, 12 * row.block).slots < 3 * row.block
+  assert empty_ring(row, 12 * row.block).slots < 3 * row.block
   assert_same(program("toy", row)(table, None), plain("toy", row, table))
 
 
@@ -140,6 +142,10 @@ def test_an_earlier_block_changes_later_outputs(network, name):
 # -- the cache
 
 
+def empty_ring(row: MethodConfig, frames: int) -> ring.Ring:
+  return ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), tiny.shape(frames), tiny.BATCH)
+
+
 @pytest.mark.parametrize(
   ("block", "window", "sink"),
   [
@@ -160,8 +166,9 @@ def test_an_earlier_block_changes_later_outputs(network, name):
   ],
 )
 def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
-  row = Method(block=block, window=window, sink=sink)
-  position = np.full(row.cache_frames(10**6), -1)
+  row = MethodConfig(block=block, window=window, sink=sink)
+  past = empty_ring(row, 10**6)
+  position = np.full(row.past_frames(10**6), -1)
   assert position.size == window - block
   for n in range(12):
     frames = np.arange(n * block, n * block + block)
@@ -172,29 +179,29 @@ def test_the_cache_holds_what_the_next_block_sees(block, window, sink):
     ]
     if not position.size:
       continue
-    slots = np.asarray(caches.slots_of(jnp.asarray(frames), position.size, sink))
+    slots = np.asarray(past.slots_of(jnp.asarray(frames)))
     kept = slots < position.size
     assert len(set(slots[kept])) == kept.sum()
     position[slots[kept]] = frames[kept]
 
 
 def test_a_cache_does_not_grow_with_the_video():
-  row = Method(block=3, window=21)
-  assert caches.empty(tiny.CONFIG, row, batch=1, frames=30, height=4, width=2).slots == 18
-  assert row.cache_frames(10**6) == 18 and row.cache_frames(9) == 6 and row.cache_frames(3) == 0
-  assert Method(block=3, window=0).cache_frames(30) == 27
+  row = MethodConfig(block=3, window=21)
+  past = empty_ring(row, 30)
+  assert past.slots == past.kv.k.shape[2] == 18 and past.latents is None
+  assert row.past_frames(10**6) == 18 and row.past_frames(9) == 6 and row.past_frames(3) == 0
+  assert MethodConfig(block=3, window=0).past_frames(30) == 27
 
 
 def test_writing_keeps_what_it_does_not_replace():
-  row = Method(block=2, window=5, sink=1)
-  before = caches.Cache(
-    jax.tree.map(lambda leaf: leaf + 7, tiny.cache(row, 20).kv), jnp.asarray([0, 2, 1], jnp.int32)
+  row = MethodConfig(block=2, window=5, sink=1)
+  before = empty_ring(row, 20)
+  before = before.replace(
+    kv=jax.tree.map(lambda leaf: leaf + 7, before.kv), positions=jnp.asarray([0, 2, 1], jnp.int32)
   )
-  shape = (*before.kv.k.shape[:2], 2, *before.kv.k.shape[3:])
-  after = caches.write(
-    before, jax.tree.map(lambda leaf: jnp.zeros(shape) + 1, before.kv), jnp.asarray([3, 4]), row
-  )
-  assert sorted(after.position.tolist()) == [0, 3, 4]
+  new = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) + 1, before.kv.take(0, 2))
+  after = before.write(new, tiny.video(0, 2), jnp.asarray([3, 4]))
+  assert sorted(after.positions.tolist()) == [0, 3, 4]
   np.testing.assert_array_equal(after.kv.k[:, :, 0], before.kv.k[:, :, 0])
   assert (np.asarray(after.kv.v[:, :, 1:]) == 1).all()
 
@@ -202,10 +209,21 @@ def test_writing_keeps_what_it_does_not_replace():
 # -- the teacher's sampler
 
 
+def whole_clips(velocity):
+  """A network of clips whose frames all see each other."""
+
+  def bound(groups):
+    (group,) = groups
+    assert not group.reads and group.positions.shape == group.x.shape[1:2]
+    return Out((velocity(group.x, group.sigma),), (None,))
+
+  return bound
+
+
 def test_bidirectional_trajectory_is_euler_with_guidance():
   eps, sigmas, keep = tiny.video(3, 2), np.asarray([1.0, 0.7, 0.3, 0.0], np.float32), (0, 2, 3)
-  forward = lambda x, sigma, positions: (0.3 * x + sigma, None)
-  negative = lambda x, sigma, positions: (-0.2 * x, None)
+  forward = whole_clips(lambda x, sigma: 0.3 * x + sigma)
+  negative = whole_clips(lambda x, sigma: -0.2 * x)
   points = teacher_sampler.sample_trajectory(
     forward, negative, jnp.asarray(eps), jnp.asarray(sigmas), keep, 1.5
   )
@@ -223,7 +241,7 @@ def test_bidirectional_trajectory_without_guidance_needs_no_negative():
   def negative(*_):
     raise AssertionError("called")
 
-  forward = lambda x, sigma, positions: (0.3 * x, None)
+  forward = whole_clips(lambda x, sigma: 0.3 * x)
   points = teacher_sampler.sample_trajectory(
     forward, negative, jnp.ones((1, 1, 1, 1, 1)), jnp.asarray([1.0, 0.0]), (1,), 0.0
   )

@@ -1,5 +1,5 @@
-"""The pipe: its diagonals give what the loops of the step-first rollout give, for every row of the
-table that can be piped.
+"""The pipeline: its diagonals give what the loops of the step-first rollout give, for every row of
+the table that can be streamed.
 """
 
 import functools
@@ -10,92 +10,73 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
-from hiar_jax.models import dit, rope
-from hiar_jax.rollout import image_to_video, sample
+from hiar_jax.method import Method, MethodConfig
+from hiar_jax.models import frames
+from hiar_jax.models.frames import Bound
+from hiar_jax.rollout import sample
 from hiar_jax.rollout import tick as pipes
-from hiar_jax.rollout.blocks import block_positions, join_blocks
-from hiar_jax.rollout.past import relative_sink
-from hiar_jax.rollout.tick import PipelineMethod
+from hiar_jax.rollout.blocks import join_blocks
+from hiar_jax.rollout.pipeline import Entering, check_method
+from hiar_jax.types import LatentShape
 from tests.helpers import golden_cases, tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close, channels_last, noise_table
 
 BLOCKS = 6
 ROWS = {
-  "hiar": Method(block=2, window=0),
-  "hiar_window": Method(block=2, window=4),
-  "hiar_no_past": Method(block=2, window=2),
-  "hiar_sink": Method(block=2, window=5, sink=1),
-  "hiar_sink_across_blocks": Method(block=2, window=6, sink=3),
-  "hiar_frames": Method(block=1, window=3, sink=1),
-  "euler": Method(block=2, window=5, renoise="euler"),
-  "clean": Method(block=2, window=5, level="clean"),
-  "input": Method(block=2, window=5, sink=1, level="input"),
+  "hiar": MethodConfig(block=2, window=0),
+  "hiar_window": MethodConfig(block=2, window=4),
+  "hiar_no_past": MethodConfig(block=2, window=2),
+  "hiar_sink": MethodConfig(block=2, window=5, sink=1),
+  "hiar_sink_across_blocks": MethodConfig(block=2, window=6, sink=3),
+  "hiar_frames": MethodConfig(block=1, window=3, sink=1),
+  "euler": MethodConfig(block=2, window=5, renoise="euler"),
+  "clean": MethodConfig(block=2, window=5, level="clean"),
+  "fixed": MethodConfig(block=2, window=5, level="fixed:0.3"),
+  "input": MethodConfig(block=2, window=5, sink=1, level="input"),
 }
 CASES = [("toy", name) for name in ROWS] + [("dit", "hiar_sink"), ("dit", "input")]
 
 
-def piped(
-  plan: PipelineMethod, network, config, table, text, given=None, size=(tiny.HEIGHT, tiny.WIDTH)
-):
+def piped(method: Method, bound: Bound, table, given=None, size=(tiny.HEIGHT, tiny.WIDTH)):
   """All new blocks [b f h w c], one scan over ticks; noise is that of `table` [level, block ...],
   which counts the given blocks.
   """
-  k = plan.method.block
-  given_blocks = 0 if given is None else -(-given.shape[1] // k)
-  frames = table.shape[1] * k
-  start = pipes.empty(
-    plan,
-    config,
-    text,
-    jax.random.key(0),
-    jnp.zeros(len(text), jnp.int32),
-    frames=frames,
-    height=size[0],
-    width=size[1],
-  )
+  text = bound.texts[0]
+  given_blocks = 0 if given is None else -(-given.shape[1] // method.block)
+  shape = LatentShape(table.shape[1] * method.block, *size, bound.network.channels)
+  seeds = jnp.zeros(bound.batch, jnp.int32)
+  start = pipes.empty(bound, method, shape, jax.random.key(0), seeds)
   if given is not None:
-    start = pipes.prefill(plan, network, start, given, jnp.stack([text] * given_blocks))
-  noise = lambda level, n: table[level, n]
+    start = pipes.prefill(bound, start, given, jnp.stack([text] * given_blocks))
+  bound = bound.with_texts(bound.texts + jnp.nan)  # a tick hears those of the blocks alone
 
   def one(state, _):
-    return pipes.tick(plan, network, noise, state, text, jnp.asarray(False))
+    entering = Entering(text, jnp.asarray(False))
+    return pipes.tick(bound, lambda level, n: table[level, n], state, entering)
 
-  _, out = jax.lax.scan(one, start, None, length=table.shape[1] - given_blocks + plan.levels - 1)
-  return join_blocks(out[plan.levels - 1 :])
-
-
-def tiny_network(name: str, params):
-  return (
-    (lambda text: tiny.toy(params))
-    if name == "toy"
-    else functools.partial(dit.bind, tiny.CONFIG, params)
-  )
+  ticks = table.shape[1] - given_blocks + method.levels - 1
+  _, out = jax.lax.scan(one, start, None, length=ticks)
+  return join_blocks(out[method.levels - 1 :])
 
 
 @functools.cache
-def programs(name: str, row: Method, given: int = 0):
-  """(by the pipe, by the rollout): each (table, given or None) -> the new blocks."""
-  _, params, config = tiny.NETWORKS[name]
-  plan, text = PipelineMethod(row, tuple(tiny.SIGMAS.tolist())), jnp.asarray(tiny.text())
+def programs(name: str, row: MethodConfig, given: int = 0):
+  """(by the pipeline, by the rollout): each (table, given frames or None) -> the new blocks.
+
+  given: how many blocks of the table are given.
+  """
+  method = row.at(tiny.SIGMAS)
 
   def by_pipe(params, table, start):
-    return piped(plan, tiny_network(name, params), config, table, text, start)
+    return piped(method, tiny.bind(name, params), table, start)
 
   def by_rollout(params, table, start):
-    cache = tiny.cache(row, table.shape[1] * row.block, config)
-    video = sample.rollout(
-      tiny.NETWORKS[name][0](params),
-      tiny.lookup(table),
-      cache,
-      jnp.asarray(tiny.SIGMAS),
-      row,
-      table.shape[1] - given,
-      given=start,
-    )
-    return video[:, given * row.block :]
+    shape = tiny.shape((table.shape[1] - given) * row.block)
+    video = sample.rollout(tiny.bind(name, params), tiny.lookup(table), method, shape, start)
+    return video[:, 0 if start is None else start.shape[1] :]
 
+  params = tiny.NETWORKS[name][1]
   return tuple(functools.partial(quick_jit(run), params) for run in (by_pipe, by_rollout))
 
 
@@ -124,7 +105,7 @@ def test_continuation_equals_the_rollouts(name, given):
 
 
 def test_blocks_after_a_clean_sink_equal_the_rollouts():
-  row = Method(block=2, window=6, sink=2, sink_level="clean", level="input")
+  row = MethodConfig(block=2, window=6, sink=2, sink_level="clean", level="input")
   table = jnp.asarray(tiny.noise_table(row, BLOCKS))
   by_pipe, _ = programs("toy", row, 1)
   video = programs("toy", row)[1](table, None)
@@ -132,22 +113,10 @@ def test_blocks_after_a_clean_sink_equal_the_rollouts():
 
 
 def test_starting_from_a_picture_equals_the_rollout():
-  row, params = ROWS["hiar_sink"], tiny.NETWORKS["dit"][1]
+  row = ROWS["hiar_sink"]
   table, picture = jnp.asarray(tiny.noise_table(row, 4)), tiny.video(5, 1)
-  cache = tiny.cache(row, 4 * row.block)
-  expected = quick_jit(
-    lambda params: image_to_video.rollout(
-      tiny.bind(params),
-      tiny.lookup(table),
-      cache,
-      jnp.asarray(tiny.SIGMAS),
-      row,
-      3,
-      jnp.asarray(picture),
-    )
-  )(params)
-  by_pipe, _ = programs("dit", row)
-  assert_same(by_pipe(table, picture), expected[:, 1:])
+  by_pipe, by_rollout = programs("dit", row, 1)
+  assert_same(by_pipe(table, picture), by_rollout(table, picture))
 
 
 @pytest.mark.parametrize("row", [ROWS["hiar_sink"], ROWS["input"]], ids=["hiar_sink", "input"])
@@ -155,28 +124,19 @@ def test_what_the_filling_pipe_holds_is_seen_by_nobody(row):
   """Blocks that do not exist are made of zeros; were they seen, another beginning would change the
   video.
   """
-  plan = PipelineMethod(row, tuple(tiny.SIGMAS.tolist()))
-  _, params, config = tiny.NETWORKS["toy"]
-  text, table = jnp.asarray(tiny.text()), jnp.asarray(tiny.noise_table(row, 4))
+  bound, method = tiny.bind("toy"), row.at(tiny.SIGMAS)
+  text, table = bound.texts[0], jnp.asarray(tiny.noise_table(row, 4))
 
   def run(fill):
-    state = pipes.empty(
-      plan,
-      config,
-      text,
-      jax.random.key(0),
-      jnp.zeros(2, jnp.int32),
-      frames=8,
-      height=tiny.HEIGHT,
-      width=tiny.WIDTH,
-    )
+    seeds = jnp.zeros(bound.batch, jnp.int32)
+    state = pipes.empty(bound, method, tiny.shape(8), jax.random.key(0), seeds)
     state = state.replace(
       latents=state.latents + fill, context=None if state.context is None else state.context + fill
     )
-    network = tiny_network("toy", params)
-    tick = lambda state, _: pipes.tick(
-      plan, network, tiny.lookup(table), state, text, jnp.asarray(False)
-    )
+
+    def tick(state, _):
+      return pipes.tick(bound, tiny.lookup(table), state, Entering(text, jnp.asarray(False)))
+
     return jax.lax.scan(tick, state, None, length=6)[1][2:]
 
   run = quick_jit(run)
@@ -210,44 +170,19 @@ def test_recording(case, file):
     window=rolled.get("window", 0),
     sink=rolled.get("sink", 0),
   )
-  sigmas = golden_cases.levels(z["denoising_timesteps"])
-  table = noise_table(z["noise"], z.get("step_noise"), row.block, len(sigmas))
+  method = row.at(golden_cases.levels(z["denoising_timesteps"]))
+  table = noise_table(z["noise"], z.get("step_noise"), row.block, len(method.sigmas))
   video, text = channels_last(z["latents"]), jnp.asarray(z["prompt_embeds"])
   given = channels_last(z["initial_latent"]) if "initial_latent" in z else None
   first = 0 if given is None else given.shape[1] // row.block
   table = np.concatenate([np.zeros_like(table[:, :1])] * first + [table], axis=1)
-  plan = PipelineMethod(row, tuple(float(sigma) for sigma in sigmas))
 
   def run(params, table, given):
-    return piped(
-      plan,
-      functools.partial(dit.bind, case.config, params),
-      case.config,
-      table,
-      text,
-      given,
-      size=video.shape[2:4],
-    )
+    bound = frames.bind(case.config, params, text)
+    return piped(method, bound, table, given, size=video.shape[2:4])
 
   out = quick_jit(run)(case.params("generator"), jnp.asarray(table), given)
   assert_close(out, video[:, first * row.block :], "video")
-
-
-# -- a sink at relative positions
-
-
-def test_turned_keys_are_those_of_frames_further_on():
-  keys, far = tiny.random(3, 2, 1, 3, 4, 2, 12), 700_000_001
-  at = lambda positions: rope.rotation(jnp.asarray(positions), 2, 2, 12)
-  here, there = at([0, 1, 2]), at([far, far + 1, far + 2])
-  rotate = lambda rotation: jnp.stack([rope.apply(layer, *rotation) for layer in keys])
-  assert_same(relative_sink.rotate(rotate(here), jnp.asarray(far)), rotate(there))
-
-
-def test_the_sink_is_carried_as_far_as_the_window_rolls():
-  row = Method(block=2, window=6, sink=2)
-  moved = [int(relative_sink.distance(block_positions(n, row), row)) for n in range(6)]
-  assert moved == [0, 0, 0, 2, 4, 6]  # block n ends at 2 n + 1; its window of 4 is full at n = 2
 
 
 # -- refused
@@ -257,19 +192,19 @@ def test_block_first_is_refused_with_its_reason():
   with pytest.raises(
     UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"
   ):
-    PipelineMethod(Method(order="block_first", level="clean"), (1.0, 0.0))
+    check_method(MethodConfig(order="block_first", level="clean").at((1.0, 0.0)))
 
 
 @pytest.mark.parametrize(
   ("row", "place", "said"),
   [
     (
-      Method(block=2, window=5, sink=1),
+      MethodConfig(block=2, window=5, sink=1),
       "moving",
       "sink_positions = 'moving': expected one of absolute, relative",
     ),
     (
-      Method(block=2, window=3, sink=1),
+      MethodConfig(block=2, window=3, sink=1),
       "relative",
       "window = 3 is too short to carry a sink of 1 along.* at least 4",
     ),
@@ -277,4 +212,4 @@ def test_block_first_is_refused_with_its_reason():
 )
 def test_what_a_plan_cannot_be(row, place, said):
   with pytest.raises(UserError, match=said):
-    PipelineMethod(row, (1.0, 0.5, 0.0), place)
+    row.at((1.0, 0.5, 0.0), place)

@@ -85,7 +85,7 @@ class Recorded(CompiledPipeline):
   """With the noise of a recording."""
 
   def __init__(self, engine: Engine, table: np.ndarray):
-    super().__init__(engine, engine.plan)
+    super().__init__(engine, engine.method)
     self.table = table
 
   def noise(self, pipe):

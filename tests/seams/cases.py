@@ -1,36 +1,27 @@
-"""What the hard cases share: a small network, methods of every kind, and a measure of equality."""
+"""What the hard cases share: a plain network, methods of every kind, and what was recorded.
+
+recorded.npz holds what the loops gave before they were written over groups of frames: with masks
+over a whole forward of models.dit, on the same parameters, noise and texts.
+"""
+
+import functools
+import pathlib
 
 import jax
 import numpy as np
 
-from hiar_jax import method as methods
+from hiar_jax.method import Method, MethodConfig
+from hiar_jax.models import frames
 from hiar_jax.types import LatentShape
 from tests.helpers import tiny
-from tests.seams import context, frames
-from tests.seams.method import Method
 from tests.seams.plain_wan import PlainWan
-from tests.seams.ring import Ring
 
 NETWORK = PlainWan(dim=16, heads=2, layers=2, freq_dim=8)
 TOLERANCE = 2e-5  # of the largest value: two float32 programs of the same sums
-LEVELS = {"output": context.Output(), "clean": context.Clean(), "input": context.Input()}
 
 
-def method_of(row: methods.Method, sink_positions: str = "absolute") -> Method:
-  """The new noun for a row of today's."""
-  return Method(
-    sigmas=tuple(float(s) for s in tiny.SIGMAS),
-    block=row.block,
-    order=row.order,
-    context=LEVELS[row.level],
-    gradient=row.gradient,
-    window=row.window,
-    sink=row.sink,
-    sink_context=row.sink_level,
-    sink_positions=sink_positions,
-    renoise=row.renoise,
-    past=Ring,
-  )
+def method_of(row: MethodConfig, sink_positions: str = "absolute") -> Method:
+  return row.at(tiny.SIGMAS, sink_positions)
 
 
 def shape(latent_frames: int) -> LatentShape:
@@ -41,7 +32,7 @@ def bound(text=None) -> frames.Bound:
   return frames.bind(NETWORK, tiny.params(), tiny.text() if text is None else text)
 
 
-def noise_of(row: methods.Method, count: int):
+def noise_of(row: MethodConfig, count: int):
   """(level, block) -> eps from a table; behind the method's levels stand the contexts' draws."""
   levels = 2 * tiny.SIGMAS.size
   table = tiny.random(
@@ -50,7 +41,15 @@ def noise_of(row: methods.Method, count: int):
   return tiny.lookup(table)
 
 
+@functools.cache
+def recorded() -> dict[str, np.ndarray]:
+  with np.load(pathlib.Path(__file__).with_name("recorded.npz")) as arrays:
+    return dict(arrays)
+
+
 def assert_close(new, old, what=""):
+  """old: an array, or the name of a recorded one."""
+  old = recorded()[old] if isinstance(old, str) else old
   assert jax.tree.structure(new) == jax.tree.structure(old), what
   for a, b in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
@@ -60,16 +59,16 @@ def assert_close(new, old, what=""):
 
 
 ROWS = {
-  "published": methods.Method(),
-  "no window": methods.Method(window=0),
-  "no past": methods.Method(window=3),
-  "window inside blocks": methods.Method(window=7),
-  "ring shorter than a block": methods.Method(window=5, sink=1),
-  "sink": methods.Method(window=8, sink=2),
-  "sink across blocks": methods.Method(window=9, sink=4),
-  "euler": methods.Method(window=6, renoise="euler"),
-  "clean context": methods.Method(window=9, level="clean"),
-  "input": methods.Method(window=8, sink=1, level="input"),
-  "clean sink": methods.Method(window=9, sink=3, level="input", sink_level="clean"),
-  "block first": methods.Method(order="block_first", level="clean", window=8, sink=1),
+  "published": MethodConfig(),
+  "no window": MethodConfig(window=0),
+  "no past": MethodConfig(window=3),
+  "window inside blocks": MethodConfig(window=7),
+  "ring shorter than a block": MethodConfig(window=5, sink=1),
+  "sink": MethodConfig(window=8, sink=2),
+  "sink across blocks": MethodConfig(window=9, sink=4),
+  "euler": MethodConfig(window=6, renoise="euler"),
+  "clean context": MethodConfig(window=9, level="clean"),
+  "input": MethodConfig(window=8, sink=1, level="input"),
+  "clean sink": MethodConfig(window=9, sink=3, level="input", sink_level="clean"),
+  "block first": MethodConfig(order="block_first", level="clean", window=8, sink=1),
 }

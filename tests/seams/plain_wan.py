@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.seams.frames import Frames, Out
+from hiar_jax.models.frames import Frames, Out
 
 
 def plainly(function):
@@ -38,7 +38,7 @@ class PlainKV:
   def put(self, slots, new):
     return jax.tree.map(lambda old, x: old.at[:, :, :, slots].set(x, mode="drop"), self, new)
 
-  def frames(self, first: int, end: int):
+  def take(self, first: int, end: int):
     return jax.tree.map(lambda x: x[:, :, :, first:end], self)
 
   @plainly

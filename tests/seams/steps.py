@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiar_jax import method as methods
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
+from hiar_jax.method import Method
+from hiar_jax.models.frames import Bound, Network, bind
+from hiar_jax.rollout.exit_step import self_rollout
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
 from hiar_jax.training.state import apply_gradients, update_ema
 from hiar_jax.types import LatentShape, Params
-from tests.seams.frames import Bound, Frames, Network, bind
-from tests.seams.loops import self_rollout
-from tests.seams.method import Method
 
 
 class Networks(NamedTuple):
@@ -48,17 +47,6 @@ class Scores(NamedTuple):
   negative: Bound
 
 
-def whole(bound: Bound):
-  """Returns the forward over a clip as one group: (x, sigma, positions) -> (velocity, K/V)."""
-
-  def forward(x, sigma, positions, mask=None):
-    assert mask is None
-    out = bound((Frames(x, sigma, positions),))
-    return out.velocity[0], out.kv[0]
-
-  return forward
-
-
 def rollout(bound: Bound, batch, key, method: Method, shape: LatentShape):
   """Returns x0 [b f h w c] of a self-rollout to a random exit level, the same for all examples."""
   k_exit, k_noise = jax.random.split(key)
@@ -76,9 +64,9 @@ def score_draws(config, key, batch, shape):
 def distribution_matching(config, method: Method):
   def term(scores: Scores, x, batch, key):
     sigma, eps = score_draws(config, key, batch, x.shape[1:])
-    forwards = (whole(bound) for bound in (scores.critic, scores.real, scores.negative))
+    compared = dmd_loss.Scores(scores.critic, scores.real, scores.negative)
     gradient = jax.lax.stop_gradient(
-      dmd_loss.dmd_gradient(*forwards, jax.lax.stop_gradient(x), eps, sigma, config.guidance)
+      dmd_loss.dmd_gradient(compared, jax.lax.stop_gradient(x), eps, sigma, config.guidance)
     )
     return dmd_loss.dmd(x, gradient), {}
 
@@ -91,9 +79,7 @@ def forward_kl(config, method: Method):
     clips = batch["trajectories"]
     student = scores.student.with_texts(clips["text"][None])
     sigmas = jnp.asarray(method.sigmas, jnp.float32)
-    # bidirectional: the method, which would say what blocks see, has no say
-    row = methods.Method(block=method.block)
-    return fkl_loss.forward_kl(whole(student), clips["trajectory"], level, sigmas, row), {}
+    return fkl_loss.forward_kl(student, clips["trajectory"], level, sigmas, method), {}
 
   return term
 
@@ -144,8 +130,8 @@ def make_critic_step(config, networks: Networks, method, shape, optimizer, mean=
       student = bind(networks.student, state.params, part["text"])
       x = rollout(student, part, jax.random.fold_in(key, 0), method, shape)
       sigma, eps = score_draws(config, jax.random.fold_in(key, 1), part, x.shape[1:])
-      forward = whole(bind(networks.critic, critic, part["text"]))
-      return critic_loss.critic(forward, x, eps, sigma).mean(), {}
+      bound = bind(networks.critic, critic, part["text"])
+      return critic_loss.critic(bound, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = apply_gradients(
       loss,

@@ -5,77 +5,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import method as methods
-from hiar_jax.models import dit
-from hiar_jax.rollout import pipeline
-from hiar_jax.rollout import tick as pipes
+from hiar_jax.method import MethodConfig
+from hiar_jax.rollout import tick as ticks
+from hiar_jax.rollout.pipeline import Entering
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.seams import ticks
-from tests.seams.cases import ROWS, assert_close, bound, method_of, noise_of, shape
+from tests.seams.cases import ROWS, assert_close, bound, method_of, noise_of, recorded, shape
 
 
-def given_blocks(row, given) -> int:
-  return 0 if given is None else -(-given.shape[1] // row.block)
+def stream(row, count: int, text, *, given=None, sink_positions="absolute", changes=()):
+  """Ticks `count` times: (blocks that left, the frames that slots hold at the end).
 
-
-# ----------------------------------------------------------------- 2: filling ticks, under a vmap
-
-
-def stream(state, count: int, first: int, levels: int, text, changes, tick, recache):
-  """Ticks `count` times; returns (blocks that left, the state). changes: blocks that recache."""
+  text(n): of block n. changes: blocks before which the past is encoded again.
+  """
+  method, first = method_of(row, sink_positions), 0
+  if given is not None:
+    first = -(-given.shape[1] // row.block)
+  noise, b = noise_of(row, count + first + 1), bound(text(0))
+  seeds = jnp.zeros(tiny.BATCH, jnp.int32)
+  state = ticks.empty(b, method, shape((count + first) * row.block), jax.random.key(0), seeds)
+  if given is not None:
+    texts = jnp.stack([text(0)] * first)
+    state = quick_jit(lambda s: ticks.prefill(b, s, given, texts))(state)
+  tick = quick_jit(lambda s, text, flag: ticks.tick(b, noise, s, Entering(text, flag)))
+  recache = quick_jit(lambda s, text, due: ticks.recache(b, s, text, due))
   left = []
   for n in range(first, first + count):
-    due = np.asarray([n - level in changes for level in range(levels)])
+    due = np.asarray([n - level in changes for level in range(method.levels)])
     if due.any():
       state = recache(state, text(n), due)
     state, block = tick(state, text(n), np.asarray(n in changes))
     left.append(block)
-  return np.stack(left), state
+  return np.stack(left), state.past.positions
 
 
-def old_stream(row, count: int, text, *, given=None, sink_positions="absolute", changes=()):
-  """Today's pipeline: (blocks that left, the frames that slots hold at the end)."""
-  plan = pipeline.PipelineMethod(row, tuple(map(float, tiny.SIGMAS)), sink_positions)
-  first = given_blocks(row, given)
-  noise, params = noise_of(row, count + first + 1), tiny.params()
-
-  def network(text):
-    return dit.bind(tiny.CONFIG, params, text)
-
-  state = pipes.empty(
-    plan,
-    tiny.CONFIG,
-    text(0),
-    jax.random.key(0),
-    jnp.zeros(tiny.BATCH, jnp.int32),
-    frames=(count + first) * row.block,
-    height=tiny.HEIGHT,
-    width=tiny.WIDTH,
-  )
-  if given is not None:
-    texts = jnp.stack([text(0)] * first)
-    state = quick_jit(lambda s: pipes.prefill(plan, network, s, given, texts))(state)
-  tick = quick_jit(lambda s, text, flag: pipes.tick(plan, network, noise, s, text, flag))
-  recache = quick_jit(lambda s, text, due: pipes.recache(plan, network, s, text, due))
-  left, state = stream(state, count, first, plan.levels, text, changes, tick, recache)
-  return left, state.cache.position
-
-
-def new_stream(row, count: int, text, *, given=None, sink_positions="absolute", changes=()):
-  """The same with the new nouns."""
-  method, first = method_of(row, sink_positions), given_blocks(row, given)
-  noise, b = noise_of(row, count + first + 1), bound(text(0))
-  state = ticks.empty(b, method, shape((count + first) * row.block))
-  if given is not None:
-    texts = jnp.stack([text(0)] * first)
-    state = quick_jit(lambda s: ticks.prefill(b, s, given, texts))(state)
-  tick = quick_jit(
-    lambda s, text, flag: ticks.tick(b, noise, method, s, ticks.Entering(text, flag))
-  )
-  recache = quick_jit(lambda s, text, due: ticks.recache(b, method, s, ticks.Entering(text), due))
-  left, state = stream(state, count, first, method.levels, text, changes, tick, recache)
-  return left, state.past.positions
+def assert_recorded(streamed, name: str):
+  left, slots = streamed
+  assert_close(left[2:], f"stream {name}")
+  np.testing.assert_array_equal(slots, recorded()[f"slots {name}"])
 
 
 def one_text(n):
@@ -93,9 +60,7 @@ def two_texts(n):
 def test_2_filling_ticks(name):
   """Levels that have no block yet are vmapped with those that have."""
   row = ROWS[name]
-  new, old = new_stream(row, 7, one_text), old_stream(row, 7, one_text)
-  assert_close(new[0][2:], old[0][2:])
-  np.testing.assert_array_equal(new[1], old[1])
+  assert_recorded(stream(row, 7, one_text), f"filling {name}")
 
 
 # ------------------------------------------------------------------------------ 4: a relative sink
@@ -104,11 +69,11 @@ def test_2_filling_ticks(name):
 @pytest.mark.parametrize("level", ["output", "input"])
 def test_4_a_relative_sink(level):
   """Two copies of the sink, each rotated for one of the two groups that read it."""
-  row = methods.Method(window=8, sink=2, level=level)
-  new, old = (run(row, 9, one_text, sink_positions="relative") for run in (new_stream, old_stream))
-  assert_close(new[0][2:], old[0][2:])
-  still = new_stream(row, 9, one_text)
-  assert np.abs(still[0] - new[0]).max() > 1e-2  # and it moves
+  row = MethodConfig(window=8, sink=2, level=level)
+  moved = stream(row, 9, one_text, sink_positions="relative")
+  assert_recorded(moved, f"relative sink {level}")
+  still = stream(row, 9, one_text)
+  assert np.abs(still[0] - moved[0]).max() > 1e-2
 
 
 # ------------------------------------------------------------------------------ 5: given frames
@@ -118,10 +83,9 @@ def test_4_a_relative_sink(level):
   ("given", "level"), [(1, "output"), (3, "output"), (6, "output"), (3, "input")]
 )
 def test_5_a_stream_from_given_frames(given, level):
-  row = methods.Method(window=8, sink=2, level=level)
-  new, old = (run(row, 6, one_text, given=tiny.video(8, given)) for run in (new_stream, old_stream))
-  assert_close(new[0][2:], old[0][2:])
-  np.testing.assert_array_equal(new[1], old[1])
+  row = MethodConfig(window=8, sink=2, level=level)
+  streamed = stream(row, 6, one_text, given=tiny.video(8, given))
+  assert_recorded(streamed, f"given {given} {level}")
 
 
 # ------------------------------------------------------------------- 6: two texts in one forward
@@ -131,25 +95,25 @@ def test_5_a_stream_from_given_frames(given, level):
 def test_6_two_texts_in_one_forward(name):
   """The prompt changes: a context still hears its own block's text beside the new one."""
   row = ROWS[name]
-  new, old = new_stream(row, 8, two_texts), old_stream(row, 8, two_texts)
-  assert_close(new[0][2:], old[0][2:])
-  assert np.abs(new[0] - new_stream(row, 8, one_text)[0])[3:].max() > 1e-2
+  changed = stream(row, 8, two_texts)
+  assert_recorded(changed, f"two texts {name}")
+  assert np.abs(changed[0] - stream(row, 8, one_text)[0])[3:].max() > 1e-2
 
 
 # ------------------------------------------------------------------- 9: recache at a prompt change
 
 
 @pytest.mark.parametrize(
-  ("row", "given"),
+  ("case", "row", "given"),
   [
-    (methods.Method(window=7, sink=2), 1),
-    (methods.Method(window=9), 3),
-    (methods.Method(window=8, sink=1, level="input"), 0),
+    (0, MethodConfig(window=7, sink=2), 1),
+    (1, MethodConfig(window=9), 3),
+    (2, MethodConfig(window=8, sink=1, level="input"), 0),
   ],
 )
-def test_9_recache_after_a_change_of_prompt(row, given):
+def test_9_recache_after_a_change_of_prompt(case, row, given):
   given = tiny.video(8, given) if given else None
-  new, old = (run(row, 8, two_texts, given=given, changes=(3,)) for run in (new_stream, old_stream))
-  assert_close(new[0][2:], old[0][2:])
-  kept = new_stream(row, 8, two_texts, given=given)
+  new = stream(row, 8, two_texts, given=given, changes=(3,))
+  assert_recorded(new, f"recache {case}")
+  kept = stream(row, 8, two_texts, given=given)
   assert np.abs(kept[0] - new[0]).max() > 1e-3

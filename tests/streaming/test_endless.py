@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
@@ -17,8 +17,8 @@ from tests.helpers.plain_stream import PlainStream
 from tests.helpers.tiny_stream import CONFIG, SIGMAS, assert_same, parts, quick_engine, take, text
 
 ROWS = {
-  "window": Method(block=2, window=6, renoise="euler"),
-  "carried": Method(block=2, window=7, sink=2, renoise="euler"),
+  "window": MethodConfig(block=2, window=6, renoise="euler"),
+  "carried": MethodConfig(block=2, window=7, sink=2, renoise="euler"),
 }
 each_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
 REACH = 2 * 4  # blocks that a block's numbers depend on: a window for each of two layers
@@ -26,7 +26,7 @@ FAR = 300_000_000  # blocks: at 4 latent frames a second, 4 years
 
 
 @functools.cache
-def engine(row: Method):
+def engine(row: MethodConfig):
   return quick_engine(
     parts(row), TickOptions(layout=Layout(), sink_positions="relative" if row.sink else "absolute")
   )
@@ -42,7 +42,7 @@ def jump(generation: LiveVideo, blocks: int) -> None:
 
 def sink_of(generation: LiveVideo) -> np.ndarray:
   """[s b k h w c]: block 0 as each level has shown it, once the ring has turned."""
-  return np.asarray(generation._pipe.contexts[:, :, : generation.engine.plan.method.sink])
+  return np.asarray(generation._pipe.past.latents[:, :, : generation.engine.method.sink])
 
 
 def watch(generation: LiveVideo, ticks: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -55,7 +55,7 @@ def watch(generation: LiveVideo, ticks: int) -> list[tuple[np.ndarray, np.ndarra
   return seen
 
 
-def assert_as_freshly_built(row: Method, seen, sink: np.ndarray) -> None:
+def assert_as_freshly_built(row: MethodConfig, seen, sink: np.ndarray) -> None:
   """The last tick again, level by level: a window built from frame 0 on of what the ticks before it
   have shown, then one step.
   """
@@ -97,7 +97,7 @@ def live_bytes() -> int:
   return sum(array.nbytes for array in jax.live_arrays())
 
 
-def run_long(row: Method, blocks: int) -> None:
+def run_long(row: MethodConfig, blocks: int) -> None:
   generation = LiveVideo(engine(row), "a", seed=6)
   take(generation, 20)
   sink, before, sizes = sink_of(generation), live_bytes(), []

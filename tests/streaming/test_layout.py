@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.tiny_stream import CONFIG, ROW, SIZE, assert_same, parts, quick_engine, take
 
-LONG = Method(block=2, window=41)  # caches are larger than anything else
+LONG = MethodConfig(block=2, window=41)  # caches are larger than anything else
 SIZES = [
   (2, 1, 1),
   (4, 1, 1),
@@ -81,7 +81,7 @@ def test_every_level_keeps_its_own_cache():
   generation = LiveVideo(engine(Layout(4)), "a", seed=0)
   generation.step()
   pipe = generation._pipe
-  for leaf in jax.tree.leaves((pipe.latents, pipe.context, pipe.cache, pipe.contexts)):
+  for leaf in jax.tree.leaves((pipe.latents, pipe.context, pipe.past)):
     shards = sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start)
     assert [shard.index[0] for shard in shards] == [slice(i, i + 1) for i in range(4)]
     assert len({shard.device for shard in shards}) == 4
@@ -101,9 +101,9 @@ def test_every_device_of_a_stage_has_its_share():
   ):
     assert share(kernel) == {1 / 2}
   pipe = LiveVideo(split, "a")._pipe
-  assert share(pipe.cache.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
+  assert share(pipe.past.kv.k) == {1 / 8} and share(pipe.latents) == {1 / 4}
   pipe = LiveVideo(engine(Layout(4, 1, 2)), "a")._pipe
-  assert share(pipe.cache.kv.k) == share(pipe.latents) == share(pipe.contexts) == {1 / 8}
+  assert share(pipe.past.kv.k) == share(pipe.latents) == share(pipe.past.latents) == {1 / 8}
 
 
 @functools.cache

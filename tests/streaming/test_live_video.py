@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
+from hiar_jax.method import MethodConfig
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
@@ -32,7 +32,7 @@ LEVELS = 4
 
 
 @functools.cache
-def engine(row: Method = ROW, **options) -> Engine:
+def engine(row: MethodConfig = ROW, **options) -> Engine:
   return quick_engine(parts(row), TickOptions(layout=ONE, **options))
 
 
@@ -57,10 +57,11 @@ def test_equals_plain_loops_and_numbers_its_blocks():
   [
     (ROW, {}),
     (ROW, {"sink_positions": "relative"}),
-    (Method(block=2, window=7, sink=1, level="input"), {}),
-    (Method(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
+    (MethodConfig(block=2, window=7, sink=1, level="input"), {}),
+    (MethodConfig(block=2, window=7, sink=1, level="fixed:0.3"), {}),
+    (MethodConfig(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
   ],
-  ids=["output", "carried", "input", "options"],
+  ids=["output", "carried", "input", "fixed", "options"],
 )
 def test_prompts_change_at_block_boundaries(row, options, recache):
   generation = LiveVideo(engine(row, **options), "a red circle", seed=1)
@@ -70,16 +71,16 @@ def test_prompts_change_at_block_boundaries(row, options, recache):
   rest = take(generation, 2)
   later = generation.change_prompt("a red circle", recache=recache)
   rest = np.concatenate([first, rest, take(generation, 7)], axis=1)
-  plan = engine(row, **options).plan
+  method = engine(row, **options).method
   prompts, recache = (
     {0: "a red circle", entered: "a blue square", later: "a red circle"},
     {entered, later} if recache else set(),
   )
   assert_same(
-    rest, plain(plan.method, 11, prompts, seed=1, recache=frozenset(recache), carried=plan.carries)
+    rest, plain(method, 11, prompts, seed=1, recache=frozenset(recache), carried=method.moves_sink)
   )
   assert (
-    np.abs(rest - plain(plan.method, 11, {0: "a red circle"}, seed=1, carried=plan.carries)).max()
+    np.abs(rest - plain(method, 11, {0: "a red circle"}, seed=1, carried=method.moves_sink)).max()
     > 1e-2
   )
 
@@ -190,7 +191,7 @@ def test_the_pipes_memory_is_used_again():
   generation.step()
   old = generation._pipe
   generation.step()
-  assert old.latents.is_deleted() and old.cache.kv.k.is_deleted() and old.cache.kv.v.is_deleted()
+  assert old.latents.is_deleted() and old.past.kv.k.is_deleted() and old.past.kv.v.is_deleted()
 
 
 def test_a_video_depends_on_its_prompt_and_seed():
@@ -220,8 +221,8 @@ def test_a_warm_engine_compiles_nothing_in_the_midst_of_a_video():
 @pytest.mark.parametrize(
   ("row", "options", "said"),
   [
-    (Method(block=2, window=0), {}, "window = 0.*a stream has no end; give a window"),
-    (Method(order="block_first", level="clean"), {}, "block_first.*cannot be streamed"),
+    (MethodConfig(block=2, window=0), {}, "window = 0.*a stream has no end; give a window"),
+    (MethodConfig(order="block_first", level="clean"), {}, "block_first.*cannot be streamed"),
     (ROW, {"window": 2}, "window = 2 cannot hold a block"),
     (
       ROW,

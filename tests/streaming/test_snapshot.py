@@ -113,8 +113,8 @@ def test_the_model_that_did_not_make_it_is_refused(running):
 def test_a_model_that_is_no_engine_yet_gets_the_options_it_was_saved_with(tmp_path):
   generation = LiveVideo(engine(sink_positions="relative", window=9), "a", seed=1)
   generation.save(tmp_path / "g")
-  plan = LiveVideo.restore(tmp_path / "g", parts(), Layout(2)).engine.plan
-  assert (plan.method.window, plan.sink_positions) == (9, "relative")
+  method = LiveVideo.restore(tmp_path / "g", parts(), Layout(2)).engine.method
+  assert (method.window, method.sink_positions) == (9, "relative")
 
 
 def test_other_options_are_refused(running):

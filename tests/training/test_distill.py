@@ -117,9 +117,8 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
   config = DistillConfig(
     steps=50, batch=BATCH, lr=0.02, critic_lr=0.03, critic_updates=5, critic_warmup=10
   )
-  step = distill.make_generator_step(
-    config, Student(MODEL, MODEL, MODEL, HIAR, jnp.asarray(SIGMAS), TASK)
-  )
+  student = Student(MODEL, MODEL, MODEL, HIAR.at(SIGMAS), TASK)
+  step = distill.make_generator_step(config, student)
   state = states.create_state(
     jax.random.key(7),
     make_params(0),

@@ -1,1 +1,1 @@
-"""The past of a block: the KV cache, the masks over it, and the sink at relative positions."""
+"""What blocks see of earlier forwards: the window rule, and the ring that keeps K/V."""

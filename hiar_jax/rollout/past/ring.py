@@ -1,76 +1,118 @@
-"""The KV cache as an explicit pytree: a ring of slots, one latent frame each.
+"""The past as a ring: K/V in slots of one latent frame each.
 
-The first `sink` slots keep the first frames of the video; the others are a ring in which a new
-block overwrites the oldest frames, so a cache neither grows nor moves. `position` is the frame that
-each slot holds, -1 for none. Masks are computed from it (visibility.past_mask), so the order of the
-slots does not matter to attention. Positions are absolute frame indices, exact at any length (see
-models.rope).
+The first `sink` slots keep the first frames of the video; in the others a new block overwrites the
+oldest frames, so the past neither grows nor moves. `positions` is the frame that each slot holds,
+-1 for none; what a block sees follows from it, so the order of the slots does not matter to
+attention. Positions are absolute frame indices, exact at any length (models.rope). `method` sets
+the rules.
 """
+
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from hiar_jax.method import Method
-from hiar_jax.models.dit import KV, DiTConfig
-from hiar_jax.types import Positions
+from hiar_jax.models.frames import KV, Frames, Network, Read
+from hiar_jax.rollout.past.visibility import visible
+from hiar_jax.types import Block, LatentShape, Positions
 
 
 @flax.struct.dataclass
-class Cache:
-  """kv: each [num_layers b slots t a d]; position: [slots] int32, -1 where a slot is empty."""
+class Ring:
+  """kv: the network's K/V of all slots. positions: [slots] int32. latents: [b slots h w c], those
+  that the K/V were computed from, where they may have to be computed again (recache); else None.
+  """
 
-  kv: KV
-  position: jax.Array
+  kv: Any
+  positions: jax.Array
+  latents: jax.Array | None
+  method: Method = flax.struct.field(pytree_node=False)
 
   @property
   def slots(self) -> int:
-    return self.position.shape[0]
+    return self.positions.shape[0]
+
+  def read(self, groups: tuple[Frames, ...]) -> tuple[tuple[Frames, ...], tuple[KV, ...]]:
+    """Returns the groups with what they read of the ring, and the past that Network.apply takes.
+
+    A relative sink is at another distance from each group, so each reads a copy of its own:
+    [ring | sink moved for the first group | sink moved for the second ...].
+    """
+    method, sink = self.method, self.method.sink
+    rows = [visible(method, g.positions[-1], self.positions) for g in groups]
+    if not method.moves_sink or not self.slots:
+      reads = [(Read(past=0, seen=row),) for row in rows]
+      past = (self.kv,)
+    else:
+      reads = [
+        (Read(past=0, seen=row[sink:]), Read(past=1 + i, seen=row[:sink]))
+        for i, row in enumerate(rows)
+      ]
+      still = self.kv.take(0, sink)
+      # 0 until the window begins to roll
+      distances = [jnp.maximum(g.positions[-1] + 1 - method.window, 0) for g in groups]
+      past = (self.kv.take(sink, self.slots), *(still.moved(d) for d in distances))
+    # the past's K/V stand before those of other groups
+    groups = tuple(g.replace(reads=(*r, *g.reads)) for g, r in zip(groups, reads, strict=True))
+    return groups, past
+
+  def write(self, kv: KV, latents: Block, positions: Positions, keep=True) -> "Ring":
+    """Writes a block's K/V, and its latents where they are kept. keep: a bool, or one per frame."""
+    if not self.slots:
+      return self
+    # under vmap a branch would run in any case: what is not kept goes out of range
+    slots = jnp.where(keep, self.slots_of(positions), self.slots)
+    latents = None if self.latents is None else self.latents.at[:, slots].set(latents, mode="drop")
+    return self.replace(
+      kv=self.kv.put(slots, kv),
+      positions=self.positions.at[slots].set(positions, mode="drop"),
+      latents=latents,
+    )
+
+  def slots_of(self, positions: Positions) -> jax.Array:
+    """Returns the slot of each frame of a block; out of range for those that do not fit."""
+    sink, ring = self.method.sink, self.slots - self.method.sink
+    # max(): where the sink is all there is no ring, and its modulus would be 0
+    in_ring = sink + (positions - sink) % max(ring, 1)
+    # of a block longer than the ring only the last frames stay, or two would share a slot
+    kept = positions > positions[-1] - ring
+    outside = self.slots
+    return jnp.where(positions < min(sink, outside), positions, jnp.where(kept, in_ring, outside))
+
+  # to compute the K/V again
+
+  def blocks_before(self, n) -> tuple[jax.Array, jax.Array]:
+    """Returns the blocks that slots may hold before block n, oldest first, and which of them count.
+
+    They are the sink's, and the last before n: one more than fits, as block n - 1 may not be
+    written yet. Of the latter, those that are in the sink do not count.
+    """
+    k = self.method.block
+    head, tail = -(-min(self.method.sink, self.slots) // k), -(-self.slots // k) + 1
+    order = jnp.concatenate([jnp.arange(head), n - tail + jnp.arange(tail)])
+    return order, (jnp.arange(head + tail) < head) | (order >= head)
+
+  def kept_latents(self, positions: Positions) -> tuple[Block, jax.Array]:
+    """Returns the latents [b k h w c] of a block's slots, and which of its frames they hold."""
+    slots = jnp.minimum(self.slots_of(positions), self.slots - 1)  # clipped for reading
+    return self.latents[:, slots], self.positions[slots] == positions
+
+  def emptied(self) -> "Ring":
+    """Returns a ring of the same size that holds nothing and keeps no latents."""
+    kv = jax.tree.map(jnp.zeros_like, self.kv)
+    return Ring(kv, jnp.full_like(self.positions, -1), None, self.method)
 
 
 def empty(
-  config: DiTConfig, method: Method, *, batch: int, frames: int, height: int, width: int
-) -> Cache:
-  """Returns an empty cache for videos of up to `frames` latent frames of height x width.
+  network: Network, method: Method, shape: LatentShape, batch: int, *, latents: bool = False
+) -> Ring:
+  """Returns a ring that holds nothing yet, for videos of shape.frames latent frames.
 
-  With a window its size does not depend on `frames`.
+  With a window its size does not depend on their number. latents: keep the latents too.
   """
-  slots = method.cache_frames(frames)
-  shape = (
-    config.num_layers,
-    batch,
-    slots,
-    config.tokens(height, width),
-    config.num_heads,
-    config.head_dim,
-  )
-  zeros = jnp.zeros(shape, config.dtype)
-  return Cache(KV(zeros, zeros), jnp.full(slots, -1, jnp.int32))
-
-
-def slots_of(positions: Positions, slots: int, sink: int) -> jax.Array:
-  """Returns the slot of each frame of a block, for a cache of `slots` with a sink of `sink` frames.
-
-  `slots`, which is out of range, for frames that the ring is too small to keep.
-  """
-  ring = slots - sink
-  # max(): a cache that holds the sink alone has no ring, and its modulus would be 0
-  in_ring = sink + (positions - sink) % max(ring, 1)
-  # of a block longer than the ring only the last frames stay, or two would share a slot
-  kept = positions > positions[-1] - ring
-  return jnp.where(positions < min(sink, slots), positions, jnp.where(kept, in_ring, slots))
-
-
-def write(cache: Cache, kv: KV, positions: Positions, method: Method) -> Cache:
-  """Writes a block's K/V [num_layers b k t a d] into its slots, in the cache's dtype."""
-  if not cache.slots:
-    return cache
-  slots = slots_of(positions, cache.slots, method.sink)
-
-  # mode="drop": the out-of-range slots of frames that are not kept
-  def put(old, new):
-    return old.at[:, :, slots].set(new.astype(old.dtype), mode="drop", unique_indices=True)
-
-  return Cache(
-    jax.tree.map(put, cache.kv, kv), cache.position.at[slots].set(positions, mode="drop")
-  )
+  slots = method.past_frames(shape.frames)
+  kept = jnp.zeros((batch, *shape.block(slots))) if latents else None
+  kv = network.empty_kv(slots, batch, shape.height, shape.width)
+  return Ring(kv, jnp.full(slots, -1, jnp.int32), kept, method)

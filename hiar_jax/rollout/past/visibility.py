@@ -1,65 +1,70 @@
-"""Masks [query frames, key frames]: the window and the sink, and causality between blocks.
+"""The window rule: which frames a block sees of earlier blocks, and the groups that follow from it.
 
-True where the frame of the row sees the frame of the column. Example with blocks of 2 frames
-(frames 0 1 | 2 3), no window:
+Example with blocks of 2 frames and a window of 5, sink 1; rows are blocks, columns frames:
 
-    block_causal_mask   past_mask     own_block_mask
-        1 1 0 0          0 0 0 0         1 1 0 0
-        1 1 0 0          0 0 0 0         1 1 0 0
-        1 1 1 1          1 1 0 0         0 0 1 1
-        1 1 1 1          1 1 0 0         0 0 1 1
+               0 1 | 2 3 | 4 5 | 6 7
+    block 1    1 1
+    block 2    1 .   1 1              window 5 - 1 = 4 frames, the block's own 2 among them
+    block 3    1 .   . .   1 1
 """
 
+import dataclasses
+
 import jax.numpy as jnp
+import numpy as np
 
-from hiar_jax.method import Method
-from hiar_jax.types import FrameMask, Positions
-
-
-def block_end(positions: Positions, block: int) -> Positions:
-  """Returns the last frame of the block that each frame belongs to."""
-  return (positions // block + 1) * block - 1
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Frames, Read
+from hiar_jax.types import Video
 
 
-def in_window(query: Positions, key: Positions, method: Method) -> FrameMask:
-  """Returns the window rule of hiar_jax.method as a mask, without causality."""
+def visible(method: MethodConfig, query, key):
+  """Returns which frames `key` [p] the block of frame `query` sees of earlier blocks: Bool[p].
+
+  numpy in, numpy out: reads of a whole clip are static. Traced in, traced out: slots of a ring,
+  where -1 is an empty one.
+  """
+  first = query // method.block * method.block
+  row = (key < first) & (key >= 0)
   if not method.window:
-    return jnp.ones((query.size, key.size), bool)
-  # counted from the block's end, so that all frames of a block see the same past
-  last_outside = block_end(query, method.block) - (method.window - method.sink)
-  return (key[None, :] < method.sink) | (key[None, :] > last_outside[:, None])
+    return row
+  # counted from the block's end, so that all its frames see the same past
+  last_outside = first + method.block - 1 - (method.window - method.sink)
+  return row & ((key < method.sink) | (key > last_outside))
 
 
-def block_causal_mask(positions: Positions, method: Method) -> FrameMask:
-  """Returns the mask under which frames see their own block and the blocks before it."""
-  causal = positions[None, :] <= block_end(positions, method.block)[:, None]
-  return causal & in_window(positions, positions, method)
+def clip_reads(method: MethodConfig, n: int, sources: dict[int, Read]) -> tuple[Read, ...]:
+  """Returns what block n of a clip reads. sources: block -> where its K/V are, in their order."""
+  reads = []
+  for m, source in sources.items():
+    frames = m * method.block + np.arange(method.block)
+    row = visible(method, n * method.block, frames)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]])))  # of runs of True
+    reads += [
+      dataclasses.replace(source, frames=(int(first), int(end)))
+      for first, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
+  return tuple(reads)
 
 
-def past_mask(query: Positions, past: Positions, method: Method) -> FrameMask:
-  """Returns the mask under which frames see earlier blocks alone.
-
-  past: positions of cached frames in any order, -1 where a slot is empty.
-  """
-  # < the first frame of the query's block: slots may still hold the block itself, or later ones
-  earlier = past[None, :] < (query // method.block * method.block)[:, None]
-  return earlier & (past >= 0)[None, :] & in_window(query, past, method)
-
-
-def own_block_mask(query: Positions, key: Positions, method: Method) -> FrameMask:
-  """Returns the mask under which frames see their own block alone."""
-  return (query // method.block)[:, None] == (key // method.block)[None, :]
-
-
-def teacher_forcing_mask(positions: Positions, method: Method) -> FrameMask:
-  """Returns the mask [2 f, 2 f] over [context | noisy], both halves at `positions` [f].
-
-  The context is block-causal; noisy block n sees the context's blocks < n and itself.
-  """
-  n = positions.size
-  top = jnp.concatenate([block_causal_mask(positions, method), jnp.zeros((n, n), bool)], axis=1)
-  bottom = jnp.concatenate(
-    [past_mask(positions, positions, method), own_block_mask(positions, positions, method)],
-    axis=1,
+def block_groups(
+  x: Video, sigma, method: MethodConfig, shown: list[dict[int, Read]]
+) -> tuple[Frames, ...]:
+  """Returns the blocks of a clip as groups. shown: of each, what it may see: block -> where."""
+  sigma = jnp.asarray(sigma, jnp.float32)
+  k = method.block
+  return tuple(
+    Frames(
+      x[:, n * k : n * k + k],
+      sigma[:, n * k : n * k + k] if sigma.ndim == 2 else sigma,
+      n * k + jnp.arange(k, dtype=jnp.int32),
+      clip_reads(method, n, sources),
+    )
+    for n, sources in enumerate(shown)
   )
-  return jnp.concatenate([top, bottom], axis=0)
+
+
+def causal_groups(x: Video, sigma, method: MethodConfig) -> tuple[Frames, ...]:
+  """Returns the blocks of a clip as groups that see those before them, as they are here."""
+  blocks = x.shape[1] // method.block
+  return block_groups(x, sigma, method, [{m: Read(group=m) for m in range(blocks)}] * blocks)

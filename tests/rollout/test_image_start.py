@@ -4,22 +4,22 @@ positions 0 | 1 2 3 | 4 5 6 ...
 
 import functools
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.method import Method
-from hiar_jax.rollout import image_to_video
+from hiar_jax.errors import UserError
+from hiar_jax.method import MethodConfig
+from hiar_jax.rollout import sample
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 
 BLOCKS = 3
 ROWS = {
-  "hiar": Method(block=2, window=0),
-  "hiar_window": Method(block=2, window=4),
-  "euler": Method(block=3, window=4, renoise="euler"),
-  "self_forcing": Method(block=2, window=4, order="block_first", level="clean"),
-  "self_aligned": Method(block=2, window=5, level="input", gradient="attached"),
+  "hiar": MethodConfig(block=2, window=0),
+  "hiar_window": MethodConfig(block=2, window=4),
+  "euler": MethodConfig(block=3, window=4, renoise="euler"),
+  "self_forcing": MethodConfig(block=2, window=4, order="block_first", level="clean"),
+  "self_aligned": MethodConfig(block=2, window=5, level="input", gradient="attached"),
 }
 
 
@@ -76,17 +76,12 @@ def made(name):
   """(what the rollout gives, what the plain loop gives)."""
   row = ROWS[name]
   table, image = tiny.noise_table(row, BLOCKS + 1), tiny.video(5, 1)
-  run = quick_jit(
-    lambda params, table, image: image_to_video.rollout(
-      tiny.bind(params),
-      tiny.lookup(table),
-      tiny.cache(row, 1 + BLOCKS * row.block),
-      jnp.asarray(tiny.SIGMAS),
-      row,
-      BLOCKS,
-      image,
-    )
-  )
+
+  def run(params, table, image):
+    shape, method = tiny.shape(BLOCKS * row.block), row.at(tiny.SIGMAS)
+    return sample.rollout(tiny.bind("dit", params), tiny.lookup(table), method, shape, image)
+
+  run = quick_jit(run)
   return np.asarray(run(tiny.params(), table, image)), plain(row, table, image), image
 
 
@@ -104,3 +99,9 @@ def test_the_picture_matters():
   video, _, image = made("hiar")
   other = plain(row, table, image + 1)
   assert np.abs(other - video)[:, 1:].max() > 1e-2
+
+
+def test_given_frames_are_one_or_whole_blocks():
+  row = ROWS["hiar"]
+  with pytest.raises(UserError, match="3 given latent frames: expected one, or whole blocks of 2"):
+    sample.rollout(tiny.bind(), None, row.at(tiny.SIGMAS), tiny.shape(4), tiny.video(5, 3))

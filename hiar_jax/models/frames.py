@@ -1,0 +1,205 @@
+"""A network's forward over groups of frames, and what each group sees.
+
+    Network.apply(params, groups, texts, past) -> Out(velocity of each group, K/V of each group)
+
+A group is a run of frames that hear one text and see the same things: themselves, some of the K/V
+that earlier forwards left (the past), and other groups of the same forward. Rollouts and losses say
+what is read; how (a mask, a slice, a kernel) is the network's matter. So one network serves as
+
+    bidirectional     one group of all frames
+    block-causal      a group a block, each reading the groups before it
+    teacher-forcing   the context's K/V as the past of noisy groups
+    cached            a ring of K/V as the past, read by slots
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+import numpy as np
+
+from hiar_jax.types import Array, Block, FrameMask, Params, Text
+
+PROJECTION = "patch_embedding"  # one frame a token
+
+
+@flax.struct.dataclass
+class Read:
+  """Frames that a group sees, of an entry of the past or of another group of the same forward.
+
+  frames: (first, end) of the source's frames, known while the program is traced; None = all.
+  seen: which of these, where that is known only when the program runs (slots of a ring); None =
+  all.
+  """
+
+  past: int | None = flax.struct.field(pytree_node=False, default=None)
+  group: int | None = flax.struct.field(pytree_node=False, default=None)
+  frames: tuple[int, int] | None = flax.struct.field(pytree_node=False, default=None)
+  seen: Bool[Array, "p"] | None = None
+
+
+@flax.struct.dataclass
+class Frames:
+  """A group of frames: noisy ones, or a context whose K/V are wanted.
+
+  x: latents [b k h w c]. sigma: noise level, a scalar, [b] or [b k]. positions: frame indices, [k]
+  or [b k]. reads: what the group sees besides itself. exists: which frames are there; the others
+  are seen by nobody but themselves; None = all. text: index into the texts of the forward; None:
+  the
+  group hears none. projection: name of the input projection, which sets how many frames, rows and
+  columns become one token (packed history).
+  """
+
+  x: Block
+  sigma: Float[Array, ""] | Float[Array, "b"] | Float[Array, "b k"]
+  positions: Int[Array, "k"] | Int[Array, "b k"]
+  reads: tuple[Read, ...] = ()
+  exists: Bool[Array, "k"] | None = None
+  text: int | None = flax.struct.field(pytree_node=False, default=0)
+  projection: str = flax.struct.field(pytree_node=False, default=PROJECTION)
+
+
+class KV(Protocol):
+  """Keys (rotated) and values of frames, in the layout of the network that made them: a pytree."""
+
+  def put(self, slots: Int[Array, "k"], new: "KV") -> "KV":
+    """Returns this with `new` at `slots`, in this one's dtype; out-of-range slots are dropped."""
+
+  def take(self, first: int, end: int) -> "KV":
+    """Returns the K/V of the frames first ... end - 1."""
+
+  def moved(self, distance: jax.Array) -> "KV":
+    """Returns this with keys rotated on by `distance` frames, a scalar >= 0."""
+
+
+@flax.struct.dataclass
+class Out:
+  """Of each group: its velocity [b k h w c], float32 (None of packed frames), and its K/V."""
+
+  velocity: tuple[Block | None, ...]
+  kv: tuple[Any, ...]
+
+
+class Network(Protocol):
+  """A diffusion transformer. One class per base: the frozen, hashable config of its sizes."""
+
+  channels: int
+
+  def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
+    """Runs the groups. texts: [g b l d]. past: tuple of K/V, which a Read's `past` counts.
+
+    start: [b], frames of its video before each clip, or None.
+    """
+
+  def empty_kv(self, frames: int, batch: int, height: int, width: int) -> Any:
+    """Returns zeros for the K/V of frames of height x width."""
+
+
+@flax.struct.dataclass
+class Bound:
+  """A network with its weights, texts and starts: the function that rollouts and losses call.
+
+  bound(groups, past=()) -> Out. A pytree, so jax.lax.stop_gradient(bound) is its frozen side.
+  texts: [g b l d].
+  """
+
+  network: Network = flax.struct.field(pytree_node=False)
+  params: Params
+  texts: jax.Array
+  start: jax.Array | None = None
+
+  def __call__(self, groups: tuple[Frames, ...], past=()) -> Out:
+    return self.network.apply(self.params, groups, self.texts, past, self.start)
+
+  @property
+  def batch(self) -> int:
+    return self.texts.shape[1]
+
+  def with_texts(self, texts: jax.Array) -> "Bound":
+    """Returns the same with other texts [g b l d]."""
+    return dataclasses.replace(self, texts=texts)
+
+
+def bind(network: Network, params: Params, text: Text, start=None) -> Bound:
+  """Returns the network bound to one text [b l d] for all groups. start: see Network.apply."""
+  return Bound(network, params, jnp.asarray(text)[None], start)
+
+
+def whole_clip(bound: Bound, x: Block, sigma) -> Block:
+  """Returns the velocity of a clip [b f h w c] whose frames all see each other; sigma as Frames."""
+  return bound((Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32)),)).velocity[0]
+
+
+# --------------------------------------------------------------------------------- reads as a mask
+
+
+def frame_mask(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> FrameMask | None:
+  """Returns what the groups read as one mask [f, p + f] over [past | all groups]; None: everything.
+
+  past_frames: the frames of each entry of the past. Where all reads are static, so is the mask.
+  Raises ValueError for a read of what is not there.
+  """
+  sizes = [g.x.shape[1] for g in groups]
+  for read in (read for group in groups for read in group.reads):
+    _check_read(read, sizes, past_frames)
+  rows = []
+  for j, group in enumerate(groups):
+    parts = [_seen(group.reads, "past", i, p) for i, p in enumerate(past_frames)]
+    for i, (other, k) in enumerate(zip(groups, sizes, strict=True)):
+      if i == j:
+        own = np.ones(k, bool) if other.exists is None else other.exists
+        parts.append((own, np.eye(k, dtype=bool)))  # a frame sees itself in any case
+      else:
+        seen = _seen(group.reads, "group", i, k)
+        unread = isinstance(seen, np.ndarray) and not seen.any()
+        parts.append(seen if unread or other.exists is None else seen & other.exists)
+    rows.append(_row(parts, sizes[j]))
+  if all(isinstance(row, np.ndarray) for row in rows):
+    mask = np.concatenate(rows)
+    return None if mask.all() else jnp.asarray(mask)
+  return jnp.concatenate([jnp.asarray(row) for row in rows])
+
+
+def _check_read(read: Read, sizes: list[int], past_frames: tuple[int, ...]) -> None:
+  """Raises ValueError for a read of what is not there: as a mask it would be dropped in silence."""
+  kind, index, found = ("past", read.past, past_frames)
+  if read.past is None:
+    kind, index, found = ("group", read.group, sizes)
+  if index is None or not 0 <= index < len(found):
+    raise ValueError(f"a group reads {kind} {index}, of which there are {len(found)}")
+  first, end = read.frames or (0, found[index])
+  if not 0 <= first < end <= found[index] and found[index]:
+    raise ValueError(
+      f"a group reads frames {first} to {end - 1} of {kind} {index}, which has {found[index]}"
+    )
+  if read.seen is not None and (read.frames or read.seen.shape != (found[index],)):
+    raise ValueError(
+      f"a group reads {kind} {index} by `seen`: expected one bool for each of its {found[index]} "
+      f"frames and no `frames`, got {read.seen.shape} and {read.frames}"
+    )
+
+
+def _seen(reads: tuple[Read, ...], kind: str, index: int, frames: int):
+  """Returns which frames of a source are read: Bool[frames], numpy where that is static."""
+  row = np.zeros(frames, bool)
+  for read in reads:
+    if getattr(read, kind) == index:
+      if read.seen is not None:
+        return read.seen  # of a ring, read once and as a whole
+      row[slice(*(read.frames or (0, frames)))] = True
+  return row
+
+
+def _row(parts, frames: int):
+  """Returns the mask [frames, p + f] of one group from what it sees of each source."""
+  made = []
+  for part in parts:
+    own, eye = part if isinstance(part, tuple) else (part, None)
+    module = np if isinstance(own, np.ndarray) else jnp
+    row = module.broadcast_to(own[None], (frames, own.shape[0]))
+    made.append(row if eye is None else row | eye)
+  module = np if all(isinstance(x, np.ndarray) for x in made) else jnp
+  return module.concatenate(made, axis=1)
