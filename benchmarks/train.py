@@ -15,6 +15,7 @@ training, so updates differ in length. Prints one JSON object:
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import json
 import resource
 import statistics
@@ -28,7 +29,6 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
-from hiar_jax.components.interfaces import Task
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
@@ -39,30 +39,18 @@ from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import TrainConfig, TrainState, create_state
-from hiar_jax.types import Batch, Params
+from hiar_jax.types import Batch, Params, PyTree
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
-WORDS = 64  # size of the random vocabulary
-
-
-def task_of(e: Experiment) -> Task:
-  """Returns a task without codec and text encoder: batches hold latents; words are looked up."""
-  table = jax.random.normal(jax.random.key(3), (WORDS, e.text.dim))
-  return Task(
-    encode=lambda batch: batch["video"],
-    embed=lambda words: table[words],
-    negative=jnp.zeros_like,
-    latent=e.latent,
-  )
 
 
 def batch_of(e: Experiment, training: TrainConfig) -> Batch:
-  """Returns a random batch with the keys of every stage."""
+  """Returns a random batch with the keys of every stage, encoded."""
   rng = np.random.default_rng(0)
   clip, count = e.latent.clip, training.batch
   draw = lambda *shape: rng.standard_normal(shape, np.float32)
   clips = {
-    "tokens": rng.integers(0, WORDS, (count, e.text.length), np.int32),
+    "text": draw(count, e.text.length, e.text.dim),
     "example_id": np.arange(count, dtype=np.int32),
   }
   if e.model.place_embedding:
@@ -70,56 +58,62 @@ def batch_of(e: Experiment, training: TrainConfig) -> Batch:
   trajectory = draw(count, len(e.student.sigmas), *clip)
   return {
     **clips,
-    "video": draw(count, *clip),
+    "latents": draw(count, *clip),
     "trajectory": trajectory,
     "trajectories": {**clips, "trajectory": trajectory},
   }
 
 
-def stage(
-  e: Experiment, name: str
-) -> tuple[TrainConfig, Callable[[Params], TrainState], Callable, bool]:
-  """Returns (settings, params -> initial state, step, True if the step reads the teacher too)."""
-  task = task_of(e)
+def stage(e: Experiment, name: str) -> tuple[TrainConfig, Callable[[Params], TrainState], Callable]:
+  """Returns (settings, params -> initial state, make_step of parallel.mapping)."""
   key = jax.random.key(1)
-  sigmas = jnp.asarray(e.student.sigmas, jnp.float32)
   if name == "teacher":
-    step = teacher.make_step(e.teacher, e.dit, task)
-    return e.teacher, lambda params: create_state(key, params, e.teacher.optimizer()), step, False
+    optimizer = e.teacher.optimizer()
+    make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
+    return e.teacher, lambda params: create_state(key, params, optimizer), make_step
   if name == "causal_init":
-    step = causal_init.make_step(e.causal_init, e.student_dit, task, sigmas, e.history)
-    return (
-      e.causal_init,
-      lambda params: create_state(key, params, e.causal_init.optimizer()),
-      step,
-      False,
+    config, optimizer = e.causal_init, e.causal_init.optimizer()
+    make_step = functools.partial(
+      causal_init.make_step, config, e.student_dit, e.history, e.student.sigmas, optimizer
     )
-  method = e.history.at(sigmas)
-  student = distill.Student(e.student_dit, e.dit, e.teacher_dit, method, task)
+    return config, lambda params: create_state(key, params, optimizer), make_step
+  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
+  optimizers = {
+    "generator": e.distill.generator_optimizer(),
+    "critic": e.distill.critic_optimizer(),
+  }
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
-  optimizers = e.distill.generator_optimizer(), e.distill.critic_optimizer()
+  method = e.history.at(e.student.sigmas)
+  make_step = functools.partial(make, e.distill, networks, method, e.latent, optimizers[name])
   # The critic is a copy: buffers of the state are donated, so none may occur in it twice.
   fresh = lambda params: create_state(
-    key, params, optimizers[0], jax.tree.map(jnp.copy, params), optimizers[1]
+    key, params, optimizers["generator"], jax.tree.map(jnp.copy, params), optimizers["critic"]
   )
-  return e.distill, fresh, make(e.distill, student), name == "generator"
+  return e.distill, fresh, make_step
+
+
+def frozen_of(e: Experiment, name: str):
+  """Returns what the step of a stage reads and does not train."""
+  negative = jnp.zeros((1, e.text.length, e.text.dim))
+  if name == "teacher":
+    return negative
+  if name == "generator":
+    return distill.Frozen(jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(), negative)
+  return None
 
 
 def measure(e: Experiment, name: str, updates: int) -> dict:
   """Times `updates` updates of a stage after its first."""
   mesh = make_mesh(e.mesh)
   with jax.set_mesh(mesh):
-    training, fresh, step, reads_teacher = stage(e, name)
+    training, fresh, make_step = stage(e, name)
     initial = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
     # Initialised in its shards: the whole state may not fit on one device.
     shardings = state_shardings(jax.eval_shape(initial), mesh, e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
-    frozen = ()  # arguments of the step that it does not train
-    if reads_teacher:
-      frozen = (jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(),)
     batch = put_batch(batch_of(e, training), mesh)
-    mapped = map_step(step, shardings, mesh, e.mesh.mapping)
-    times = list(timed(mapped, state, batch, frozen, updates))
+    step = map_step(make_step, shardings, mesh, e.mesh.mapping)
+    times = list(timed(step, state, batch, frozen_of(e, name), updates))
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   return {
     "compile_s": round(times[0], 2),
@@ -132,7 +126,7 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
 
 
 def timed(
-  step: Callable, state: TrainState, batch: Batch, frozen: tuple, updates: int
+  step: Callable, state: TrainState, batch: Batch, frozen: PyTree, updates: int
 ) -> Iterator[float]:
   """Yields the seconds of each update, the first of them with compilation."""
   for count in range(updates + 1):
@@ -140,7 +134,7 @@ def timed(
     # so that every update draws its own exit level.
     state = state.replace(step=jnp.full((), count, jnp.int32))
     start = time.perf_counter()
-    state, metrics = jax.block_until_ready(step(state, batch, *frozen))
+    state, metrics = jax.block_until_ready(step(state, batch, frozen))
     yield time.perf_counter() - start
   if not all(np.isfinite(float(value)) for value in metrics.values()):
     print(f"not finite after {updates} updates on noise: {metrics}", file=sys.stderr)

@@ -85,7 +85,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   first = runs[0]
   # The teacher is bidirectional: its clips have the training length.
   sample = first.teacher_sampler(jax.random.key(_SEED.value))
-  points = sample(pretrained.load_teacher(first), first.tokens(prompts), np.arange(len(prompts)))
+  points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
   yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
   # Runs of the same method share a row.
   methods: dict[str, MethodConfig] = {}

@@ -24,7 +24,8 @@ CASES = {
   "such key; did you mean 'distill.lr'?",
   "--config.teacher.steps=many": "--config.teacher.steps=many: expected int",
   "--config.teacher.lr=fast": "--config.teacher.lr=fast: expected float",
-  "--config.history.level=nope": "history.level = 'nope': expected one of output, clean, input",
+  "--config.history.level=nope": "history.level = 'nope': expected one of clean, fixed, "
+  "input, output",
   "--config.history.order=random": "history.order = 'random': expected one of step_first, "
   "block_first",
   "--config.history.order=block_first": "block_first finishes each block first, so its history is "

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.components.interfaces import Task
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import difference
 from hiar_jax.convert import published_shapes
@@ -60,24 +59,15 @@ def experiment(name: str) -> Experiment:
   return build(Experiment, load(name))
 
 
-def abstract_task(e: Experiment) -> Task:
-  return Task(
-    encode=lambda batch: None,
-    embed=lambda tokens: tokens,
-    negative=jnp.zeros_like,
-    latent=e.latent,
-  )
-
-
 def abstract_batch(e: Experiment, size: int) -> dict:
   clip = e.latent.clip
   text = jax.ShapeDtypeStruct((size, e.text.length, e.text.dim), jnp.float32)
   points = jax.ShapeDtypeStruct((size, len(e.student.timesteps) + 1, *clip), jnp.float32)
   return {
-    "tokens": text,
+    "text": text,
     "example_id": jax.ShapeDtypeStruct((size,), jnp.int32),
     "trajectory": points,
-    "trajectories": {"tokens": text, "trajectory": points},
+    "trajectories": {"text": text, "trajectory": points},
   }
 
 
@@ -136,34 +126,24 @@ def test_every_step_is_traced_at_full_size(name):
   """
   e = experiment(name)
   state = abstract_state(e, jax.random.key(0))
-  who = distill.Student(
-    e.student_dit,
-    e.dit,
-    e.teacher_dit,
-    e.history.at(e.student.sigmas),
-    abstract_task(e),
-  )
+  networks = distill.Networks(e.student_dit, e.dit, e.teacher_dit)
+  made_of = e.distill, networks, e.history.at(e.student.sigmas), e.latent
+  generator = distill.make_generator_step(*made_of, e.distill.generator_optimizer())
+  critic = distill.make_critic_step(*made_of, e.distill.critic_optimizer())
   teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))
-  same = lambda tree: tree
+  negative = jax.ShapeDtypeStruct((1, e.text.length, e.text.dim), jnp.float32)
   batch = abstract_batch(e, 1)
-  after, measured = jax.eval_shape(
-    functools.partial(distill.make_generator_step(e.distill, who), mean=same), state, batch, teacher
-  )
+  after, measured = jax.eval_shape(generator, state, batch, distill.Frozen(teacher, negative))
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert ("forward_kl" in measured) == (e.distill.forward_kl.weight > 0)
-  after, _ = jax.eval_shape(
-    functools.partial(distill.make_critic_step(e.distill, who), mean=same), state, batch
-  )
+  after, _ = jax.eval_shape(critic, state, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-  init = causal_init.make_step(
-    e.causal_init, e.student_dit, abstract_task(e), e.student.sigmas, e.history
-  )
+  optimizer = e.causal_init.optimizer()
+  init = causal_init.make_step(e.causal_init, e.student_dit, e.history, e.student.sigmas, optimizer)
   start = jax.eval_shape(
-    lambda: states.create_state(
-      jax.random.key(0), dit.init(e.dit, jax.random.key(0)), e.causal_init.optimizer()
-    )
+    lambda: states.create_state(jax.random.key(0), dit.init(e.dit, jax.random.key(0)), optimizer)
   )
-  after, _ = jax.eval_shape(functools.partial(init, mean=same), start, batch)
+  after, _ = jax.eval_shape(init, start, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
 
 

@@ -109,7 +109,7 @@ def test_the_walk_has_a_shift_of_its_own(trained):
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     run = dataclasses.replace(open_run(config, trained.parent / "walk", save=False), mesh=one)
     sample = run.teacher_sampler(jax.random.key(0))
-    points = sample(pretrained.load_teacher(run), run.tokens(PROMPTS[:1]), np.zeros(1, np.int32))
+    points = sample(pretrained.load_teacher(run), run.texts(PROMPTS[:1]), np.zeros(1, np.int32))
     moves.append(np.asarray(points[:, 1] - points[:, 0]))
   np.testing.assert_allclose(
     moves[0] / 0.04, moves[1] / 0.0625, rtol=0, atol=1e-3 * np.abs(moves[0] / 0.04).max()
@@ -235,11 +235,10 @@ def test_a_student_that_exists_skips_causal_init(chain, trained, place):
 
 
 def test_the_negative_prompt_is_the_published_one(trained):
-  task = open_run(read_config(trained), trained, save=False).task
-  text = np.zeros((2, 64, 16), np.float32)
-  negative = np.asarray(task.negative(text))
-  assert negative.shape == text.shape and np.abs(negative).max() > 0
-  np.testing.assert_array_equal(negative[0], negative[1])
+  run = open_run(read_config(trained), trained, save=False)
+  negative = np.asarray(run.negative)
+  assert negative.shape == (1, 64, 16) and np.abs(negative).max() > 0
+  np.testing.assert_array_equal(negative, run.texts([umt5_tokenizer.NEGATIVE_PROMPT]))
 
 
 BAD = {

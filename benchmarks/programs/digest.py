@@ -14,7 +14,7 @@ values of one type that a loop carries from the same start. Any other order is n
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import hashlib
 
@@ -41,6 +41,11 @@ class Digest:
   def size(self) -> int:
     """Operations."""
     return sum(self.counts.values())
+
+
+def of_lines(lines: Iterable[str]) -> str:
+  """Of lines of text, in their order."""
+  return _hash(*lines)
 
 
 def of_lowered(lowered: jax.stages.Lowered) -> Digest:

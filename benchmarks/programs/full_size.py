@@ -133,24 +133,22 @@ class FullSize(Run):
     return SmallComponents(e.text, e.latent, pathlib.Path(), words, patch=e.codec.patch)
 
   def batch(self, size: int, *keys: str) -> dict:
-    """A batch as the data gives it: tokens, example_id, start where it is read, and these keys."""
+    """A batch as a step takes it: text, example_id, start where it is read, and these keys."""
     e = self.experiment
-    found = {"tokens": self.prompts(size), "example_id": integers(size)}
+    found = {"text": self.prompts(size), "example_id": integers(size)}
     if e.dit.place_embedding:
       found["start"] = integers(size)
     if "video" in keys:
-      found["video"] = self.pixels(size, e.data.frames)
+      found["latents"] = self.latents(size, e.latent.frames)
     if "trajectory" in keys:
       points = len(self.point_sigmas)
-      found["trajectory"] = shape((size, points, *self.task.latent.clip), np.float32)
+      found["trajectory"] = shape((size, points, *e.latent.clip), np.float32)
     return found
 
   def prompts(self, size: int) -> jax.ShapeDtypeStruct:
-    """Word ids, or texts."""
+    """Texts, as the network reads them."""
     text = self.experiment.text
-    if is_wan(self.experiment):
-      return shape((size, text.length, text.dim), jnp.dtype(text.dtype))
-    return integers(size, text.length)
+    return shape((size, text.length, text.dim), np.float32)
 
   def latents(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
     return shape((size, *self.experiment.latent.block(frames)), np.float32)

@@ -95,9 +95,14 @@ has_no_sink = lambda e: streams(e) and e.history.sink == 0
 # ----------------------------------------------------------------------------------------- training
 
 
-def step(function: Callable, *arguments) -> Lowered:
+def step(made: Callable, *arguments) -> Lowered:
   """A training step on one device."""
-  return jax.jit(functools.partial(function, mean=lambda tree: tree)).lower(*arguments)
+  return jax.jit(made).lower(*arguments)
+
+
+def negative(run: FullSize) -> jax.ShapeDtypeStruct:
+  """The text of the negative prompt."""
+  return shape((1, run.experiment.text.length, run.experiment.text.dim), np.float32)
 
 
 def stage_key(e: Experiment, stage: int) -> jax.Array:
@@ -119,8 +124,8 @@ def teacher_start(run):
 def teacher_step(run):
   e = run.experiment
   state = jax.eval_shape(start_teacher(e))
-  made = teacher.make_step(e.teacher, e.dit, run.task)
-  return step(made, state, run.batch(e.teacher.batch, "video"))
+  made = teacher.make_step(e.teacher, e.dit, e.teacher.optimizer())
+  return step(made, state, run.batch(e.teacher.batch, "video"), negative(run))
 
 
 @program("teacher/preview", *SIZES, "seed", "student", "trajectories", exists=trains_teacher)
@@ -159,16 +164,18 @@ def causal_init_start(run):
 @program("causal_init/step", *STUDENT, "trajectories", "causal_init", exists=trains_init)
 def causal_init_step(run):
   e, config = run.experiment, run.experiment.causal_init
-  made = causal_init.make_step(config, e.student_dit, run.task, run.point_sigmas, e.history)
+  made = causal_init.make_step(
+    config, e.student_dit, e.history, run.point_sigmas, config.optimizer()
+  )
   state = jax.eval_shape(start_init(e), network(e.dit))
   return step(made, state, run.batch(config.batch, "trajectory"))
 
 
-def distilled(run: FullSize) -> distill.Student:
-  """As training/stages.py makes it."""
-  e, method = run.experiment, run.experiment.history.at(run.sigmas)
-  points = jnp.asarray(run.point_sigmas)
-  return distill.Student(e.student_dit, e.dit, e.teacher_dit, method, run.task, points)
+def distilled(run: FullSize) -> tuple:
+  """What both steps of distillation are made of, as in training/stages.py."""
+  e = run.experiment
+  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
+  return e.distill, networks, run.method, e.latent
 
 
 def start_distill(e: Experiment) -> Callable:
@@ -190,25 +197,22 @@ def distill_state(e: Experiment):
 @program("distill/critic_step", *DISTILL)
 def critic_step(run):
   e, config = run.experiment, run.experiment.distill
-  made = distill.make_critic_step(config, distilled(run))
+  made = distill.make_critic_step(*distilled(run), config.critic_optimizer())
   return step(made, distill_state(e), run.batch(config.batch))
 
 
 @program("distill/generator_step", *DISTILL)
 def generator_step(run):
   e, config = run.experiment, run.experiment.distill
-  made = distill.make_generator_step(config, distilled(run))
+  points = jnp.asarray(run.point_sigmas)
+  made = distill.make_generator_step(
+    *distilled(run), config.generator_optimizer(), point_sigmas=points
+  )
   real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
-  if not config.forward_kl.weight:
-    return step(made, distill_state(e), run.batch(config.batch), real)
-
-  # The recording has the trajectories before the rest of the batch, in the order in which its keys
-  # were sorted then. A renamed key changes that order, and nothing else of the program.
-  def with_trajectories(state, trajectories, batch, real, mean):
-    return made(state, {**batch, "trajectories": trajectories}, real, mean=mean)
-
-  trajectories = run.batch(config.batch, "trajectory")
-  return step(with_trajectories, distill_state(e), trajectories, run.batch(config.batch), real)
+  batch = run.batch(config.batch)
+  if config.forward_kl.weight:
+    batch["trajectories"] = run.batch(config.batch, "trajectory")
+  return step(made, distill_state(e), batch, distill.Frozen(real, negative(run)))
 
 
 # --------------------------------------------------------------------------------------- generation

@@ -15,6 +15,7 @@ from benchmarks.programs.digest import Digest
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax")  # another version of one may lower otherwise
 SHOWN = 12  # operations of a difference
+PRODUCTS = ("stablehlo.dot_general", "stablehlo.convolution")
 
 Recording = Mapping[str, Mapping]  # name -> what `entry` makes
 
@@ -66,10 +67,17 @@ def versions() -> dict[str, str]:
 
 
 def entry(found: Digest) -> dict:
-  """As it is kept, in full: operations says how many, counts how often each."""
+  """As it is kept, in full: operations says how many, counts how often each; products is a digest
+  of the matrix products and convolutions alone, where the time goes.
+  """
   return {
     "digest": found.operations,
     "dataflow": found.dataflow,
+    "products": digest.of_lines(
+      f"{count} x {line}"
+      for line, count in sorted(found.counts.items())
+      if any(name in line for name in PRODUCTS)
+    ),
     "operations": found.size,
     "counts": dict(sorted(found.counts.items())),
   }
@@ -119,6 +127,8 @@ def _difference(old: Mapping, new: Mapping) -> str:
   if old["digest"] == new["digest"]:
     return "the operations are the same, but feed each other otherwise"
   count = f"{old['operations']} -> {new['operations']} operations"
+  if "products" in old and "products" in new:
+    count += ", the same matrix products" * (old["products"] == new["products"])
   if old["dataflow"] == new["dataflow"]:
     return f"{count}; the results are computed as before, others came, went or are repeated"
   return f"{count}; the results are computed otherwise"

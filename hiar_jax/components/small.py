@@ -5,21 +5,19 @@ latents [b f h w c] --patch_pca.decode--> pixels [b f H W 3] --to_uint8--> uint8
 uint8 [b f H W 3] --to_unit--> pixels --patch_pca.encode--> latents
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.components import patch_pca, word_table
-from hiar_jax.components.interfaces import Task
 from hiar_jax.components.patch_pca import PatchPCA, load
 from hiar_jax.components.word_table import TextConfig
-from hiar_jax.types import LatentShape
+from hiar_jax.types import LatentShape, Text, Video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,21 +29,6 @@ class SmallComponents:
   codec_file: pathlib.Path  # written by the data stage
   vocabulary: tuple[str, ...]
 
-  @functools.cached_property
-  def task(self) -> Task:
-    """The codec's encoder and the word table's lookup, as traced functions."""
-    # The closures hold the arrays, so a traced step has them as constants, not as arguments.
-    codec = self.codec
-    table = word_table.word_table(self.tokenizer.size, self.text.length, self.text.dim)
-    embed = functools.partial(word_table.encode, table)  # ids [n l] -> texts [n l d]
-    return Task(
-      encode=lambda batch: patch_pca.encode(codec, patch_pca.to_unit(batch["video"])),
-      embed=embed,
-      # the negative prompt is the empty one: padding (id 0) alone
-      negative=lambda text: embed(jnp.zeros(text.shape[:2], jnp.int32)),
-      latent=self.latent,
-    )
-
   # ---------------------------------------------------------------------- prompt -> tokens -> text
 
   @functools.cached_property
@@ -53,10 +36,19 @@ class SmallComponents:
     return word_table.WordTokenizer(self.vocabulary, self.text.length)
 
   def prepare(self, prompts: Sequence[str]) -> None:
-    pass  # tokens are ids; the table is looked up inside the step
+    pass  # tokens are ids; looking them up costs nothing
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
     return np.stack([self.tokenizer(prompt) for prompt in prompts])
+
+  @functools.cached_property
+  def embed(self) -> Callable[[jax.Array], Text]:
+    table = word_table.word_table(self.tokenizer.size, self.text.length, self.text.dim)
+    return jax.jit(functools.partial(word_table.encode, table))
+
+  def negative(self) -> Text:
+    # the negative prompt is the empty one: padding (id 0) alone
+    return self.embed(np.zeros((1, self.text.length), np.int32))
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     return self.tokenizer(record["caption"].decode())
@@ -82,6 +74,11 @@ class SmallComponents:
   @functools.cached_property
   def codec(self) -> PatchPCA:
     return load(self.codec_file)
+
+  @functools.cached_property
+  def encode(self) -> Callable[[jax.Array], Video]:
+    codec = self.codec
+    return jax.jit(lambda video: patch_pca.encode(codec, patch_pca.to_unit(video)))
 
   def pieces(self, latents) -> Iterator[np.ndarray]:
     # one piece: a small world's whole video fits into memory

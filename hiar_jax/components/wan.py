@@ -1,12 +1,12 @@
 """The components of Wan2.1 (arXiv 2503.20314): UMT5-XXL (arXiv 2304.09151) and the 3D VAE, or the
 tiny autoencoder TAEHV in its place, from converted weights.
 
-    prompt --TextCache (tokenizer, UMT5, disk)--> text [b l d] --Task.embed--> float32 [b l d]
+    prompt --TextCache (tokenizer, UMT5, disk)--> text [b l d] --embed--> float32 [b l d]
     latents [b f h w c] --ChunkedDecoder (VAE or TAEHV)--> pieces uint8 [b F_i H W 3]
     uint8 [b F H W 3] --encode of the VAE or TAEHV--> latents [b f h w c]
 
 with F = 1 + 4 (f - 1), H = 8 h, W = 8 w. The tokens of a prompt are its text: UMT5 is too large to
-run inside a training step.
+run in the training loop.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,12 +21,11 @@ import numpy as np
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.components import chunked_decoder, patch_pca, umt5_tokenizer
-from hiar_jax.components.interfaces import Task
 from hiar_jax.components.umt5_encoder import TextCache
 from hiar_jax.data import prompt_texts
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import taehv, vae, vae_tiling
-from hiar_jax.types import LatentShape
+from hiar_jax.types import LatentShape, Text, Video
 
 DTYPES = ("float32", "bfloat16")
 
@@ -85,24 +84,6 @@ class WanComponents:
   text: UMT5TextConfig
   latent: LatentShape
 
-  @functools.cached_property
-  def task(self) -> Task:
-    """The text as the cache has it, in float32; videos cannot be encoded inside a step."""
-
-    def encode(batch) -> jax.Array:
-      # only the teacher's own training encodes videos, and Wan's teacher is published
-      raise UserError(
-        "the teacher of this experiment is published, not trained: give weights.base, a directory "
-        "of converted weights"
-      )
-
-    def negative(text: jax.Array) -> jax.Array:
-      # read while the step is traced: a constant [1 l d] of the program
-      row = _float32(self.texts([umt5_tokenizer.NEGATIVE_PROMPT]))
-      return jnp.broadcast_to(row, (text.shape[0], *row.shape[1:]))
-
-    return Task(encode=encode, embed=_float32, negative=negative, latent=self.latent)
-
   # ---------------------------------------------------------------------- prompt -> tokens -> text
 
   @functools.cached_property
@@ -117,6 +98,12 @@ class WanComponents:
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
     return self.texts(prompts)
+
+  def embed(self, tokens) -> Text:
+    return _float32(tokens)
+
+  def negative(self) -> Text:
+    return _float32(self.texts([umt5_tokenizer.NEGATIVE_PROMPT]))
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     if "text" in record:  # [l d], stored without its padding
@@ -153,6 +140,13 @@ class WanComponents:
       self.stream, devices=devices[:1] if tiling_of(self.codec) else devices
     )
 
+  def encode(self, video) -> Video:
+    # only the teacher's own training encodes videos, and Wan's teacher is published
+    raise UserError(
+      "the teacher of this experiment is published, not trained: give weights.base, a directory "
+      "of converted weights"
+    )
+
   def pieces(self, latents) -> Iterator[np.ndarray]:
     # through the host: the network's mesh shards the latents in another way
     yield from self._wide_stream(np.asarray(latents))
@@ -171,8 +165,9 @@ class WanComponents:
     return jax.jit(lambda params, video: encode(params, patch_pca.to_unit(video), config=config))
 
 
+@jax.jit
 def _float32(text) -> jax.Array:
-  return jnp.asarray(text, jnp.float32)
+  return text.astype(jnp.float32)
 
 
 def tiling_of(codec: WanCodecConfig) -> vae_tiling.Tiling | None:

@@ -126,13 +126,13 @@ class VideoModel:
         print(warning, file=sys.stderr)
 
   def texts(self, prompts: list[str]) -> np.ndarray:
-    """Ids [n l] or texts [n l d] of prompts that `prepare_texts` has seen."""
+    """Returns the texts [n l d] of prompts that `prepare_texts` has seen."""
+    components = self.run.components
+    if not isinstance(components, WanComponents):
+      return self.run.texts(prompts)
     # read from the text cache's files, so a missing one is an error and loads no encoder
-    if not isinstance(self.run.components, WanComponents):
-      return self.run.tokens(prompts)
-    return prompt_texts.pad(
-      [self.run.components.texts.rows(prompt) for prompt in prompts], self.experiment.text.length
-    )
+    rows = [components.texts.rows(prompt) for prompt in prompts]
+    return np.asarray(components.embed(prompt_texts.pad(rows, self.experiment.text.length)))
 
   def sampler(self, frames: int):
     """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.

@@ -202,7 +202,6 @@ def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
   r = request
   generate = make_sampler(
     r.network,
-    lambda text: text,
     # The values of the levels do not change the program.
     r.method.at(np.linspace(1.0, 0.0, r.levels + 1)),
     key=jax.random.key(0),

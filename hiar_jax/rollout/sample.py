@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from hiar_jax.method import Method
@@ -12,29 +11,28 @@ from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout.blocks import Noise, blocks_of, join_blocks, prefill
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.rollout.past import ring
-from hiar_jax.types import Key, LatentShape, Text, Video
+from hiar_jax.types import Key, LatentShape, Video
 
 ORDERS = {"step_first": step_first.generate, "block_first": block_first.generate}
 
 
 def make_sampler(
   network: Network,
-  embed: Callable[[jax.Array], Text],
   method: Method,
   *,
   key: Key,
   shape: LatentShape,
 ) -> Callable[..., Video]:
-  """Returns generate(params, tokens, seeds [b], given=None) -> latents [b given + frames h w c].
+  """Returns generate(params, text, seeds [b], given=None) -> latents [b given + frames h w c].
 
   Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
-  embed: tokens [b ...] -> text [b l d]. shape: of the new latents, whole blocks. given: see
+  text: [b l d]. shape: of the new latents, whole blocks. given: see
   rollout.
   """
 
-  def generate(params, tokens, seeds, given=None):
-    bound = bind(network, params, embed(tokens))
+  def generate(params, text, seeds, given=None):
+    bound = bind(network, params, text)
     noise = block_noise(key, seeds, shape.block(method.block))
     return rollout(bound, noise, method, shape, given)
 

@@ -13,8 +13,7 @@ from hiar_jax.types import Key, Points, Text, Video
 
 def make_sampler(
   network: Network,
-  embed: Callable[[jax.Array], Text],
-  negative: Callable[[Text], Text],
+  negative: Text,
   sigmas: jax.Array,
   keep: tuple[int, ...],
   *,
@@ -22,21 +21,20 @@ def make_sampler(
   key: Key,
   clip: tuple[int, int, int, int],
 ) -> Callable[..., Points]:
-  """Returns sample(params, tokens, index [b], start [b] = None) -> points [b len(keep) f h w c].
+  """Returns sample(params, text, index [b], start [b] = None) -> points [b len(keep) f h w c].
 
   Traced; the caller jits. An example's trajectory does not depend on the rest of the batch.
 
-  embed: tokens [b ...] -> text [b l d]; negative: text -> negative text, same shape.
+  text: [b l d]. negative: text [1 l d] of the negative prompt.
   sigmas: the levels of the trajectory, falling. keep: indices into them of the returned points.
   clip: shape [f h w c]. index: of each example, for its noise. start: of each clip, in frames of
   its video.
   """
 
-  def sample(params, tokens, index, start=None):
-    text = embed(tokens)
+  def sample(params, text, index, start=None):
     eps = example_normal(example_keys(key, index), clip)
     bound = bind(network, params, text, start)
-    unconditional = bind(network, params, negative(text), start)
+    unconditional = bind(network, params, jnp.broadcast_to(negative, text.shape), start)
     return sample_trajectory(bound, unconditional, eps, sigmas, keep, guidance)
 
   return sample

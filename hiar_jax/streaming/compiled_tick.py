@@ -51,16 +51,16 @@ class StreamParts:
   @staticmethod
   def of(model: VideoModel) -> "StreamParts":
     """Returns the parts of a loaded model."""
-    e, run = model.experiment, model.run
+    e = model.experiment
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
       model.prepare_texts(list(prompts))
-      return np.asarray(run.task.embed(model.texts(list(prompts))))
+      return np.asarray(model.texts(list(prompts)))
 
     return StreamParts(
       config=e.student_dit,
       method=e.history,
-      sigmas=tuple(float(sigma) for sigma in run.sigmas),
+      sigmas=tuple(float(sigma) for sigma in model.run.sigmas),
       params=model.params(),
       # as training.run's sampler: a stream is the video that generate makes of the same seed
       key=jax.random.fold_in(jax.random.key(e.seed), 3),

@@ -7,13 +7,18 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError
 from hiar_jax.losses import trajectory as losses
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
+from hiar_jax.training.state import (
+  TrainConfig,
+  TrainState,
+  apply_gradients,
+  identity,
+  update_ema,
+)
 from hiar_jax.types import Batch, Mean
 
 SHOWS = ("noisy", "history")
@@ -35,28 +40,35 @@ class CausalInitConfig(TrainConfig):
       raise UserError(f"shows = {self.shows!r}: expected one of {', '.join(SHOWS)}")
 
 
-def make_step(config: CausalInitConfig, model: Network, task: Task, sigmas, method: MethodConfig):
-  """Returns step(state, batch, mean) -> (state, metrics).
+def make_step(
+  config: CausalInitConfig,
+  network: Network,
+  method: MethodConfig,
+  sigmas,
+  optimizer,
+  *,
+  mean: Mean = identity,
+):
+  """Returns step(state, batch, frozen) -> (state, metrics); frozen is not read.
 
-  batch: {trajectory [b s+1 f h w c], tokens, example_id}, and start where the model embeds places.
-  sigmas [s+1]: the levels of the trajectories' points.
+  batch: {trajectory [b s+1 f h w c], text, example_id}, and start where the model embeds places.
+  sigmas [s+1]: the levels of the trajectories' points. mean: averages over devices.
   """
   sigmas = jnp.asarray(sigmas, jnp.float32)
   count = sigmas.size - 1  # the last point, at sigma 0, is the target, not a noisy input
-  optimizer = config.optimizer()
 
-  def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: Batch, frozen=None) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params, part):
       keys = example_keys(key, part["example_id"])
-      bound = bind(model, params, task.embed(part["tokens"]), part.get("start"))
+      bound = bind(network, params, part["text"], part.get("start"))
       # stored as float16 perhaps; differences between points near sigma 1 need float32
       points = part["trajectory"].astype(jnp.float32)
       # In the published form every block has its own level. With a history all blocks of a clip
       # share one, as they do in a sweep of the rollout.
       shared = config.shows == "history"
-      levels = losses.sample_levels(keys, count, task.latent.frames, method.block, shared)
+      levels = losses.sample_levels(keys, count, points.shape[2], method.block, shared)
       if not shared:
         return losses.trajectory(bound, points, levels, sigmas, method).mean(), {}
 

@@ -5,24 +5,30 @@ towards the teacher's (real score). HiAR: L = L_DMD + lambda L_FKL (Eq. 11), cri
 updates 5 : 1 (section 4.1), exit level uniform over the student's levels.
 """
 
+from collections.abc import Callable
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.components.interfaces import Task
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.method import Method
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.frames import Bound, bind
+from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.rollout.exit_step import self_rollout, self_rollout_without_gradient
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
-from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
-from hiar_jax.types import Batch, Key, Mean, Params
+from hiar_jax.training.state import (
+  TrainConfig,
+  TrainState,
+  apply_gradients,
+  identity,
+  update_ema,
+)
+from hiar_jax.types import Batch, Key, LatentShape, Mean, Params, Text, Video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,43 +91,35 @@ class DistillConfig(TrainConfig):
     return self.optimizer(self.critic_lr)
 
 
-@dataclasses.dataclass(frozen=True)
-class Student:
-  """The three networks' sizes and the method: all of a self-rollout but the weights.
+class Networks(NamedTuple):
+  """The three networks of distillation; the critic and the teacher may have other sizes."""
 
-  point_sigmas: [s+1], levels of the trajectories' points where they are not the student's.
+  student: Network
+  critic: Network
+  teacher: Network
+
+
+class Frozen(NamedTuple):
+  """What the generator's step reads and nobody trains.
+
+  real_score: the teacher's parameters. negative: text [1 l d] of the negative prompt.
   """
 
-  model: DiTConfig
-  critic_model: DiTConfig
-  teacher_model: DiTConfig
-  method: Method
-  task: Task
-  point_sigmas: jax.Array | None = None
+  real_score: Params
+  negative: Text
 
-  def generate(self, params: Params, clips: Batch, key: Key) -> jax.Array:
-    """Returns x0 [b f h w c] of a self-rollout to a random exit level, the same for all examples.
 
-    Differentiable in params, through the exit step alone.
-    """
-    return self_rollout(*self._rollout(params, clips, key))
+def _bind(network: Network, params: Params, clips: Batch, text: Text | None = None) -> Bound:
+  return bind(network, params, clips["text"] if text is None else text, clips.get("start"))
 
-  def sample(self, params: Params, clips: Batch, key: Key) -> jax.Array:
-    """Returns the clips that `generate` returns for these arguments, without gradient."""
-    return self_rollout_without_gradient(*self._rollout(params, clips, key))
 
-  def bind(self, model: DiTConfig, params: Params, clips: Batch) -> Bound:
-    """Returns a network bound to the texts (and starts, if any) of clips."""
-    return bind(model, params, self.task.embed(clips["tokens"]), clips.get("start"))
-
-  def _rollout(self, params: Params, clips: Batch, key: Key) -> tuple:
-    """Returns the arguments of self_rollout."""
-    latent = self.task.latent
-    k_exit, k_noise = jax.random.split(key)
-    # one level for the batch: it is a traced loop count, on which all examples must agree
-    exit_level = jax.random.randint(k_exit, (), 0, self.method.levels)
-    noise = block_noise(k_noise, clips["example_id"], latent.block(self.method.block))
-    return self.bind(self.model, params, clips), noise, self.method, latent, exit_level
+def _rollout(bound: Bound, batch: Batch, method: Method, shape: LatentShape, key: Key) -> tuple:
+  """Returns the arguments of a self-rollout to a random exit level, the same for all examples."""
+  k_exit, k_noise = jax.random.split(key)
+  # one level for the batch: it is a traced loop count, on which all examples must agree
+  exit_level = jax.random.randint(k_exit, (), 0, method.levels)
+  noise = block_noise(k_noise, batch["example_id"], shape.block(method.block))
+  return bound, noise, method, shape, exit_level
 
 
 def _score_draws(
@@ -136,23 +134,105 @@ def _score_draws(
   return sigma, example_normal(keys[:, 1], shape)
 
 
-def make_critic_step(config: DistillConfig, student: Student):
-  """Returns step(state, batch, mean) -> (state, metrics), which advances state.step.
+# ------------------------------------------------------------------------------------ the objective
 
-  batch: {tokens, example_id}, and start where the model embeds places.
+
+class Bounds(NamedTuple):
+  """What a term may ask: the networks, bound to the batch's texts; negative: the teacher, bound to
+  the negative one. The student's parameters are those that are differentiated.
   """
-  optimizer = config.critic_optimizer()
 
-  def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+  student: Bound
+  critic: Bound
+  teacher: Bound
+  negative: Bound
+
+
+# term(nets, x, batch, key) -> (loss [b], metrics); x: the self-rollout's x0 [b f h w c]
+Term = Callable[[Bounds, Video, Batch, Key], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def distribution_matching(config: DistillConfig, method: Method, point_sigmas) -> Term:
+  """Returns the term of losses.dmd."""
+
+  def term(nets: Bounds, x: Video, batch: Batch, key: Key):
+    at = jax.lax.stop_gradient(x)
+    sigma, eps = _score_draws(config, key, batch["example_id"], x.shape[1:])
+    # the teacher runs twice, with the prompt and with the negative text, for guidance
+    scores = dmd_loss.Scores(nets.critic, nets.teacher, nets.negative)
+    # no gradient reaches critic or teacher
+    gradient = jax.lax.stop_gradient(dmd_loss.dmd_gradient(scores, at, eps, sigma, config.guidance))
+    size = jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()
+    return dmd_loss.dmd(x, gradient), {"dmd_gradient": size}
+
+  return term
+
+
+def forward_kl(config: DistillConfig, method: Method, point_sigmas) -> Term:
+  """Returns the term of losses.forward_kl, on the batch's `trajectories`."""
+  fkl = config.forward_kl
+
+  def term(nets: Bounds, x: Video, batch: Batch, key: Key):
+    clips = batch["trajectories"]
+    level = jax.random.randint(key, (), 0, fkl.steps)  # one of the first K
+    student = nets.student
+    loss = fkl_loss.forward_kl(
+      _bind(student.network, student.params, clips),
+      clips["trajectory"].astype(jnp.float32),
+      level,
+      jnp.asarray(method.sigma_table),
+      method,
+      attention=fkl.attention,
+      target=fkl.target,
+      point_sigmas=point_sigmas,
+    )
+    return loss, {}
+
+  return term
+
+
+# name in an objective -> (config, method, point_sigmas) -> term; point_sigmas [s+1]: the levels of
+# the trajectories' points where they are not the student's, else None
+TERMS: dict[str, Callable[[DistillConfig, Method, jax.Array | None], Term]] = {
+  "dmd": distribution_matching,
+  "forward_kl": forward_kl,
+}
+
+
+def objective(config: DistillConfig) -> list[tuple[float, str]]:
+  """Returns the generator's objective, weights and names of TERMS: HiAR, Eq. 11."""
+  terms = [(1.0, "dmd"), (config.forward_kl.weight, "forward_kl")]
+  return [(weight, name) for weight, name in terms if weight]
+
+
+# ---------------------------------------------------------------------------------------- the steps
+
+
+def make_critic_step(
+  config: DistillConfig,
+  networks: Networks,
+  method: Method,
+  shape: LatentShape,
+  optimizer,
+  *,
+  mean: Mean = identity,
+):
+  """Returns step(state, batch, frozen) -> (state, metrics), which advances state.step.
+
+  batch: {text, example_id}, and start where the model embeds places. frozen is not read. shape: of
+  the clips that the student generates. mean: averages over devices.
+  """
+
+  def step(state: TrainState, batch: Batch, frozen=None) -> tuple[TrainState, dict]:
     # 0: the critic's draws of this step; 1 are the generator's
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
     k_rollout, k_score = jax.random.split(key)
 
     def loss(critic, part):
-      x = student.sample(state.params, part, k_rollout)
+      student = _bind(networks.student, state.params, part)
+      x = self_rollout_without_gradient(*_rollout(student, part, method, shape, k_rollout))
       sigma, eps = _score_draws(config, k_score, part["example_id"], x.shape[1:])
-      bound = student.bind(student.critic_model, critic, part)
-      return critic_loss.critic(bound, x, eps, sigma).mean(), {}
+      return critic_loss.critic(_bind(networks.critic, critic, part), x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = apply_gradients(
       loss,
@@ -168,44 +248,46 @@ def make_critic_step(config: DistillConfig, student: Student):
   return step
 
 
-def make_generator_step(config: DistillConfig, student: Student):
-  """Returns step(state, batch, teacher, mean) -> (state, metrics), which leaves state.step alone.
+def make_generator_step(
+  config: DistillConfig,
+  networks: Networks,
+  method: Method,
+  shape: LatentShape,
+  optimizer,
+  *,
+  point_sigmas: jax.Array | None = None,
+  mean: Mean = identity,
+):
+  """Returns step(state, batch, frozen) -> (state, metrics), which leaves state.step alone.
 
-  batch: {tokens, example_id}, start where the model embeds places, and for forward KL trajectories:
-  {trajectory [b s+1 f h w c], tokens, start}. teacher: params of the real score.
+  batch: {text, example_id}, start where the model embeds places, and for forward KL trajectories:
+  {trajectory [b s+1 f h w c], text, start}. frozen: Frozen. point_sigmas: see TERMS. The rest: as
+  make_critic_step.
   """
-  fkl = config.forward_kl
-  optimizer = config.generator_optimizer()
+  terms = [
+    (weight, name, TERMS[name](config, method, point_sigmas)) for weight, name in objective(config)
+  ]
 
-  def step(state: TrainState, batch: Batch, teacher: Params, mean: Mean) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
-    k_rollout, k_score, k_fkl = jax.random.split(key, 3)
 
     def loss(params, part):
-      x = student.generate(params, part, k_rollout)
-      gradient = _dmd_gradient(
-        config, student, state.critic, teacher, jax.lax.stop_gradient(x), part, k_score
+      negative = jnp.broadcast_to(frozen.negative, part["text"].shape)
+      nets = Bounds(
+        student=_bind(networks.student, params, part),
+        critic=_bind(networks.critic, state.critic, part),
+        teacher=_bind(networks.teacher, frozen.real_score, part),
+        negative=_bind(networks.teacher, frozen.real_score, part, negative),
       )
-      dmd = dmd_loss.dmd(x, gradient).mean()
-      metrics = {
-        "dmd": dmd,
-        "dmd_gradient": jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean(),
-      }
-      if not fkl.weight:
-        return dmd, metrics
-      clips = part["trajectories"]
-      level = jax.random.randint(k_fkl, (), 0, fkl.steps)  # one of the first K
-      forward_kl = fkl_loss.forward_kl(
-        student.bind(student.model, params, clips),
-        clips["trajectory"].astype(jnp.float32),
-        level,
-        jnp.asarray(student.method.sigma_table),
-        student.method,
-        attention=fkl.attention,
-        target=fkl.target,
-        point_sigmas=student.point_sigmas,
-      ).mean()
-      return dmd + fkl.weight * forward_kl, {**metrics, "forward_kl": forward_kl}
+      # fold_in(key, i) is split(key, n)[i]: a term more leaves the draws of the others as they are
+      k_rollout = jax.random.fold_in(key, 0)
+      x = self_rollout(*_rollout(nets.student, part, method, shape, k_rollout))
+      total, metrics = 0.0, {}
+      for i, (weight, name, term) in enumerate(terms):
+        values, more = term(nets, x, part, jax.random.fold_in(key, 1 + i))
+        total = total + weight * values.mean()
+        metrics |= {name: values.mean(), **more}
+      return total, metrics
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
@@ -216,17 +298,3 @@ def make_generator_step(config: DistillConfig, student: Student):
     return state.replace(params=params, ema=ema, opt_state=opt_state), metrics
 
   return step
-
-
-def _dmd_gradient(config, student, critic, teacher, x, part, key):
-  """Returns losses.dmd.dmd_gradient at x [b f h w c]; no gradient reaches critic or teacher."""
-  text = student.task.embed(part["tokens"])
-  sigma, eps = _score_draws(config, key, part["example_id"], x.shape[1:])
-  negative, start = student.task.negative(text), part.get("start")
-  scores = dmd_loss.Scores(
-    fake=student.bind(student.critic_model, critic, part),
-    # the teacher runs twice, with the prompt and with the negative text, for guidance
-    real=bind(student.teacher_model, teacher, text, start),
-    negative=bind(student.teacher_model, teacher, negative, start),
-  )
-  return jax.lax.stop_gradient(dmd_loss.dmd_gradient(scores, x, eps, sigma, config.guidance))

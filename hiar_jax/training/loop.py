@@ -37,12 +37,14 @@ class DataIterators:
     self._iterators = iterators
 
   def next(self, name: str) -> Batch:
-    """Returns the next batch as global arrays [b ...], with `example_id`, the rows' indices."""
+    """Returns the next batch as global arrays [b ...], encoded (Run.encode), with `example_id`, the
+    rows' indices.
+    """
     batch = dict(next(self._iterators[name]))
     local = len(batch["tokens"])
     # Noise is drawn by example_id: an example gets the same on any number of devices and hosts.
     batch["example_id"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
-    return put_batch(batch, self._run.mesh)
+    return self._run.encode(put_batch(batch, self._run.mesh))
 
   def get_state(self) -> dict:
     return {name: iterator.get_state() for name, iterator in self._iterators.items()}

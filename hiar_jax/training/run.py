@@ -16,7 +16,7 @@ import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.components import wan, word_table
-from hiar_jax.components.interfaces import Components, Task, decode_pixels
+from hiar_jax.components.interfaces import Components, decode_pixels
 from hiar_jax.components.small import SmallComponents
 from hiar_jax.components.wan import WanCodecConfig
 from hiar_jax.config.building import build
@@ -32,11 +32,12 @@ from hiar_jax.data import pipeline, shapes_world, tfds_builder
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
-from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh
+from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import sample, teacher_sampler
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
+from hiar_jax.types import Batch
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
 FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
@@ -126,14 +127,21 @@ class Run:
       vocabulary = word_table.vocabulary_of(pipeline.read_captions(self.directory("data")))
     return SmallComponents(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
 
-  @property
-  def task(self) -> Task:
-    """The components' functions that are traced into the steps."""
-    return self.components.task
+  def texts(self, prompts) -> np.ndarray:
+    """Returns prompts as the network reads them [n l d]."""
+    return np.asarray(self.components.embed(self.components.tokens(prompts)))
 
-  def tokens(self, prompts) -> np.ndarray:
-    """Returns prompts as the model reads them: word ids [n l] or encoded texts [n l d]."""
-    return self.components.tokens(prompts)
+  @functools.cached_property
+  def negative(self) -> jax.Array:
+    """The text [1 l d] of the negative prompt, on every device of the mesh."""
+    return jax.device_put(np.asarray(self.components.negative()), replicated(self.mesh))
+
+  def encode(self, batch: Batch) -> Batch:
+    """Returns a batch with `text` [b l d] for `tokens`, `latents` [b f h w c] for `video`."""
+    encoded = {name: x for name, x in batch.items() if name not in ("tokens", "video")}
+    if "video" in batch:
+      encoded["latents"] = self.components.encode(batch["video"])
+    return {**encoded, "text": self.components.embed(batch["tokens"])}
 
   def pixels(self, latents) -> np.ndarray:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
@@ -149,7 +157,6 @@ class Run:
     return jax.jit(
       sample.make_sampler(
         e.student_dit,
-        self.task.embed,
         (method or e.history).at(self.sigmas),
         key=jax.random.fold_in(jax.random.key(e.seed), 3),
         shape=dataclasses.replace(e.latent, frames=frames),
@@ -166,8 +173,7 @@ class Run:
     return jax.jit(
       teacher_sampler.make_sampler(
         e.dit,
-        self.task.embed,
-        self.task.negative,
+        np.asarray(self.components.negative()),
         jnp.asarray(sigmas, jnp.float32),
         config.kept(e.student),
         guidance=config.guidance,
@@ -198,15 +204,15 @@ class Run:
       keys=keys,
     )
 
-  def preview_tokens(self, count: int = 8) -> np.ndarray:
-    """Returns the tokens of `count` prompts for previews: held-out ones of the shapes world, else
-    the first captions of the data.
+  def preview_texts(self, count: int = 8) -> np.ndarray:
+    """Returns the texts [n l d] of `count` prompts for previews: held-out ones of the shapes world,
+    else the first captions of the data.
     """
     if self.experiment.data.source == "shapes":
       prompts = self.held_out(count)
     else:
       prompts = pipeline.read_captions(self.directory("data"))[:count]
-    return self.tokens(prompts)
+    return self.texts(prompts)
 
   def held_out(self, count: int) -> list[str]:
     """Returns `count` prompts that are not in the training data, evenly spaced in their list and

@@ -77,14 +77,13 @@ def make_videos(
   """
   batch = min(run.experiment.sample.batch, len(prompts))
   generate = run.sampler(run.experiment.latent_frames(frames))
-  tokens = run.tokens(prompts)
   seeds = np.arange(seed, seed + len(prompts))
   videos = []
   with progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):
       # the last batch is filled up with the first prompts again, so that nothing is compiled twice
       rows = np.arange(start, start + batch) % len(prompts)
-      latents = generate(params, tokens[rows], seeds[rows])
+      latents = generate(params, run.texts([prompts[i] for i in rows]), seeds[rows])
       count = min(batch, len(prompts) - start)
       videos.append(run.pixels(latents)[:count])
       bar.update(start + count)

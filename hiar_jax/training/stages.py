@@ -6,6 +6,7 @@ causal_init or distill. On several hosts every process calls every stage; proces
 data and samples while the others wait.
 """
 
+import functools
 import json
 import sys
 
@@ -75,18 +76,19 @@ def train_teacher(run: Run) -> None:
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
   key_init, key_train = jax.random.split(_stage_key(run, "teacher"))
-  step = teacher.make_step(e.teacher, e.dit, run.task)
+  optimizer = e.teacher.optimizer()
+  make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
   sample = run.teacher_sampler(jax.random.key(e.seed))
-  tokens = run.preview_tokens()
+  texts = run.preview_texts()
   loop.run_stage(
     run,
     "teacher",
     e.teacher,
-    create=lambda: create_state(key_train, dit.init(e.dit, key_init), e.teacher.optimizer()),
-    update=_update_from(run, step, "clips"),
+    create=lambda: create_state(key_train, dit.init(e.dit, key_init), optimizer),
+    update=_update_from(run, make_step, "clips", run.negative),
     iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     # The sampler returns trajectories [b points f h w c]; the last point is the clip.
-    preview=lambda state: run.pixels(sample(state.ema, tokens, np.arange(len(tokens)))[:, -1]),
+    preview=lambda state: run.pixels(sample(state.ema, texts, np.arange(len(texts)))[:, -1]),
   )
 
 
@@ -157,7 +159,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
       rows = np.asarray(writer.rows(part))
       clips = rows % len(captions)
       prompts = [captions[i] for i in clips]
-      points = sample(params, fill(run.tokens(prompts)), fill(rows), fill(starts[clips]))
+      points = sample(params, fill(run.texts(prompts)), fill(rows), fill(starts[clips]))
       writer.write_part(part, np.asarray(points)[: len(rows)], prompts, starts[clips])
       bar.update(done)
 
@@ -177,14 +179,17 @@ def train_causal_init(run: Run) -> None:
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
   weights = pretrained.load_teacher(run)
   key = _stage_key(run, "causal_init")
-  step = causal_init.make_step(config, e.student_dit, run.task, run.point_sigmas, e.history)
+  optimizer = config.optimizer()
+  make_step = functools.partial(
+    causal_init.make_step, config, e.student_dit, e.history, run.point_sigmas, optimizer
+  )
   trajectories = run.clips("trajectories", config.batch, ("trajectory",), salt=4)
   loop.run_stage(
     run,
     "causal_init",
     config,
-    create=lambda: create_state(key, weights, config.optimizer()),
-    update=_update_from(run, step, "trajectories"),
+    create=lambda: create_state(key, weights, optimizer),
+    update=_update_from(run, make_step, "trajectories"),
     iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
   )
@@ -244,19 +249,21 @@ def _distill_update(run: Run, real_score, latest: LatestMetrics):
   """Returns run_stage's `update` for distillation: two networks that train in turn."""
   e = run.experiment
   config = e.distill
-  student = distill.Student(
-    e.student_dit,
-    e.dit,
-    e.teacher_dit,
-    run.method,
-    run.task,
-    jnp.asarray(run.point_sigmas),
+  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
+  common = config, networks, run.method, e.latent
+  make_critic_step = functools.partial(distill.make_critic_step, *common, config.critic_optimizer())
+  make_generator_step = functools.partial(
+    distill.make_generator_step,
+    *common,
+    config.generator_optimizer(),
+    point_sigmas=jnp.asarray(run.point_sigmas),
   )
+  frozen = distill.Frozen(real_score, run.negative)
 
   def update(shardings):
     devices = shardings, run.mesh, e.mesh.mapping
-    critic_step = map_step(distill.make_critic_step(config, student), *devices)
-    generator_step = map_step(distill.make_generator_step(config, student), *devices)
+    critic_step = map_step(make_critic_step, *devices)
+    generator_step = map_step(make_generator_step, *devices)
 
     def advance(state, iterators, step):
       # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
@@ -265,9 +272,9 @@ def _distill_update(run: Run, real_score, latest: LatestMetrics):
         batch = iterators.next("prompts")
         if config.forward_kl.weight:
           batch["trajectories"] = iterators.next("trajectories")
-        state, metrics = generator_step(state, batch, real_score)
+        state, metrics = generator_step(state, batch, frozen)
         latest.metrics = {f"generator_{name}": value for name, value in metrics.items()}
-      state, metrics = critic_step(state, iterators.next("prompts"))
+      state, metrics = critic_step(state, iterators.next("prompts"), None)
       named = {f"critic_{name}": value for name, value in metrics.items()}
       return state, {"loss": metrics["loss"], **named, **latest.metrics}
 
@@ -322,12 +329,12 @@ def _wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def _update_from(run: Run, step, iterator: str):
+def _update_from(run: Run, make_step, iterator: str, frozen=None):
   """Returns run_stage's `update` for a stage of one step, fed by the data iterator of that name."""
 
   def update(shardings):
-    mapped = map_step(step, shardings, run.mesh, run.experiment.mesh.mapping)
-    return lambda state, iterators, _: mapped(state, iterators.next(iterator))
+    step = map_step(make_step, shardings, run.mesh, run.experiment.mesh.mapping)
+    return lambda state, iterators, _: step(state, iterators.next(iterator), frozen)
 
   return update
 
@@ -335,5 +342,5 @@ def _update_from(run: Run, step, iterator: str):
 def _student_preview(run: Run):
   """Returns state -> uint8 clips [b F H W 3] of the training length, for the log."""
   generate = run.sampler(run.experiment.latent.frames)
-  tokens = run.preview_tokens()
-  return lambda state: run.pixels(generate(state.ema, tokens, np.arange(len(tokens))))
+  texts = run.preview_texts()
+  return lambda state: run.pixels(generate(state.ema, texts, np.arange(len(texts))))

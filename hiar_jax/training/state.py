@@ -141,6 +141,11 @@ def create_state(
   )
 
 
+def identity(tree: PyTree) -> PyTree:
+  """The mean over devices where arrays are global: a mean over the batch is one over devices."""
+  return tree
+
+
 def update_ema(ema: Params, params: Params, updates, training: TrainConfig) -> Params:
   """Returns the average after one more update, `updates` of which came before it.
 

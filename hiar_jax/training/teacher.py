@@ -5,12 +5,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.components.interfaces import Task
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.training.state import TrainConfig, TrainState, apply_gradients, update_ema
-from hiar_jax.types import Batch, Mean
+from hiar_jax.training.state import (
+  TrainConfig,
+  TrainState,
+  apply_gradients,
+  identity,
+  update_ema,
+)
+from hiar_jax.types import Batch, Mean, Text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,14 +30,14 @@ class TeacherConfig(TrainConfig):
   caption_dropout: float = 0.1
 
 
-def make_step(config: TeacherConfig, model: Network, task: Task):
-  """Returns step(state, batch, mean) -> (state, metrics).
+def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean = identity):
+  """Returns step(state, batch, negative) -> (state, metrics).
 
-  batch: {video, tokens, example_id}, and start where the model embeds places.
+  batch: {latents, text, example_id}, and start where the model embeds places. negative: text
+  [1 l d], which takes the place of a dropped caption. mean: averages over devices.
   """
-  optimizer = config.optimizer()
 
-  def step(state: TrainState, batch: Batch, mean: Mean) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: Batch, negative: Text) -> tuple[TrainState, dict]:
     # The state's key never changes: a step's draws depend on its number alone, so a resumed run
     # repeats them.
     key = jax.random.fold_in(state.key, state.step)
@@ -41,12 +46,11 @@ def make_step(config: TeacherConfig, model: Network, task: Task):
       # [b 3]: caption dropout, sigma, noise
       keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["example_id"]))
       dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
-      # token 0 is padding, so a dropped caption reads as the empty prompt
-      text = task.embed(jnp.where(dropped[:, None], 0, part["tokens"]))
-      x0 = task.encode(part)
+      text = jnp.where(dropped[:, None, None], negative, part["text"])
+      x0 = part["latents"]
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      bound = bind(model, params, text, part.get("start"))
+      bound = bind(network, params, text, part.get("start"))
       return flow_matching(bound, x0, eps, sigma).mean(), {}
 
     params, opt_state, metrics = apply_gradients(

@@ -2,7 +2,10 @@
 and updates on any devices.
 """
 
+from collections.abc import Callable
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,6 @@ import optax
 import pytest
 
 from hiar_jax import flow
-from hiar_jax.components import word_table
-from hiar_jax.components.interfaces import Task
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
@@ -21,20 +22,15 @@ from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
 from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training import state as states
-from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Student
+from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Frozen, Networks
 from hiar_jax.types import LatentShape
 
 MODEL = DiTConfig(
   dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
 )
 HIAR = MethodConfig(block=1, window=3)
-TABLE = word_table.word_table(9, 4, 8)
-TASK = Task(
-  encode=lambda batch: batch["video"],
-  embed=lambda tokens: word_table.encode(TABLE, tokens),
-  negative=jnp.zeros_like,
-  latent=LatentShape(frames=3, height=1, width=2, channels=4),
-)
+SHAPE = LatentShape(frames=3, height=1, width=2, channels=4)
+NEGATIVE = jnp.zeros((1, 4, 8))
 SIGMAS = np.asarray(flow.shifted_schedule((1000, 500), 5.0), np.float32)
 BATCH = 8
 
@@ -59,15 +55,15 @@ def linear_optimizer():
 
 def make_batch(step: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(step)
-  tokens = rng.integers(0, 9, (BATCH, 4)).astype(np.int32)
-  video = rng.normal(size=(BATCH, *TASK.latent.clip)).astype(np.float32)
-  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *TASK.latent.clip)).astype(np.float32)
+  text = rng.normal(size=(BATCH, 4, 8)).astype(np.float32)
+  latents = rng.normal(size=(BATCH, *SHAPE.clip)).astype(np.float32)
+  trajectory = rng.normal(size=(BATCH, len(SIGMAS), *SHAPE.clip)).astype(np.float32)
   return {
-    "video": video,
+    "latents": latents,
     "trajectory": trajectory,
-    "tokens": tokens,
+    "text": text,
     "example_id": np.arange(BATCH, dtype=np.int32),
-    "trajectories": {"trajectory": trajectory, "tokens": tokens[::-1].copy()},
+    "trajectories": {"trajectory": trajectory, "text": text[::-1].copy()},
   }
 
 
@@ -86,11 +82,16 @@ def make_params(seed: int):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One kind of step: create() -> state; step(state, batch, *frozen, mean)."""
+  """One kind of step: create() -> state; make_step(mean=...) -> step(state, batch, frozen)."""
 
-  create: object
-  step: object
-  frozen: tuple = ()
+  create: Callable
+  make_step: Callable
+  frozen: Any = None
+
+  @functools.cached_property
+  def step(self):
+    """The step of one device."""
+    return self.make_step()
 
 
 def make_case(
@@ -111,22 +112,27 @@ def make_case(
   key = jax.random.key(7)
   if kind == "teacher":
     config = teacher.TeacherConfig(**common, caption_dropout=0.5)
-    step = teacher.make_step(config, MODEL, TASK)
-    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), step)
+    make_step = functools.partial(teacher.make_step, config, MODEL, config.optimizer())
+    create = lambda: states.create_state(key, make_params(0), config.optimizer())
+    return Case(create, make_step, NEGATIVE)
   if kind.startswith("causal init"):
     config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
-    step = causal_init.make_step(config, MODEL, TASK, SIGMAS, method)
-    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), step)
+    make_step = functools.partial(
+      causal_init.make_step, config, MODEL, method, SIGMAS, config.optimizer()
+    )
+    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), make_step)
   config = DistillConfig(
     **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
   )
-  student = Student(MODEL, MODEL, MODEL, method.at(SIGMAS), TASK)
   create = lambda: states.create_state(
     key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
   )
+  made_of = config, Networks(MODEL, MODEL, MODEL), method.at(SIGMAS), SHAPE
   if kind == "critic":
-    return Case(create, distill.make_critic_step(config, student))
-  return Case(create, distill.make_generator_step(config, student), (make_params(2),))
+    make_step = functools.partial(distill.make_critic_step, *made_of, config.critic_optimizer())
+    return Case(create, make_step)
+  make_step = functools.partial(distill.make_generator_step, *made_of, config.generator_optimizer())
+  return Case(create, make_step, Frozen(make_params(2), NEGATIVE))
 
 
 def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
@@ -136,10 +142,10 @@ def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
     shardings = state_shardings(jax.eval_shape(case.create), mesh, mesh_config.min_shard)
     state = jax.jit(case.create, out_shardings=shardings)()
     frozen = jax.device_put(case.frozen, replicated(mesh))
-    step = map_step(case.step, shardings, mesh, mesh_config.mapping)
+    step = map_step(case.make_step, shardings, mesh, mesh_config.mapping)
     for i in range(updates):
-      state, metrics = step(state, put_batch(make_batch(i), mesh), *frozen)
+      state, metrics = step(state, put_batch(make_batch(i), mesh), frozen)
       # the critic counts the steps, and is not here
-      if "generator_loss" not in metrics and case.frozen:
+      if isinstance(case.frozen, Frozen):
         state = state.replace(step=state.step + 1)
   return state, {name: float(value) for name, value in metrics.items()}

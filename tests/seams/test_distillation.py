@@ -12,7 +12,6 @@ from hiar_jax.training import state as states
 from hiar_jax.types import LatentShape
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.seams import steps
 from tests.seams.cases import recorded
 from tests.seams.plain_wan import PlainWan
 
@@ -78,12 +77,13 @@ def advance(generator, critic):
   return state, losses
 
 
-def by_seams(objective=((1.0, "dmd"), (0.1, "forward_kl"))):
-  networks = steps.Networks(NETWORK, NETWORK, NETWORK)
-  frozen = steps.Frozen(params(3), jnp.asarray(negative()))
+def distilled():
+  """(the state, the metrics of each update)."""
+  networks = distill.Networks(NETWORK, NETWORK, NETWORK)
+  frozen = distill.Frozen(params(3), jnp.asarray(negative()))
   common = CONFIG, networks, METHOD, SHAPE
-  generator = steps.make_generator_step(*common, CONFIG.generator_optimizer(), objective)
-  critic = steps.make_critic_step(*common, CONFIG.critic_optimizer())
+  generator = distill.make_generator_step(*common, CONFIG.generator_optimizer())
+  critic = distill.make_critic_step(*common, CONFIG.critic_optimizer())
   return advance(
     quick_jit(lambda s, b: generator(s, b, frozen)), quick_jit(lambda s, b: critic(s, b, frozen))
   )
@@ -91,7 +91,7 @@ def by_seams(objective=((1.0, "dmd"), (0.1, "forward_kl"))):
 
 def test_10_one_generator_and_five_critic_updates():
   """Against what was recorded of steps that embedded tokens themselves."""
-  state, losses = by_seams()
+  state, losses = distilled()
   for i, metrics in enumerate(losses):
     for name, value in metrics.items():
       old = recorded()[f"distilled metrics {i} {name}"]

@@ -3,7 +3,6 @@ comes.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,14 @@ import pytest
 from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.training import distill
 from hiar_jax.training import state as states
-from hiar_jax.training.distill import DistillConfig, Student
+from hiar_jax.training.distill import DistillConfig, Frozen, Networks
 from tests.helpers.training_steps import (
   BATCH,
   HIAR,
   MODEL,
+  NEGATIVE,
+  SHAPE,
   SIGMAS,
-  TASK,
   Case,
   compiled_quickly,  # noqa: F401
   linear_optimizer,  # noqa: F401
@@ -45,11 +45,11 @@ def influence(case: Case, of: str, on: str) -> float:
   state, batch = jax.jit(case.create)(), jax.tree.map(jnp.asarray, make_batch(0))
 
   def update(changed):
-    frozen = (changed,) if of == "teacher" else case.frozen
+    frozen = case.frozen._replace(real_score=changed) if of == "teacher" else case.frozen
     given = state if of == "teacher" else state.replace(**{of: changed})
-    return getattr(case.step(given, batch, *frozen, mean=lambda tree: tree)[0], on)
+    return getattr(case.step(given, batch, frozen)[0], on)
 
-  start = case.frozen[0] if of == "teacher" else getattr(state, of)
+  start = case.frozen.real_score if of == "teacher" else getattr(state, of)
   direction = jax.tree.map(jnp.ones_like, start)
   tangent = jax.jit(lambda: jax.jvp(update, (start,), (direction,))[1])()
   return max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tangent))
@@ -87,12 +87,11 @@ def test_the_rivals_go_through_the_same_step(name):
 
 
 def test_without_forward_kl_no_trajectories_are_needed():
-  batch = {name: make_batch(0)[name] for name in ("tokens", "example_id")}
+  batch = {name: make_batch(0)[name] for name in ("text", "example_id")}
 
   def shapes(weight):
     case = make_case("generator", weight=weight)
-    step = functools.partial(case.step, mean=lambda tree: tree)
-    return jax.eval_shape(step, jax.eval_shape(case.create), batch, *case.frozen)[1]
+    return jax.eval_shape(case.step, jax.eval_shape(case.create), batch, case.frozen)[1]
 
   assert "forward_kl" not in shapes(0.0)
   with pytest.raises(KeyError, match="trajectories"):
@@ -117,8 +116,10 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
   config = DistillConfig(
     steps=50, batch=BATCH, lr=0.02, critic_lr=0.03, critic_updates=5, critic_warmup=10
   )
-  student = Student(MODEL, MODEL, MODEL, HIAR.at(SIGMAS), TASK)
-  step = distill.make_generator_step(config, student)
+  networks = Networks(MODEL, MODEL, MODEL)
+  step = distill.make_generator_step(
+    config, networks, HIAR.at(SIGMAS), SHAPE, config.generator_optimizer()
+  )
   state = states.create_state(
     jax.random.key(7),
     make_params(0),
@@ -127,8 +128,7 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
     config.critic_optimizer(),
   )
   batch = jax.tree.map(jnp.asarray, make_batch(0))
-  count = jax.jit(
-    lambda i: step(state.replace(step=i), batch, make_params(2), mean=lambda tree: tree)[0].ema
-  )
+  frozen = Frozen(make_params(2), NEGATIVE)
+  count = jax.jit(lambda i: step(state.replace(step=i), batch, frozen)[0].ema)
   turns = [i for i in range(30) if config.updates_generator(i)]
   assert [int(count(i)) for i in turns] == [0, 1, 2, 3]

@@ -141,15 +141,18 @@ def test_borrowed_stages_must_be_done(tmp_path):
   assert not loop.is_done(second, "distill", 6)
 
 
-def test_the_task_can_be_met_first_inside_a_traced_function(with_data):
-  """As by a run that is resumed after its teacher: what is made there must not be a traced
-  value.
-  """
+def test_a_batch_is_encoded_at_the_loop_s_mouth(with_data):
+  """Tokens become text and videos latents, once, before a step sees them."""
   run = open_run(read_config(with_data.workdir), with_data.workdir, save=False)
-  tokens = np.array([[2, 3] + [0] * 10], np.int32)
-  traced = jax.jit(lambda tokens: run.task.embed(tokens))(tokens)
-  np.testing.assert_array_equal(run.task.embed(tokens), traced)
-  assert run.task.latent.clip == (4, 2, 2, 8)
+  batch = next(run.clips("data", 4, ("video",), salt=1))
+  encoded = run.encode(batch)
+  assert encoded.keys() - batch.keys() == {"text", "latents"}
+  assert batch.keys() - encoded.keys() == {"tokens", "video"}
+  assert encoded["latents"].shape == (4, *run.experiment.latent.clip) == (4, 4, 2, 2, 8)
+  np.testing.assert_array_equal(encoded["text"], run.components.embed(batch["tokens"]))
+  # padding alone is the negative prompt
+  nothing = run.components.embed(np.zeros_like(batch["tokens"][:1]))
+  np.testing.assert_array_equal(run.negative, nothing)
 
 
 def test_data_are_made_once(with_data):
@@ -173,8 +176,11 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
       found = iterators.next("clips")
-      np.testing.assert_array_equal(found["video"], batch["video"][rows])
-      np.testing.assert_array_equal(found["tokens"], batch["tokens"][rows])
+      latents = with_data.components.encode(batch["video"])[rows]
+      np.testing.assert_array_equal(found["latents"], latents)
+      np.testing.assert_array_equal(
+        found["text"], with_data.components.embed(batch["tokens"])[rows]
+      )
       np.testing.assert_array_equal(found["example_id"], np.arange(8)[rows])
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   with pytest.raises(UserError, match="a batch of 8 cannot be split over 3 processes"):
