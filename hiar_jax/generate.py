@@ -23,9 +23,6 @@ from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.generation.prompts_file import Job
-from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.training import samples
-from hiar_jax.video import lengths
 
 # Former names of flags -> today's; see config.command_line.
 RENAMED = {"memory": "report_memory", "plan": "dry_run"}
@@ -57,7 +54,7 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
   jobs = read_jobs(options)
   paths = clips.output_paths(jobs, options.out, many=options.prompts is not None)
   model = options.open_model(needed=not options.dry_run)
-  planned = clips.plan_clips(model, jobs, paths, lambda given: new_frames(model, options, given))
+  planned = clips.plan_clips(model, jobs, paths, options.frames, strict=options.strict)
   if options.dry_run:
     batch = min(model.experiment.sample.batch, len(planned))
     # one estimate for each shape: clips of one shape share a compiled program
@@ -80,32 +77,16 @@ def read_jobs(options: GenerateOptions) -> list[Job]:
     if not options.dry_run or options.prompt is not None:
       raise UserError('give either --prompt="a red circle moving left" or --prompts=FILE')
     return [Job("", options.seed)]
-  if options.image and options.video:
-    raise UserError("give either --image or --video: a video starts from one of them")
-  start = {
-    name: path and pathlib.Path(path)
-    for name, path in (("image", options.image), ("video", options.video))
-  }
+  # made for --prompts too: it checks the other flags, and holds the start
+  (given,) = prompts_file.make_jobs(
+    [options.prompt or ""], options.seed, options.image, options.video
+  )
   if options.prompt is not None:
-    return [Job(options.prompt, options.seed, **start)]
+    return [given]
   jobs = prompts_file.read_jobs(options.prompts, options.seed)
+  start = {"image": given.image, "video": given.video}
   # the flags are the default of the rows that name no conditioning file of their own
   return [job if job.image or job.video else dataclasses.replace(job, **start) for job in jobs]
-
-
-def new_frames(model: VideoModel, options: GenerateOptions, given: int) -> int:
-  """Returns the new latent frames, in whole blocks, after `given` ones; prints a rounded count."""
-  e = model.experiment
-  if options.frames is None:
-    # a default length counts new frames, --frames the conditioning frames too
-    frames = samples.long_frames(model.run) if options.workdir else e.data.frames
-    return e.latent_frames(frames)
-  latent, message = lengths.fit_blocks(
-    options.frames, e.history.block, e.pixel_frames, given=given, strict=options.strict
-  )
-  if message:
-    print(message, file=sys.stderr)
-  return latent
 
 
 def main() -> None:

@@ -12,10 +12,12 @@ The mp4 plays while it grows. Ctrl-C ends it after the block at hand; `--save=DI
 in flight, and `--resume=DIR` continues from there, also on another number of devices.
 """
 
+from collections.abc import Collection, Mapping
 import dataclasses
 import pathlib
 import sys
 import types
+from typing import Any
 
 from absl import flags
 
@@ -113,19 +115,29 @@ def stream(**options) -> Stream:
   `.change_prompt(text)`, `.pause()`, `.extend(blocks)`, `.save(directory)` and `.close()` act on it
   while it runs. Raises UserError for options that are unknown or do not fit.
   """
+  wanted = read_options(options)
+  return open_stream(open_source(wanted), wanted)
+
+
+def read_options(options: Mapping[str, Any], without: Collection[str] = ()) -> StreamOptions:
+  """Returns checked options, also from earlier names. Raises UserError for an unknown one.
+
+  without: names of fields that do not count here.
+  """
   options = configs.with_new_names(options, RENAMED)
-  known = [field.name for field in dataclasses.fields(StreamOptions)]
+  known = [f.name for f in dataclasses.fields(StreamOptions) if f.name not in without]
   unknown = sorted(options.keys() - set(known))
   if unknown:
     raise UserError(f"stream has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
   wanted = StreamOptions(**options)
   check(wanted)
-  return open_stream(open_source(wanted), wanted)
+  return wanted
 
 
 def check(options: StreamOptions) -> None:
   """Raises UserError for all that is wrong with options, before anything is loaded."""
   options.length, options.start, options.engine  # noqa: B018  (each raises for its own options)
+  prompts_file.check_seed(options.seed)
   if options.timeline is not None:
     timelines.read(options.timeline)
   if options.resume is None and (options.prompt is None) == (options.timeline is None):

@@ -25,7 +25,7 @@ LAYERS = [
   "generation conversion train evaluate compare",
   "streaming generate convert",
   "serving stream",
-  "serve",
+  "serve model",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 EXPERIMENTS_MAY_IMPORT = {"errors", "types", "flow", "method"}

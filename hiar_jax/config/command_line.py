@@ -179,7 +179,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
   """
   spec, overrides = _config_arguments(argv)
   if spec is not None:
-    config = _load(spec)
+    config = load_config(spec)
     names = dict(walk(config))
     for key, text in overrides:
       # levels[0] indexes the field `levels`
@@ -221,7 +221,7 @@ def _config_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]
   return spec, overrides
 
 
-def _load(spec: str) -> config_dict.ConfigDict:
+def load_config(spec: str) -> config_dict.ConfigDict:
   """Loads the config of a spec FILE[:VARIANT]. Raises UserError with the line where that fails."""
   name, _, variant = spec.partition(":")
   if not os.path.isfile(name):

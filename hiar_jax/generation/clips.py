@@ -4,10 +4,11 @@ A file that exists with the same recipe (prompt, seed, weights, sizes, ...) is k
 command resumes a stopped list of videos.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import hashlib
 import json
+import numbers
 import pathlib
 import sys
 
@@ -21,15 +22,19 @@ from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.progress import progress
 from hiar_jax.training import samples
+from hiar_jax.video import lengths
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video to generate: `frames` new latent frames after `given` conditioning frames."""
+  """One video to generate: `frames` new latent frames after `given` conditioning frames.
+
+  path: of its file; None where the frames are returned instead.
+  """
 
   job: Job
-  path: pathlib.Path
+  path: pathlib.Path | None
   start: Conditioning | None
   given: int
   frames: int
@@ -97,18 +102,23 @@ def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.P
 
 
 def plan_clips(
-  model: VideoModel, jobs: list[Job], paths: list[pathlib.Path], fit: Callable[[int], int]
+  model: VideoModel,
+  jobs: list[Job],
+  paths: Sequence[pathlib.Path | None],
+  frames: int | None,
+  *,
+  strict: bool = False,
 ) -> list[Clip]:
   """Returns the clips, with the lengths of their conditioning frames and of what follows.
 
-  fit: conditioning latent frames -> new latent frames after them.
+  frames, strict: as new_frames.
 
-  Raises UserError for a conditioning file that cannot be used.
+  Raises UserError for a conditioning file that cannot be used, and as new_frames.
   """
   e = model.experiment
   clips = []
   messages = set()
-  fitted: dict[int, int] = {}  # `fit` prints a message: called once for each length
+  fitted: dict[int, int] = {}  # new_frames prints a message: called once for each length
   for job, path in zip(jobs, paths, strict=True):
     start, given = Conditioning.from_job(job), 0
     if start:
@@ -120,27 +130,59 @@ def plan_clips(
         print(message, file=sys.stderr)
       messages.add(message)
     if given not in fitted:
-      fitted[given] = fit(given)
+      fitted[given] = new_frames(model, frames, given, strict=strict)
     clips.append(Clip(job, path, start, given, fitted[given]))
   return clips
 
 
+def new_frames(model: VideoModel, frames: int | None, given: int, *, strict: bool = False) -> int:
+  """Returns the new latent frames, in whole blocks, after `given` ones; prints a rounded count.
+
+  frames: pixel frames of the whole video, conditioning frames included; None: the default length.
+
+  Raises UserError for no whole number, and as lengths.fit_blocks.
+  """
+  e = model.experiment
+  if frames is None:
+    # a default length counts new frames alone: of a run four training lengths, else one
+    return e.latent_frames(samples.long_frames(model.run) if model.stage else e.data.frames)
+  if not isinstance(frames, numbers.Integral):
+    raise UserError(f"frames = {frames!r}: expected a whole number")
+  latent, message = lengths.fit_blocks(
+    int(frames), e.history.block, e.pixel_frames, given=given, strict=strict
+  )
+  if message:
+    print(message, file=sys.stderr)
+  return latent
+
+
 def write_clips(model: VideoModel, clips: list[Clip]) -> None:
   """Generates the videos and prints the path of each one when its file is complete."""
+  made = make_clips(model, clips)
+  with progress("generate", len(clips)) as bar:
+    for done, (clip, latents) in enumerate(made, 1):
+      write_clip(model, clip, latents)
+      bar.update(done)
+
+
+def make_clips(model: VideoModel, clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
+  """Loads the weights, and returns an iterator of each clip with its latents [1 f h w c].
+
+  Clips with equal numbers of conditioning and new frames come together.
+  """
   # texts first: the text encoder has left the memory before the network's weights are loaded
   model.prepare_texts(list(dict.fromkeys(clip.job.prompt for clip in clips)))
   params = model.params()
-  # a batch has one shape: clips with equal numbers of conditioning and new frames go together
+  # a batch has one shape
   alike: dict[tuple[int, int], list[Clip]] = {}
   for clip in clips:
     alike.setdefault((clip.given, clip.frames), []).append(clip)
-  with progress("generate", len(clips)) as bar:
-    done = 0
-    for (given, frames), group in alike.items():
-      for batch, latents in iterate_latents(model, params, group, frames, given):
-        for i, clip in enumerate(batch):
-          write_clip(model, clip, np.asarray(latents[i : i + 1]))
-          bar.update(done := done + 1)
+  return (
+    (clip, np.asarray(latents[i : i + 1]))
+    for (given, frames), group in alike.items()
+    for batch, latents in iterate_latents(model, params, group, frames, given)
+    for i, clip in enumerate(batch)
+  )
 
 
 def iterate_latents(
@@ -169,9 +211,14 @@ def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
   return np.asarray(model.run.components.latents(pixels[None]))
 
 
+def decoded(model: VideoModel, latents: np.ndarray) -> Iterator[np.ndarray]:
+  """Decodes the latents [1 f h w c] of one video into pieces uint8 [F_i H W 3]."""
+  return (piece[0] for piece in model.run.components.pieces(latents))
+
+
 def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
   """Decodes latents [1 f h w c] piece by piece into the clip's file, its metadata included."""
   config = model.experiment.sample
-  pieces = (piece[0] for piece in model.run.components.pieces(latents))
+  pieces = decoded(model, latents)
   write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
   print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr

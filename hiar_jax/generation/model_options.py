@@ -32,8 +32,10 @@ class ModelOptions:
 
     needed: False where the weights will not be loaded (`--dry_run`), and may be missing.
 
-    Raises UserError where neither is given, or both.
+    Raises UserError where neither is given, or both, and for values that cannot be.
     """
+    if self.stage not in STAGES:
+      raise UserError(f"stage = {self.stage!r}: expected one of {', '.join(STAGES)}")
     # the fields of ModelChanges are a subset of these, under the same names
     changes = ModelChanges(
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}

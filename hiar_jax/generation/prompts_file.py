@@ -12,12 +12,13 @@ without settings is a prompt as it stands. A row without a seed takes the comman
 index in the file, counted from 0. Relative paths start at the folder of the file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import csv
 import dataclasses
 import difflib
 import io
 import json
+import numbers
 import os
 import pathlib
 import re
@@ -51,6 +52,45 @@ class Job:
   video: pathlib.Path | None = None
   out: str | None = None
   line: int = 0
+
+
+def make_jobs(
+  prompts: Sequence[str],
+  seeds: int | Sequence[int] = 0,
+  image: str | os.PathLike | None = None,
+  video: str | os.PathLike | None = None,
+) -> list[Job]:
+  """Returns one job per prompt, all with the same start.
+
+  seeds: one per prompt, or that of the first; the next ones count up.
+
+  Raises UserError for prompts that are no texts, seeds that are out of range or of another number,
+  and two starts.
+  """
+  for prompt in prompts:
+    if not isinstance(prompt, str):
+      raise UserError(f"prompt = {prompt!r}: expected text")
+  if image and video:
+    raise UserError("give either --image or --video: a video starts from one of them")
+  if isinstance(seeds, Sequence) and not isinstance(seeds, str):
+    if len(seeds) != len(prompts):
+      raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or one seed")
+  else:
+    check_seed(seeds)
+    seeds = range(seeds, seeds + len(prompts))
+  start = {name: path and pathlib.Path(path) for name, path in (("image", image), ("video", video))}
+  return [
+    Job(prompt, check_seed(seed), **start) for prompt, seed in zip(prompts, seeds, strict=True)
+  ]
+
+
+def check_seed(seed: int) -> int:
+  """Returns the seed. Raises UserError unless it is a whole number from 0 to MAX_SEED."""
+  # True is an int of Python; NumPy's whole numbers are Integral too
+  whole = isinstance(seed, numbers.Integral) and not isinstance(seed, bool)
+  if not whole or not 0 <= seed <= MAX_SEED:
+    raise UserError(f"seed = {seed!r}: expected a whole number from 0 to {MAX_SEED}")
+  return int(seed)
 
 
 def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:

@@ -18,10 +18,11 @@ from hiar_jax.components.wan import WanCodecConfig, WanComponents, tiling_of
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.data import prompt_texts
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.models import taehv, umt5, vae
 from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
+from hiar_jax.planning.sizes import DTYPES
 from hiar_jax.training import pretrained
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
@@ -46,12 +47,21 @@ class ModelChanges:
   decoder: str | None = None
   tile: int | None = None
 
+  def __post_init__(self):
+    given = {name: x for name, x in dataclasses.asdict(self).items() if x is not None}
+    at_least(1, **{name: given[name] for name in ("height", "width") if name in given})
+    at_least(0, tile=self.tile or 0)
+    for name, allowed in (("dtype", DTYPES), ("decoder", DECODERS)):
+      if given.get(name, allowed[0]) not in allowed:
+        raise UserError(f"{name} = {given[name]!r}: expected one of {', '.join(allowed)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class VideoModel:
   """A run with the weights to generate with.
 
-  weights: a directory of converted weights; '' for those of the run's `stage`.
+  weights: a directory of converted weights; '' for those of the run's `stage`. stage: '' where the
+  model is a config's with converted weights.
   """
 
   run: Run

@@ -1,13 +1,16 @@
 """A run of the shapes world of which nothing has been trained, to generate and to stream with."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 
+from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.components import patch_pca
 from hiar_jax.components.patch_pca import PatchPCA
+from hiar_jax.config.workdir import save_resolved
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import dit
 from hiar_jax.training.run import CODEC, open_run
@@ -71,3 +74,13 @@ def frames(chunks):
 def assert_same_pixels(a, b):
   # rounding may fall on the other side
   assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
+
+
+def saved_run(directory: pathlib.Path, config) -> pathlib.Path:
+  """A workdir as training leaves it, with random weights of the student and of the teacher."""
+  model = untrained(directory, config)
+  save_resolved(config, directory)
+  for stage in ("teacher", "distill"):
+    with Checkpoints(model.run.directory(stage) / "checkpoints") as checkpoints:
+      checkpoints.save(1, {"step": np.ones(())}, model.params())
+  return directory

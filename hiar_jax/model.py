@@ -1,0 +1,213 @@
+"""A model in Python: videos and streams, and the parts for a closer look (docs/tour.md).
+
+model = hiar_jax.load("runs/shapes")
+frames = model.generate("a red circle moving left", frames=72, seed=1)   # uint8 [72 H W 3]
+
+model = hiar_jax.load(config="experiments/hiar_wan_1_3b.py", weights="weights/hiar")
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import os
+
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from hiar_jax import stream as streams
+from hiar_jax.config.building import nearest
+from hiar_jax.config.command_line import load_config
+from hiar_jax.errors import UserError
+from hiar_jax.generation import clips, prompts_file
+from hiar_jax.generation.model_options import ModelOptions
+from hiar_jax.generation.video_model import VideoModel
+from hiar_jax.method import Method, MethodConfig
+from hiar_jax.streaming.compiled_tick import TickOptions
+from hiar_jax.streaming.producer import Stream
+from hiar_jax.streaming.streaming_model import StreamingModel
+from hiar_jax.types import Params
+
+
+def load(
+  workdir: str | os.PathLike | None = None,
+  *,
+  config: str | config_dict.ConfigDict | None = None,
+  weights: str | os.PathLike | None = None,
+  stage: str = "distill",
+  height: int | None = None,
+  width: int | None = None,
+  dtype: str | None = None,
+  decoder: str | None = None,
+  tile: int | None = None,
+) -> "Model":
+  """Opens a model: of a trained run (workdir), or of a config with converted weights.
+
+  config: a ConfigDict, or FILE[:VARIANT] as the commands take it. stage: of the run, `distill` or
+  `causal_init`. height and the others replace the config's, as generation.video_model.ModelChanges
+  has them. Weights are loaded when they are first used.
+
+  Raises UserError where there is no such model, or where an option does not suit it.
+  """
+  options = ModelOptions(
+    workdir=workdir and os.fspath(workdir),
+    config=load_config(config) if isinstance(config, str) else config,
+    weights=weights and os.fspath(weights),
+    stage=stage,
+    height=height,
+    width=width,
+    dtype=dtype,
+    decoder=decoder,
+    tile=tile,
+  )
+  return Model.of(options.open_model())
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Model(VideoModel):
+  """A VideoModel that keeps its weights and its compiled programs for the next call.
+
+  load_once: returns the weights.
+  """
+
+  load_once: Callable[[], Params]
+
+  @staticmethod
+  def of(model: VideoModel) -> "Model":
+    """Returns the model of a command, to be used more than once."""
+    return Model(model.run, model.weights, model.stage, functools.cache(model.params))
+
+  def __repr__(self) -> str:
+    e = self.experiment
+    source = self.weights or f"{self.run.workdir}, {self.stage}"
+    return f"<hiar_jax model of {source}: {e.data.height}x{e.data.width}, {e.history}>"
+
+  # ----------------------------------------------------------------------------------- videos
+
+  def generate(
+    self,
+    prompts: str | Sequence[str],
+    frames: int | None = None,
+    seed: int | Sequence[int] = 0,
+    image: str | os.PathLike | None = None,
+    video: str | os.PathLike | None = None,
+  ) -> np.ndarray | list[np.ndarray]:
+    """Generates the video uint8 [F H W 3] of a prompt, or a list of them, one per prompt.
+
+    The frames are those that `python -m hiar_jax.generate` writes. frames: of a video, those of its
+    start included, rounded up to whole blocks; None: the command's default. seed: one per prompt,
+    or that of the first; the next ones count up. image, video: file that the videos start from.
+
+    Raises UserError, as the command.
+    """
+    one = isinstance(prompts, str)
+    latents = self.sample_latents([prompts] if one else prompts, frames, seed, image, video)
+    videos = [self.decode(row) for row in latents]
+    return videos[0] if one else videos
+
+  def sample_latents(
+    self,
+    prompts: Sequence[str],
+    frames: int | None = None,
+    seeds: int | Sequence[int] = 0,
+    image: str | os.PathLike | None = None,
+    video: str | os.PathLike | None = None,
+  ) -> np.ndarray:
+    """Generates latents float32 [n f h w c], one row per prompt; arguments as `generate`."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+      raise UserError('there is no prompt; give one, as "a red circle moving left"')
+    jobs = prompts_file.make_jobs(prompts, seeds, image, video)
+    planned = clips.plan_clips(self, jobs, [None] * len(jobs), frames)
+    with jax.set_mesh(self.run.mesh):
+      # all of one shape, so they come in their order
+      return np.concatenate([latents for _, latents in clips.make_clips(self, planned)])
+
+  def stream(self, prompt: str | None = None, **options) -> Stream:
+    """Opens a stream of this model: hiar_jax.stream, without the options that choose a model."""
+    fields = [field.name for field in dataclasses.fields(ModelOptions)]
+    wanted = streams.read_options({"prompt": prompt, **options}, without=fields)
+    source = self._streaming.setdefault(wanted.engine, StreamingModel(self, wanted.engine))
+    return streams.open_stream(source, wanted)
+
+  # ---------------------------------------------------------------------------- pixels and latents
+
+  def decode(self, latents: np.ndarray) -> np.ndarray:
+    """Decodes latents [f h w c] into frames uint8 [F H W 3], or a batch [n f h w c] of them.
+
+    Raises UserError for another shape.
+    """
+    shape, latent = np.shape(latents), self.experiment.latent
+    size = (latent.height, latent.width, latent.channels)
+    if len(shape) not in (4, 5) or shape[-3:] != size or 0 in shape:
+      raise UserError(f"latents of shape {shape}: expected (frames, {_comma(size)}), or a batch")
+    if len(shape) == 5:
+      return np.stack([self.decode(row) for row in latents])
+    with jax.set_mesh(self.run.mesh):
+      return np.concatenate(list(clips.decoded(self, np.asarray(latents)[None])))
+
+  def encode(self, frames: np.ndarray) -> np.ndarray:
+    """Encodes frames uint8 [F H W 3] into latents float32 [f h w c], or a batch of them.
+
+    Raises UserError for another shape or dtype, and for frame counts that no video has.
+    """
+    frames, e = np.asarray(frames), self.experiment
+    size = (e.data.height, e.data.width, 3)
+    if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-3:] != size:
+      raise UserError(
+        f"frames {frames.dtype} {frames.shape}: expected uint8 (frames, {_comma(size)}), or a batch"
+      )
+    count = frames.shape[-4]
+    if not count or e.pixel_frames(e.latent_frames(count)) != count:
+      near = e.pixel_frames(max(1, e.latent_frames(count)))
+      raise UserError(f"{count} frames cannot be encoded; the nearest count is {near}")
+    with jax.set_mesh(self.run.mesh):
+      batch = frames if frames.ndim == 5 else frames[None]
+      latents = np.asarray(self.run.components.latents(batch), np.float32)
+    return latents if frames.ndim == 5 else latents[0]
+
+  # ----------------------------------------------------------------------------------- method
+
+  @property
+  def method(self) -> Method:
+    """The method at the student's noise levels."""
+    return self.run.method
+
+  def with_method(self, **changes) -> "Model":
+    """Returns this model, weights and all, with changed fields of its MethodConfig.
+
+    As with_method(window=9, sink=3). Raises UserError for an unknown field or a wrong value.
+    """
+    known = [field.name for field in dataclasses.fields(MethodConfig)]
+    for name in changes.keys() - set(known):
+      raise UserError(f"a method has no {name!r}; {nearest(name, known)}")
+    e = self.experiment
+    e = dataclasses.replace(e, history=dataclasses.replace(e.history, **changes))
+    run = dataclasses.replace(self.run, experiment=e)
+    # codec and text encoder are the same: a cached property lies in the instance under its name
+    vars(run)["components"] = self.run.components
+    return dataclasses.replace(self, run=run)
+
+  # ------------------------------------------------------------------------- kept between calls
+
+  def params(self) -> Params:
+    """Returns the network's weights, sharded over the run's mesh; the first call loads them."""
+    return self.load_once()
+
+  def sampler(self, frames: int):
+    """Returns VideoModel.sampler's function: one for each number of frames, compiled once."""
+    if frames not in self._samplers:
+      self._samplers[frames] = super().sampler(frames)
+    return self._samplers[frames]
+
+  @functools.cached_property
+  def _samplers(self) -> dict[int, Callable]:
+    return {}
+
+  @functools.cached_property
+  def _streaming(self) -> dict[TickOptions, StreamingModel]:
+    return {}
+
+
+def _comma(size: tuple[int, ...]) -> str:
+  return ", ".join(map(str, size))

@@ -1,0 +1,232 @@
+"""`hiar_jax.load`: the pixels that the commands write, from Python, with weights loaded once."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import hiar_jax
+from hiar_jax import context, generate, method
+from hiar_jax.config.command_line import load_config
+from hiar_jax.errors import UserError
+from hiar_jax.generation import clips
+from hiar_jax.generation.video_model import VideoModel
+from tests.helpers import tiny_run, tiny_wan
+from tests.helpers.untrained import (  # noqa: F401
+  PROMPT,
+  SEED,
+  assert_same_pixels,
+  compiles_quickly,
+  frames,
+  saved_run,
+)
+
+PROMPTS = [PROMPT, "a blue square moving up", "a green star"]  # a batch and a half
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return saved_run(tmp_path_factory.mktemp("model"), tiny_run.make_config())
+
+
+@pytest.fixture(scope="module")
+def model(workdir):
+  return hiar_jax.load(workdir)
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+  return tiny_wan.directory(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture
+def written(monkeypatch):
+  """The frames that the command hands to the encoder of its files: path -> uint8 [F H W 3]."""
+  found = {}
+
+  def write_mp4(path, pieces, fps, metadata, *, scale):
+    found[path.name] = np.concatenate(list(pieces))
+
+  monkeypatch.setattr(clips, "write_mp4", write_mp4)
+  return found
+
+
+def test_a_video_is_the_one_that_the_command_writes(model, workdir, written, tmp_path):
+  options = {"workdir": str(workdir), "prompt": PROMPT, "frames": 8, "seed": SEED}
+  generate.generate(generate.GenerateOptions(**options, out=f"{tmp_path}/a.mp4"))
+  video = model.generate(PROMPT, frames=8, seed=SEED)
+  assert video.dtype == np.uint8 and video.shape == (8, 16, 16, 3)
+  np.testing.assert_array_equal(video, written["a.mp4"])
+  assert (video != model.generate(PROMPT, frames=8, seed=SEED + 1)).any()
+
+
+def test_videos_are_those_that_the_command_writes(model, workdir, written, tmp_path):
+  (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+  options = {"workdir": str(workdir), "prompts": f"{tmp_path}/prompts.txt", "seed": SEED}
+  generate.generate(generate.GenerateOptions(**options, frames=6, out=f"{tmp_path}/videos"))
+  videos = model.generate(PROMPTS, frames=6, seed=SEED)
+  assert len(videos) == len(written) == 3
+  for video, same in zip(videos, written.values(), strict=True):
+    np.testing.assert_array_equal(video, same)
+  again = model.generate(PROMPTS[::-1], frames=6, seed=[SEED + 2, SEED + 1, SEED])
+  for video, same in zip(videos, again[::-1], strict=True):
+    assert_same_pixels(video, same)
+
+
+def test_a_video_from_a_picture(model, workdir, written, tmp_path):
+  Image.fromarray(np.full((16, 16, 3), (250, 10, 10), np.uint8)).save(tmp_path / "red.png")
+  start = {"image": f"{tmp_path}/red.png", "frames": 5, "seed": SEED}
+  options = {"workdir": str(workdir), "prompt": PROMPT, "out": f"{tmp_path}/a.mp4"}
+  generate.generate(generate.GenerateOptions(**options, **start))
+  np.testing.assert_array_equal(model.generate(PROMPT, **start), written["a.mp4"])
+
+
+def test_wan_is_the_one_that_the_command_writes(wan, written, tmp_path, capfd):
+  config, weights = f"{wan}/config.py", f"{wan}/weights"
+  start = {"video": f"{wan}/before.mp4", "frames": 37, "seed": SEED}
+  options = {"config": load_config(config), "weights": weights, "decoder": "tiny_vae"}
+  generate.generate(
+    generate.GenerateOptions(**options, **start, prompt="A cat", out=f"{tmp_path}/a.mp4")
+  )
+  model = hiar_jax.load(config=config, weights=weights, decoder="tiny_vae")
+  capfd.readouterr()
+  np.testing.assert_array_equal(model.generate("A cat", **start), written["a.mp4"])
+  assert "before.mp4: its last 21 of 24 frames" in capfd.readouterr().err
+  latents = model.encode(written["a.mp4"][:5])
+  assert latents.shape == (2, 2, 4, 16) and model.decode(latents).shape == (5, 16, 32, 3)
+
+
+def test_without_frames_it_is_the_commands_length(model):
+  assert len(model.generate(PROMPT)) == 16  # four training lengths
+
+
+def test_a_stream_shares_the_weights(workdir, monkeypatch):
+  loads = []
+  params = VideoModel.params
+  monkeypatch.setattr(VideoModel, "params", lambda self: loads.append(1) or params(self))
+  model = hiar_jax.load(workdir)
+  assert not loads
+  video = model.generate(PROMPT, frames=8, seed=SEED)
+  for _ in range(2):
+    with model.stream(PROMPT, frames=8, seed=SEED, level_devices=1) as stream:
+      assert_same_pixels(frames(stream), video)
+  assert len(model._streaming) == 1  # and so the compiled tick
+  model.with_method(window=6).generate(PROMPT, frames=2)
+  assert len(loads) == 1
+
+
+def test_latents_there_and_back(model):
+  latents = model.sample_latents(PROMPTS[:2], frames=6, seeds=[SEED, 0])
+  e = model.experiment.latent
+  assert latents.shape == (2, 6, e.height, e.width, e.channels) and latents.dtype == np.float32
+  pixels = model.decode(latents)
+  np.testing.assert_array_equal(pixels[0], model.decode(latents[0]))
+  np.testing.assert_array_equal(pixels, model.generate(PROMPTS[:2], frames=6, seed=[SEED, 0]))
+  np.testing.assert_array_equal(model.encode(pixels)[1], model.encode(pixels[1]))
+  batch = {"video": pixels, "tokens": model.run.components.tokens(PROMPTS[:2])}
+  # as the teacher's training encodes them
+  np.testing.assert_allclose(model.encode(pixels), model.run.encode(batch)["latents"], atol=1e-5)
+
+
+def test_a_method_with_changes(model):
+  changed = model.with_method(level="clean", window=6)
+  assert isinstance(changed.method, method.Method)
+  assert (changed.method.level, changed.method.window) == ("clean", 6)
+  assert (model.method.level, model.method.window) == ("output", 4)
+  assert changed.method.sigmas == model.method.sigmas
+  assert changed.run.components is model.run.components
+  a, b = (x.generate(PROMPT, frames=8, seed=SEED) for x in (model, changed))
+  assert (a != b).any()
+  same = changed.with_method(level="output", window=4)
+  np.testing.assert_array_equal(same.generate(PROMPT, frames=8, seed=SEED), a)
+
+
+def test_a_context_level_of_ones_own(model, monkeypatch):
+  @dataclasses.dataclass(frozen=True)
+  class Same(context.Output):
+    share: float
+
+  monkeypatch.setitem(context.LEVELS, "same", Same)
+  own, clean = (
+    model.with_method(level=level).generate(PROMPT, frames=8, seed=SEED)
+    for level in ("same:0.5", "clean")
+  )
+  np.testing.assert_array_equal(own, model.generate(PROMPT, frames=8, seed=SEED))
+  assert (own != clean).any()
+
+
+REFUSED = {
+  "no frames": (lambda m: m.generate("a", frames=0), "frames = 0: expected at least 1"),
+  "frames in words": (lambda m: m.generate("a", frames="x"), "frames = 'x': expected a whole"),
+  "a seed": (lambda m: m.generate("a", seed=-1), "seed = -1: expected a whole number from 0"),
+  "half a seed": (lambda m: m.generate("a", seed=0.5), "seed = 0.5: expected a whole number"),
+  "seeds": (lambda m: m.generate(["a"], seed=[1, 2]), "2 seeds for 1 prompts: give one each"),
+  "no prompt": (lambda m: m.generate([]), "there is no prompt"),
+  "no text": (lambda m: m.generate([3]), "prompt = 3: expected text"),
+  "two starts": (lambda m: m.generate("a", image="b", video="c"), "starts from one of them"),
+  "no file": (lambda m: m.generate("a", image="nowhere.png"), "nowhere.png"),
+  "no option": (lambda m: m.stream("a", sed=1), "stream has no option 'sed'; did you mean 'seed'"),
+  "another model": (lambda m: m.stream("a", workdir="b"), "stream has no option 'workdir'"),
+  "nothing to stream": (lambda m: m.stream(), "give either --prompt"),
+  "a seed to stream": (lambda m: m.stream("a", seed=-1), "seed = -1: expected a whole number"),
+  "latents": (
+    lambda m: m.decode(np.zeros((2, 3, 4))),
+    r"latents of shape \(2, 3, 4\): expected \(frames, 2, 2, 8\)",
+  ),
+  "a dtype": (lambda m: m.encode(np.zeros((2, 16, 16, 3))), "frames float64 .*: expected uint8"),
+  "a size": (lambda m: m.encode(np.zeros((2, 8, 8, 3), np.uint8)), r"\(frames, 16, 16, 3\)"),
+  "a field": (lambda m: m.with_method(windw=9), "a method has no 'windw'; did you mean 'window'"),
+  "a value": (lambda m: m.with_method(level="x"), "history.level = 'x': expected one of"),
+  "blocks": (lambda m: m.with_method(block=3), "data.frames = 4 is not whole blocks"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_one_line(model, name):
+  ask, line = REFUSED[name]
+  with pytest.raises(UserError, match=line):
+    ask(model)
+
+
+def test_frames_that_no_wan_video_has(wan):
+  model = hiar_jax.load(config=f"{wan}/config.py", weights=f"{wan}/weights")
+  with pytest.raises(UserError, match="4 frames cannot be encoded; the nearest count is 5"):
+    model.encode(np.zeros((4, 16, 32, 3), np.uint8))
+
+
+LOADS = {
+  "nothing": ({}, "--workdir is missing"),
+  "no run": ({"workdir": "nowhere"}, "nowhere holds no run"),
+  "both": ({"workdir": "a", "config": "{wan}/config.py"}, "give either --workdir"),
+  "no config": ({"weights": "{wan}/weights", "workdir": "a"}, "--weights needs --config"),
+  "no file": ({"config": "{wan}/confg.py"}, "there is no file .*did you mean"),
+  "no weights": ({"config": "{wan}/config.py", "weights": "{wan}"}, "dit"),
+  "a stage": ({"workdir": "{run}", "stage": "teacher"}, "stage = 'teacher': expected one of"),
+  "a dtype": ({"workdir": "{run}", "dtype": "int8"}, "dtype = 'int8': expected one of"),
+  "a height": ({"workdir": "{run}", "height": 0}, "height = 0: expected at least 1"),
+  "a decoder": ({"workdir": "{run}", "decoder": "tiny"}, "decoder = 'tiny': expected one of"),
+  "a tile": ({"workdir": "{run}", "tile": 8}, "--decoder and --tile are for Wan's autoencoder"),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_what_cannot_be_loaded_is_one_line(workdir, wan, name):
+  options, line = LOADS[name]
+  fill = lambda x: x.format(run=workdir, wan=wan) if isinstance(x, str) else x
+  with pytest.raises(UserError, match=line):
+    hiar_jax.load(**{key: fill(x) for key, x in options.items()})
+
+
+def test_a_run_of_another_size(workdir):
+  small = hiar_jax.load(workdir, height=24, width=8)
+  assert small.generate(PROMPT, frames=2).shape == (2, 24, 8, 3)
+  assert "24x8" in repr(small)
+
+
+def test_the_package_stays_light():
+  code = "import hiar_jax, sys; assert 'jax' not in sys.modules; hiar_jax.load; hiar_jax.stream"
+  done = subprocess.run([sys.executable, "-c", code], cwd=tiny_run.ROOT, capture_output=True)
+  assert done.returncode == 0, done.stderr.decode()
