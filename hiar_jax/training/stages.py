@@ -2,8 +2,8 @@
 
 Each is a function of the run. It resumes from its newest checkpoint and returns at once when it is
 finished. The trained stages share one loop (training.loop), with a step from training.teacher,
-causal_init or distill. On several hosts every process calls every stage; process 0 alone writes
-data and samples while the others wait.
+causal_init or distill. On several hosts every process calls every stage; process 0 alone makes the
+data, while the others wait, and writes what all have computed.
 """
 
 import functools
@@ -29,7 +29,7 @@ from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.models import dit
 from hiar_jax.parallel.mapping import map_step
-from hiar_jax.progress import progress
+from hiar_jax.progress import is_writer, progress
 from hiar_jax.training import causal_init, distill, loop, pretrained, samples, teacher
 from hiar_jax.training.run import CODEC, Run
 from hiar_jax.training.state import create_state
@@ -295,16 +295,19 @@ def make_samples(run: Run) -> None:
   config = run.experiment.sample
   directory = run.directory("sample")
   metrics_file = directory / "metrics.json"
-  if metrics_file.exists() or jax.process_index() != 0:
+  if metrics_file.exists():
     return
   prompts = samples.read_prompts(run)
-  for prompt in prompts:
+  for prompt in prompts if is_writer() else ():
     samples.print_warnings(run, prompt)
   frames = samples.long_frames(run)
   params = pretrained.load_weights(run, "distill")
   # The prompts that are saved come first among those that are measured, so no video is made twice.
   measured = samples.measured_prompts(run, prompts)
+  # by all processes: the network lies on the devices of all of them
   videos = samples.make_videos(run, params, measured or prompts, frames, seed=config.seed)
+  if not is_writer():
+    return
   if measured:
     metrics = shapes_truth.measure(videos, measured, run.world, run.experiment.data.frames)
   else:
