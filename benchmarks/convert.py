@@ -31,8 +31,9 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.models.frames import Frames, bind
-from hiar_jax.rollout.blocks import block_positions, denoise
+from hiar_jax.rollout.blocks import denoise
 from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.visibility import block_positions
 from hiar_jax.types import LatentShape
 
 HISTORY = Method()  # HiAR's

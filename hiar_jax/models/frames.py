@@ -31,8 +31,7 @@ class Read:
   """Frames that a group sees, of an entry of the past or of another group of the same forward.
 
   frames: (first, end) of the source's frames, known while the program is traced; None = all.
-  seen: which of these, where that is known only when the program runs (slots of a ring); None =
-  all.
+  seen: a bool for each of them, where that is known only when the program runs (a ring's slots).
   """
 
   past: int | None = flax.struct.field(pytree_node=False, default=None)
@@ -47,10 +46,9 @@ class Frames:
 
   x: latents [b k h w c]. sigma: noise level, a scalar, [b] or [b k]. positions: frame indices, [k]
   or [b k]. reads: what the group sees besides itself. exists: which frames are there; the others
-  are seen by nobody but themselves; None = all. text: index into the texts of the forward; None:
-  the
-  group hears none. projection: name of the input projection, which sets how many frames, rows and
-  columns become one token (packed history).
+  are seen by nobody but themselves; None = all. text: index into the texts of the forward; None: it
+  hears none. projection: name of the input projection, which sets how many frames, rows and columns
+  become one token (packed history).
   """
 
   x: Block

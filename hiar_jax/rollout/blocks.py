@@ -16,7 +16,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method
 from hiar_jax.models.frames import KV, Bound, Frames, Read
 from hiar_jax.rollout.past.ring import Ring
-from hiar_jax.rollout.past.visibility import visible
+from hiar_jax.rollout.past.visibility import block_positions, visible
 from hiar_jax.types import Block, Positions, Video
 
 # (level, block) -> eps [b k h w c] with which the block arrives at the level; at level 0 it starts.
@@ -64,11 +64,6 @@ class Step:
       return noise(self.method.levels + 1 + self.level, self.n)
 
     return x_next, self.method.context.latent(x, x_next, x0, eps), x0
-
-
-def block_positions(n, method: Method) -> Positions:
-  """Returns the frame indices [k] of block n, which may be traced."""
-  return n * method.block + jnp.arange(method.block, dtype=jnp.int32)
 
 
 def split_blocks(video: Video, method: Method) -> jax.Array:

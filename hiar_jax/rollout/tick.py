@@ -26,7 +26,6 @@ from hiar_jax.models.frames import Bound, Frames
 from hiar_jax.rollout.blocks import (
   Noise,
   Step,
-  block_positions,
   blocks_of,
   denoise,
   image_positions,
@@ -37,6 +36,7 @@ from hiar_jax.rollout.blocks import (
 )
 from hiar_jax.rollout.past import ring
 from hiar_jax.rollout.past.ring import Ring
+from hiar_jax.rollout.past.visibility import block_positions
 from hiar_jax.rollout.pipeline import Entering, PipelineState
 from hiar_jax.types import Block, Key, LatentShape, Positions, PyTree, Text, Video
 

@@ -113,8 +113,25 @@ def sample_trajectories(run: Run) -> None:
       run.components.prepare(pipeline.read_captions(directory))
     _wait_for_all("trajectories")
     return
-  writer = TrajectoryWriter(
-    directory,
+  if is_writer():
+    _trajectory_writer(run)  # writes the recipe, which the others then find
+  _wait_for_all("the trajectories' recipe")
+  writer = _trajectory_writer(run)
+  if writer.complete:
+    return
+  _write_parts(run, writer)
+  # All parts must lie on the disk before one process joins them into a data set, and the data set
+  # before anybody reads it.
+  _wait_for_all("trajectories")
+  if jax.process_index() == 0:
+    writer.finish()
+  _wait_for_all("trajectories data set")
+
+
+def _trajectory_writer(run: Run) -> TrajectoryWriter:
+  e, config = run.experiment, run.experiment.trajectories
+  return TrajectoryWriter(
+    run.directory("trajectories"),
     list(map(float, config.sigmas(e.student))),
     config.count,
     config.batch,
@@ -127,15 +144,6 @@ def sample_trajectories(run: Run) -> None:
       "teacher_steps": e.teacher.steps,
     },
   )
-  if writer.complete:
-    return
-  _write_parts(run, writer)
-  # All parts must lie on the disk before one process joins them into a data set, and the data set
-  # before anybody reads it.
-  _wait_for_all("trajectories")
-  if jax.process_index() == 0:
-    writer.finish()
-  _wait_for_all("trajectories data set")
 
 
 def _write_parts(run: Run, writer: TrajectoryWriter) -> None:

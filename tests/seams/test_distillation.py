@@ -28,7 +28,7 @@ CONFIG = distill.DistillConfig(
   guidance=2.0,
   ema_decay=0.9,
 )
-TOLERANCE = 1e-5  # of the largest value of a leaf
+TOLERANCE = 5e-4  # of the way that a leaf has moved
 
 
 def params(seed: int):
@@ -95,15 +95,14 @@ def test_10_one_generator_and_five_critic_updates():
   for i, metrics in enumerate(losses):
     for name, value in metrics.items():
       old = recorded()[f"distilled metrics {i} {name}"]
-      np.testing.assert_allclose(value, old, rtol=2e-4, err_msg=name)
+      np.testing.assert_allclose(value, old, rtol=1e-5, err_msg=name)
   for which, before in (("params", params(1)), ("critic", params(2))):
     leaves = jax.tree_util.tree_leaves_with_path(getattr(state, which))
     for (path, leaf), start in zip(leaves, jax.tree.leaves(before), strict=True):
       path = jax.tree_util.keystr(path)
       old = recorded()[f"distilled {which} {path}"]
-      assert np.abs(old - start).max() > 0, path
-      error = np.abs(leaf - old).max()
-      assert error <= TOLERANCE * max(np.abs(old).max(), 1.0), (path, error)
+      moved, error = np.abs(old - start).max(), np.abs(leaf - old).max()
+      assert moved > 0 and error <= TOLERANCE * moved, (path, moved, error)
 
 
 def test_10_keys_are_folded():

@@ -13,9 +13,8 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.models import frames
 from hiar_jax.models.frames import Frames, Read
 from hiar_jax.rollout import exit_step, sample
-from hiar_jax.rollout.blocks import block_positions
 from hiar_jax.rollout.past import ring
-from hiar_jax.rollout.past.visibility import clip_reads
+from hiar_jax.rollout.past.visibility import block_positions, clip_reads
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.seams.cases import NETWORK, ROWS, assert_close, bound, method_of, noise_of, shape

@@ -15,7 +15,12 @@ import numpy as np
 
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Frames, Read
-from hiar_jax.types import Video
+from hiar_jax.types import Positions, Video
+
+
+def block_positions(n, method: MethodConfig) -> Positions:
+  """Returns the frame indices [k] of block n, which may be traced."""
+  return n * method.block + jnp.arange(method.block, dtype=jnp.int32)
 
 
 def visible(method: MethodConfig, query, key):
@@ -57,7 +62,7 @@ def block_groups(
     Frames(
       x[:, n * k : n * k + k],
       sigma[:, n * k : n * k + k] if sigma.ndim == 2 else sigma,
-      n * k + jnp.arange(k, dtype=jnp.int32),
+      block_positions(n, method),
       clip_reads(method, n, sources),
     )
     for n, sources in enumerate(shown)

@@ -13,9 +13,9 @@ import pytest
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, rope
 from hiar_jax.models.frames import Frames
-from hiar_jax.rollout.blocks import block_positions
 from hiar_jax.rollout.past import ring
 from hiar_jax.rollout.past.ring import Ring
+from hiar_jax.rollout.past.visibility import block_positions
 from tests.helpers import tiny
 from tests.helpers.plain_rollout import assert_same
 
