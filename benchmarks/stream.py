@@ -39,6 +39,7 @@ import numpy as np
 
 from benchmarks import machine
 from hiar_jax.components import patch_pca
+from hiar_jax.components.block_decoder import FramewiseDecoder
 from hiar_jax.components.patch_pca import PatchPCA, PatchPCAConfig
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
@@ -47,7 +48,6 @@ from hiar_jax.errors import UserError
 from hiar_jax.models import dit
 from hiar_jax.models.frames import bind
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
-from hiar_jax.streaming.decoding import FramewiseDecoder
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream

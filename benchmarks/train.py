@@ -32,7 +32,6 @@ from benchmarks import machine
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
-from hiar_jax.models import dit
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import make_mesh, put_batch
 from hiar_jax.parallel.rules import state_shardings
@@ -68,19 +67,19 @@ def stage(e: Experiment, name: str) -> tuple[TrainConfig, Callable[[Params], Tra
   """Returns (settings, params -> initial state, make_step of parallel.mapping)."""
   key = jax.random.key(1)
   if name == "teacher":
-    optimizer = e.teacher.optimizer()
+    optimizer = e.teacher.optimizer(e.dit)
     make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
     return e.teacher, lambda params: create_state(key, params, optimizer), make_step
   if name == "causal_init":
-    config, optimizer = e.causal_init, e.causal_init.optimizer()
+    config, optimizer = e.causal_init, e.causal_init.optimizer(e.student_dit)
     make_step = functools.partial(
       causal_init.make_step, config, e.student_dit, e.history, e.student.sigmas, optimizer
     )
     return config, lambda params: create_state(key, params, optimizer), make_step
   networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
   optimizers = {
-    "generator": e.distill.generator_optimizer(),
-    "critic": e.distill.critic_optimizer(),
+    "generator": e.distill.generator_optimizer(e.student_dit),
+    "critic": e.distill.critic_optimizer(e.dit),
   }
   make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
   method = e.history.at(e.student.sigmas)
@@ -98,7 +97,7 @@ def frozen_of(e: Experiment, name: str):
   if name == "teacher":
     return negative
   if name == "generator":
-    return distill.Frozen(jax.jit(lambda: dit.init(e.teacher_dit, jax.random.key(2)))(), negative)
+    return distill.Frozen(jax.jit(lambda: e.teacher_dit.init(jax.random.key(2)))(), negative)
   return None
 
 
@@ -107,7 +106,7 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
   mesh = make_mesh(e.mesh)
   with jax.set_mesh(mesh):
     training, fresh, make_step = stage(e, name)
-    initial = lambda: fresh(dit.init(e.dit, jax.random.key(0)))
+    initial = lambda: fresh(e.dit.init(jax.random.key(0)))
     # Initialised in its shards: the whole state may not fit on one device.
     shardings = state_shardings(jax.eval_shape(initial), mesh, e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())

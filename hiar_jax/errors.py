@@ -1,5 +1,7 @@
 """Errors that a user can act on: one line, no traceback."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
   """Bad input; the message names what was given, what was expected, and a remedy.
@@ -14,3 +16,10 @@ def at_least(least: float, **values: float) -> None:
   for name, value in values.items():
     if value < least:
       raise UserError(f"{name} = {value}: expected at least {least}")
+
+
+def one_of(allowed: Iterable[str], **values: str) -> None:
+  """Raises UserError, with its name, for the first value that is not in `allowed`."""
+  for name, value in values.items():
+    if value not in allowed:
+      raise UserError(f"{name} = {value!r}: expected one of {', '.join(allowed)}")

@@ -17,7 +17,6 @@ from absl import flags
 import jax
 import numpy as np
 
-from hiar_jax.components import patch_pca
 from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.evaluation import report, shapes_truth
@@ -67,10 +66,9 @@ def main() -> None:
 
 def references(run: Run, frames: int) -> dict[str, dict]:
   """Returns the measures of true clips, and of true clips through the codec alone."""
-  codec = run.components.codec
 
   def roundtrip(videos):
-    return np.asarray(patch_pca.decode(codec, patch_pca.encode(codec, videos)))
+    return run.pixels(run.autoencoder.latents(videos))
 
   return {
     "true clips": shapes_truth.data_reference(run.world, frames=frames),

@@ -21,7 +21,7 @@ import dataclasses
 import numpy as np
 
 from hiar_jax import context
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, one_of
 
 ORDERS = ("step_first", "block_first")
 GRADIENTS = ("detached", "attached")
@@ -58,16 +58,10 @@ class MethodConfig:
 
   def __post_init__(self):
     self.context  # noqa: B018  # raises for an unknown level
-    for name, allowed in (
-      ("order", ORDERS),
-      ("gradient", GRADIENTS),
-      ("renoise", RENOISES),
-      ("sink_level", SINK_LEVELS),
-    ):
-      if getattr(self, name) not in allowed:
-        raise UserError(
-          f"history.{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}"
-        )
+    one_of(ORDERS, **{"history.order": self.order})
+    one_of(GRADIENTS, **{"history.gradient": self.gradient})
+    one_of(RENOISES, **{"history.renoise": self.renoise})
+    one_of(SINK_LEVELS, **{"history.sink_level": self.sink_level})
     if self.block < 1 or self.sink < 0 or self.window < 0:
       raise UserError(
         f"history.block = {self.block}, sink = {self.sink}, window = {self.window}: expected "
@@ -129,10 +123,7 @@ class Method(MethodConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.sink_positions not in SINK_POSITIONS:
-      raise UserError(
-        f"sink_positions = {self.sink_positions!r}: expected one of {', '.join(SINK_POSITIONS)}"
-      )
+    one_of(SINK_POSITIONS, sink_positions=self.sink_positions)
     least = (-(-self.sink // self.block) + 1) * self.block  # the sink's blocks and one more
     if self.moves_sink and self.window < least:
       raise UserError(

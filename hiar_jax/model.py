@@ -130,7 +130,11 @@ class Model(VideoModel):
     source = self._streaming.setdefault(wanted.engine, StreamingModel(self, wanted.engine))
     return streams.open_stream(source, wanted)
 
-  # ---------------------------------------------------------------------------- pixels and latents
+  # -------------------------------------------------------------------- texts, pixels and latents
+
+  def texts(self, prompts: Sequence[str]) -> np.ndarray:
+    """Returns prompts as the network reads them [n l d]."""
+    return self.run.texts(prompts)
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Decodes latents [f h w c] into frames uint8 [F H W 3], or a batch [n f h w c] of them.
@@ -158,12 +162,12 @@ class Model(VideoModel):
         f"frames {frames.dtype} {frames.shape}: expected uint8 (frames, {_comma(size)}), or a batch"
       )
     count = frames.shape[-4]
-    if not count or e.pixel_frames(e.latent_frames(count)) != count:
-      near = e.pixel_frames(max(1, e.latent_frames(count)))
+    if not count or e.codec.pixel_frames(e.codec.latent_frames(count)) != count:
+      near = e.codec.pixel_frames(max(1, e.codec.latent_frames(count)))
       raise UserError(f"{count} frames cannot be encoded; the nearest count is {near}")
     with jax.set_mesh(self.run.mesh):
       batch = frames if frames.ndim == 5 else frames[None]
-      latents = np.asarray(self.run.components.latents(batch), np.float32)
+      latents = np.asarray(self.run.autoencoder.latents(batch), np.float32)
     return latents if frames.ndim == 5 else latents[0]
 
   # ----------------------------------------------------------------------------------- method
@@ -184,8 +188,9 @@ class Model(VideoModel):
     e = self.experiment
     e = dataclasses.replace(e, history=dataclasses.replace(e.history, **changes))
     run = dataclasses.replace(self.run, experiment=e)
-    # codec and text encoder are the same: a cached property lies in the instance under its name
-    vars(run)["components"] = self.run.components
+    # the same ones: a cached property lies in the instance under its name
+    vars(run)["autoencoder"] = self.run.autoencoder
+    vars(run)["text_encoder"] = self.run.text_encoder
     return dataclasses.replace(self, run=run)
 
   # ------------------------------------------------------------------------- kept between calls

@@ -96,7 +96,7 @@ def test_every_parameter_has_a_published_place(config):
     for path, rule in rules.items()
   }
   leaves = jax.tree_util.tree_leaves_with_path(
-    jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+    jax.eval_shape(lambda: config.init(jax.random.key(0)))
   )
   assert ours == {".".join(key.key for key in path): leaf.shape for path, leaf in leaves}
 
@@ -104,7 +104,7 @@ def test_every_parameter_has_a_published_place(config):
 def test_there_and_back_bit_for_bit():
   named = published_arrays()
   params = convert.params_from_torch(named, CONFIG)
-  like = jax.eval_shape(lambda: dit.init(CONFIG, jax.random.key(0)))
+  like = jax.eval_shape(lambda: CONFIG.init(jax.random.key(0)))
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, like)
   back = convert.params_to_torch(params, CONFIG)
   assert back.keys() == named.keys()

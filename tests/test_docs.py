@@ -67,7 +67,7 @@ def place(tmp_path_factory) -> pathlib.Path:
   root = tmp_path_factory.mktemp("docs")
   source = root / "Wan2.1-T2V-1.3B"
   source.mkdir()
-  network = random_tensors("dit", DIT, dit.init)
+  network = random_tensors("dit", DIT, dit.DiTConfig.init)
   save_file(network, source / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
   (source / "config.json").write_text(json.dumps(catalog.model_config("dit", DIT, "original")))
   torch_archive.save(random_tensors("vae", VAE, vae.init), source / "Wan2.1_VAE.pth")
@@ -78,7 +78,7 @@ def place(tmp_path_factory) -> pathlib.Path:
   torch_archive.save(
     {"generator_ema": {f"model.{name}": array for name, array in network.items()}}, root / "hiar.pt"
   )
-  weights.save(root / "weights" / "wan_14b", "dit", DIT, dit.init(DIT, jax.random.key(1)))
+  weights.save(root / "weights" / "wan_14b", "dit", DIT, DIT.init(jax.random.key(1)))
   (root / "experiments").mkdir()
   (root / "experiments" / "hiar_wan_1_3b.py").write_text(SMALL)
   (root / "prompts.txt").write_text(

@@ -16,7 +16,6 @@ from hiar_jax.config.workdir import difference
 from hiar_jax.convert import published_shapes
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
-from hiar_jax.models import dit
 from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.training import causal_init, distill
 from hiar_jax.training import state as states
@@ -85,7 +84,7 @@ def test_sizes_are_the_published_ones(name):
   assert e.latent.clip == (21, 60, 104, 16)
   assert e.dit.tokens(60, 104) == 1560
   for config, size in zip((e.dit, e.teacher_dit), SIZES[name], strict=True):
-    shapes = jax.eval_shape(lambda config=config: dit.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda config=config: config.init(jax.random.key(0)))
     assert (
       count(shapes)
       == sum(int(np.prod(shape)) for shape in published_shapes(config).values())
@@ -110,11 +109,11 @@ def test_trajectories_lie_at_the_published_samplers_levels_or_at_the_students():
 
 
 def abstract_state(e: Experiment, key):
-  init = lambda: dit.init(e.dit, jax.random.key(0))
+  init = lambda: e.dit.init(jax.random.key(0))
   config = e.distill
   return jax.eval_shape(
     lambda: states.create_state(
-      key, init(), config.generator_optimizer(), init(), config.critic_optimizer()
+      key, init(), config.generator_optimizer(e.student_dit), init(), config.critic_optimizer(e.dit)
     )
   )
 
@@ -128,9 +127,9 @@ def test_every_step_is_traced_at_full_size(name):
   state = abstract_state(e, jax.random.key(0))
   networks = distill.Networks(e.student_dit, e.dit, e.teacher_dit)
   made_of = e.distill, networks, e.history.at(e.student.sigmas), e.latent
-  generator = distill.make_generator_step(*made_of, e.distill.generator_optimizer())
-  critic = distill.make_critic_step(*made_of, e.distill.critic_optimizer())
-  teacher = jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0)))
+  generator = distill.make_generator_step(*made_of, e.distill.generator_optimizer(e.student_dit))
+  critic = distill.make_critic_step(*made_of, e.distill.critic_optimizer(e.dit))
+  teacher = jax.eval_shape(lambda: e.teacher_dit.init(jax.random.key(0)))
   negative = jax.ShapeDtypeStruct((1, e.text.length, e.text.dim), jnp.float32)
   batch = abstract_batch(e, 1)
   after, measured = jax.eval_shape(generator, state, batch, distill.Frozen(teacher, negative))
@@ -138,10 +137,10 @@ def test_every_step_is_traced_at_full_size(name):
   assert ("forward_kl" in measured) == (e.distill.forward_kl.weight > 0)
   after, _ = jax.eval_shape(critic, state, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-  optimizer = e.causal_init.optimizer()
+  optimizer = e.causal_init.optimizer(e.dit)
   init = causal_init.make_step(e.causal_init, e.student_dit, e.history, e.student.sigmas, optimizer)
   start = jax.eval_shape(
-    lambda: states.create_state(jax.random.key(0), dit.init(e.dit, jax.random.key(0)), optimizer)
+    lambda: states.create_state(jax.random.key(0), e.dit.init(jax.random.key(0)), optimizer)
   )
   after, _ = jax.eval_shape(init, start, batch)
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, start)
@@ -157,7 +156,7 @@ def test_the_state_is_spread_over_the_devices(name, devices):
   mesh = jax.sharding.AbstractMesh((1, devices), ("data", "fsdp"))
   for tree in (
     abstract_state(e, jax.random.key(0)),
-    jax.eval_shape(lambda: dit.init(e.teacher_dit, jax.random.key(0))),
+    jax.eval_shape(lambda: e.teacher_dit.init(jax.random.key(0))),
   ):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     large = [leaf for leaf in leaves if leaf.size >= e.mesh.min_shard]

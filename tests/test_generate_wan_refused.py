@@ -21,7 +21,7 @@ def place(tmp_path_factory):
 def refused(place, tmp_path_factory):
   out = tmp_path_factory.mktemp("refused")
   larger = dataclasses.replace(DIT, num_layers=3)
-  weights.save(out / "larger", "dit", larger, random_like(larger, dit.init, 0, 0.1))
+  weights.save(out / "larger", "dit", larger, random_like(larger, dit.DiTConfig.init, 0, 0.1))
   (out / "text.txt").write_text("no picture")
   (out / "prompts.txt").write_text("a\nimage=nowhere.png | b\n")
   write_mp4(out / "short.mp4", np.zeros((8, 16, 32, 3), np.uint8), 16)

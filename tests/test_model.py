@@ -126,7 +126,7 @@ def test_latents_there_and_back(model):
   np.testing.assert_array_equal(pixels[0], model.decode(latents[0]))
   np.testing.assert_array_equal(pixels, model.generate(PROMPTS[:2], frames=6, seed=[SEED, 0]))
   np.testing.assert_array_equal(model.encode(pixels)[1], model.encode(pixels[1]))
-  batch = {"video": pixels, "tokens": model.run.components.tokens(PROMPTS[:2])}
+  batch = {"video": pixels, "tokens": model.run.text_encoder.tokens(PROMPTS[:2])}
   # as the teacher's training encodes them
   np.testing.assert_allclose(model.encode(pixels), model.run.encode(batch)["latents"], atol=1e-5)
 
@@ -137,7 +137,7 @@ def test_a_method_with_changes(model):
   assert (changed.method.level, changed.method.window) == ("clean", 6)
   assert (model.method.level, model.method.window) == ("output", 4)
   assert changed.method.sigmas == model.method.sigmas
-  assert changed.run.components is model.run.components
+  assert changed.run.autoencoder is model.run.autoencoder
   a, b = (x.generate(PROMPT, frames=8, seed=SEED) for x in (model, changed))
   assert (a != b).any()
   same = changed.with_method(level="output", window=4)

@@ -12,12 +12,12 @@ from PIL import Image
 import pytest
 
 import hiar_jax
+from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.interfaces import decode_pixels
 from hiar_jax.generation import video_model
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import TickOptions
-from hiar_jax.streaming.decoding import CausalDecoder
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.streaming_model import StreamingModel
 from hiar_jax.video import fragmented_mp4
@@ -72,8 +72,8 @@ def generated(model, blocks, start=None):
   given = [] if start is None else [start]
   make = model.sampler(blocks * model.experiment.history.block)
   return decode_pixels(
-    model.run.components,
-    np.asarray(make(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *given)),
+    model.run.autoencoder,
+    np.asarray(make(model.params(), model.run.texts([PROMPT]), np.asarray([SEED]), *given)),
   )[0]
 
 
@@ -115,7 +115,7 @@ def test_saved_with_the_autoencoders_memory_and_gone_on_with_on_one_device(
 )
 def test_from_a_start(model, source, place, kind, name, counts):
   start = Conditioning(place / name, kind)
-  latents = model.run.components.latents(start.read(model.experiment)[0][None])
+  latents = model.run.autoencoder.latents(start.read(model.experiment)[0][None])
   with source.open(PROMPT, seed=SEED, frames=sum(counts), start=start) as stream:
     chunks = list(stream)
   assert [len(chunk.frames) for chunk in chunks] == counts

@@ -55,7 +55,7 @@ def place(tmp_path_factory):
   (root / "config.py").write_text(CONFIG.format(place=root))
   (root / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
   save_weights(root / "weights")
-  weights.save(root / "teacher", "dit", TEACHER, random_like(TEACHER, dit.init, 5, 0.2))
+  weights.save(root / "teacher", "dit", TEACHER, random_like(TEACHER, dit.DiTConfig.init, 5, 0.2))
   return root
 
 
@@ -222,7 +222,7 @@ def test_a_finished_run_does_nothing_again(chain, trained, place):
 @pytest.mark.slow
 def test_a_student_that_exists_skips_causal_init(chain, trained, place):
   """As the published run starts from Self-Forcing's."""
-  weights.save(place / "student", "dit", DIT, random_like(DIT, dit.init, 9, 0.2))
+  weights.save(place / "student", "dit", DIT, random_like(DIT, dit.DiTConfig.init, 9, 0.2))
   done = train(
     chain,
     place,

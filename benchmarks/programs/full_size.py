@@ -1,21 +1,19 @@
 """A run of an experiment at its own size, of shapes alone: no weights, no files."""
 
-from collections.abc import Callable
 import copy
 import dataclasses
 import functools
 import importlib
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.components import wan
-from hiar_jax.components.interfaces import Components
 from hiar_jax.components.patch_pca import PatchPCA
-from hiar_jax.components.small import SmallComponents
-from hiar_jax.components.wan import WanCodecConfig
+from hiar_jax.components.wan_autoencoder import WanAutoencoder, WanCodecConfig
+from hiar_jax.components.word_table import WordTable
 from hiar_jax.config.building import build
 from hiar_jax.data import shapes_world
 from hiar_jax.models import dit, taehv, vae
@@ -86,51 +84,52 @@ def is_wan(e: Experiment) -> bool:
 # ------------------------------------------------------------------------------------------ the run
 
 
-@dataclasses.dataclass(frozen=True)
-class SmallComponents(SmallComponents):
-  """With a codec that was fitted on nothing."""
-
-  patch: int = 0
+class WanShapes(WanAutoencoder):
+  """With shapes for the weights."""
 
   @functools.cached_property
-  def codec(self) -> PatchPCA:
-    patch, channels = self.patch, self.latent.channels
-    numbers, zeros = 3 * patch**2, functools.partial(np.zeros, dtype=np.float32)
-    basis = zeros((numbers, channels))
-    return PatchPCA(zeros(numbers), basis, zeros(channels), patch=patch)
-
-
-class WanComponents(wan.WanComponents):
-  """With shapes for the autoencoder's weights, and zeros for the texts of prompts."""
-
-  @functools.cached_property
-  def texts(self) -> Callable:
-    c = self.text
-    return lambda prompts: np.zeros((len(prompts), c.length, c.dim), jnp.dtype(c.dtype))
-
-  @functools.cached_property
-  def _autoencoder(self) -> tuple:
-    codec = self.codec
-    module, config = (taehv, taehv.TinyVAEConfig()) if codec.tiny else (vae, vae.VAEConfig())
-    dtype = getattr(jnp, codec.dtype)
+  def network(self) -> tuple:
+    module, config = (taehv, taehv.TinyVAEConfig()) if self.config.tiny else (vae, vae.VAEConfig())
+    dtype = getattr(jnp, self.config.dtype)
     return module, dataclasses.replace(config, dtype=dtype), module.abstract_params(config)
 
-  @property
-  def autoencoder(self) -> tuple:
-    """(module, config, shapes of the weights)."""
-    return self._autoencoder
+
+@dataclasses.dataclass(frozen=True)
+class ZeroTexts:
+  """Zeros for the texts of prompts, without an encoder."""
+
+  config: Any
+  negative_prompt = ""
+
+  def tokens(self, prompts) -> np.ndarray:
+    c = self.config
+    return np.zeros((len(prompts), c.length, c.dim), jnp.dtype(c.dtype))
+
+  def embed(self, tokens) -> jax.Array:
+    return tokens.astype(jnp.float32)
+
+
+def unfitted(codec) -> PatchPCA:
+  """The codec of a small world, fitted on nothing."""
+  numbers, zeros = 3 * codec.patch**2, functools.partial(np.zeros, dtype=np.float32)
+  basis = zeros((numbers, codec.channels))
+  return PatchPCA(zeros(numbers), basis, zeros(codec.channels), patch=codec.patch)
 
 
 class FullSize(Run):
   """The run, and the shapes of what its programs take."""
 
   @functools.cached_property
-  def components(self) -> Components:
+  def text_encoder(self) -> ZeroTexts | WordTable:
     e = self.experiment
     if is_wan(e):
-      return WanComponents(e.codec, e.text, e.latent)
-    words = shapes_world.VOCABULARY
-    return SmallComponents(e.text, e.latent, pathlib.Path(), words, patch=e.codec.patch)
+      return ZeroTexts(e.text)
+    return WordTable(shapes_world.VOCABULARY, e.text.length, e.text.dim)
+
+  @functools.cached_property
+  def autoencoder(self) -> WanAutoencoder | PatchPCA:
+    codec = self.experiment.codec
+    return WanShapes(codec) if is_wan(self.experiment) else unfitted(codec)
 
   def batch(self, size: int, *keys: str) -> dict:
     """A batch as a step takes it: text, example_id, start where it is read, and these keys."""
@@ -165,7 +164,7 @@ class FullSize(Run):
   @property
   def long_frames(self) -> int:
     """Latent frames of the sample stage's videos."""
-    return self.experiment.latent_frames(samples.long_frames(self))
+    return self.experiment.codec.latent_frames(samples.long_frames(self))
 
 
 def integers(*sizes: int) -> jax.ShapeDtypeStruct:

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.programs.full_size import (
   FullSize,
-  WanComponents,
+  WanShapes,
   integers,
   is_wan,
   network,
@@ -21,10 +21,9 @@ from benchmarks.programs.full_size import (
   without_places,
 )
 from hiar_jax.components import patch_pca
-from hiar_jax.components.wan import tiling_of
 from hiar_jax.config.workdir import to_json
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.models import dit, umt5, vae_tiling
+from hiar_jax.models import umt5, vae_tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.training import causal_init, distill, teacher
@@ -112,7 +111,7 @@ def stage_key(e: Experiment, stage: int) -> jax.Array:
 def start_teacher(e: Experiment) -> Callable:
   """The function that training/stages.py jits."""
   key_init, key_train = jax.random.split(stage_key(e, 1))
-  return lambda: create_state(key_train, dit.init(e.dit, key_init), e.teacher.optimizer())
+  return lambda: create_state(key_train, e.dit.init(key_init), e.teacher.optimizer(e.dit))
 
 
 @program("teacher/start", *SIZES, "seed", "teacher", exists=trains_teacher)
@@ -124,7 +123,7 @@ def teacher_start(run):
 def teacher_step(run):
   e = run.experiment
   state = jax.eval_shape(start_teacher(e))
-  made = teacher.make_step(e.teacher, e.dit, e.teacher.optimizer())
+  made = teacher.make_step(e.teacher, e.dit, e.teacher.optimizer(e.dit))
   return step(made, state, run.batch(e.teacher.batch, "video"), negative(run))
 
 
@@ -152,7 +151,7 @@ def trajectories_walk(run):
 def start_init(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the weights it starts from."""
   key = stage_key(e, 4)
-  return lambda weights: create_state(key, weights, e.causal_init.optimizer())
+  return lambda weights: create_state(key, weights, e.causal_init.optimizer(e.student_dit))
 
 
 @program("causal_init/start", *SIZES, "seed", "causal_init", exists=trains_init)
@@ -165,7 +164,7 @@ def causal_init_start(run):
 def causal_init_step(run):
   e, config = run.experiment, run.experiment.causal_init
   made = causal_init.make_step(
-    config, e.student_dit, e.history, run.point_sigmas, config.optimizer()
+    config, e.student_dit, e.history, run.point_sigmas, config.optimizer(e.student_dit)
   )
   state = jax.eval_shape(start_init(e), network(e.dit))
   return step(made, state, run.batch(config.batch, "trajectory"))
@@ -180,7 +179,8 @@ def distilled(run: FullSize) -> tuple:
 
 def start_distill(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the student's weights and the critic's."""
-  key, rules = stage_key(e, 5), (e.distill.generator_optimizer(), e.distill.critic_optimizer())
+  generator = e.distill.generator_optimizer(e.student_dit)
+  key, rules = stage_key(e, 5), (generator, e.distill.critic_optimizer(e.dit))
   return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
 
 
@@ -197,7 +197,7 @@ def distill_state(e: Experiment):
 @program("distill/critic_step", *DISTILL)
 def critic_step(run):
   e, config = run.experiment, run.experiment.distill
-  made = distill.make_critic_step(*distilled(run), config.critic_optimizer())
+  made = distill.make_critic_step(*distilled(run), config.critic_optimizer(e.dit))
   return step(made, distill_state(e), run.batch(config.batch))
 
 
@@ -206,7 +206,7 @@ def generator_step(run):
   e, config = run.experiment, run.experiment.distill
   points = jnp.asarray(run.point_sigmas)
   made = distill.make_generator_step(
-    *distilled(run), config.generator_optimizer(), point_sigmas=points
+    *distilled(run), config.generator_optimizer(e.student_dit), point_sigmas=points
   )
   real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
   batch = run.batch(config.batch)
@@ -301,30 +301,30 @@ for name, given in {"picture": 1, "video": GIVEN}.items():
 @program("codec/encode", *SIZES, exists=is_small)
 def codec_encode(run):
   encode = lambda codec, video: patch_pca.encode(codec, patch_pca.to_unit(video))
-  return jax.jit(encode).lower(run.components.codec, run.pixels(1, GIVEN))
+  return jax.jit(encode).lower(run.autoencoder, run.pixels(1, GIVEN))
 
 
 @program("codec/decode", *SIZES, exists=is_small)
 def codec_decode(run):
   latents = run.latents(PREVIEWED, run.train_frames)
-  return jax.jit(patch_pca.decode).lower(run.components.codec, latents)
+  return jax.jit(patch_pca.decode).lower(run.autoencoder, latents)
 
 
 def autoencoder(run: FullSize, what: str, **changes) -> Lowered:
   """encode_picture or _video; decode_first or _next, a latent frame each; decode_video."""
   e = run.experiment
   codec = dataclasses.replace(e.codec, **changes)
-  wan, latent = WanComponents(codec, e.text, e.latent), run.latents(1, 1)
-  module, config, weights = wan.autoencoder
+  wan, latent = WanShapes(codec), run.latents(1, 1)
+  module, config, weights = wan.network
   if what.startswith("encode"):
     frames = {"encode_picture": 1, "encode_video": GIVEN}[what]
-    return wan._encode.lower(weights, run.pixels(1, e.pixel_frames(frames)))
+    return wan._encode.lower(weights, run.pixels(1, e.codec.pixel_frames(frames)))
   if what == "decode_first":
     return wan.stream._step.lower(weights, latent, None)
   if what == "decode_next":
     _, cache = jax.eval_shape(wan.stream.decode, weights, latent, None)
     return wan.stream._step.lower(weights, latent, cache)
-  tiling = tiling_of(codec)
+  tiling = codec.tiling
   decode = functools.partial(vae_tiling.decode, tiling=tiling) if tiling else module.decode
   decode = functools.partial(decode, config=config)
   return jax.jit(decode).lower(weights, run.latents(1, run.train_frames))

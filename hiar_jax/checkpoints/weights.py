@@ -93,8 +93,13 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
   return found
 
 
-def read_config(directory: str | os.PathLike, kind: str) -> Any:
-  """Returns the DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig; raises as `describe` does."""
+def read_config(directory: str | os.PathLike, kind: str, default: Any = None) -> Any:
+  """Returns the DiTConfig, VAEConfig, UMT5Config or TinyVAEConfig; raises as `describe` does.
+
+  default: returned where there are no such weights, if it is given.
+  """
+  if default is not None and not (directory and exists(directory, kind)):
+    return default
   return _open(directory, kind)[0]
 
 

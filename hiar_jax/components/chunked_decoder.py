@@ -30,7 +30,8 @@ class ChunkedDecoder:
 
   chunk: latent frames of a piece (4 pixel frames each).
   devices: the width of a frame is sharded over as many of them as divide it; the result is that of
-  one device up to rounding. Empty: runs where `params` are.
+  one device up to rounding. Empty: runs where `params` are. splits: False for tiles, which exist to
+  save memory and are decoded one after another, on the first device.
 
   Raises UserError for a chunk below 1.
   """
@@ -39,6 +40,7 @@ class ChunkedDecoder:
   params: Params
   chunk: int = 1
   devices: tuple[jax.Device, ...] = ()
+  splits: bool = True
 
   def __post_init__(self):
     at_least(1, chunk=self.chunk)
@@ -94,7 +96,8 @@ class ChunkedDecoder:
 
   def place(self, width: int) -> NamedSharding | None:
     """Sharding of [b f h w c] arrays whose latents have this width; None without `devices`."""
-    count = max((n for n in range(1, len(self.devices) + 1) if width % n == 0), default=0)
+    most = len(self.devices) if self.splits else min(len(self.devices), 1)
+    count = max((n for n in range(1, most + 1) if width % n == 0), default=0)
     if not count:
       return None
     mesh = jax.make_mesh(
@@ -120,6 +123,7 @@ def from_vae(
     lambda params, latents, cache: vae_tiling.decode_chunk(params, latents, cache, config, tiling),
     params,
     chunk,
+    splits=False,
   )
 
 

@@ -9,7 +9,9 @@ variance of the noise. Linear and frozen; one latent frame per frame. It takes t
 VAE.
 """
 
+from collections.abc import Callable, Iterator
 import dataclasses
+import functools
 import io
 import pathlib
 
@@ -18,13 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiar_jax.components.block_decoder import FramewiseDecoder
+from hiar_jax.components.interfaces import AutoencoderConfig
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Pixels, Video, typed
 
+FILE = "codec.npz"  # in the data's directory
+
 
 @dataclasses.dataclass(frozen=True)
-class PatchPCAConfig:
+class PatchPCAConfig(AutoencoderConfig):
   """patch: pixels a side; channels: components kept; whitening: from 0 to 1, the latents' variances
   are the components' to the power 1 - whitening (0 keeps their ratios, 1 makes them equal).
   """
@@ -33,6 +39,8 @@ class PatchPCAConfig:
   patch: int = 8
   channels: int = 32
   whitening: float = 0.5
+  fitted = True
+  temporal_factor = 1
 
   def __post_init__(self):
     at_least(1, patch=self.patch, channels=self.channels)
@@ -44,23 +52,40 @@ class PatchPCAConfig:
 
   @property
   def spatial_factor(self) -> int:
-    """Pixels per latent pixel, each way."""
     return self.patch
 
-  @property
-  def temporal_factor(self) -> int:
-    """Frames per latent frame."""
-    return 1
+  def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
+    if not (directory / FILE).exists():
+      save(directory / FILE, fit(clips().astype(np.float32) / 127.5 - 1.0, self))
+
+  def open(self, directory: pathlib.Path) -> "PatchPCA":
+    return load(directory / FILE)
 
 
 @flax.struct.dataclass
 class PatchPCA:
-  """mean [p], basis [p c] orthonormal, scale [c] with p = patch * patch * 3."""
+  """An `Autoencoder`: mean [p], basis [p c] orthonormal, scale [c] with p = patch * patch * 3."""
 
   mean: jax.Array
   basis: jax.Array
   scale: jax.Array
   patch: int = flax.struct.field(pytree_node=False, default=8)
+  identity = ""  # the run's config says on what it is fitted
+
+  @functools.cached_property
+  def encode(self) -> Callable[[jax.Array], Video]:
+    # the codec by closure: as constants, its numbers are folded into the program
+    return jax.jit(lambda video: encode(self, to_unit(video)))
+
+  def latents(self, video: np.ndarray) -> np.ndarray:
+    return np.asarray(encode(self, to_unit(video)))
+
+  def pieces(self, latents) -> Iterator[np.ndarray]:
+    # one piece: a small world's whole video fits into memory
+    yield to_uint8(_decode(self, latents))
+
+  def block_decoder(self, device: jax.Device | None = None) -> FramewiseDecoder:
+    return FramewiseDecoder(self.pieces)  # wherever it is: a few numbers a frame
 
 
 def patches(video: jax.Array, patch: int) -> jax.Array:
@@ -105,6 +130,9 @@ def decode(codec: PatchPCA, latents: Video) -> Pixels:
   # the inverse of `patches`: [b f h w i j c] -> [b f h i w j c]
   grid = rows.reshape(b, f, h, w, codec.patch, codec.patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
   return grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
+
+
+_decode = jax.jit(decode)
 
 
 def to_unit(video: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ fingerprint of weights, tokenizer, dtype and length, <prompt> one of the cleaned
 weights or settings never read each other's texts.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -17,6 +17,7 @@ import os
 import pathlib
 import sys
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,12 @@ import tqdm
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.components import umt5_tokenizer
+from hiar_jax.components.interfaces import NetworkSizes, TextEncoderConfig
 from hiar_jax.data.prompt_texts import pad
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.files import write_atomic
 from hiar_jax.models import umt5
+from hiar_jax.types import Text
 
 DTYPES = ("bfloat16", "float32")
 # Data is read by several threads; one encoder at a time may be in memory.
@@ -41,8 +44,42 @@ _BUCKET = 64
 
 
 @dataclasses.dataclass(frozen=True)
+class UMT5TextConfig(TextEncoderConfig):
+  """UMT5 and its tokenizer.
+
+  weights: a directory made by hiar_jax.convert. cache: directory of encoded texts, by default
+  <weights>/texts. length: tokens of a prompt; dim: width of the text.
+  """
+
+  kind: str = "umt5"
+  weights: str = ""
+  cache: str = ""
+  dtype: str = "bfloat16"
+  length: int = umt5_tokenizer.LENGTH
+  dim: int = 4096
+
+  def __post_init__(self):
+    at_least(1, length=self.length, dim=self.dim)
+    one_of(DTYPES, **{"text.dtype": self.dtype})
+
+  def open(self, directory, words=tuple) -> "TextCache":
+    cache = self.cache or str(pathlib.Path(self.weights) / "texts")
+    return TextCache(self.weights, cache, dtype=self.dtype, length=self.length)
+
+  def with_weights(self, directory: str) -> "UMT5TextConfig":
+    found = directory and weights.exists(directory, "umt5")
+    return dataclasses.replace(self, weights=directory) if found else self
+
+  def networks(self) -> NetworkSizes:
+    config = weights.read_config(self.weights, "umt5", umt5.UMT5Config())
+    return {"UMT5": (umt5.abstract_params(config), "")}
+
+
+@dataclasses.dataclass(frozen=True)
 class TextCache:
-  """Text embeddings of prompts, read from `directory` or made by the encoder in `weights`.
+  """A `TextEncoder`: text embeddings, read from `directory` or made by the encoder in `weights`.
+
+  The tokens of a prompt are its text: UMT5 is too large to run in the training loop.
 
   weights: a directory with umt5/ and tokenizer/. dtype: of weights, activations and result.
   length: tokens; longer prompts are cut, with a warning. batch: prompts encoded at once.
@@ -59,11 +96,11 @@ class TextCache:
   dtype: str = "bfloat16"
   length: int = umt5_tokenizer.LENGTH
   batch: int = 4
+  negative_prompt = umt5_tokenizer.NEGATIVE_PROMPT
 
   def __post_init__(self):
     at_least(1, batch=self.batch)
-    if self.dtype not in DTYPES:
-      raise UserError(f"texts of dtype {self.dtype!r} asked for; use {' or '.join(DTYPES)}")
+    one_of(DTYPES, **{"text.dtype": self.dtype})
     self.identity  # noqa: B018  reads the fingerprints now, so missing files are an error here
 
   @functools.cached_property
@@ -76,10 +113,21 @@ class TextCache:
     encoder = weights.fingerprint(self.weights, "umt5")
     return f"{encoder}-{self.tokenizer.fingerprint}-{self.dtype}-{self.length}"
 
-  def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+  def tokens(self, prompts: Sequence[str]) -> np.ndarray:
     """Embeddings [b length d], zero on padding; encodes the missing ones first."""
-    self.fill(prompts)
+    self.prepare(prompts)
     return pad([self.rows(prompt) for prompt in prompts], self.length)
+
+  def embed(self, tokens) -> Text:
+    return _float32(tokens)
+
+  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
+    if "text" in record:  # [l d], stored without its padding
+      return pad([record["text"]], self.length)[0]
+    return self.tokens([record["caption"].decode()])[0]
+
+  def warnings(self, prompt: str) -> list[str]:
+    return []  # UMT5 has no unknown words; what is cut off is reported where it is encoded
 
   def missing(self, prompts: Sequence[str]) -> list[str]:
     """The prompts that have no file yet, each once."""
@@ -87,7 +135,7 @@ class TextCache:
     unique = {self._path(prompt): prompt for prompt in prompts}
     return [prompt for path, prompt in unique.items() if not path.is_file()]
 
-  def fill(self, prompts: Sequence[str]) -> None:
+  def prepare(self, prompts: Sequence[str]) -> None:
     """Encodes the missing prompts, loading the encoder only if there are any.
 
     Each is written as soon as it is encoded, so a stopped call loses at most a batch. Prompts that
@@ -179,6 +227,11 @@ class TextCache:
           f"{self.length}; the last {cut} are left out",
           file=sys.stderr,
         )
+
+
+@jax.jit
+def _float32(text) -> jax.Array:
+  return text.astype(jnp.float32)
 
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> text [b l d]

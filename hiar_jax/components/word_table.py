@@ -1,24 +1,36 @@
 """The text encoder of the small worlds: a word-level tokenizer and a frozen random table.
 
+    prompt --tokens--> ids [l] --embed--> text [l d]
+
 The vector of a token is that of its word plus that of its position in the prompt, both fixed random
 directions; their meaning is learnt by the DiT's cross-attention. It takes the role of UMT5.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
+import json
+import pathlib
 import re
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from hiar_jax.components.interfaces import TextEncoderConfig
+from hiar_jax.data.prompt_texts import pad
 from hiar_jax.errors import at_least
+from hiar_jax.files import write_atomic
 from hiar_jax.types import Text, Tokens, typed
 
 PAD, UNKNOWN = "<pad>", "<unk>"  # ids 0 and 1
+FILE = "words.json"  # the words, in the order of their ids; the trained network depends on it
 
 
 @dataclasses.dataclass(frozen=True)
-class TextConfig:
+class WordTableConfig(TextEncoderConfig):
   """length: tokens of a prompt; dim: width of the frozen word table."""
 
   kind: str = "words"
@@ -28,36 +40,81 @@ class TextConfig:
   def __post_init__(self):
     at_least(1, length=self.length, dim=self.dim)
 
+  def fit(self, directory: pathlib.Path, words: tuple[str, ...]) -> None:
+    if not (directory / FILE).exists():
+      write_atomic(directory / FILE, json.dumps(words, ensure_ascii=False).encode())
 
-class WordTokenizer:
-  """Words -> ids, padded with 0 to `length`; id 1 is any unknown word."""
+  def open(
+    self, directory: pathlib.Path, words: Callable[[], tuple[str, ...]] = tuple
+  ) -> "WordTable":
+    # runs from before the file was written know their words from the data alone
+    stored = directory / FILE
+    known = json.loads(stored.read_text("utf-8")) if stored.exists() else words()
+    return WordTable(tuple(known), self.length, self.dim)
 
-  def __init__(self, vocabulary: tuple[str, ...], length: int):
-    # ids are positions in this order; the trained DiT depends on it
-    ids = {word: i for i, word in enumerate((PAD, UNKNOWN, *vocabulary))}
-    self._ids = ids
-    self.size = len(ids)
-    self.length = length
-    self._tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+
+@dataclasses.dataclass(frozen=True)
+class WordTable:
+  """A `TextEncoder`: words -> ids, padded with 0 to `length` (id 1 is any unknown word) -> vectors
+  of width `dim`.
+  """
+
+  vocabulary: tuple[str, ...]
+  length: int
+  dim: int
+  identity = ""
+  # padding alone, of which the text is zero
+  negative_prompt = ""
+
+  @functools.cached_property
+  def ids(self) -> dict[str, int]:
+    return {word: i for i, word in enumerate((PAD, UNKNOWN, *self.vocabulary))}
+
+  @functools.cached_property
+  def _tokenizer(self) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(self.ids, unk_token=UNKNOWN))
     # the same words as those of `split`, which reads the vocabulary from captions
-    self._tokenizer.normalizer = normalizers.Lowercase()
-    self._tokenizer.pre_tokenizer = pre_tokenizers.Split(
-      Regex(r"[^\p{L}\p{N}]+"), behavior="removed"
-    )
-    self._tokenizer.enable_truncation(length)
-    self._tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=length)
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), behavior="removed")
+    tokenizer.enable_truncation(self.length)
+    tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=self.length)
+    return tokenizer
 
-  def __call__(self, prompt: str) -> np.ndarray:
-    """Ids int32 [l]; words beyond the length are cut off."""
-    return np.asarray(self._tokenizer.encode(prompt).ids, np.int32)
+  def prepare(self, prompts: Sequence[str]) -> None:
+    pass  # looking up ids costs nothing
 
-  def unknown(self, prompt: str) -> list[str]:
-    """Words of the prompt that the vocabulary lacks, each once, in order."""
-    return [word for word in dict.fromkeys(split(prompt)) if word not in self._ids]
+  def tokens(self, prompts: Sequence[str]) -> np.ndarray:
+    return np.stack([np.asarray(self._tokenizer.encode(p).ids, np.int32) for p in prompts])
 
-  def cut_off(self, prompt: str) -> int:
-    """The number of words of the prompt beyond the length."""
-    return max(0, len(split(prompt)) - self.length)
+  @functools.cached_property
+  def embed(self) -> Callable[[jax.Array], Text]:
+    table = word_table(len(self.ids), self.length, self.dim)
+    return jax.jit(functools.partial(encode, table))
+
+  def rows(self, prompt: str) -> np.ndarray:
+    ids = self.tokens([prompt])[0]
+    return ids[: np.count_nonzero(ids)]
+
+  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
+    if "text" in record:  # ids [l], stored without their padding
+      return pad([record["text"]], self.length)[0]
+    return self.tokens([record["caption"].decode()])[0]
+
+  def warnings(self, prompt: str) -> list[str]:
+    words = split(prompt)
+    unknown = [word for word in dict.fromkeys(words) if word not in self.ids]
+    warnings = []
+    if len(words) > self.length:
+      warnings.append(
+        f"prompt {prompt[:60]!r}...: the model reads {self.length} words; the last "
+        f"{len(words) - self.length} are left out"
+      )
+    if unknown:
+      warnings.append(
+        f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made "
+        "without"
+      )
+    return warnings
 
 
 def split(text: str) -> list[str]:
@@ -65,7 +122,7 @@ def split(text: str) -> list[str]:
   return re.findall(r"[^\W_]+", text.lower())
 
 
-def vocabulary_of(captions: list[str]) -> tuple[str, ...]:
+def vocabulary_of(captions: Sequence[str]) -> tuple[str, ...]:
   """All words of a data set's captions, sorted, so that the ids do not depend on their order."""
   return tuple(sorted({word for caption in captions for word in split(caption)}))
 

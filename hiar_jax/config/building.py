@@ -37,7 +37,7 @@ def walk(tree: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
 def build(cls: type[T], config: GROUP, /, **extra: Any) -> T:
   """Builds a frozen dataclass from a group of a config, nested dataclasses included.
 
-  For a field of several dataclasses (A | B) the group's `kind` decides. Lists become tuples where
+  For a field of several kinds (`of_kinds`) the group's `kind` decides. Lists become tuples where
   the field is a tuple: a config read back from JSON has lists. extra: fields that the config does
   not hold. Raises UserError for an unknown key, a missing field, or a value of another type.
   """
@@ -60,7 +60,13 @@ def _build(cls: type[T], given: Mapping, name: str) -> T:
         f"{name} needs a field {key!r} ({_type_name(hints[key])}); the config gives "
         f"{', '.join(given)}"
       )
-  values = {key: _convert(hints[key], value, f"{name}.{key}") for key, value in given.items()}
+  values = {}
+  for key, value in given.items():
+    kinds = fields[key].metadata.get("kinds")
+    if kinds and isinstance(value, GROUP):
+      values[key] = _build_kind(kinds, value, f"{name}.{key}")
+    else:
+      values[key] = _convert(hints[key], value, f"{name}.{key}")
   try:
     return cls(**values)
   except UserError as error:
@@ -75,7 +81,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     # the hint itself, or the members of a union such as Model | None
     nested = [h for h in (hint, *get_args(hint)) if dataclasses.is_dataclass(h)]
     if nested:
-      return _build(_of_kind(nested, value, name), dict(value.items()), name)
+      return _build(nested[0], dict(value.items()), name)
   if isinstance(value, list) and any(
     get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))
   ):
@@ -86,14 +92,22 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
   return value
 
 
-def _of_kind(classes: list[type], value: Mapping, name: str) -> type:
-  """Returns the class whose field `kind` has the group's as default; the first if it has none."""
-  if len(classes) == 1 or "kind" not in value:
-    return classes[0]
-  kinds = {cls.kind: cls for cls in classes}
-  if value["kind"] not in kinds:
-    raise UserError(f"{name}.kind = {value['kind']!r}: {nearest(str(value['kind']), kinds)}")
-  return kinds[value["kind"]]
+def of_kinds(kinds: Mapping[str, type], **options: Any) -> Any:
+  """Returns a dataclass field for a group whose `kind` picks its class from a registry.
+
+  A group without `kind` is of the first. The registry is read when a config is built, so classes
+  may be added to it. options: of dataclasses.field, as default.
+  """
+  return dataclasses.field(metadata={"kinds": kinds}, **options)
+
+
+def _build_kind(kinds: Mapping[str, type], value: GROUP, name: str) -> Any:
+  """Builds a group by the class that its `kind` names."""
+  group = dict(value.items())
+  kind = group.get("kind", next(iter(kinds)))
+  if kind not in kinds:
+    raise UserError(f"{name}.kind = {kind!r}: {nearest(str(kind), kinds)}")
+  return _build(kinds[kind], group, name)
 
 
 def _deep_tuple(value: Any) -> Any:

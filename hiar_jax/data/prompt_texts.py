@@ -25,11 +25,11 @@ class Encoded(Protocol):
 
   identity: str  # of the encoder and its weights; compared when a data set is resumed
 
-  def fill(self, prompts: Sequence[str]) -> None:
+  def prepare(self, prompts: Sequence[str]) -> None:
     """Encodes and stores the prompts that are not stored yet; may be interrupted and resumed."""
 
   def rows(self, prompt: str) -> np.ndarray:
-    """Returns the text [l, d] of a prompt that `fill` has stored."""
+    """Returns the text [l, d] of a prompt that `prepare` has stored."""
 
 
 @dataclasses.dataclass
@@ -57,7 +57,7 @@ class PromptTexts(tfds_builder.SequentialBuilder):
     text = config.texts.rows(config.prompts[0])
     return {
       # The number of tokens differs from prompt to prompt.
-      "text": tfds_builder.tensor((None, text.shape[-1]), text.dtype),
+      "text": tfds_builder.tensor((None, *text.shape[1:]), text.dtype),
       "caption": tfds.features.Text(),
     }
 
@@ -88,7 +88,7 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
     return
   # Written before the work begins, so that an unfinished directory is refused to another recipe.
   tfds_builder.write_recipe(directory, recipe)
-  texts.fill(prompts)
+  texts.prepare(prompts)
   tfds_builder.build(
     PromptTexts, PromptTextsConfig(name="texts", prompts=prompts, texts=texts), directory
   )
@@ -100,7 +100,7 @@ def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
   Raises:
     UserError: a text longer than `length`.
   """
-  padded = np.zeros((len(rows), length, rows[0].shape[-1]), rows[0].dtype)
+  padded = np.zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
   for i, row in enumerate(rows):
     if len(row) > length:
       raise UserError(

@@ -118,8 +118,8 @@ def data_reference(
 ) -> dict:
   """Returns `measure` of true clips of a split: the scores of a perfect model.
 
-  codec_roundtrip: encodes and decodes float32 videos [n, f, H, W, 3] in [-1, 1]; with it, the
-  result shows the loss of the codec. frames: default four training lengths. "relative_error" of the
+  codec_roundtrip: encodes and decodes videos uint8 [n, f, H, W, 3]; with it, the result shows the
+  loss of the codec. frames: default four training lengths. "relative_error" of the
   result shows the margin between true clips and UNRECOGNISABLE.
   """
   rng = np.random.default_rng(seed)
@@ -131,7 +131,7 @@ def data_reference(
     videos.append(shapes_world.render(states, background, world))
   videos = np.stack(videos)
   if codec_roundtrip is not None:
-    videos = np.asarray(codec_roundtrip(videos.astype(np.float32) / 127.5 - 1))
+    videos = codec_roundtrip(videos)
   return measure(videos, [shapes_world.caption(scene) for scene in scenes], world)
 
 

@@ -45,10 +45,10 @@ class Clip:
     metadata = {
       "prompt": self.job.prompt,
       "seed": str(self.job.seed),
-      "frames": str(e.pixel_frames(self.given + self.frames)),
+      "frames": str(e.codec.pixel_frames(self.given + self.frames)),
       "size": f"{e.data.height}x{e.data.width}",
       "dtype": e.model.dtype,
-      "codec": model.codec,
+      "codec": e.codec.label,
       "start": f"{self.start.kind} {self.start.path.name}" if self.start else "",
     }
     # the recipe: also what changes the file but has no key of its own in the metadata
@@ -145,11 +145,11 @@ def new_frames(model: VideoModel, frames: int | None, given: int, *, strict: boo
   e = model.experiment
   if frames is None:
     # a default length counts new frames alone: of a run four training lengths, else one
-    return e.latent_frames(samples.long_frames(model.run) if model.stage else e.data.frames)
+    return e.codec.latent_frames(samples.long_frames(model.run) if model.stage else e.data.frames)
   if not isinstance(frames, numbers.Integral):
     raise UserError(f"frames = {frames!r}: expected a whole number")
   latent, message = lengths.fit_blocks(
-    int(frames), e.history.block, e.pixel_frames, given=given, strict=strict
+    int(frames), e.history.block, e.codec.pixel_frames, given=given, strict=strict
   )
   if message:
     print(message, file=sys.stderr)
@@ -200,7 +200,7 @@ def iterate_latents(
     # the last batch repeats its clips up to the size, so that the sampler is compiled once
     rows = [batch[i % len(batch)] for i in range(size)]
     start = [np.concatenate([start_latents(model, clip) for clip in rows])] if given else []
-    texts = model.texts([clip.job.prompt for clip in rows])
+    texts = model.run.texts([clip.job.prompt for clip in rows])
     seeds = np.asarray([clip.job.seed for clip in rows])
     yield batch, generate(params, texts, seeds, *start)
 
@@ -208,12 +208,12 @@ def iterate_latents(
 def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
   """Encodes the conditioning frames of a clip into latents [1 given h w c]."""
   pixels, _ = clip.start.read(model.experiment)
-  return np.asarray(model.run.components.latents(pixels[None]))
+  return np.asarray(model.run.autoencoder.latents(pixels[None]))
 
 
 def decoded(model: VideoModel, latents: np.ndarray) -> Iterator[np.ndarray]:
   """Decodes the latents [1 f h w c] of one video into pieces uint8 [F_i H W 3]."""
-  return (piece[0] for piece in model.run.components.pieces(latents))
+  return (piece[0] for piece in model.run.autoencoder.pieces(latents))
 
 
 def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:

@@ -52,9 +52,9 @@ class Conditioning:
     )
     # The cache is filled block by block, so a video is cut to whole blocks, at its beginning: the
     # new frames follow its end.
-    kept, _ = lengths.crop_to_blocks(len(frames), e.history.block, e.pixel_frames)
+    kept, _ = lengths.crop_to_blocks(len(frames), e.history.block, e.codec.pixel_frames)
     if not kept:
-      least = e.pixel_frames(e.history.block)
+      least = e.codec.pixel_frames(e.history.block)
       raise UserError(
         f"{self.path} has {len(frames)} frames at {e.sample.fps:g} a second, a start needs whole "
         f"blocks, at least {least} frames; "
@@ -68,4 +68,4 @@ class Conditioning:
 
 def latent_frames(pixels: np.ndarray, e: Experiment) -> int:
   """The number of latent frames of the pixels [F H W 3] that `Conditioning.read` returned."""
-  return e.latent_frames(len(pixels))
+  return e.codec.latent_frames(len(pixels))

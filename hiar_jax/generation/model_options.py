@@ -5,7 +5,7 @@ import dataclasses
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, one_of
 from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
 from hiar_jax.planning.sizes import DTYPES
@@ -34,8 +34,7 @@ class ModelOptions:
 
     Raises UserError where neither is given, or both, and for values that cannot be.
     """
-    if self.stage not in STAGES:
-      raise UserError(f"stage = {self.stage!r}: expected one of {', '.join(STAGES)}")
+    one_of(STAGES, stage=self.stage)
     # the fields of ModelChanges are a subset of these, under the same names
     changes = ModelChanges(
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}

@@ -8,29 +8,23 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 
 from ml_collections import config_dict
-import numpy as np
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components.wan import WanCodecConfig, WanComponents, tiling_of
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
-from hiar_jax.data import prompt_texts
-from hiar_jax.errors import UserError, at_least
-from hiar_jax.models import taehv, umt5, vae
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
 from hiar_jax.planning.sizes import DTYPES
-from hiar_jax.training import pretrained
+from hiar_jax.training import pretrained, samples
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
 from hiar_jax.types import Params
 from hiar_jax.video import lengths
 
 DECODERS = ("vae", "tiny_vae")
-LEAST_TILE = 4  # latents a side; 25 % of it, the overlap of neighbours, is then 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +45,8 @@ class ModelChanges:
     given = {name: x for name, x in dataclasses.asdict(self).items() if x is not None}
     at_least(1, **{name: given[name] for name in ("height", "width") if name in given})
     at_least(0, tile=self.tile or 0)
-    for name, allowed in (("dtype", DTYPES), ("decoder", DECODERS)):
-      if given.get(name, allowed[0]) not in allowed:
-        raise UserError(f"{name} = {given[name]!r}: expected one of {', '.join(allowed)}")
+    one_of(DTYPES, dtype=self.dtype or DTYPES[0])
+    one_of(DECODERS, decoder=self.decoder or DECODERS[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +65,6 @@ class VideoModel:
   def experiment(self) -> Experiment:
     """The run's experiment, with the changes of the command."""
     return self.run.experiment
-
-  @property
-  def codec(self) -> str:
-    """The kind of autoencoder: "vae", "tiny_vae", or that of a small world's config."""
-    codec = self.experiment.codec
-    return _kind(codec) if isinstance(codec, WanCodecConfig) else codec.kind
 
   @property
   def name(self) -> str:
@@ -99,7 +86,7 @@ class VideoModel:
       for name in ("weights", "cache"):
         content[group].pop(name, None)
     if self.weights:
-      content["weights"] = weights.fingerprint(self.weights, "dit")
+      content["weights"] = weights.fingerprint(self.weights, e.dit.kind)
     else:
       steps = [
         path.name
@@ -111,9 +98,9 @@ class VideoModel:
       config = read_config(self.run.workdir).to_dict()
       trained_with = {key: value for key, value in config.items() if key not in FREE_GROUPS}
       content["weights"] = [self.stage, max(steps, key=int, default=""), to_json(trained_with)]
-    if isinstance(e.codec, WanCodecConfig):
-      content["codec"]["weights"] = weights.fingerprint(e.codec.weights, _kind(e.codec))
-      content["text"]["weights"] = self.run.components.texts.identity
+    for group, part in (("codec", self.run.autoencoder), ("text", self.run.text_encoder)):
+      if part.identity:
+        content[group]["weights"] = part.identity
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
   def params(self) -> Params:
@@ -128,21 +115,10 @@ class VideoModel:
 
   def prepare_texts(self, prompts: list[str]) -> None:
     """Encodes the prompts that need an encoder; prints warnings about unknown words to stderr."""
-    # Not `components.prepare`, which adds the negative prompt: the student runs without guidance.
-    if isinstance(self.run.components, WanComponents):
-      self.run.components.texts.fill(prompts)
+    # not the negative prompt: the student runs without guidance
+    self.run.text_encoder.prepare(prompts)
     for prompt in prompts:
-      for warning in self.run.components.warnings(prompt):
-        print(warning, file=sys.stderr)
-
-  def texts(self, prompts: list[str]) -> np.ndarray:
-    """Returns the texts [n l d] of prompts that `prepare_texts` has seen."""
-    components = self.run.components
-    if not isinstance(components, WanComponents):
-      return self.run.texts(prompts)
-    # read from the text cache's files, so a missing one is an error and loads no encoder
-    rows = [components.texts.rows(prompt) for prompt in prompts]
-    return np.asarray(components.embed(prompt_texts.pad(rows, self.experiment.text.length)))
+      samples.print_warnings(self.run, prompt)
 
   def sampler(self, frames: int):
     """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.
@@ -154,14 +130,8 @@ class VideoModel:
   def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
     """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""
     e = self.experiment
-    decoder = text_encoder = tiling = None  # those of the small worlds cost next to nothing
-    if isinstance(e.codec, WanCodecConfig):
-      published = taehv.TinyVAEConfig() if e.codec.tiny else vae.VAEConfig()
-      decoder = _stored(e.codec.weights, _kind(e.codec), published)
-      text_encoder = _stored(e.text.weights, "umt5", umt5.UMT5Config())
-      tiling = tiling_of(e.codec)
     request = costs.JobSize(
-      dit=e.student_dit,
+      network=e.student_dit,
       method=e.history,
       levels=len(self.run.sigmas) - 1,
       frames=frames,
@@ -171,9 +141,8 @@ class VideoModel:
       given=given,
       text=e.text.length,
       dtype=e.model.dtype,
-      vae=decoder,
-      umt5=text_encoder,
-      tiling=tiling,
+      others={**e.codec.networks(), **e.text.networks()},
+      decoder=e.codec.abstract_decoder(),
     )
     return costs.make_plan(request, self.run.mesh)
 
@@ -206,19 +175,11 @@ def from_config(
       "--weights is missing; give a directory of converted weights (python -m hiar_jax.convert "
       "makes one)"
     )
-  if not isinstance(experiment.codec, WanCodecConfig):
-    raise UserError(
-      f"codec.kind = {experiment.codec.kind!r} is fitted by a run: give --workdir, a trained run, "
-      "instead of --config"
-    )
+  experiment.codec.with_weights(directory)  # raises for a codec that has none
   if needed:
-    weights.describe(directory, "dit")  # raises where something is missing
+    weights.describe(directory, experiment.dit.kind)  # raises where something is missing
   experiment = _with_changes(experiment, changes)
-  codec, text = experiment.codec, experiment.text
-  if directory and weights.exists(directory, _kind(codec)):
-    codec = dataclasses.replace(codec, weights=directory)
-  if directory and weights.exists(directory, "umt5"):
-    text = dataclasses.replace(text, weights=directory)
+  codec, text = experiment.codec.with_weights(directory), experiment.text.with_weights(directory)
   experiment = dataclasses.replace(experiment, codec=codec, text=text)
   # a run without a workdir: nothing is read from it or written to it
   run = Run(experiment, pathlib.Path(), make_mesh(experiment.mesh))
@@ -235,35 +196,6 @@ def _with_changes(e: Experiment, changes: ModelChanges) -> Experiment:
   if changes.dtype:
     e = dataclasses.replace(e, model=dataclasses.replace(e.model, dtype=changes.dtype))
   if changes.decoder or changes.tile is not None:
-    if not isinstance(e.codec, WanCodecConfig):
-      raise UserError(
-        f"--decoder and --tile are for Wan's autoencoder; this run's codec is {e.codec.kind!r}"
-      )
-    tiny = changes.decoder == "tiny_vae" if changes.decoder else e.codec.tiny
-    tile = e.codec.tile if changes.tile is None else changes.tile
-    if 0 < tile < LEAST_TILE:
-      raise UserError(
-        f"--tile={tile}: expected at least {LEAST_TILE} latents a side ({8 * LEAST_TILE} pixels), "
-        "or 0 for whole frames"
-      )
-    if tiny and tile:
-      raise UserError(
-        f"--tile={tile}: the tiny autoencoder decodes whole frames; leave --tile out, or use "
-        "--decoder=vae"
-      )
-    e = dataclasses.replace(e, codec=dataclasses.replace(e.codec, tiny=tiny, tile=tile))
+    codec = e.codec.with_options(changes.decoder, changes.tile)
+    e = dataclasses.replace(e, codec=codec)
   return e
-
-
-def _kind(codec: WanCodecConfig) -> str:
-  """The folder of the autoencoder in a directory of converted weights."""
-  return "tiny_vae" if codec.tiny else "vae"
-
-
-def _stored(directory: str, kind: str, published):
-  """The config of the weights in `directory`, else the published one: estimates need no weights."""
-  return (
-    weights.read_config(directory, kind)
-    if directory and weights.exists(directory, kind)
-    else published
-  )

@@ -15,21 +15,24 @@ are float32.
 
 import dataclasses
 import functools
+import math
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.models import attention, rope
 from hiar_jax.models.dit_layers import (
-  RMSNorm,
-  along_last_axis,
+  KV,
+  Shared,
+  dense,
   layer_norm,
+  modulators,
   place_features,
+  stacked,
   time_features,
 )
 from hiar_jax.models.frames import PROJECTION, Frames, Out, frame_mask
@@ -74,6 +77,19 @@ class DiTConfig:
   merge_tokens: bool = False
   place_embedding: bool = False
   places: tuple[int, int] = (1_024, 1)
+  kind = "dit"
+  # the fields that decide the names and shapes of parameters
+  sizes = (
+    "dim",
+    "ffn_dim",
+    "num_heads",
+    "num_layers",
+    "patch",
+    "channels",
+    "text_dim",
+    "freq_dim",
+    "place_embedding",
+  )
 
   def __post_init__(self):
     at_least(
@@ -87,13 +103,9 @@ class DiTConfig:
       raise UserError(
         f"patch = {self.patch}: the first entry must be 1, frames have levels of their own"
       )
-    if self.remat not in REMATS:
-      raise UserError(f"remat = {self.remat!r}: expected one of {', '.join(REMATS)}")
+    one_of(REMATS, remat=self.remat)
     at_least(1, places=sum(self.places), period=self.places[1])
-    if self.attention not in attention.IMPLEMENTATIONS:
-      raise UserError(
-        f"attention = {self.attention!r}: expected one of {', '.join(attention.IMPLEMENTATIONS)}"
-      )
+    one_of(attention.IMPLEMENTATIONS, attention=self.attention)
 
   @property
   def head_dim(self) -> int:
@@ -105,7 +117,25 @@ class DiTConfig:
 
   # models.frames.Network
 
-  def empty_kv(self, frames: int, batch: int, height: int, width: int) -> "KV":
+  def init(self, key: jax.Array) -> Params:
+    _, ph, pw = self.patch
+    # No parameter depends on the attention kernel, which may be unavailable here, or on sizes: one
+    # patch.
+    portable = dataclasses.replace(self, attention="xla")
+    x, text = jnp.zeros((1, 1, ph, pw, self.channels)), jnp.zeros((1, 1, self.text_dim))
+    return DiT(portable).init(key, x, jnp.zeros((1, 1)), text, jnp.zeros(1, jnp.int32))["params"]
+
+  def matrix_axes(self, path: tuple[str, ...], ndim: int) -> tuple[int, int] | None:
+    # the kernels of the layers, stacked as [layers, in, out] by the scan over layers; embeddings,
+    # head, norms and biases go by AdamW, as Muon's author advises
+    return (1, 2) if ndim == 3 and path[0] == "layers" and path[-1] == "kernel" else None
+
+  def unavailable_on(self, platform: str) -> str:
+    if self.attention != "cudnn" or platform == "gpu":
+      return ""
+    return f"attention = 'cudnn' is for GPUs, and the devices here are {platform}"
+
+  def empty_kv(self, frames: int, batch: int, height: int, width: int) -> KV:
     shape = (
       self.num_layers,
       batch,
@@ -141,6 +171,54 @@ class DiTConfig:
       tuple(kv.take(end - k, end) for end, k in zip(ends, sizes, strict=True)),
     )
 
+  def flops(self, frames: int, keys: int, tokens: int, text: int) -> float:
+    n, m, d = frames * tokens, keys * tokens, self.dim
+    patch = math.prod(self.patch) * self.channels
+    # Of one layer: self-attention's q, k, v, o, cross-attention's q, o and the MLP on the video's
+    # tokens; cross-attention's k, v on the text's.
+    projections = 2 * n * (4 * d * d + 2 * d * d + 2 * d * self.ffn_dim) + 2 * text * 2 * d * d
+    # Logits and weighted values: 2 d each for a query and key.
+    products = 4 * n * m * d + 4 * n * text * d
+    # Outside of the layers: patches in and out, the text's MLP, the timestep's MLP and modulation
+    # (6 d + d).
+    ends = (
+      2 * n * 2 * patch * d
+      + 2 * text * (self.text_dim * d + d * d)
+      + 2 * frames * (self.freq_dim * d + 7 * d * d)
+    )
+    return float(self.num_layers * (projections + products) + ends)
+
+  def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
+    rows = frames * tokens
+    # Queries whose logits exist at once: none in a fused kernel, one frame's in chunks, else all.
+    queries = {"cudnn": 0, "chunked": tokens}.get(self.attention, rows)
+    logits = queries * keys * tokens * self.num_heads * 4  # float32
+    return max(rows * self.ffn_dim * jnp.dtype(self.dtype).itemsize, logits)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The fields of a DiTConfig that an experiment chooses; the others follow from codec and text."""
+
+  dim: int
+  ffn_dim: int
+  num_heads: int
+  num_layers: int
+  patch: tuple[int, int, int] = (1, 1, 1)
+  freq_dim: int = 256
+  dtype: str = "float32"
+  remat: str = "none"
+  attention: str = "xla"
+  unroll: int = 1
+  merge_tokens: bool = False
+  place_embedding: bool = False
+
+  def network(self, channels: int, text_dim: int, places: tuple[int, int]) -> DiTConfig:
+    """Returns the network; channels: of latents, text_dim: width of the text."""
+    return DiTConfig(
+      **dataclasses.asdict(self), channels=channels, text_dim=text_dim, places=places
+    )
+
 
 def _check_groups(groups: tuple[Frames, ...], texts: int) -> None:
   """Raises UserError for what a group may ask of other networks, or a text that is not there."""
@@ -161,163 +239,6 @@ def _levels(group: Frames) -> jax.Array:
   sigma = sigma[:, None] if sigma.ndim == 1 else sigma
   b_k = group.x.shape[:2]
   return jnp.broadcast_to(sigma, b_k) if sigma.ndim else jnp.full(b_k, sigma)
-
-
-@flax.struct.dataclass
-class KV:
-  """Keys (rotated) and values of frames: each [num_layers b f t a d]; see models.frames.KV."""
-
-  k: jax.Array
-  v: jax.Array
-
-  def put(self, slots: jax.Array, new: "KV") -> "KV":
-    def write(old, leaf):
-      return old.at[:, :, slots].set(leaf.astype(old.dtype), mode="drop")
-
-    return jax.tree.map(write, self, new)
-
-  def take(self, first: int, end: int) -> "KV":
-    return jax.tree.map(lambda leaf: leaf[:, :, first:end], self)
-
-  def moved(self, distance: jax.Array) -> "KV":
-    # keys keep their rotation to their true positions in the cache, and each use rotates a copy on:
-    # none is rotated twice, so rounding does not accumulate; values hold no position
-    return KV(rope.move(self.k, distance), self.v)
-
-
-@flax.struct.dataclass
-class Shared:
-  """The inputs that all layers share."""
-
-  modulation: jax.Array  # [b f 6 dim]
-  text: jax.Array  # [b l dim] or [b g l dim]
-  cos: jax.Array  # [f t 1 pairs]
-  sin: jax.Array  # [f t 1 pairs]
-  mask: jax.Array | None  # [f p+f]
-
-
-def _dense(config: DiTConfig, features: int, name: str | None = None, **kwargs) -> nn.Dense:
-  kwargs.setdefault("kernel_init", nn.initializers.xavier_uniform())
-  return nn.Dense(
-    features,
-    dtype=config.dtype,
-    name=name,
-    dot_general=_merged_product if config.merge_tokens else None,
-    **kwargs,
-  )
-
-
-def _merged_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
-  """Returns x [... in] @ kernel [in out], with all leading axes of x merged for the product."""
-  del dimensions  # nn.Dense always contracts x's last axis with the kernel's first
-  rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
-  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-class Attention(nn.Module):
-  """Projections around attention: self-attention over frames, or cross-attention to text."""
-
-  config: DiTConfig
-
-  def setup(self):
-    c = self.config
-    self.q, self.k, self.v, self.o = (_dense(c, c.dim) for _ in range(4))
-    self.norm_q, self.norm_k = RMSNorm(c.eps), RMSNorm(c.eps)
-
-  def heads(self, x):  # [... dim] -> [... a d]
-    return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
-
-  def to_frames(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
-    """Attends x [b f t dim] to [past | x]; returns x's shape and x's K/V, each [b f t a d]."""
-    q = self.heads(self.norm_q(self.q(x)))
-    k = self.heads(self.norm_k(self.k(x)))
-    v = self.heads(self.v(x))
-    # keys are cached as rotated here, at their true positions; only a relative sink is moved on
-    q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
-    own = KV(k, v)
-    if past is not None:  # along the axis of frames, past first, as the mask's columns
-      k, v = (
-        jnp.concatenate([old.astype(new.dtype), new], axis=1)
-        for old, new in ((past.k, k), (past.v, v))
-      )
-    y = attention.attend(q, k, v, shared.mask, self.config.attention)
-    return self.o(y.reshape(x.shape)), own
-
-  def to_text(self, x, text) -> jax.Array:
-    """Attends x [b f t dim] to text [b l dim] or [b g l dim]; returns x's shape."""
-    q = self.heads(self.norm_q(self.q(x)))
-    k = self.heads(self.norm_k(self.k(text)))
-    v = self.heads(self.v(text))
-    return self.o(attention.attend_text(q, k, v).reshape(x.shape))
-
-
-class Layer(nn.Module):
-  """Self-attention, cross-attention and MLP; the noise level modulates and gates first and last."""
-
-  config: DiTConfig
-
-  @nn.compact
-  def __call__(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
-    c = self.config
-    # a learned offset per layer to the modulation of the noise level: [1 1 6 dim] + [b f 6 dim]
-    modulation = self.param("modulation", _modulation_init, (1, 6, c.dim))
-    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulators(
-      shared.modulation + modulation[:, None]
-    )
-
-    # float32 for norm, modulation and residual sum; c.dtype for what the layers take and carry
-    y = (layer_norm(x, c.eps) * (1 + scale_a) + shift_a).astype(c.dtype)
-    y, own = Attention(c, name="self_attention").to_frames(y, past, shared)
-    x = (x + y * gate_a).astype(c.dtype)
-
-    # cross-attention is neither modulated nor gated (Wan2.1); its norm has a scale and a bias
-    norm_text = self.param(
-      "norm_text", lambda _, width: {"scale": jnp.ones(width), "bias": jnp.zeros(width)}, c.dim
-    )
-    y = (
-      layer_norm(x, c.eps) * along_last_axis(norm_text["scale"], x)
-      + along_last_axis(norm_text["bias"], x)
-    ).astype(c.dtype)
-    x = x + Attention(c, name="text_attention").to_text(y, shared.text)
-
-    y = (layer_norm(x, c.eps) * (1 + scale_m) + shift_m).astype(c.dtype)
-    y = _dense(c, c.dim, "mlp_out")(nn.gelu(_dense(c, c.ffn_dim, "mlp_in")(y), approximate=True))
-    x = (x + y * gate_m).astype(c.dtype)
-    return x, own
-
-
-def _modulation_init(key, shape):
-  """Draws Wan2.1's normal init plus 1 on the gates: closed gates cost the first 1,000 updates."""
-  # rows: shift, scale, gate of self-attention; shift, scale, gate of the MLP
-  gates = jnp.asarray([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).reshape(1, 6, 1)
-  return gates + jax.random.normal(key, shape) * shape[-1] ** -0.5
-
-
-def _modulators(table: jax.Array) -> list[jax.Array]:
-  """Splits [b f m dim] into m float32 arrays [b f 1 dim] that broadcast over a frame's tokens."""
-  return jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
-
-
-def _layers(config: DiTConfig):
-  """Returns all layers as one scanned module: parameters and K/V get a leading layer axis."""
-  layer = Layer
-  if config.remat != "none":
-    # "dots" keeps the products with weights; those of attention have batch dimensions
-    policy = (
-      jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    )
-    # prevent_cse is for code outside of scans; inside, it only costs
-    layer = nn.remat(Layer, policy=policy, prevent_cse=False)
-  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer
-  return nn.scan(
-    layer,
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    in_axes=(0, nn.broadcast),
-    out_axes=0,
-    length=config.num_layers,
-    unroll=config.unroll,
-  )(config, name="layers")
 
 
 class DiT(nn.Module):
@@ -351,18 +272,18 @@ class DiT(nn.Module):
     rows, columns = h // ph, w // pw
     # patches: [b f rows ph columns pw c] -> [b f rows columns ph pw c] -> [b f t ph*pw*c]
     tokens = x.reshape(b, f, rows, ph, columns, pw, c.channels).transpose(0, 1, 2, 4, 3, 5, 6)
-    tokens = _dense(c, c.dim, "patch_embedding")(
+    tokens = dense(c, c.dim, "patch_embedding")(
       tokens.reshape(b, f, rows * columns, -1).astype(c.dtype)
     )
 
     if c.place_embedding:
       frames = positions[None] + (0 if start is None else start[:, None])
-      tokens = tokens + _dense(c, c.dim, "place_embedding")(
+      tokens = tokens + dense(c, c.dim, "place_embedding")(
         place_features(frames, rows, columns, c.places)
       )
 
-    text = nn.gelu(_dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
-    text = _dense(c, c.dim, "text_embedding_out")(text)
+    text = nn.gelu(dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
+    text = dense(c, c.dim, "text_embedding_out")(text)
     # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
     dense_f32 = functools.partial(
       nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
@@ -373,26 +294,16 @@ class DiT(nn.Module):
     modulation = modulation.reshape(b, f, 6, c.dim)
 
     cos, sin = rope.rotation(positions, rows, columns, c.head_dim)
-    tokens, own = _layers(c)(tokens, past, Shared(modulation, text, cos, sin, mask))
+    tokens, own = stacked(c)(tokens, past, Shared(modulation, text, cos, sin, mask))
 
     # the head takes the time embedding itself, not its projection
     head = self.param("head_modulation", nn.initializers.normal(c.dim**-0.5), (1, 2, c.dim))
-    shift, scale = _modulators(time[:, :, None] + head[:, None])
+    shift, scale = modulators(time[:, :, None] + head[:, None])
     tokens = (layer_norm(tokens, c.eps) * (1 + scale) + shift).astype(c.dtype)
     # zeros, as Wan2.1: a fresh network predicts velocity 0
-    tokens = _dense(c, ph * pw * c.channels, "head", kernel_init=nn.initializers.zeros)(tokens)
+    tokens = dense(c, ph * pw * c.channels, "head", kernel_init=nn.initializers.zeros)(tokens)
     # the inverse of the patches above
     velocity = tokens.reshape(b, f, rows, columns, ph, pw, c.channels).transpose(
       0, 1, 2, 4, 3, 5, 6
     )
     return velocity.reshape(b, f, h, w, c.channels).astype(jnp.float32), own
-
-
-def init(config: DiTConfig, key: jax.Array) -> Params:
-  """Returns random parameters (float32); under jax.eval_shape their shapes alone."""
-  _, ph, pw = config.patch
-  x = jnp.zeros((1, 1, ph, pw, config.channels))  # one patch: parameters do not depend on sizes
-  variables = DiT(config).init(
-    key, x, jnp.zeros((1, 1)), jnp.zeros((1, 1, config.text_dim)), jnp.zeros(1, jnp.int32)
-  )
-  return variables["params"]

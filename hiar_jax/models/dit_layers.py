@@ -1,9 +1,17 @@
-"""Features and norms of the diffusion transformer (models.dit)."""
+"""The layers of the diffusion transformer (models.dit), and the features that go in.
+
+`config` is a models.dit.DiTConfig everywhere.
+"""
+
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hiar_jax.models import attention, rope
 
 PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # in tokens, for the frame in frames
 
@@ -62,3 +70,160 @@ class RMSNorm(nn.Module):
 def along_last_axis(vector: jax.Array, like: jax.Array) -> jax.Array:
   """Gives a vector explicit leading axes, so that it broadcasts over the last axis of `like`."""
   return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+@flax.struct.dataclass
+class KV:
+  """Keys (rotated) and values of frames: each [num_layers b f t a d]; see models.frames.KV."""
+
+  k: jax.Array
+  v: jax.Array
+
+  def put(self, slots: jax.Array, new: "KV") -> "KV":
+    def write(old, leaf):
+      return old.at[:, :, slots].set(leaf.astype(old.dtype), mode="drop")
+
+    return jax.tree.map(write, self, new)
+
+  def take(self, first: int, end: int) -> "KV":
+    return jax.tree.map(lambda leaf: leaf[:, :, first:end], self)
+
+  def moved(self, distance: jax.Array) -> "KV":
+    # keys keep their rotation to their true positions in the cache, and each use rotates a copy on:
+    # none is rotated twice, so rounding does not accumulate; values hold no position
+    return KV(rope.move(self.k, distance), self.v)
+
+
+@flax.struct.dataclass
+class Shared:
+  """The inputs that all layers share."""
+
+  modulation: jax.Array  # [b f 6 dim]
+  text: jax.Array  # [b l dim] or [b g l dim]
+  cos: jax.Array  # [f t 1 pairs]
+  sin: jax.Array  # [f t 1 pairs]
+  mask: jax.Array | None  # [f p+f]
+
+
+def dense(config: Any, features: int, name: str | None = None, **kwargs) -> nn.Dense:
+  kwargs.setdefault("kernel_init", nn.initializers.xavier_uniform())
+  return nn.Dense(
+    features,
+    dtype=config.dtype,
+    name=name,
+    dot_general=_merged_product if config.merge_tokens else None,
+    **kwargs,
+  )
+
+
+def _merged_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
+  """Returns x [... in] @ kernel [in out], with all leading axes of x merged for the product."""
+  del dimensions  # nn.Dense always contracts x's last axis with the kernel's first
+  rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
+  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+class Attention(nn.Module):
+  """Projections around attention: self-attention over frames, or cross-attention to text."""
+
+  config: Any
+
+  def setup(self):
+    c = self.config
+    self.q, self.k, self.v, self.o = (dense(c, c.dim) for _ in range(4))
+    self.norm_q, self.norm_k = RMSNorm(c.eps), RMSNorm(c.eps)
+
+  def heads(self, x):  # [... dim] -> [... a d]
+    return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+
+  def to_frames(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
+    """Attends x [b f t dim] to [past | x]; returns x's shape and x's K/V, each [b f t a d]."""
+    q = self.heads(self.norm_q(self.q(x)))
+    k = self.heads(self.norm_k(self.k(x)))
+    v = self.heads(self.v(x))
+    # keys are cached as rotated here, at their true positions; only a relative sink is moved on
+    q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
+    own = KV(k, v)
+    if past is not None:  # along the axis of frames, past first, as the mask's columns
+      k, v = (
+        jnp.concatenate([old.astype(new.dtype), new], axis=1)
+        for old, new in ((past.k, k), (past.v, v))
+      )
+    y = attention.attend(q, k, v, shared.mask, self.config.attention)
+    return self.o(y.reshape(x.shape)), own
+
+  def to_text(self, x, text) -> jax.Array:
+    """Attends x [b f t dim] to text [b l dim] or [b g l dim]; returns x's shape."""
+    q = self.heads(self.norm_q(self.q(x)))
+    k = self.heads(self.norm_k(self.k(text)))
+    v = self.heads(self.v(text))
+    return self.o(attention.attend_text(q, k, v).reshape(x.shape))
+
+
+class Layer(nn.Module):
+  """Self-attention, cross-attention and MLP; the noise level modulates and gates first and last."""
+
+  config: Any
+
+  @nn.compact
+  def __call__(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
+    c = self.config
+    # a learned offset per layer to the modulation of the noise level: [1 1 6 dim] + [b f 6 dim]
+    modulation = self.param("modulation", _modulation_init, (1, 6, c.dim))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulators(
+      shared.modulation + modulation[:, None]
+    )
+
+    # float32 for norm, modulation and residual sum; c.dtype for what the layers take and carry
+    y = (layer_norm(x, c.eps) * (1 + scale_a) + shift_a).astype(c.dtype)
+    y, own = Attention(c, name="self_attention").to_frames(y, past, shared)
+    x = (x + y * gate_a).astype(c.dtype)
+
+    # cross-attention is neither modulated nor gated (Wan2.1); its norm has a scale and a bias
+    norm_text = self.param(
+      "norm_text", lambda _, width: {"scale": jnp.ones(width), "bias": jnp.zeros(width)}, c.dim
+    )
+    y = (
+      layer_norm(x, c.eps) * along_last_axis(norm_text["scale"], x)
+      + along_last_axis(norm_text["bias"], x)
+    ).astype(c.dtype)
+    x = x + Attention(c, name="text_attention").to_text(y, shared.text)
+
+    y = (layer_norm(x, c.eps) * (1 + scale_m) + shift_m).astype(c.dtype)
+    y = dense(c, c.dim, "mlp_out")(nn.gelu(dense(c, c.ffn_dim, "mlp_in")(y), approximate=True))
+    x = (x + y * gate_m).astype(c.dtype)
+    return x, own
+
+
+def _modulation_init(key, shape):
+  """Draws Wan2.1's normal init plus 1 on the gates: closed gates cost the first 1,000 updates."""
+  # rows: shift, scale, gate of self-attention; shift, scale, gate of the MLP
+  gates = jnp.asarray([0.0, 0.0, 1.0, 0.0, 0.0, 1.0]).reshape(1, 6, 1)
+  return gates + jax.random.normal(key, shape) * shape[-1] ** -0.5
+
+
+def modulators(table: jax.Array) -> list[jax.Array]:
+  """Splits [b f m dim] into m float32 arrays [b f 1 dim] that broadcast over a frame's tokens."""
+  return jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
+
+
+def stacked(config: Any):
+  """Returns all layers as one scanned module: parameters and K/V get a leading layer axis."""
+  layer = Layer
+  if config.remat != "none":
+    # "dots" keeps the products with weights; those of attention have batch dimensions
+    policy = (
+      jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
+    )
+    # prevent_cse is for code outside of scans; inside, it only costs
+    layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer
+  return nn.scan(
+    layer,
+    variable_axes={"params": 0},
+    split_rngs={"params": True},
+    in_axes=(0, nn.broadcast),
+    out_axes=0,
+    length=config.num_layers,
+    unroll=config.unroll,
+  )(config, name="layers")

@@ -82,9 +82,21 @@ class Out:
 
 
 class Network(Protocol):
-  """A diffusion transformer. One class per base: the frozen, hashable config of its sizes."""
+  """A diffusion transformer. One class per base: the frozen, hashable dataclass of its sizes.
 
-  channels: int
+  A kind of network is two classes: this one, and the group `model` of an experiment, which makes it
+  (models.registry). Names of parameters are the file format of checkpoints.
+  """
+
+  kind: str  # the folder of its weights in a directory of converted ones
+  sizes: tuple[str, ...]  # the fields that decide names and shapes of parameters
+  channels: int  # of latents
+  text_dim: int
+  dtype: str  # of matrix products and K/V
+  patch: tuple[int, int, int]  # frames (1), rows and columns of a token
+
+  def init(self, key: jax.Array) -> Params:
+    """Returns random parameters (float32); under jax.eval_shape their shapes alone."""
 
   def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
     """Runs the groups. texts: [g b l d]. past: tuple of K/V, which a Read's `past` counts.
@@ -94,6 +106,23 @@ class Network(Protocol):
 
   def empty_kv(self, frames: int, batch: int, height: int, width: int) -> Any:
     """Returns zeros for the K/V of frames of height x width."""
+
+  def tokens(self, height: int, width: int) -> int:
+    """Returns the tokens of one latent frame."""
+
+  def matrix_axes(self, path: tuple[str, ...], ndim: int) -> tuple[int, int] | None:
+    """Returns the (input, output) axes of a parameter that Muon moves, None for AdamW."""
+
+  def unavailable_on(self, platform: str) -> str:
+    """Returns why the network cannot run on a platform ("cpu", "gpu", "tpu"); '' where it can."""
+
+  def flops(self, frames: int, keys: int, tokens: int, text: int) -> float:
+    """Returns the operations (two a multiply-add) of one forward of one video, matrix products
+    alone: `frames` frames of `tokens` tokens that attend to `keys` frames and `text` tokens.
+    """
+
+  def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
+    """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
 
 
 @flax.struct.dataclass
@@ -128,7 +157,9 @@ def bind(network: Network, params: Params, text: Text, start=None) -> Bound:
 
 def whole_clip(bound: Bound, x: Block, sigma) -> Block:
   """Returns the velocity of a clip [b f h w c] whose frames all see each other; sigma as Frames."""
-  return bound((Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32)),)).velocity[0]
+  frames = Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32))
+  out = bound.network.apply(bound.params, (frames,), bound.texts, (), bound.start)
+  return out.velocity[0]
 
 
 # --------------------------------------------------------------------------------- reads as a mask

@@ -18,19 +18,15 @@ from jax.sharding import Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax import peak_memory
-from hiar_jax.components import chunked_decoder
-from hiar_jax.models import taehv, vae
-from hiar_jax.models.vae import VAEConfig
 from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from hiar_jax.parallel.rules import state_shardings
 from hiar_jax.planning.sizes import (
   ForwardCost,
   JobSize,
   Part,
-  abstract_dit,
+  abstract_params,
   activation_bytes,
   cache_bytes,
-  forward_flops,
   forwards,
   parts,
 )
@@ -114,8 +110,7 @@ def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) 
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
   calls, blocks = forwards(request), request.frames // request.method.block
   video = request.batch * sum(
-    call.count
-    * forward_flops(request.network, request.tokens, call.frames, call.keys, request.text)
+    call.count * request.network.flops(call.frames, call.keys, request.tokens, request.text)
     for call in calls
   )
   # Weights are sharded as in training; each device holds its shard of the large ones.
@@ -153,7 +148,7 @@ def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) 
 def _params(request: JobSize, mesh: Mesh) -> PyTree:
   """Returns the DiT's parameters as sharded shapes."""
   shapes = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), abstract_dit(request.network)
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), abstract_params(request.network)
   )
   shardings = state_shardings(shapes, mesh, MeshConfig().min_shard)
   return jax.tree.map(_with_sharding, shapes, shardings)
@@ -166,13 +161,10 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
 def _compiled(request: JobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   """Compiles the job's programs -> ({program: memory}, note)."""
   platform = mesh.devices.flat[0].platform
-  if request.dit.attention == "cudnn" and platform != "gpu":
-    return (
-      {},
-      f"nothing was compiled: attention = 'cudnn' is for GPUs, and the devices here are {platform}",
-    )
+  if reason := request.network.unavailable_on(platform):
+    return {}, f"nothing was compiled: {reason}"
   programs = {"generate": _generator(request, mesh)}
-  if request.vae is not None:
+  if request.decoder is not None:
     programs["decode"] = _decoder(request, mesh)
   found = {}
   with jax.set_mesh(mesh):
@@ -205,18 +197,18 @@ def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
     # The values of the levels do not change the program.
     r.method.at(np.linspace(1.0, 0.0, r.levels + 1)),
     key=jax.random.key(0),
-    shape=LatentShape(r.frames, r.height, r.width, r.dit.channels),
+    shape=LatentShape(r.frames, r.height, r.width, r.network.channels),
   )
   # A row a video, split over the devices where they divide the batch.
   rows = NamedSharding(mesh, jax.P(BATCH_AXES) if r.batch % mesh.size == 0 else jax.P())
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
   arguments = [
     _params(r, mesh),
-    shape((r.batch, r.text, r.dit.text_dim), r.dtype),
+    shape((r.batch, r.text, r.network.text_dim), r.dtype),
     shape((r.batch,), jnp.int32),
   ]
   if r.given:
-    arguments.append(shape((r.batch, r.given, r.height, r.width, r.dit.channels), jnp.float32))
+    arguments.append(shape((r.batch, r.given, r.height, r.width, r.network.channels), jnp.float32))
   return generate, arguments
 
 
@@ -224,16 +216,10 @@ def _decoder(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
   """Returns one step of the chunked decoder in the middle of one video, and its arguments: frames
   split over the devices, or tiles on one.
   """
-  if isinstance(request.vae, VAEConfig):
-    params = vae.abstract_params(request.vae)
-    decoder = chunked_decoder.from_vae(params, request.vae, tiling=request.tiling)
-  else:
-    params = taehv.abstract_params(request.vae)
-    decoder = chunked_decoder.from_taehv(params, request.vae)
-  if not request.tiling:
-    decoder = dataclasses.replace(decoder, devices=tuple(mesh.devices.flat))
+  decoder = dataclasses.replace(request.decoder, devices=tuple(mesh.devices.flat))
+  params = decoder.params
   latents = jax.ShapeDtypeStruct(
-    (1, 1, request.height, request.width, request.dit.channels), jnp.float32
+    (1, 1, request.height, request.width, request.network.channels), jnp.float32
   )
   # The first step has no cache and a program of its own; its result has the shape of the cache.
   _, cache = jax.eval_shape(lambda p, z: decoder.decode(p, z, None), params, latents)

@@ -1,22 +1,16 @@
 """Sizes of a generation job, counted from shapes alone: parameters, bytes, forwards, operations."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import dataclasses
-import functools
-import math
 
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.components.chunked_decoder import ChunkedDecoder
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
-from hiar_jax.models import dit, taehv, umt5, vae
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.taehv import TinyVAEConfig
-from hiar_jax.models.umt5 import UMT5Config
-from hiar_jax.models.vae import VAEConfig
-from hiar_jax.models.vae_tiling import Tiling
+from hiar_jax.models.frames import Network
 from hiar_jax.rollout.past import ring
 from hiar_jax.types import LatentShape, PyTree
 
@@ -33,7 +27,7 @@ class JobSize:
       patches do not divide.
   """
 
-  dit: DiTConfig
+  network: Network
   method: MethodConfig
   levels: int  # denoising steps
   frames: int  # new latent frames, whole blocks
@@ -43,9 +37,9 @@ class JobSize:
   given: int = 0  # conditioning latent frames: whole blocks, or the one of an image
   text: int = 512  # tokens of a prompt
   dtype: str = "bfloat16"  # of weights, products and cache
-  vae: VAEConfig | TinyVAEConfig | None = VAEConfig()  # None: not needed
-  umt5: UMT5Config | None = UMT5Config()  # None: not needed
-  tiling: Tiling | None = None  # of the decoder
+  # text encoder and autoencoder: name -> (shapes of the parameters, dtype, '' for the job's)
+  others: Mapping[str, tuple[PyTree, str]] = dataclasses.field(default_factory=dict)
+  decoder: ChunkedDecoder | None = None  # with shapes for weights; None: costs next to nothing
 
   def __post_init__(self):
     at_least(
@@ -57,8 +51,7 @@ class JobSize:
       batch=self.batch,
       text=self.text,
     )
-    if self.dtype not in DTYPES:
-      raise UserError(f"dtype = {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+    one_of(DTYPES, dtype=self.dtype)
     if self.frames % self.method.block:
       raise UserError(
         f"frames = {self.frames} latent frames are not whole blocks of {self.method.block}"
@@ -67,21 +60,18 @@ class JobSize:
       raise UserError(
         f"given = {self.given} latent frames: expected one, or whole blocks of {self.method.block}"
       )
-    if self.height % self.dit.patch[1] or self.width % self.dit.patch[2]:
+    _, rows, columns = self.network.patch
+    if self.height % rows or self.width % columns:
       raise UserError(
-        f"latents of {self.height}x{self.width} cannot be cut into patches of "
-        f"{self.dit.patch[1]}x{self.dit.patch[2]}"
+        f"latents of {self.height}x{self.width} cannot be cut into patches of {rows}x{columns}"
       )
-
-  @functools.cached_property
-  def network(self) -> DiTConfig:
-    """The DiT that computes in the job's dtype."""
-    return dataclasses.replace(self.dit, dtype=self.dtype)
+    # frozen, and the network computes in the job's dtype
+    object.__setattr__(self, "network", dataclasses.replace(self.network, dtype=self.dtype))
 
   @property
   def tokens(self) -> int:
     """Tokens of one latent frame."""
-    return self.dit.tokens(self.height, self.width)
+    return self.network.tokens(self.height, self.width)
 
   @property
   def slots(self) -> int:
@@ -110,25 +100,17 @@ class Part:
 
 def parts(request: JobSize) -> dict[str, Part]:
   """Returns the parameters and bytes of each network; the autoencoder's are float32."""
-  trees = {"DiT": (abstract_dit(request.network), request.dtype)}
-  if request.vae is not None:
-    module = vae if isinstance(request.vae, VAEConfig) else taehv
-    trees["VAE" if module is vae else "tiny VAE"] = (module.abstract_params(request.vae), "float32")
-  if request.umt5 is not None:
-    encoder = jax.eval_shape(lambda: umt5.init(request.umt5, jax.random.key(0)))
-    trees["UMT5"] = (encoder, request.dtype)
+  trees = {"DiT": (abstract_params(request.network), ""), **request.others}
   found = {}
   for name, (tree, dtype) in trees.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    found[name] = Part(count, count * jnp.dtype(dtype).itemsize)
+    found[name] = Part(count, count * jnp.dtype(dtype or request.dtype).itemsize)
   return found
 
 
-def abstract_dit(config: DiTConfig) -> PyTree:
-  """Returns the shapes of the DiT's parameters."""
-  # No parameter depends on the attention kernel, and the kernel may be unavailable here.
-  portable = dataclasses.replace(config, attention="xla")
-  return jax.eval_shape(lambda: dit.init(portable, jax.random.key(0)))
+def abstract_params(network: Network) -> PyTree:
+  """Returns the shapes of the network's parameters."""
+  return jax.eval_shape(lambda: network.init(jax.random.key(0)))
 
 
 def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
@@ -159,32 +141,10 @@ def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
   return tuple(ForwardCost(count, *sizes) for sizes, count in counts.items() if count)
 
 
-def forward_flops(config: DiTConfig, tokens: int, frames: int, keys: int, text: int) -> float:
-  """Returns the operations (two a multiply-add) of one forward of one video, matrix products alone.
-
-  tokens: of a latent frame; frames: of the queries; keys: frames attended to; text: tokens.
-  """
-  n, m, d = frames * tokens, keys * tokens, config.dim
-  patch = math.prod(config.patch) * config.channels
-  # Of one layer: self-attention's q, k, v, o, cross-attention's q, o and the MLP on the video's
-  # tokens; cross-attention's k, v on the text's.
-  projections = 2 * n * (4 * d * d + 2 * d * d + 2 * d * config.ffn_dim) + 2 * text * 2 * d * d
-  # Logits and weighted values: 2 d each for a query and key.
-  attention = 4 * n * m * d + 4 * n * text * d
-  # Outside of the layers: patches in and out, the text's MLP, the timestep's MLP and modulation
-  # (6 d + d).
-  ends = (
-    2 * n * 2 * patch * d
-    + 2 * text * (config.text_dim * d + d * d)
-    + 2 * frames * (config.freq_dim * d + 7 * d * d)
-  )
-  return float(config.num_layers * (projections + attention) + ends)
-
-
 def cache_bytes(request: JobSize) -> int:
   """Returns the bytes of the KV cache of the whole batch."""
   r = request
-  shape = LatentShape(r.given + r.frames, r.height, r.width, r.dit.channels)
+  shape = LatentShape(r.given + r.frames, r.height, r.width, r.network.channels)
   cache = jax.eval_shape(lambda: ring.empty(r.network, r.method, shape, r.batch))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
@@ -193,12 +153,8 @@ def activation_bytes(request: JobSize, calls: Iterable[ForwardCost]) -> int:
   """Returns a lower bound of the bytes of activations of the whole batch: latents, text, and the
   larger of the MLP's activations and the attention's logits.
   """
-  c, widest = request.network, max(calls, key=lambda call: call.frames * call.keys)
-  itemsize = jnp.dtype(request.dtype).itemsize
-  rows = widest.frames * request.tokens
-  # Queries whose logits exist at once: none in a fused kernel, one frame's in chunks, else all.
-  queries = {"cudnn": 0, "chunked": request.tokens}.get(c.attention, rows)
-  logits = queries * widest.keys * request.tokens
-  activations = max(rows * c.ffn_dim * itemsize, logits * c.num_heads * _FLOAT)
-  latents = (request.given + request.frames) * request.height * request.width * c.channels * _FLOAT
-  return request.batch * (activations + latents + request.text * c.text_dim * itemsize)
+  r, widest = request, max(calls, key=lambda call: call.frames * call.keys)
+  activations = r.network.activation_bytes(widest.frames, widest.keys, r.tokens)
+  latents = (r.given + r.frames) * r.height * r.width * r.network.channels * _FLOAT
+  text = r.text * r.network.text_dim * jnp.dtype(r.dtype).itemsize
+  return r.batch * (activations + latents + text)

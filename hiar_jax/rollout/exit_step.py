@@ -75,8 +75,12 @@ def _sequential_rollout(frozen: Bound, noise, method: Method, shape: LatentShape
   past = ring.empty(frozen.network, method, shape, frozen.batch)
   if method.order == "block_first":
     return block_first.sweep(frozen, noise, past, blocks, exit_level)
-  noisy = step_first.initial_noise(noise, blocks)
-  noisy = step_first.sweep_levels(frozen, noise, past, noisy, exit_level)
+
+  def next_level(level, xs):
+    return step_first.sweep(frozen, noise, past, xs, level)[0]
+
+  # a loop of unknown length has no backward pass, and needs none
+  noisy = jax.lax.fori_loop(0, exit_level, next_level, step_first.initial_noise(noise, blocks))
   # the exit step without gradient, for its contexts: block n's depends on those of blocks < n
   _, contexts, x0 = step_first.sweep(frozen, noise, past, noisy, exit_level)
   return noisy, contexts, x0

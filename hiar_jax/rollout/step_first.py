@@ -76,27 +76,6 @@ def initial_noise(noise: Noise, blocks: int, first: int = 0) -> jax.Array:
   return jax.lax.map(lambda n: noise(0, n), first + jnp.arange(blocks))
 
 
-def sweep_levels(
-  bound: Bound,
-  noise: Noise,
-  past: Ring,
-  xs: jax.Array,
-  stop,
-  *,
-  first: int = 0,
-  fused: bool = True,
-) -> jax.Array:
-  """Takes xs [n b k h w c] from the first level to level `stop`, which may be traced.
-
-  A traced stop is not differentiable: a loop of unknown length has no backward pass.
-  """
-
-  def next_level(level, xs):
-    return sweep(bound, noise, past, xs, level, first=first, fused=fused)[0]
-
-  return jax.lax.fori_loop(0, stop, next_level, xs)
-
-
 def generate(
   bound: Bound, noise: Noise, past: Ring, blocks: int, first: int, *, fused: bool = True
 ):

@@ -55,7 +55,7 @@ class StreamParts:
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
       model.prepare_texts(list(prompts))
-      return model.texts(list(prompts))
+      return model.run.texts(list(prompts))
 
     return StreamParts(
       config=e.student_dit,

@@ -19,8 +19,8 @@ import weakref
 
 import numpy as np
 
+from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.streaming.decoding import BlockDecoder
 from hiar_jax.streaming.timeline import Change
 from hiar_jax.streaming.workers import BlockSource, Chunk, Workers
 from hiar_jax.types import PyTree

@@ -10,10 +10,10 @@ import jax
 import numpy as np
 
 from hiar_jax import __version__
+from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.streaming import decoding
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream, block_seconds
@@ -66,7 +66,7 @@ class StreamingModel:
   def block_frames(self) -> int:
     """Pixel frames of a block that is not the first."""
     # the first one has fewer: a causal autoencoder's first latent frame is one frame of pixels
-    k, pixels = self.experiment.history.block, self.experiment.pixel_frames
+    k, pixels = self.experiment.history.block, self.experiment.codec.pixel_frames
     return pixels(2 * k) - pixels(k)
 
   @functools.cached_property
@@ -75,7 +75,7 @@ class StreamingModel:
     return Engine(self.model, self.options)
 
   @functools.cached_property
-  def decoder(self) -> decoding.BlockDecoder:
+  def decoder(self) -> BlockDecoder:
     """The decoder, shared by all streams: its memory is theirs."""
     device = self.decode_on
     if device is None:
@@ -83,11 +83,11 @@ class StreamingModel:
       used = set(self.engine.mesh.devices.flat)
       devices = jax.local_devices()
       device = next((device for device in devices if device not in used), devices[0])
-    return decoding.make_decoder(self.model.run.components, device)
+    return self.model.run.autoencoder.block_decoder(device)
 
   def warnings(self, prompt: str) -> list[str]:
     """Returns warnings about words of a prompt that the model does not know, a line each."""
-    return self.model.run.components.warnings(prompt)
+    return self.model.run.text_encoder.warnings(prompt)
 
   def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
     """Returns (conditioning frames of a file, message about their resizing or cropping, or '').
@@ -98,7 +98,7 @@ class StreamingModel:
     e = self.experiment
     k = e.history.block
     window = -(-self.engine.method.window // k) * k  # rounded up to whole blocks
-    pixels, message = Conditioning(path, kind, e.pixel_frames(window)).read(e)
+    pixels, message = Conditioning(path, kind, e.codec.pixel_frames(window)).read(e)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), message
 
   def open(
@@ -180,7 +180,7 @@ class StreamingModel:
   def seconds(self, given: int):
     """Returns a function block -> second at which it starts, after `given` latent frames."""
     e, k = self.experiment, self.experiment.history.block
-    return block_seconds(-(-given // k), given, k, e.pixel_frames, self.fps)
+    return block_seconds(-(-given // k), given, k, e.codec.pixel_frames, self.fps)
 
   def provenance(
     self, prompt: str, seed: int, start: Conditioning | ConditioningFrames | None = None
@@ -192,7 +192,7 @@ class StreamingModel:
       "seed": str(seed),
       "size": f"{e.data.height}x{e.data.width}",
       "dtype": e.model.dtype,
-      "codec": self.model.codec,
+      "codec": e.codec.label,
       "start": f"{start.kind} {pathlib.Path(start.path).name}" if start else "",
       "weights" if self.model.weights else "workdir": self.model.name,
       "hiar_jax": __version__,
@@ -205,7 +205,7 @@ class StreamingModel:
     pixels, message = start.read(self.experiment)
     if message:
       print(message, file=sys.stderr)
-    latents = np.asarray(self.model.run.components.latents(pixels[None]))
+    latents = np.asarray(self.model.run.autoencoder.latents(pixels[None]))
     return latents[:, : latent_frames(pixels, self.experiment)]
 
   def _blocks(self, frames: int | None, given: int) -> int | None:
@@ -213,7 +213,7 @@ class StreamingModel:
     if frames is None:
       return None
     e = self.experiment
-    latent, message = lengths.fit_blocks(frames, e.history.block, e.pixel_frames, given=given)
+    latent, message = lengths.fit_blocks(frames, e.history.block, e.codec.pixel_frames, given=given)
     if message:
       print(message, file=sys.stderr)
     return latent // e.history.block

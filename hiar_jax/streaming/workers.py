@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError
-from hiar_jax.streaming.decoding import BlockDecoder
 from hiar_jax.streaming.throughput import ThroughputMeter
 from hiar_jax.streaming.timeline import Change
 from hiar_jax.types import PyTree

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import one_of
 from hiar_jax.losses import trajectory as losses
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network, bind
@@ -36,8 +36,7 @@ class CausalInitConfig(TrainConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.shows not in SHOWS:
-      raise UserError(f"shows = {self.shows!r}: expected one of {', '.join(SHOWS)}")
+    one_of(SHOWS, shows=self.shows)
 
 
 def make_step(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import at_least, one_of
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
@@ -45,9 +45,8 @@ class ForwardKLConfig:
   def __post_init__(self):
     at_least(0, weight=self.weight)
     at_least(1, steps=self.steps)
-    for name, allowed in (("attention", fkl_loss.ATTENTIONS), ("target", fkl_loss.TARGETS)):
-      if getattr(self, name) not in allowed:
-        raise UserError(f"{name} = {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+    one_of(fkl_loss.ATTENTIONS, attention=self.attention)
+    one_of(fkl_loss.TARGETS, target=self.target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +82,12 @@ class DistillConfig(TrainConfig):
     """The generator updates of the whole stage."""
     return -(-max(self.steps - self.critic_warmup, 0) // self.critic_updates)
 
-  def generator_optimizer(self):
+  def generator_optimizer(self, network: Network):
     """Returns the generator's optimizer, whose schedule counts generator updates."""
-    return self.optimizer(steps=max(self.generator_steps, 1))
+    return self.optimizer(network, steps=max(self.generator_steps, 1))
 
-  def critic_optimizer(self):
-    return self.optimizer(self.critic_lr)
+  def critic_optimizer(self, network: Network):
+    return self.optimizer(network, lr=self.critic_lr)
 
 
 class Networks(NamedTuple):

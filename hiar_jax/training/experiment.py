@@ -5,16 +5,18 @@ runs, with their sources, are in experiments/.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.components.patch_pca import PatchPCAConfig
-from hiar_jax.components.wan import UMT5TextConfig, WanCodecConfig
-from hiar_jax.components.word_table import TextConfig
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
+from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
+from hiar_jax.config.building import of_kinds
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.frames import Network
+from hiar_jax.models.registry import NETWORKS
 from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
@@ -48,8 +50,7 @@ class DataConfig:
 
   def __post_init__(self):
     at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
-    if self.source not in SOURCES:
-      raise UserError(f"data.source = {self.source!r}: expected one of {', '.join(SOURCES)}")
+    one_of(SOURCES, **{"data.source": self.source})
     if self.source == "videos" and not self.folder:
       raise UserError(
         "data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)"
@@ -77,24 +78,6 @@ class WeightsConfig:
   teacher: str = ""
   # Replaces the causal_init stage.
   student: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-  """The fields of a DiTConfig that an experiment chooses; the others follow from codec and text."""
-
-  dim: int
-  ffn_dim: int
-  num_heads: int
-  num_layers: int
-  patch: tuple[int, int, int] = (1, 1, 1)
-  freq_dim: int = 256
-  dtype: str = "float32"
-  remat: str = "none"
-  attention: str = "xla"
-  unroll: int = 1
-  merge_tokens: bool = False
-  place_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +181,9 @@ class Experiment:
 
   seed: int
   data: DataConfig
-  codec: PatchPCAConfig | WanCodecConfig
-  text: TextConfig | UMT5TextConfig
-  model: ModelConfig
+  codec: AutoencoderConfig = of_kinds(AUTOENCODERS)
+  text: TextEncoderConfig = of_kinds(TEXT_ENCODERS)
+  model: Any = of_kinds(NETWORKS)
   student: StudentConfig
   history: MethodConfig
   teacher: TeacherConfig
@@ -212,7 +195,7 @@ class Experiment:
   log: LogConfig
   stages_from: str = ""
   weights: WeightsConfig = WeightsConfig()
-  teacher_model: ModelConfig | None = None
+  teacher_model: Any = of_kinds(NETWORKS, default=None)
 
   def __post_init__(self):
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
@@ -228,15 +211,11 @@ class Experiment:
         "data.source = 'prompts' trains no teacher: give weights.base, a directory of converted "
         "weights"
       )
-    if (self.data.source == "prompts") != isinstance(self.codec, WanCodecConfig):
+    if (self.data.source == "prompts") == self.codec.fitted:
+      kinds = [kind for kind, codec in AUTOENCODERS.items() if not codec.fitted]
       raise UserError(
         f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected "
-        "'prompts' with 'wan' only"
-      )
-    if isinstance(self.codec, WanCodecConfig) != isinstance(self.text, UMT5TextConfig):
-      raise UserError(
-        f"codec.kind = {self.codec.kind!r} with text.kind = {self.text.kind!r}: expected 'wan' "
-        "with 'umt5' only"
+        f"'prompts' with {' or '.join(map(repr, kinds))} only"
       )
     if self.teacher_model and not self.weights.teacher:
       raise UserError("teacher_model is given, but no weights.teacher of that size")
@@ -244,9 +223,9 @@ class Experiment:
   def _check_sizes(self) -> None:
     """Raises UserError where clips are not whole blocks, or frames not whole patches."""
     data, codec, block = self.data, self.codec, self.history.block
-    frames = self.latent_frames(data.frames)
+    frames = self.codec.latent_frames(data.frames)
     if (data.frames - 1) % codec.temporal_factor or frames % block:
-      near = self.pixel_frames(max(block, round(frames / block) * block))
+      near = self.codec.pixel_frames(max(block, round(frames / block) * block))
       of = f"{block} frames" if codec.temporal_factor == 1 else f"{block} latent frames"
       raise UserError(
         f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is "
@@ -268,48 +247,35 @@ class Experiment:
     """True where causal init or forward KL reads trajectories."""
     return not self.weights.student or self.distill.forward_kl.weight > 0
 
-  def latent_frames(self, frames: int) -> int:
-    """Returns the latent frames of a video of `frames` pixel frames; the first has its own."""
-    return 1 + -(-(frames - 1) // self.codec.temporal_factor)
-
-  def pixel_frames(self, latent: int) -> int:
-    """Returns the pixel frames of a video of `latent` latent frames."""
-    return 1 + (latent - 1) * self.codec.temporal_factor
-
   @property
   def latent(self) -> LatentShape:
     """The sizes of a training clip's latents."""
-    factor = self.codec.spatial_factor
-    height, width = self.data.height // factor, self.data.width // factor
-    return LatentShape(self.latent_frames(self.data.frames), height, width, self.codec.channels)
+    codec, data = self.codec, self.data
+    height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
+    return LatentShape(codec.latent_frames(data.frames), height, width, codec.channels)
 
   @property
-  def dit(self) -> DiTConfig:
-    """The config of the base model and the critic."""
-    return self._dit(self.model)
+  def dit(self) -> Network:
+    """The base model and the critic."""
+    return self._network(self.model)
 
   @property
-  def student_dit(self) -> DiTConfig:
-    """The config of the student: the same parameters, other places.
+  def student_dit(self) -> Network:
+    """The student: the same parameters, other places.
 
     The blocks after a training clip's length share the places of one block, so that a video may be
     of any length.
     """
-    return dataclasses.replace(self.dit, places=(self.dit.places[0], self.history.block))
+    return self._network(self.model, self.history.block)
 
   @property
-  def teacher_dit(self) -> DiTConfig:
-    """The config of the real score."""
-    return self._dit(self.teacher_model or self.model)
+  def teacher_dit(self) -> Network:
+    """The real score."""
+    return self._network(self.teacher_model or self.model)
 
-  def _dit(self, model: ModelConfig) -> DiTConfig:
-    """Returns the DiT of these sizes, with places for the frames of a video's first clip and of any
-    later one.
+  def _network(self, model, period: int = 0) -> Network:
+    """Returns the network of these sizes, with places for the frames of a video's first clip and
+    `period` (0: as many) for later ones.
     """
-    frames = self.latent_frames(self.data.frames)
-    return DiTConfig(
-      **dataclasses.asdict(model),
-      channels=self.codec.channels,
-      text_dim=self.text.dim,
-      places=(frames, frames),
-    )
+    frames = self.latent.frames
+    return model.network(self.codec.channels, self.text.dim, (frames, period or frames))

@@ -5,7 +5,8 @@ log, preview, save. A checkpoint holds the state and the position of the data it
 same step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import sys
 
 from etils import epath
@@ -16,6 +17,7 @@ from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
+from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
 from hiar_jax.parallel.rules import sharded_shapes, state_shardings
 from hiar_jax.preemption import Preemption
@@ -29,29 +31,58 @@ class Preempted(SystemExit):
   """Raised when a stage has saved its state after a signal; the same command continues there."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+  """One kind of update of a stage.
+
+  make_step: make_step(mean=...) -> step(state, batch, frozen) -> (state, metrics), for map_step.
+  feeds: data iterators; the first gives the batch, which the others join under their names.
+  frozen: arrays that nobody trains. name: goes before its metrics' names. due: step -> whether it
+  comes in that step; None: in every one.
+  """
+
+  make_step: Callable
+  feeds: tuple[str, ...]
+  frozen: PyTree = None
+  name: str = ""
+  due: Callable[[int], bool] | None = None
+
+  def named(self, metrics: Mapping) -> dict:
+    """Returns the metrics under the names that are logged."""
+    return {f"{self.name}_{name}" if self.name else name: x for name, x in metrics.items()}
+
+
 class DataIterators:
-  """Several batch iterators that are saved and restored as one."""
+  """Several batch iterators that are saved and restored as one.
+
+  latest: the last metrics of updates that do not come in every step, by the update's name. They are
+  saved too, so that a resumed run logs what an uninterrupted one does.
+  """
 
   def __init__(self, run: Run, **iterators):
     self._run = run
     self._iterators = iterators
+    self.latest: dict[str, dict[str, jax.Array | float]] = {}
 
-  def next(self, name: str) -> Batch:
+  def next(self, name: str, *others: str) -> Batch:
     """Returns the next batch as global arrays [b ...], encoded (Run.encode), with `example_id`, the
-    rows' indices.
+    rows' indices; others: iterators whose batches join it.
     """
     batch = dict(next(self._iterators[name]))
     local = len(batch["tokens"])
     # Noise is drawn by example_id: an example gets the same on any number of devices and hosts.
     batch["example_id"] = np.arange(local, dtype=np.int32) + local * jax.process_index()
-    return self._run.encode(put_batch(batch, self._run.mesh))
+    batch = self._run.encode(put_batch(batch, self._run.mesh))
+    return {**batch, **{other: self.next(other) for other in others}}
 
   def get_state(self) -> dict:
-    return {name: iterator.get_state() for name, iterator in self._iterators.items()}
+    state = {name: iterator.get_state() for name, iterator in self._iterators.items()}
+    return state | {name: jax.tree.map(float, found) for name, found in self.latest.items()}
 
   def set_state(self, state: dict) -> None:
     for name, iterator in self._iterators.items():
       iterator.set_state(state[name])
+    self.latest = {name: dict(state[name]) for name in self.latest}
 
 
 def is_done(run: Run, stage: str, steps: int) -> bool:
@@ -80,22 +111,22 @@ def run_stage(
   training: TrainConfig,
   *,
   create: Callable[[], TrainState],
-  update: Callable[
-    [PyTree], Callable[[TrainState, DataIterators, int], tuple[TrainState, Mapping]]
-  ],
+  updates: Sequence[Update],
   iterators: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
 
-  update(shardings) returns advance(state, iterators, step) -> (state, metrics). preview: state ->
-  clips uint8 [b F H W 3] for the log. Raises Preempted after SIGTERM or SIGINT, once the state is
-  saved, and UserError where a metric is not finite.
+  updates: those that are due in a step, in their order; the last one is due in every step and its
+  loss is the stage's. preview: state -> clips uint8 [b F H W 3] for the log. Raises Preempted after
+  SIGTERM or SIGINT, once the state is saved, and UserError where a metric is not finite.
   """
   log = run.experiment.log
   # Shapes first, then jit with shardings: no device ever holds an unsharded state.
   shapes = jax.eval_shape(create)
   shardings = state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+  steps = [map_step(u.make_step, shardings, run.mesh, run.experiment.mesh.mapping) for u in updates]
+  iterators.latest = {update.name: {} for update in updates if update.due}
   config = {"model": to_json(run.experiment.dit), "stage": stage}
   with Checkpoints(
     run.directory(stage) / "checkpoints", keep=log.keep, config=config
@@ -106,12 +137,19 @@ def run_stage(
     run.writer.resume(stage, step)
     if not step and is_writer():
       print_parameters(stage, shapes.params)
-    advance = update(shardings)
     pending = None  # (step, metrics) that are still on the device
     with Preemption() as stop, progress(stage, training.steps, initial=step) as bar:
       stopping = False
       while step < training.steps and not stopping:
-        state, metrics = advance(state, iterators, step)
+        for update, mapped in zip(updates, steps, strict=True):
+          if update.due is None:
+            state, found = mapped(state, iterators.next(*update.feeds), update.frozen)
+            metrics = {"loss": found["loss"], **update.named(found)}
+          elif update.due(step):
+            state, found = mapped(state, iterators.next(*update.feeds), update.frozen)
+            iterators.latest[update.name] = update.named(found)
+        for latest in iterators.latest.values():
+          metrics |= latest
         step += 1
         # Those of an earlier step: this one is only dispatched, fetching would wait for it.
         _report(run, stage, bar, pending)

@@ -5,24 +5,10 @@ import jax
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.errors import UserError
-from hiar_jax.models import dit
+from hiar_jax.models.frames import Network
 from hiar_jax.parallel.rules import sharded_shapes, state_shardings
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
-
-# The fields of a DiTConfig that decide the parameters' names and shapes; others (dtype, remat,
-# attention) may differ from those of the stored weights.
-SIZES = (
-  "dim",
-  "ffn_dim",
-  "num_heads",
-  "num_layers",
-  "patch",
-  "channels",
-  "text_dim",
-  "freq_dim",
-  "place_embedding",
-)
 
 
 def load_teacher(run: Run) -> Params:
@@ -47,20 +33,18 @@ def load_weights(run: Run, stage: str) -> Params:
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
     return load_published(run, directory, e.dit)
-  shapes = jax.eval_shape(lambda: dit.init(e.dit, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: e.dit.init(jax.random.key(0)))
   shardings = state_shardings(shapes, run.mesh, e.mesh.min_shard)
   return load_params(run.directory(stage) / "checkpoints", sharded_shapes(shapes, shardings))
 
 
-def load_published(
-  run: Run, directory: str, expected: dit.DiTConfig, dtype: str = "float32"
-) -> Params:
+def load_published(run: Run, directory: str, expected: Network, dtype: str = "float32") -> Params:
   """Loads converted weights, cast to `dtype` (float32 where they are to be trained).
 
   Raises UserError where they have other sizes than `expected`.
   """
-  found = weights.read_config(directory, "dit")
-  different = [name for name in SIZES if getattr(found, name) != getattr(expected, name)]
+  found = weights.read_config(directory, expected.kind)
+  different = [name for name in expected.sizes if getattr(found, name) != getattr(expected, name)]
   if different:
     lines = ", ".join(
       f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in different
@@ -73,4 +57,4 @@ def load_published(
   def shardings(shapes):
     return state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
 
-  return weights.load(directory, "dit", dtype=dtype, sharding=shardings)[1]
+  return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]

@@ -1,5 +1,5 @@
-"""A run, which every stage is given: the experiment, its directories, devices, log, and components
-(codec and text encoder).
+"""A run, which every stage is given: the experiment with its directories, devices, log and encoders
+of texts and pixels.
 """
 
 import dataclasses
@@ -15,10 +15,8 @@ from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.components import wan, word_table
-from hiar_jax.components.interfaces import Components, decode_pixels
-from hiar_jax.components.small import SmallComponents
-from hiar_jax.components.wan import WanCodecConfig
+from hiar_jax.components.interfaces import Autoencoder, TextEncoder, decode_pixels
+from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import (
   RESOLVED,
@@ -55,7 +53,6 @@ SHARED_GROUPS = (
   "causal_init",
   "weights",
 )
-CODEC = "codec.npz"  # the fitted patch PCA, in the data stage's directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,38 +111,45 @@ class Run:
     """The run's log, opened (and created) at first use, so tools that only read a run make none."""
     return Writer(self.workdir / "logs")
 
+  def words(self) -> tuple[str, ...]:
+    """Returns the words of the data, on which a text encoder may be fitted."""
+    data = self.experiment.data
+    if data.source == "shapes":
+      return shapes_world.VOCABULARY
+    # only words that a caption of the data holds are ever learnt
+    if data.source == "prompts":
+      return vocabulary_of(pipeline.read_prompts(data.prompts))
+    return vocabulary_of(pipeline.read_captions(self.directory("data")))
+
   @functools.cached_property
-  def components(self) -> Components:
-    """The codec and the text encoder: Wan's, or the small ones fitted on the data."""
-    e = self.experiment
-    if isinstance(e.codec, WanCodecConfig):
-      return wan.WanComponents(e.codec, e.text, e.latent)
-    if e.data.source == "shapes":
-      vocabulary = shapes_world.VOCABULARY
-    else:
-      # real videos: only words that a caption of the data holds are ever learnt
-      vocabulary = word_table.vocabulary_of(pipeline.read_captions(self.directory("data")))
-    return SmallComponents(e.text, e.latent, self.directory("data") / CODEC, vocabulary)
+  def text_encoder(self) -> TextEncoder:
+    """The text encoder, opened when it is first used."""
+    return self.experiment.text.open(self.directory("data"), self.words)
+
+  @functools.cached_property
+  def autoencoder(self) -> Autoencoder:
+    """The autoencoder, opened when it is first used: the data stage may have to fit it."""
+    return self.experiment.codec.open(self.directory("data"))
 
   def texts(self, prompts) -> np.ndarray:
     """Returns prompts as the network reads them [n l d]."""
-    return np.asarray(self.components.embed(self.components.tokens(prompts)))
+    return np.asarray(self.text_encoder.embed(self.text_encoder.tokens(prompts)))
 
   @functools.cached_property
   def negative(self) -> jax.Array:
     """The text [1 l d] of the negative prompt, on every device of the mesh."""
-    return jax.device_put(np.asarray(self.components.negative()), replicated(self.mesh))
+    return jax.device_put(self.texts([self.text_encoder.negative_prompt]), replicated(self.mesh))
 
   def encode(self, batch: Batch) -> Batch:
     """Returns a batch with `text` [b l d] for `tokens`, `latents` [b f h w c] for `video`."""
     encoded = {name: x for name, x in batch.items() if name not in ("tokens", "video")}
     if "video" in batch:
-      encoded["latents"] = self.components.encode(batch["video"])
-    return {**encoded, "text": self.components.embed(batch["tokens"])}
+      encoded["latents"] = self.autoencoder.encode(batch["video"])
+    return {**encoded, "text": self.text_encoder.embed(batch["tokens"])}
 
   def pixels(self, latents) -> np.ndarray:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
-    return decode_pixels(self.components, latents)
+    return decode_pixels(self.autoencoder, latents)
 
   def sampler(self, frames: int, method: MethodConfig | None = None):
     """Returns the student's sampler (rollout.sample), jitted, for videos of `frames` latent frames.
@@ -173,7 +177,7 @@ class Run:
     return jax.jit(
       teacher_sampler.make_sampler(
         e.dit,
-        np.asarray(self.components.negative()),
+        self.texts([self.text_encoder.negative_prompt]),
         jnp.asarray(sigmas, jnp.float32),
         config.kept(e.student),
         guidance=config.guidance,
@@ -198,7 +202,7 @@ class Run:
       self.directory(stage),
       batch_size=batch // count,
       seed=self.experiment.seed + salt,
-      tokenize=self.components.of_record,
+      tokenize=self.text_encoder.of_record,
       process_index=jax.process_index(),
       process_count=count,
       keys=keys,
@@ -279,7 +283,7 @@ def _count_clips(run: Run) -> tuple[float, str]:
     return data.clips, "data.clips"
   if data.source == "prompts":
     count = len(pipeline.read_prompts(data.prompts))
-    run.components.texts  # noqa: B018  # raises where weights are missing
+    run.text_encoder  # noqa: B018  # raises where weights are missing
     return count, "the prompts of data.prompts"
   if not os.path.isdir(data.folder) and not tfds_builder.is_complete(run.directory("data")):
     raise UserError(

@@ -47,7 +47,7 @@ def long_frames(run: Run) -> int:
   e = run.experiment
   # 1e-9: a product such as 1.1 * 10 may lie just above its whole number
   latent = math.ceil(e.sample.length * e.latent.frames - 1e-9)
-  return round_to_blocks(run, e.pixel_frames(latent))
+  return round_to_blocks(run, e.codec.pixel_frames(latent))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
@@ -56,15 +56,15 @@ def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
   Raises UserError instead where `strict`.
   """
   e = run.experiment
-  latent, message = lengths.fit_blocks(frames, e.history.block, e.pixel_frames, strict=strict)
+  latent, message = lengths.fit_blocks(frames, e.history.block, e.codec.pixel_frames, strict=strict)
   if message:
     print(message, file=sys.stderr)
-  return e.pixel_frames(latent)
+  return e.codec.pixel_frames(latent)
 
 
 def print_warnings(run: Run, prompt: str) -> None:
   """Prints which words of a prompt the model has not learnt, and which are beyond its length."""
-  for warning in run.components.warnings(prompt):
+  for warning in run.text_encoder.warnings(prompt):
     print(warning, file=sys.stderr)
 
 
@@ -76,7 +76,7 @@ def make_videos(
   Video i depends on prompt i and on seed + i alone.
   """
   batch = min(run.experiment.sample.batch, len(prompts))
-  generate = run.sampler(run.experiment.latent_frames(frames))
+  generate = run.sampler(run.experiment.codec.latent_frames(frames))
   seeds = np.arange(seed, seed + len(prompts))
   videos = []
   with progress(title, len(prompts)) as bar:

@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.components import patch_pca
 from hiar_jax.data import (
   ode_pairs,
   pipeline,
@@ -27,11 +26,9 @@ from hiar_jax.data import (
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
-from hiar_jax.models import dit
-from hiar_jax.parallel.mapping import map_step
 from hiar_jax.progress import is_writer, progress
 from hiar_jax.training import causal_init, distill, loop, pretrained, samples, teacher
-from hiar_jax.training.run import CODEC, Run
+from hiar_jax.training.run import Run
 from hiar_jax.training.state import create_state
 
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
@@ -47,24 +44,27 @@ def prepare_data(run: Run) -> None:
   """Writes <workdir>/data: clips with captions (the shapes world or a folder of videos) and the
   codec fitted on them, or encoded prompts alone.
   """
-  data = run.experiment.data
-  directory = run.directory("data")
-  if jax.process_index() == 0 and not run.experiment.stages_from:
+  e, directory = run.experiment, run.directory("data")
+  data = e.data
+  if jax.process_index() == 0 and not e.stages_from:
     if data.source == "shapes":
       shapes_clips.prepare(directory, run.world, data.clips, data.seed)
     elif data.source == "videos":
       video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
     else:
       # Encoded first, all at once: the data set then stores the texts beside the prompts.
-      run.components.prepare(pipeline.read_prompts(data.prompts))
-      prompt_texts.prepare(directory, data.prompts, run.components.texts)
-    if data.source != "prompts" and not (directory / CODEC).exists():
-      source = tfds_builder.open_source(directory)
-      clips = np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
-      # uint8 [n F H W 3] -> float32 in [-1, 1]
-      codec = patch_pca.fit(clips.astype(np.float32) / 127.5 - 1.0, run.experiment.codec)
-      patch_pca.save(directory / CODEC, codec)
+      encoder = run.text_encoder
+      encoder.prepare([*pipeline.read_prompts(data.prompts), encoder.negative_prompt])
+      prompt_texts.prepare(directory, data.prompts, encoder)
+    e.text.fit(directory, run.words())
+    e.codec.fit(directory, lambda: _clips_to_fit(directory))
   _wait_for_all("data")
+
+
+def _clips_to_fit(directory) -> np.ndarray:
+  """Returns the first clips of the data, uint8 [n F H W 3]."""
+  source = tfds_builder.open_source(directory)
+  return np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
 
 
 # ------------------------------------------------------------------------------------------ teacher
@@ -76,7 +76,7 @@ def train_teacher(run: Run) -> None:
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
   key_init, key_train = jax.random.split(_stage_key(run, "teacher"))
-  optimizer = e.teacher.optimizer()
+  optimizer = e.teacher.optimizer(e.dit)
   make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
   sample = run.teacher_sampler(jax.random.key(e.seed))
   texts = run.preview_texts()
@@ -84,8 +84,8 @@ def train_teacher(run: Run) -> None:
     run,
     "teacher",
     e.teacher,
-    create=lambda: create_state(key_train, dit.init(e.dit, key_init), optimizer),
-    update=_update_from(run, make_step, "clips", run.negative),
+    create=lambda: create_state(key_train, e.dit.init(key_init), optimizer),
+    updates=[loop.Update(make_step, ("clips",), run.negative)],
     iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
     # The sampler returns trajectories [b points f h w c]; the last point is the clip.
     preview=lambda state: run.pixels(sample(state.ema, texts, np.arange(len(texts)))[:, -1]),
@@ -110,7 +110,8 @@ def sample_trajectories(run: Run) -> None:
   if config.pairs:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
-      run.components.prepare(pipeline.read_captions(directory))
+      encoder = run.text_encoder
+      encoder.prepare([*pipeline.read_captions(directory), encoder.negative_prompt])
     _wait_for_all("trajectories")
     return
   if is_writer():
@@ -187,7 +188,7 @@ def train_causal_init(run: Run) -> None:
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
   weights = pretrained.load_teacher(run)
   key = _stage_key(run, "causal_init")
-  optimizer = config.optimizer()
+  optimizer = config.optimizer(e.student_dit)
   make_step = functools.partial(
     causal_init.make_step, config, e.student_dit, e.history, run.point_sigmas, optimizer
   )
@@ -197,29 +198,13 @@ def train_causal_init(run: Run) -> None:
     "causal_init",
     config,
     create=lambda: create_state(key, weights, optimizer),
-    update=_update_from(run, make_step, "trajectories"),
+    updates=[loop.Update(make_step, ("trajectories",))],
     iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
   )
 
 
 # ------------------------------------------------------------------------------------- distillation
-
-
-class LatestMetrics:
-  """The generator's last metrics, logged beside the critic's in every step.
-
-  Saved with the data iterators, so that a resumed run logs what an uninterrupted one does.
-  """
-
-  def __init__(self):
-    self.metrics: dict[str, jax.Array | float] = {}
-
-  def get_state(self) -> dict[str, float]:
-    return {name: float(value) for name, value in self.metrics.items()}
-
-  def set_state(self, state: dict[str, float]) -> None:
-    self.metrics = dict(state)
 
 
 def distill_student(run: Run) -> None:
@@ -236,59 +221,34 @@ def distill_student(run: Run) -> None:
   critic_start = pretrained.load_teacher(run)
   student_start = pretrained.load_weights(run, "causal_init")
   key = _stage_key(run, "distill")
-  latest = LatestMetrics()
-  iterators = {"prompts": run.clips("data", config.batch, (), salt=5), "generator": latest}
+  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(e.dit)
+  iterators = {"prompts": run.clips("data", config.batch, (), salt=5)}
   if config.forward_kl.weight:
     iterators["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
+  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
+  common = config, networks, run.method, e.latent
+  generator = functools.partial(
+    distill.make_generator_step,
+    *common,
+    optimizers[0],
+    point_sigmas=jnp.asarray(run.point_sigmas),
+  )
+  critic = functools.partial(distill.make_critic_step, *common, optimizers[1])
+  frozen = distill.Frozen(real_score, run.negative)
   loop.run_stage(
     run,
     "distill",
     config,
-    create=lambda: create_state(
-      key, student_start, config.generator_optimizer(), critic_start, config.critic_optimizer()
-    ),
-    update=_distill_update(run, real_score, latest),
+    create=lambda: create_state(key, student_start, optimizers[0], critic_start, optimizers[1]),
+    # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
+    # the student as it then is. Each takes a fresh batch of prompts.
+    updates=[
+      loop.Update(generator, tuple(iterators), frozen, "generator", config.updates_generator),
+      loop.Update(critic, ("prompts",), name="critic"),
+    ],
     iterators=loop.DataIterators(run, **iterators),
     preview=_student_preview(run),
   )
-
-
-def _distill_update(run: Run, real_score, latest: LatestMetrics):
-  """Returns run_stage's `update` for distillation: two networks that train in turn."""
-  e = run.experiment
-  config = e.distill
-  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
-  common = config, networks, run.method, e.latent
-  make_critic_step = functools.partial(distill.make_critic_step, *common, config.critic_optimizer())
-  make_generator_step = functools.partial(
-    distill.make_generator_step,
-    *common,
-    config.generator_optimizer(),
-    point_sigmas=jnp.asarray(run.point_sigmas),
-  )
-  frozen = distill.Frozen(real_score, run.negative)
-
-  def update(shardings):
-    devices = shardings, run.mesh, e.mesh.mapping
-    critic_step = map_step(make_critic_step, *devices)
-    generator_step = map_step(make_generator_step, *devices)
-
-    def advance(state, iterators, step):
-      # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
-      # the student as it then is. Each takes a fresh batch of prompts.
-      if config.updates_generator(step):
-        batch = iterators.next("prompts")
-        if config.forward_kl.weight:
-          batch["trajectories"] = iterators.next("trajectories")
-        state, metrics = generator_step(state, batch, frozen)
-        latest.metrics = {f"generator_{name}": value for name, value in metrics.items()}
-      state, metrics = critic_step(state, iterators.next("prompts"), None)
-      named = {f"critic_{name}": value for name, value in metrics.items()}
-      return state, {"loss": metrics["loss"], **named, **latest.metrics}
-
-    return advance
-
-  return update
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -338,16 +298,6 @@ def _wait_for_all(name: str) -> None:
   """Returns when every process has called it with this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def _update_from(run: Run, make_step, iterator: str, frozen=None):
-  """Returns run_stage's `update` for a stage of one step, fed by the data iterator of that name."""
-
-  def update(shardings):
-    step = map_step(make_step, shardings, run.mesh, run.experiment.mesh.mapping)
-    return lambda state, iterators, _: step(state, iterators.next(iterator), frozen)
-
-  return update
 
 
 def _student_preview(run: Run):

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.models.frames import Network
 from hiar_jax.types import Batch, Key, Mean, Params, PyTree
 
 SCHEDULES = ("constant", "cosine")
@@ -66,19 +67,19 @@ class TrainConfig:
   def __post_init__(self):
     at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
     at_least(0, lr=self.lr, warmup=self.warmup, ema_start=self.ema_start)
-    if self.rule not in OPTIMIZERS:
-      raise UserError(f"rule = {self.rule!r}: expected one of {', '.join(OPTIMIZERS)}")
-    if self.schedule not in SCHEDULES:
-      raise UserError(f"schedule = {self.schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    one_of(OPTIMIZERS, rule=self.rule)
+    one_of(SCHEDULES, schedule=self.schedule)
     if self.batch % self.accumulate:
       raise UserError(
         f"batch = {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts"
       )
 
   def optimizer(
-    self, lr: float | None = None, steps: int | None = None
+    self, network: Network, *, lr: float | None = None, steps: int | None = None
   ) -> optax.GradientTransformation:
-    """Returns the optimizer; `lr` and `steps` replace the config's own, as the critic's do."""
+    """Returns the optimizer of a network, which says what Muon moves; `lr` and `steps` replace the
+    config's own, as the critic's do.
+    """
     lr = self.lr if lr is None else lr  # 0.0 is a rate, so no `or`
     steps = self.steps if steps is None else steps
     rate = functools.partial(self._rate, steps=steps)
@@ -91,7 +92,7 @@ class TrainConfig:
         # alike for the matrices and the rest; optax's default is 0 for both
         weight_decay=self.weight_decay,
         adam_weight_decay=self.weight_decay,
-        muon_weight_dimension_numbers=_layer_matrices,
+        muon_weight_dimension_numbers=functools.partial(_matrices, network),
       )
     else:
       rule = optax.adamw(rate(lr), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
@@ -106,20 +107,14 @@ class TrainConfig:
     return optax.warmup_constant_schedule(0.0 if self.warmup else lr, lr, self.warmup)
 
 
-def _layer_matrices(params: Params) -> PyTree:
-  """Returns the matrix axes of each parameter for Muon, None for those that AdamW moves.
+def _matrices(network: Network, params: Params) -> PyTree:
+  """Returns the matrix axes of each parameter for optax's Muon, None for those that AdamW moves."""
 
-  Muon takes the kernels of the layers, stacked as [layers, in, out] by the scan over layers, and
-  orthogonalises each layer's. Embeddings, the head, norms and biases go by AdamW, as its author
-  advises.
-  """
-  axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+  def dimensions(path, leaf):
+    axes = network.matrix_axes(tuple(entry.key for entry in path), leaf.ndim)
+    return axes and optax.contrib.MuonDimensionNumbers(*axes)
 
-  def matrix_axes(path, leaf):
-    is_matrix = leaf.ndim == 3 and path[0].key == "layers" and path[-1].key == "kernel"
-    return axes if is_matrix else None
-
-  return jax.tree_util.tree_map_with_path(matrix_axes, params)
+  return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
 def create_state(
@@ -177,12 +172,8 @@ def apply_gradients(
   """
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
-  def gradient(part):
-    (value, metrics), grads = value_and_grad(params, part)
-    return grads, {"loss": value, **metrics}
-
   if accumulate == 1:
-    grads, metrics = gradient(batch)
+    found = value_and_grad(params, batch)
   else:
 
     def split(x):
@@ -191,14 +182,16 @@ def apply_gradients(
       return jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, gradient(part)), None
+      return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
     parts = jax.tree.map(split, batch)
     # a scan compiles one part and holds the activations of one part at a time
-    total = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts))
+    total = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), total)
     total, _ = jax.lax.scan(add, zeros, parts)
-    grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
+    found = jax.tree.map(lambda x: x / accumulate, total)
+  (value, metrics), grads = found
+  metrics = {"loss": value, **metrics}
   # averaged over devices before the optimizer clips: the norm is the global gradient's
   grads, metrics = mean((grads, metrics))
   updates, opt_state = optimizer.update(grads, opt_state, params)

@@ -74,7 +74,7 @@ def test_the_texts_are_the_encoders(folder, tmp_path):
   assert sorted(-(-counts // 64)) == [1, 1, 1, 1, 2] and not any(tokens.cut)
   # padded to the full length, all at once
   expected = np.asarray(umt5.encode_text(_params(), tokens.ids, tokens.mask, CONFIG))
-  text = _cache(folder, tmp_path)(PROMPTS)
+  text = _cache(folder, tmp_path).tokens(PROMPTS)
   assert text.shape == (5, LENGTH, 16) and text.dtype == np.float32
   np.testing.assert_allclose(text, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
   assert all(
@@ -86,20 +86,20 @@ def test_the_texts_are_the_encoders(folder, tmp_path):
 def test_the_encoder_is_loaded_for_new_prompts_alone_and_freed(folder, tmp_path, loaded):
   cache = _cache(folder, tmp_path)
   assert cache.missing(PROMPTS) == [PROMPTS[4], *PROMPTS[1:4]]
-  first = cache(PROMPTS)
+  first = cache.tokens(PROMPTS)
   assert len(loaded) == 1 and len(_files(tmp_path)) == 4
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(loaded[0]))
-  again = _cache(folder, tmp_path)(PROMPTS[::-1])  # another process, another order
+  again = _cache(folder, tmp_path).tokens(PROMPTS[::-1])  # another process, another order
   assert len(loaded) == 1 and not cache.missing(PROMPTS)
   np.testing.assert_array_equal(again, first[::-1])
-  cache([*PROMPTS, "moon"])
+  cache.tokens([*PROMPTS, "moon"])
   assert len(loaded) == 2 and len(_files(tmp_path)) == 5
 
 
 def test_a_prompt_does_not_depend_on_the_others(folder, tmp_path):
-  together = _cache(folder, tmp_path / "together")(PROMPTS)
+  together = _cache(folder, tmp_path / "together").tokens(PROMPTS)
   for prompt, text in zip(PROMPTS, together, strict=True):
-    np.testing.assert_array_equal(_cache(folder, tmp_path / "alone")([prompt])[0], text)
+    np.testing.assert_array_equal(_cache(folder, tmp_path / "alone").tokens([prompt])[0], text)
 
 
 def test_every_batch_of_a_length_has_one_shape(folder, tmp_path, monkeypatch):
@@ -112,12 +112,12 @@ def test_every_batch_of_a_length_has_one_shape(folder, tmp_path, monkeypatch):
 
   monkeypatch.setattr(umt5, "encode_text", encode)
   for prompts in (PROMPTS, ["moon"]):
-    _cache(folder, tmp_path)(prompts)
+    _cache(folder, tmp_path).tokens(prompts)
   assert shapes == [(4, 64), (4, 128), (4, 64)]
 
 
 def test_padding_is_not_stored(folder, tmp_path):
-  _cache(folder, tmp_path)(PROMPTS[:1])
+  _cache(folder, tmp_path).tokens(PROMPTS[:1])
   (path,) = _files(tmp_path)
   with safetensors.safe_open(path, "numpy") as file:
     assert file.metadata() == {"prompt": PROMPTS[0]}
@@ -125,11 +125,11 @@ def test_padding_is_not_stored(folder, tmp_path):
 
 
 def test_bfloat16(folder, tmp_path, loaded):
-  text = _cache(folder, tmp_path, dtype="bfloat16")(PROMPTS)
+  text = _cache(folder, tmp_path, dtype="bfloat16").tokens(PROMPTS)
   assert text.dtype == jax.numpy.bfloat16 and {
     leaf.dtype for leaf in jax.tree.leaves(loaded[0])
   } == {text.dtype}
-  exact = _cache(folder, tmp_path)(PROMPTS)
+  exact = _cache(folder, tmp_path).tokens(PROMPTS)
   # By mean squares: the small tokenizer numbers its words anew in every process, and the largest
   # error of a handful of tokens moves between .03 and .09 of the largest value with them.
   rms = lambda x: np.sqrt(np.mean(np.square(x, dtype=np.float64)))
@@ -145,7 +145,7 @@ def test_other_encoders_have_other_texts(folder, tmp_path, loaded):
   written = save_small_tokenizer(other / "tokenizer")
   caches = [_cache(folder, tmp_path), _cache(other, tmp_path)]
   caches += [_cache(folder, tmp_path, length=32), _cache(folder, tmp_path, dtype="bfloat16")]
-  texts = [cache.rows("moon") for cache in caches if cache.fill(["moon"]) is None]
+  texts = [cache.rows("moon") for cache in caches if cache.prepare(["moon"]) is None]
   written.write_bytes(written.read_bytes() + b"\n")
   caches.append(_cache(other, tmp_path))
   assert caches[-1].missing(["moon"])
@@ -168,9 +168,9 @@ def test_a_stop_keeps_what_is_done(folder, tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(umt5, "encode_text", stops)
     with pytest.raises(KeyboardInterrupt):
-      cache.fill(PROMPTS)
+      cache.prepare(PROMPTS)
   assert cache.missing(PROMPTS) == [PROMPTS[3]]
-  cache.fill(PROMPTS)
+  cache.prepare(PROMPTS)
   assert not cache.missing(PROMPTS)
 
 
@@ -179,8 +179,8 @@ def test_long_prompts_are_cut_and_that_is_said_once_a_run(folder, tmp_path, caps
   count = len(small_tokenizer().encode(long.strip()).ids)
   for _ in range(2):
     cache = _cache(folder, tmp_path)
-    assert (cache([long, "moon", long])[0, -1] != 0).any()
-    cache([long])
+    assert (cache.tokens([long, "moon", long])[0, -1] != 0).any()
+    cache.tokens([long])
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt")]
     assert said == [
       f"prompt {long[:60]!r}...: {count} tokens, the encoder reads 160; the last {count - 160} "
@@ -190,9 +190,9 @@ def test_long_prompts_are_cut_and_that_is_said_once_a_run(folder, tmp_path, caps
 
 def test_a_traced_step_may_ask(folder, tmp_path, loaded):
   cache = _cache(folder, tmp_path)
-  add = jax.jit(lambda x: x + cache(["moon"]))
+  add = jax.jit(lambda x: x + cache.tokens(["moon"]))
   np.testing.assert_allclose(
-    add(np.ones((1, LENGTH, 16), np.float32)), 1 + cache(["moon"]), rtol=0, atol=1e-6
+    add(np.ones((1, LENGTH, 16), np.float32)), 1 + cache.tokens(["moon"]), rtol=0, atol=1e-6
   )
   assert len(loaded) == 1
 
@@ -200,20 +200,20 @@ def test_a_traced_step_may_ask(folder, tmp_path, loaded):
 def test_a_mesh_around_it_changes_nothing(folder, tmp_path):
   """The encoder is on one device, the network that waits for the text on all."""
   with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-    text = _cache(folder, tmp_path / "inside")(["moon"])
-  np.testing.assert_array_equal(text, _cache(folder, tmp_path / "outside")(["moon"]))
+    text = _cache(folder, tmp_path / "inside").tokens(["moon"])
+  np.testing.assert_array_equal(text, _cache(folder, tmp_path / "outside").tokens(["moon"]))
 
 
 def test_threads_load_one_encoder(folder, tmp_path, loaded):
   cache = _cache(folder, tmp_path)
   with futures.ThreadPoolExecutor(4) as pool:
-    texts = list(pool.map(lambda prompt: cache([prompt])[0], ["moon"] * 8))
+    texts = list(pool.map(lambda prompt: cache.tokens([prompt])[0], ["moon"] * 8))
   assert len(loaded) == 1 and all((text == texts[0]).all() for text in texts)
 
 
 def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path):
   cache = _cache(folder, tmp_path)
-  text = cache(["moon"])
+  text = cache.tokens(["moon"])
   (path,) = _files(tmp_path)
   whole = path.read_bytes()
   for content in (b"", whole[:50], whole[:-4]):
@@ -221,13 +221,13 @@ def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path):
     with pytest.raises(
       UserError, match=f"{path.name} is damaged .* was removed; run again"
     ) as error:
-      cache(["moon"])
+      cache.tokens(["moon"])
     assert "\n" not in str(error.value)
-    np.testing.assert_array_equal(cache(["moon"]), text)
+    np.testing.assert_array_equal(cache.tokens(["moon"]), text)
 
 
 def test_bad_input(folder, tmp_path):
-  with pytest.raises(UserError, match="use bfloat16 or float32"):
+  with pytest.raises(UserError, match="expected one of bfloat16, float32"):
     _cache(folder, tmp_path, dtype="float16")
   with pytest.raises(UserError, match="batch = 0"):
     _cache(folder, tmp_path, batch=0)
@@ -242,5 +242,5 @@ def test_weights_that_give_no_numbers(tmp_path):
   weights.save(tmp_path, "umt5", CONFIG, broken)
   save_small_tokenizer(tmp_path / "tokenizer")
   with pytest.raises(UserError, match="'moon' is not finite in float32"):
-    _cache(tmp_path, tmp_path / "texts").fill(["moon"])
+    _cache(tmp_path, tmp_path / "texts").prepare(["moon"])
   assert not _files(tmp_path / "texts")

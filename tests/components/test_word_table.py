@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from hiar_jax.components import word_table
-from hiar_jax.components.word_table import WordTokenizer
+from hiar_jax.components.word_table import WordTable
 
 VOCABULARY = ("a", "red", "circle", "moving", "left")
 
 
-def tokenizer(length: int = 8) -> WordTokenizer:
-  return WordTokenizer(VOCABULARY, length)
+def encoder(length: int = 8, vocabulary=VOCABULARY) -> WordTable:
+  return WordTable(vocabulary, length, 16)
 
 
 @pytest.mark.parametrize(
@@ -30,37 +30,54 @@ def tokenizer(length: int = 8) -> WordTokenizer:
   ],
 )
 def test_ids(prompt, ids):
-  found = tokenizer()(prompt)
+  found = encoder().tokens([prompt])[0]
   assert found.dtype == np.int32
   np.testing.assert_array_equal(found, ids)
 
 
-def test_size_counts_padding_and_unknown():
-  assert tokenizer().size == len(VOCABULARY) + 2
+def test_ids_leave_room_for_padding_and_unknown():
+  assert sorted(encoder().ids.values()) == list(range(len(VOCABULARY) + 2))
 
 
 def test_unknown_words_are_named_once_in_order():
-  assert tokenizer().unknown("A PURPLE circle, flying (purple) <pad>") == [
-    "purple",
-    "flying",
-    "pad",
-  ]
-  assert tokenizer().unknown("a red circle") == []
+  (warning,) = encoder().warnings("A PURPLE circle, flying (purple) <pad>")
+  assert "does not know 'purple', 'flying', 'pad'; it is made without" in warning
+  assert encoder().warnings("a red circle") == []
 
 
 @pytest.mark.parametrize(
   "prompt, too_many", [("a red", 0), ("a red circle moving", 0), ("a red circle moving left a", 2)]
 )
 def test_words_that_do_not_fit_are_counted(prompt, too_many):
-  assert tokenizer(4).cut_off(prompt) == too_many
+  warnings = encoder(4).warnings(prompt)
+  assert len(warnings) == (too_many > 0)
+  assert all(f"reads 4 words; the last {too_many} are left out" in line for line in warnings)
 
 
 @pytest.mark.parametrize("text", ["Ein Kreis, über-Ärger 12x", "x_y z", "naïve Ⅷ ١٢", "日本 語"])
 def test_the_vocabulary_of_a_text_knows_all_of_it(text):
   """Both ways to find words agree, whatever the script."""
-  made = WordTokenizer(word_table.vocabulary_of([text]), 12)
-  assert made.unknown(text) == [] and 1 not in made(text)
-  assert np.count_nonzero(made(text)) == len(word_table.split(text))
+  made = encoder(12, word_table.vocabulary_of([text]))
+  assert made.warnings(text) == [] and 1 not in made.tokens([text])
+  assert len(made.rows(text)) == len(word_table.split(text))
+
+
+def test_words_are_kept_with_the_data(tmp_path):
+  """In the order of their ids, whatever the data says later; before that the data is asked."""
+  config = word_table.WordTableConfig(length=4)
+  asked = config.open(tmp_path, lambda: ("from", "data"))
+  assert asked.vocabulary == ("from", "data")
+  config.fit(tmp_path, ("über", "a"))
+  config.fit(tmp_path, ("other", "words"))
+  stored = config.open(tmp_path, lambda: pytest.fail("the data was asked"))
+  assert stored.vocabulary == ("über", "a") and list(stored.rows("a über")) == [3, 2]
+
+
+def test_a_record_may_hold_its_ids():
+  made = encoder(4)
+  stored = {"text": made.rows("a red"), "caption": b"left"}
+  np.testing.assert_array_equal(made.of_record(stored), [2, 3, 0, 0])
+  np.testing.assert_array_equal(made.of_record({"caption": b"left"}), [6, 0, 0, 0])
 
 
 def test_the_vocabulary_is_sorted_and_without_repeats():

@@ -17,7 +17,6 @@ from hiar_jax.config.workdir import save_resolved
 from hiar_jax.conversion.export import export
 from hiar_jax.convert import convert, parse_bytes
 from hiar_jax.errors import UserError
-from hiar_jax.models import dit
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny, tiny_run
 from tests.helpers.published_files import CONFIGS, diffusers_folder, original_folder, tensors
@@ -175,7 +174,7 @@ def trained(directory, **changes):
   config = tiny_run.make_config(**{"model__place_embedding": False, **changes})
   save_resolved(config, directory)
   experiment = build(Experiment, config)
-  shapes = jax.eval_shape(lambda: dit.init(experiment.dit, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: experiment.dit.init(jax.random.key(0)))
   leaves, tree = jax.tree.flatten(shapes)
   params = tree.unflatten(tiny.random(i, *leaf.shape) for i, leaf in enumerate(leaves))
   with Checkpoints(directory / "distill" / "checkpoints") as checkpoints:

@@ -12,8 +12,8 @@ from hiar_jax.models import dit, taehv, umt5, vae
 
 LARGE = dit.DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 MODELS = {
-  "1.3B": ("dit", dit.DiTConfig(), dit.init),
-  "14B": ("dit", LARGE, dit.init),
+  "1.3B": ("dit", dit.DiTConfig(), dit.DiTConfig.init),
+  "14B": ("dit", LARGE, dit.DiTConfig.init),
   "VAE": ("vae", vae.VAEConfig(), vae.init),
   "UMT5-XXL": ("umt5", umt5.UMT5Config(), umt5.init),
   "taew2_1": ("tiny_vae", taehv.TinyVAEConfig(), taehv.init),

@@ -33,7 +33,7 @@ class Texts:
   def __init__(self, identity="one", dtype=ml_dtypes.bfloat16, stop=None):
     self.identity, self.dtype, self.stop, self.done = identity, dtype, stop, {}
 
-  def fill(self, prompts):
+  def prepare(self, prompts):
     for prompt in prompts:
       if prompt.strip() not in self.done:
         if self.stop is not None and len(self.done) >= self.stop:

@@ -330,7 +330,8 @@ def test_data_reference_is_perfect(config):
 
 def test_data_reference_through_a_codec_measures_the_codec():
   noise = np.random.default_rng(0).normal(0, 0.05, (2, 9, 32, 32, 3))
-  result = shapes_truth.data_reference(PLAIN, lambda videos: videos + noise, clips=2, frames=9)
+  roundtrip = lambda videos: videos / 127.5 - 1 + noise
+  result = shapes_truth.data_reference(PLAIN, roundtrip, clips=2, frames=9)
   assert result["error"]["total"] == pytest.approx(0.05**2, rel=0.05)
   assert_perfect_but(result, "error", "motion_ratio")
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components import wan
+from hiar_jax.components.wan_autoencoder import WanAutoencoder
 from hiar_jax.generation import clips, video_model
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.prompts_file import Job
-from hiar_jax.models import vae
+from hiar_jax.models import vae, vae_tiling
 from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.helpers import tiny_wan
@@ -53,7 +53,7 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   np.testing.assert_allclose(clips.start_latents(model, start), expected, atol=1e-4)
   model.prepare_texts(["A cat"])
   made = model.sampler(3)
-  args = model.params(), model.texts(["A cat"]), np.asarray([3])
+  args = model.params(), model.run.texts(["A cat"]), np.asarray([3])
   latents = np.asarray(made(*args, expected))
   assert latents.shape == (1, given + 3, 2, 4, 16)
   np.testing.assert_array_equal(latents[:, :given], expected)
@@ -68,8 +68,8 @@ def test_pictures_of_a_size_are_encoded_by_one_program(model):
   sizes = []
   for value in (0, 255):
     with jax.set_mesh(make_mesh(MeshConfig(data=8))):
-      latents = model.run.components.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
-    sizes.append(model.run.components._encode._cache_size())
+      latents = model.run.autoencoder.latents(np.full((1, 1, 16, 32, 3), value, np.uint8))
+    sizes.append(model.run.autoencoder._encode._cache_size())
   assert latents.shape == (1, 1, 2, 4, 16) and sizes[0] == sizes[1] >= 1
 
 
@@ -80,9 +80,9 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
     seen.append((video.shape, config, tiling))
     return jnp.zeros((1, 1, 4, 8, 16))
 
-  monkeypatch.setattr(wan.vae_tiling, "encode", encode)
+  monkeypatch.setattr(vae_tiling, "encode", encode)
   e = model.experiment
-  tiled = wan.WanComponents(dataclasses.replace(e.codec, tile=4), e.text, e.latent)
+  tiled = WanAutoencoder(dataclasses.replace(e.codec, tile=4))
   assert tiled.latents(np.zeros((1, 1, 32, 64, 3), np.uint8)).shape == (1, 1, 4, 8, 16)
   assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
 
@@ -92,13 +92,13 @@ def test_a_frame_is_decoded_over_all_devices(model):
   the 8.
   """
   latents = np.random.default_rng(0).normal(size=(1, 1, 2, 4, 16)).astype(np.float32)
-  assert len(model.run.components._wide_stream.place(4).device_set) == 4
+  assert len(model.run.autoencoder._wide_stream.place(4).device_set) == 4
   mesh = make_mesh(MeshConfig(data=8))
   with jax.set_mesh(mesh):
-    (piece,) = model.run.components.pieces(
+    (piece,) = model.run.autoencoder.pieces(
       jax.device_put(latents, jax.NamedSharding(mesh, jax.P()))
     )
-  (expected,) = model.run.components.stream(latents)
+  (expected,) = model.run.autoencoder.stream(latents)
   assert np.abs(piece.astype(int) - expected).max() <= 1 and piece.std() > 1
 
 

@@ -29,8 +29,8 @@ def random(seed: int, *shape: int) -> np.ndarray:
 
 @functools.cache
 def params(config: dit.DiTConfig = CONFIG):
-  """Random everywhere: `dit.init` closes the head, which would hide everything behind it."""
-  shapes = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+  """Random everywhere: `DiTConfig.init` closes the head, which would hide everything behind it."""
+  shapes = jax.eval_shape(lambda: config.init(jax.random.key(0)))
   leaves, tree = jax.tree.flatten(shapes)
   return tree.unflatten(0.4 * random(i, *leaf.shape) for i, leaf in enumerate(leaves))
 

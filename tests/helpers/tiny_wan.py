@@ -49,7 +49,7 @@ def random_like(config, init, seed, scale):
 
 
 def save_weights(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-  weights.save(folder, "dit", DIT, random_like(DIT, dit.init, seed, 0.2))
+  weights.save(folder, "dit", DIT, random_like(DIT, dit.DiTConfig.init, seed, 0.2))
   weights.save(folder, "vae", VAE, jax.device_get(vae.init(VAE, jax.random.key(1))))
   weights.save(
     folder, "tiny_vae", TINY_VAE, jax.device_get(taehv.init(TINY_VAE, jax.random.key(2)))

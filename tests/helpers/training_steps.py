@@ -15,7 +15,6 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.method import MethodConfig
-from hiar_jax.models import dit
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
@@ -72,7 +71,7 @@ def make_params(seed: int):
   it.
   """
   shapes, rng = (
-    jax.eval_shape(lambda: dit.init(MODEL, jax.random.key(0))),
+    jax.eval_shape(lambda: MODEL.init(jax.random.key(0))),
     np.random.default_rng(seed),
   )
   return jax.tree.map(
@@ -112,26 +111,36 @@ def make_case(
   key = jax.random.key(7)
   if kind == "teacher":
     config = teacher.TeacherConfig(**common, caption_dropout=0.5)
-    make_step = functools.partial(teacher.make_step, config, MODEL, config.optimizer())
-    create = lambda: states.create_state(key, make_params(0), config.optimizer())
+    make_step = functools.partial(teacher.make_step, config, MODEL, config.optimizer(MODEL))
+    create = lambda: states.create_state(key, make_params(0), config.optimizer(MODEL))
     return Case(create, make_step, NEGATIVE)
   if kind.startswith("causal init"):
     config = causal_init.CausalInitConfig(**common, shows=kind.split(", ")[1])
     make_step = functools.partial(
-      causal_init.make_step, config, MODEL, method, SIGMAS, config.optimizer()
+      causal_init.make_step, config, MODEL, method, SIGMAS, config.optimizer(MODEL)
     )
-    return Case(lambda: states.create_state(key, make_params(0), config.optimizer()), make_step)
+    return Case(
+      lambda: states.create_state(key, make_params(0), config.optimizer(MODEL)), make_step
+    )
   config = DistillConfig(
     **common, critic_lr=0.03, guidance=guidance, forward_kl=ForwardKLConfig(weight=weight)
   )
   create = lambda: states.create_state(
-    key, make_params(0), config.generator_optimizer(), make_params(1), config.critic_optimizer()
+    key,
+    make_params(0),
+    config.generator_optimizer(MODEL),
+    make_params(1),
+    config.critic_optimizer(MODEL),
   )
   made_of = config, Networks(MODEL, MODEL, MODEL), method.at(SIGMAS), SHAPE
   if kind == "critic":
-    make_step = functools.partial(distill.make_critic_step, *made_of, config.critic_optimizer())
+    make_step = functools.partial(
+      distill.make_critic_step, *made_of, config.critic_optimizer(MODEL)
+    )
     return Case(create, make_step)
-  make_step = functools.partial(distill.make_generator_step, *made_of, config.generator_optimizer())
+  make_step = functools.partial(
+    distill.make_generator_step, *made_of, config.generator_optimizer(MODEL)
+  )
   return Case(create, make_step, Frozen(make_params(2), NEGATIVE))
 
 

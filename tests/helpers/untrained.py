@@ -12,8 +12,7 @@ from hiar_jax.components import patch_pca
 from hiar_jax.components.patch_pca import PatchPCA
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.models import dit
-from hiar_jax.training.run import CODEC, open_run
+from hiar_jax.training.run import open_run
 from tests.helpers import tiny
 
 PROMPT, SEED = "a red circle moving left", 3
@@ -34,7 +33,7 @@ class Untrained(VideoModel):
 
   @functools.cached_property
   def _params(self):
-    shapes = jax.eval_shape(lambda: dit.init(self.experiment.dit, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: self.experiment.dit.init(jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
     scale = lambda leaf: 1.5 / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 4)
     return tree.unflatten(
@@ -53,7 +52,7 @@ def untrained(directory, config) -> VideoModel:
     np.eye(pixels, channels, dtype=np.float32),
     np.ones(channels, np.float32),
   )
-  patch_pca.save(run.directory("data") / CODEC, codec)
+  patch_pca.save(run.directory("data") / patch_pca.FILE, codec)
   return Untrained(run, "", "distill")
 
 
@@ -63,7 +62,7 @@ def generated(model: VideoModel, blocks: int, given: np.ndarray | None = None) -
   frames = 0 if given is None else given.shape[1]
   with jax.set_mesh(model.run.mesh):
     generate = model.sampler(blocks * model.experiment.history.block)
-    latents = generate(model.params(), model.texts([PROMPT]), np.asarray([SEED]), *start)
+    latents = generate(model.params(), model.run.texts([PROMPT]), np.asarray([SEED]), *start)
   return np.asarray(latents)[:, frames:]
 
 

@@ -60,7 +60,7 @@ def velocity(
   ids=["1.3B", "14B"],
 )
 def test_published_sizes(config, count):
-  shapes = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: config.init(jax.random.key(0)))
   assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
   assert {leaf.shape[0] for leaf in jax.tree.leaves(shapes["layers"])} == {config.num_layers}
@@ -69,13 +69,13 @@ def test_published_sizes(config, count):
 
 def test_parameters_are_float32_in_a_bfloat16_model():
   shapes = jax.eval_shape(
-    lambda: dit.init(dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), jax.random.key(0))
+    lambda: dataclasses.replace(tiny.CONFIG, dtype="bfloat16").init(jax.random.key(0))
   )
   assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
 def test_a_fresh_model_predicts_nothing_and_lets_gradients_in():
-  params = quick_jit(lambda: dit.init(tiny.CONFIG, jax.random.key(0)))()
+  params = quick_jit(lambda: tiny.CONFIG.init(jax.random.key(0)))()
   assert not np.asarray(params["head"]["kernel"]).any()
   gates = np.asarray(params["layers"]["modulation"])[:, 0, [2, 5]]
   others = np.asarray(params["layers"]["modulation"])[:, 0, [0, 1, 3, 4]]
@@ -164,7 +164,7 @@ def placed_velocity(places, x, positions=POSITIONS, level=LEVELS, start=None) ->
 
 def test_places_share_their_parameters():
   short, long = (
-    jax.eval_shape(lambda n=n: dit.init(placed((n, 3)), jax.random.key(0))) for n in (3, 1024)
+    jax.eval_shape(lambda n=n: placed((n, 3)).init(jax.random.key(0))) for n in (3, 1024)
   )
   assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
   assert "place_embedding" in short and "place_embedding" not in tiny.params()

@@ -56,7 +56,7 @@ def _assert_gradients(case: Case, gradients, recorded: dict) -> None:
 
 def weights(case: Case, z: dict, network: str) -> None:
   params = case.params(network)
-  like = jax.eval_shape(lambda: dit.init(case.config, jax.random.key(0)))
+  like = jax.eval_shape(lambda: case.config.init(jax.random.key(0)))
   assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(
     lambda leaf: leaf.shape, like
   )

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hiar_jax.components.chunked_decoder import from_vae
+from hiar_jax.components.umt5_encoder import UMT5TextConfig
+from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, vae
@@ -36,10 +39,17 @@ ROWS = {
 }
 
 
+# the autoencoder and the text encoder of Wan2.1
+PUBLISHED = {
+  "others": {**WanCodecConfig().networks(), **UMT5TextConfig().networks()},
+  "decoder": WanCodecConfig().abstract_decoder(),
+}
+
+
 def small(**changes):
   return JobSize(
     **{
-      "dit": SMALL,
+      "network": SMALL,
       "method": ROWS["hiar"],
       "levels": 3,
       "frames": 6,
@@ -47,8 +57,6 @@ def small(**changes):
       "width": 6,
       "text": 8,
       "dtype": "float32",
-      "vae": None,
-      "umt5": None,
       **changes,
     }
   )
@@ -75,7 +83,7 @@ def test_forwards_are_those_that_run(name, given, frames):
   """The loops of the rollout itself, unrolled in Python around a network that counts its calls."""
   row, network = ROWS[name], Counted()
   request = small(
-    dit=tiny.CONFIG,
+    network=tiny.CONFIG,
     method=row,
     frames=frames,
     given=given,
@@ -108,13 +116,13 @@ def test_flops_are_the_compilers():
         x, jnp.float32(0.5), jnp.arange(frames) + past, mask=mask, past=past_kv
       )
 
-    shapes = jax.eval_shape(lambda: dit.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: config.init(jax.random.key(0)))
     texts, x = (
       jax.ShapeDtypeStruct((1, text, 24), jnp.float32),
       jax.ShapeDtypeStruct((1, frames, 8, 12, 4), jnp.float32),
     )
     counted = jax.jit(forward).lower(shapes, texts, x, kv).compile().cost_analysis()["flops"]
-    by_hand = sizes.forward_flops(config, tokens, frames, frames + past, text)
+    by_hand = config.flops(frames, frames + past, tokens, text)
     assert by_hand == pytest.approx(counted, rel=0.05)
     assert by_hand < counted  # norms, softmax and gates are not in it
 
@@ -130,7 +138,7 @@ def test_the_published_sizes(config, parameters, flops):
   """
   begin = time.process_time()
   found = costs.make_plan(
-    JobSize(config, MethodConfig(), levels=4, frames=21, height=60, width=104), compile=False
+    JobSize(config, MethodConfig(), 4, frames=21, height=60, width=104, **PUBLISHED), compile=False
   )
   assert time.process_time() - begin < 20
   assert (
@@ -143,7 +151,7 @@ def test_the_published_sizes(config, parameters, flops):
   assert (found.tokens_frame, found.tokens_block, found.blocks) == (1560, 4680, 7)
   assert found.cache == 2 * 18 * 1560 * config.dim * config.num_layers * 2 + 18 * 4
   assert found.forwards == (ForwardCost(4, 3, 21), ForwardCost(24, 6, 24))
-  assert sizes.forward_flops(config, 1560, 3, 21, 512) == pytest.approx(flops, rel=0.05)
+  assert config.flops(3, 21, 1560, 512) == pytest.approx(flops, rel=0.05)
   assert found.flops_video == pytest.approx(7 * found.flops_block)
   assert found.compiled == {} and "nothing was compiled" in found.note
   assert found.floor > found.weights + found.cache
@@ -169,7 +177,7 @@ def test_compiled_memory_is_that_of_the_program():
 
 def test_devices_share_what_is_sharded():
   config = dataclasses.replace(SMALL, dim=1024, ffn_dim=1024, num_heads=4)
-  request = small(dit=config, batch=4)
+  request = small(network=config, batch=4)
   alone = costs.make_plan(request, compile=False)
   mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
   spread = costs.make_plan(request, mesh)
@@ -179,7 +187,7 @@ def test_devices_share_what_is_sharded():
   assert arguments == pytest.approx(spread.weights + 8 * 24 * 4, rel=0.01)
   assert spread.floor < alone.floor / 3
   # three videos are not split over four devices
-  odd = costs.make_plan(small(dit=config, batch=3), mesh, compile=False)
+  odd = costs.make_plan(small(network=config, batch=3), mesh, compile=False)
   assert odd.floor - odd.weights > 2 * (spread.floor - spread.weights)
 
 
@@ -196,7 +204,8 @@ def test_decoding_is_planned_as_it_runs():
     latents_std=(1.0,) * 4,
   )
   mesh = make_mesh(MeshConfig(data=4, fsdp=1), jax.devices()[:4])
-  request = small(vae=config, frames=2, height=32, width=48)
+  params = vae.abstract_params(config)
+  request = small(decoder=from_vae(params, config), frames=2, height=32, width=48)
   decode = lambda request, mesh=None: costs.make_plan(request, mesh).compiled["decode"]
   whole, spread = decode(request), decode(request, mesh)
   assert decode(dataclasses.replace(request, batch=2)).total == whole.total
@@ -205,7 +214,8 @@ def test_decoding_is_planned_as_it_runs():
     and spread.outputs < 0.3 * whole.outputs
     and spread.flops < 0.5 * whole.flops
   )
-  assert decode(dataclasses.replace(request, tiling=Tiling(8, 2))).temporary < 0.5 * whole.temporary
+  tiled = dataclasses.replace(request, decoder=from_vae(params, config, tiling=Tiling(8, 2)))
+  assert decode(tiled).temporary < 0.5 * whole.temporary
 
 
 @pytest.mark.slow
@@ -217,7 +227,7 @@ def test_a_picture_and_a_continuation_can_be_planned():
 
 def test_what_is_said():
   found = costs.make_plan(
-    JobSize(dit.DiTConfig(), MethodConfig(), levels=4, frames=21, height=60, width=104),
+    JobSize(dit.DiTConfig(), MethodConfig(), 4, frames=21, height=60, width=104, **PUBLISHED),
     compile=False,
   )
   text = found.text()
@@ -236,7 +246,7 @@ def test_what_is_said():
 
 
 def test_a_kernel_for_gpus_alone_is_not_compiled_here():
-  found = costs.make_plan(small(dit=dataclasses.replace(SMALL, attention="cudnn")))
+  found = costs.make_plan(small(network=dataclasses.replace(SMALL, attention="cudnn")))
   assert found.compiled == {} and found.note.startswith(
     "nothing was compiled: attention = 'cudnn' is for GPUs"
   )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Out
+from hiar_jax.models.frames import Out, bind
 from hiar_jax.rollout import sample, step_first, teacher_sampler
 from hiar_jax.rollout.past import ring
 from tests.helpers import tiny
@@ -209,15 +209,20 @@ def test_writing_keeps_what_it_does_not_replace():
 # -- the teacher's sampler
 
 
-def whole_clips(velocity):
-  """A network of clips whose frames all see each other."""
+class WholeClips:
+  """A Network of one group of all frames, whose velocity is a function of x and sigma."""
 
-  def bound(groups):
+  def __init__(self, velocity):
+    self.velocity = velocity
+
+  def apply(self, params, groups, texts, past=(), start=None) -> Out:
     (group,) = groups
-    assert not group.reads and group.positions.shape == group.x.shape[1:2]
-    return Out((velocity(group.x, group.sigma),), (None,))
+    assert not group.reads and not past and group.positions.shape == group.x.shape[1:2]
+    return Out((self.velocity(group.x, group.sigma),), (None,))
 
-  return bound
+
+def whole_clips(velocity):
+  return bind(WholeClips(velocity), {}, tiny.text())
 
 
 def test_bidirectional_trajectory_is_euler_with_guidance():
@@ -238,9 +243,7 @@ def test_bidirectional_trajectory_is_euler_with_guidance():
 
 
 def test_bidirectional_trajectory_without_guidance_needs_no_negative():
-  def negative(*_):
-    raise AssertionError("called")
-
+  negative = whole_clips(lambda *_: pytest.fail("called"))
   forward = whole_clips(lambda x, sigma: 0.3 * x)
   points = teacher_sampler.sample_trajectory(
     forward, negative, jnp.ones((1, 1, 1, 1, 1)), jnp.asarray([1.0, 0.0]), (1,), 0.0

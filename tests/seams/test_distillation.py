@@ -57,9 +57,9 @@ def created():
   return states.create_state(
     jax.random.key(7),
     params(1),
-    CONFIG.generator_optimizer(),
+    CONFIG.generator_optimizer(NETWORK),
     params(2),
-    CONFIG.critic_optimizer(),
+    CONFIG.critic_optimizer(NETWORK),
   )
 
 
@@ -82,8 +82,8 @@ def distilled():
   networks = distill.Networks(NETWORK, NETWORK, NETWORK)
   frozen = distill.Frozen(params(3), jnp.asarray(negative()))
   common = CONFIG, networks, METHOD, SHAPE
-  generator = distill.make_generator_step(*common, CONFIG.generator_optimizer())
-  critic = distill.make_critic_step(*common, CONFIG.critic_optimizer())
+  generator = distill.make_generator_step(*common, CONFIG.generator_optimizer(NETWORK))
+  critic = distill.make_critic_step(*common, CONFIG.critic_optimizer(NETWORK))
   return advance(
     quick_jit(lambda s, b: generator(s, b, frozen)), quick_jit(lambda s, b: critic(s, b, frozen))
   )

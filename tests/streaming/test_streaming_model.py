@@ -8,12 +8,12 @@ from PIL import Image
 import pytest
 
 from hiar_jax.components import chunked_decoder
+from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.models import vae
 from hiar_jax.streaming import timeline
 from hiar_jax.streaming.compiled_tick import TickOptions
-from hiar_jax.streaming.decoding import CausalDecoder
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.streaming_model import StreamingModel
 from tests.helpers import tiny_run

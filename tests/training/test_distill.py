@@ -118,14 +118,14 @@ def test_the_average_counts_the_generator_s_own_updates(monkeypatch):
   )
   networks = Networks(MODEL, MODEL, MODEL)
   step = distill.make_generator_step(
-    config, networks, HIAR.at(SIGMAS), SHAPE, config.generator_optimizer()
+    config, networks, HIAR.at(SIGMAS), SHAPE, config.generator_optimizer(networks.student)
   )
   state = states.create_state(
     jax.random.key(7),
     make_params(0),
-    config.generator_optimizer(),
+    config.generator_optimizer(networks.student),
     make_params(1),
-    config.critic_optimizer(),
+    config.critic_optimizer(networks.critic),
   )
   batch = jax.tree.map(jnp.asarray, make_batch(0))
   frozen = Frozen(make_params(2), NEGATIVE)

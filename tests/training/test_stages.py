@@ -149,9 +149,9 @@ def test_a_batch_is_encoded_at_the_loop_s_mouth(with_data):
   assert encoded.keys() - batch.keys() == {"text", "latents"}
   assert batch.keys() - encoded.keys() == {"tokens", "video"}
   assert encoded["latents"].shape == (4, *run.experiment.latent.clip) == (4, 4, 2, 2, 8)
-  np.testing.assert_array_equal(encoded["text"], run.components.embed(batch["tokens"]))
+  np.testing.assert_array_equal(encoded["text"], run.text_encoder.embed(batch["tokens"]))
   # padding alone is the negative prompt
-  nothing = run.components.embed(np.zeros_like(batch["tokens"][:1]))
+  nothing = run.text_encoder.embed(np.zeros_like(batch["tokens"][:1]))
   np.testing.assert_array_equal(run.negative, nothing)
 
 
@@ -176,10 +176,10 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
       found = iterators.next("clips")
-      latents = with_data.components.encode(batch["video"])[rows]
+      latents = with_data.autoencoder.encode(batch["video"])[rows]
       np.testing.assert_array_equal(found["latents"], latents)
       np.testing.assert_array_equal(
-        found["text"], with_data.components.embed(batch["tokens"])[rows]
+        found["text"], with_data.text_encoder.embed(batch["tokens"])[rows]
       )
       np.testing.assert_array_equal(found["example_id"], np.arange(8)[rows])
   monkeypatch.setattr(jax, "process_count", lambda: 3)
@@ -198,10 +198,15 @@ def test_held_out_prompts_are_as_many_as_asked_for(with_data):
 
 
 class Counter:
-  """A feed: 1, 2, 3, ..."""
+  """A feed: 1, 2, 3, ..., with the loss of the step that takes each; `act` is called before it."""
 
-  def __init__(self):
-    self.count = 0
+  def __init__(self, loss=lambda step: 1.0 / step, act=lambda step: None):
+    self.count, self.loss, self.act, self.latest = 0, loss, act, {}
+
+  def next(self, name):
+    self.count += 1
+    self.act(self.count)
+    return {name: np.float32(self.count), "loss": np.float32(self.loss(self.count))}
 
   def get_state(self):
     return {"count": self.count}
@@ -210,31 +215,25 @@ class Counter:
     self.count = state["count"]
 
 
-def train(
-  run: Run, steps: int, loss=lambda step: 1.0 / step, act=lambda step: None, preview=None
-) -> np.ndarray:
+def train(run: Run, steps: int, preview=None, **feed) -> np.ndarray:
   """A stage whose state is the running sum of its feed; -> its averaged weights as saved last."""
   run.__dict__.pop("writer", None)
 
-  def update(shardings):
-    del shardings
-
-    def advance(state, feed, step):
-      feed.count += 1
-      act(step + 1)
-      moved = {"w": state.params["w"] + feed.count}
-      return state.replace(step=state.step + 1, params=moved, ema=moved), {
-        "loss": loss(step + 1),
-        "grad_norm": 1.0,
-      }
-
-    return advance
+  def step(state, batch, frozen):
+    moved = {"w": state.params["w"] + batch["counts"]}
+    state = state.replace(step=state.step + 1, params=moved, ema=jax.tree.map(jnp.copy, moved))
+    return state, {"loss": batch["loss"], "grad_norm": jnp.ones(())}
 
   create = lambda: states.create_state(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
   with run.writer:
-    training = TrainConfig(steps=steps, batch=8, lr=0.1)
     loop.run_stage(
-      run, "teacher", training, create=create, update=update, iterators=Counter(), preview=preview
+      run,
+      "teacher",
+      TrainConfig(steps=steps, batch=8, lr=0.1),
+      create=create,
+      updates=[loop.Update(lambda mean: step, ("counts",))],
+      iterators=Counter(**feed),
+      preview=preview,
     )
   return training_state.load_params(run.directory("teacher") / "checkpoints")["w"]
 

@@ -46,33 +46,33 @@ def rates(optimizer, steps: int) -> list[float]:
 def test_the_rate_warms_up_and_stays():
   config = training(warmup=4, weight_decay=0.0)
   np.testing.assert_allclose(
-    rates(config.optimizer(), 7), [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-5
+    rates(config.optimizer(None), 7), [0, 0.025, 0.05, 0.075, 0.1, 0.1, 0.1], atol=1e-5
   )
 
 
 def test_the_rate_falls_to_zero_over_the_stage_s_own_steps():
   config = training(warmup=2, schedule="cosine", weight_decay=0.0)
-  assert rates(config.optimizer(), 11)[2] == pytest.approx(0.1, rel=1e-4)
-  assert rates(config.optimizer(), 11)[10] == pytest.approx(0.0, abs=1e-6)
-  assert rates(config.optimizer(steps=4), 5)[4] == pytest.approx(0.0, abs=1e-6)
+  assert rates(config.optimizer(None), 11)[2] == pytest.approx(0.1, rel=1e-4)
+  assert rates(config.optimizer(None), 11)[10] == pytest.approx(0.0, abs=1e-6)
+  assert rates(config.optimizer(None, steps=4), 5)[4] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_network_beside_the_main_one_has_its_own_rate():
   config = training(weight_decay=0.0)
-  assert rates(config.optimizer(0.3), 1) == [pytest.approx(0.3, rel=1e-4)]
-  assert rates(config.optimizer(0.0), 1) == [0.0]  # zero is a rate, not "as the others"
+  assert rates(config.optimizer(None, lr=0.3), 1) == [pytest.approx(0.3, rel=1e-4)]
+  assert rates(config.optimizer(None, lr=0.0), 1) == [0.0]  # zero is a rate, not "as the others"
 
 
 def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
   params = {"a": jnp.ones(3), "b": jnp.full(4, 2.0)}
   gradient = {"a": jnp.full(3, 300.0), "b": jnp.full(4, -400.0)}
-  optimizer = training(clip=1.0, weight_decay=0.0).optimizer()
+  optimizer = training(clip=1.0, weight_decay=0.0).optimizer(None)
   _, opt_state = optimizer.update(gradient, optimizer.init(params), params)
   norm = np.sqrt(3 * 300**2 + 4 * 400**2)
   np.testing.assert_allclose(opt_state[1][0].mu["a"], 0.1 * 300 / norm, rtol=1e-5)
   np.testing.assert_allclose(opt_state[1][0].mu["b"], -0.1 * 400 / norm, rtol=1e-5)
   zero = jax.tree.map(jnp.zeros_like, params)
-  optimizer = training(weight_decay=0.5).optimizer()
+  optimizer = training(weight_decay=0.5).optimizer(None)
   update, _ = optimizer.update(zero, optimizer.init(params), params)
   np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
 
@@ -146,12 +146,12 @@ def test_an_example_s_draws_are_its_own():
 
 
 def test_a_fresh_state_is_complete():
-  params, optimizer = {"w": jnp.ones(3)}, training().optimizer()
+  params, optimizer = {"w": jnp.ones(3)}, training().optimizer(None)
   alone = states.create_state(jax.random.key(0), params, optimizer)
   assert alone.critic is None and alone.critic_opt_state is None and int(alone.step) == 0
   np.testing.assert_array_equal(alone.ema["w"], params["w"])
   both = states.create_state(
-    jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(0.2)
+    jax.random.key(0), params, optimizer, {"w": jnp.zeros(3)}, training().optimizer(None, lr=0.2)
   )
   assert jax.tree.structure(both.critic_opt_state) == jax.tree.structure(both.opt_state)
   np.testing.assert_array_equal(both.critic["w"], np.zeros(3))

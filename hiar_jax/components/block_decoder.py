@@ -1,42 +1,23 @@
-"""Decoders of latents -> pixels, block by block; the decoder's memory of earlier blocks is a value
-that goes in and comes out.
+"""Decoders of a stream (`interfaces.BlockDecoder`), block by block: the memory of earlier blocks is
+a value that goes in and comes out.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Protocol
 
 import jax
 import numpy as np
 
 from hiar_jax.components.chunked_decoder import ChunkedDecoder
-from hiar_jax.components.interfaces import Components
-from hiar_jax.components.wan import WanComponents
 from hiar_jax.types import PyTree
-
-
-class BlockDecoder(Protocol):
-  """A decoder whose memory (a tree of arrays; None at a video's start) the caller holds."""
-
-  def __call__(self, latents: jax.Array | np.ndarray, memory: PyTree) -> tuple[np.ndarray, PyTree]:
-    """Returns (frames uint8 [F H W 3], memory after them) of latents [1 f h w c].
-
-    The memory that goes in is used up.
-    """
-
-  def remember(self, leaves: list[np.ndarray], latents: tuple[int, ...]) -> PyTree:
-    """Rebuilds a memory from its leaves (in the order of jax.tree.leaves), None from none.
-
-    latents: the shape [1 f h w c] of a block.
-    """
 
 
 @dataclasses.dataclass(frozen=True)
 class FramewiseDecoder:
   """A decoder that takes each latent frame by itself and needs no memory."""
 
-  pieces: Callable  # latents [1 f h w c] -> pieces uint8 [1 F_i H W 3], as Components.pieces
+  pieces: Callable  # latents [1 f h w c] -> pieces uint8 [1 F_i H W 3], as Autoencoder.pieces
 
   def __call__(self, latents, memory: PyTree) -> tuple[np.ndarray, PyTree]:
     # Through the host: latents on the pipeline's mesh would be decoded on all of its devices, in
@@ -76,13 +57,3 @@ class CausalDecoder:
     frame = jax.ShapeDtypeStruct((1, 1, *latents[2:]), np.float32)
     _, memory = jax.eval_shape(self.stream.decode, self.stream.params, frame, None)
     return jax.device_put(jax.tree.unflatten(jax.tree.structure(memory), leaves), self.device)
-
-
-def make_decoder(components: Components, device: jax.Device | None = None) -> BlockDecoder:
-  """Returns the block decoder of a model's components, on `device` (None: the first one).
-
-  The codecs of the shapes world ignore `device`: they decode a few numbers a frame.
-  """
-  if isinstance(components, WanComponents):
-    return CausalDecoder(components.stream, device)
-  return FramewiseDecoder(components.pieces)

@@ -1,0 +1,150 @@
+"""The autoencoder of Wan2.1 (arXiv 2503.20314), or the tiny one TAEHV in its place, from converted
+weights.
+
+    latents [b f h w c] --ChunkedDecoder (VAE or TAEHV)--> pieces uint8 [b F_i H W 3]
+    uint8 [b F H W 3] --encode of the VAE or TAEHV--> latents [b f h w c]
+
+with F = 1 + 4 (f - 1), H = 8 h, W = 8 w.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hiar_jax.checkpoints import weights
+from hiar_jax.components import chunked_decoder, patch_pca
+from hiar_jax.components.block_decoder import CausalDecoder
+from hiar_jax.components.interfaces import AutoencoderConfig, NetworkSizes
+from hiar_jax.errors import UserError, one_of
+from hiar_jax.models import taehv, vae, vae_tiling
+from hiar_jax.types import Video
+
+DTYPES = ("float32", "bfloat16")
+LEAST_TILE = 4  # latents a side; 25 % of it, the overlap of neighbours, is then 1
+
+
+@dataclasses.dataclass(frozen=True)
+class WanCodecConfig(AutoencoderConfig):
+  """Wan2.1's autoencoder.
+
+  weights: a directory made by hiar_jax.convert. tiny: TAEHV instead. tile: latents a side of the
+  tiles for small memories, 0 for whole frames. dtype: of activations.
+  """
+
+  kind: str = "wan"
+  weights: str = ""
+  tiny: bool = False
+  tile: int = 0
+  dtype: str = "float32"
+  channels: int = 16
+  spatial_factor: int = 8
+  temporal_factor: int = 4
+  fitted = False
+
+  def __post_init__(self):
+    one_of(DTYPES, **{"codec.dtype": self.dtype})
+
+  @property
+  def label(self) -> str:
+    """The folder of the autoencoder in a directory of converted weights."""
+    return "tiny_vae" if self.tiny else "vae"
+
+  @property
+  def tiling(self) -> vae_tiling.Tiling | None:
+    """The tiling of the VAE, neighbours overlapping by 25 %; None for whole frames."""
+    return vae_tiling.Tiling(self.tile, self.tile // 4) if self.tile and not self.tiny else None
+
+  def open(self, directory) -> "WanAutoencoder":
+    return WanAutoencoder(self)
+
+  def with_weights(self, directory: str) -> "WanCodecConfig":
+    found = directory and weights.exists(directory, self.label)
+    return dataclasses.replace(self, weights=directory) if found else self
+
+  def with_options(self, decoder: str | None, tile: int | None) -> "WanCodecConfig":
+    tiny = decoder == "tiny_vae" if decoder else self.tiny
+    tile = self.tile if tile is None else tile
+    if 0 < tile < LEAST_TILE:
+      raise UserError(
+        f"--tile={tile}: expected at least {LEAST_TILE} latents a side ({8 * LEAST_TILE} pixels), "
+        "or 0 for whole frames"
+      )
+    if tiny and tile:
+      raise UserError(
+        f"--tile={tile}: the tiny autoencoder decodes whole frames; leave --tile out, or use "
+        "--decoder=vae"
+      )
+    return dataclasses.replace(self, tiny=tiny, tile=tile)
+
+  def networks(self) -> NetworkSizes:
+    return {"tiny VAE" if self.tiny else "VAE": (self.abstract_decoder().params, "float32")}
+
+  def abstract_decoder(self) -> chunked_decoder.ChunkedDecoder:
+    module, published = (taehv, taehv.TinyVAEConfig()) if self.tiny else (vae, vae.VAEConfig())
+    config = weights.read_config(self.weights, self.label, published)
+    return self.decoder(config, module.abstract_params(config))
+
+  def decoder(self, config, params) -> chunked_decoder.ChunkedDecoder:
+    """Returns the decoder of a network of this kind with its weights, on one device."""
+    if self.tiny:
+      return chunked_decoder.from_taehv(params, config)
+    return chunked_decoder.from_vae(params, config, tiling=self.tiling)
+
+
+@dataclasses.dataclass(frozen=True)
+class WanAutoencoder:
+  """An `Autoencoder`; weights are read when first used (training needs no VAE)."""
+
+  config: WanCodecConfig
+
+  @property
+  def identity(self) -> str:
+    return weights.fingerprint(self.config.weights, self.config.label)
+
+  @functools.cached_property
+  def network(self) -> tuple[Any, Any, Any]:
+    """(module, config, params): module is models.vae or models.taehv, which share an interface."""
+    config, params = weights.load(self.config.weights, self.config.label)
+    config = dataclasses.replace(config, dtype=getattr(jnp, self.config.dtype))
+    return taehv if self.config.tiny else vae, config, params
+
+  @functools.cached_property
+  def stream(self) -> chunked_decoder.ChunkedDecoder:
+    """The decoder on one device."""
+    return self.config.decoder(*self.network[1:])
+
+  @functools.cached_property
+  def _wide_stream(self) -> chunked_decoder.ChunkedDecoder:
+    """The decoder with the width of a frame sharded over this host's devices."""
+    return dataclasses.replace(self.stream, devices=tuple(jax.local_devices()))
+
+  def encode(self, video) -> Video:
+    # only the teacher's own training encodes videos, and Wan's teacher is published
+    raise UserError(
+      "the teacher of this experiment is published, not trained: give weights.base, a directory "
+      "of converted weights"
+    )
+
+  def pieces(self, latents) -> Iterator[np.ndarray]:
+    # through the host: the network's mesh shards the latents in another way
+    yield from self._wide_stream(np.asarray(latents))
+
+  def latents(self, video: np.ndarray) -> np.ndarray:
+    factor = self.config.spatial_factor
+    return np.asarray(self._wide_stream.spread(self._encode, video, factor=factor))
+
+  @functools.cached_property
+  def _encode(self):
+    # cached: one jitted function, so videos of one size compile once
+    module, config, _ = self.network
+    tiling = self.config.tiling
+    encode = functools.partial(vae_tiling.encode, tiling=tiling) if tiling else module.encode
+    return jax.jit(lambda params, video: encode(params, patch_pca.to_unit(video), config=config))
+
+  def block_decoder(self, device: jax.Device | None = None) -> CausalDecoder:
+    return CausalDecoder(self.stream, device)
