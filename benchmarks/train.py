@@ -34,7 +34,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import make_mesh, put_batch
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import tree_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import TrainConfig, TrainState, create_state
@@ -108,7 +108,8 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
     training, fresh, make_step = stage(e, name)
     initial = lambda: fresh(e.dit.init(jax.random.key(0)))
     # Initialised in its shards: the whole state may not fit on one device.
-    shardings = state_shardings(jax.eval_shape(initial), mesh, e.mesh.min_shard)
+    shapes, rules = jax.eval_shape(initial), e.dit.sharding_rules
+    shardings = tree_shardings(shapes, mesh, rules, min_shard=e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
     batch = put_batch(batch_of(e, training), mesh)
     step = map_step(make_step, shardings, mesh, e.mesh.mapping)

@@ -16,7 +16,7 @@ from hiar_jax.config.workdir import difference
 from hiar_jax.convert import published_shapes
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import tree_shardings
 from hiar_jax.training import causal_init, distill
 from hiar_jax.training import state as states
 from hiar_jax.training.experiment import Experiment
@@ -161,7 +161,8 @@ def test_the_state_is_spread_over_the_devices(name, devices):
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     large = [leaf for leaf in leaves if leaf.size >= e.mesh.min_shard]
     assert count(leaves) - count(large) < 0.005 * count(leaves)
-    for leaf, where in zip(large, state_shardings(large, mesh, e.mesh.min_shard), strict=True):
+    shardings = tree_shardings(large, mesh, min_shard=e.mesh.min_shard)
+    for leaf, where in zip(large, shardings, strict=True):
       assert int(np.prod(where.shard_shape(leaf.shape))) * devices == leaf.size, leaf.shape
 
 

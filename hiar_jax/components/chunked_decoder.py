@@ -18,6 +18,8 @@ import numpy as np
 from hiar_jax.errors import at_least
 from hiar_jax.models import taehv, vae, vae_tiling
 from hiar_jax.models.vae_tiling import Tiling
+from hiar_jax.parallel.mesh import replicated
+from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.types import Params, PyTree
 
 # (params, latents, cache) -> (pixels in [-1, 1], cache)
@@ -103,12 +105,12 @@ class ChunkedDecoder:
     mesh = jax.make_mesh(
       (count,), ("width",), devices=self.devices[:count], axis_types=(AxisType.Auto,)
     )
-    return NamedSharding(mesh, jax.P(None, None, None, "width"))
+    return leaf_sharding("decoder/video", mesh)
 
   @functools.cached_property
   def _replicated(self) -> Callable[[Mesh], Params]:
     # one copy a mesh, not one a piece; widths that other device counts divide have other meshes
-    return functools.cache(lambda mesh: jax.device_put(self.params, NamedSharding(mesh, jax.P())))
+    return functools.cache(lambda mesh: jax.device_put(self.params, replicated(mesh)))
 
 
 def from_vae(

@@ -27,6 +27,7 @@ from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.models import attention, rope
 from hiar_jax.models.dit_layers import (
   KV,
+  SHARDING_RULES,
   Shared,
   dense,
   layer_norm,
@@ -117,6 +118,8 @@ class DiTConfig:
 
   # models.frames.Network
 
+  sharding_rules = SHARDING_RULES
+
   def init(self, key: jax.Array) -> Params:
     _, ph, pw = self.patch
     # No parameter depends on the attention kernel, which may be unavailable here, or on sizes: one
@@ -136,14 +139,8 @@ class DiTConfig:
     return f"attention = 'cudnn' is for GPUs, and the devices here are {platform}"
 
   def empty_kv(self, frames: int, batch: int, height: int, width: int) -> KV:
-    shape = (
-      self.num_layers,
-      batch,
-      frames,
-      self.tokens(height, width),
-      self.num_heads,
-      self.head_dim,
-    )
+    tokens = self.tokens(height, width)
+    shape = (self.num_layers, batch, frames, tokens, self.num_heads, self.head_dim)
     zeros = jnp.zeros(shape, self.dtype)
     return KV(zeros, zeros)
 

@@ -12,8 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.models import attention, rope
+from hiar_jax.parallel.rules import Rules
 
 PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # in tokens, for the frame in frames
+
+# Weights [layers ...]; the layers are scanned. As in Megatron-LM (arXiv:1909.08053, section 3): the
+# projections into attention and MLP are split by their outputs (columns), those out of them by
+# their inputs (rows), so that a layer needs one all-reduce after each. The bias of a module that is
+# split by rows is added once, hence not split.
+SHARDING_RULES: Rules = (
+  ("layers/*/[qkv]/kernel", (None, None, "tensor")),
+  ("layers/*/[qkv]/bias", (None, "tensor")),
+  ("layers/*/norm_[qk]/scale", (None, "tensor")),
+  ("layers/*/o/kernel", (None, "tensor")),
+  ("layers/mlp_in/kernel", (None, None, "tensor")),
+  ("layers/mlp_in/bias", (None, "tensor")),
+  ("layers/mlp_out/kernel", (None, "tensor")),
+  # K/V of every level [s layers b slots t a d]: attention splits heads over `sequence` too, so that
+  # a cache never moves
+  ("past/kv/*", ("level", None, None, None, None, ("tensor", "sequence"))),
+)
 
 
 def time_features(timestep: jax.Array, width: int) -> jax.Array:

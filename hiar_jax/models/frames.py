@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from hiar_jax.parallel.rules import Rules
 from hiar_jax.types import Array, Block, FrameMask, Params, Text
 
 PROJECTION = "patch_embedding"  # one frame a token
@@ -93,6 +94,9 @@ class Network(Protocol):
   channels: int  # of latents
   text_dim: int
   dtype: str  # of matrix products and K/V
+  # the mesh axes of its parameters, by their paths, and of its K/V stacked over noise levels, as
+  # "past/kv/*"
+  sharding_rules: Rules
   patch: tuple[int, int, int]  # frames (1), rows and columns of a token
 
   def init(self, key: jax.Array) -> Params:

@@ -1,8 +1,9 @@
 """The device mesh and the placement of batches on it.
 
 By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and
-optimizer state over `fsdp`, and XLA inserts the communication. `mapping="pmap"` replicates weights
-and state and averages gradients with `pmean`. Both give the update that one device gives.
+optimizer state over `fsdp` (parallel.rules), and XLA inserts the communication. `mapping="pmap"`
+replicates weights and state and averages gradients with `pmean`. Both give the update that one
+device gives.
 """
 
 import dataclasses
@@ -12,10 +13,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import UserError
+from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.types import Batch
 
 MAPPINGS = ("jit", "pmap")
-BATCH_AXES = ("data", "fsdp")  # a batch is split over both: FSDP is data parallel too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"product must be {count}"
     )
   # Auto: Flax's Linen layers cannot say how their outputs are sharded, as Explicit axes ask
-  return jax.make_mesh(tuple(sizes), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+  return jax.make_mesh(
+    tuple(sizes), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
+  )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -71,7 +74,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
   """Makes global arrays [b ...], split over all devices, from this process's rows of a batch."""
-  sharding = NamedSharding(mesh, jax.P(BATCH_AXES))
+  sharding = leaf_sharding("batch/rows", mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
   )

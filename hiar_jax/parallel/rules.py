@@ -1,34 +1,100 @@
-"""Shardings of parameters and optimizer state: the mesh axes that each array is split over."""
+"""Which mesh axes each array is split over: one table from paths to axes, for all meshes.
+
+A rule is (pattern, axes). Its pattern is compared with the end of a leaf's path, as in
+"state/ema/layers/mlp_in/kernel"; `*` stands for any characters, `/` included, and `[ab]` for one of
+them (fnmatch). Averages, gradients and the optimizer's moments are split as their parameter is,
+since their paths end in its path. `axes` gives for each dimension the name of a mesh axis, several
+names, or None; dimensions beyond them are not split. The first rule that matches holds: a network's
+own (`Network.sharding_rules`), then RULES; without one an array is replicated.
+
+A mesh has the axes that its purpose needs (training `data` and `fsdp`, streaming `level`, `tensor`
+and `sequence`), so one table serves all: axes that a mesh lacks split nothing there.
+"""
+
+import fnmatch
+import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from hiar_jax.types import PyTree
 
+AXES = {
+  "data": "examples of a batch",
+  "fsdp": "examples of a batch, parameters and the optimizer's state",
+  "level": "noise levels of a pipeline, each with its past and its latents in flight",
+  "tensor": "heads and the hidden units of the MLP, of weights and caches",
+  "sequence": "rows of a frame, in layers that work token by token, and heads in attention",
+  "width": "columns of a frame, in the autoencoder",
+}
+Axis = str | tuple[str, ...] | None
+Rules = tuple[tuple[str, tuple[Axis, ...]], ...]
 
-def fsdp_spec(shape: tuple[int, ...], size: int, min_shard: int) -> jax.P:
-  """Returns the spec that splits the largest dimension divisible by `size` over `fsdp`.
+RULES: Rules = (
+  ("batch/*", (("data", "fsdp"),)),  # [b ...]: FSDP is data parallel too
+  # rollout.pipeline.PipelineState: latents [s b k h w c], the past's [s b slots h w c]
+  ("pipeline/context", ("level", None, None, "sequence")),
+  ("pipeline/*latents", ("level", None, None, "sequence")),
+  ("pipeline/past/*", ("level",)),
+  ("decoder/video", (None, None, None, "width")),  # latents or pixels [b f h w c]
+)
 
-  Arrays of fewer than `min_shard` elements, or without such a dimension, are replicated.
+
+def leaf_sharding(
+  path: str,
+  mesh: Mesh | AbstractMesh,
+  rules: Rules = (),
+  *,
+  shape: tuple[int, ...] | None = None,
+  min_shard: int | None = None,
+) -> NamedSharding:
+  """Returns the sharding of one array by the first rule that matches its path.
+
+  rules: those of the network, which come before RULES. shape: axes that do not divide a dimension
+  are dropped; None: all of the rule's are kept. min_shard: an array of at least so many elements is
+  also split over `fsdp`, along the largest free dimension that it divides; None: by rules alone.
+  Raises ValueError for a rule with an unknown axis, or with more axes than the array has.
   """
-  if size == 1 or np.prod(shape, dtype=np.int64) < min_shard:
-    return jax.P()
-  # sorted is stable: of equal dimensions the first is split
-  for axis in sorted(range(len(shape)), key=lambda i: -shape[i]):
-    if shape[axis] % size == 0:
-      return jax.P(*(None,) * axis, "fsdp")
-  return jax.P()
+  axes = ()
+  for pattern, found in (*rules, *RULES):
+    if fnmatch.fnmatchcase(f"/{path}", f"*/{pattern}"):
+      axes = found
+      break
+  if shape is not None and len(axes) > len(shape):
+    raise ValueError(f"{path}: a rule gives {len(axes)} axes to an array of shape {shape}")
+  spec: list[Axis] = [None] * max(len(axes), len(shape or ()))
+  for i, entry in enumerate(axes):
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    if unknown := set(names) - AXES.keys():
+      raise ValueError(f"{path}: unknown axis {min(unknown)}; expected one of {', '.join(AXES)}")
+    names = tuple(name for name in names if name in mesh.shape)
+    if names and (shape is None or shape[i] % math.prod(mesh.shape[name] for name in names) == 0):
+      spec[i] = names if len(names) > 1 else names[0]
+  size = mesh.shape.get("fsdp", 1)
+  if min_shard is not None and size > 1 and math.prod(shape) >= min_shard:
+    free = [i for i, n in enumerate(shape) if spec[i] is None and n % size == 0]
+    if free and not any("fsdp" in (entry or ()) for entry in spec):
+      spec[max(free, key=lambda i: shape[i])] = "fsdp"  # of equal dimensions the first
+  while spec and spec[-1] is None:
+    spec.pop()
+  return NamedSharding(mesh, jax.P(*spec))
 
 
-def state_shardings(tree: PyTree, mesh: Mesh, min_shard: int) -> PyTree:
-  """Returns a sharding for every leaf of a state (arrays or their shapes).
+def tree_shardings(
+  tree: PyTree,
+  mesh: Mesh | AbstractMesh,
+  rules: Rules = (),
+  *,
+  root: str = "state",
+  min_shard: int | None = None,
+) -> PyTree:
+  """Returns a sharding for every leaf of a tree of arrays or shapes; `root` starts their paths."""
 
-  The optimizer's moments have the shapes of their parameters, so they are split as those are.
-  """
-  return jax.tree.map(
-    lambda leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, mesh.shape["fsdp"], min_shard)), tree
-  )
+  def place(path, leaf):
+    path = f"{root}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+    return leaf_sharding(path, mesh, rules, shape=leaf.shape, min_shard=min_shard)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
 
 
 def sharded_shapes(shapes: PyTree, shardings: PyTree) -> PyTree:

@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 
 from hiar_jax import peak_memory
-from hiar_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh, replicated
+from hiar_jax.parallel.rules import leaf_sharding, sharded_shapes, tree_shardings
 from hiar_jax.planning.sizes import (
   ForwardCost,
   JobSize,
@@ -150,8 +150,9 @@ def _params(request: JobSize, mesh: Mesh) -> PyTree:
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), abstract_params(request.network)
   )
-  shardings = state_shardings(shapes, mesh, MeshConfig().min_shard)
-  return jax.tree.map(_with_sharding, shapes, shardings)
+  rules = request.network.sharding_rules
+  shardings = tree_shardings(shapes, mesh, rules, min_shard=MeshConfig().min_shard)
+  return sharded_shapes(shapes, shardings)
 
 
 def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -200,7 +201,7 @@ def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
     shape=LatentShape(r.frames, r.height, r.width, r.network.channels),
   )
   # A row a video, split over the devices where they divide the batch.
-  rows = NamedSharding(mesh, jax.P(BATCH_AXES) if r.batch % mesh.size == 0 else jax.P())
+  rows = leaf_sharding("batch/rows", mesh, shape=(r.batch,))
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
   arguments = [
     _params(r, mesh),
@@ -227,7 +228,7 @@ def _decoder(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
   if split is None:
     return decoder.decode, [params, latents, cache]
   # Weights are copied to every device, latents and cache are split by columns.
-  everywhere = NamedSharding(split.mesh, jax.P())
+  everywhere = replicated(split.mesh)
   return decoder.decode, [
     jax.tree.map(lambda leaf: _with_sharding(leaf, everywhere), params),
     *jax.tree.map(lambda leaf: _with_sharding(leaf, split), (latents, cache)),

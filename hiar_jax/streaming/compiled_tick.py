@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 
 from hiar_jax.errors import UserError
@@ -16,6 +16,8 @@ from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.frames import Bound, bind
+from hiar_jax.parallel.mesh import replicated
+from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.rollout import tick as ticks
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.rollout.pipeline import Entering, PipelineState, check_method
@@ -90,7 +92,14 @@ class Engine:
     self.compiler_options = compiler_options
     self.parts = model if isinstance(model, StreamParts) else StreamParts.of(model)
     self.options = options = options or TickOptions()
-    row = _changed_method(self.parts.method, options)
+    given = {"window": options.window, "sink": options.sink}
+    changes = {name: value for name, value in given.items() if value is not None}
+    row = dataclasses.replace(self.parts.method, **changes)
+    if not row.window:  # a stream has no end, so its cache must not grow
+      raise UserError(
+        "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
+        "latent frames, as window=21"
+      )
     self.method: Method = row.at(self.parts.sigmas, options.sink_positions)
     check_method(self.method)
     levels, config, height = self.method.levels, self.parts.config, self.parts.size[0]
@@ -98,9 +107,9 @@ class Engine:
     self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
     self.layout.check(levels, config, height)
     self.mesh: Mesh = self.layout.mesh(devices)
-    self.params = jax.device_put(
-      self.parts.params, layouts.params_sharding(self.parts.params, self.mesh)
-    )
+    shardings = tree_shardings(self.parts.params, self.mesh, config.sharding_rules)
+    self.params = jax.device_put(self.parts.params, shardings)
+    self.whole = replicated(self.mesh)  # for arrays that every device holds
 
   @functools.cached_property
   def main(self) -> "CompiledPipeline":
@@ -113,11 +122,6 @@ class Engine:
     if not self.method.clean_sink:
       return None
     return CompiledPipeline(self, dataclasses.replace(self.method, sink_level="history"))
-
-  @property
-  def whole(self) -> NamedSharding:
-    """The sharding of an array that is replicated on every device."""
-    return NamedSharding(self.mesh, jax.P())
 
   @property
   def head_blocks(self) -> int:
@@ -145,11 +149,13 @@ class CompiledPipeline:
   def __init__(self, engine: Engine, method: Method):
     self.engine = engine
     self.method = method
-    self.shardings: PipelineState = layouts.state_sharding(method, engine.mesh)
+    parts = engine.parts
+    # any length above the window: from there on the size of the past does not depend on it
+    shape = LatentShape(method.window + method.block, *parts.size, parts.config.channels)
 
     def start(params, texts, seed, given):
       bound = self.bound(params, texts[0])
-      pipe = self._empty(bound, seed)
+      pipe = ticks.empty(bound, method, shape, parts.key, seed)
       return pipe if given is None else ticks.prefill(bound, pipe, given, texts)
 
     def tick(params, pipe, text, recache):
@@ -159,6 +165,13 @@ class CompiledPipeline:
     def recache(params, pipe, text, due):
       return ticks.recache(self.bound(params, text), pipe, text, due)
 
+    # every device holds the texts, whatever their length
+    texts = jax.ShapeDtypeStruct((1, 1, 1, 1), jnp.float32)
+    seed = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shapes = jax.eval_shape(start, engine.params, texts, seed, None)
+    self.shardings: PipelineState = tree_shardings(
+      shapes, engine.mesh, parts.config.sharding_rules, root="pipeline"
+    )
     # Without explicit output shardings the compiler may choose others than the inputs have, and the
     # next call would compile again. The old state is donated: caches are updated in place, and one
     # copy of them is enough.
@@ -180,26 +193,12 @@ class CompiledPipeline:
     shape = (self.method.block, *parts.size, parts.config.channels)
     return block_noise(pipe.key, pipe.seed, shape)
 
-  def _empty(self, bound: Bound, seed: jax.Array) -> PipelineState:
-    """Returns (traced) a state that no block has entered; seed [b]."""
-    parts, method = self.engine.parts, self.method
-    # any length above the window: from there on the size of the past does not depend on it
-    shape = LatentShape(method.window + method.block, *parts.size, parts.config.channels)
-    return ticks.empty(bound, method, shape, parts.key, seed)
-
   def abstract(self, text: jax.ShapeDtypeStruct) -> PipelineState:
     """Returns the shapes, dtypes and shardings of a state; text [b l d]."""
-
-    def empty(params, text, seed):
-      return self._empty(self.bound(params, text), seed)
-
+    texts = jax.ShapeDtypeStruct((1, *text.shape), text.dtype)
     seed = jax.ShapeDtypeStruct((text.shape[0],), jnp.int32)
-    shapes = jax.eval_shape(empty, self.engine.params, text, seed)
-    return jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      shapes,
-      self.shardings,
-    )
+    shapes = jax.eval_shape(self._start, self.engine.params, texts, seed, None)
+    return sharded_shapes(shapes, self.shardings)
 
   def start(
     self, texts: jax.Array, seed: np.ndarray, given: np.ndarray | None = None
@@ -222,22 +221,3 @@ class CompiledPipeline:
     """Encodes the contexts of the levels `due` [s] again under the new text; `pipe` is used up."""
     with jax.set_mesh(self.engine.mesh):
       return self._recache(self.engine.params, pipe, text, due)
-
-
-def _changed_method(method: MethodConfig, options: TickOptions) -> MethodConfig:
-  """Returns the method with the options' window and sink.
-
-  Raises UserError without a window: a stream has no end, so its cache must not grow.
-  """
-  changes = {
-    name: getattr(options, name)
-    for name in ("window", "sink")
-    if getattr(options, name) is not None
-  }
-  method = dataclasses.replace(method, **changes)
-  if not method.window:
-    raise UserError(
-      "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
-      "latent frames, as window=21"
-    )
-  return method

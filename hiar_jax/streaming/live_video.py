@@ -32,7 +32,6 @@ class Emitted:
 
   block: int  # its number in the video
   latents: Block  # [1 k h w c], clean
-  frames_before: int  # latent frames before it, given ones included
 
 
 class LiveVideo:
@@ -125,12 +124,9 @@ class LiveVideo:
       return None  # the last level worked on a block that does not exist
     prompt = self._prompts.pop(leaving)
     self._recache_from.discard(leaving)
-    k = self.engine.method.block
-    given_blocks = -(-self.given_frames // k)
-    emitted = Emitted(leaving, latents, self.given_frames + (leaving - given_blocks) * k)
     if self._head is not None:
       self._grow_head(latents, prompt)
-    return emitted
+    return Emitted(leaving, latents)
 
   def _is_there(self, block: int) -> bool:
     """Tells a block of the video from one that the pipeline merely counts; see next_block."""
@@ -212,9 +208,8 @@ class LiveVideo:
     layout: for a model that is no engine yet; None: as many devices as can be used. Raises
     UserError where nothing is saved, or it is damaged, or of another model, window or sink.
     """
-    metadata = snapshot.read_metadata(directory)
     identity = (model.parts if isinstance(model, Engine) else model).identity
-    snapshot.check_identity(directory, metadata, identity)
+    metadata = snapshot.read_metadata(directory, identity)
     if not isinstance(model, Engine):
       model = Engine(model, TickOptions(layout=layout, **metadata["options"]))
     snapshot.check_options(directory, metadata, snapshot.options(model.method))
@@ -228,28 +223,25 @@ class LiveVideo:
     self._prompts = {int(block): prompt for block, prompt in metadata["prompts"]}
     self._recache_from = set(metadata["anew"])
     # set before the arrays are read: whether there is a head decides which pipeline's they are
-    self._head = None if metadata["head"] is None else []
-    arrays = snapshot.read(directory, metadata, self._abstract(metadata))
+    head = metadata["head"]
+    self._head = None if head is None else []
+    text = jax.ShapeDtypeStruct(
+      tuple(metadata["text"]["shape"]), metadata["text"]["dtype"], sharding=model.whole
+    )
+    abstract = {"pipe": self._programs.abstract(text), "text": text}
+    if head:
+      # the blocks of the head lie one behind another in time: [b (blocks k) h w c]
+      _, b, k, *rest = abstract["pipe"].latents.shape
+      abstract["head"] = jax.ShapeDtypeStruct(
+        (b, k * len(head), *rest), jnp.float32, sharding=model.whole
+      )
+    arrays, self.decoder = snapshot.read(directory, metadata, abstract)
     self._pipe = arrays["pipe"]
     self._text = arrays["text"]
-    self.decoder = snapshot.decoder(directory)
-    if metadata["head"]:
-      latents = np.split(np.asarray(arrays["head"]), len(metadata["head"]), axis=1)
-      self._head = list(zip(latents, metadata["head"], strict=True))
+    if head:
+      latents = np.split(np.asarray(arrays["head"]), len(head), axis=1)
+      self._head = list(zip(latents, head, strict=True))
     return self
-
-  def _abstract(self, metadata: dict) -> dict:
-    """Returns the arrays of `save` as shapes, dtypes and shardings."""
-    shape, dtype = metadata["text"]["shape"], metadata["text"]["dtype"]
-    text = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=self.engine.whole)
-    arrays = {"pipe": self._programs.abstract(text), "text": text}
-    if metadata["head"]:
-      # the blocks of the head lie one behind another in time: [b (blocks k) h w c]
-      _, b, k, *rest = arrays["pipe"].latents.shape
-      arrays["head"] = jax.ShapeDtypeStruct(
-        (b, k * len(metadata["head"]), *rest), jnp.float32, sharding=self.engine.whole
-      )
-    return arrays
 
 
 def _check_start(start: np.ndarray, engine: Engine) -> None:

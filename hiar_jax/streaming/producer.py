@@ -12,17 +12,19 @@ reference to it, ends them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-import dataclasses
+from concurrent.futures import CancelledError, Future
 import json
 import os
 import weakref
 
+import jax
 import numpy as np
 
 from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError, at_least
+from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.timeline import Change
-from hiar_jax.streaming.workers import BlockSource, Chunk, Workers
+from hiar_jax.streaming.workers import Chunk, Workers
 from hiar_jax.types import PyTree
 
 
@@ -31,7 +33,7 @@ class Stream:
 
   def __init__(
     self,
-    generation: BlockSource,
+    generation: LiveVideo,
     decoder: BlockDecoder,
     *,
     fps: float,
@@ -39,7 +41,7 @@ class Stream:
     changes: Iterable[Change] = (),
     given: np.ndarray | None = None,
     prefetch: int = 2,
-    saved: "Saved | None" = None,
+    saved: tuple[int, int, Sequence[Chunk], PyTree] = (0, 0, (), None),
   ):
     """Starts the threads.
 
@@ -48,7 +50,8 @@ class Stream:
     changes: prompts by the block at which they enter.
     given: latents [1 f h w c] that the generation was started from, decoded first.
     prefetch: blocks that may wait for the decoder, and chunks that may wait for the caller.
-    saved: the state to resume; see `resume`.
+    saved: of a resumed stream (see `resume`), its frames decoded so far, blocks made, chunks not
+    yet taken, and the decoder's memory.
     """
     at_least(1, prefetch=prefetch)
     self.fps = fps
@@ -56,18 +59,15 @@ class Stream:
     self.prompt = generation.prompt
     self.seed = generation.seed
     self._work = work = Workers(generation, decoder, fps, blocks, changes, given, prefetch)
-    if saved:
-      work.frames = saved.frames
-      work.made = saved.made
-      work.memory = saved.memory
-      work.chunks.extend(saved.chunks)
+    work.frames, work.made, chunks, work.memory = saved
+    work.chunks.extend(chunks)
     # The finalizer must not refer to self, or the stream would never be collected.
     self._end = weakref.finalize(self, work.close)
     work.begin()
 
   @classmethod
   def resume(
-    cls, generation: BlockSource, decoder: BlockDecoder, latents: tuple[int, ...], **options
+    cls, generation: LiveVideo, decoder: BlockDecoder, latents: tuple[int, ...], **options
   ) -> "Stream":
     """Resumes a generation that Stream.save wrote, right after the last chunk that was taken.
 
@@ -79,7 +79,7 @@ class Stream:
       raise UserError(
         "this generation was saved without what its decoder remembers; give one that a stream saved"
       )
-    # the layout of Workers._state: metadata, frames of each chunk, leaves of the decoder's memory
+    # as `save` wrote it: metadata, frames of each chunk, leaves of the decoder's memory
     metadata = json.loads(bytes(np.asarray(state[0])))
     end = 1 + len(metadata["chunks"])
     frames, leaves = state[1:end], state[end:]
@@ -89,36 +89,102 @@ class Stream:
     ]
     options.setdefault("changes", [Change(*fields) for fields in metadata["changes"]])
     memory = decoder.remember(leaves, latents)
-    saved = Saved(metadata["frames"], metadata["made"], chunks, memory)
+    saved = metadata["frames"], metadata["made"], chunks, memory
     return cls(generation, decoder, **options, saved=saved)
 
   def __iter__(self) -> Iterator[Chunk]:
     return self
 
   def __next__(self) -> Chunk:
-    return self._work.take()
+    """Waits for the next chunk. Raises the error of a thread after the chunks made before it."""
+    work = self._work
+    with work.condition:
+      work.condition.wait_for(
+        lambda: (
+          work.closed
+          or work.chunks
+          or (
+            (work.error or work.has_enough()) and not (work.blocks or work.decoding or work.ticking)
+          )
+        )
+      )
+      if work.chunks:
+        work.condition.notify_all()
+        return work.chunks.popleft()
+      if work.error:
+        raise work.error
+      raise StopIteration
+
+  def _check_open(self) -> None:
+    """Raises the error of a thread, or UserError for a stream that is closed."""
+    if self._work.error:
+      raise self._work.error
+    if self._work.closed:
+      raise UserError("this stream is closed; open another one")
 
   def change_prompt(self, prompt: str, recache: bool = False) -> int:
     """Sets the prompt of the blocks that enter from now on; returns the number of the first.
 
     recache: as LiveVideo.change_prompt.
     """
-    return self._work.call(lambda generation: generation.change_prompt(prompt, recache))
+    result: Future = Future()
+    with self._work.condition:
+      self._check_open()
+      # the denoising thread does it between two ticks
+      self._work.calls.append((prompt, recache, result))
+      self._work.condition.notify_all()
+    try:
+      return result.result()
+    except CancelledError:
+      self._check_open()  # says why: an error, or the stream was closed
+      raise
 
   def extend(self, blocks: int) -> None:
     """Extends the number of blocks to make; no effect on an endless stream."""
-    self._work.extend(blocks)
+    with self._work.condition:
+      if self._work.blocks_wanted is not None:
+        self._work.blocks_wanted += blocks
+      self._work.condition.notify_all()
 
   def pause(self, wanted: bool = True) -> None:
-    """Begins no further block until pause(False)."""
-    self._work.pause(wanted)
+    """Begins no further block until pause(False); blocks that are finished are still decoded."""
+    with self._work.condition:
+      self._work.paused = wanted
+      self._work.condition.notify_all()
 
   def save(self, directory: str | os.PathLike) -> None:
     """Writes a snapshot, atomically, to resume from after the last chunk that was taken.
 
     The stream continues. Raises UserError where the disk is full or the stream is closed.
     """
-    self._work.save(directory)
+    work = self._work
+    with work.condition:
+      self._check_open()
+      work.saving = True
+      work.condition.notify_all()
+      try:
+        # No tick begins meanwhile, and all that has left the pipeline is decoded: the generation,
+        # the chunks and the decoder's memory are of the same moment.
+        work.condition.wait_for(
+          lambda: work.closed or work.error or not (work.ticking or work.blocks or work.decoding)
+        )
+        self._check_open()
+        metadata = {
+          "frames": work.frames,
+          "made": work.made,
+          "chunks": [[chunk.block, chunk.prompt, chunk.time] for chunk in work.chunks],
+          "changes": [[change.block, change.prompt, change.recache] for change in work.changes],
+        }
+        work.generation.decoder = [
+          # JSON as bytes: a generation saves its decoder's state as arrays alone
+          np.frombuffer(json.dumps(metadata).encode(), np.uint8),
+          *(chunk.frames for chunk in work.chunks),
+          *jax.tree.leaves(work.memory),
+        ]
+        work.generation.save(directory)
+      finally:
+        work.saving = False
+        work.condition.notify_all()
 
   @property
   def in_flight(self) -> list[tuple[int, int, str]]:
@@ -128,7 +194,8 @@ class Stream:
   @property
   def taken(self) -> int:
     """Frames of the chunks that were taken."""
-    return self._work.taken()
+    with self._work.condition:
+      return self._work.frames - sum(len(chunk.frames) for chunk in self._work.chunks)
 
   @property
   def made(self) -> int:
@@ -138,7 +205,8 @@ class Stream:
   @property
   def speed(self) -> float | None:
     """Frames a second of working time, over the last chunks; None before there are two."""
-    return self._work.speed()
+    with self._work.condition:
+      return self._work.meter.speed()
 
   def close(self) -> None:
     """Ends both threads, at most one block later, and frees all that they held.
@@ -152,16 +220,6 @@ class Stream:
 
   def __exit__(self, *exc) -> None:
     self.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-  """The saved state of a stream beside its generation's."""
-
-  frames: int  # decoded so far
-  made: int  # blocks that have left the pipeline
-  chunks: Sequence[Chunk]  # not yet taken
-  memory: PyTree  # the decoder's
 
 
 def block_seconds(

@@ -45,15 +45,27 @@ def write(
     checkpoints.save(step, arrays, params, force=True)
 
 
-def read_metadata(directory: str | os.PathLike) -> dict[str, Any]:
-  """Returns the metadata of a snapshot. Raises UserError where no generation is saved."""
+def read_metadata(directory: str | os.PathLike, identity: str) -> dict[str, Any]:
+  """Returns the metadata of a snapshot.
+
+  Raises UserError where no generation is saved, or one of another model than `identity`.
+  """
   path = pathlib.Path(directory)
   if not path.is_dir() or not any(entry.name.isdigit() for entry in path.iterdir()):
     raise UserError(f"{directory} holds no saved generation; check the path")
   found = training_state.load_config(directory)
   if not {"identity", "options", "prompts", "block"} <= found.keys():
     raise UserError(f"{directory} holds a checkpoint, but not of a generation; check the path")
-  return {**found, "options": _from_disk(found["options"])}
+  if found["identity"] != identity:
+    raise UserError(
+      f"{directory} was saved by another model ({found['identity']}; this one is {identity}): "
+      "its weights, sizes, levels, history or text encoder differ; give the model that made it"
+    )
+  options = dict(found["options"])
+  for name, (on_disk, values) in ON_DISK.items():
+    value_of = {stored: value for value, stored in values.items()}
+    options[name] = value_of[options.pop(on_disk)]
+  return {**found, "options": options}
 
 
 def _to_disk(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -64,17 +76,11 @@ def _to_disk(metadata: dict[str, Any]) -> dict[str, Any]:
   return {**metadata, "options": options}
 
 
-def _from_disk(options: dict[str, Any]) -> dict[str, Any]:
-  """Returns options read from disk under today's names."""
-  options = dict(options)
-  for name, (on_disk, values) in ON_DISK.items():
-    value_of = {stored: value for value, stored in values.items()}
-    options[name] = value_of[options.pop(on_disk)]
-  return options
-
-
-def read(directory: str | os.PathLike, metadata: dict[str, Any], abstract: PyTree) -> PyTree:
-  """Returns the arrays of a snapshot. abstract: their shapes, dtypes and shardings.
+def read(
+  directory: str | os.PathLike, metadata: dict[str, Any], abstract: PyTree
+) -> tuple[PyTree, list[jax.Array] | None]:
+  """Returns (the arrays of a snapshot, the leaves of the decoder's state in order, None where none
+  was saved). abstract: shapes, dtypes and shardings of the arrays.
 
   The shardings may belong to another layout than the one it was saved on. Raises UserError for a
   damaged snapshot.
@@ -96,7 +102,9 @@ def read(directory: str | os.PathLike, metadata: dict[str, Any], abstract: PyTre
     positions=cache["position"],
     latents=pipe["shown"],
   )
-  return {**arrays, "pipe": state.replace(past=past, **fields)}
+  leaves = training_state.load_params(directory).get("decoder")
+  decoder = None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
+  return {**arrays, "pipe": state.replace(past=past, **fields)}, decoder
 
 
 def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
@@ -109,21 +117,6 @@ def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
   past = state.past
   cache = {"kv": past.kv, "position": past.positions}
   return {**fields, "cache": cache, "shown": past.latents}
-
-
-def decoder(directory: str | os.PathLike) -> list[jax.Array] | None:
-  """Returns the leaves of the decoder's state, in order; None where none was saved."""
-  leaves = training_state.load_params(directory).get("decoder")
-  return None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
-
-
-def check_identity(directory: str | os.PathLike, metadata: dict[str, Any], identity: str) -> None:
-  """Raises UserError where the snapshot is of another model than `identity`."""
-  if metadata["identity"] != identity:
-    raise UserError(
-      f"{directory} was saved by another model ({metadata['identity']}; this one is {identity}): "
-      "its weights, sizes, levels, history or text encoder differ; give the model that made it"
-    )
 
 
 def check_options(

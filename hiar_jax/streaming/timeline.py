@@ -9,7 +9,7 @@ comment. A prompt may hold commas and colons; only a time with a colon behind it
 entry.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
@@ -79,14 +79,11 @@ class Timeline:
 
   def text(self) -> str:
     """Returns the timeline as text, an entry a line, which `parse` reads back."""
-    return write((entry.time, entry.prompt, entry.recache) for entry in self.entries)
-
-
-def write(entries: Iterable[tuple[float, str, bool]]) -> str:
-  """Returns the text of entries (seconds, prompt, recache), one a line."""
-  return "".join(
-    f"{time:g}s{' recache' if recache else ''}: {prompt}\n" for time, prompt, recache in entries
-  )
+    lines = []
+    for entry in self.entries:
+      flag, prompt = " recache" * entry.recache, entry.prompt or '""'
+      lines.append(f"{entry.time:g}s{flag}: {prompt}\n")
+    return "".join(lines)
 
 
 def read(source: str | os.PathLike) -> Timeline:
@@ -134,8 +131,21 @@ def parse(text: str, source: str = "timeline") -> Timeline:
   entries: list[Entry] = []
   # each prompt ends where the next time begins
   for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)], strict=True):
-    entries.append(_entry(text, mark, end, source))
-    _check_order(entries, source)
+    entry = _entry(text, mark, end, source)
+    if not entries and entry.time != 0:
+      raise _error(
+        source,
+        entry,
+        f"the first prompt starts at {entry.time:g}s; expected 0s, for the video needs one from "
+        "its start",
+      )
+    if entries and entry.time <= entries[-1].time:
+      raise _error(
+        source,
+        entry,
+        f"{entry.time:g}s comes after {entries[-1].time:g}s; expected times that grow",
+      )
+    entries.append(entry)
   return Timeline(tuple(entries), source)
 
 
@@ -154,41 +164,17 @@ def _entry(text: str, mark: re.Match, end: int, source: str) -> Entry:
     raise _error(
       source, at, f'no prompt after {mark["time"].strip()}; the empty prompt is written ""'
     )
-  return Entry(
-    _seconds(mark["time"], at, source),
-    "" if prompt == '""' else prompt,
-    bool(flag),
-    at.line,
-    at.column,
-  )
-
-
-def _seconds(text: str, at: Entry, source: str) -> float:
-  """Returns the seconds of `1m30s` or `[hours:]minutes:seconds`."""
-  if ":" not in text:
-    return sum(float(number) * _SECONDS[unit] for number, unit in _UNIT.findall(text))
-  first, *rest = text.split(":")
-  total = float(first)
-  for part in rest:
-    if float(part) >= 60 or len(rest) > 2:
-      raise _error(source, at, f"{text} is not a time; write 90s, 1m30s, 1:30 or 1:00:30")
-    total = total * 60 + float(part)
-  return total
-
-
-def _check_order(entries: list[Entry], source: str) -> None:
-  last = entries[-1]
-  if len(entries) == 1 and last.time != 0:
-    raise _error(
-      source,
-      last,
-      f"the first prompt starts at {last.time:g}s; expected 0s, for the video needs one from its "
-      "start",
-    )
-  if len(entries) > 1 and last.time <= entries[-2].time:
-    raise _error(
-      source, last, f"{last.time:g}s comes after {entries[-2].time:g}s; expected times that grow"
-    )
+  time = mark["time"]
+  if ":" in time:  # [hours:]minutes:seconds
+    first, *rest = time.split(":")
+    seconds = float(first)
+    for part in rest:
+      if float(part) >= 60 or len(rest) > 2:
+        raise _error(source, at, f"{time} is not a time; write 90s, 1m30s, 1:30 or 1:00:30")
+      seconds = seconds * 60 + float(part)
+  else:
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in _UNIT.findall(time))
+  return Entry(seconds, "" if prompt == '""' else prompt, bool(flag), at.line, at.column)
 
 
 def _block_at(time: float, start: Callable[[int], float]) -> int:

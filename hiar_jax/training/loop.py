@@ -19,7 +19,7 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
-from hiar_jax.parallel.rules import sharded_shapes, state_shardings
+from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer, progress
 from hiar_jax.training.run import Run
@@ -121,13 +121,13 @@ def run_stage(
   loss is the stage's. preview: state -> clips uint8 [b F H W 3] for the log. Raises Preempted after
   SIGTERM or SIGINT, once the state is saved, and UserError where a metric is not finite.
   """
-  log = run.experiment.log
+  e, log = run.experiment, run.experiment.log
   # Shapes first, then jit with shardings: no device ever holds an unsharded state.
   shapes = jax.eval_shape(create)
-  shardings = state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
-  steps = [map_step(u.make_step, shardings, run.mesh, run.experiment.mesh.mapping) for u in updates]
+  shardings = tree_shardings(shapes, run.mesh, e.dit.sharding_rules, min_shard=e.mesh.min_shard)
+  steps = [map_step(u.make_step, shardings, run.mesh, e.mesh.mapping) for u in updates]
   iterators.latest = {update.name: {} for update in updates if update.due}
-  config = {"model": to_json(run.experiment.dit), "stage": stage}
+  config = {"model": to_json(e.dit), "stage": stage}
   with Checkpoints(
     run.directory(stage) / "checkpoints", keep=log.keep, config=config
   ) as checkpoints:

@@ -6,7 +6,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import Network
-from hiar_jax.parallel.rules import sharded_shapes, state_shardings
+from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
 
@@ -34,7 +34,8 @@ def load_weights(run: Run, stage: str) -> Params:
   if directory:
     return load_published(run, directory, e.dit)
   shapes = jax.eval_shape(lambda: e.dit.init(jax.random.key(0)))
-  shardings = state_shardings(shapes, run.mesh, e.mesh.min_shard)
+  rules = e.dit.sharding_rules
+  shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
   return load_params(run.directory(stage) / "checkpoints", sharded_shapes(shapes, shardings))
 
 
@@ -55,6 +56,7 @@ def load_published(run: Run, directory: str, expected: Network, dtype: str = "fl
     )
 
   def shardings(shapes):
-    return state_shardings(shapes, run.mesh, run.experiment.mesh.min_shard)
+    min_shard = run.experiment.mesh.min_shard
+    return tree_shardings(shapes, run.mesh, expected.sharding_rules, min_shard=min_shard)
 
   return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]

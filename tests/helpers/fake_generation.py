@@ -17,7 +17,6 @@ SIZE = 16  # of the frames, in pixels
 class Emitted:
   block: int
   latents: np.ndarray
-  frames_before: int
 
 
 class FakeGeneration:
@@ -53,9 +52,7 @@ class FakeGeneration:
       raise FloatingPointError(f"block {out} is not finite")
     if out < 0:
       return None
-    return Emitted(
-      out, latents_of(out, self._prompts.pop(out), self.seed, self.block), out * self.block
-    )
+    return Emitted(out, latents_of(out, self._prompts.pop(out), self.seed, self.block))
 
   @property
   def in_flight(self):

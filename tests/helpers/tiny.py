@@ -109,6 +109,7 @@ class Toy:
   """The toy as a Network; its K/V are the DiT's, of one token a frame."""
 
   channels: int = CONFIG.channels
+  sharding_rules = ()
 
   def empty_kv(self, frames: int, batch: int, height: int, width: int):
     zeros = jnp.zeros((2, batch, frames, 1, 1, self.channels))

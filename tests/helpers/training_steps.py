@@ -18,7 +18,7 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import tree_shardings
 from hiar_jax.training import causal_init, distill, teacher
 from hiar_jax.training import state as states
 from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Frozen, Networks
@@ -148,7 +148,8 @@ def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
   """-> (state after `updates`, the last metrics)."""
   mesh = make_mesh(mesh_config, jax.devices()[:devices])
   with jax.set_mesh(mesh):
-    shardings = state_shardings(jax.eval_shape(case.create), mesh, mesh_config.min_shard)
+    shapes, rules = jax.eval_shape(case.create), MODEL.sharding_rules
+    shardings = tree_shardings(shapes, mesh, rules, min_shard=mesh_config.min_shard)
     state = jax.jit(case.create, out_shardings=shardings)()
     frozen = jax.device_put(case.frozen, replicated(mesh))
     step = map_step(case.make_step, shardings, mesh, mesh_config.mapping)

@@ -7,7 +7,7 @@ import pytest
 
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, replicated
-from hiar_jax.parallel.rules import state_shardings
+from hiar_jax.parallel.rules import tree_shardings
 
 P = jax.P
 
@@ -25,7 +25,7 @@ def test_a_mapped_step_sees_the_whole_batch_on_any_devices(mapping):
   for devices in (1, 4, 8):
     mesh = make_mesh(MeshConfig(mapping=mapping), jax.devices()[:devices])
     state = {"w": jax.device_put(jnp.zeros((16, 16)), replicated(mesh))}
-    step = map_step(make_count_step, state_shardings(state, mesh, 1), mesh, mapping)
+    step = map_step(make_count_step, tree_shardings(state, mesh, min_shard=1), mesh, mapping)
     with jax.set_mesh(mesh):
       for _ in range(2):  # the state goes round
         state, metrics = step(
@@ -37,7 +37,8 @@ def test_a_mapped_step_sees_the_whole_batch_on_any_devices(mapping):
 
 def test_a_mapped_step_keeps_the_state_where_it_was():
   mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-  shardings = state_shardings({"w": jax.ShapeDtypeStruct((16, 16), jnp.float32)}, mesh, 1)
+  shapes = {"w": jax.ShapeDtypeStruct((16, 16), jnp.float32)}
+  shardings = tree_shardings(shapes, mesh, min_shard=1)
   state = jax.jit(lambda: {"w": jnp.zeros((16, 16))}, out_shardings=shardings)()
   step = map_step(make_count_step, shardings, mesh)
   after, _ = step(state, put_batch({"x": np.arange(16.0)}, mesh), {"scale": jnp.float32(1)})

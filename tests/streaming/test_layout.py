@@ -1,4 +1,4 @@
-"""Devices: the same numbers on every layout, and nothing moves between stages but a block."""
+"""Devices: the same numbers on every layout, and nothing moves between levels but a block."""
 
 import dataclasses
 import functools
@@ -77,7 +77,7 @@ def test_the_same_layout_gives_the_same_bits():
 
 
 def test_every_level_keeps_its_own_cache():
-  """With as many stages, a device holds its own level and no other."""
+  """With as many devices as levels, each holds its own level and no other."""
   generation = LiveVideo(engine(Layout(4)), "a", seed=0)
   generation.step()
   pipe = generation._pipe
@@ -87,7 +87,7 @@ def test_every_level_keeps_its_own_cache():
     assert len({shard.device for shard in shards}) == 4
 
 
-def test_every_device_of_a_stage_has_its_share():
+def test_every_device_of_a_level_has_its_share():
   """Of the network's weights and of the caches' heads over `tensor`, of the frame's rows over
   `sequence`.
   """
@@ -139,7 +139,7 @@ def block_bytes() -> int:
   return 4 * LONG.block * h * w * c.channels
 
 
-def test_stages_exchange_one_block_and_nothing_else():
+def test_levels_exchange_one_block_and_nothing_else():
   """Per tick: each block one level on, by collective permute; and the block that leaves, to every
   device that may want it.
   """
@@ -150,7 +150,7 @@ def test_stages_exchange_one_block_and_nothing_else():
   assert sum(others) <= block, found
 
 
-def test_two_levels_a_stage_exchange_as_little():
+def test_two_levels_a_device_exchange_as_little():
   assert sum(size for _, size in moved(Layout(2))) <= 2 * block_bytes()
 
 
@@ -165,7 +165,7 @@ def test_the_parser_sees_what_moves():
 
 @pytest.mark.parametrize("layout", [Layout(4, 2), Layout(4, 1, 2)], ids=str)
 def test_no_layout_moves_a_cache(layout):
-  """Within a stage activations move; the smallest thing that must not, one layer's keys of one
+  """Within a level activations move; the smallest thing that must not, one layer's keys of one
   level, is larger than all of them.
   """
   c, (h, w) = parts().config, parts().size

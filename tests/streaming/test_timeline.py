@@ -37,8 +37,8 @@ def test_what_is_read(text, expected):
 
 
 def test_what_is_written_is_read_again():
-  entries = timeline.parse("0s: a red, or blue, circle; 2.5s recache: b: c")
-  assert entries.text() == "0s: a red, or blue, circle\n2.5s recache: b: c\n"
+  entries = timeline.parse('0s: a red, or blue, circle; 2.5s recache: b: c; 4s: ""')
+  assert entries.text() == '0s: a red, or blue, circle\n2.5s recache: b: c\n4s: ""\n'
   again = timeline.parse(entries.text())
   assert [(e.time, e.prompt, e.recache) for e in again.entries] == [
     (e.time, e.prompt, e.recache) for e in entries.entries
