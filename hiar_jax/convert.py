@@ -13,7 +13,6 @@ weights; models that are there already are kept without --overwrite.
 from collections.abc import Iterator, Mapping
 import pathlib
 import re
-import shutil
 import sys
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 import tokenizers
 
 from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints.on_disk import TOKENIZER
 from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.config import command_line as configs
 from hiar_jax.conversion import export as exports
@@ -31,7 +31,7 @@ from hiar_jax.conversion import layouts
 from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.conversion.key_maps import from_published, to_published, view_published
 from hiar_jax.conversion.layouts import Model
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.types import Params
@@ -127,7 +127,6 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
   if dtype is not None:
     tree = jax.tree.map(lambda leaf: Cast(leaf, dtype), tree)
   size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-  _check_space(folder, size)
   found = weights.save(out, model.kind, model.config, tree, source=model.source, tensors=len(rules))
   return (
     f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, "
@@ -135,21 +134,10 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
   )
 
 
-def _check_space(folder: pathlib.Path, size: int) -> None:
-  """Raises UserError if the disk of `folder` has less than `size` bytes left."""
-  parent = next(path for path in folder.absolute().parents if path.exists())
-  free = shutil.disk_usage(parent).free
-  if size > free:
-    raise UserError(
-      f"{folder} needs {size / 1e9:.3g} GB, the disk of {parent} has {free / 1e9:.3g} GB left; "
-      "free some, or give another --out"
-    )
-
-
 def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[str]:
   """Copies the source's tokenizer, if it has one; yields lines of report."""
   found = layouts.find_tokenizer(source)
-  target = out / exports.TOKENIZER
+  target = out / TOKENIZER
   if found is None:
     return
   if target.exists() and not overwrite:
@@ -160,9 +148,7 @@ def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) ->
   try:
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
   except Exception as error:  # the library raises nothing more precise
-    raise UserError(
-      f"{found} is damaged ({str(error).splitlines()[0]}); download it again"
-    ) from error
+    raise Damaged(found, error, "download it again") from error
   write_atomic(target, content)
   yield f"{target}: {tokenizer.get_vocab_size():,} tokens, from {found.relative_to(source)}"
 

@@ -11,6 +11,19 @@ class UserError(Exception):
   """
 
 
+class Damaged(UserError):
+  """A stored thing that is lost, cut off, changed or unreadable.
+
+  The message is '<what> is damaged (<reason>); <advice>'. Caught where an older copy can be read
+  instead (training_state, training.loop.is_done).
+  """
+
+  def __init__(self, what: object, reason: object, advice: str):
+    """what: the path; reason: a text, or the error, of which the first line is shown."""
+    self.reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+    super().__init__(f"{what} is damaged ({self.reason}); {advice}")
+
+
 def at_least(least: float, **values: float) -> None:
   """Raises UserError, with its name, for the first value below `least`."""
   for name, value in values.items():

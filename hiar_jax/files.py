@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and errors of the disk in one line each."""
 
 from collections.abc import Iterator
 import contextlib
@@ -6,76 +6,139 @@ import errno
 import io
 import os
 import pathlib
-from pathlib import Path
+import shutil
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.peak_memory import size
+
+
+class DiskFull(UserError):
+  """A full disk or an exhausted quota, noticed while `path` is written, or just before."""
+
+  def __init__(
+    self,
+    path: str | os.PathLike | None,
+    needed: int | None = None,
+    kept: str = "nothing is left half written",
+  ):
+    """needed: bytes that are to be written, if known; kept: what survives."""
+    where = ""
+    if path is not None:
+      free = free_space(path)
+      figures = [f"{size(needed)} needed"] if needed is not None else []
+      figures += [f"{size(free)} free"] if free is not None else []
+      where = f" of {os.fspath(path)}" + (f" ({', '.join(figures)})" if figures else "")
+    kept = f"{kept}; " if kept else ""
+    super().__init__(
+      f"no space left on the disk{where}; {kept}free some space and run the same command"
+    )
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+  """Returns True if the error, or one that caused it, is a full disk or an exhausted quota."""
+  while error is not None:
+    if isinstance(error, DiskFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      return True
+    if "No space left" in str(error):  # TensorStore and safetensors set no errno
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def free_space(path: str | os.PathLike) -> int | None:
+  """Returns the bytes left on the disk of a path, which need not exist; None for a bucket."""
+  if "://" in os.fspath(path):
+    return None
+  absolute = pathlib.Path(path).absolute()
+  return shutil.disk_usage(next(p for p in (absolute, *absolute.parents) if p.exists())).free
+
+
+def check_space(path: str | os.PathLike, needed: int) -> None:
+  """Raises DiskFull if the disk of `path` has less than `needed` bytes left."""
+  free = free_space(path)
+  if free is not None and free < needed:
+    raise DiskFull(path, needed, "nothing was written")
+
+
+@contextlib.contextmanager
+def writing(
+  path: str | os.PathLike,
+  needed: int | None = None,
+  kept: str = "nothing is left half written",
+  full_disk_alone: bool = False,
+) -> Iterator[None]:
+  """Turns a full disk while `path` is written into DiskFull, another OSError into a UserError.
+
+  needed, kept: as DiskFull's. full_disk_alone: other OSErrors pass unchanged.
+  """
+  try:
+    yield
+  except UserError:
+    raise  # explained already, where more was known
+  except Exception as error:
+    if is_disk_full(error):
+      raise DiskFull(path, needed, kept) from error
+    if full_disk_alone or not isinstance(error, OSError):
+      raise
+    raise UserError(
+      f"{os.fspath(path)}: cannot be written ({error.strerror}); choose another place"
+    ) from error
+
+
+@contextlib.contextmanager
+def reading(
+  what: object, advice: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+  """Turns errors while `what` is read into Damaged.
+
+  kinds: the errors that changed bytes can cause; libraries such as Orbax may raise any.
+  """
+  try:
+    yield
+  except (UserError, MemoryError):
+    raise  # lack of memory says nothing about the files
+  except kinds as error:
+    if "RESOURCE_EXHAUSTED" in str(error):  # the same, of a device
+      raise
+    cause = error.__cause__ or error
+    raise Damaged(what, f"{type(cause).__name__}: {str(cause).strip()}", advice) from error
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> pathlib.Path:
   """Writes a file, making missing directories, and returns its path.
 
-  Whenever the process dies, the file holds all of `content` or what it held before. Raises
-  UserError where the disk is full or refuses.
+  Whenever the process dies, the file holds all of `content` or what it held before. Raises DiskFull
+  where the disk is full, UserError where it refuses.
+  """
+  with whole_file(path, len(content)) as file, writing(path, len(content)):
+    file.write(content)
+  return pathlib.Path(path)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[io.BufferedRandom]:
+  """Opens a file for writing that gets its name when the context ends without an error.
+
+  As write_atomic, for content that need not be in memory at once. needed: its bytes, if known.
   """
   path = pathlib.Path(path)
   # In the same directory, since a rename is atomic within one file system only. The name is fixed,
   # so the next try overwrites what a killed one left behind.
   temporary = path.with_name(f".{path.name}.tmp")
   try:
-    with explained(path):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        # without fsync a power cut may leave the new name with no content behind it
-        os.fsync(file.fileno())
-      os.replace(temporary, path)
-  finally:
-    with contextlib.suppress(OSError):  # it is renamed, or could not be created
-      temporary.unlink()
-  return path
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[io.BufferedRandom]:
-  """Opens a file for writing that gets its name when the context ends without an error.
-
-  As write_atomic, for content that need not be in memory at once.
-  """
-  temporary = path.with_name(f".{path.name}.tmp")
-  try:
-    with explained(path):
+    with writing(path, needed):
       path.parent.mkdir(parents=True, exist_ok=True)
       file = open(temporary, "w+b")
     with file:
       # an OSError of the caller's own code, a full disk aside, is not about this file
-      with explained(path, full_disk_alone=True):
+      with writing(path, needed, full_disk_alone=True):
         yield file
-      with explained(path):
+      with writing(path, needed):
         file.flush()
+        # without fsync a power cut may leave the new name with no content behind it
         os.fsync(file.fileno())
-    with explained(path):
+    with writing(path, needed):
       os.replace(temporary, path)
   finally:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # it is renamed, or could not be created
       temporary.unlink()
-
-
-@contextlib.contextmanager
-def explained(path: Path, full_disk_alone: bool = False) -> Iterator[None]:
-  """Turns an OSError while `path` is written into a UserError of one line.
-
-  full_disk_alone: other OSErrors pass unchanged.
-  """
-  try:
-    yield
-  except OSError as error:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-      raise UserError(
-        f"no space left on the disk of {path}; free some space and run the same command"
-      ) from error
-    if full_disk_alone:
-      raise
-    raise UserError(
-      f"{path}: cannot be written ({error.strerror}); choose another place"
-    ) from error

@@ -66,7 +66,7 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
     with jax.set_mesh(model.run.mesh):
       clips.write_clips(model, wanted)
   if options.report_memory:
-    print(peak_memory.peak().report(), file=sys.stderr)
+    print(peak_memory.report(*peak_memory.peak()), file=sys.stderr)
   return paths
 
 

@@ -1,6 +1,5 @@
 """The peak memory of a process: its resident set, and the count of each device that keeps one."""
 
-import dataclasses
 import resource
 import sys
 
@@ -9,27 +8,22 @@ import jax
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-@dataclasses.dataclass(frozen=True)
-class Peak:
-  """Bytes at the peak: of each local device that counts them, by name, and of the process."""
-
-  devices: dict[str, int]
-  process: int
-
-  def report(self) -> str:
-    """Returns a line with the bytes and with what was counted."""
-    if not self.devices:
-      kinds = ", ".join(sorted({device.platform for device in jax.local_devices()}))
-      return (
-        f"peak memory: {size(self.process)} resident in this process (the {kinds} devices "
-        "keep no count of their own)"
-      )
-    each = ", ".join(f"{size(peak)} on {name}" for name, peak in self.devices.items())
-    return f"peak memory: {each}; {size(self.process)} resident in this process"
+def report(devices: dict[str, int], process: int) -> str:
+  """Returns a line with the bytes of `peak` and with what was counted."""
+  if not devices:
+    kinds = ", ".join(sorted({device.platform for device in jax.local_devices()}))
+    return (
+      f"peak memory: {size(process)} resident in this process (the {kinds} devices keep no count "
+      "of their own)"
+    )
+  each = ", ".join(f"{size(count)} on {name}" for name, count in devices.items())
+  return f"peak memory: {each}; {size(process)} resident in this process"
 
 
-def peak() -> Peak:
-  """Returns the peak since the process started."""
+def peak() -> tuple[dict[str, int], int]:
+  """Returns the bytes at the peak since the process started: of each local device that counts them,
+  by name, and of the process.
+  """
   # memory_stats is None on CPUs
   stats = {str(device): device.memory_stats() or {} for device in jax.local_devices()}
   devices = {
@@ -39,7 +33,7 @@ def peak() -> Peak:
   }
   resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   # ru_maxrss: bytes on macOS, KiB on Linux
-  return Peak(devices, resident if sys.platform == "darwin" else resident * 1024)
+  return devices, (resident if sys.platform == "darwin" else resident * 1024)
 
 
 def size(count: float) -> str:

@@ -1,5 +1,6 @@
 """The progress bar of all commands, and the choice of the process that writes."""
 
+import contextlib
 import sys
 import time
 from typing import Any
@@ -13,19 +14,13 @@ def is_writer() -> bool:
   return jax.process_index() == 0
 
 
-def progress(stage: str, total: int, initial: int = 0) -> "Progress":
-  """Opens a progress bar from step `initial` to `total`.
-
-  with progress("teacher", 2500, initial=step) as bar:
-    bar.update(step + 1, loss=metrics["loss"])
-  """
-  return Progress(stage, total, initial)
-
-
-class Progress:
+class Progress(contextlib.AbstractContextManager):
   """A tqdm bar on a terminal; elsewhere (a log file, CI) a line every `seconds` and at the end.
 
-  Both show the steps done, time spent, time left, speed and values, on stderr of process 0.
+  Both show the steps done, time spent, time left, speed and values, on stderr of process 0:
+
+      with Progress("teacher", 2500, initial=step) as bar:
+        bar.update(step + 1, loss=metrics["loss"])
   """
 
   FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
@@ -36,7 +31,7 @@ class Progress:
     self.initial = initial
     self.step = initial
     self._seconds = seconds
-    self._values: dict[str, Any] = {}
+    self._values: dict[str, str] = {}
     self._started = time.monotonic()
     # of the last plain line: its time and its step
     self._printed_at: float = self._started
@@ -53,11 +48,12 @@ class Progress:
         bar_format=self.FORMAT.replace("{n_fmt}", "{percentage:3.0f}%|{bar}| {n_fmt}"),
       )
 
-  def __enter__(self) -> "Progress":
-    return self
-
   def __exit__(self, *exc) -> None:
-    self.close()
+    """Shows the last state and ends the line."""
+    if self._bar is not None:
+      self._bar.close()
+    elif self.step > self.initial and self._printed_step != self.step:
+      self._print()
 
   def update(self, step: int, **values: Any) -> None:
     """Shows that `step` steps are done.
@@ -66,26 +62,14 @@ class Progress:
     """
     done = step - self.step
     self.step = step
-    self._values.update(values)
+    for name, value in values.items():
+      text = value if isinstance(value, str) else f"{float(value):.4g}"
+      self._values[name] = f"{name}={text}"
     if self._bar is not None:
-      self._bar.set_postfix_str(self._postfix(), refresh=False)
+      self._bar.set_postfix_str(", ".join(self._values.values()), refresh=False)
       self._bar.update(done)
     elif time.monotonic() - self._printed_at >= self._seconds:
       self._print()
-
-  def close(self) -> None:
-    """Shows the last state and ends the line. Closing again does nothing."""
-    if self._bar is not None:
-      self._bar.close()
-    elif self.step > self.initial and self._printed_step != self.step:
-      self._print()
-
-  def _postfix(self) -> str:
-    texts = {
-      name: value if isinstance(value, str) else f"{float(value):.4g}"
-      for name, value in self._values.items()
-    }
-    return ", ".join(f"{name}={text}" for name, text in texts.items())
 
   def _print(self) -> None:
     if not is_writer():
@@ -99,7 +83,7 @@ class Progress:
       initial=self.initial,
       prefix=self.stage,
       unit="step",
-      postfix=self._postfix(),
+      postfix=", ".join(self._values.values()),
       bar_format=self.FORMAT,
     )
     print(line, file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.method import SINK_POSITIONS
 from hiar_jax.preemption import Preemption
-from hiar_jax.progress import progress
+from hiar_jax.progress import Progress
 from hiar_jax.streaming import timeline as timelines
 from hiar_jax.streaming.compiled_tick import TickOptions as EngineOptions
 from hiar_jax.streaming.layout import Layout
@@ -202,7 +202,7 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
     _open_out(path, running, source, options) as file,
     Preemption() as stop,
   ):
-    with progress("stream", options.length, running.taken) as bar:
+    with Progress("stream", options.length, running.taken) as bar:
       for chunk in running:
         file.write(chunk.frames)
         bar.update(running.taken, block=chunk.block, seconds=round(chunk.time, 1))
@@ -236,7 +236,7 @@ def main() -> None:
   )
   write(options, flags.FLAGS.out, flags.FLAGS.save)
   if flags.FLAGS.report_memory:
-    print(peak_memory.peak().report(), file=sys.stderr)
+    print(peak_memory.report(*peak_memory.peak()), file=sys.stderr)
 
 
 def define_flags() -> None:

@@ -46,7 +46,7 @@ def main(config, workdir: str) -> None:
 
 def report(stage: str, seconds: float) -> None:
   """Prints a stage's time in this process, compilation included, and the peak memory so far."""
-  peak = peak_memory.peak().process / 2**30
+  peak = peak_memory.peak()[1] / 2**30
   print(f"{stage}: {seconds:.0f} s, peak memory so far {peak:.2f} GiB", file=sys.stderr, flush=True)
 
 

@@ -3,11 +3,11 @@
 import io
 import sys
 
-from hiar_jax.progress import Progress, progress
+from hiar_jax.progress import Progress
 
 
 def test_off_a_terminal_progress_is_occasional_plain_lines(capsys):
-  with progress("teacher", 100) as bar:
+  with Progress("teacher", 100) as bar:
     for step in range(1, 51):
       bar.update(step, loss=0.25)
   (line,) = capsys.readouterr().err.splitlines()  # 20 s have not passed: only where it ended
@@ -23,7 +23,7 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
   monkeypatch.setattr(sys, "stderr", terminal)
-  with progress("teacher", 100, initial=10) as bar:
+  with Progress("teacher", 100, initial=10) as bar:
     bar.update(60, loss=0.25)
   last = terminal.getvalue().split("\r")[-1]
   assert "60%" in last and "60/100" in last and "loss=0.25" in last

@@ -17,6 +17,7 @@ import pytest
 from hiar_jax.data import tfds_builder
 from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
+from tests.helpers.disk_page import differences
 from tests.helpers.tiny_run import assert_same_run, files, log
 
 
@@ -38,6 +39,7 @@ def test_every_stage_leaves_its_result(chain):
   measured = json.loads((workdir / "sample" / "metrics.json").read_text())
   assert measured["settings"]["frames"] == 16 and len(measured["prompts"]) == 3
   assert list((workdir / "logs").glob("events.*"))
+  assert differences("Workdir", files(workdir)) == (set(), set())
 
 
 def test_trajectories_are_those_of_the_clips(chain):

@@ -8,13 +8,11 @@ that give one row at a time, are read one chunk at a time.
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 import contextlib
-import errno
 import hashlib
 import itertools
 import logging
 import math
 import os
-import pathlib
 from typing import Any
 import zlib
 
@@ -23,11 +21,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from hiar_jax.checkpoints.checksums import Damaged
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged
+from hiar_jax.files import reading
 from hiar_jax.types import PyTree
 
 CHUNK_BYTES = 64 << 20
+_ADVICE = "delete the folder of these weights and convert again"
 IN_FLIGHT = 4  # chunks of that size in memory at once; of smaller ones proportionally more
 
 
@@ -37,11 +36,11 @@ class Cast:
   def __init__(self, base: Any, dtype: Any):
     self.base = base
     self.dtype = np.dtype(dtype)
-    self.shape = base.shape
+    self.shape = tuple(base.shape)
     self.size = base.size
 
   def __getitem__(self, row) -> np.ndarray:
-    return np.asarray(self.base[row]).astype(self.dtype)
+    return np.asarray(self.base[row]).astype(self.dtype, copy=False)
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     del copy
@@ -58,28 +57,25 @@ def write(directory: str | os.PathLike, tree: PyTree) -> str:
   dtype and size whose rows `leaf[i]` are arrays.
   """
   handler = _Writer()
-  # _Leaf is a type of its own, so that Orbax neither copies nor converts the arrays in it.
+  # Orbax knows no such type, so it hands each leaf to the handler without a copy or conversion.
   registry = ocp.type_handlers.create_type_handler_registry(
-    (_Leaf, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    (Cast, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
   )
   format_ = ocp.PyTreeCheckpointHandler(
     use_ocdbt=False, use_zarr3=True, type_handler_registry=registry
   )
-  leaves = jax.tree.map(_Leaf, tree)
-  with _quiet(), ocp.Checkpointer(format_) as checkpointer:
-    checkpointer.save(os.path.abspath(directory), args=ocp.args.PyTreeSave(leaves))
+  leaves = jax.tree.map(lambda leaf: Cast(leaf, leaf.dtype), tree)
+  logger = logging.getLogger("absl")
+  level = logger.level
+  try:
+    # Orbax warns that there is nothing to merge and no device layout to keep.
+    logger.setLevel(logging.ERROR)
+    with ocp.Checkpointer(format_) as checkpointer:
+      checkpointer.save(os.path.abspath(directory), args=ocp.args.PyTreeSave(leaves))
+  finally:
+    logger.setLevel(level)
   # Sorted: the id must not depend on the order in which Orbax passes the leaves.
   return hashlib.blake2b("\n".join(sorted(handler.sums)).encode(), digest_size=8).hexdigest()
-
-
-class _Leaf:
-  """A leaf that Orbax hands to _Writer unchanged."""
-
-  def __init__(self, array: Any):
-    self.array = array
-    self.shape = tuple(array.shape)
-    self.dtype = np.dtype(array.dtype)
-    self.size = array.size
 
 
 class _Writer(ocp.type_handlers.NumpyHandler):
@@ -92,7 +88,7 @@ class _Writer(ocp.type_handlers.NumpyHandler):
   async def serialize(self, values, infos, args=None) -> list:
     budget = _Budget(IN_FLIGHT * CHUNK_BYTES)
 
-    async def write_one(leaf: _Leaf, info: ocp.type_handlers.ParamInfo) -> str:
+    async def write_one(leaf: Cast, info: ocp.type_handlers.ParamInfo) -> str:
       await info.await_path_creation()
       checksums = await _write_leaf(info.path, leaf, budget)
       return f"{info.name} {leaf.shape} {leaf.dtype.name} {checksums}"
@@ -135,7 +131,7 @@ class _Budget:
       self.freed.set()
 
 
-async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[int]:
+async def _write_leaf(path: os.PathLike, leaf: Cast, budget: _Budget) -> list[int]:
   """Writes one leaf as a Zarr array; returns the CRC-32 of each chunk, in order."""
   chunk = chunk_shape(leaf.shape, leaf.dtype.itemsize, CHUNK_BYTES)
   spec = {
@@ -155,7 +151,7 @@ async def _write_leaf(path: os.PathLike, leaf: _Leaf, budget: _Budget) -> list[i
 
   async def write_piece(index: tuple[slice, ...]) -> int:
     # Contiguous: the CRC below views the bytes, which must not depend on the source's strides.
-    piece = np.asarray(_take(leaf.array, index), order="C")
+    piece = np.asarray(_take(leaf, index), order="C")
     # `piece` is never changed, so TensorStore may use it without a copy.
     await store[index].write(piece, can_reference_source_data_indefinitely=True)
     return zlib.crc32(piece.reshape(-1).view(np.uint8))
@@ -195,7 +191,7 @@ def _pieces(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[sl
 def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
   """Returns a piece of an array; of a stack, only the rows in it are read."""
   if isinstance(array, Cast):
-    return _take(array.base, index).astype(array.dtype)
+    return _take(array.base, index).astype(array.dtype, copy=False)
   if isinstance(array, jax.Array):
     array = np.asarray(array)  # one transfer: jax caches the copy on the host
   if index and not isinstance(array, np.ndarray):
@@ -209,10 +205,13 @@ def _take(array: Any, index: tuple[slice, ...]) -> np.ndarray:
 
 def shapes(directory: str | os.PathLike) -> PyTree:
   """Returns the tree of jax.ShapeDtypeStructs. Raises Damaged."""
-  with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer, _damage():
+  with (
+    ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer,
+    reading(directory, _ADVICE),
+  ):
     tree = checkpointer.metadata(os.path.abspath(directory)).item_metadata.tree
     if not jax.tree.leaves(tree):
-      raise Damaged("it holds no arrays")
+      raise Damaged(directory, "it holds no arrays", _ADVICE)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
@@ -248,19 +247,20 @@ class Stored:
     store = {"driver": "file", "path": f"{os.path.abspath(path)}/"}
     # By default TensorStore reads an absent chunk as zeros; here it is damage.
     spec = {"driver": "zarr3", "kvstore": store, "fill_missing_data_reads": False}
-    with _damage():
+    self._path = path
+    with reading(path, _ADVICE):
       self._store = tensorstore.open(spec, read=True).result()
     self.shape = tuple(self._store.shape)
     self.dtype = self._store.dtype.numpy_dtype
     self.size = math.prod(self.shape)
 
   def __getitem__(self, index: int | tuple[slice, ...]) -> np.ndarray:
-    with _damage():
+    with reading(self._path, _ADVICE):
       return self._store[index].read().result()
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     del copy  # every read makes a new array
-    with _damage():
+    with reading(self._path, _ADVICE):
       return self._store.read().result().astype(dtype or self.dtype, copy=False)
 
 
@@ -272,53 +272,3 @@ def open_tree(directory: str | os.PathLike) -> PyTree:
     return Stored(os.path.join(directory, jax.tree_util.keystr(path, simple=True, separator=".")))
 
   return jax.tree_util.tree_map_with_path(open_leaf, shapes(directory))
-
-
-@contextlib.contextmanager
-def _damage() -> Iterator[None]:
-  """Turns errors of reading into Damaged, with the first line of the cause."""
-  try:
-    yield
-  except Exception as error:  # the class depends on which file is damaged
-    # Lack of memory says nothing about the files.
-    if isinstance(error, MemoryError | Damaged) or "RESOURCE_EXHAUSTED" in str(error):
-      raise
-    cause = error.__cause__ or error
-    raise Damaged((str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]) from error
-
-
-@contextlib.contextmanager
-def disk_errors(path: pathlib.Path) -> Iterator[None]:
-  """Turns a full disk into a UserError of one line."""
-  try:
-    yield
-  except Exception as error:
-    if not is_disk_full(error):
-      raise
-    raise UserError(
-      f"no space left on the disk of {path}; free some space and run the same command"
-    ) from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-  """Returns True if the error, or one that caused it, is a full disk or an exhausted quota."""
-  while error is not None:
-    # TensorStore sets no errno: only its message tells.
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(
-      error
-    ):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Silences Orbax's warnings that there is nothing to merge and no device layout to keep."""
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.ERROR)
-  try:
-    yield
-  finally:
-    logger.setLevel(level)

@@ -11,13 +11,14 @@ import os
 import pathlib
 import pickle
 import struct
-from typing import Any
+from typing import IO, Any, NamedTuple
 import zipfile
 
 import ml_dtypes
 import numpy as np
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import reading
 
 # PyTorch's storage classes, as pickles name them, and the dtypes of their elements.
 _STORAGES = {
@@ -60,22 +61,31 @@ _DAMAGED = (
 def read_torch(path: str | os.PathLike) -> Any:
   """Returns the saved object, with read-only numpy views of the file in place of tensors.
 
-  bfloat16 is ml_dtypes' dtype. Raises UserError for a file that is damaged, that was saved by
-  PyTorch before 1.6, or that holds anything but tensors, numbers, strings and plain containers.
+  bfloat16 is ml_dtypes' dtype. Raises Damaged, and UserError for a file that was saved by PyTorch
+  before 1.6, or that holds anything but tensors, numbers, strings and plain containers.
   """
   path = pathlib.Path(path)
   if not path.is_file():
     raise UserError(f"there is no file {path}; check the path")
   if not zipfile.is_zipfile(path):
     raise UserError(_not_an_archive(path))
-  try:
-    with zipfile.ZipFile(path) as archive:
-      return _Archive(path, archive).read()
-  except _DAMAGED as error:
-    text = (str(error).splitlines() or [""])[0]
-    raise UserError(
-      f"{path} is damaged ({type(error).__name__}: {text}); download or copy it again"
-    ) from error
+  with reading(path, "download or copy it again", _DAMAGED), zipfile.ZipFile(path) as archive:
+    pickles = [
+      name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
+    ]
+    if len(pickles) != 1:
+      raise UserError(
+        f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members "
+        "data.pkl, not one)"
+      )
+    byteorder = pickles[0].removesuffix("data.pkl") + "byteorder"
+    if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+      raise UserError(
+        f"{path} was saved on a big-endian machine; save it again on a little-endian one"
+      )
+    with archive.open(pickles[0]) as file:
+      unpickler = _Unpickler(file, path, archive)
+      return unpickler.resolve(unpickler.load())
 
 
 def _not_an_archive(path: pathlib.Path) -> str:
@@ -98,96 +108,17 @@ def _not_an_archive(path: pathlib.Path) -> str:
   )
 
 
-class _Archive:
-  """An open file and its memory-mapped bytes."""
+class _Tensor(NamedTuple):
+  """A slice of a storage, as a pickle describes it; offset and strides count elements.
 
-  def __init__(self, path: pathlib.Path, archive: zipfile.ZipFile):
-    self.path = path
-    self.archive = archive
-    self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    pickles = [
-      name for name in archive.namelist() if name == "data.pkl" or name.endswith("/data.pkl")
-    ]
-    if len(pickles) != 1:
-      raise UserError(
-        f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members "
-        "data.pkl, not one)"
-      )
-    self.root = pickles[0].removesuffix("data.pkl")
+  Nothing is to be believed: a pickle may call the stand-ins below with anything.
+  """
 
-  def read(self) -> Any:
-    byteorder = f"{self.root}byteorder"
-    if byteorder in self.archive.namelist() and self.archive.read(byteorder) != b"little":
-      raise UserError(
-        f"{self.path} was saved on a big-endian machine; save it again on a little-endian one"
-      )
-    with self.archive.open(f"{self.root}data.pkl") as file:
-      return self._resolve(_Unpickler(file, self.path).load())
-
-  def _resolve(self, value: Any) -> Any:
-    """Replaces the tensors in nested containers by arrays."""
-    if isinstance(value, _Tensor):
-      return self._array(value)
-    if isinstance(value, dict):
-      return {key: self._resolve(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-      return type(value)(self._resolve(item) for item in value)
-    return value
-
-  def _array(self, tensor: "_Tensor") -> np.ndarray:
-    """Returns the view of the file that a tensor describes. Raises ValueError."""
-    # Every field is checked: as_strided below would read any address, and a pickle may write into
-    # the objects that it has built (opcode BUILD).
-    if tensor.dtype not in _DTYPES:
-      raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
-    dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
-    numbers = (tensor.offset, *shape, *strides)
-    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(shape) != len(strides):
-      raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
-    storage = self._member(tensor.key)
-    # Whole elements alone: a view needs a multiple of the item size.
-    storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
-    if not math.prod(shape):
-      return np.empty(shape, dtype)
-    last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    if last >= len(storage):
-      raise ValueError(f"storage {tensor.key} ends before the tensor that lies in it")
-    steps = [step * dtype.itemsize for step in strides]
-    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps)
-
-  def _member(self, key: str) -> np.ndarray:
-    """Returns the bytes of a storage: a view of the file, or a copy if the member is compressed."""
-    info = self.archive.getinfo(f"{self.root}data/{key}")
-    if info.compress_type != zipfile.ZIP_STORED:
-      return np.frombuffer(self.archive.read(info), np.uint8)
-    # The directory's copy of the header may have an extra field of another length: PyTorch pads the
-    # local one to align the numbers.
-    header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
-    start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
-    return self.bytes[start : start + info.file_size]
-
-
-class _Tensor:
-  """A slice of a storage; offset and strides count elements."""
-
-  __slots__ = ("key", "dtype", "offset", "shape", "strides")
-
-  def __init__(self, key, dtype, offset, shape, strides):
-    self.key = key
-    self.dtype = dtype
-    self.offset = offset
-    self.shape = shape
-    self.strides = strides
-
-
-class _Storage:
-  """Reference to a storage: the name of its member and its dtype."""
-
-  __slots__ = ("key", "dtype")
-
-  def __init__(self, key, dtype):
-    self.key = key
-    self.dtype = dtype
+  key: Any
+  dtype: Any
+  offset: Any
+  shape: Any
+  strides: Any
 
 
 # Stand-ins for the functions that PyTorch's pickles call. They make descriptions only; the file is
@@ -195,12 +126,13 @@ class _Storage:
 
 
 def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
-  return _Tensor(storage.key, storage.dtype, offset, shape, strides)
+  key, dtype = storage
+  return _Tensor(key, dtype, offset, shape, strides)
 
 
 def _tensor_of_dtype(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> _Tensor:
   del requires_grad, hooks
-  return _Tensor(storage.key, _DTYPES[dtype], offset, shape, strides)
+  return _Tensor(storage[0], _DTYPES[dtype], offset, shape, strides)
 
 
 def _parameter(tensor, *_) -> _Tensor:
@@ -229,11 +161,17 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Unpickler that resolves the names in _ALLOWED and no others."""
+  """Unpickler that resolves the names in _ALLOWED and no others; then reads the tensors.
 
-  def __init__(self, file, path: pathlib.Path):
+  file: the archive's pickle.
+  """
+
+  def __init__(self, file: IO[bytes], path: pathlib.Path, archive: zipfile.ZipFile):
     super().__init__(file, encoding="utf-8")
     self.path = path
+    self.archive = archive
+    self.root = file.name.removesuffix("data.pkl")
+    self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
 
   def find_class(self, module: str, name: str) -> Any:
     found = _ALLOWED.get((module, name))
@@ -245,11 +183,50 @@ class _Unpickler(pickle.Unpickler):
       )
     return found
 
-  def persistent_load(self, pid: Any) -> _Storage:
+  def persistent_load(self, pid: Any) -> tuple[Any, Any]:
+    """Returns a storage: (the name of its member, its dtype)."""
     kind, dtype, key, *_ = pid  # further: device and number of elements
     if kind != "storage":
       raise pickle.UnpicklingError(f"unknown reference {pid!r}")
-    return _Storage(key, dtype)
+    return key, dtype
+
+  def resolve(self, value: Any) -> Any:
+    """Replaces the tensors in nested containers by arrays."""
+    if isinstance(value, _Tensor):
+      return self._array(value)
+    if isinstance(value, dict):
+      return {key: self.resolve(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+      return type(value)(self.resolve(item) for item in value)
+    return value
+
+  def _array(self, tensor: _Tensor) -> np.ndarray:
+    """Returns the view of the file that a tensor describes. Raises ValueError."""
+    # Every field is checked, since as_strided below would read any address.
+    if tensor.dtype not in _DTYPES:
+      raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
+    dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
+    numbers = (tensor.offset, *shape, *strides)
+    if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(shape) != len(strides):
+      raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
+    info = self.archive.getinfo(f"{self.root}data/{tensor.key}")
+    if info.compress_type == zipfile.ZIP_STORED:
+      # The directory's copy of the header may have an extra field of another length: PyTorch pads
+      # the local one to align the numbers.
+      header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
+      start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+      storage = self.bytes[start : start + info.file_size]
+    else:
+      storage = np.frombuffer(self.archive.read(info), np.uint8)
+    # Whole elements alone: a view needs a multiple of the item size.
+    storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
+    if not math.prod(shape):
+      return np.empty(shape, dtype)
+    last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if last >= len(storage):
+      raise ValueError(f"storage {tensor.key} ends before the tensor that lies in it")
+    steps = [step * dtype.itemsize for step in strides]
+    return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps)
 
 
 assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes by name

@@ -4,13 +4,11 @@ A checkpoint at step s is the directory `<directory>/<s>` with the items `state`
 training needs), `params` (the weights that inference loads, normally the EMA), `data` (the
 iterator's state, one file per process) and `config` (JSON, the model's config). Orbax writes under
 a temporary name and renames, so a directory of that name is complete; its checksums show later
-changes.
+changes (on_disk.py describes the files).
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
-import errno
-import json
 import logging
 import os
 import shutil
@@ -24,17 +22,19 @@ from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import checksums
-from hiar_jax.checkpoints.checksums import Damaged
-from hiar_jax.checkpoints.stored_arrays import is_disk_full
+from hiar_jax.checkpoints.on_disk import DAMAGED
 from hiar_jax.config.workdir import difference, to_json
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.files import DiskFull, check_space, is_disk_full, reading
 from hiar_jax.types import Params, PyTree
 
+_TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax adds to a step's name until it is complete
 
-class Checkpoints:
+
+class Checkpoints(contextlib.AbstractContextManager):
   """The checkpoints of one stage.
 
-  Saves run in the background; `close` (or leaving the `with` block) waits for the last one.
+  Saves run in the background; leaving the `with` block waits for the last one.
   """
 
   def __init__(self, directory: str | os.PathLike, *, keep: int = 2, config: Any = None):
@@ -46,6 +46,7 @@ class Checkpoints:
     self.directory = _path(directory)
     self._config = to_json(config or {})
     self._saving = -1  # the step being written, read by Orbax's thread
+    self._needed: int | None = None  # its bytes in memory, where this process writes them all
     logging.getLogger("absl").addFilter(_hide_disk_full)
     with self._disk_errors():
       self._manager = _manager(
@@ -55,11 +56,12 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
       )
 
-  def __enter__(self) -> "Checkpoints":
-    return self
-
   def __exit__(self, *exc) -> None:
-    self.close()
+    """Waits for the last save and closes Orbax's manager."""
+    try:
+      self.wait()
+    finally:
+      self._manager.close()
 
   def latest_step(self) -> int | None:
     """Returns the newest step that was written completely, even if damaged since."""
@@ -71,8 +73,9 @@ class Checkpoints:
     """Starts to save; returns False if this step exists already or, without `force`, a newer one.
 
     The arrays and the iterator's position are copied before this returns: both may change, or be
-    donated, at once. Raises UserError if the disk is full, here or in the next call that waits;
-    older checkpoints stay unchanged.
+    donated, at once. iterator: has Grain's get_state() -> bytes, set_state and start_prefetch.
+    Raises DiskFull if the disk is full, here or in the next call that waits; older checkpoints stay
+    unchanged.
     """
     items = {
       "state": ocp.args.StandardSave(state),
@@ -80,14 +83,17 @@ class Checkpoints:
       "config": ocp.args.JsonSave(self._config),
     }
     if iterator is not None:
-      items["data"] = grain.checkpoint.CheckpointSave(_Iterator(iterator))
+      items["data"] = grain.checkpoint.CheckpointSave(iterator)
     with self._disk_errors():
       # One save at a time: `_saving` names the step whose checksums are still to be written.
       self._manager.wait_until_finished()
       if step in self._manager.all_steps():
         return False
-      self._check_space(state, params)
       self._saving = step
+      if jax.process_count() == 1:  # a process of several writes only its part
+        self._needed = sum(leaf.nbytes for leaf in jax.tree.leaves((state, params)))
+        # Before Orbax's threads try: on a full disk each of them prints a traceback.
+        check_space(self.directory, self._needed)
       return self._manager.save(step, args=ocp.args.Composite(**items), force=force)
 
   def restore(self, abstract_state: PyTree, iterator: Any = None) -> tuple[int, PyTree] | None:
@@ -117,65 +123,44 @@ class Checkpoints:
         self._restore_iterator(step, iterator)
       return state
 
-    found, damaged = _newest(self._manager, self.directory, read)
-    for step in damaged:
-      self._set_aside(step)
+    found, damaged = _newest(self._manager, read, self._manager.all_steps())
+    if damaged:
+      # Renamed, since training reaches these steps again; the files are kept for repair.
+      for step in damaged if jax.process_index() == 0 else ():
+        (self.directory / str(step)).rename(self.directory / f"{step}{DAMAGED}")
+      if jax.process_count() > 1:  # no process may list the directory before the rename
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+      self._manager.reload()
     return found
 
   def wait(self) -> None:
-    """Waits until the last save is on disk. Raises UserError if the disk was full."""
+    """Waits until the last save is on disk. Raises DiskFull if the disk was full."""
     with self._disk_errors():
       self._manager.wait_until_finished()
 
-  def close(self) -> None:
-    """Waits for the last save and closes Orbax's manager."""
-    try:
-      self.wait()
-    finally:
-      self._manager.close()
-
   def _restore_iterator(self, step: int, iterator: Any) -> None:
-    items = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(_Iterator(iterator)))
+    items = ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator))
     try:
       self._manager.restore(step, args=items)
     except Exception as error:  # any class: Grain passes on what its sources and samplers raise
+      reason = (str(error).strip().splitlines() or [""])[0][:200]
       raise UserError(
         f"checkpoint {self.directory / str(step)}: the position in the data does not fit this data "
-        f"pipeline ({_first_line(error)}); use the data settings and the number of processes that "
+        f"pipeline ({reason}); use the data settings and the number of processes that "
         "it was saved with"
       ) from error
-
-  def _check_space(self, *trees: PyTree) -> None:
-    """Raises OSError (ENOSPC) if the trees cannot fit on the disk."""
-    # Before Orbax's threads try: on a full disk each of them prints a traceback. A process of
-    # several writes only its part, and buckets have no free space to ask for.
-    path = os.fspath(self.directory)
-    if jax.process_count() == 1 and "://" not in path:
-      needed = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
-      if shutil.disk_usage(path).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
   def _write_checksums(self) -> None:
     """Writes the checksums of the step being saved."""
     # Orbax's thread calls this when all items are written, before it renames their directory.
     if jax.process_index() == 0:
       for path in self.directory.iterdir():
-        if path.name == str(self._saving) or path.name.startswith(
-          f"{self._saving}.orbax-checkpoint-tmp"
-        ):
+        if path.name == str(self._saving) or path.name.startswith(f"{self._saving}{_TEMPORARY}"):
           checksums.write(path)
-
-  def _set_aside(self, step: int) -> None:
-    """Renames a damaged step, since training reaches it again; its files are kept for repair."""
-    if jax.process_index() == 0:
-      (self.directory / str(step)).rename(self.directory / f"{step}.damaged")
-    if jax.process_count() > 1:  # no process may list the directory before the rename
-      multihost_utils.sync_global_devices("damaged checkpoint set aside")
-    self._manager.reload()
 
   @contextlib.contextmanager
   def _disk_errors(self) -> Iterator[None]:
-    """Turns a full disk, here or in the writing thread, into a UserError of one line."""
+    """Turns a full disk, here or in the writing thread, into DiskFull."""
     try:
       yield
     except Exception as error:
@@ -183,10 +168,11 @@ class Checkpoints:
         raise
       # The manager has dropped the checkpoints that the failed one was to replace from its list.
       self._manager.reload()
-      raise UserError(
-        f"no space left on the disk of {self.directory}; the last complete checkpoint is "
-        f"{self.latest_step()}; free some space and run the same command"
-      ) from error
+      if self._needed is not None:  # no other process is at work on what was half written
+        for path in self.directory.glob(f"{self._saving}{_TEMPORARY}*"):
+          shutil.rmtree(path, ignore_errors=True)
+      kept = f"the last complete checkpoint is {self.latest_step()}"
+      raise DiskFull(self.directory, self._needed, kept) from error
 
 
 def load_params(
@@ -195,30 +181,34 @@ def load_params(
   """Returns the inference weights of the newest checkpoint (or of `step`), a nested dict of arrays.
 
   `abstract` gives shapes, dtypes (weights are cast to them) and shardings; without it the arrays
-  are as saved, on the first device. Raises UserError if there is no checkpoint, if it does not fit
-  `abstract`, or if all are damaged.
+  are as saved, on the first device. Checks these weights alone for damage, not the whole state.
+  Raises UserError if there is no checkpoint, if it does not fit `abstract`, or if all are damaged.
   """
+  with _opened(directory, step) as (manager, steps):
 
-  def read(manager: ocp.CheckpointManager, step: int) -> Params:
-    tree = _check_tree(manager, step, "params", abstract, cast=True)
-    return _read(manager, step, params=ocp.args.StandardRestore(tree))["params"]
+    def read(step: int) -> Params:
+      tree = _check_tree(manager, step, "params", abstract, cast=True)
+      return _read(manager, step, params=ocp.args.StandardRestore(tree))["params"]
 
-  return _load(directory, step, read)
+    return _newest(manager, read, steps, "params")[0][1]
 
 
 def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
   """Returns the `config` that the newest checkpoint (or `step`) was saved with, as JSON values."""
-  return _load(
-    directory,
-    step,
-    lambda manager, step: _read(manager, step, config=ocp.args.JsonRestore())["config"],
-  )
+  with _opened(directory, step) as (manager, steps):
+
+    def read(step: int) -> dict:
+      return _read(manager, step, config=ocp.args.JsonRestore())["config"]
+
+    # All items are checked: what describes a damaged checkpoint describes none that can be used.
+    return _newest(manager, read, steps)[0][1]
 
 
-def _load(
-  directory: str | os.PathLike, step: int | None, read: Callable[[ocp.CheckpointManager, int], Any]
-) -> Any:
-  """Returns `read(manager, step)` of the newest readable checkpoint, or of `step`."""
+@contextlib.contextmanager
+def _opened(
+  directory: str | os.PathLike, step: int | None
+) -> Iterator[tuple[ocp.CheckpointManager, list[int]]]:
+  """Yields (manager, steps there, or `step` alone). Raises UserError if there is none."""
   path = _path(directory)
   if not path.is_dir():
     raise UserError(
@@ -231,32 +221,10 @@ def _load(
       raise UserError(
         f"there is no checkpoint{wanted} in {path}; steps there: {sorted(steps) or 'none'}"
       )
-    found, _ = _newest(
-      manager, path, lambda step: read(manager, step), [step] if step is not None else None
-    )
-    return found[1]
+    yield manager, steps if step is None else [step]
 
 
 # ------------------------------------------------------------------------------------- behind Orbax
-
-
-class _Iterator:
-  """Adapter to Grain's handler for any iterator that has get_state and set_state."""
-
-  def __init__(self, iterator: Any):
-    self._iterator = iterator
-
-  def get_state(self) -> bytes:
-    state = self._iterator.get_state()
-    return state if isinstance(state, bytes) else json.dumps(state).encode()
-
-  def set_state(self, state: bytes) -> None:
-    # The iterator's present state shows which form it takes: bytes, or JSON values.
-    is_bytes = isinstance(self._iterator.get_state(), bytes)
-    self._iterator.set_state(state if is_bytes else json.loads(state))
-
-  def start_prefetch(self) -> None:
-    pass
 
 
 def _path(directory: str | os.PathLike) -> epath.Path:
@@ -278,29 +246,30 @@ def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
 
 
 def _newest(
-  manager: ocp.CheckpointManager,
-  directory: epath.Path,
-  read: Callable[[int], Any],
-  steps: list[int] | None = None,
+  manager: ocp.CheckpointManager, read: Callable[[int], Any], steps: list[int], *items: str
 ) -> tuple[tuple[int, Any] | None, list[int]]:
   """Returns (newest readable step, its content), or None without any step; and the damaged steps
   above it. Raises UserError if all are damaged.
+
+  items: those whose checksums are compared (default: all).
   """
   damaged = []
-  for step in sorted(steps or manager.all_steps(), reverse=True):
+  for step in sorted(steps, reverse=True):
+    path = manager.directory / str(step)
     try:
-      checksums.check(directory / str(step))
+      checksums.check(path, *items)
       return (step, read(step)), damaged
     except Damaged as error:
       damaged.append(step)
       if jax.process_index() == 0:
         print(
-          f"checkpoint {directory / str(step)} is damaged ({error}); trying the one before",
+          f"checkpoint {path} is damaged ({error.reason}); trying the one before",
           file=sys.stderr,
         )
   if damaged:
     raise UserError(
-      f"every checkpoint in {directory} is damaged; delete the directory to start this stage again"
+      f"every checkpoint in {manager.directory} is damaged; delete the directory to start this "
+      "stage again"
     )
   return None, damaged
 
@@ -309,13 +278,8 @@ def _read(
   manager: ocp.CheckpointManager, step: int, **items: ocp.args.CheckpointArgs
 ) -> ocp.args.Composite:
   """Restores items of a step. Raises Damaged."""
-  try:
+  with reading(manager.directory / str(step), checksums.ADVICE):
     return manager.restore(step, args=ocp.args.Composite(**items))
-  except Exception as error:  # the class depends on which file is damaged
-    # Lack of memory says nothing about the files.
-    if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
-      raise
-    raise Damaged(f"{type(error).__name__}: {_first_line(error)}") from error
 
 
 def _check_tree(
@@ -326,10 +290,8 @@ def _check_tree(
   Raises UserError at the first leaf whose path, shape or (without `cast`) dtype differs, and
   Damaged.
   """
-  try:
+  with reading(manager.directory / str(step), checksums.ADVICE):
     stored = manager.item_metadata(step)[item].tree
-  except Exception as error:
-    raise Damaged(f"{type(error).__name__}: {_first_line(error)}") from error
   tree = jax.tree.map(_with_sharding, stored if abstract is None else abstract)
   saved, wanted = _leaves(stored), _leaves(tree)
   for path in sorted(saved | wanted):
@@ -369,7 +331,3 @@ def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
 def _hide_disk_full(record: logging.LogRecord) -> bool:
   """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line."""
   return not (record.exc_info and is_disk_full(record.exc_info[1]))
-
-
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip().splitlines() or [""])[0][:200]

@@ -26,11 +26,11 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.checkpoints import stored_arrays
-from hiar_jax.checkpoints.checksums import Damaged
+from hiar_jax.checkpoints.on_disk import MODEL, PARAMS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
-from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.files import check_space, write_atomic, writing
 from hiar_jax.types import Params, PyTree
 
 # kind -> (module, class) of its config; imported on demand, since most programs need one or two.
@@ -41,8 +41,6 @@ CONFIGS = {
   "tiny_vae": ("hiar_jax.models.taehv", "TinyVAEConfig"),
 }
 KINDS = tuple(CONFIGS)
-MODEL = "model.json"
-PARAMS = ("params", "params_")
 ADVICE = "convert published weights with python -m hiar_jax.convert --source=FILES --out="
 
 Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -53,7 +51,8 @@ class Description:
   """The content of model.json.
 
   source: names of the published files; tensors: how many published tensors; dtype: of the weights,
-  several joined by "+"; fingerprint: an id of the numbers; params: the folder that holds them.
+  several joined by "+"; fingerprint: an id that changes with any number, shape or dtype; params:
+  the folder that holds them.
   """
 
   kind: str
@@ -76,20 +75,22 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
   folder = _folder(directory, kind)
   path = folder / MODEL
   if not path.is_file():
-    raise UserError(f"{_missing(pathlib.Path(directory), kind)}; {ADVICE}{directory}")
+    there = ", ".join(name for name in KINDS if exists(directory, name)) or "nothing"
+    missing = f"{directory} holds no weights of kind {kind!r} (there is {there})"
+    if not folder.parent.is_dir():
+      missing = f"there is no directory {directory}, which should hold weights"
+    raise UserError(f"{missing}; {ADVICE}{directory}")
   try:
     found = build(Description, json.loads(path.read_text()))
   except (UserError, ValueError, AttributeError) as error:
-    raise UserError(f"{path} is damaged ({error}); delete {folder} and convert again") from error
+    raise Damaged(path, error, f"delete {folder} and convert again") from error
   if found.kind != kind:
     raise UserError(
       f"{folder} holds weights of kind {found.kind!r}, expected {kind!r}; give a directory that "
       "hiar_jax.convert made"
     )
   if found.params not in PARAMS or not (folder / found.params).is_dir():
-    raise UserError(
-      f"{folder} is damaged (there is no {found.params}); delete it and convert again"
-    )
+    raise Damaged(folder, f"there is no {found.params}", "delete it and convert again")
   return found
 
 
@@ -113,11 +114,6 @@ def _open(directory: str | os.PathLike, kind: str) -> tuple[Any, pathlib.Path]:
     raise UserError(f"{folder / MODEL}: {error}; delete the folder and convert again") from error
 
 
-def fingerprint(directory: str | os.PathLike, kind: str) -> str:
-  """Returns an id that changes with any number, shape or dtype; reads nothing but model.json."""
-  return describe(directory, kind).fingerprint
-
-
 def load(
   directory: str | os.PathLike, kind: str, *, dtype: Any = None, sharding: Placement | None = None
 ) -> tuple[Any, Params]:
@@ -128,17 +124,15 @@ def load(
   damaged.
   """
   config, stored = _open(directory, kind)
-  with _damage_as_user_error(stored.parent):
-    shapes = stored_arrays.shapes(stored)
-    if dtype is not None:
-      shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, jnp.dtype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        ),
-        shapes,
-      )
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  # Outside of the block above: a fault of the caller's function is no damage of the files.
+  shapes = stored_arrays.shapes(stored)
+  if dtype is not None:
+    shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        leaf.shape, jnp.dtype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+      ),
+      shapes,
+    )
+  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shardings = sharding(shapes) if callable(sharding) else jax.tree.map(lambda _: sharding, shapes)
   abstract = jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -148,8 +142,7 @@ def load(
   for leaf in jax.tree.leaves(abstract):
     # Raises if the sharding does not divide the shape; while reading, that would pass for damage.
     leaf.sharding.shard_shape(leaf.shape)
-  with _damage_as_user_error(stored.parent):
-    return config, stored_arrays.read(stored, abstract)
+  return config, stored_arrays.read(stored, abstract)
 
 
 def open_arrays(directory: str | os.PathLike, kind: str) -> tuple[Any, PyTree]:
@@ -158,8 +151,7 @@ def open_arrays(directory: str | os.PathLike, kind: str) -> tuple[Any, PyTree]:
   Raises UserError as `load` does.
   """
   config, stored = _open(directory, kind)
-  with _damage_as_user_error(stored.parent):
-    return config, stored_arrays.open_tree(stored)
+  return config, stored_arrays.open_tree(stored)
 
 
 def save(
@@ -173,12 +165,14 @@ def save(
   """Writes or replaces `<directory>/<kind>` from a tree of arrays, or of stacks read row by row.
 
   Needs the memory of a few chunks beyond the tree's own. source: names of the files they came from;
-  tensors: how many published tensors they were (default: the number of leaves). Raises UserError if
-  the disk is full or the folder cannot be made.
+  tensors: how many published tensors they were (default: the number of leaves). Raises DiskFull if
+  they do not fit on the disk, UserError if the folder cannot be made; older weights stay.
   """
   leaves = jax.tree.leaves(params)
   folder = _folder(directory, kind)
-  with stored_arrays.disk_errors(folder), _replacing(folder) as name:
+  needed = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+  check_space(folder, needed)
+  with writing(folder, needed, full_disk_alone=True), _replacing(folder) as name:
     digest = stored_arrays.write(folder / name, params)
     found = Description(
       kind=kind,
@@ -202,35 +196,30 @@ def _replacing(folder: pathlib.Path) -> Iterator[str]:
   After the block, the params that model.json does not name are removed: the old ones, or the new
   ones if it failed.
   """
-  try:
+  with writing(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{folder} cannot be made ({error.strerror}); choose another place") from error
-  new = next(name for name in PARAMS if name != _named_params(folder))
   try:
-    _remove_unnamed(folder)  # left by a process that was killed
-    yield new
+    old = _remove_unnamed(folder)  # left by a process that was killed
+    yield next(name for name in PARAMS if name != old)
   finally:
     _remove_unnamed(folder)
     with contextlib.suppress(OSError):  # it is not empty
       folder.rmdir()
 
 
-def _remove_unnamed(folder: pathlib.Path) -> None:
-  """Removes the params that model.json does not name."""
-  kept = _named_params(folder)
+def _remove_unnamed(folder: pathlib.Path) -> str | None:
+  """Removes the params that model.json does not name, and returns the name of those that it does;
+  None if there is no model.json, or a damaged one.
+  """
+  try:
+    kept = json.loads((folder / MODEL).read_text()).get("params", PARAMS[0])
+  except (FileNotFoundError, ValueError, AttributeError):
+    kept = None
   # The pattern also matches the temporary directories of Orbax, which begin with the final name.
   for path in folder.glob(f"{PARAMS[0]}*"):
     if path.name != kept:
       shutil.rmtree(path, ignore_errors=True)
-
-
-def _named_params(folder: pathlib.Path) -> str | None:
-  """Returns the params that model.json names; None if it does not exist or is damaged."""
-  try:
-    return json.loads((folder / MODEL).read_text()).get("params", PARAMS[0])
-  except (FileNotFoundError, ValueError, AttributeError):
-    return None
+  return kept
 
 
 def config_to_json(config: Any) -> dict:
@@ -243,7 +232,8 @@ def config_to_json(config: Any) -> dict:
 
 def config_from_json(kind: str, fields: dict) -> Any:
   """Inverts `config_to_json`. Raises UserError for fields that the kind's config does not have."""
-  cls = config_class(kind)
+  module, name = CONFIGS[kind]
+  cls = getattr(importlib.import_module(module), name)
   default = {field.name: field.default for field in dataclasses.fields(cls)}.get("dtype")
   if "dtype" in fields and not isinstance(default, str):
     # Such a config holds jax.numpy's scalar types (jnp.bfloat16), not names or numpy dtypes.
@@ -251,31 +241,7 @@ def config_from_json(kind: str, fields: dict) -> Any:
   return build(cls, fields)
 
 
-def config_class(kind: str) -> type:
-  """Imports the config class of a kind. Raises UserError for an unknown kind."""
-  if kind not in CONFIGS:
-    raise UserError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
-  module, name = CONFIGS[kind]
-  return getattr(importlib.import_module(module), name)
-
-
 def _folder(directory: str | os.PathLike, kind: str) -> pathlib.Path:
   if kind not in CONFIGS:
     raise UserError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
   return pathlib.Path(os.path.abspath(directory)) / kind
-
-
-def _missing(directory: pathlib.Path, kind: str) -> str:
-  """Returns the reason why weights of this kind are missing."""
-  if not directory.is_dir():
-    return f"there is no directory {directory}, which should hold weights"
-  there = [name for name in KINDS if exists(directory, name)]
-  return f"{directory} holds no weights of kind {kind!r} (there is {', '.join(there) or 'nothing'})"
-
-
-@contextlib.contextmanager
-def _damage_as_user_error(folder: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  except Damaged as error:
-    raise UserError(f"{folder} is damaged ({error}); delete it and convert again") from error

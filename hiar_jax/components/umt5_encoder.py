@@ -30,7 +30,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.components import umt5_tokenizer
 from hiar_jax.components.interfaces import NetworkSizes, TextEncoderConfig
 from hiar_jax.data.prompt_texts import pad
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.errors import Damaged, UserError, at_least, one_of
 from hiar_jax.files import write_atomic
 from hiar_jax.models import umt5
 from hiar_jax.types import Text
@@ -110,7 +110,7 @@ class TextCache:
   @functools.cached_property
   def identity(self) -> str:
     """A name of the encoder and of all its settings that change the numbers."""
-    encoder = weights.fingerprint(self.weights, "umt5")
+    encoder = weights.describe(self.weights, "umt5").fingerprint
     return f"{encoder}-{self.tokenizer.fingerprint}-{self.dtype}-{self.length}"
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
@@ -176,9 +176,8 @@ class TextCache:
       return np.frombuffer(tensor["data"], jnp.dtype(self.dtype)).reshape(tensor["shape"])
     except (safetensors.SafetensorError, ValueError) as error:
       path.unlink()
-      raise UserError(
-        f"{path} is damaged ({error}) and was removed; run again to encode its prompt anew"
-      ) from error
+      advice = "it was removed; run again to encode its prompt anew"
+      raise Damaged(path, error, advice) from error
 
   def _batches(self, prompts: Sequence[str]) -> Iterator[tuple[list[str], np.ndarray, np.ndarray]]:
     """Yields (prompts, ids, mask), short prompts first.

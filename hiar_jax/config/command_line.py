@@ -6,7 +6,6 @@ status 2.
 """
 
 from collections.abc import Callable, Mapping
-import errno
 import os
 import pathlib
 import re
@@ -21,6 +20,7 @@ from ml_collections import config_dict, config_flags
 
 from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
+from hiar_jax.files import DiskFull, is_disk_full
 
 # Earlier names of a tool's flags -> their present names, or (name, {earlier value: present value}).
 Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
@@ -66,14 +66,10 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
       main()
     except UserError as error:
       _fail(error)
-    except OSError as error:
-      # a full disk is no bug, wherever it is noticed; another OSError may be one
-      if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+      if not is_disk_full(error):  # which is no bug, wherever it is noticed
         raise
-      where = f" of {error.filename}" if error.filename else ""
-      _fail(
-        UserError(f"no space left on the disk{where}; free some space and run the same command")
-      )
+      _fail(DiskFull(getattr(error, "filename", None), kept=""))
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(130)  # 128 + SIGINT, as a shell reports it

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from hiar_jax.config.building import GROUP, walk
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
 
 RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
@@ -58,7 +58,7 @@ def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
 def read_resolved(workdir: str | os.PathLike) -> dict | None:
   """Reads the config that a workdir was made with; None if it holds none.
 
-  Raises UserError where the file is not JSON.
+  Raises Damaged where the file is not JSON.
   """
   path = pathlib.Path(workdir) / RESOLVED
   try:
@@ -66,8 +66,8 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
   except FileNotFoundError:
     return None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(
-      f"{path} is not JSON ({error}); restore it, or use another --workdir"
+    raise Damaged(
+      path, f"it is not JSON: {error}", "restore it, or use another --workdir"
     ) from error
 
 

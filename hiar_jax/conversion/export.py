@@ -5,6 +5,7 @@ with the config files that other tools read.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -15,20 +16,20 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.checkpoints.stored_arrays import Cast, disk_errors
+from hiar_jax.checkpoints.on_disk import CHECKPOINTS, TOKENIZER
+from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import read_resolved
 from hiar_jax.conversion import catalog, layouts
 from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.files import check_space, write_atomic, writing
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import PyTree
 
 LAYOUTS = ("original", "diffusers")
 STAGES = ("distill", "causal_init", "teacher")
-TOKENIZER = "tokenizer/tokenizer.json"
 # File names without their ending, where they differ from those in layouts.FOLDERS_AND_STEMS.
 STEMS = {
   ("vae", "diffusers"): "diffusion_pytorch_model",
@@ -129,7 +130,7 @@ def _parts(
     # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
       folder = pathlib.Path(experiment.stages_from) / stage
-    yield Part("dit", experiment.dit, load_params(folder / "checkpoints"))
+    yield Part("dit", experiment.dit, load_params(folder / CHECKPOINTS))
   for kind, directory in directories.items():
     yield Part(kind, *weights.open_arrays(directory, kind))
 
@@ -147,37 +148,65 @@ def _target(kind: str, layout: str, out: pathlib.Path) -> Target | None:
 def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_shard: int) -> str:
   """Writes one part; returns a line of report.
 
-  Files are written in a folder inside the target, then moved one by one; the config comes last.
+  All files are written in a folder inside the target before an older export is touched. Raises
+  DiskFull if they do not fit on the disk beside it.
   """
   rules = layouts.key_map(part.kind, part.config, layout)
   tree = part.tree if dtype is None else jax.tree.map(lambda leaf: Cast(leaf, dtype), part.tree)
   tensors = iterate_published(tree, rules, f"{part.kind} ({layout} names)")
   staging = target.folder / f".{part.kind}.tmp"
   config = catalog.model_config(part.kind, part.config, layout)
+  # Tensors are produced one at a time, so the split must follow from shapes and dtypes alone.
+  dtypes = {
+    tuple(key.key for key in path): leaf.dtype
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+  sizes = {rule.name: math.prod(rule.shape) * dtypes[rule.path].itemsize for rule in rules}
+  needed = sum(sizes.values())
+  shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
+  check_space(target.folder, needed)
   try:
-    with disk_errors(target.folder):
-      shutil.rmtree(staging, ignore_errors=True)
+    with writing(target.folder, needed, full_disk_alone=True):
       staging.mkdir(parents=True)
-      # Tensors are produced one at a time, so the split must follow from shapes and dtypes alone.
-      dtypes = {
-        tuple(key.key for key in path): leaf.dtype
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-      }
-      shards = plan_shards(
-        {rule.name: np.prod(rule.shape) * dtypes[rule.path].itemsize for rule in rules}, max_shard
-      )
-      size, count = write_shards(staging, target.stem, tensors, shards)
-      # Files of an earlier export may have been more shards, which would stay beside the new ones.
-      for path in target.taken:
-        path.unlink()
-      for path in sorted(staging.iterdir()):
-        os.replace(path, target.folder / path.name)
+      size, count = write_shards(staging, target.stem, tensors, plan_shards(sizes, max_shard))
       if config is not None:
-        _write_json(target.folder / "config.json", config)
+        _write_json(staging / "config.json", config)
+      _swap(staging, target, target.folder / f".{part.kind}.old")
   finally:
     shutil.rmtree(staging, ignore_errors=True)
   shards = f" in {count} shards" if count > 1 else ""
   return f"{part.kind}: {len(rules)} tensors, {size / 1e9:.3g} GB{shards} -> {target.folder}"
+
+
+def _swap(staging: pathlib.Path, target: Target, aside: pathlib.Path) -> None:
+  """Moves the files of `staging` into the target's folder in place of those of an older export.
+
+  Old and new shards never lie side by side: the old files go into the folder `aside` first, and are
+  deleted when all new ones are in place. If that fails they are put back; if the process dies, they
+  are in `aside`, complete, until the next export replaces them.
+  """
+  # An index or config comes last: without it the files before it pass for no model.
+  new = sorted(staging.iterdir(), key=lambda path: (path.suffix == ".json", path.name))
+  places = [target.folder / path.name for path in new]
+  moved: list[pathlib.Path] = []
+  try:
+    for path in {*target.taken, *(path for path in places if path.exists())}:
+      aside.mkdir(exist_ok=True)
+      if (aside / path.name).exists():  # the old one; this is of an export that died here
+        path.unlink()
+      else:
+        os.replace(path, aside / path.name)
+    for path, place in zip(new, places, strict=True):
+      os.replace(path, place)
+      moved.append(place)
+  except BaseException:
+    for place in moved:
+      place.unlink()
+    for path in aside.glob("*"):
+      os.replace(path, target.folder / path.name)
+    shutil.rmtree(aside, ignore_errors=True)  # it is empty
+    raise
+  shutil.rmtree(aside, ignore_errors=True)
 
 
 def plan_shards(sizes: Mapping[str, int], max_shard: int) -> list[list[str]]:

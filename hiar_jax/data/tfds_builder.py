@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.files import DiskFull, is_disk_full, write_atomic
 
 _RECIPE = "recipe.json"
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
@@ -120,11 +120,15 @@ def build(
     UserError: writing failed, or fewer records than were written are on the disk (a full disk).
   """
   _remove_leftovers(directory)
+  with _quiet_tfds():
+    made = builder(data_dir=os.fspath(directory), config=config)
   try:
     with _quiet_tfds():
-      made = builder(data_dir=os.fspath(directory), config=config)
       made.download_and_prepare(file_format="array_record")
   except (OSError, RuntimeError) as error:
+    if is_disk_full(error):
+      needed = made.count * made.example_bytes
+      raise DiskFull(directory, needed, "no data set is left half made") from error
     # array_record reports a failed write as a RuntimeError that names its source file.
     if isinstance(error, RuntimeError) and "array_record" not in str(error):
       raise

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from hiar_jax.data import tfds_builder
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
 
 _PARTS = "parts"
@@ -219,6 +219,4 @@ def _read_part(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
       return part["latents"], part["captions"], part["starts"]
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     path.unlink(missing_ok=True)
-    raise UserError(
-      f"{path} is damaged ({error}) and was removed; the same command computes it again"
-    ) from error
+    raise Damaged(path, error, "it was removed; the same command computes it again") from error

@@ -20,7 +20,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.progress import progress
+from hiar_jax.progress import Progress
 from hiar_jax.training import samples
 from hiar_jax.video import lengths
 from hiar_jax.video.mp4 import read_metadata, write_mp4
@@ -159,7 +159,7 @@ def new_frames(model: VideoModel, frames: int | None, given: int, *, strict: boo
 def write_clips(model: VideoModel, clips: list[Clip]) -> None:
   """Generates the videos and prints the path of each one when its file is complete."""
   made = make_clips(model, clips)
-  with progress("generate", len(clips)) as bar:
+  with Progress("generate", len(clips)) as bar:
     for done, (clip, latents) in enumerate(made, 1):
       write_clip(model, clip, latents)
       bar.update(done)

@@ -12,6 +12,7 @@ import pathlib
 from ml_collections import config_dict
 
 from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
@@ -86,11 +87,11 @@ class VideoModel:
       for name in ("weights", "cache"):
         content[group].pop(name, None)
     if self.weights:
-      content["weights"] = weights.fingerprint(self.weights, e.dit.kind)
+      content["weights"] = weights.describe(self.weights, e.dit.kind).fingerprint
     else:
       steps = [
         path.name
-        for path in (self.run.directory(self.stage) / "checkpoints").glob("*")
+        for path in (self.run.directory(self.stage) / CHECKPOINTS).glob("*")
         if path.name.isdigit()
       ]
       # Weights of a run have no fingerprint: its config without the keys that may be changed

@@ -7,6 +7,7 @@ same step.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import json
 import sys
 
 from etils import epath
@@ -14,14 +15,15 @@ import jax
 import numpy as np
 
 from hiar_jax.checkpoints import checksums
+from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.config.workdir import to_json
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.preemption import Preemption
-from hiar_jax.progress import Progress, is_writer, progress
+from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig, TrainState
 from hiar_jax.types import Batch, PyTree
@@ -75,14 +77,21 @@ class DataIterators:
     batch = self._run.encode(put_batch(batch, self._run.mesh))
     return {**batch, **{other: self.next(other) for other in others}}
 
-  def get_state(self) -> dict:
-    state = {name: iterator.get_state() for name, iterator in self._iterators.items()}
-    return state | {name: jax.tree.map(float, found) for name, found in self.latest.items()}
+  # What Grain's checkpoint handler calls, which wants bytes:
 
-  def set_state(self, state: dict) -> None:
+  def get_state(self) -> bytes:
+    states = {name: iterator.get_state() for name, iterator in self._iterators.items()}
+    states |= {name: jax.tree.map(float, found) for name, found in self.latest.items()}
+    return json.dumps(states).encode()
+
+  def set_state(self, state: bytes) -> None:
+    states = json.loads(state)
     for name, iterator in self._iterators.items():
-      iterator.set_state(state[name])
-    self.latest = {name: dict(state[name]) for name in self.latest}
+      iterator.set_state(states[name])
+    self.latest = {name: dict(states[name]) for name in self.latest}
+
+  def start_prefetch(self) -> None:
+    """Does nothing: the iterators read ahead from their next use."""
 
 
 def is_done(run: Run, stage: str, steps: int) -> bool:
@@ -90,12 +99,12 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
 
   Raises UserError where the stage should come from `stages_from` and has no such checkpoint there.
   """
-  last = epath.Path(run.directory(stage)) / "checkpoints" / str(steps)
+  last = epath.Path(run.directory(stage)) / CHECKPOINTS / str(steps)
   try:
     if last.is_dir():
       checksums.check(last)
       return True
-  except checksums.Damaged:
+  except Damaged:
     pass  # run_stage restores the checkpoint before it, with a warning, and trains on from there
   if run.borrows(stage):
     raise UserError(
@@ -128,9 +137,7 @@ def run_stage(
   steps = [map_step(u.make_step, shardings, run.mesh, e.mesh.mapping) for u in updates]
   iterators.latest = {update.name: {} for update in updates if update.due}
   config = {"model": to_json(e.dit), "stage": stage}
-  with Checkpoints(
-    run.directory(stage) / "checkpoints", keep=log.keep, config=config
-  ) as checkpoints:
+  with Checkpoints(run.directory(stage) / CHECKPOINTS, keep=log.keep, config=config) as checkpoints:
     restored = checkpoints.restore(sharded_shapes(shapes, shardings), iterators)
     step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
     # a killed run may have logged steps after its last checkpoint
@@ -138,7 +145,7 @@ def run_stage(
     if not step and is_writer():
       print_parameters(stage, shapes.params)
     pending = None  # (step, metrics) that are still on the device
-    with Preemption() as stop, progress(stage, training.steps, initial=step) as bar:
+    with Preemption() as stop, Progress(stage, training.steps, initial=step) as bar:
       stopping = False
       while step < training.steps and not stopping:
         for update, mapped in zip(updates, steps, strict=True):

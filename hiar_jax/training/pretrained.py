@@ -3,6 +3,7 @@
 import jax
 
 from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import Network
@@ -36,7 +37,7 @@ def load_weights(run: Run, stage: str) -> Params:
   shapes = jax.eval_shape(lambda: e.dit.init(jax.random.key(0)))
   rules = e.dit.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
-  return load_params(run.directory(stage) / "checkpoints", sharded_shapes(shapes, shardings))
+  return load_params(run.directory(stage) / CHECKPOINTS, sharded_shapes(shapes, shardings))
 
 
 def load_published(run: Run, directory: str, expected: Network, dtype: str = "float32") -> Params:

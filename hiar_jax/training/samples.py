@@ -11,7 +11,7 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.data import pipeline
-from hiar_jax.progress import progress
+from hiar_jax.progress import Progress
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
 from hiar_jax.video import lengths
@@ -79,7 +79,7 @@ def make_videos(
   generate = run.sampler(run.experiment.codec.latent_frames(frames))
   seeds = np.arange(seed, seed + len(prompts))
   videos = []
-  with progress(title, len(prompts)) as bar:
+  with Progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):
       # the last batch is filled up with the first prompts again, so that nothing is compiled twice
       rows = np.arange(start, start + batch) % len(prompts)

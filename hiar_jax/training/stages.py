@@ -26,7 +26,7 @@ from hiar_jax.data import (
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
-from hiar_jax.progress import is_writer, progress
+from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training import causal_init, distill, loop, pretrained, samples, teacher
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import create_state
@@ -161,7 +161,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
 
   missing = writer.missing_parts(jax.process_index(), jax.process_count())
   parts = -(-config.count // config.batch)
-  with progress("trajectories", parts, initial=parts - len(missing)) as bar:
+  with Progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
       # Row i takes the caption of clip i, over again where there are more trajectories than clips.
       # Its noise depends on i alone, so parts may be made in any order by any process.

@@ -26,7 +26,7 @@ from av.video.frame import PictureType
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import explained
+from hiar_jax.files import writing
 from hiar_jax.video.frames import checked_frames
 from hiar_jax.video.mp4 import BT709, yuv_frame
 
@@ -34,6 +34,7 @@ _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 _CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")  # boxes that hold boxes
 _FREE = b"free"  # free space (8.1.2), which players skip, whole or not
 _NO_LIMIT = 2**31 - 1  # frames between key frames: only the first frame of a fragment is one
+_KEPT = "the video is whole up to its last fragment"
 _HEADER = 8  # bytes of a box before its content: size uint32, name 4 bytes
 
 
@@ -87,7 +88,7 @@ class FragmentedMP4:
     self._fragments: list[Fragment] = []
     self._head = b""  # of a resumed file
     self._file: io.FileIO | None = None
-    with explained(self.path):
+    with writing(self.path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
     if keep is not None:
       self._truncate(keep)
@@ -109,7 +110,7 @@ class FragmentedMP4:
     # box without a moof before it is not played. The 4 bytes of the name are written last, after
     # all others were synchronised, and make the fragment valid in one step.
     start = self._append(content[:4] + _FREE + content[8:])
-    with explained(self.path):
+    with writing(self.path, kept=_KEPT):
       os.pwrite(self._file.fileno(), content[4:8], start + 4)
       os.fsync(self._file.fileno())
     fragment = Fragment(self.frames, len(frames), start, start + len(content))
@@ -145,7 +146,7 @@ class FragmentedMP4:
   def _open(self, mode: str) -> None:
     try:
       # unbuffered: what is written is with the kernel, in the order of the calls
-      with explained(self.path):
+      with writing(self.path):
         self._file = open(self.path, mode, buffering=0)
     except UserError as error:
       raise (
@@ -154,7 +155,7 @@ class FragmentedMP4:
 
   def _append(self, content: bytes) -> int:
     """Writes bytes at the end of the file and returns the offset of the first."""
-    with explained(self.path):
+    with writing(self.path, len(content), _KEPT):
       start = self._file.seek(0, os.SEEK_END)
       left = memoryview(content)
       while left:  # a raw file may write less than it is given
@@ -272,7 +273,7 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
 
   Raises UserError where this is no fragmented MP4.
   """
-  with explained(pathlib.Path(path)):
+  with writing(path):  # it is read to be gone on with
     content = pathlib.Path(path).read_bytes()
   found = []
   moof = None  # the last one, until its mdat comes

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import explained, write_atomic
+from hiar_jax.files import write_atomic, writing
 from hiar_jax.video.frames import checked_frames
 
 
@@ -24,7 +24,7 @@ class PNGFolder:
   def __init__(self, path: str | os.PathLike, *, keep: int | None = None):
     self.path = pathlib.Path(path)
     self.frames = keep or 0
-    with explained(self.path):
+    with writing(self.path):
       self.path.mkdir(parents=True, exist_ok=True)
       # other files of the directory, and temporary ones (.000007.png.tmp), are left alone
       there = sorted(entry for entry in self.path.glob("*.png") if entry.stem.isdigit())

@@ -3,6 +3,7 @@ complete.
 """
 
 import errno
+import json
 import os
 import pathlib
 import signal
@@ -10,13 +11,17 @@ import subprocess
 import sys
 import time
 import types
+import zlib
 
+from etils import epath
 import jax
 import pytest
 
-from hiar_jax.checkpoints import stored_arrays, training_state
+from hiar_jax import files
+from hiar_jax.checkpoints import checksums, training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.files import DiskFull
 from tests.helpers.small_state import CONFIG, assert_same, make, save_steps
 
 # ------------------------------------------------------------------------------------------- damage
@@ -78,6 +83,46 @@ def test_weights_for_inference_come_from_the_checkpoint_before_a_damaged_one(tmp
   assert_same(training_state.load_params(tmp_path), states[0].params)
   assert f"checkpoint {tmp_path}/2 is damaged" in capfd.readouterr().err
   assert (tmp_path / "2").is_dir()  # reading changes nothing
+
+
+def test_weights_for_inference_need_no_whole_state(tmp_path):
+  """Reading them does not mean reading the optimizer's numbers too, nor minding damage there."""
+  states = save_steps(tmp_path, 2)
+  flip(biggest(tmp_path / "2" / "state" / "ocdbt.process_0"))
+  assert_same(training_state.load_params(tmp_path), states[1].params)
+
+
+def test_of_a_huge_checkpoint_the_sizes_are_compared(tmp_path, monkeypatch, capfd):
+  monkeypatch.setattr(checksums, "LIMIT", 1000)
+  states = save_steps(tmp_path, 2)
+  said = capfd.readouterr().err.splitlines()
+  assert (
+    len(said) == 2 and "are more than 1000 B, so the sizes of its files are recorded" in said[0]
+  )
+  table = json.loads((tmp_path / "2" / "checksums.json").read_text())
+  assert table.pop("config/metadata") == f"{(tmp_path / '2/config/metadata').stat().st_size} bytes"
+  with Checkpoints(tmp_path, config=CONFIG) as checkpoints:
+    assert checkpoints.restore(make())[0] == 2
+    with open(tmp_path / "2" / "config" / "metadata", "a") as file:
+      file.write(" ")  # Orbax would read it
+    step, state = checkpoints.restore(make())
+  assert step == 1
+  assert_same(state, states[0])
+  assert "2 is damaged (config/metadata has changed)" in capfd.readouterr().err
+
+
+def test_checksums_of_many_files_read_by_several_threads(tmp_path):
+  names = [f"item/{i}" for i in range(20)]
+  (tmp_path / "item").mkdir()
+  for i, name in enumerate(names):
+    (tmp_path / name).write_bytes(bytes([i]) * 1000 * i)
+  checksums.write(epath.Path(tmp_path))
+  expected = {name: zlib.crc32((tmp_path / name).read_bytes()) for name in names}
+  assert json.loads((tmp_path / "checksums.json").read_text()) == expected
+  checksums.check(epath.Path(tmp_path))
+  (tmp_path / "item" / "7").unlink()
+  with pytest.raises(Damaged, match="item/7 is missing"):
+    checksums.check(epath.Path(tmp_path))
 
 
 def test_when_all_are_damaged_it_stops_every_time(tmp_path):
@@ -173,20 +218,20 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, mon
   small = make()
   big = jax.random.normal(jax.random.key(0), (2048, 1024))  # 8 MB that do not compress
   if not foreseen:
-    monkeypatch.setattr(
-      training_state.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40)
-    )
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
   with Checkpoints(small_disk / "c") as checkpoints:
     checkpoints.save(1, small, small.params)
     checkpoints.wait()
     before = tree_of(small_disk)
     with pytest.raises(
-      UserError, match="no space left on the disk of .*; the last complete checkpoint is 1; "
+      DiskFull,
+      match=r"no space left on the disk of .* \(8.* MiB needed, .* free\); the last complete "
+      "checkpoint is 1; ",
     ):
       checkpoints.save(2, small, {"w": big})
       assert not foreseen
       checkpoints.wait()
-    assert not foreseen or tree_of(small_disk) == before
+    assert tree_of(small_disk) == before
     step, state = checkpoints.restore(make())
     assert step == 1
     assert_same(state, small)
@@ -231,9 +276,9 @@ def test_a_disk_that_fills_up_in_the_background_is_one_line_too(tmp_path, monkey
 
 def test_a_full_disk_is_told_from_its_cause():
   error = ValueError("INTERNAL: writing: No space left on device")
-  assert stored_arrays.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
-  assert stored_arrays.is_disk_full(error)
+  assert files.is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+  assert files.is_disk_full(error)
   wrapped = RuntimeError("save failed")
   wrapped.__cause__ = error
-  assert stored_arrays.is_disk_full(wrapped)
-  assert not stored_arrays.is_disk_full(OSError(errno.EACCES, "Permission denied"))
+  assert files.is_disk_full(wrapped)
+  assert not files.is_disk_full(OSError(errno.EACCES, "Permission denied"))

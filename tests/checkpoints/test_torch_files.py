@@ -117,9 +117,11 @@ def test_names_with_dots_lead_nowhere(tmp_path):
 
 
 FORGED = {
+  # (key, dtype) without a storage behind it
+  "object": b"(S'0'\nS'O'\nt",
+  "unhashable": b"(S'0'\n(lt",
   # attributes written into an allowed object
-  "object": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\nS'O'\nsb",
-  "unhashable": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\n(lsb",
+  "not enough values": b"ccollections\nOrderedDict\n)R(dS'key'\nS'0'\nsS'dtype'\nS'O'\nsb",
   "string": b"(S'storage'\nS'S4'\nS'0'\nS'cpu'\nI4\ntQ",
   "unknown reference": b"(S'module'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ",
 }

@@ -64,15 +64,18 @@ def test_a_resumed_run_equals_a_straight_one(tmp_path):
   np.testing.assert_array_equal(rest, batches[2:])
 
 
-def test_any_iterator_with_get_state_and_set_state_is_kept(tmp_path):
+def test_any_iterator_with_grains_methods_is_kept(tmp_path):
   class Counter:
     position = 3
 
     def get_state(self):
-      return {"position": self.position}
+      return str(self.position).encode()
 
     def set_state(self, state):
-      self.position = state["position"]
+      self.position = int(state)
+
+    def start_prefetch(self):
+      pass
 
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, make(), make().params, Counter())

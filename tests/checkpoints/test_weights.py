@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.files import DiskFull
 from tests.helpers import published_files, tiny
 from tests.helpers.small_weights import CONFIG, PARAMS, Rows, assert_same, chunks
 
@@ -41,7 +43,9 @@ def test_there_and_back(saved):
 def test_every_config_comes_back(tmp_path, kind):
   weights.save(tmp_path, kind, published_files.CONFIGS[kind], PARAMS)
   config = weights.read_config(tmp_path, kind)
-  assert config == published_files.CONFIGS[kind] and type(config) is weights.config_class(kind)
+  assert config == published_files.CONFIGS[kind] and type(config) is type(
+    published_files.CONFIGS[kind]
+  )
   changed = dataclasses.replace(config, dtype="bfloat16" if kind == "dit" else jnp.bfloat16)
   assert (
     weights.config_from_json(kind, json.loads(json.dumps(weights.config_to_json(changed))))
@@ -110,7 +114,7 @@ def test_fingerprints(saved, tmp_path_factory):
   def of(params):
     directory = tmp_path_factory.mktemp("weights")
     weights.save(directory, "dit", CONFIG, params, "another name")
-    return weights.fingerprint(directory, "dit")
+    return weights.describe(directory, "dit").fingerprint
 
   changed = jax.tree.map(np.copy, PARAMS)
   changed["layers"]["kernel"][2, 7, 3] = np.nextafter(
@@ -120,7 +124,7 @@ def test_fingerprints(saved, tmp_path_factory):
   del renamed["scale"]
   cast = {**PARAMS, "zeros": PARAMS["zeros"].view(np.int32)}  # the same bytes
   reshaped = {**PARAMS, "zeros": PARAMS["zeros"].reshape(1, 4)}
-  first = weights.fingerprint(saved, "dit")
+  first = weights.describe(saved, "dit").fingerprint
   assert of(PARAMS) == first and len(first) == 16
   assert len({first, *map(of, (changed, renamed, cast, reshaped))}) == 5
 
@@ -149,7 +153,7 @@ def test_another_kind_in_the_folder(saved):
 def test_a_damaged_description(saved, content):
   (saved / "dit" / "model.json").write_text(content)
   with pytest.raises(UserError, match=r"model\.json is damaged .*convert again") as error:
-    weights.fingerprint(saved, "dit")
+    weights.describe(saved, "dit")
   assert "\n" not in str(error.value)
 
 
@@ -176,9 +180,25 @@ def test_damaged_weights(saved, damage):
     (saved / "dit" / "params" / "_METADATA").unlink()
   else:
     shutil.rmtree(saved / "dit" / "params")
-  with pytest.raises(UserError, match=r"dit is damaged .*convert again") as error:
+  with pytest.raises(UserError, match=r"dit(/params\S*)? is damaged .*convert again") as error:
     weights.load(saved, "dit")
   assert "\n" not in str(error.value)
+
+
+def test_damage_that_shows_only_when_a_row_is_read(saved):
+  _, arrays = weights.open_arrays(saved, "dit")
+  for chunk in chunks(saved):
+    chunk.write_bytes(chunk.read_bytes()[:-3])
+  with pytest.raises(Damaged, match=r"params/layers\.kernel is damaged .*convert again") as error:
+    arrays["layers"]["kernel"][1]
+  assert "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fit_are_refused_before_anything_is_written(saved, monkeypatch):
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+  with pytest.raises(DiskFull, match=r"of .*/dit \(.* needed, 100 B free\); nothing was written"):
+    weights.save(saved, "dit", CONFIG, {"a": Failing(AssertionError("read"))})
+  assert_same(weights.load(saved, "dit")[1])
 
 
 class Failing(Rows):
@@ -333,7 +353,7 @@ def test_weights_over_a_damaged_description(saved):
 def test_a_place_where_nothing_can_be_made(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(
-    UserError, match=r"file/dit cannot be made \(Not a directory\); choose another place"
+    UserError, match=r"file/dit: cannot be written \(Not a directory\); choose another place"
   ):
     weights.save(tmp_path / "file", "dit", CONFIG, PARAMS)
 

@@ -1,11 +1,13 @@
 """The resolved config of a workdir: differences and damage named, written whole or not at all."""
 
+import types
+
 from ml_collections import ConfigDict
 import pytest
 
 from hiar_jax.config.workdir import check_workdir, difference, read_resolved, save_resolved, to_json
-from hiar_jax.errors import UserError
-from hiar_jax.files import os, write_atomic
+from hiar_jax.errors import Damaged, UserError
+from hiar_jax.files import DiskFull, os, shutil, write_atomic
 
 
 def test_difference_names_the_fields():
@@ -45,7 +47,7 @@ def test_a_workdir_remembers_its_config(tmp_path):
 def test_a_damaged_config_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text('{"width": ')
   with pytest.raises(
-    UserError, match=r"config\.json is not JSON .*; restore it, or use another --workdir"
+    Damaged, match=r"config\.json is damaged \(it is not JSON: .*\); restore it, or use another"
   ):
     check_workdir(ConfigDict({"width": 8}), tmp_path)
 
@@ -64,7 +66,12 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
     raise OSError(28, "No space left on device")
 
   monkeypatch.setattr(os, call, fail)
-  with pytest.raises(UserError, match="no space left on the disk of .*config.json"):
+  monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2048))
+  with pytest.raises(
+    DiskFull,
+    match=r"no space left on the disk of .*config.json \(3 B needed, 2 KiB free\); nothing is left "
+    "half written; free some space and run the same command",
+  ):
     write_atomic(path, b"new")
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]

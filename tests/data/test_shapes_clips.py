@@ -13,6 +13,7 @@ import pytest
 from hiar_jax.data import shapes_clips, shapes_world, tfds_builder
 from hiar_jax.data.shapes_world import WorldConfig
 from hiar_jax.errors import UserError
+from hiar_jax.files import DiskFull
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -175,6 +176,17 @@ except UserError as error:
   assert "free some space and run again" in out and out.count("\n") == 1, out + err
   assert not tfds_builder.is_complete(tmp_path)
   assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["recipe.json"]
+
+
+def test_a_full_disk_is_told_with_what_was_needed(tmp_path, monkeypatch):
+  def full(self, **_):
+    raise RuntimeError("array_record_writer.cc: No space left on device")
+
+  monkeypatch.setattr(shapes_clips.ShapesClips, "download_and_prepare", full)
+  with pytest.raises(
+    DiskFull, match=r"no space left on the disk of .* \(.* KiB needed, .* free\); no data set"
+  ):
+    shapes_clips.prepare(tmp_path, WorldConfig(), 3, 0)
 
 
 @pytest.mark.parametrize(

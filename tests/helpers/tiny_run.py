@@ -215,12 +215,10 @@ json.dump([run(*case) for case in json.load(sys.stdin)], sys.stdout)
 
 def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
   """Every array of a checkpoint's `state`, by its path."""
-
-  def read(manager, step):
+  directory = pathlib.Path(workdir) / stage / "checkpoints"
+  with training_state._opened(directory, step) as (manager, _):
     tree = training_state._check_tree(manager, step, "state", None)
-    return training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
-
-  tree = training_state._load(pathlib.Path(workdir) / stage / "checkpoints", step, read)
+    tree = training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves

@@ -198,21 +198,30 @@ def test_held_out_prompts_are_as_many_as_asked_for(with_data):
 
 
 class Counter:
-  """A feed: 1, 2, 3, ..., with the loss of the step that takes each; `act` is called before it."""
+  """1, 2, 3, ..."""
 
-  def __init__(self, loss=lambda step: 1.0 / step, act=lambda step: None):
-    self.count, self.loss, self.act, self.latest = 0, loss, act, {}
-
-  def next(self, name):
-    self.count += 1
-    self.act(self.count)
-    return {name: np.float32(self.count), "loss": np.float32(self.loss(self.count))}
+  def __init__(self):
+    self.count = 0
 
   def get_state(self):
     return {"count": self.count}
 
   def set_state(self, state):
     self.count = state["count"]
+
+
+class Feed(loop.DataIterators):
+  """A counter's numbers and the loss of the step that takes each; `act` is called before it."""
+
+  def __init__(self, loss=lambda step: 1.0 / step, act=lambda step: None):
+    self.counter, self.loss, self.act = Counter(), loss, act
+    super().__init__(None, feed=self.counter)
+
+  def next(self, name):
+    self.counter.count += 1
+    step = self.counter.count
+    self.act(step)
+    return {name: np.float32(step), "loss": np.float32(self.loss(step))}
 
 
 def train(run: Run, steps: int, preview=None, **feed) -> np.ndarray:
@@ -232,7 +241,7 @@ def train(run: Run, steps: int, preview=None, **feed) -> np.ndarray:
       TrainConfig(steps=steps, batch=8, lr=0.1),
       create=create,
       updates=[loop.Update(lambda mean: step, ("counts",))],
-      iterators=Counter(**feed),
+      iterators=Feed(**feed),
       preview=preview,
     )
   return training_state.load_params(run.directory("teacher") / "checkpoints")["w"]
