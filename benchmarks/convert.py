@@ -32,7 +32,7 @@ from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.models.frames import Frames, bind
 from hiar_jax.rollout.blocks import denoise
-from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
 from hiar_jax.types import LatentShape
 
@@ -75,7 +75,7 @@ def forward_once(directory: str, height: int, width: int) -> dict:
   x = jax.random.normal(key_x, (1, HISTORY.block, h, w, config.channels))
   text = jax.random.normal(key_text, (1, TEXT_TOKENS, config.text_dim))
   shape = LatentShape(2 * HISTORY.block, h, w, config.channels)
-  past = ring.empty(config, HISTORY, shape, batch=1)
+  past = Ring.empty(config, HISTORY, shape, batch=1)
 
   @jax.jit
   def call(params, x, text, past):

@@ -45,6 +45,7 @@ class MethodConfig:
               are context at sigma 0 (SAF).
   renoise:    from a level to the next: x0 and `fresh` noise (published code) or an `euler` step
               (the paper's Eq. 3).
+  past:       what is kept of earlier blocks, by name (rollout.past.kinds).
   """
 
   block: int = 3
@@ -55,6 +56,7 @@ class MethodConfig:
   sink: int = 0
   sink_level: str = "history"
   renoise: str = "fresh"
+  past: str = "ring"
 
   def __post_init__(self):
     self.context  # noqa: B018  # raises for an unknown level

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hiar_jax import flow
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Bound, whole_clip
-from hiar_jax.rollout.past.visibility import causal_groups
+from hiar_jax.rollout.past.clip_groups import causal_groups
 from hiar_jax.types import Points, typed
 
 ATTENTIONS = ("bidirectional", "causal")

@@ -11,7 +11,7 @@ from hiar_jax.components.chunked_decoder import ChunkedDecoder
 from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
-from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.types import LatentShape, PyTree
 
 DTYPES = ("float32", "bfloat16")
@@ -76,7 +76,7 @@ class JobSize:
   @property
   def slots(self) -> int:
     """Frames that the cache holds."""
-    return self.method.past_frames(self.given + self.frames)
+    return kind(self.method).capacity(self.method, self.given + self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
     # Forwards of one noise level, see rollout.step_first.sweep: where contexts are free one of each
     # block; else one of two blocks, the block before (as context) and the block itself, but for the
     # first block.
-    for blocks, held in ((head, method.past_frames(head * k)), (new - head, slots)):
+    for blocks, held in ((head, kind(method).capacity(method, head * k)), (new - head, slots)):
       pairs = 0 if method.context.free else max(blocks - 1, 0)
       counts[k, held + k] += levels * (blocks - pairs)
       counts[2 * k, held + 2 * k] += levels * pairs
@@ -145,7 +145,7 @@ def cache_bytes(request: JobSize) -> int:
   """Returns the bytes of the KV cache of the whole batch."""
   r = request
   shape = LatentShape(r.given + r.frames, r.height, r.width, r.network.channels)
-  cache = jax.eval_shape(lambda: ring.empty(r.network, r.method, shape, r.batch))
+  cache = jax.eval_shape(lambda: kind(r.method).empty(r.network, r.method, shape, r.batch))
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
 

@@ -16,7 +16,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method
 from hiar_jax.models.frames import KV, Bound, Frames, Read
 from hiar_jax.rollout.past.ring import Ring
-from hiar_jax.rollout.past.visibility import block_positions, visible
+from hiar_jax.rollout.past.visibility import block_positions
 from hiar_jax.types import Block, Positions, Video
 
 # (level, block) -> eps [b k h w c] with which the block arrives at the level; at level 0 it starts.
@@ -100,7 +100,7 @@ def write_context_and_denoise(
   if it were in the past already; nobody sees the noisy block. A context that does not exist
   (Frames.exists) is neither seen nor kept.
   """
-  seen = visible(past.method, x.positions[-1], context.positions)
+  seen = past.visible(past.method, x.positions[-1], context.positions)
   groups, kept = past.read((context, x.replace(reads=(Read(group=0, seen=seen),))))
   out = bound(groups, kept)
   keep = True if context.exists is None else context.exists

@@ -31,8 +31,8 @@ from hiar_jax.rollout.blocks import (
   join_blocks,
   split_blocks,
 )
-from hiar_jax.rollout.past import ring
-from hiar_jax.rollout.past.visibility import block_groups, causal_groups
+from hiar_jax.rollout.past.clip_groups import block_groups, causal_groups
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.types import Array, LatentShape, Video, typed
 
 
@@ -72,7 +72,7 @@ def _sequential_rollout(frozen: Bound, noise, method: Method, shape: LatentShape
       f"{method.level!r}"
     )
   blocks = shape.frames // method.block
-  past = ring.empty(frozen.network, method, shape, frozen.batch)
+  past = kind(method).empty(frozen.network, method, shape, frozen.batch)
   if method.order == "block_first":
     return block_first.sweep(frozen, noise, past, blocks, exit_level)
 

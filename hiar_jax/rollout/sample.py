@@ -10,7 +10,7 @@ from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout.blocks import Noise, blocks_of, join_blocks, prefill
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.types import Key, LatentShape, Video
 
 ORDERS = {"step_first": step_first.generate, "block_first": block_first.generate}
@@ -62,7 +62,7 @@ def rollout(
       return given
   given_frames = 0 if given is None else given.shape[1]
   video = dataclasses.replace(shape, frames=given_frames + shape.frames)
-  past = ring.empty(bound.network, method, video, bound.batch)
+  past = kind(method).empty(bound.network, method, video, bound.batch)
   if given is not None:
     past = prefill(bound, past, given)
   blocks, first = shape.frames // method.block, blocks_of(given, method)

@@ -34,7 +34,7 @@ from hiar_jax.rollout.blocks import (
   write_context,
   write_context_and_denoise,
 )
-from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
 from hiar_jax.rollout.pipeline import Entering, PipelineState
@@ -49,7 +49,7 @@ def empty(
   shape: of the longest video; with a window the sizes do not depend on its frames.
   """
   levels, batch = method.levels, bound.batch
-  past = ring.empty(bound.network, method, shape, batch, latents=True)
+  past = kind(method).empty(bound.network, method, shape, batch, latents=True)
   block = jnp.zeros((levels, batch, *shape.block(method.block)))
   return PipelineState(
     latents=block,

@@ -18,6 +18,7 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.models.registry import NETWORKS
 from hiar_jax.parallel.mesh import MeshConfig
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.teacher import TeacherConfig
@@ -199,6 +200,7 @@ class Experiment:
 
   def __post_init__(self):
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
+    kind(self.history)  # raises for an unknown past
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(

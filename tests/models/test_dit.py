@@ -13,7 +13,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
 from hiar_jax.models.frames import Frames, frame_mask
-from hiar_jax.rollout.past.visibility import causal_groups
+from hiar_jax.rollout.past.clip_groups import causal_groups
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
 

@@ -21,7 +21,7 @@ from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
 from hiar_jax.models.frames import Bound, Frames, Read, bind
 from hiar_jax.rollout import exit_step, sample
-from hiar_jax.rollout.past.visibility import block_groups, causal_groups
+from hiar_jax.rollout.past.clip_groups import block_groups, causal_groups
 from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import Case, assert_close, channels_last, noise_table

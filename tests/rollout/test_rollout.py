@@ -13,7 +13,7 @@ import pytest
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Out, bind
 from hiar_jax.rollout import sample, step_first, teacher_sampler
-from hiar_jax.rollout.past import ring
+from hiar_jax.rollout.past.ring import Ring
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.plain_rollout import ROWS, Plain, assert_same
@@ -142,8 +142,8 @@ def test_an_earlier_block_changes_later_outputs(network, name):
 # -- the cache
 
 
-def empty_ring(row: MethodConfig, frames: int) -> ring.Ring:
-  return ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), tiny.shape(frames), tiny.BATCH)
+def empty_ring(row: MethodConfig, frames: int) -> Ring:
+  return Ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), tiny.shape(frames), tiny.BATCH)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.models import frames
 from hiar_jax.models.frames import Frames, Read
 from hiar_jax.rollout import exit_step, sample
-from hiar_jax.rollout.past import ring
-from hiar_jax.rollout.past.visibility import block_positions, clip_reads
+from hiar_jax.rollout.past.clip_groups import clip_reads
+from hiar_jax.rollout.past.ring import Ring
+from hiar_jax.rollout.past.visibility import block_positions
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.seams.cases import NETWORK, ROWS, assert_close, bound, method_of, noise_of, shape
@@ -34,7 +35,7 @@ def rollout(row: MethodConfig, count: int, given=None):
 def test_1_the_pair_in_a_full_ring():
   """Window 21, block 8: the noisy block must not see slots 3 to 5, its context sees all 18."""
   method = method_of(MethodConfig())
-  past = ring.empty(NETWORK, method, shape(30), tiny.BATCH)
+  past = Ring.empty(NETWORK, method, shape(30), tiny.BATCH)
   assert past.slots == 18
   for n in range(7):  # blocks 0 to 6: 6 overwrote 0
     positions = block_positions(n, method)

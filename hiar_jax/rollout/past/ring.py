@@ -13,7 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.method import Method
+from hiar_jax.method import Method, MethodConfig
 from hiar_jax.models.frames import KV, Frames, Network, Read
 from hiar_jax.rollout.past.visibility import visible
 from hiar_jax.types import Block, LatentShape, Positions
@@ -30,6 +30,23 @@ class Ring:
   latents: jax.Array | None
   method: Method = flax.struct.field(pytree_node=False)
 
+  # the rule: which frames a block sees, and how many are kept of a video
+  visible = staticmethod(visible)
+  capacity = staticmethod(MethodConfig.past_frames)
+
+  @classmethod
+  def empty(
+    cls, network: Network, method: Method, shape: LatentShape, batch: int, latents: bool = False
+  ) -> "Ring":
+    """Returns a past that holds nothing yet, for videos of shape.frames latent frames.
+
+    With a window its size does not depend on their number. latents: keep the latents too.
+    """
+    slots = cls.capacity(method, shape.frames)
+    kept = jnp.zeros((batch, *shape.block(slots))) if latents else None
+    kv = network.empty_kv(slots, batch, shape.height, shape.width)
+    return cls(kv, jnp.full(slots, -1, jnp.int32), kept, method)
+
   @property
   def slots(self) -> int:
     return self.positions.shape[0]
@@ -41,7 +58,7 @@ class Ring:
     [ring | sink moved for the first group | sink moved for the second ...].
     """
     method, sink = self.method, self.method.sink
-    rows = [visible(method, g.positions[-1], self.positions) for g in groups]
+    rows = [self.visible(method, g.positions[-1], self.positions) for g in groups]
     if not method.moves_sink or not self.slots:
       reads = [(Read(past=0, seen=row),) for row in rows]
       past = (self.kv,)
@@ -100,19 +117,6 @@ class Ring:
     return self.latents[:, slots], self.positions[slots] == positions
 
   def emptied(self) -> "Ring":
-    """Returns a ring of the same size that holds nothing and keeps no latents."""
+    """Returns a past of the same size that holds nothing and keeps no latents."""
     kv = jax.tree.map(jnp.zeros_like, self.kv)
-    return Ring(kv, jnp.full_like(self.positions, -1), None, self.method)
-
-
-def empty(
-  network: Network, method: Method, shape: LatentShape, batch: int, *, latents: bool = False
-) -> Ring:
-  """Returns a ring that holds nothing yet, for videos of shape.frames latent frames.
-
-  With a window its size does not depend on their number. latents: keep the latents too.
-  """
-  slots = method.past_frames(shape.frames)
-  kept = jnp.zeros((batch, *shape.block(slots))) if latents else None
-  kv = network.empty_kv(slots, batch, shape.height, shape.width)
-  return Ring(kv, jnp.full(slots, -1, jnp.int32), kept, method)
+    return self.replace(kv=kv, positions=jnp.full_like(self.positions, -1), latents=None)

@@ -1,4 +1,4 @@
-"""The window rule: which frames a block sees of earlier blocks, and the groups that follow from it.
+"""The window rule: which frames a block sees of earlier blocks.
 
 Example with blocks of 2 frames and a window of 5, sink 1; rows are blocks, columns frames:
 
@@ -8,14 +8,10 @@ Example with blocks of 2 frames and a window of 5, sink 1; rows are blocks, colu
     block 3    1 .   . .   1 1
 """
 
-import dataclasses
-
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Frames, Read
-from hiar_jax.types import Positions, Video
+from hiar_jax.types import Positions
 
 
 def block_positions(n, method: MethodConfig) -> Positions:
@@ -36,40 +32,3 @@ def visible(method: MethodConfig, query, key):
   # counted from the block's end, so that all its frames see the same past
   last_outside = first + method.block - 1 - (method.window - method.sink)
   return row & ((key < method.sink) | (key > last_outside))
-
-
-def clip_reads(method: MethodConfig, n: int, sources: dict[int, Read]) -> tuple[Read, ...]:
-  """Returns what block n of a clip reads. sources: block -> where its K/V are, in their order."""
-  reads = []
-  for m, source in sources.items():
-    frames = m * method.block + np.arange(method.block)
-    row = visible(method, n * method.block, frames)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], row, [False]])))  # of runs of True
-    reads += [
-      dataclasses.replace(source, frames=(int(first), int(end)))
-      for first, end in zip(edges[::2], edges[1::2], strict=True)
-    ]
-  return tuple(reads)
-
-
-def block_groups(
-  x: Video, sigma, method: MethodConfig, shown: list[dict[int, Read]]
-) -> tuple[Frames, ...]:
-  """Returns the blocks of a clip as groups. shown: of each, what it may see: block -> where."""
-  sigma = jnp.asarray(sigma, jnp.float32)
-  k = method.block
-  return tuple(
-    Frames(
-      x[:, n * k : n * k + k],
-      sigma[:, n * k : n * k + k] if sigma.ndim == 2 else sigma,
-      block_positions(n, method),
-      clip_reads(method, n, sources),
-    )
-    for n, sources in enumerate(shown)
-  )
-
-
-def causal_groups(x: Video, sigma, method: MethodConfig) -> tuple[Frames, ...]:
-  """Returns the blocks of a clip as groups that see those before them, as they are here."""
-  blocks = x.shape[1] // method.block
-  return block_groups(x, sigma, method, [{m: Read(group=m) for m in range(blocks)}] * blocks)

@@ -13,7 +13,6 @@ import pytest
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, rope
 from hiar_jax.models.frames import Frames
-from hiar_jax.rollout.past import ring
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
 from tests.helpers import tiny
@@ -46,7 +45,7 @@ def frame_numbers(frames) -> tuple[dit.KV, np.ndarray]:
 def written(row: MethodConfig, blocks: int, *, latents: bool = True) -> Ring:
   if not blocks:
     shape = tiny.shape(BLOCKS * row.block)
-    return ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), shape, tiny.BATCH, latents=latents)
+    return Ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), shape, tiny.BATCH, latents=latents)
   frames = (blocks - 1) * row.block + np.arange(row.block)
   past = written(row, blocks - 1, latents=latents)
   return past.write(*frame_numbers(frames), jnp.asarray(frames))
