@@ -23,7 +23,6 @@ compile_s. Prints one JSON object:
 """
 
 import dataclasses
-import functools
 import gc
 import json
 import os
@@ -45,7 +44,6 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
-from hiar_jax.models import dit
 from hiar_jax.models.frames import bind
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
@@ -59,7 +57,7 @@ SAMPLES = 40  # samples of memory in a run
 def parts_of(e: Experiment) -> StreamParts:
   """Returns the student's sizes and method with random weights and texts."""
   text = np.random.default_rng(0).standard_normal((1, e.text.length, e.text.dim), np.float32)
-  params = jax.jit(functools.partial(dit.init, e.student_dit))(jax.random.key(0))
+  params = jax.jit(e.student_dit.init)(jax.random.key(0))
   size = e.latent.height, e.latent.width
   return StreamParts(
     e.student_dit,

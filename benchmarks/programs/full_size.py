@@ -174,5 +174,5 @@ def integers(*sizes: int) -> jax.ShapeDtypeStruct:
 @functools.cache
 def network(config: dit.DiTConfig, dtype: str = "float32"):
   """Shapes of a DiT's weights."""
-  shapes = jax.eval_shape(functools.partial(dit.init, config), jax.random.key(0))
+  shapes = jax.eval_shape(config.init, jax.random.key(0))
   return jax.tree.map(lambda leaf: shape(leaf.shape, dtype), shapes)
