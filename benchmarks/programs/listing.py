@@ -151,7 +151,7 @@ def trajectories_walk(run):
 def start_init(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the weights it starts from."""
   key = stage_key(e, 4)
-  return lambda weights: create_state(key, weights, e.causal_init.optimizer(e.student_dit))
+  return lambda weights: create_state(key, weights, e.causal_init.optimizer(e.dit))
 
 
 @program("causal_init/start", *SIZES, "seed", "causal_init", exists=trains_init)
@@ -179,7 +179,7 @@ def distilled(run: FullSize) -> tuple:
 
 def start_distill(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the student's weights and the critic's."""
-  generator = e.distill.generator_optimizer(e.student_dit)
+  generator = e.distill.generator_optimizer(e.dit)
   key, rules = stage_key(e, 5), (generator, e.distill.critic_optimizer(e.dit))
   return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
 
