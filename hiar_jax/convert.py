@@ -10,11 +10,10 @@ a few tensors, or one shard that is written. An interrupted run leaves nothing t
 weights; models that are there already are kept without --overwrite.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import pathlib
 import re
 import sys
-from typing import Any
 
 from absl import flags
 import jax
@@ -28,38 +27,13 @@ from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.config import command_line as configs
 from hiar_jax.conversion import export as exports
 from hiar_jax.conversion import layouts
-from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import from_published, to_published, view_published
+from hiar_jax.conversion.key_maps import view_published
 from hiar_jax.conversion.layouts import Model
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.types import Params
 
 DTYPES = ("keep", "bfloat16", "float32")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_DIT = "DiT (Wan2.1's names)"
-
-
-# ------------------------------------------------------------------------ a DiT's tensors in memory
-
-
-def published_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
-  """Returns {name: shape} of the published checkpoint of a DiT of this size."""
-  return {rule.name: rule.shape for rule in dit_key_map(config)}
-
-
-def params_from_torch(named_arrays: Mapping[str, Any], config: DiTConfig) -> Params:
-  """Returns the parameters of `DiT(config)` from arrays under Wan2.1's names, dtypes as given.
-
-  Raises UserError listing what is missing or left over, or naming the tensor whose shape differs.
-  """
-  return from_published(named_arrays, dit_key_map(config), _DIT)
-
-
-def params_to_torch(params: Params, config: DiTConfig) -> dict[str, np.ndarray]:
-  """Returns arrays under Wan2.1's names; the exact inverse of `params_from_torch`."""
-  return to_published(params, dit_key_map(config), _DIT)
 
 
 # --------------------------------------------------------------------------------- files to weights
@@ -107,10 +81,11 @@ def convert(
 def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
   """Writes one model, if it is not there; returns a line of report."""
   folder = pathlib.Path(out) / model.kind
-  rules = model.key_map
+  source = ", ".join(path.name for path in model.tensors.files)
+  rules = layouts.key_map(model.kind, model.config, model.layout)
   # Before the check for existing weights: a source that does not fit is an error in any case.
   tree = view_published(
-    model.tensors.named, rules, f"{model.source}: {model.kind} ({model.layout} names)"
+    model.tensors.named, rules, f"{source}: {model.kind} ({model.layout} names)"
   )
   if weights.exists(out, model.kind) and not overwrite:
     existing = weights.describe(out, model.kind)
@@ -121,22 +96,22 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
   for leaf in jax.tree.leaves(tree):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
-        f"{model.source}: tensors of dtype {leaf.dtype}; expected floating numbers (quantised "
+        f"{source}: tensors of dtype {leaf.dtype}; expected floating numbers (quantised "
         "weights are not read)"
       )
   if dtype is not None:
     tree = jax.tree.map(lambda leaf: Cast(leaf, dtype), tree)
   size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-  found = weights.save(out, model.kind, model.config, tree, source=model.source, tensors=len(rules))
+  found = weights.save(out, model.kind, model.config, tree, source=source, tensors=len(rules))
   return (
     f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, "
-    f"{size / 1e9:.3g} GB, from {model.source} ({model.layout} names)"
+    f"{size / 1e9:.3g} GB, from {source} ({model.layout} names)"
   )
 
 
 def _copy_tokenizer(source: pathlib.Path, out: pathlib.Path, overwrite: bool) -> Iterator[str]:
   """Copies the source's tokenizer, if it has one; yields lines of report."""
-  found = layouts.find_tokenizer(source)
+  found = next((source / name for name in layouts.TOKENIZERS if (source / name).is_file()), None)
   target = out / TOKENIZER
   if found is None:
     return
@@ -177,7 +152,10 @@ def main() -> None:
       "--out is missing; give the directory to write, as "
       f"--out={'weights/wan' if f.source else 'exported'}"
     )
-  _refuse_foreign(f, ("entry", "heads") if f.source is None else ("layout", "max_shard", "stage"))
+  for name in ("entry", "heads") if f.source is None else ("layout", "max_shard", "stage"):
+    if f[name].value is not None:
+      direction = "--export" if f.source is not None else "--source"
+      raise UserError(f"--{name}={f[name].value} belongs to {direction}; leave it out")
   dtype = None if f.dtype == "keep" else f.dtype
   if f.source is not None:
     lines = convert(
@@ -198,14 +176,6 @@ def main() -> None:
     )
   for line in lines:
     print(line, file=sys.stdout, flush=True)
-
-
-def _refuse_foreign(f: flags.FlagValues, names: tuple[str, ...]) -> None:
-  """Raises UserError if a flag of the other direction is set."""
-  for name in names:
-    if f[name].value is not None:
-      direction = "--export" if f.source is not None else "--source"
-      raise UserError(f"--{name}={f[name].value} belongs to {direction}; leave it out")
 
 
 if __name__ == "__main__":

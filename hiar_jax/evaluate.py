@@ -51,7 +51,9 @@ def main() -> None:
   results = references(first, frames)
   for name, videos in rows(runs, prompts, frames):
     results[name] = shapes_truth.measure(videos, prompts, first.world, first.experiment.data.frames)
-    save_sheet(first, out, name, videos, prompts)
+    shown = dict(list(zip(prompts, videos, strict=True))[:8])  # the first eight videos
+    sheet = contact_sheet(shown, title=name, train_frames=first.experiment.data.frames)
+    write_png(out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png", sheet)
     print(report.format_table({name: results[name]}).splitlines()[-1], flush=True)
   table = report.format_table(results)
   write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
@@ -106,16 +108,6 @@ def method_label(method: MethodConfig) -> str:
   """Returns the name of a method in the table, as `step-first, output history`."""
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"
-
-
-def save_sheet(
-  run: Run, out: pathlib.Path, name: str, videos: np.ndarray, prompts: list[str]
-) -> None:
-  """Writes a contact sheet of the first eight videos as OUT/<name in lower case>.png."""
-  out.mkdir(parents=True, exist_ok=True)
-  shown = dict(list(zip(prompts, videos, strict=True))[:8])
-  sheet = contact_sheet(shown, title=name, train_frames=run.experiment.data.frames)
-  write_png(out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png", sheet)
 
 
 if __name__ == "__main__":

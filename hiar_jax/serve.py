@@ -86,15 +86,9 @@ def listen(host: str, port: int) -> socket.socket:
     ) from error
 
 
-def check_installed() -> None:
-  """Raises UserError where the packages of the extra [serve] are missing."""
-  if importlib.util.find_spec("aiohttp") is None:
-    raise UserError("the page needs aiohttp; install it, as pip install 'hiar_jax[serve]'")
-
-
 def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions) -> None:
   """Serves the page until SIGINT or SIGTERM."""
-  # here: aiohttp is an extra, and check_installed has reported where it is missing
+  # here: aiohttp is an extra, and `start` has reported where it is missing
   from aiohttp import web
 
   from hiar_jax.serving.app import make_app
@@ -102,10 +96,21 @@ def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions
   from hiar_jax.serving.session import Limits
 
   limits = Limits(options.buffer_seconds, options.idle_timeout, options.grace, options.max_seconds)
-  with _clips(options.out) as clips:
+  # the directory of the videos: a temporary one is removed at the end
+  with (
+    tempfile.TemporaryDirectory(prefix="hiar_jax_")
+    if options.out is None
+    else contextlib.nullcontext(options.out)
+  ) as clips:
+    try:
+      os.makedirs(clips, exist_ok=True)
+    except OSError as error:
+      raise UserError(
+        f"--out={clips}: cannot be made ({error.strerror}); choose another directory"
+      ) from error
     config = ServerConfig(
       source,
-      clips,
+      pathlib.Path(clips),
       max_generations=options.max_generations,
       max_clients=options.max_clients,
       keep=options.out is not None,
@@ -125,37 +130,20 @@ def serve(source: StreamingModel, listener: socket.socket, options: ServeOptions
     )
 
 
-@contextlib.contextmanager
-def _clips(out: str | None):
-  """Yields the directory of the videos: `out`, or a temporary one that is removed at the end."""
-  if out is None:
-    with tempfile.TemporaryDirectory(prefix="hiar_jax_") as directory:
-      yield pathlib.Path(directory)
-    return
-  try:
-    os.makedirs(out, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"--out={out}: cannot be made ({error.strerror}); choose another directory"
-    ) from error
-  yield pathlib.Path(out)
-
-
-def warm_up(source: StreamingModel) -> None:
-  """Compiles everything, so that no viewer waits for it, before or during a video."""
-  source.engine.warm("")
-  # one block through the threads: compiles the decoder
-  with source.open("", prefetch=1) as stream:
-    next(stream)
-
-
 def start(model: streams.StreamOptions, options: ServeOptions) -> None:
-  """Loads the model and serves it. Raises UserError as check_installed and listen."""
-  check_installed()
+  """Loads the model and serves it.
+
+  Raises UserError as `listen`, and where the packages of the extra [serve] are missing.
+  """
+  if importlib.util.find_spec("aiohttp") is None:
+    raise UserError("the page needs aiohttp; install it, as pip install 'hiar_jax[serve]'")
   # before the model is loaded, which may take minutes: a port in use is known at once
   with listen(options.host, options.port) as listener:
     source = streams.open_source(model)
-    warm_up(source)
+    # Everything is compiled now, so that no viewer waits for it, before or during a video.
+    source.engine.warm("")
+    with source.open("", prefetch=1) as stream:  # one block through the threads: the decoder
+      next(stream)
     serve(source, listener, options)
 
 

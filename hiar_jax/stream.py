@@ -13,6 +13,8 @@ in flight, and `--resume=DIR` continues from there, also on another number of de
 """
 
 from collections.abc import Collection, Mapping
+import contextlib
+from contextlib import AbstractContextManager
 import dataclasses
 import pathlib
 import sys
@@ -217,13 +219,13 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
 
 def _open_out(
   path: pathlib.Path, running: Stream, source: StreamingModel, options: StreamOptions
-) -> FragmentedMP4 | PNGFolder:
+) -> AbstractContextManager[FragmentedMP4 | PNGFolder]:
   """Opens the output: a new one, or with --resume the one that is there, to append to."""
   resumed = options.resume is not None and path.exists()
   # frames behind the snapshot (the process ran on after it was saved) are cut off
   keep = running.taken if resumed else None
   if path.suffix != ".mp4":
-    return PNGFolder(path, keep=keep)
+    return contextlib.nullcontext(PNGFolder(path, keep=keep))
   metadata = source.provenance(running.prompt, running.seed, options.start)
   if options.timeline is not None:
     metadata["timeline"] = timelines.read(options.timeline).text()

@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax import convert
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import shape_here
+from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
 from tests.helpers import tiny
@@ -51,23 +50,20 @@ def published_names(layers: int) -> set[str]:
 
 
 def published_arrays(config=CONFIG) -> dict[str, np.ndarray]:
-  return {
-    name: tiny.random(i, *shape)
-    for i, (name, shape) in enumerate(convert.published_shapes(config).items())
-  }
+  return {rule.name: tiny.random(i, *rule.shape) for i, rule in enumerate(dit_key_map(config))}
 
 
 @pytest.mark.parametrize(
   ("size", "count", "parameters"), [("1.3B", 825, 1_418_996_800), ("14B", 1095, 14_288_491_584)]
 )
 def test_published_sizes(size, count, parameters):
-  shapes = convert.published_shapes(SIZES[size])
+  shapes = {rule.name: rule.shape for rule in dit_key_map(SIZES[size])}
   assert shapes.keys() == published_names(SIZES[size].num_layers) and len(shapes) == count
   assert sum(int(np.prod(shape)) for shape in shapes.values()) == parameters
 
 
 def test_published_shapes_of_the_small_model():
-  shapes = convert.published_shapes(SIZES["1.3B"])
+  shapes = {rule.name: rule.shape for rule in dit_key_map(SIZES["1.3B"])}
   expected = {
     "patch_embedding.weight": (1536, 16, 1, 2, 2),
     "text_embedding.0.weight": (1536, 4096),
@@ -103,10 +99,10 @@ def test_every_parameter_has_a_published_place(config):
 
 def test_there_and_back_bit_for_bit():
   named = published_arrays()
-  params = convert.params_from_torch(named, CONFIG)
+  params = from_published(named, dit_key_map(CONFIG), "DiT")
   like = jax.eval_shape(lambda: CONFIG.init(jax.random.key(0)))
   assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, like)
-  back = convert.params_to_torch(params, CONFIG)
+  back = to_published(params, dit_key_map(CONFIG), "DiT")
   assert back.keys() == named.keys()
   for name, array in named.items():
     assert back[name].tobytes() == array.tobytes() and back[name].shape == array.shape, name
@@ -117,7 +113,7 @@ def test_layouts():
   stacked in order.
   """
   named = published_arrays()
-  params = convert.params_from_torch(named, CONFIG)
+  params = from_published(named, dit_key_map(CONFIG), "DiT")
   weight = named["blocks.1.ffn.0.weight"]
   np.testing.assert_array_equal(params["layers"]["mlp_in"]["kernel"][1], weight.T)
   kernel = params["patch_embedding"]["kernel"].reshape(2, 3, 5, 12)
@@ -137,7 +133,7 @@ def test_misfits_are_listed():
   with pytest.raises(
     UserError, match=r"missing \(blocks.1.ffn.2.bias\).*left over \(blocks.0.self_attn.q.lora\)"
   ) as error:
-    convert.params_from_torch(named, CONFIG)
+    from_published(named, dit_key_map(CONFIG), "DiT")
   assert "\n" not in str(error.value)
 
 
@@ -147,9 +143,11 @@ def test_another_shape_is_refused():
   with pytest.raises(
     UserError, match=r"head.head.weight has shape \(4, 12\), the config asks for \(30, 12\)"
   ):
-    convert.params_from_torch(named, CONFIG)
+    from_published(named, dit_key_map(CONFIG), "DiT")
 
 
 def test_another_depth_is_refused():
   with pytest.raises(UserError, match=r"left over \(blocks.1"):
-    convert.params_from_torch(published_arrays(), dataclasses.replace(CONFIG, num_layers=1))
+    from_published(
+      published_arrays(), dit_key_map(dataclasses.replace(CONFIG, num_layers=1)), "DiT"
+    )

@@ -13,7 +13,7 @@ import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import difference
-from hiar_jax.convert import published_shapes
+from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.rules import tree_shardings
@@ -87,7 +87,10 @@ def test_sizes_are_the_published_ones(name):
     shapes = jax.eval_shape(lambda config=config: config.init(jax.random.key(0)))
     assert (
       count(shapes)
-      == sum(int(np.prod(shape)) for shape in published_shapes(config).values())
+      == sum(
+        int(np.prod(shape))
+        for shape in {rule.name: rule.shape for rule in dit_key_map(config)}.values()
+      )
       == PARAMETERS[size]
     )
 

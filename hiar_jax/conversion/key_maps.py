@@ -7,11 +7,12 @@ memory.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
 
+import flax.traverse_util
 import jax
 import numpy as np
 
@@ -70,32 +71,11 @@ def shape_here(rule: TensorMapping) -> tuple[int, ...]:
   return _inward(np.broadcast_to(np.zeros((), np.int8), rule.shape), rule.kind).shape
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Iterable[str]) -> str:
   names = sorted(names)
   return ", ".join(names[:LISTED]) + (
     f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
   )
-
-
-def check_names(names: Sequence[str], rules: Sequence[TensorMapping], what: str) -> None:
-  """Raises UserError listing the names that are missing and left over, by the rules of `what`."""
-  given, expected = set(names), {rule.name for rule in rules}
-  problems = []
-  if expected - given:
-    problems.append(f"{len(expected - given)} missing ({_some(expected - given)})")
-  if given - expected:
-    problems.append(f"{len(given - expected)} left over ({_some(given - expected)})")
-  if problems:
-    raise UserError(
-      f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' "
-      "config."
-    )
-
-
-def _place(tree: dict, path: tuple[str, ...], array: np.ndarray) -> None:
-  for key in path[:-1]:
-    tree = tree.setdefault(key, {})
-  tree[path[-1]] = array
 
 
 class Stack:
@@ -120,8 +100,15 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
 
   Raises UserError if a name is missing or left over, a shape differs, or layers differ in dtype.
   """
-  check_names(list(named), rules, what)
-  tree: dict = {}
+  given, expected = set(named), {rule.name for rule in rules}
+  unfit = (("missing", expected - given), ("left over", given - expected))
+  problems = [f"{len(names)} {problem} ({_some(names)})" for problem, names in unfit if names]
+  if problems:
+    raise UserError(
+      f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' "
+      "config."
+    )
+  arrays: dict[tuple[str, ...], Any] = {}  # by path
   # Layers are collected by row first: rules may come in any order.
   rows: dict[tuple[str, ...], dict[int, np.ndarray]] = {}
   for rule in rules:
@@ -133,7 +120,7 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
       )
     array = _inward(np.asarray(published), rule.kind)
     if rule.layer is None:
-      _place(tree, rule.path, array)
+      arrays[rule.path] = array
       continue
     stack = rows.setdefault(rule.path, {})
     first = next(iter(stack.values()), array)
@@ -144,8 +131,8 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
       )
     stack[rule.layer] = array
   for path, stack in rows.items():
-    _place(tree, path, Stack([stack[layer] for layer in sorted(stack)]))
-  return tree
+    arrays[path] = Stack([stack[layer] for layer in sorted(stack)])
+  return flax.traverse_util.unflatten_dict(arrays)
 
 
 def from_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:

@@ -47,6 +47,7 @@ CLASSES = {
   "vae": ("_class_name", ("AutoencoderKLWan",)),
   "umt5": ("model_type", ("umt5",)),
 }
+_ROWS = 4096  # of two tables, compared at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,6 @@ class Model:
   layout: str
   config: Any
   tensors: TensorSet
-
-  @property
-  def key_map(self) -> list[TensorMapping]:
-    """The model's key map: one rule per published tensor."""
-    return key_map(self.kind, self.config, self.layout)
-
-  @property
-  def source(self) -> str:
-    """Names of the files, joined by commas."""
-    return ", ".join(path.name for path in self.tensors.files)
 
 
 def key_map(kind: str, config: Any, layout: str) -> list[TensorMapping]:
@@ -109,11 +100,6 @@ def find_models(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
   if all(kind == "dit" for kind, _ in stems):
     return [(None, tensor_files.only_set(source))]
   return stems
-
-
-def find_tokenizer(source: pathlib.Path) -> pathlib.Path | None:
-  """Returns the tokenizer's file in a source folder, or None."""
-  return next((source / name for name in TOKENIZERS if (source / name).is_file()), None)
 
 
 def open_model(
@@ -171,23 +157,22 @@ def _untied(named: Mapping[str, np.ndarray], path: pathlib.Path) -> dict[str, np
   ours, other = "shared.weight", "encoder.embed_tokens.weight"
   named = dict(named)
   if other in named:
-    table = named.pop(other)
-    if not _same(named.setdefault(ours, table), table):
+    a = named.pop(other)
+    b = named.setdefault(ours, a)
+    # Bytes rather than numbers, so that NaN equals NaN; in pieces, since a table may have 4 GB.
+    same = a is b or (
+      (a.shape, a.dtype) == (b.shape, b.dtype)
+      and all(
+        a[row : row + _ROWS].tobytes() == b[row : row + _ROWS].tobytes()
+        for row in range(0, len(a), _ROWS)
+      )
+    )
+    if not same:
       raise UserError(
         f"{path}: {ours} and {other} differ; they must be one table, since the encoder has one. "
         "Use UMT5's own weights."
       )
   return named
-
-
-def _same(a: np.ndarray, b: np.ndarray, rows: int = 4096) -> bool:
-  """Returns True if the bytes are equal, comparing `rows` rows at a time.
-
-  Bytes rather than numbers, so that NaN equals NaN; in pieces, since a table may have 4 GB.
-  """
-  if a is b or a.shape != b.shape or a.dtype != b.dtype:
-    return a is b
-  return all(a[i : i + rows].tobytes() == b[i : i + rows].tobytes() for i in range(0, len(a), rows))
 
 
 def missing(kinds: Sequence[str]) -> list[str]:

@@ -4,16 +4,8 @@ The published encoder and decoder are lists of layers, and a tensor is named by 
 its list; layers without weights count too.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
-from hiar_jax.conversion.key_maps import TensorMapping, from_published, to_published
+from hiar_jax.conversion.key_maps import TensorMapping
 from hiar_jax.models.taehv import TinyVAEConfig
-from hiar_jax.types import Params
-
-_MODEL = "tiny VAE (TAEHV's names)"
 
 
 def _conv(
@@ -41,7 +33,8 @@ def _memory(half: str, first: int, stage: int, width: int, blocks: int) -> list[
   return rules
 
 
-def _encoder(config: TinyVAEConfig) -> list[TensorMapping]:
+def tiny_vae_key_map(config: TinyVAEConfig) -> list[TensorMapping]:
+  """Returns one rule per published tensor, the encoder's first."""
   width = config.encoder_width
   index = 2  # after the first convolution and its ReLU
   rules = _conv("encoder.0", 3, width, ("encoder", "conv_in"))
@@ -52,13 +45,11 @@ def _encoder(config: TinyVAEConfig) -> list[TensorMapping]:
     rules += _conv(f"encoder.{index + 1}", width, width, (*path, "conv"), bias=False)
     rules += _memory("encoder", index + 2, stage, width, config.blocks)
     index += 2 + config.blocks
-  return rules + _conv(f"encoder.{index}", width, config.z_dim, ("encoder", "conv_out"))
+  rules += _conv(f"encoder.{index}", width, config.z_dim, ("encoder", "conv_out"))
 
-
-def _decoder(config: TinyVAEConfig) -> list[TensorMapping]:
   widths = config.decoder_widths
   index = 3  # after the clamp, the first convolution and its ReLU
-  rules = _conv("decoder.1", config.z_dim, widths[0], ("decoder", "conv_in"))
+  rules += _conv("decoder.1", config.z_dim, widths[0], ("decoder", "conv_in"))
   for stage, time in enumerate(config.temporal_upsample):
     width, out = widths[stage], widths[stage + 1]
     path = ("decoder", f"up_{stage}")
@@ -70,18 +61,3 @@ def _decoder(config: TinyVAEConfig) -> list[TensorMapping]:
     index += 2
   # At `index` is a ReLU.
   return rules + _conv(f"decoder.{index + 1}", widths[-1], 3, ("decoder", "conv_out"))
-
-
-def tiny_vae_key_map(config: TinyVAEConfig) -> list[TensorMapping]:
-  """Returns one rule per published tensor."""
-  return [*_encoder(config), *_decoder(config)]
-
-
-def tiny_vae_params_from_published(named: Mapping[str, Any], config: TinyVAEConfig) -> Params:
-  """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
-  return from_published(named, tiny_vae_key_map(config), _MODEL)
-
-
-def tiny_vae_params_to_published(params: Params, config: TinyVAEConfig) -> dict[str, np.ndarray]:
-  """Returns named tensors; the exact inverse of `tiny_vae_params_from_published`."""
-  return to_published(params, tiny_vae_key_map(config), _MODEL)

@@ -2,15 +2,9 @@
 (`text_encoder/`).
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-
-from hiar_jax.conversion.key_maps import TensorMapping, from_published, to_published
+from hiar_jax.conversion.key_maps import TensorMapping
 from hiar_jax.errors import UserError
 from hiar_jax.models.umt5 import UMT5Config
-from hiar_jax.types import Params
 
 LAYOUTS = ("original", "diffusers")
 
@@ -57,17 +51,3 @@ def umt5_key_map(config: UMT5Config, layout: str = "original") -> list[TensorMap
       kind = "linear" if path.endswith("kernel") else "same"
       rules.append(TensorMapping(name, shape, ("layers", *path.split("/")), kind, layer))
   return [*rules, TensorMapping(f"{norm}.weight", (dim,), ("norm", "scale"))]
-
-
-def umt5_params_from_published(
-  named: Mapping[str, Any], config: UMT5Config, layout: str = "original"
-) -> Params:
-  """Returns parameters from named tensors. Raises UserError if names or shapes do not fit."""
-  return from_published(named, umt5_key_map(config, layout), f"UMT5 ({layout} names)")
-
-
-def umt5_params_to_published(
-  params: Params, config: UMT5Config, layout: str = "original"
-) -> dict[str, np.ndarray]:
-  """Returns named tensors; the exact inverse of `umt5_params_from_published`."""
-  return to_published(params, umt5_key_map(config, layout), f"UMT5 ({layout} names)")

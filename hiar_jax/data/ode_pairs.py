@@ -7,7 +7,6 @@ shift 8, guidance scale 6; the levels before steps 0, 12, 24, 36 and the last on
 read without PyTorch and without running the code that a pickle may hold.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
@@ -52,16 +51,9 @@ class Sampler:
     return [float(schedule[index]) for index in self.kept]
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
-  """One trajectory of the folder: its file and its prompt."""
-
-  path: pathlib.Path
-  prompt: str
-
-
-def list_pairs(folder: str | os.PathLike) -> list[Pair]:
-  """Returns the trajectories of a folder, in the order of the file names, without reading latents.
+def list_pairs(folder: str | os.PathLike) -> list[tuple[pathlib.Path, str]]:
+  """Returns (file, prompt) of each trajectory of a folder, in the order of the file names, without
+  reading latents.
 
   Raises:
     UserError: no such folder, no `.pt` file in it, or one that holds no {prompt: tensor}.
@@ -75,7 +67,7 @@ def list_pairs(folder: str | os.PathLike) -> list[Pair]:
       "on"
     )
   return [
-    Pair(path, prompt)
+    (path, prompt)
     for path in tqdm.tqdm(paths, desc="ode pairs", unit="file")
     for prompt in _entries(path)
   ]
@@ -92,21 +84,21 @@ def _entries(path: pathlib.Path) -> dict[str, Any]:
   raise UserError(f"{path} holds {found}; expected a trajectory, {{prompt: tensor {_AXES}}}")
 
 
-def read_latents(pair: Pair, levels: int, channels: int = 16) -> np.ndarray:
+def read_latents(path: pathlib.Path, prompt: str, levels: int, channels: int = 16) -> np.ndarray:
   """Returns the latents of a trajectory, [s, f, h, w, c], noisiest first, in the file's dtype.
 
   Raises:
     UserError: a tensor of another shape or dtype.
   """
-  array = _entries(pair.path)[pair.prompt]
+  array = _entries(path)[prompt]
   shape = getattr(array, "shape", ())
   # The leading axis of one prompt may be missing.
   if len(shape) < 5 or shape[:-5] not in ((), (1,)) or array.dtype.name not in _FLOATING:
-    raise UserError(f"{pair.path} holds {_describe(array)}; expected floating numbers {_AXES}")
+    raise UserError(f"{path} holds {_describe(array)}; expected floating numbers {_AXES}")
   array = array.reshape(shape[-5:])
   if array.shape[0] != levels or array.shape[2] != channels:
     raise UserError(
-      f"{pair.path} holds {_describe(array)}; expected {levels} levels and {channels} channels, "
+      f"{path} holds {_describe(array)}; expected {levels} levels and {channels} channels, "
       f"{_AXES}; say which levels were kept if there are others"
     )
   return np.moveaxis(array, 2, -1)  # [s, f, c, h, w] -> [s, f, h, w, c]
@@ -133,7 +125,7 @@ def prepare(
   pairs = list_pairs(folder)
   # Identifies the source without reading its gigabytes: names and prompts, not latents.
   digest = hashlib.sha256(
-    json.dumps([(pair.path.name, pair.prompt) for pair in pairs]).encode()
+    json.dumps([(path.name, prompt) for path, prompt in pairs]).encode()
   ).hexdigest()[:16]
   recipe = {
     "source": "ode_pairs",
@@ -145,21 +137,15 @@ def prepare(
   writer = TrajectoryWriter(directory, sampler.sigmas, len(pairs), part_size, dtype, recipe)
   for part in tqdm.tqdm(writer.missing_parts(), desc="trajectories", unit="part"):
     chosen = [pairs[row] for row in writer.rows(part)]
-    latents = _stack(chosen, len(sampler.kept), channels)
-    writer.write_part(part, latents, [pair.prompt for pair in chosen])
+    latents = [read_latents(path, prompt, len(sampler.kept), channels) for path, prompt in chosen]
+    for (path, _), array in zip(chosen, latents, strict=True):
+      if array.shape != latents[0].shape:
+        raise UserError(
+          f"{path} holds {_describe(array)}, {chosen[0][0]} {_describe(latents[0])}; expected one "
+          "size, import them apart"
+        )
+    writer.write_part(part, np.stack(latents), [prompt for _, prompt in chosen])
   writer.finish()
-
-
-def _stack(pairs: Sequence[Pair], levels: int, channels: int) -> np.ndarray:
-  """Returns the latents of several trajectories, [m, s, f, h, w, c]."""
-  latents = [read_latents(pair, levels, channels) for pair in pairs]
-  for pair, array in zip(pairs, latents, strict=True):
-    if array.shape != latents[0].shape:
-      raise UserError(
-        f"{pair.path} holds {_describe(array)}, {pairs[0].path} {_describe(latents[0])}; expected "
-        "one size, import them apart"
-      )
-  return np.stack(latents)
 
 
 def _describe(value: Any) -> str:

@@ -5,7 +5,6 @@ number of processes that share the work or of reading threads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import os
 import pathlib
 from typing import Any
@@ -55,33 +54,27 @@ def make_iterator(
   if missing := [key for key in keys or () if key not in available]:
     raise UserError(f"{directory} has no {', '.join(missing)}; it has {', '.join(available)}")
   rows = slice(process_index * batch_size, (process_index + 1) * batch_size)
-  reader = _Reader(source, tokenize, rows, available if keys is None else list(keys))
+
+  def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
+    """Maps the record numbers of a global batch to this process's rows of it."""
+    # One call for all records: array_record reads them in parallel.
+    records = source.__getitems__([int(i) for i in numbers[rows]])
+    batch = {}
+    for key in available if keys is None else keys:
+      stacked = np.stack([record[key] for record in records])
+      batch[key] = stacked.astype(np.float32) if stacked.dtype == np.float16 else stacked
+    return {**batch, "tokens": np.stack([tokenize(record) for record in records])}
+
   # Grain takes seeds of 32 bits; SeedSequence hashes longer ones down.
   seed32 = int(np.random.SeedSequence(seed).generate_state(1)[0])
   # Numbers are shuffled and batched for all processes alike, and only then does each process read
   # its own rows: the global order is independent of the number of processes.
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed32).repeat()
-  batches = order.batch(global_batch).map(reader)
+  batches = order.batch(global_batch).map(read)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
   )
   return iter(batches.to_iter_dataset(options))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-  """Maps the record numbers of a global batch to this process's rows of it."""
-
-  source: Sequence[Mapping[str, Any]]
-  tokenize: Callable[[Mapping[str, Any]], np.ndarray]
-  rows: slice  # of the global batch
-  keys: list[str]
-
-  def __call__(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-    # One call for all records: array_record reads them in parallel.
-    records = self.source.__getitems__([int(i) for i in numbers[self.rows]])
-    batch = {key: _stack([record[key] for record in records]) for key in self.keys}
-    return {**batch, "tokens": np.stack([self.tokenize(record) for record in records])}
 
 
 def read_captions(directory: str | os.PathLike) -> list[str]:
@@ -90,13 +83,13 @@ def read_captions(directory: str | os.PathLike) -> list[str]:
   Raises:
     UserError: no complete data set is there.
   """
-  source = tfds_builder.open_source(directory)
+  source = tfds_builder.open_source(directory, ("caption",))
   return [source[i]["caption"].decode() for i in range(len(source))]
 
 
 def read_starts(directory: str | os.PathLike) -> list[int]:
   """Returns the frame of its video at which each clip of a data set begins, 0 by default."""
-  source = tfds_builder.open_source(directory)
+  source = tfds_builder.open_source(directory, ("start",))
   return [int(source[i].get("start", 0)) for i in range(len(source))]
 
 
@@ -120,8 +113,3 @@ def read_prompts(path: str | os.PathLike) -> list[str]:
   if not prompts:
     raise UserError(f"prompts file {path} holds no prompt; write one a line (# starts a comment)")
   return prompts
-
-
-def _stack(arrays: list[np.ndarray]) -> np.ndarray:
-  stacked = np.stack(arrays)
-  return stacked.astype(np.float32) if stacked.dtype == np.float16 else stacked

@@ -1,6 +1,5 @@
 """The shapes world as a TFDS data set: captioned clips with their true state."""
 
-from collections.abc import Iterator
 import dataclasses
 import os
 from typing import Any
@@ -13,59 +12,8 @@ from hiar_jax.data.shapes_world import WorldConfig
 from hiar_jax.errors import UserError
 
 
-@dataclasses.dataclass
-class ShapesClipsConfig(tfds.core.BuilderConfig):
-  """Recipe of a data set; clip i depends on (seed, i) and the world alone."""
-
-  world: WorldConfig = WorldConfig()
-  clips: int = 1
-  seed: int = 0
-
-
-class ShapesClips(tfds_builder.SequentialBuilder):
-  """Builder of records of a clip, its caption and its true state, for n shapes:
-
-  video      uint8 [f, H, W, 3]
-  start      int32 [], the frame of its video at which the clip begins
-  caption    text
-  position   float32 [f, n, 2], x y of the centres, pixels
-  velocity   float32 [f, n, 2], pixels per frame
-  colour     int32 [n], index into shapes_world.COLOURS
-  shape      int32 [n], index into shapes_world.SHAPES
-  background int32 [], index into shapes_world.BACKGROUNDS
-  """
-
-  @property
-  def count(self) -> int:
-    return self.builder_config.clips
-
-  @property
-  def example_bytes(self) -> int:
-    world = self.builder_config.world
-    return world.frames * world.size**2 * 3
-
-  def features(self) -> dict[str, Any]:
-    world = self.builder_config.world
-    f, n = world.frames, world.shapes_per_clip
-    return {
-      "video": tfds_builder.tensor((f, world.size, world.size, 3), np.uint8),
-      "start": tfds_builder.tensor((), np.int32),
-      "caption": tfds.features.Text(),
-      "position": tfds_builder.tensor((f, n, 2), np.float32),
-      "velocity": tfds_builder.tensor((f, n, 2), np.float32),
-      "colour": tfds_builder.tensor((n,), np.int32),
-      "shape": tfds_builder.tensor((n,), np.int32),
-      "background": tfds_builder.tensor((), np.int32),
-    }
-
-  def examples(self) -> Iterator[dict[str, Any]]:
-    config = self.builder_config
-    for index in range(config.clips):
-      yield make_clip(config.world, config.seed, index)
-
-
 def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -> dict[str, Any]:
-  """Returns clip `index` of the endless sequence of a seed, as one record of `ShapesClips`."""
+  """Returns clip `index` of the endless sequence of a seed, as one record of `prepare`."""
   rng = np.random.default_rng((seed, index))
   # The order of the draws is part of the data set: scene, then start.
   scene = shapes_world.sample_scene(rng, world, split)
@@ -87,6 +35,17 @@ def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -
 def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: int) -> None:
   """Writes `clips` clips of the train split; does nothing if they are complete, else starts over.
 
+  Clip i depends on (seed, i) and the world alone. A record holds, for n shapes:
+
+  video      uint8 [f, H, W, 3]
+  start      int32 [], the frame of its video at which the clip begins
+  caption    text
+  position   float32 [f, n, 2], x y of the centres, pixels
+  velocity   float32 [f, n, 2], pixels per frame
+  colour     int32 [n], index into shapes_world.COLOURS
+  shape      int32 [n], index into shapes_world.SHAPES
+  background int32 [], index into shapes_world.BACKGROUNDS
+
   Raises:
     UserError: clips < 1, or the directory holds clips of another world, count or seed.
   """
@@ -97,5 +56,22 @@ def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: 
   if tfds_builder.is_complete(directory):
     return
   tfds_builder.write_recipe(directory, recipe)
-  config = ShapesClipsConfig(name=world.difficulty, world=world, clips=clips, seed=seed)
-  tfds_builder.build(ShapesClips, config, directory)
+  f, n = world.frames, world.shapes_per_clip
+  features = {
+    "video": tfds_builder.tensor((f, world.size, world.size, 3), np.uint8),
+    "start": tfds_builder.tensor((), np.int32),
+    "caption": tfds.features.Text(),
+    "position": tfds_builder.tensor((f, n, 2), np.float32),
+    "velocity": tfds_builder.tensor((f, n, 2), np.float32),
+    "colour": tfds_builder.tensor((n,), np.int32),
+    "shape": tfds_builder.tensor((n,), np.int32),
+    "background": tfds_builder.tensor((), np.int32),
+  }
+  tfds_builder.build(
+    directory,
+    f"shapes_clips/{world.difficulty}",
+    features,
+    (make_clip(world, seed, index) for index in range(clips)),
+    count=clips,
+    example_bytes=f * world.size**2 * 3,
+  )

@@ -147,15 +147,6 @@ class ParsedShape:
   speed: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class ParsedCaption:
-  """A parsed prompt."""
-
-  shapes: tuple[ParsedShape, ...]
-  background: str | None  # None: the prompt names no texture
-  unknown: tuple[str, ...]  # words outside VOCABULARY
-
-
 # Captions
 
 
@@ -163,14 +154,17 @@ def caption(scene: Scene) -> str:
   """Returns 'a red circle moving left slowly', joined by 'and', with ' on a striped background'
   unless the background is plain.
   """
-  phrases = [_phrase(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
-  return _sentence(phrases, scene.background)
+  shapes = [(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
+  return _sentence(shapes, scene.background)
 
 
-def parse_caption(text: str) -> ParsedCaption | None:
-  """Parses a prompt, in any word order; returns None if no word of the world is in it."""
+def parse_caption(text: str) -> tuple[tuple[ParsedShape, ...], str | None]:
+  """Parses a prompt, in any word order: its shapes, and its background if it names a texture.
+
+  Words outside of the world are ignored.
+  """
   shapes: list[dict] = []
-  background, unknown = None, []
+  background = None
   kinds = {"colour": COLOURS, "shape": SHAPES, "direction": DIRECTIONS, "speed": SPEEDS}
   for word in re.findall(r"[^\W_]+", text.lower()):
     kind = next((k for k, words in kinds.items() if word in words), None)
@@ -181,11 +175,7 @@ def parse_caption(text: str) -> ParsedCaption | None:
       shapes[-1][kind] = word
     elif word in BACKGROUNDS:
       background = word
-    elif word not in VOCABULARY:
-      unknown.append(word)
-  if not shapes and background is None:
-    return None
-  return ParsedCaption(tuple(ParsedShape(**s) for s in shapes), background, tuple(unknown))
+  return tuple(ParsedShape(**s) for s in shapes), background
 
 
 def held_out(colour: str, shape: str, direction: str) -> bool:
@@ -216,22 +206,21 @@ def prompts(split: str, config: WorldConfig) -> list[str]:
   and textures that rotate along the list (all combinations would be about 100,000).
   """
   if config.difficulty == "plain":
-    return [_sentence([_phrase(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
+    return [_sentence([(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
   pairs = [(a, b) for a in triples(split) for b in triples(split) if a[0] != b[0]]
   speeds, textures = list(SPEEDS), BACKGROUNDS[1:]
   return [
-    _sentence(
-      [_phrase(*a, speeds[i % 3]), _phrase(*b, speeds[i // 3 % 3])], textures[i % len(textures)]
-    )
+    _sentence([(*a, speeds[i % 3]), (*b, speeds[i // 3 % 3])], textures[i % len(textures)])
     for i, (a, b) in enumerate(pairs)
   ]
 
 
-def _phrase(colour: str, shape: str, direction: str, speed: str) -> str:
-  return f"a {colour} {shape} moving {direction} {speed}".strip()
-
-
-def _sentence(phrases: list[str], background: str) -> str:
+def _sentence(shapes: list[tuple[str, str, str, str]], background: str) -> str:
+  """Returns the caption of shapes, (colour, shape, direction, speed) each."""
+  phrases = [
+    f"a {colour} {shape} moving {direction} {speed}".strip()
+    for colour, shape, direction, speed in shapes
+  ]
   where = "" if background == "plain" else f" on a {background} background"
   return " and ".join(phrases) + where
 
@@ -261,34 +250,21 @@ def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "tr
 def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
   # The order of the draws from rng determines the data sets of a seed: keep it.
   options, shapes = triples(split), []
+  low, high = config.radius, config.size - config.radius
   while len(shapes) < config.shapes_per_clip:
-    triple = options[rng.integers(len(options))]
-    if all(triple[0] != s.colour for s in shapes):
-      shapes.append(_draw_shape(rng, config, triple))
+    colour, shape, direction = options[rng.integers(len(options))]
+    if any(colour == s.colour for s in shapes):
+      continue
+    word = list(SPEEDS)[rng.integers(len(SPEEDS))]
+    velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
+    run = velocity * FREE_FRAMES
+    # Both the start and the end of the free run lie between the walls.
+    position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
+    place, step = tuple(position.tolist()), tuple(velocity.tolist())
+    shapes.append(Shape(colour, shape, direction, word, place, step, config.radius))
   textured = config.difficulty == "textured"
   background = BACKGROUNDS[rng.integers(1, len(BACKGROUNDS))] if textured else "plain"
   return Scene(tuple(shapes), background, config.size)
-
-
-def _draw_shape(
-  rng: np.random.Generator, config: WorldConfig, triple: tuple[str, str, str]
-) -> Shape:
-  colour, shape, direction = triple
-  word = list(SPEEDS)[rng.integers(len(SPEEDS))]
-  velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
-  low, high = config.radius, config.size - config.radius
-  run = velocity * FREE_FRAMES
-  # Both the start and the end of the free run lie between the walls.
-  position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
-  return Shape(
-    colour,
-    shape,
-    direction,
-    word,
-    tuple(position.tolist()),
-    tuple(velocity.tolist()),
-    config.radius,
-  )
 
 
 def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:

@@ -1,9 +1,9 @@
-"""Base of the TFDS builders: builds a data set once and atomically, finds it and opens it.
+"""TFDS data sets: builds one once and atomically, finds it and opens it.
 
 A directory holds one data set, with its recipe (the settings it was made from) in `recipe.json`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 import contextlib
 import functools
 import io
@@ -27,44 +27,39 @@ _RECIPE = "recipe.json"
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
 
 
-class SequentialBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
-  """Builder that writes `examples()` in order into shards of equal length; holds one in memory.
-
-  Subclasses give `features`, `count`, `example_bytes` and `examples()`, from their config alone:
-  `features` runs within the constructor.
-  """
+class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+  """The TFDS builder of `build`: examples in order in shards of equal length, one in memory."""
 
   VERSION = tfds.core.Version("1.0.0")
   # Nothing is downloaded; TFDS's own look-up needs importlib_resources, which it does not install.
   url_infos = None
-  count: int  # of examples
-  example_bytes: int  # of a typical example
 
-  def features(self) -> dict[str, Any]:
-    raise NotImplementedError
-
-  def examples(self) -> Iterator[dict[str, Any]]:
-    raise NotImplementedError
+  def __init__(self, name, features, examples, count, example_bytes, **options):
+    # Before TFDS's own constructor, which asks for the name and for the features.
+    self.name = name
+    self._features, self._examples = features, examples
+    self._count, self._example_bytes = count, example_bytes
+    super().__init__(**options)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features.FeaturesDict(self.features())
+    features = tfds.features.FeaturesDict(self._features)
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _shard_iterators_per_split(self, dl_manager) -> dict[str, Sequence[Any]]:
     del dl_manager  # nothing is downloaded
-    per_shard = max(1, min(self.count, _SHARD_BYTES // self.example_bytes))
-    shards = math.ceil(self.count / per_shard)
+    per_shard = max(1, min(self._count, _SHARD_BYTES // self._example_bytes))
+    shards = math.ceil(self._count / per_shard)
     # All shards slice one iterator, in order: video files, which only read forward, are decoded
     # once.
     numbered = self._numbered_examples()
     return {"train": [functools.partial(itertools.islice, numbered, per_shard)] * shards}
 
   def _numbered_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-    with tqdm.tqdm(desc=self.name, total=self.count, unit="clip", smoothing=0) as bar:
-      for index, example in enumerate(self.examples()):
+    with tqdm.tqdm(desc=self.name, total=self._count, unit="clip", smoothing=0) as bar:
+      for index, example in enumerate(self._examples):
         bar.update()
         # islice does not ask for the end after the last example: close the bar before it.
-        if bar.n == self.count:
+        if bar.n == self._count:
           bar.close()
         yield index, example
 
@@ -112,22 +107,44 @@ def write_recipe(directory: str | os.PathLike, recipe: dict[str, Any]) -> None:
 
 
 def build(
-  builder: type[SequentialBuilder], config: tfds.core.BuilderConfig, directory: str | os.PathLike
+  directory: str | os.PathLike,
+  name: str,
+  features: dict[str, Any],
+  examples: Iterable[dict[str, Any]],
+  *,
+  count: int,
+  example_bytes: int,
 ) -> None:
-  """Writes the whole data set under a temporary name and then renames it; no resumption.
+  """Writes a whole data set, in the order of its examples, under a temporary name and then renames
+  it; no resumption.
+
+  Args:
+    name: of the data set and of its variant, as "shapes_clips/plain".
+    features: TFDS features by name.
+    examples: {feature: value} each; iterated over once, while they are written.
+    count: of the examples.
+    example_bytes: of a typical example; decides how many go into a shard.
 
   Raises:
     UserError: writing failed, or fewer records than were written are on the disk (a full disk).
   """
+  name, variant = name.split("/")
   _remove_leftovers(directory)
-  with _quiet_tfds():
-    made = builder(data_dir=os.fspath(directory), config=config)
   try:
     with _quiet_tfds():
+      made = _Builder(
+        name,
+        features,
+        examples,
+        count,
+        example_bytes,
+        data_dir=os.fspath(directory),
+        config=tfds.core.BuilderConfig(name=variant),
+      )
       made.download_and_prepare(file_format="array_record")
   except (OSError, RuntimeError) as error:
     if is_disk_full(error):
-      needed = made.count * made.example_bytes
+      needed = count * example_bytes
       raise DiskFull(directory, needed, "no data set is left half made") from error
     # array_record reports a failed write as a RuntimeError that names its source file.
     if isinstance(error, RuntimeError) and "array_record" not in str(error):
@@ -152,9 +169,13 @@ def build(
     )
 
 
-def open_source(directory: str | os.PathLike) -> Sequence[dict[str, Any]]:
+def open_source(
+  directory: str | os.PathLike, keys: Collection[str] | None = None
+) -> Sequence[dict[str, Any]]:
   """Opens the data set in `directory` for random access to its records: dicts of arrays, texts as
   bytes.
+
+  keys: the features to decode, by default all; the others stay bytes.
 
   Raises:
     UserError: no complete data set is there.
@@ -162,7 +183,11 @@ def open_source(directory: str | os.PathLike) -> Sequence[dict[str, Any]]:
   path = _find(directory)
   if path is None:
     raise UserError(f"{directory} holds no complete data set; run the stage that writes it first")
-  return tfds.builder_from_directory(path).as_data_source(split="train")
+  builder = tfds.builder_from_directory(path)
+  skipped = builder.info.features.keys() - set(keys) if keys is not None else ()
+  return builder.as_data_source(
+    split="train", decoders={key: tfds.decode.SkipDecoding() for key in skipped}
+  )
 
 
 def _find(directory: str | os.PathLike) -> pathlib.Path | None:

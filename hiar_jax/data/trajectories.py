@@ -1,12 +1,12 @@
 """Teacher ODE trajectories: computed in resumable parts, then joined into one TFDS data set.
 
 A trajectory holds the teacher's latents of one clip at the student's noise levels, noisiest first,
-[s, f, h, w, c]; causal init regresses on it. Parts may be computed by several hosts over a shared
-file system; one of them then calls `finish`.
+[s, f, h, w, c]; causal init regresses on it. A record is {trajectory, start int32 [], caption}: the
+start and the caption are that clip's. Parts may be computed by several hosts over a shared file
+system; one of them then calls `finish`.
 """
 
-from collections.abc import Iterator, Sequence
-import dataclasses
+from collections.abc import Sequence
 import io
 import os
 import pathlib
@@ -22,43 +22,6 @@ from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
 
 _PARTS = "parts"
-
-
-@dataclasses.dataclass
-class TrajectoryBuilderConfig(tfds.core.BuilderConfig):
-  parts: tuple[pathlib.Path, ...] = ()
-  total: int = 0
-  shape: tuple[int, ...] = ()
-  dtype: str = "float32"
-
-
-class Trajectories(tfds_builder.SequentialBuilder):
-  """Builder of {trajectory [s, f, h, w, c], start int32 [], caption}, in the order of the parts;
-  start and caption are those of the clip that the trajectory was made for.
-  """
-
-  @property
-  def count(self) -> int:
-    return self.builder_config.total
-
-  @property
-  def example_bytes(self) -> int:
-    config = self.builder_config
-    return int(np.prod(config.shape)) * np.dtype(config.dtype).itemsize
-
-  def features(self) -> dict[str, Any]:
-    config = self.builder_config
-    return {
-      "trajectory": tfds_builder.tensor(config.shape, np.dtype(config.dtype)),
-      "start": tfds_builder.tensor((), np.int32),
-      "caption": tfds.features.Text(),
-    }
-
-  def examples(self) -> Iterator[dict[str, Any]]:
-    for path in self.builder_config.parts:  # one part in memory at a time
-      latents, captions, starts = _read_part(path)
-      for trajectory, caption, start in zip(latents, captions, starts, strict=True):
-        yield {"trajectory": trajectory, "start": start, "caption": caption}
 
 
 class TrajectoryWriter:
@@ -170,12 +133,25 @@ class TrajectoryWriter:
     if not self.complete:
       if missing := self.missing_parts():
         raise ValueError(f"trajectory parts {missing} are missing")
-      paths = tuple(self._part(i) for i in range(self.parts))
-      shape = _read_part(paths[0])[0].shape[1:]
-      config = TrajectoryBuilderConfig(
-        name=self.dtype, parts=paths, total=self.total, shape=shape, dtype=self.dtype
+      paths = [self._part(i) for i in range(self.parts)]
+      shape, dtype = _read_part(paths[0])[0].shape[1:], np.dtype(self.dtype)
+      features = {
+        "trajectory": tfds_builder.tensor(shape, dtype),
+        "start": tfds_builder.tensor((), np.int32),
+        "caption": tfds.features.Text(),
+      }
+      tfds_builder.build(
+        self.directory,
+        f"trajectories/{self.dtype}",
+        features,
+        (
+          {"trajectory": trajectory, "start": start, "caption": caption}
+          for path in paths  # one part in memory at a time
+          for trajectory, caption, start in zip(*_read_part(path), strict=True)
+        ),
+        count=self.total,
+        example_bytes=int(np.prod(shape)) * dtype.itemsize,
       )
-      tfds_builder.build(Trajectories, config, self.directory)
     # Outside of the condition: a run killed between the two steps leaves parts behind.
     shutil.rmtree(self.directory / _PARTS, ignore_errors=True)
 

@@ -6,7 +6,6 @@ is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are sk
 warning.
 """
 
-from collections.abc import Iterator
 import csv
 import dataclasses
 import hashlib
@@ -29,51 +28,6 @@ from hiar_jax.video.video_file import Sampling
 _SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipFile:
-  """One usable video file."""
-
-  path: pathlib.Path
-  caption: str
-  clips: int  # that are cut from it
-
-
-@dataclasses.dataclass
-class VideoFolderConfig(tfds.core.BuilderConfig):
-  sources: tuple[ClipFile, ...] = ()
-  sampling: Sampling | None = None
-
-
-class VideoFolder(tfds_builder.SequentialBuilder):
-  """Builder of {video uint8 [f, H, W, 3], start int32 [], caption}: the clips of a file in order,
-  files by name.
-  """
-
-  @property
-  def count(self) -> int:
-    return sum(source.clips for source in self.builder_config.sources)
-
-  @property
-  def example_bytes(self) -> int:
-    sampling = self.builder_config.sampling
-    return sampling.frames * sampling.height * sampling.width * 3
-
-  def features(self) -> dict[str, Any]:
-    sampling = self.builder_config.sampling
-    return {
-      "video": tfds_builder.tensor((sampling.frames, sampling.height, sampling.width, 3), np.uint8),
-      "start": tfds_builder.tensor((), np.int32),
-      "caption": tfds.features.Text(),
-    }
-
-  def examples(self) -> Iterator[dict[str, Any]]:
-    sampling = self.builder_config.sampling
-    for source in self.builder_config.sources:
-      for number, clip in enumerate(video_file.clips(source.path, sampling)):
-        start = np.int32(number * sampling.stride)
-        yield {"video": clip, "start": start, "caption": source.caption}
-
-
 def prepare(
   directory: str | os.PathLike,
   source_folder: str | os.PathLike,
@@ -84,6 +38,9 @@ def prepare(
   stride: int | None = None,
 ) -> None:
   """Cuts every usable video of a folder into clips of `frames` frames at `fps`.
+
+  Records are {video uint8 [f, H, W, 3], start int32 [], caption}: the clips of a file in order,
+  files by name.
 
   stride: frames from the start of a clip to that of the next; default: end to end. Does nothing if
   the data set is complete; warns if the folder has changed since.
@@ -116,12 +73,28 @@ def prepare(
     )
   sources = scan(folder, sampling)
   tfds_builder.write_recipe(directory, {**recipe, "files": _fingerprint(folder)})
-  config = VideoFolderConfig(name="clips", sources=tuple(sources), sampling=sampling)
-  tfds_builder.build(VideoFolder, config, directory)
+  features = {
+    "video": tfds_builder.tensor((frames, height, width, 3), np.uint8),
+    "start": tfds_builder.tensor((), np.int32),
+    "caption": tfds.features.Text(),
+  }
+  tfds_builder.build(
+    directory,
+    "video_folder/clips",
+    features,
+    (
+      {"video": clip, "start": np.int32(number * sampling.stride), "caption": caption}
+      for path, caption, _ in sources
+      for number, clip in enumerate(video_file.clips(path, sampling))
+    ),
+    count=sum(clips for _, _, clips in sources),
+    example_bytes=frames * height * width * 3,
+  )
 
 
-def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
-  """Decodes every file once and returns the usable ones; logs a warning for each of the others.
+def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, str, int]]:
+  """Decodes every file once and returns (path, caption, number of clips) of the usable ones; logs a
+  warning for each of the others.
 
   Raises:
     UserError: none can be used; gives the reason for the first.
@@ -136,7 +109,7 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
       caption = _caption(folder, name, captions)
       # Headers are often wrong about lengths: the frames are counted by decoding.
       count = video_file.count_clips(folder / name, sampling)
-      sources.append(ClipFile(folder / name, caption, count))
+      sources.append((folder / name, caption, count))
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
       skipped.append(f"{name}: {reason}")
@@ -157,7 +130,7 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[ClipFile]:
     len(sources),
     len(names),
     len(skipped),
-    sum(s.clips for s in sources),
+    sum(clips for _, _, clips in sources),
   )
   return sources
 

@@ -7,8 +7,6 @@ into one score, so the raw slopes are reported). FramePack's start-end contrast 
 Eq. 7) is reported too: |M(first 15 % of the frames) - M(last 15 %)|.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from hiar_jax.errors import UserError
@@ -65,11 +63,6 @@ def segments(frames: int, count: int = SEGMENTS) -> list[slice]:
   return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
-def per_segment(values: np.ndarray, count: int = SEGMENTS) -> list[float]:
-  """Returns the mean of a metric [..., f] over each segment of frames, nan left out."""
-  return [_mean(values[..., part]) for part in segments(values.shape[-1], count)]
-
-
 def trend(values: np.ndarray) -> dict:
   """Fits the change of a metric of videos, [n, f], along the frames.
 
@@ -78,12 +71,12 @@ def trend(values: np.ndarray) -> dict:
     segments, per segment. relative_slope: slope / mean. start_end: FramePack Eq. 7, the mean over
     videos of each video's contrast.
   """
-  means = per_segment(values)
+  means = [mean(values[..., part]) or 0.0 for part in segments(values.shape[-1])]
   slope = float(np.polyfit(np.arange(len(means)), means, 1)[0])
   known = values[:, np.isfinite(values).all(0)]  # frame_difference has no value at frame 0
   ends = max(1, round(START_END * known.shape[1]))
   start, end = known[:, :ends].mean(1), known[:, -ends:].mean(1)
-  total = _mean(values)
+  total = mean(values) or 0.0
   return {
     "segments": means,
     "mean": total,
@@ -108,22 +101,12 @@ def measure(videos) -> dict[str, dict]:
   }
 
 
-def format_table(results: Mapping[str, Mapping[str, dict]]) -> str:
-  """Returns a markdown table of {method: `measure`}: slope and start-end contrast per metric."""
-  names = list(METRICS)
-  header = ["method"] + [f"{name} {kind}" for name in names for kind in ("slope", "start-end")]
-  lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-  for method, result in results.items():
-    cells = [f"{result[name][kind]:.4g}" for name in names for kind in ("slope", "start_end")]
-    lines.append("| " + " | ".join([method] + cells) + " |")
-  return "\n".join(lines)
-
-
 def _unit(frames) -> np.ndarray:
   """Maps uint8, or float in [-1, 1], to float in [0, 1]."""
   return np.clip((to_float(frames) + 1.0) / 2.0, 0.0, 1.0)
 
 
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float | None:
+  """Returns the mean of what is not nan, None where all is."""
   kept = values[~np.isnan(values)]
-  return float(kept.mean()) if kept.size else 0.0
+  return float(kept.mean()) if kept.size else None

@@ -47,12 +47,6 @@ class Fit:
   relative: np.ndarray  # [..., shapes]
   visible: np.ndarray  # [..., shapes], share of each shape that no other hides
 
-  def reshape(self, *leading: int) -> "Fit":
-    """Returns the same with other leading axes."""
-    depth = self.error.ndim
-    arrays = vars(self).items()
-    return Fit(**{name: array.reshape(*leading, *array.shape[depth:]) for name, array in arrays})
-
 
 def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fit:
   """Fits videos [n, f, H, W, 3] (uint8, or float in [-1, 1]); the result's leading axes are [n, f].
@@ -78,13 +72,12 @@ def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fi
   x = x.reshape(n * f, pixels, 3)  # frames of all videos are fitted alike
   under = np.repeat(_backgrounds(config)[ids], f, 0)
   chunks = [slice(start, start + _CHUNK) for start in range(0, n * f, _CHUNK)]
-  pairs = config.shapes_per_clip == 2
-  fit = _fit_pair if pairs else _fit_single
-  state = _concatenate([fit(x[chunk], under[chunk], config) for chunk in chunks])
-  if pairs:
+  state = _concatenate([_fit(x[chunk], under[chunk], config) for chunk in chunks])
+  if config.shapes_per_clip == 2:
     state = _try_neighbours(state, x, under, f, config)
   found = [_describe(x[chunk], under[chunk], state[chunk], config) for chunk in chunks]
-  return _concatenate(found).reshape(n, f)
+  arrays = vars(_concatenate(found)).items()
+  return Fit(**{name: array.reshape(n, f, *array.shape[1:]) for name, array in arrays})
 
 
 def nearest_background(videos, config: WorldConfig) -> np.ndarray:
@@ -133,24 +126,18 @@ class _Context:
   config: WorldConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bank:
-  """Coverages of every form at every position of a grid."""
-
-  alpha: np.ndarray  # float32 [shapes * grid, P]
-  square: np.ndarray  # alpha**2
-  xy: np.ndarray  # [grid, 2]
-
-
 @functools.lru_cache(maxsize=4)
-def _bank(size: int, radius: float) -> _Bank:
+def _bank(size: int, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Returns the coverages of every form at every position of a grid, float32 [shapes * grid, P],
+  their squares, and the positions [grid, 2].
+  """
   # Grid points are one pixel apart at 32 x 32 (radius 5.5), near enough for `_refine`, which moves
   # by at most one such pixel a step.
   axis = np.linspace(radius, size - radius, 1 + round((size - 2 * radius) * 5.5 / radius))
   xy = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
   alpha = np.stack([shapes_world.alpha_mask(shape, xy, radius, size) for shape in SHAPES])
   alpha = alpha.reshape(len(SHAPES) * len(xy), size * size).astype(np.float32)
-  return _Bank(alpha, alpha**2, xy)
+  return alpha, alpha**2, xy
 
 
 def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
@@ -159,7 +146,7 @@ def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
   if exclude is not None:
     scores[np.arange(len(scores)), exclude] = np.inf
   count = len(scores)
-  grid = _bank(context.config.size, context.config.radius).xy
+  _, _, grid = _bank(context.config.size, context.config.radius)
   best = None
   # The grid decides colour and position, but not the form: forms are close to each other in error,
   # so each is refined before they are compared.
@@ -176,7 +163,7 @@ def _fit_one(context: _Context, exclude: np.ndarray | None = None) -> _State:
 
 def _scores(context: _Context) -> np.ndarray:
   """Returns (1) without |D|^2 for every colour and coverage: [F, colours, shapes * grid]."""
-  bank = _bank(context.config.size, context.config.radius)
+  alpha, alpha_squared, _ = _bank(context.config.size, context.config.radius)
   under = context.under
   pulled = context.residual * context.weight[..., None]  # w D
   square = context.weight**2
@@ -188,8 +175,8 @@ def _scores(context: _Context) -> np.ndarray:
     [square, *np.moveaxis(under * square[..., None], -1, 0), (under**2).sum(-1) * square], 1
   )  # [F, 5, P]
   # One matrix product each, [F * 4, P] @ [P, shapes * grid].
-  linear = (linear.reshape(count * 4, -1) @ bank.alpha.T).reshape(count, 4, -1)
-  quadratic = (quadratic.reshape(count * 5, -1) @ bank.square.T).reshape(count, 5, -1)
+  linear = (linear.reshape(count * 4, -1) @ alpha.T).reshape(count, 4, -1)
+  quadratic = (quadratic.reshape(count * 5, -1) @ alpha_squared.T).reshape(count, 5, -1)
   gain = RGB @ linear[:, :3] - linear[:, 3:]
   cost = (
     (RGB**2).sum(-1)[:, None] * quadratic[:, :1] - 2 * (RGB @ quadratic[:, 1:4]) + quadratic[:, 4:]
@@ -270,16 +257,15 @@ def _windows(maps: np.ndarray, corner: np.ndarray, span: int, size: int) -> np.n
 # One or two shapes
 
 
-def _fit_single(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
-  return _fit_one(_Context(x - under, under, np.ones(x.shape[:2], np.float32), config))
-
-
-def _fit_pair(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
-  """Fits one shape alone, then two by coordinate descent, with the second in front and behind.
+def _fit(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
+  """Fits one shape alone, then (if there are two) both by coordinate descent, with the second in
+  front and behind.
 
   Shapes of a state are ordered back to front, so `second` = 0 puts the second shape behind.
   """
-  first = _fit_single(x, under, config)
+  first = _fit_one(_Context(x - under, under, np.ones(x.shape[:2], np.float32), config))
+  if config.shapes_per_clip == 1:
+    return first
   best = None
   for second in (0, 1):
     # Both start as copies of the first shape; the second is fitted before it is read.

@@ -81,7 +81,10 @@ def measure(
   content = read_prompts(prompts, world)
   track = _tracks(fit_videos(videos, content.background, world), content, world)
   values = _per_frame(track, content, train_frames, world)
-  values["background"] = _background_right(videos, content, world)
+  wanted = [np.nan if name is None else BACKGROUNDS.index(name) for name in content.background]
+  wanted = np.asarray(wanted)[:, None]
+  right = nearest_background(videos, world).astype(float) == wanted
+  values["background"] = np.where(np.isnan(wanted), np.nan, right)
   headed = _directions(track, content, train_frames, world)
   result = _summary(values, headed)
   relative = track.relative[track.visible >= HIDDEN]
@@ -142,11 +145,11 @@ def read_prompts(prompts: Sequence[str], world: WorldConfig) -> PromptContent:
     np.full(shape, -1), np.full(shape, -1), np.full((*shape, 2), np.nan), np.full(shape, np.nan), []
   )
   for i, prompt in enumerate(prompts):
-    parsed = shapes_world.parse_caption(prompt)
+    shapes, background = shapes_world.parse_caption(prompt)
     # Captions of the plain world do not mention its only background.
     default = "plain" if world.difficulty == "plain" else None
-    content.background.append((parsed.background if parsed else None) or default)
-    for k, named in enumerate(parsed.shapes[: world.shapes_per_clip] if parsed else ()):
+    content.background.append(background or default)
+    for k, named in enumerate(shapes[: world.shapes_per_clip]):
       content.colour[i, k] = list(COLOURS).index(named.colour) if named.colour else -1
       content.shape[i, k] = SHAPES.index(named.shape) if named.shape else -1
       if named.direction:
@@ -251,14 +254,6 @@ def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
   return missing
 
 
-def _background_right(videos, content: PromptContent, world: WorldConfig) -> np.ndarray:
-  """Returns [n, f]: 1 if the frame is nearest to the prompt's texture, nan if it names none."""
-  nearest = nearest_background(videos, world).astype(float)
-  wanted = [np.nan if name is None else BACKGROUNDS.index(name) for name in content.background]
-  wanted = np.asarray(wanted)[:, None]
-  return np.where(np.isnan(wanted), np.nan, nearest == wanted)
-
-
 def _directions(
   track: Fit, content: PromptContent, train_frames: int, world: WorldConfig
 ) -> np.ndarray:
@@ -312,23 +307,18 @@ def _summary(values: dict[str, np.ndarray], headed: np.ndarray) -> dict:
   """Returns means of arrays [n, f, ...], nan left out: in total and per fifth of the frames."""
   result = {}
   for name, array in values.items():
-    fifths = [_mean(array[:, part]) for part in drift.segments(array.shape[1])]
-    result[name] = {"total": _mean(array), "fifths": fifths}
+    fifths = [drift.mean(array[:, part]) for part in drift.segments(array.shape[1])]
+    result[name] = {"total": drift.mean(array), "fifths": fifths}
   expected = result.pop("expected_motion")
   motion = result["motion"]
   result["motion_ratio"] = {
     "total": _ratio(motion["total"], expected["total"]),
     "fifths": [_ratio(a, b) for a, b in zip(motion["fifths"], expected["fifths"], strict=True)],
   }
-  result["direction"] = {"total": _mean(headed)}
+  result["direction"] = {"total": drift.mean(headed)}
   error = result["error"]["fifths"]
   result["error_last_over_first"] = _ratio(error[-1], error[0])
   return result
-
-
-def _mean(values: np.ndarray) -> float | None:
-  kept = values[~np.isnan(values)]
-  return float(kept.mean()) if kept.size else None
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -16,13 +16,11 @@ latent, and the last group is filled up with the last frame.
 from collections.abc import Sequence
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
@@ -240,7 +238,8 @@ def encode_chunk(
       f"{config.temporal_factor} m frames (m whole)."
     )
   size = (video.shape[2] // 2, video.shape[3] // 2)  # at the first memory block, after `down_0`
-  _check_memory(memory, video.shape[0], size, config)
+  if config.blocks:
+    vae.check_cache("tiny VAE", memory, "memory_0_0", video.shape[0], size)
   return TinyVAE(config).apply({"params": params}, video, memory, method="encode")
 
 
@@ -259,20 +258,9 @@ def decode_chunk(
       f"tiny VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= "
       "1."
     )
-  _check_memory(memory, latents.shape[0], latents.shape[2:4], config)
+  if config.blocks:
+    vae.check_cache("tiny VAE", memory, "memory_0_0", latents.shape[0], latents.shape[2:4])
   return TinyVAE(config).apply({"params": params}, latents, memory, method="decode")
-
-
-def _check_memory(memory: PyTree, batch: int, size: tuple[int, ...], config: TinyVAEConfig) -> None:
-  if memory is None or not config.blocks:
-    return
-  past = memory["memory_0_0"]  # of the first memory block: its last input frame, [b 1 h w c]
-  if (past.shape[0], *past.shape[2:4]) != (batch, *size):
-    raise UserError(
-      f"tiny VAE: the memory belongs to a batch of {past.shape[0]} with frames of "
-      f"{past.shape[2]}x{past.shape[3]},"
-      f" the piece is {batch} of {size[0]}x{size[1]}. Start a new video with memory=None."
-    )
 
 
 @typed
@@ -291,12 +279,12 @@ def encode(
   video = jnp.concatenate([video, *[video[:, -1:]] * (-video.shape[1] % factor)], axis=1)
   if chunk is None:
     return encode_chunk(params, video, None, config)[0]
-  group = _checked_chunk(chunk) * factor
   return vae.stream(
     lambda x, memory: encode_chunk(params, x, memory, config),
     video[:, :factor],
     video[:, factor:],
-    group,
+    chunk,
+    factor,
     unroll,
   )
 
@@ -312,22 +300,14 @@ def decode(
   """Returns the pixels [b 1 + 4 (f - 1) H W 3] of a whole video; options as in `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
-  group = _checked_chunk(chunk)
   return vae.stream(
     lambda z, memory: decode_chunk(params, z, memory, config),
     latents[:, :1],
     latents[:, 1:],
-    group,
+    chunk,
+    1,
     unroll,
   )
-
-
-def _checked_chunk(chunk: int) -> int:
-  if chunk < 1:
-    raise UserError(
-      f"tiny VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass."
-    )
-  return chunk
 
 
 def abstract_params(config: TinyVAEConfig) -> Params:
@@ -343,16 +323,4 @@ def abstract_params(config: TinyVAEConfig) -> Params:
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: TinyVAEConfig, key: Key) -> Params:
   """Returns random parameters (float32): kernels N(0, 1 / fan-in), biases 0."""
-  leaves, tree = jax.tree.flatten(abstract_params(config))
-  # One draw for all: compiling one for each leaf takes longer than compiling the decoder.
-  draws = jnp.split(
-    jax.random.normal(key, (sum(leaf.size for leaf in leaves),)),
-    np.cumsum([leaf.size for leaf in leaves])[:-1],
-  )
-
-  def scaled(draw, leaf):
-    if leaf.ndim == 1:
-      return jnp.zeros(leaf.shape)
-    return draw.reshape(leaf.shape) / math.sqrt(math.prod(leaf.shape[:-1]))
-
-  return jax.tree.unflatten(tree, [scaled(*pair) for pair in zip(draws, leaves, strict=True)])
+  return vae.draw_params(abstract_params(config), key)

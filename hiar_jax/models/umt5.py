@@ -122,12 +122,11 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     cfg = self.config
-
-    def dense(dim, name):
-      return nn.Dense(dim, use_bias=False, dtype=cfg.dtype, name=name)
-
-    gate = jax.nn.gelu(dense(cfg.dim_ffn, "gate")(x), approximate=True)
-    return dense(cfg.dim, "down")(gate * dense(cfg.dim_ffn, "up")(x))
+    gate, up, down = (
+      nn.Dense(dim, use_bias=False, dtype=cfg.dtype, name=name)
+      for dim, name in ((cfg.dim_ffn, "gate"), (cfg.dim_ffn, "up"), (cfg.dim, "down"))
+    )
+    return down(jax.nn.gelu(gate(x), approximate=True) * up(x))
 
 
 class Layer(nn.Module):

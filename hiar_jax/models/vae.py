@@ -194,18 +194,22 @@ class WanVAE(nn.Module):
     return self.decode(self.encode(video, None)[0], None)[0]
 
 
-def _per_channel(values: tuple[float, ...]) -> jax.Array:
-  return jnp.asarray(values, jnp.float32)[None, None, None, None]
-
-
 def normalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
   """Returns latents as the diffusion model takes them: mean 0, deviation 1 per channel."""
-  return (latents - _per_channel(config.latents_mean)) / _per_channel(config.latents_std)
+  mean, std = (
+    jnp.asarray(values, jnp.float32)[None, None, None, None]
+    for values in (config.latents_mean, config.latents_std)
+  )
+  return (latents - mean) / std
 
 
 def denormalise(latents: jax.Array, config: VAEConfig) -> jax.Array:
   """Returns the latents of normalised ones: the inverse of `normalise`."""
-  return latents * _per_channel(config.latents_std) + _per_channel(config.latents_mean)
+  std, mean = (
+    jnp.asarray(values, jnp.float32)[None, None, None, None]
+    for values in (config.latents_std, config.latents_mean)
+  )
+  return latents * std + mean
 
 
 @typed
@@ -218,7 +222,7 @@ def encode_chunk(
   for the next call. Raises UserError for other sizes.
   """
   check_pixels(video.shape, cache, config)
-  _check_cache(cache, video.shape[0], video.shape[2:4])
+  check_cache("VAE", cache, "conv_in", video.shape[0], video.shape[2:4])
   return WanVAE(config).apply({"params": params}, video, cache, method="encode")
 
 
@@ -236,7 +240,7 @@ def decode_chunk(
     raise UserError(
       f"VAE: latents have shape {latents.shape}; expected [b f h w {config.z_dim}] with f >= 1."
     )
-  _check_cache(cache, latents.shape[0], latents.shape[2:4])
+  check_cache("VAE", cache, "conv_in", latents.shape[0], latents.shape[2:4])
   return WanVAE(config).apply({"params": params}, latents, cache, method="decode")
 
 
@@ -260,15 +264,19 @@ def check_pixels(shape: tuple[int, ...], cache: PyTree, config: VAEConfig) -> No
     )
 
 
-def _check_cache(cache: PyTree, batch: int, size: tuple[int, int]) -> None:
+def check_cache(model: str, cache: PyTree, layer: str, batch: int, size: tuple[int, ...]) -> None:
+  """Raises UserError unless a cache is None, or that of `batch` videos with frames of `size`.
+
+  model: its name in the message. layer: the first one with a past; its frames [b f h w c] have the
+  size of the input.
+  """
   if cache is None:
     return
-  past = cache["conv_in"]  # of the first layer: its last two input frames, [b 2 h w c]
-  if (past.shape[0], *past.shape[2:4]) != (batch, *size):
+  past = cache[layer].shape
+  if (past[0], *past[2:4]) != (batch, *size):
     raise UserError(
-      f"VAE: the cache belongs to a batch of {past.shape[0]} with frames of "
-      f"{past.shape[2]}x{past.shape[3]},"
-      f" the chunk is {batch} of {size[0]}x{size[1]}. Start a new video with cache=None."
+      f"{model}: the cache belongs to a batch of {past[0]} with frames of {past[2]}x{past[3]}, the "
+      f"chunk is {batch} of {size[0]}x{size[1]}. Start a new video with cache=None."
     )
 
 
@@ -277,13 +285,20 @@ Step = Callable[[jax.Array, PyTree], tuple[jax.Array, PyTree]]
 
 
 def stream(
-  step: Step, first: jax.Array, rest: jax.Array, group: int, unroll: bool = False
+  step: Step, first: jax.Array, rest: jax.Array, chunk: int, factor: int, unroll: bool = False
 ) -> jax.Array:
-  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `group` frames.
+  """Runs `step` over first [b 1 ...], then over rest [b m ...] in groups of `chunk` latent frames,
+  which have `factor` frames each.
 
   The groups run under one `jax.lax.scan`: beside input and result, memory does not grow with m. A
-  shorter last group runs after it. Returns the results joined in time.
+  shorter last group runs after it. Returns the results joined in time. Raises UserError for a chunk
+  below 1.
   """
+  if chunk < 1:
+    raise UserError(
+      f"VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass."
+    )
+  group = chunk * factor
   # outside of the scan: a carry cannot go from None to a tree of arrays
   y, cache = step(first, None)
   results = [y]
@@ -313,12 +328,12 @@ def encode(
   check_pixels(video.shape, None, config)
   if chunk is None:
     return encode_chunk(params, video, None, config)[0]
-  group = _checked_chunk(chunk) * config.temporal_factor
   return stream(
     lambda x, cache: encode_chunk(params, x, cache, config),
     video[:, :1],
     video[:, 1:],
-    group,
+    chunk,
+    config.temporal_factor,
     unroll,
   )
 
@@ -330,22 +345,14 @@ def decode(
   """Returns the pixels [b 1 + 4 (f - 1) H W 3] of a whole video; options as in `encode`."""
   if chunk is None:
     return decode_chunk(params, latents, None, config)[0]
-  group = _checked_chunk(chunk)
   return stream(
     lambda z, cache: decode_chunk(params, z, cache, config),
     latents[:, :1],
     latents[:, 1:],
-    group,
+    chunk,
+    1,
     unroll,
   )
-
-
-def _checked_chunk(chunk: int) -> int:
-  if chunk < 1:
-    raise UserError(
-      f"VAE: chunk={chunk}; expected at least 1 latent frame, or None for a single pass."
-    )
-  return chunk
 
 
 def abstract_params(config: VAEConfig) -> Params:
@@ -360,7 +367,11 @@ def abstract_params(config: VAEConfig) -> Params:
 @functools.partial(jax.jit, static_argnums=0)
 def init(config: VAEConfig, key: Key) -> Params:
   """Returns random parameters (float32): kernels N(0, 1 / fan-in), gains 1, biases 0."""
-  shapes = abstract_params(config)
+  return draw_params(abstract_params(config), key)
+
+
+def draw_params(shapes: Params, key: Key) -> Params:
+  """Returns random parameters of the shapes of a tree, as `init`."""
   ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(shapes)])
   # One draw for all: compiling one for each of the many shapes takes longer than compiling the
   # decoder.

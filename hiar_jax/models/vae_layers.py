@@ -141,22 +141,20 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
-    if self.time:
-      x, past = self._double_frames(x, past)
-    x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # nearest neighbour
-    x = nn.Conv(x.shape[-1] // 2, (3, 3), padding=SPATIAL, dtype=self.dtype, name="conv")(x)
-    return x, past
-
-  def _double_frames(self, x: jax.Array, past: Past) -> tuple[jax.Array, Past]:
     b, _, h, w, c = x.shape
-    first = x[:, :0]
-    if past is None:  # the first frame of a video passes unchanged, and the second sees zeros
-      first, x = x[:, :1], x[:, 1:]
-      past = jnp.zeros((b, 2, h, w, c), x.dtype)
-    frames = jnp.concatenate([past, x], axis=1)
-    if not x.shape[1]:
-      return first, frames[:, -2:]
-    y = nn.Conv(2 * c, (3, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv")(frames)
-    # the halves of the channels are two frames: [b f h w 2 c] -> [b f 2 h w c]
-    y = y.reshape(b, x.shape[1], h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)
-    return jnp.concatenate([first, y.reshape(b, 2 * x.shape[1], h, w, c)], axis=1), frames[:, -2:]
+    if self.time:
+      first = x[:, :0]
+      if past is None:  # the first frame of a video passes unchanged, and the second sees zeros
+        first, x = x[:, :1], x[:, 1:]
+        past = jnp.zeros((b, 2, h, w, c), x.dtype)
+      frames, f = jnp.concatenate([past, x], axis=1), x.shape[1]
+      past = frames[:, -2:]
+      x = first
+      if f:
+        y = nn.Conv(2 * c, (3, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv")(frames)
+        # the halves of the channels are two frames: [b f h w 2 c] -> [b f 2 h w c]
+        y = y.reshape(b, f, h, w, 2, c).transpose(0, 1, 4, 2, 3, 5)
+        x = jnp.concatenate([first, y.reshape(b, 2 * f, h, w, c)], axis=1)
+    x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # nearest neighbour
+    x = nn.Conv(c // 2, (3, 3), padding=SPATIAL, dtype=self.dtype, name="conv")(x)
+    return x, past

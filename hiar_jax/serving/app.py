@@ -1,15 +1,14 @@
 """The web application: three static files, a WebSocket for each tab, and downloads. No input from a
 page reaches a generation unchecked.
 
-A page sends commands as JSON texts (see `Commands`), one with an uploaded file in the same message;
-it receives JSON texts, and the video's bytes while they are made. The file on disk is the buffer
-between a generation and its client: each client reads at its own pace, so a slow one delays nobody
-and takes no memory.
+A page sends commands as JSON texts (see `_carry_out`), one with an uploaded file in the same
+message; it receives JSON texts, and the video's bytes while they are made. The file on disk is the
+buffer between a generation and its client: each client reads at its own pace, so a slow one delays
+nobody and takes no memory.
 """
 
 import asyncio
 import contextlib
-import dataclasses
 import importlib.resources
 import ipaddress
 import json
@@ -23,14 +22,17 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation.prompts_file import MAX_SEED
+from hiar_jax.serving import uploads
 from hiar_jax.serving.queue import Client, ServerConfig, SessionQueue
-from hiar_jax.serving.session import Request, Session
+from hiar_jax.serving.session import Request
 
 FILES = {
   "/": ("index.html", "text/html"),
   "/page.js": ("page.js", "text/javascript"),
   "/page.css": ("page.css", "text/css"),
 }
+# all that a page's text can select
+COMMANDS = ("start", "prompt", "pause", "go", "extend", "stop", "at")
 MAX_PROMPT = 2000  # characters
 MAX_REQUEST = 2**16  # bytes of one command; a longer one is refused unread
 MAX_MESSAGE = 2**24  # bytes with an uploaded file; a socket that sends more is closed
@@ -64,9 +66,8 @@ def make_app(config: ServerConfig, hosts: frozenset[str] = frozenset()) -> web.A
   app = web.Application(middlewares=[_check_origin], client_max_size=MAX_REQUEST)
   app[HOSTS] = frozenset(host.lower() for host in hosts)
   app.cleanup_ctx.append(lambda app: _open_queue(app, config))
-  static = importlib.resources.files("hiar_jax.serving") / "static"
-  for path, (name, kind) in FILES.items():
-    app.router.add_get(path, _static_handler((static / name).read_bytes(), kind))
+  for path in FILES:
+    app.router.add_get(path, _static)
   app.router.add_get("/watch", _websocket)
   app.router.add_get("/clips/{name}", _download)
   # an open socket would keep its handler, and so the shutdown, until the timeout
@@ -93,11 +94,10 @@ async def _close_sockets(app: web.Application) -> None:
   await asyncio.gather(*farewells, return_exceptions=True)
 
 
-def _static_handler(content: bytes, kind: str):
-  async def handle(_: web.Request) -> web.Response:
-    return web.Response(body=content, content_type=kind, charset="utf-8")
-
-  return handle
+async def _static(request: web.Request) -> web.Response:
+  name, kind = FILES[request.path]
+  content = (importlib.resources.files("hiar_jax.serving") / "static" / name).read_bytes()
+  return web.Response(body=content, content_type=kind, charset="utf-8")
 
 
 # -------------------------------------------------------------------------------- hosts and origins
@@ -111,25 +111,20 @@ async def _check_origin(request: web.Request, handler) -> web.StreamResponse:
   same-origin policy) or under a name of its own that it lets point here (DNS rebinding).
   """
   host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
-  if not _is_known(host, request.app[HOSTS]):
-    return _refusal(
-      403,
-      f"this page is not reached by the name {host[:80]!r}; use localhost, or start the server "
-      "with --hosts",
-    )
-  if origin is not None and urllib.parse.urlsplit(origin).netloc.lower() != host.lower():
-    return _refusal(403, "another site's page may not speak to this one")
   try:
+    if not _is_known(host, request.app[HOSTS]):
+      raise web.HTTPForbidden(
+        reason=f"this page is not reached by the name {host[:80]!r}; use localhost, or start the "
+        "server with --hosts"
+      )
+    if origin is not None and urllib.parse.urlsplit(origin).netloc.lower() != host.lower():
+      raise web.HTTPForbidden(reason="another site's page may not speak to this one")
     response = await handler(request)
   except web.HTTPException as error:
-    response = _refusal(error.status, error.reason)
+    response = web.Response(status=error.status, text=f"{error.reason}\n")
   if not response.prepared:  # the headers of a WebSocket were sent when it opened
     response.headers.update(HEADERS)
   return response
-
-
-def _refusal(status: int, why: str) -> web.Response:
-  return web.Response(status=status, text=f"{why}\n", headers=HEADERS)
 
 
 def _is_known(host: str, names: frozenset[str]) -> bool:
@@ -169,7 +164,7 @@ async def _download(request: web.Request) -> web.StreamResponse:
 async def _websocket(request: web.Request) -> web.StreamResponse:
   """Serves one tab from its opening to its end: receives commands while `_send` sends the video."""
   queue = request.app[QUEUE]
-  if queue.is_full:
+  if len(queue.clients) >= queue.config.max_clients:
     raise web.HTTPServiceUnavailable(
       reason=f"{queue.config.max_clients} viewers are here already; close a tab, or come back later"
     )
@@ -216,7 +211,7 @@ async def _send(queue: SessionQueue, client: Client, request: web.Request) -> No
             )
           await client.socket.send_bytes(await queue.run_in_thread(_read, session.path, start, end))
           pieces += 1
-        await client.socket.send_json({"say": "status", **_status(queue, client)})
+        await client.socket.send_json({"say": "status", **queue.status(client)})
     except TimeoutError:
       if session:
         session.end("the viewer was too slow to take it")
@@ -231,19 +226,11 @@ def _read(path: pathlib.Path, start: int, end: int) -> bytes:
     return os.pread(file.fileno(), end - start, start)
 
 
-def _status(queue: SessionQueue, client: Client) -> dict[str, Any]:
-  """Returns the status of a client as the page shows it: waiting, its session's, or idle."""
-  before = queue.before(client)
-  if before is not None:
-    return {"state": "waiting", "before": before, "max_generations": queue.config.max_generations}
-  return client.session.status() if client.session else {"state": "idle"}
-
-
 async def _handle_message(queue: SessionQueue, client: Client, message) -> None:
   """Carries out the command of a message; an invalid one is answered and changes nothing."""
   try:
     command, file = _parse(message)
-    answer = await Commands(queue, client, file).carry_out(command)
+    answer = await _carry_out(queue, client, command, file)
   except UserError as error:
     answer = {"say": "refused", "why": str(error)}
   if answer:
@@ -270,81 +257,64 @@ def _parse(message) -> tuple[dict[str, Any], bytes | None]:
   return command, file
 
 
-class Commands:
-  """The commands of a page, a method each:
+async def _carry_out(
+  queue: SessionQueue, client: Client, command: dict[str, Any], file: bytes | None
+) -> dict[str, Any] | None:
+  """Runs a command of a page and returns its answer, if any:
 
   {"do": "start", "prompt": TEXT, "seed": 0, "seconds": 10 or null}   with a file also its "name"
   {"do": "prompt", "prompt": TEXT, "recache": false}
   {"do": "pause"}   {"do": "go"}   {"do": "extend", "seconds": 10}   {"do": "stop"}
   {"do": "at", "seconds": 3.2}   up to where the video has been watched
+
+  Raises UserError where that cannot be done.
   """
+  name, session = command["do"], client.session
+  if name not in COMMANDS:
+    raise UserError(f"there is no {name[:40]!r}; there is {', '.join(COMMANDS)}")
+  if file is not None and name != "start":
+    raise UserError('a file comes with "start" alone')
+  if not session and name in ("prompt", "pause", "go", "extend"):
+    raise UserError("nothing is being made for you; start a video first")
+  match name:
+    case "start":
+      return await _start(queue, client, command, file)
+    case "prompt":
+      prompt, recache = _text(command, "prompt"), command.get("recache", False)
+      if not isinstance(recache, bool):
+        raise UserError("recache: expected true or false")
+      block = await queue.run_in_thread(session.change_prompt, prompt, recache)
+      return None if block is None else {"say": "prompt", "prompt": prompt, "block": block}
+    case "pause" | "go":
+      session.pause(name == "pause")
+    case "extend":
+      most = queue.config.limits.max_seconds
+      session.extend(_number(command.get("seconds"), "seconds", 0.1, most))
+    case "stop" if session:
+      session.end("stopped")  # and not `queue.stop`: the client keeps the video
+    case "stop":  # it may be waiting
+      await queue.stop(client, "stopped")
+    case "at" if session:
+      session.watched(_number(command.get("seconds"), "seconds", 0, math.inf))
 
-  # only these are reachable by name; a page's text never selects another attribute
-  NAMES = ("start", "prompt", "pause", "go", "extend", "stop", "at")
 
-  def __init__(self, queue: SessionQueue, client: Client, file: bytes | None = None):
-    self.queue = queue
-    self.client = client
-    self.file = file
-
-  async def carry_out(self, command: dict[str, Any]) -> dict[str, Any] | None:
-    """Runs a command and returns its answer, if any. Raises UserError where that cannot be done."""
-    name = command["do"]
-    if name not in self.NAMES:
-      raise UserError(f"there is no {name[:40]!r}; there is {', '.join(self.NAMES)}")
-    if self.file is not None and name != "start":
-      raise UserError('a file comes with "start" alone')
-    return await getattr(self, name)(command)
-
-  async def start(self, command) -> dict[str, Any] | None:
-    seconds = command.get("seconds")
-    request = Request(
-      _text(command, "prompt"),
-      _seed(command.get("seed", 0)),
-      None if seconds is None else self._seconds(seconds),
-    )
-    # after the checks, which cost nothing; what is under way ends only when the file was read
-    done = None
-    if self.file is not None:
-      frames, done = await self.queue.read_upload(_text(command, "name"), self.file)
-      request = dataclasses.replace(request, start=frames)
-    await self.queue.enqueue(self.client, request)
-    return None if done is None else {"say": "given", "done": done}
-
-  async def prompt(self, command) -> dict[str, Any] | None:
-    prompt, recache = _text(command, "prompt"), command.get("recache", False)
-    if not isinstance(recache, bool):
-      raise UserError("recache: expected true or false")
-    block = await self.queue.run_in_thread(self._session().change_prompt, prompt, recache)
-    return None if block is None else {"say": "prompt", "prompt": prompt, "block": block}
-
-  async def pause(self, command) -> None:
-    self._session().pause(True)
-
-  async def go(self, command) -> None:
-    self._session().pause(False)
-
-  async def extend(self, command) -> None:
-    self._session().extend(self._seconds(command.get("seconds")))
-
-  async def stop(self, command) -> None:
-    if self.client.session:
-      # `end` and not `queue.stop`: the client keeps the video
-      self.client.session.end("stopped")
-    else:  # it may be waiting
-      await self.queue.stop(self.client, "stopped")
-
-  async def at(self, command) -> None:
-    if self.client.session:
-      self.client.session.watched(_number(command.get("seconds"), "seconds", 0, math.inf))
-
-  def _session(self) -> Session:
-    if not self.client.session:
-      raise UserError("nothing is being made for you; start a video first")
-    return self.client.session
-
-  def _seconds(self, value) -> float:
-    return _number(value, "seconds", 0.1, self.queue.config.limits.max_seconds)
+async def _start(
+  queue: SessionQueue, client: Client, command: dict[str, Any], file: bytes | None
+) -> dict[str, Any] | None:
+  """Carries out "start"; what is under way ends once the command is checked and the file read."""
+  prompt, seed, seconds = _text(command, "prompt"), command.get("seed", 0), command.get("seconds")
+  if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
+    raise UserError(f"seed: expected a whole number from 0 to {MAX_SEED}")
+  if seconds is not None:
+    seconds = _number(seconds, "seconds", 0.1, queue.config.limits.max_seconds)
+  frames, answer = None, None
+  if file is not None:
+    name = _text(command, "name")
+    async with queue.readers:
+      frames, done = await queue.run_in_thread(uploads.read, queue.config.source, name, file)
+    answer = {"say": "given", "done": done}
+  await queue.enqueue(client, Request(prompt, seed, seconds, frames))
+  return answer
 
 
 def _text(command: dict[str, Any], name: str) -> str:
@@ -361,12 +331,6 @@ def _text(command: dict[str, Any], name: str) -> str:
       f"{name}: expected characters that can be written down; this one holds half a pair"
     ) from None
   return " ".join(text.replace("\0", " ").split())
-
-
-def _seed(value) -> int:
-  if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_SEED:
-    raise UserError(f"seed: expected a whole number from 0 to {MAX_SEED}")
-  return value
 
 
 def _number(value, name: str, least: float, most: float) -> float:

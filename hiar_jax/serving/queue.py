@@ -12,9 +12,8 @@ import secrets
 import time
 from typing import Any
 
-from hiar_jax.serving import uploads
-from hiar_jax.serving.session import Limits, Request, Session, StreamSource
-from hiar_jax.streaming.streaming_model import ConditioningFrames
+from hiar_jax.serving.session import Limits, Request, Session
+from hiar_jax.streaming.streaming_model import StreamingModel
 
 CLOSED = "the tab was closed"
 READERS = 2  # uploads that are decoded at once: each may hold a long video's frames in memory
@@ -24,7 +23,7 @@ READERS = 2  # uploads that are decoded at once: each may hold a long video's fr
 class ServerConfig:
   """The server's configuration."""
 
-  source: StreamSource
+  source: StreamingModel
   clips: pathlib.Path  # directory of the videos
   max_generations: int = 2  # at once
   max_clients: int = 16  # open tabs at once
@@ -55,14 +54,9 @@ class SessionQueue:
     self.clips: dict[str, pathlib.Path] = {}  # the files that may be downloaded, by name
     self._waiting: collections.deque[Client] = collections.deque()
     self._active: set[Client] = set()  # clients that hold one of the max_generations places
-    self._readers = asyncio.Semaphore(READERS)
+    self.readers = asyncio.Semaphore(READERS)  # held while an upload is read
     # for each client a tick and an upload to wait for, and two to spare
     self._pool = ThreadPoolExecutor(2 * config.max_clients + 2, thread_name_prefix="queue")
-
-  @property
-  def is_full(self) -> bool:
-    """True where no further tab may be opened."""
-    return len(self.clients) >= self.config.max_clients
 
   def enter(self) -> Client:
     """Adds a client."""
@@ -115,17 +109,15 @@ class SessionQueue:
     """Returns function(*arguments), run in a thread: it may wait for a tick or the disk."""
     return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-  async def read_upload(self, name: str, content: bytes) -> tuple[ConditioningFrames, str]:
-    """Returns (conditioning frames of an uploaded file, message); see uploads.read.
-
-    Raises UserError where it cannot be used.
-    """
-    async with self._readers:
-      return await self.run_in_thread(uploads.read, self.config.source, name, content)
-
-  def before(self, client: Client) -> int | None:
-    """Returns the number of clients that wait before this one, None if it does not wait."""
-    return self._waiting.index(client) if client in self._waiting else None
+  def status(self, client: Client) -> dict[str, Any]:
+    """Returns a client's status as the page shows it: waiting, its session's, or idle."""
+    if client not in self._waiting:
+      return client.session.status() if client.session else {"state": "idle"}
+    return {
+      "state": "waiting",
+      "before": self._waiting.index(client),
+      "max_generations": self.config.max_generations,
+    }
 
   async def close(self) -> None:
     """Removes all clients."""
@@ -157,7 +149,6 @@ class SessionQueue:
     path = self.config.clips / client.name
     self.clips[client.name] = path
     client.session = Session(self.config.source, client.request, path, self.config.limits, changed)
-    client.session.start()
     news.set()
 
   def _discard_video(self, client: Client) -> None:

@@ -9,39 +9,14 @@ import pathlib
 import threading
 import time
 import traceback
-from typing import Any, Protocol
+from typing import Any
 
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.streaming_model import ConditioningFrames
+from hiar_jax.streaming.streaming_model import ConditioningFrames, StreamingModel
 from hiar_jax.video.fragmented_mp4 import Fragment, FragmentedMP4
 
 RECENT_PROMPTS = 8  # in a status; the client, seconds behind, collects them from several
-
-
-class StreamSource(Protocol):
-  """The interface of streaming.streaming_model.StreamingModel that the server uses."""
-
-  fps: float
-  scale: int
-  sigmas: tuple[float, ...]
-
-  def open(
-    self,
-    prompt: str,
-    *,
-    seed: int,
-    frames: int | None,
-    start: ConditioningFrames | None,
-    prefetch: int,
-  ) -> Stream: ...
-  def read_start(
-    self, path: pathlib.Path, kind: str, name: str
-  ) -> tuple[ConditioningFrames, str]: ...
-  def warnings(self, prompt: str) -> list[str]: ...
-  def provenance(
-    self, prompt: str, seed: int, start: ConditioningFrames | None
-  ) -> dict[str, str]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +51,7 @@ class Session:
 
   def __init__(
     self,
-    source: StreamSource,
+    source: StreamingModel,
     request: Request,
     path: pathlib.Path,
     limits: Limits,
@@ -108,9 +83,6 @@ class Session:
     self._first_made_at = 0.0
     self._idle_since: float | None = None  # paused or finished since
     self._thread = threading.Thread(target=self._run, name=f"session {path.name}", daemon=True)
-
-  def start(self) -> None:
-    """Starts the thread."""
     self._thread.start()
 
   # ------------------------------------------------------------------------------ the client's side
@@ -169,8 +141,7 @@ class Session:
   def close(self, why: str = "closed") -> None:
     """Ends the session, and returns when all that it held is free."""
     self.end(why)
-    if self._thread.ident:  # else it was never started, and cannot be joined
-      self._thread.join()
+    self._thread.join()
 
   @property
   def is_over(self) -> bool:
@@ -208,8 +179,11 @@ class Session:
         # the last sigma is 0: a block that reaches it has left the pipeline
         for i, sigma in enumerate(self.source.sigmas[:-1])
       ]
+      state = "paused" if self._paused else "finished" if self._finished else "running"
+      if not self._first_made_at:
+        state = "starting"
       return {
-        "state": self._state(),
+        "state": "ended" if self.why else state,
         "why": self.why,
         "prompt": self.prompt,
         "prompts": self._prompts[-RECENT_PROMPTS:],
@@ -229,13 +203,6 @@ class Session:
   def _frames(self, seconds: float | None) -> int | None:
     # rounded up, but for the rounding error of seconds in decimals
     return None if seconds is None else max(1, math.ceil(seconds * self.source.fps - 1e-6))
-
-  def _state(self) -> str:
-    if self.why:
-      return "ended"
-    if not self._first_made_at:
-      return "starting"
-    return "paused" if self._paused else "finished" if self._finished else "running"
 
   def _apply_pause(self) -> None:
     """Pauses or resumes the stream as the client asked."""
@@ -296,8 +263,12 @@ class Session:
     """Waits until the next block is wanted; returns '' then, or the reason to end."""
     began = time.monotonic()
     with self._condition:
-      while not (self._ending or self._wants_more()):
+      while not self._ending:
+        self._finished = self._target is not None and self._frames_made >= self._target
         idle = self._paused or self._finished
+        ahead = self._frames_made / self.source.fps - self._watched
+        if not idle and ahead < self.limits.buffer_seconds:
+          break
         if idle and self._idle_since is None:
           self._idle_since = time.monotonic()
         # `began`: a client cannot watch what was not made yet, as while a block takes long
@@ -307,8 +278,3 @@ class Session:
         self._condition.wait(timeout=0.5)  # seconds; nothing notifies when time has passed
       self._idle_since = None
       return self._ending
-
-  def _wants_more(self) -> bool:
-    self._finished = self._target is not None and self._frames_made >= self._target
-    ahead = self._frames_made / self.source.fps - self._watched
-    return ahead < self.limits.buffer_seconds and not self._paused and not self._finished

@@ -11,8 +11,7 @@ import av
 from PIL import Image, UnidentifiedImageError
 
 from hiar_jax.errors import UserError
-from hiar_jax.serving.session import StreamSource
-from hiar_jax.streaming.streaming_model import ConditioningFrames
+from hiar_jax.streaming.streaming_model import ConditioningFrames, StreamingModel
 
 # First bytes of the formats that are accepted. Not by what Pillow and FFmpeg can open: FFmpeg also
 # reads playlists, which name other files and addresses, and Pillow starts Ghostscript for EPS.
@@ -26,7 +25,7 @@ MAX_NAME = 80  # characters
 TAKEN = "give a picture (PNG, JPEG, WebP, GIF) or a video (MP4, MOV, WebM, MKV)"
 
 
-def read(source: StreamSource, name: str, content: bytes) -> tuple[ConditioningFrames, str]:
+def read(source: StreamingModel, name: str, content: bytes) -> tuple[ConditioningFrames, str]:
   """Returns (conditioning frames, message about their resizing or cropping, or '').
 
   Raises UserError that calls the file by its `name`.

@@ -64,14 +64,16 @@ def read_video(
   all. Raises UserError where the file is missing, no video, empty, damaged or cut off.
   """
   path = _existing(path, "video")
-  every = video_file.Sampling(frames=1, height=height, width=width, fps=fps, stride=1)
   try:
-    size, rate, rotation = _probe(path)
     # only the last frames are held, but all are decoded: the file is then known to be whole
-    kept, total = deque(maxlen=last), 0
-    for clip in video_file.clips(path, every):
-      kept.append(clip[0])
-      total += 1
+    kept, total, first = deque(maxlen=last), 0, None
+    with av.open(str(path)) as container:
+      for frame, repeats in video_file.resampled(container, fps):
+        first = first or frame
+        if repeats:
+          kept.extend([video_file.cover(frame, height, width)] * repeats)
+        total += repeats
+      rate = video_file.frame_rate(container.streams.video[0])
   except av.error.InvalidDataError as error:
     raise UserError(
       f"{path} is not a video, or a damaged one; give a {_VIDEOS} file (a picture is given as "
@@ -81,7 +83,10 @@ def read_video(
     raise UserError(f"{path} cannot be used ({error}); give a {_VIDEOS} file") from error
   if not kept:
     raise UserError(f"{path} shows no frame at {fps:g} frames a second; give a longer video")
-  changes = ["turned upright by its container's note"] if rotation else []
+  size = (first.height, first.width)
+  if first.rotation % 180:
+    size = size[::-1]
+  changes = ["turned upright by its container's note"] if first.rotation else []
   if abs(rate - fps) > _RATE_TOLERANCE:
     changes.append(f"resampled from {rate:g} to {fps:g} frames a second")
   if len(kept) < total:
@@ -99,21 +104,6 @@ def _existing(path: str | os.PathLike, kind: str) -> pathlib.Path:
   if not path.stat().st_size:
     raise UserError(f"{kind} {path} is empty; give another file, or save it again")
   return path
-
-
-def _probe(path: pathlib.Path) -> tuple[tuple[int, int], float, int]:
-  """((height, width) after rotation, frames a second, rotation in degrees) of the video stream."""
-  with av.open(str(path)) as container:
-    if not container.streams.video:
-      raise video_file.Unusable("no video stream")
-    stream = container.streams.video[0]
-    frame = next(container.decode(stream), None)
-    if frame is None:
-      raise video_file.Unusable("no picture in it")
-    size = (frame.height, frame.width)
-    # 25: FFmpeg's default for streams without a rate
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    return size[::-1] if frame.rotation % 180 else size, rate, frame.rotation
 
 
 def _to_rgb(image: Image.Image, path: pathlib.Path, changes: list[str]) -> Image.Image:

@@ -13,6 +13,7 @@ is done here:
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 from fractions import Fraction
 import io
@@ -35,6 +36,7 @@ _CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")  # boxes 
 _FREE = b"free"  # free space (8.1.2), which players skip, whole or not
 _NO_LIMIT = 2**31 - 1  # frames between key frames: only the first frame of a fragment is one
 _KEPT = "the video is whole up to its last fragment"
+_TAKEN = "{} is there already; give another name, or remove it"
 _HEADER = 8  # bytes of a box before its content: size uint32, name 4 bytes
 
 
@@ -51,7 +53,7 @@ class Fragment:
   end: int
 
 
-class FragmentedMP4:
+class FragmentedMP4(contextlib.AbstractContextManager):
   """A writer of frames uint8 [n H W 3], all of one size: one fragment per call of `write`.
 
   The file appears with the first frames. From then on `mime` is its type for MediaSource of a
@@ -93,7 +95,7 @@ class FragmentedMP4:
     if keep is not None:
       self._truncate(keep)
     elif self.path.exists():
-      raise _taken(self.path)
+      raise UserError(_TAKEN.format(self.path))
 
   def write(self, frames: np.ndarray) -> Fragment:
     """Writes frames uint8 [n H W 3] as one fragment, which is on the disk when this returns."""
@@ -118,40 +120,31 @@ class FragmentedMP4:
     self.frames += len(frames)
     return fragment
 
-  def close(self) -> None:
+  def __exit__(self, *exc) -> None:
     """Closes the file, which is complete since its last fragment."""
     if self._file:
       self._file.close()
 
-  def __enter__(self) -> "FragmentedMP4":
-    return self
-
-  def __exit__(self, *exc) -> None:
-    self.close()
-
   def _start(self, size: tuple[int, int]) -> None:
     """Starts the encoder for frames of (height, width), and writes the head of a new file."""
     self._encoder = _Encoder(size, self._rate, self._scale, self._crf, self._metadata)
-    self.mime = f'video/mp4; codecs="{codec_name(self._encoder.head)}"'
+    settings = _decoder_settings(self._encoder.head)
+    # the codec's name for browsers (RFC 6381): avc1 with profile, constraints and level
+    self.mime = f'video/mp4; codecs="avc1.{settings[1:4].hex()}"'
     if self._file is None:
-      self._open("xb")
+      with writing(self.path):
+        try:
+          # unbuffered: what is written is with the kernel, in the order of the calls
+          self._file = open(self.path, "xb", buffering=0)
+        except FileExistsError as error:
+          raise UserError(_TAKEN.format(self.path)) from error
       self._append(self._encoder.head)
     # a resumed file keeps its head, so new fragments must decode with its settings
-    elif _decoder_settings(self._head) != _decoder_settings(self._encoder.head):
+    elif _decoder_settings(self._head) != settings:
       raise UserError(
         f"{self.path} is a video of another size or quality; give the one that this generation "
         "wrote, or start a new one"
       )
-
-  def _open(self, mode: str) -> None:
-    try:
-      # unbuffered: what is written is with the kernel, in the order of the calls
-      with writing(self.path):
-        self._file = open(self.path, mode, buffering=0)
-    except UserError as error:
-      raise (
-        _taken(self.path) if isinstance(error.__cause__, FileExistsError) else error
-      ) from error.__cause__
 
   def _append(self, content: bytes) -> int:
     """Writes bytes at the end of the file and returns the offset of the first."""
@@ -179,12 +172,14 @@ class FragmentedMP4:
         f"{keep} to be whole"
       )
     end = kept[-1].end if kept else head.end
-    self._open("r+b")
-    self._head = os.pread(self._file.fileno(), head.end, 0)
     self._fragments = kept
     self.frames = keep
-    self._file.truncate(end)
-    os.fsync(self._file.fileno())
+    with writing(self.path, kept=_KEPT), contextlib.ExitStack() as undo:
+      self._file = undo.enter_context(open(self.path, "r+b", buffering=0))
+      self._head = os.pread(self._file.fileno(), head.end, 0)
+      self._file.truncate(end)
+      os.fsync(self._file.fileno())
+      undo.pop_all()  # it stays open for what is written
 
 
 class _Encoder:
@@ -239,33 +234,20 @@ class _Encoder:
         packet.stream, packet.duration = stream, 1
         container.mux(packet)
     content = bytearray(file.getvalue())
-    boxes: dict[str, _Box] = {}
-    for box in _boxes(content, deep=True):
-      boxes.setdefault(box.name, box)
+    starts: dict[str, int] = {}  # of the first box of each name
+    for name, start, _ in _boxes(content, deep=True):
+      starts.setdefault(name, start)
     # mdhd (8.4.2): version and flags, two times of 4 bytes (8 in version 1), the timescale
-    header = boxes["mdhd"].start + _HEADER
+    header = starts["mdhd"] + _HEADER
     offset = header + 4 + (16 if content[header] else 8)
     (timescale,) = struct.unpack_from(">I", content, offset)
     # tfdt (8.8.12) in version 1, which FFmpeg writes: version and flags, the decode time in 8 bytes
     decode_time = round(first * self._time * timescale)
-    struct.pack_into(">Q", content, boxes["tfdt"].start + _HEADER + 4, decode_time)
-    return bytes(content[boxes["moof"].start :])  # without this container's own head
-
-
-def _taken(path: pathlib.Path) -> UserError:
-  return UserError(f"{path} is there already; give another name, or remove it")
+    struct.pack_into(">Q", content, starts["tfdt"] + _HEADER + 4, decode_time)
+    return bytes(content[starts["moof"] :])  # without this container's own head
 
 
 # -------------------------------------------------------------------------------------------- boxes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-  """A box in bytes start .. end, its header included."""
-
-  name: str
-  start: int
-  end: int
 
 
 def scan(path: str | os.PathLike) -> list[Fragment]:
@@ -276,19 +258,19 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
   with writing(path):  # it is read to be gone on with
     content = pathlib.Path(path).read_bytes()
   found = []
-  moof = None  # the last one, until its mdat comes
+  moof = None  # (start, end) of the last one, until its mdat comes
   frames = 0
-  for box in _boxes(content):
-    if box.name == "moov":
-      found.append(Fragment(0, 0, 0, box.end))
-    elif box.name == "moof":
-      moof = box
-    elif box.name == "mdat" and moof and found:
-      inner = _boxes(content, moof.start + _HEADER, moof.end, deep=True)
+  for name, start, end in _boxes(content):
+    if name == "moov":
+      found.append(Fragment(0, 0, 0, end))
+    elif name == "moof":
+      moof = start, end
+    elif name == "mdat" and moof and found:
+      inner = _boxes(content, moof[0] + _HEADER, moof[1], deep=True)
       # trun (8.8.8): version and flags, then the number of samples, which are frames
-      runs = [box.start + _HEADER + 4 for box in inner if box.name == "trun"]
+      runs = [start + _HEADER + 4 for name, start, _ in inner if name == "trun"]
       count = sum(struct.unpack_from(">I", content, run)[0] for run in runs)
-      found.append(Fragment(frames, count, moof.start, box.end))
+      found.append(Fragment(frames, count, moof[0], end))
       frames += count
       moof = None
   if not found:
@@ -296,11 +278,6 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
       f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote"
     )
   return found
-
-
-def codec_name(head: bytes) -> str:
-  """Returns the codec's name for browsers (RFC 6381): avc1 with profile, constraints and level."""
-  return f"avc1.{_decoder_settings(head)[1:4].hex()}"
 
 
 def _decoder_settings(head: bytes) -> bytes:
@@ -312,16 +289,19 @@ def _decoder_settings(head: bytes) -> bytes:
 
 def _boxes(
   content: bytes, start: int = 0, end: int | None = None, deep: bool = False
-) -> Iterator[_Box]:
-  """Yields the whole boxes between two offsets; deep: each followed by those inside it."""
+) -> Iterator[tuple[str, int, int]]:
+  """Yields (name, start, end) of the whole boxes between two offsets, headers included.
+
+  deep: each followed by those inside it.
+  """
   end = len(content) if end is None else end
   while start + _HEADER <= end:
     size, name = struct.unpack_from(">I4s", content, start)
     # sizes 0 and 1 (to the end of the file, 64 bits) are not written here; cut-off boxes end it too
     if size < _HEADER or start + size > end:
       return
-    box = _Box(name.decode("latin-1"), start, start + size)
-    yield box
-    if deep and box.name in _CONTAINERS:
-      yield from _boxes(content, start + _HEADER, box.end, deep=True)
-    start = box.end
+    name = name.decode("latin-1")
+    yield name, start, start + size
+    if deep and name in _CONTAINERS:
+      yield from _boxes(content, start + _HEADER, start + size, deep=True)
+    start += size

@@ -53,9 +53,11 @@ def fit_blocks(
   # not pixel_frames(0), which is negative for Wan2.1
   conditioning = pixel_frames(given) if given else 0
   if frames < 1:
-    raise UserError(
-      f"frames = {frames}: expected at least 1; {_counts(block, pixel_frames, given)}"
-    )
+    counts = [pixel_frames(given + n * block) for n in (1, 2, 3)]
+    made = f"videos are made in blocks of {block}"
+    if counts != [block, 2 * block, 3 * block]:
+      made += f" latent frames, they have {', '.join(map(str, counts))}, ... frames"
+    raise UserError(f"frames = {frames}: expected at least 1; {made}")
   if frames <= conditioning:
     after = pixel_frames(given + block)
     raise UserError(
@@ -91,14 +93,3 @@ def crop_to_blocks(
   """
   blocks = bisect.bisect_right(range(1, frames + 1), frames, key=lambda n: pixel_frames(n * block))
   return (pixel_frames(blocks * block), blocks * block) if blocks else (0, 0)
-
-
-def _counts(block: int, pixel_frames: Frames, given: int) -> str:
-  """The end of an error message: the shortest frame counts that can be made."""
-  counts = [pixel_frames(given + n * block) for n in (1, 2, 3)]
-  if counts == [block, 2 * block, 3 * block]:
-    return f"videos are made in blocks of {block}"
-  return (
-    f"videos are made in blocks of {block} latent frames, they have "
-    f"{', '.join(map(str, counts))}, ... frames"
-  )

@@ -97,7 +97,14 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
     raise UserError(f"{path}: not a readable video ({error}); write it again") from None
   if not frames:
     raise UserError(f"{path}: the video holds no frames; write it again")
-  return _pooled(np.stack(frames), scale), fps, _json_object(comment)
+  frames = np.stack(frames)
+  if scale > 1:
+    f, height, width, _ = frames.shape
+    h, w = height // scale, width // scale
+    # the padding of odd sides is less than a square, and is dropped
+    squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
+    frames = np.rint(squares.mean((2, 4))).astype(np.uint8)
+  return frames, fps, _json_object(comment)
 
 
 def read_metadata(path) -> dict | None:
@@ -120,17 +127,6 @@ def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.Vide
   )
   rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
   return rgb.reformat(format="yuv420p", dst_colorspace="ITU709")
-
-
-def _pooled(frames: np.ndarray, scale: int) -> np.ndarray:
-  """The means of scale x scale squares: uint8 [f H W 3] -> uint8 [f H/scale W/scale 3]."""
-  if scale == 1:
-    return frames
-  f, height, width, _ = frames.shape
-  h, w = height // scale, width // scale
-  # the padding of odd sides is less than a square, and is dropped
-  squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
-  return np.rint(squares.mean((2, 4))).astype(np.uint8)
 
 
 def _json_object(text: str) -> dict:

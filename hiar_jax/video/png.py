@@ -45,15 +45,6 @@ class PNGFolder:
       write_png(self.path / f"{self.frames:06d}.png", frame)
       self.frames += 1
 
-  def close(self) -> None:
-    """Does nothing: every frame is on the disk already."""
-
-  def __enter__(self) -> "PNGFolder":
-    return self
-
-  def __exit__(self, *exc) -> None:
-    self.close()
-
 
 def write_png(path, image: np.ndarray) -> Path:
   """Writes an image uint8 [H W 3] or [H W] as PNG, atomically, and returns the path.

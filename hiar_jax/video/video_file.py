@@ -48,7 +48,8 @@ def count_clips(path: str | os.PathLike, sampling: Sampling) -> int:
     Unusable: damaged, cut off, without a picture, or too short for one clip.
     av.error.FFmpegError: not a video, or its data cannot be decoded.
   """
-  shown = sum(repeats for _, repeats in _resampled(path, sampling.fps))
+  with av.open(os.fspath(path)) as container:
+    shown = sum(repeats for _, repeats in resampled(container, sampling.fps))
   if shown < sampling.frames:
     raise Unusable(
       f"too short: {shown} frames at {sampling.fps:g} frames a second, a clip needs "
@@ -64,25 +65,29 @@ def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
   """
   window: collections.deque[np.ndarray] = collections.deque(maxlen=sampling.frames)
   index = 0
-  for frame, repeats in _resampled(path, sampling.fps):
-    # frames that the resampling skips are decoded, but not resized
-    image = _cover(frame, sampling.height, sampling.width) if repeats else None
-    for _ in range(repeats):
-      window.append(image)
-      index += 1
-      if index >= sampling.frames and (index - sampling.frames) % sampling.stride == 0:
-        yield np.stack(window)
+  with av.open(os.fspath(path)) as container:
+    for frame, repeats in resampled(container, sampling.fps):
+      # frames that the resampling skips are decoded, but not resized
+      image = cover(frame, sampling.height, sampling.width) if repeats else None
+      for _ in range(repeats):
+        window.append(image)
+        index += 1
+        if index >= sampling.frames and (index - sampling.frames) % sampling.stride == 0:
+          yield np.stack(window)
 
 
-def _resampled(path: str | os.PathLike, fps: float) -> Iterator[tuple[av.VideoFrame, int]]:
+def resampled(
+  container: av.container.InputContainer, fps: float
+) -> Iterator[tuple[av.VideoFrame, int]]:
   """Yields (frame, repeats): how many of the times 0, 1/fps, 2/fps, ... show this frame.
 
   Times count from the first frame. A frame is shown until the next one, the last for its duration.
+  Raises what `count_clips` raises, but for a file too short for one clip.
   """
   previous = None
   done = 0  # ticks that the frames so far fill
   start = end = 0.0
-  for frame, time, duration in _decoded(path):
+  for frame, time, duration in _decoded(container):
     if previous is None:
       start = time
     else:
@@ -100,36 +105,42 @@ def _ticks(seconds: float, fps: float) -> int:
   return int(np.ceil(seconds * fps - 1e-3))
 
 
-def _decoded(path: str | os.PathLike) -> Iterator[tuple[av.VideoFrame, float, float]]:
+def frame_rate(stream: av.VideoStream) -> float:
+  """The frames per second that a stream declares; 25 without any, as FFmpeg's default."""
+  return float(stream.average_rate or stream.guessed_rate or 25)
+
+
+def _decoded(
+  container: av.container.InputContainer,
+) -> Iterator[tuple[av.VideoFrame, float, float]]:
   """Yields every frame with its time and duration in seconds.
 
   Raises:
     Unusable: no picture, damaged pictures, or fewer frames than the container declares.
   """
-  with av.open(os.fspath(path)) as container:
-    if not container.streams.video:
-      raise Unusable("no video stream")
-    stream = container.streams.video[0]
-    stream.thread_type = "AUTO"  # FFmpeg decodes on all cores
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
-    count = 0
-    for frame in container.decode(stream):
-      if frame.is_corrupt:
-        raise Unusable(f"damaged at frame {count}")
-      time = count / rate if frame.time is None else float(frame.time)
-      duration = (
-        float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
-      )
-      yield frame, time, duration
-      count += 1
-    if not count:
-      raise Unusable("no picture in it")
-    # stream.frames is 0 where the container declares no count
-    if count < _TRUNCATED * stream.frames:
-      raise Unusable(f"cut off: {count} of {stream.frames} frames there")
+  if not container.streams.video:
+    raise Unusable("no video stream")
+  stream = container.streams.video[0]
+  stream.thread_type = "AUTO"  # FFmpeg decodes on all cores
+  rate = frame_rate(stream)
+  count = 0
+  for frame in container.decode(stream):
+    if frame.is_corrupt:
+      raise Unusable(f"damaged at frame {count}")
+    time = count / rate if frame.time is None else float(frame.time)
+    duration = (
+      float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
+    )
+    yield frame, time, duration
+    count += 1
+  if not count:
+    raise Unusable("no picture in it")
+  # stream.frames is 0 where the container declares no count
+  if count < _TRUNCATED * stream.frames:
+    raise Unusable(f"cut off: {count} of {stream.frames} frames there")
 
 
-def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+def cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
   """Returns uint8 [H W 3]: rotated upright, scaled to cover height x width, centre cropped."""
   # the box is rotated here, the frame at the end, where it has the pixels of the result alone
   sideways = frame.rotation % 180 != 0

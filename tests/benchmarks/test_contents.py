@@ -211,18 +211,10 @@ def test_what_an_event_says_counts_and_not_when(pair):
 def test_records_of_a_data_set(tmp_path):
   """As runs hold them: the records, whatever the bytes of the files are."""
 
-  class Builder(store.SequentialBuilder):
-    name, count, example_bytes = "numbers", 3, 8
-
-    def features(self):
-      return {"x": store.tensor((2,), np.float32)}
-
-    def examples(self):
-      return ({"x": np.float32([i, self.last if i == 2 else i])} for i in range(3))
-
+  features = {"x": store.tensor((2,), np.float32)}
   for folder, last in (("old", 2.0), ("same", 2.0), ("new", 2.5)):
-    Builder.last = last
-    store.build(Builder, store.tfds.core.BuilderConfig(name="plain"), tmp_path / folder)
+    examples = [{"x": np.float32(x)} for x in ([0, 0], [1, 1], [2, last])]
+    store.build(tmp_path / folder, "numbers/plain", features, examples, count=3, example_bytes=8)
   assert not any(found((tmp_path / "old", tmp_path / "same")).values())
   (line,) = found((tmp_path / "old", tmp_path / "new"))["numbers/plain/1.0.0"]
   assert line == "x 2: 1 of 2 numbers, first at [1]: 2.0 -> 2.5, at most 0.5 apart"

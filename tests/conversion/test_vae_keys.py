@@ -6,12 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import shape_here
-from hiar_jax.conversion.vae_keys import (
-  vae_key_map,
-  vae_params_from_published,
-  vae_params_to_published,
-)
+from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
 
@@ -116,8 +112,8 @@ def _named(layout, dtype="float32"):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_bit_for_bit(layout, dtype):
   named = _named(layout, jax.numpy.dtype(dtype))
-  params = vae_params_from_published(named, SMALL, layout)
-  back = vae_params_to_published(jax.tree.map(jax.numpy.asarray, params), SMALL, layout)
+  params = from_published(named, vae_key_map(SMALL, layout), "VAE")
+  back = to_published(jax.tree.map(jax.numpy.asarray, params), vae_key_map(SMALL, layout), "VAE")
   assert list(back) == list(named)
   for name, array in named.items():
     assert back[name].dtype == array.dtype and back[name].shape == array.shape, name
@@ -128,14 +124,14 @@ def test_misfits_are_listed():
   named = _named("original")
   named["extra.weight"] = named.pop("conv1.bias")
   with pytest.raises(UserError, match=r"1 missing \(conv1.bias\); 1 left over \(extra.weight\)"):
-    vae_params_from_published(named, SMALL)
+    from_published(named, vae_key_map(SMALL), "VAE")
   with pytest.raises(UserError, match=r"conv1.weight has shape .* asks for"):
-    vae_params_from_published(_named("original"), vae.dataclasses.replace(SMALL, dim=4))
+    from_published(_named("original"), vae_key_map(vae.dataclasses.replace(SMALL, dim=4)), "VAE")
   with pytest.raises(UserError, match="unknown layout 'torch'"):
     vae_key_map(SMALL, "torch")
-  params = vae_params_from_published(_named("original"), SMALL)
+  params = from_published(_named("original"), vae_key_map(SMALL), "VAE")
   with pytest.raises(UserError, match="has shape"):
-    vae_params_to_published(params, vae.dataclasses.replace(SMALL, dim=4))
+    to_published(params, vae_key_map(vae.dataclasses.replace(SMALL, dim=4)), "VAE")
   del params["quant"]
   with pytest.raises(UserError, match="differ at quant"):
-    vae_params_to_published(params, SMALL)
+    to_published(params, vae_key_map(SMALL), "VAE")

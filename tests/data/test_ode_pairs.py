@@ -133,11 +133,11 @@ def test_float16_is_the_default(folder, tmp_path):
 def test_a_stop_resumes_at_the_first_missing_part(folder, tmp_path, monkeypatch):
   read, seen = ode_pairs.read_latents, []
 
-  def stops(pair, *args):
+  def stops(path, *args):
     if len(seen) == 4:
       raise KeyboardInterrupt
-    seen.append(pair.path.name)
-    return read(pair, *args)
+    seen.append(path.name)
+    return read(path, *args)
 
   with monkeypatch.context() as patch:
     patch.setattr(ode_pairs, "read_latents", stops)
@@ -151,7 +151,7 @@ def test_a_stop_resumes_at_the_first_missing_part(folder, tmp_path, monkeypatch)
     patch.setattr(
       ode_pairs,
       "read_latents",
-      lambda pair, *args: seen.append(pair.path.name) or read(pair, *args),
+      lambda path, *args: seen.append(path.name) or read(path, *args),
     )
     _prepare(tmp_path / "out", folder)
     _prepare(tmp_path / "out", folder)  # done

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from hiar_jax.data import pipeline, shapes_clips, trajectories
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
@@ -136,6 +137,27 @@ def test_trajectories_arrive_as_float32(tmp_path):
 def test_captions_in_order(clips):
   expected = [shapes_clips.make_clip(WorldConfig(), 0, i)["caption"] for i in range(CLIPS)]
   assert pipeline.read_captions(clips) == expected
+
+
+def test_starts_in_order(tmp_path):
+  world = WorldConfig(later=0.5)
+  shapes_clips.prepare(tmp_path, world, CLIPS, 0)
+  expected = [int(shapes_clips.make_clip(world, 0, i)["start"]) for i in range(CLIPS)]
+  assert len(set(expected)) > 1 and pipeline.read_starts(tmp_path) == expected
+
+
+def test_only_what_is_wanted_is_decoded(clips, monkeypatch):
+  """A list of captions or starts costs no frames: features are decoded by name."""
+  decoded = []
+  decode = tfds.features.Tensor.decode_example_np
+  monkeypatch.setattr(
+    tfds.features.Tensor,
+    "decode_example_np",
+    lambda self, example: decoded.append(self.shape) or decode(self, example),
+  )
+  assert pipeline.read_starts(clips) == [0] * CLIPS and set(decoded) == {()}
+  decoded.clear()
+  assert len(pipeline.read_captions(clips)) == CLIPS and set(decoded) <= {()}
 
 
 def test_too_few_clips_or_none(clips, tmp_path):

@@ -71,7 +71,7 @@ def test_some_clips_are_cut_from_further_on():
   for first, clip in zip(early, late, strict=True):
     assert first["caption"] == clip["caption"]
     direction = np.array(
-      shapes_world.DIRECTIONS[shapes_world.parse_caption(clip["caption"]).shapes[0].direction]
+      shapes_world.DIRECTIONS[shapes_world.parse_caption(clip["caption"])[0][0].direction]
     )
     assert (first["velocity"][0, 0] @ direction) > 0
     turned += (clip["velocity"][0, 0] @ direction) < 0
@@ -81,7 +81,7 @@ def test_some_clips_are_cut_from_further_on():
 def test_state_is_that_of_the_picture(tmp_path):
   shapes_clips.prepare(tmp_path, WorldConfig(later=0.5), clips=8, seed=0)
   for record in _records(tmp_path):
-    parsed = shapes_world.parse_caption(record["caption"].decode()).shapes[0]
+    parsed = shapes_world.parse_caption(record["caption"].decode())[0][0]
     assert list(shapes_world.COLOURS)[record["colour"][0]] == parsed.colour
     assert shapes_world.SHAPES[record["shape"][0]] == parsed.shape
     # Whatever is not ground is the shape; all shapes are symmetric from left to right.

@@ -65,8 +65,6 @@ def test_measure_tells_a_fading_video():
   assert abs(still["sharpness"]["relative_slope"]) < 0.05
   assert faded["saturation"]["slope"] < 0 and faded["frame_difference"]["slope"] < 0
   json.dumps(faded, allow_nan=False)
-  table = drift.format_table({"still": still, "faded": faded}).splitlines()
-  assert len(table) == 4 and {line.count("|") for line in table} == {8}
 
 
 def test_measure_rejects_one_video_without_its_axis():

@@ -8,7 +8,8 @@ import pathlib
 
 import numpy as np
 
-from hiar_jax import convert
+from hiar_jax.conversion.dit_keys import dit_key_map
+from hiar_jax.conversion.key_maps import from_published
 from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.types import LatentShape
@@ -90,7 +91,7 @@ class Case:
 
 @functools.cache
 def _params(case: Case, network: str):
-  return convert.params_from_torch(case.load(f"weights_{network}.npz"), case.config)
+  return from_published(case.load(f"weights_{network}.npz"), dit_key_map(case.config), "DiT")
 
 
 def levels(timesteps: np.ndarray) -> np.ndarray:

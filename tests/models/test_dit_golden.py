@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import convert, flow
+from hiar_jax import flow
+from hiar_jax.conversion.dit_keys import dit_key_map
+from hiar_jax.conversion.key_maps import to_published
 from hiar_jax.errors import UserError
 from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
@@ -46,7 +48,7 @@ def _arrays(named: dict, prefix: str) -> dict:
 def _assert_gradients(case: Case, gradients, recorded: dict) -> None:
   """Gradients of our parameters against those recorded under published names."""
   assert recorded
-  ours = convert.params_to_torch(gradients, case.config)
+  ours = to_published(gradients, dit_key_map(case.config), "DiT")
   for name, expected in recorded.items():
     assert_close(ours[name], expected, f"gradient of {name}")
 
@@ -60,7 +62,7 @@ def weights(case: Case, z: dict, network: str) -> None:
   assert jax.tree.map(lambda leaf: leaf.shape, params) == jax.tree.map(
     lambda leaf: leaf.shape, like
   )
-  for name, back in convert.params_to_torch(params, case.config).items():
+  for name, back in to_published(params, dit_key_map(case.config), "DiT").items():
     expected = z.pop(name)
     assert back.dtype == expected.dtype and back.tobytes() == expected.tobytes(), name
 

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import shape_here
-from hiar_jax.conversion.taehv_keys import (
-  tiny_vae_key_map,
-  tiny_vae_params_from_published,
-  tiny_vae_params_to_published,
-)
+from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv
 
@@ -211,8 +207,8 @@ def test_there_and_back_bit_for_bit(dtype):
     rule.name: rng.normal(size=rule.shape).astype(jnp.dtype(dtype))
     for rule in tiny_vae_key_map(CONFIG)
   }
-  params = tiny_vae_params_from_published(named, CONFIG)
-  back = tiny_vae_params_to_published(jax.tree.map(jnp.asarray, params), CONFIG)
+  params = from_published(named, tiny_vae_key_map(CONFIG), "tiny VAE")
+  back = to_published(jax.tree.map(jnp.asarray, params), tiny_vae_key_map(CONFIG), "tiny VAE")
   assert list(back) == list(named)
   assert all(
     back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes()
@@ -252,7 +248,7 @@ def test_pieces_that_do_not_fit():
   with pytest.raises(UserError, match="5 frames do not fit; a piece to encode has 4 m frames"):
     taehv.encode_chunk(_params(), jnp.zeros((1, 5, 16, 24, 3)), None, CONFIG)
   _, memory = _streamed("decode", (4,))
-  with pytest.raises(UserError, match="memory belongs to a batch of 2 with frames of 2x3"):
+  with pytest.raises(UserError, match="cache belongs to a batch of 2 with frames of 2x3"):
     taehv.decode_chunk(_params(), jnp.zeros((1, 1, 2, 3, 3)), memory, CONFIG)
   with pytest.raises(UserError, match="chunk=0"):
     taehv.decode(_params(), jnp.asarray(LATENTS), CONFIG, chunk=0)
@@ -269,4 +265,4 @@ def test_tensors_that_do_not_fit():
   named = {rule.name: np.zeros(rule.shape, np.float16) for rule in tiny_vae_key_map(CONFIG)}
   del named["decoder.1.bias"]
   with pytest.raises(UserError, match=r"tiny VAE.*1 missing \(decoder.1.bias\)"):
-    tiny_vae_params_from_published(named, CONFIG)
+    from_published(named, tiny_vae_key_map(CONFIG), "tiny VAE")

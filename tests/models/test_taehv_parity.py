@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.taehv_keys import tiny_vae_key_map, tiny_vae_params_from_published
+from hiar_jax.conversion.key_maps import from_published
+from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.models import taehv
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
@@ -141,7 +142,7 @@ def test_encode(named):
   filled = np.concatenate([video, *[video[:, -1:]] * 3], axis=1)
   expected = _run("encoder", ENCODER, named, filled)
   assert expected.shape[1] == 3
-  params = tiny_vae_params_from_published(named, CONFIG)
+  params = from_published(named, tiny_vae_key_map(CONFIG), "tiny VAE")
   _assert_close(jax.jit(lambda p, x: taehv.encode(p, x, CONFIG))(params, 2 * video - 1), expected)
 
 
@@ -150,5 +151,5 @@ def test_decode(named):
   # the first three frames come before the video
   expected = 2 * _run("decoder", DECODER, named, latents)[:, 3:].clip(0, 1) - 1
   assert expected.shape[1] == 9 and np.abs(expected).max() < 1
-  params = tiny_vae_params_from_published(named, CONFIG)
+  params = from_published(named, tiny_vae_key_map(CONFIG), "tiny VAE")
   _assert_close(jax.jit(lambda p, z: taehv.decode(p, z, CONFIG))(params, latents), expected)

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import shape_here
-from hiar_jax.conversion.umt5_keys import (
-  umt5_key_map,
-  umt5_params_from_published,
-  umt5_params_to_published,
-)
+from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
 
@@ -36,7 +32,7 @@ def _params():
     name: array / np.sqrt(array.shape[-1]) if array.ndim == 2 else array
     for name, array in named.items()
   }
-  return umt5_params_from_published(scaled, SMALL)
+  return from_published(scaled, umt5_key_map(SMALL), "UMT5")
 
 
 @functools.cache
@@ -126,8 +122,8 @@ def test_the_rules_fill_the_model_of_the_real_size(layout):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_there_and_back_bit_for_bit(layout, dtype):
   named = _named(layout, jnp.dtype(dtype))
-  params = umt5_params_from_published(named, SMALL, layout)
-  back = umt5_params_to_published(jax.tree.map(jnp.asarray, params), SMALL, layout)
+  params = from_published(named, umt5_key_map(SMALL, layout), "UMT5")
+  back = to_published(jax.tree.map(jnp.asarray, params), umt5_key_map(SMALL, layout), "UMT5")
   assert list(back) == list(named)
   for name, array in named.items():
     assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name
@@ -136,9 +132,11 @@ def test_there_and_back_bit_for_bit(layout, dtype):
 def test_misfits_are_listed():
   named = _named()
   with pytest.raises(UserError, match=r"10 missing \(blocks.3.attn.k.weight.* and 6 more\)"):
-    umt5_params_from_published(named, umt5.dataclasses.replace(SMALL, num_layers=4))
+    from_published(named, umt5_key_map(umt5.dataclasses.replace(SMALL, num_layers=4)), "UMT5")
   with pytest.raises(UserError, match="one dtype"):
-    umt5_params_from_published(named | {"blocks.1.norm1.weight": np.ones(16, np.float16)}, SMALL)
+    from_published(
+      named | {"blocks.1.norm1.weight": np.ones(16, np.float16)}, umt5_key_map(SMALL), "UMT5"
+    )
   with pytest.raises(UserError, match="unknown layout"):
     umt5_key_map(SMALL, "hf")
   with pytest.raises(UserError, match="no multiple of num_heads=5"):

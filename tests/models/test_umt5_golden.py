@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.umt5_keys import umt5_params_from_published, umt5_params_to_published
+from hiar_jax.conversion.key_maps import from_published, to_published
+from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.models import umt5
 from tests.helpers.golden_cases import assert_close, folders
 
@@ -29,7 +30,7 @@ def _load(case):
     config,
     dict(np.load(case / "umt5.npz")),
     weights,
-    umt5_params_from_published(weights, config),
+    from_published(weights, umt5_key_map(config), "UMT5"),
   )
 
 
@@ -51,7 +52,7 @@ def test_prompt_embeds(case):
 @each_case
 def test_weights_go_there_and_back_bit_for_bit(case):
   config, _, weights, params = _load(case)
-  back = umt5_params_to_published(params, config)
+  back = to_published(params, umt5_key_map(config), "UMT5")
   assert set(back) == set(weights)
   for name, array in weights.items():
     assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hiar_jax.conversion.umt5_keys import umt5_params_from_published, umt5_params_to_published
+from hiar_jax.conversion.key_maps import from_published, to_published
+from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.models import umt5
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
@@ -50,7 +51,7 @@ def folder(peer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(folder):
-  return umt5_params_from_published(load_file(folder / WEIGHTS), CONFIG, "diffusers")
+  return from_published(load_file(folder / WEIGHTS), umt5_key_map(CONFIG, "diffusers"), "UMT5")
 
 
 @pytest.mark.parametrize("length", [9, 512])
@@ -85,7 +86,7 @@ def test_weights_go_back_and_load(peer, folder, params, tmp_path):
   import transformers
 
   back, original = (
-    umt5_params_to_published(params, CONFIG, "diffusers"),
+    to_published(params, umt5_key_map(CONFIG, "diffusers"), "UMT5"),
     load_file(folder / WEIGHTS),
   )
   assert set(back) == set(original)

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.vae_keys import vae_params_from_published, vae_params_to_published
+from hiar_jax.conversion.key_maps import from_published, to_published
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import vae
 from tests.helpers.golden_cases import assert_close, folders
 
@@ -38,7 +39,7 @@ def _load(case):
     latents_std=tuple(arrays["latents_std"].tolist()),
   )
   weights = dict(np.load(case / "vae_weights.npz"))
-  return config, arrays, weights, vae_params_from_published(weights, config)
+  return config, arrays, weights, from_published(weights, vae_key_map(config), "VAE")
 
 
 @each_case
@@ -75,7 +76,7 @@ def test_reconstruction(case, chunk):
 @each_case
 def test_weights_go_there_and_back_bit_for_bit(case):
   config, _, weights, params = _load(case)
-  back = vae_params_to_published(params, config)
+  back = to_published(params, vae_key_map(config), "VAE")
   assert set(back) == set(weights)
   for name, array in weights.items():
     assert back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes(), name

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hiar_jax.conversion.vae_keys import vae_params_from_published, vae_params_to_published
+from hiar_jax.conversion.key_maps import from_published, to_published
+from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import vae
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
@@ -46,7 +47,7 @@ def folder(peer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params(folder):
-  return vae_params_from_published(load_file(folder / WEIGHTS), CONFIG, "diffusers")
+  return from_published(load_file(folder / WEIGHTS), vae_key_map(CONFIG, "diffusers"), "VAE")
 
 
 def _assert_close(actual, expected):
@@ -85,7 +86,10 @@ def test_normalisation_is_the_peers(peer):
 def test_weights_go_back_and_load(peer, folder, params, tmp_path):
   import diffusers
 
-  back, original = vae_params_to_published(params, CONFIG, "diffusers"), load_file(folder / WEIGHTS)
+  back, original = (
+    to_published(params, vae_key_map(CONFIG, "diffusers"), "VAE"),
+    load_file(folder / WEIGHTS),
+  )
   assert set(back) == set(original)
   assert all(back[name].tobytes() == array.tobytes() for name, array in original.items())
   save_file(back, tmp_path / WEIGHTS, metadata={"format": "pt"})

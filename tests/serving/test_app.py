@@ -267,4 +267,4 @@ def test_a_port_in_use_is_known_before_anything_is_loaded(monkeypatch):
 def test_the_page_needs_its_extra(monkeypatch):
   monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"pip install 'hiar_jax\[serve\]'"):
-    serve.check_installed()
+    serve.start(stream.StreamOptions(workdir="nowhere"), serve.ServeOptions())

@@ -216,6 +216,15 @@ def count_up(frames, height=32, width=48):
   ).copy()
 
 
+def test_a_video_is_opened_once(tmp_path, monkeypatch):
+  """Its size and its rate are those of the frames that are decoded anyway."""
+  path = write_mp4(tmp_path / "a.mp4", np.zeros((8, 32, 48, 3), np.uint8), fps=16)
+  opened, really = [], av.open
+  monkeypatch.setattr(av, "open", lambda *args, **k: opened.append(args[0]) or really(*args, **k))
+  frames, said = conditioning_files.read_video(path, 32, 48, 16)
+  assert frames.shape == (8, 32, 48, 3) and said == "" and opened == [str(path)]
+
+
 def test_a_video_of_the_right_size_and_rate(tmp_path):
   path = write_mp4(tmp_path / "a.mp4", count_up(9), 16)
   frames, said = conditioning_files.read_video(path, 32, 48, 16)

@@ -1,5 +1,6 @@
 """What a stream leaves on the disk plays while it grows, and after its process was killed."""
 
+import errno
 import os
 import pathlib
 import signal
@@ -151,6 +152,19 @@ def test_what_cannot_be_gone_on_with_is_left_alone(tmp_path, keep, size, what):
   assert (tmp_path / "clip.mp4").read_bytes() == before
 
 
+@pytest.mark.parametrize("call", ["pread", "fsync"])
+def test_a_disk_that_refuses_the_cut_is_one_line(tmp_path, monkeypatch, call):
+  path = tmp_path / "clip.mp4"
+  write(path, pieces(2))
+
+  def refuse(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+  monkeypatch.setattr(fragmented_mp4.os, call, refuse)
+  with pytest.raises(UserError, match=r"clip.mp4: cannot be written \(Input/output error\)"):
+    FragmentedMP4(path, 8, keep=5)
+
+
 def test_nothing_is_overwritten(tmp_path):
   (tmp_path / "old.mp4").write_bytes(b"old")
   with pytest.raises(UserError, match="old.mp4 is there already"):
@@ -223,16 +237,15 @@ def test_a_killed_process_leaves_a_video_that_plays(tmp_path):
 
 def test_pictures_in_a_folder(tmp_path):
   videos, folder = pieces(2), tmp_path / "frames"
-  with PNGFolder(folder) as out:
-    for frames in videos:
-      out.write(frames)
+  out = PNGFolder(folder)
+  for frames in videos:
+    out.write(frames)
   assert sorted(os.listdir(folder)) == [f"{i:06d}.png" for i in range(10)]
   with Image.open(folder / "000007.png") as read:
     np.testing.assert_array_equal(np.asarray(read), videos[1][2])
   with pytest.raises(UserError, match="frames holds 10 pictures already"):
     PNGFolder(folder)
-  with PNGFolder(folder, keep=7) as out:
-    out.write(videos[0][:1])
+  PNGFolder(folder, keep=7).write(videos[0][:1])
   assert sorted(os.listdir(folder))[-1] == "000007.png"
   with Image.open(folder / "000007.png") as read:
     np.testing.assert_array_equal(np.asarray(read), videos[0][0])
