@@ -7,4 +7,6 @@ are converted under a kind of checkpoints.weights. The first is what a config wi
 
 from hiar_jax.models.dit import ModelConfig
 
-NETWORKS: dict[str, type] = {"dit": ModelConfig}
+NETWORKS: dict[str, type] = {
+  "dit": ModelConfig,
+}

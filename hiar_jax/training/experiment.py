@@ -13,7 +13,8 @@ from hiar_jax import flow
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
 from hiar_jax.config.building import of_kinds
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.data.sources import SOURCES, DataConfig
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.models.registry import NETWORKS
@@ -23,49 +24,6 @@ from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.teacher import TeacherConfig
 from hiar_jax.types import LatentShape
-
-SOURCES = ("shapes", "videos", "prompts")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """The training data.
-
-  source: `shapes`, clips of the shapes world; `videos`, those of a folder, cut into clips end to
-  end; `prompts`, prompts without videos, for a teacher that exists.
-  """
-
-  source: str = "shapes"
-  frames: int = 9  # pixel frames of a clip
-  size: int | tuple[int, int] = 32  # pixels of a frame: one number or (height, width)
-  # of `shapes`
-  seed: int = 0
-  difficulty: str = "plain"
-  later: float = 0.0  # share of clips cut from further on in a video (WorldConfig)
-  clips: int = 4096
-  # of `videos`
-  folder: str = ""
-  fps: float = 8.0  # videos are resampled to it
-  # of `prompts`
-  prompts: str = ""  # a file, one prompt a line
-
-  def __post_init__(self):
-    at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
-    one_of(SOURCES, **{"data.source": self.source})
-    if self.source == "videos" and not self.folder:
-      raise UserError(
-        "data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)"
-      )
-    if self.source == "prompts" and not self.prompts:
-      raise UserError("data.source = 'prompts' needs data.prompts, a file with one prompt a line")
-
-  @property
-  def height(self) -> int:
-    return self.size if isinstance(self.size, int) else self.size[0]
-
-  @property
-  def width(self) -> int:
-    return self.size if isinstance(self.size, int) else self.size[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +166,18 @@ class Experiment:
         f"{len(self.student.timesteps)} levels"
       )
     self.trajectories.kept(self.student)  # raises where the teacher's steps miss the student's
-    if self.data.source == "prompts" and not self.weights.base:
+    captions_only = self.data.opened.captions_only
+    if captions_only and not self.weights.base:
       raise UserError(
-        "data.source = 'prompts' trains no teacher: give weights.base, a directory of converted "
-        "weights"
+        f"data.source = {self.data.source!r} trains no teacher: give weights.base, a directory of "
+        "converted weights"
       )
-    if (self.data.source == "prompts") == self.codec.fitted:
+    if captions_only == self.codec.fitted:
       kinds = [kind for kind, codec in AUTOENCODERS.items() if not codec.fitted]
+      without = [name for name, source in SOURCES.items() if source.captions_only]
       raise UserError(
         f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected "
-        f"'prompts' with {' or '.join(map(repr, kinds))} only"
+        f"{' or '.join(map(repr, without))} with {' or '.join(map(repr, kinds))} only"
       )
     if self.teacher_model and not self.weights.teacher:
       raise UserError("teacher_model is given, but no weights.teacher of that size")

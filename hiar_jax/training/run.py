@@ -26,7 +26,8 @@ from hiar_jax.config.workdir import (
   save_resolved,
   to_json,
 )
-from hiar_jax.data import pipeline, shapes_world, tfds_builder
+from hiar_jax.data import pipeline, shapes_world
+from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
@@ -93,18 +94,18 @@ class Run:
     return np.asarray(read_sigmas(self.directory("trajectories")), np.float32)
 
   @property
+  def source(self) -> Source:
+    """Where the training data comes from."""
+    return self.experiment.data.opened
+
+  @property
   def world(self) -> shapes_world.WorldConfig:
     """The shapes world that the data is drawn from. Raises UserError for real videos."""
-    data = self.experiment.data
-    if data.source != "shapes":
-      raise UserError(
-        f"this needs the truth of the shapes world, but data.source is {data.source!r}"
-      )
-    if data.height != data.width:
-      raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
-    return shapes_world.WorldConfig(
-      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later
-    )
+    world = self.source.world
+    if world is None:
+      source = self.experiment.data.source
+      raise UserError(f"this needs the truth of the shapes world, but data.source is {source!r}")
+    return world
 
   @functools.cached_property
   def writer(self) -> Writer:
@@ -113,13 +114,8 @@ class Run:
 
   def words(self) -> tuple[str, ...]:
     """Returns the words of the data, on which a text encoder may be fitted."""
-    data = self.experiment.data
-    if data.source == "shapes":
-      return shapes_world.VOCABULARY
-    # only words that a caption of the data holds are ever learnt
-    if data.source == "prompts":
-      return vocabulary_of(pipeline.read_prompts(data.prompts))
-    return vocabulary_of(pipeline.read_captions(self.directory("data")))
+    # where the source does not say, only words that a caption of the data holds are ever learnt
+    return self.source.words or vocabulary_of(self.source.captions(self.directory("data")))
 
   @functools.cached_property
   def text_encoder(self) -> TextEncoder:
@@ -212,7 +208,7 @@ class Run:
     """Returns the texts [n l d] of `count` prompts for previews: held-out ones of the shapes world,
     else the first captions of the data.
     """
-    if self.experiment.data.source == "shapes":
+    if self.source.world is not None:
       prompts = self.held_out(count)
     else:
       prompts = pipeline.read_captions(self.directory("data"))[:count]
@@ -277,20 +273,10 @@ def _count_clips(run: Run) -> tuple[float, str]:
 
   Raises UserError where the data stage could not run.
   """
-  data = run.experiment.data
-  if data.source == "shapes":
-    run.world  # noqa: B018  # raises where such a world cannot be
-    return data.clips, "data.clips"
-  if data.source == "prompts":
-    count = len(pipeline.read_prompts(data.prompts))
+  found = run.source.count(run.directory("data"))
+  if run.source.captions_only:
     run.text_encoder  # noqa: B018  # raises where weights are missing
-    return count, "the prompts of data.prompts"
-  if not os.path.isdir(data.folder) and not tfds_builder.is_complete(run.directory("data")):
-    raise UserError(
-      f"data.folder = {data.folder!r} is not a folder; give the one that holds the clips and their "
-      "captions"
-    )
-  return math.inf, "data.clips"  # counted only when the data stage has cut the videos
+  return found
 
 
 def _check_shared(config, experiment: Experiment) -> None:

@@ -27,7 +27,7 @@ def read_prompts(run: Run) -> list[str]:
   """
   config = run.experiment.sample
   if config.prompts == "held_out":
-    if run.experiment.data.source != "shapes":
+    if run.source.world is None:
       return list(dict.fromkeys(pipeline.read_captions(run.directory("data"))))[: config.count]
     return list(dict.fromkeys(run.held_out(config.count)))
   return list(dict.fromkeys(pipeline.read_prompts(config.prompts)))
@@ -37,7 +37,7 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
   """Returns `prompts`, then held-out ones up to `measure`; none where there is no truth to measure
   against.
   """
-  if run.experiment.data.source != "shapes":
+  if run.source.world is None:
     return []
   return prompts + run.held_out(max(0, run.experiment.sample.measure - len(prompts)))
 

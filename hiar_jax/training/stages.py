@@ -15,14 +15,7 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.data import (
-  ode_pairs,
-  pipeline,
-  prompt_texts,
-  shapes_clips,
-  tfds_builder,
-  video_folder,
-)
+from hiar_jax.data import ode_pairs, pipeline, tfds_builder
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
@@ -41,21 +34,12 @@ KEY_OFFSETS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5}
 
 
 def prepare_data(run: Run) -> None:
-  """Writes <workdir>/data: clips with captions (the shapes world or a folder of videos) and the
-  codec fitted on them, or encoded prompts alone.
+  """Writes <workdir>/data: clips with captions and the codec fitted on them, or encoded prompts
+  alone (data.sources).
   """
   e, directory = run.experiment, run.directory("data")
-  data = e.data
   if jax.process_index() == 0 and not e.stages_from:
-    if data.source == "shapes":
-      shapes_clips.prepare(directory, run.world, data.clips, data.seed)
-    elif data.source == "videos":
-      video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
-    else:
-      # Encoded first, all at once: the data set then stores the texts beside the prompts.
-      encoder = run.text_encoder
-      encoder.prepare([*pipeline.read_prompts(data.prompts), encoder.negative_prompt])
-      prompt_texts.prepare(directory, data.prompts, encoder)
+    run.source.prepare(directory, lambda: run.text_encoder)
     e.text.fit(directory, run.words())
     e.codec.fit(directory, lambda: _clips_to_fit(directory))
   _wait_for_all("data")

@@ -123,15 +123,15 @@ class Chain:
     return self.directory / "straight"
 
   def commands(
-    self, cases: list[tuple[str, list[str]]], devices: int = 1
+    self, cases: list[tuple[str, list[str]]], devices: int = 1, root: pathlib.Path = ROOT
   ) -> list[tuple[int, str, str]]:
     """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process
-    that has imported jax.
+    that has imported jax, and the package of the tree `root`.
     """
     done = subprocess.run(
       [sys.executable, "-W", "ignore", "-c", FORKS],
-      cwd=ROOT,
-      env=environment(self.cache, devices),
+      cwd=root,
+      env={**environment(self.cache, devices), "PYTHONPATH": str(root)},
       input=json.dumps(cases),
       capture_output=True,
       text=True,

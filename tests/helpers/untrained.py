@@ -75,11 +75,11 @@ def assert_same_pixels(a, b):
   assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
 
 
-def saved_run(directory: pathlib.Path, config) -> pathlib.Path:
-  """A workdir as training leaves it, with random weights of the student and of the teacher."""
+def saved_run(directory: pathlib.Path, config, steps={"teacher": 1, "distill": 1}) -> pathlib.Path:  # noqa: B006
+  """A workdir as training leaves it, with random weights. steps: those of a stage's checkpoint."""
   model = untrained(directory, config)
   save_resolved(config, directory)
-  for stage in ("teacher", "distill"):
+  for stage, step in steps.items():
     with Checkpoints(model.run.directory(stage) / "checkpoints") as checkpoints:
-      checkpoints.save(1, {"step": np.ones(())}, model.params())
+      checkpoints.save(step, {"step": np.ones(())}, model.params())
   return directory

@@ -8,7 +8,9 @@ from hiar_jax.errors import one_of
 from hiar_jax.method import MethodConfig
 from hiar_jax.rollout.past.ring import Ring
 
-PASTS: dict[str, type[Ring]] = {"ring": Ring}
+PASTS: dict[str, type[Ring]] = {
+  "ring": Ring,
+}
 
 
 def kind(method: MethodConfig) -> type[Ring]:

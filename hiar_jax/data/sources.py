@@ -1,0 +1,198 @@
+"""The sources of training data: `data.source` of an experiment.
+
+A new source is a class like those below with a name in SOURCES: it yields captioned clips, or
+writes a data set of its own (`prepare`). A field that it needs and DataConfig lacks is added there.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import math
+import os
+import pathlib
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
+from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
+from hiar_jax.errors import UserError, at_least, one_of
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The training data.
+
+  source: `shapes`, clips of the shapes world; `videos`, those of a folder, cut into clips end to
+  end; `prompts`, prompts without videos, for a teacher that exists.
+  """
+
+  source: str = "shapes"
+  frames: int = 9  # pixel frames of a clip
+  size: int | tuple[int, int] = 32  # pixels of a frame: one number or (height, width)
+  # of `shapes`
+  seed: int = 0
+  difficulty: str = "plain"
+  later: float = 0.0  # share of clips cut from further on in a video (WorldConfig)
+  clips: int = 4096
+  # of `videos`
+  folder: str = ""
+  fps: float = 8.0  # videos are resampled to it
+  # of `prompts`
+  prompts: str = ""  # a file, one prompt a line
+
+  def __post_init__(self):
+    at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
+    one_of(SOURCES, **{"data.source": self.source})
+    self.opened.check()
+
+  @property
+  def opened(self) -> "Source":
+    """The source that `source` names, with these settings."""
+    return SOURCES[self.source](self)
+
+  @property
+  def height(self) -> int:
+    return self.size if isinstance(self.size, int) else self.size[0]
+
+  @property
+  def width(self) -> int:
+    return self.size if isinstance(self.size, int) else self.size[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Base of the sources.
+
+  captions_only: True where there are no clips, and so no teacher or codec can be trained on them.
+  words: all that a caption may hold, in the order of their ids; (): those that the captions hold.
+  """
+
+  data: DataConfig
+  captions_only: ClassVar[bool] = False
+  words: ClassVar[tuple[str, ...]] = ()
+
+  def check(self) -> None:
+    """Raises UserError where a field that this source needs is not given."""
+
+  def count(self, directory: pathlib.Path) -> tuple[float, str]:
+    """Returns (number of examples, the field that sets it), before they are made; infinity where
+    that is not known. Raises UserError where `prepare` could not run.
+    """
+    return self.data.clips, "data.clips"
+
+  def prepare(self, directory: pathlib.Path, text_encoder: Callable[[], Any]) -> None:
+    """Writes the data set to `directory`, by default of `clips`; does nothing where it is complete.
+
+    text_encoder: opens the run's, which may be fitted on captions only after this.
+    """
+    data, count = self.data, int(self.count(directory)[0])
+    recipe = {"kind": data.source, **dataclasses.asdict(data)}
+    tfds_builder.check_recipe(directory, recipe)
+    if tfds_builder.is_complete(directory):
+      return
+    tfds_builder.write_recipe(directory, recipe)
+    shape = (data.frames, data.height, data.width, 3)
+    features = {
+      "video": tfds_builder.tensor(shape, np.uint8),
+      "start": tfds_builder.tensor((), np.int32),
+      "caption": tfds.features.Text(),
+    }
+    tfds_builder.build(
+      directory,
+      "captioned_clips/clips",
+      features,
+      ({"video": x, "start": np.int32(0), "caption": text} for x, text in self.clips()),
+      count=count,
+      example_bytes=math.prod(shape),
+    )
+
+  def clips(self) -> Iterator[tuple[np.ndarray, str]]:
+    """Yields `count` clips uint8 [F H W 3] with their captions."""
+    raise NotImplementedError
+
+  def captions(self, directory: pathlib.Path) -> list[str]:
+    """Returns the caption of every example, of the data set in `directory`."""
+    return pipeline.read_captions(directory)
+
+  @property
+  def world(self) -> WorldConfig | None:
+    """The shapes world that the clips are drawn from, whose truth videos can be measured against;
+    None for any other source.
+    """
+    return None
+
+
+class Shapes(Source):
+  """Clips of the shapes world."""
+
+  words = VOCABULARY
+
+  def count(self, directory: pathlib.Path) -> tuple[float, str]:
+    self.world  # noqa: B018  # raises where such a world cannot be
+    return super().count(directory)
+
+  def prepare(self, directory: pathlib.Path, text_encoder) -> None:
+    shapes_clips.prepare(directory, self.world, self.data.clips, self.data.seed)
+
+  @property
+  def world(self) -> WorldConfig:
+    data = self.data
+    if data.height != data.width:
+      raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
+    return WorldConfig(
+      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later
+    )
+
+
+class Videos(Source):
+  """The videos of a folder, cut into clips end to end."""
+
+  def check(self) -> None:
+    if not self.data.folder:
+      raise UserError(
+        "data.source = 'videos' needs data.folder, a folder of clips (clip.mp4 beside clip.txt)"
+      )
+
+  def count(self, directory: pathlib.Path) -> tuple[float, str]:
+    folder = self.data.folder
+    if not os.path.isdir(folder) and not tfds_builder.is_complete(directory):
+      raise UserError(
+        f"data.folder = {folder!r} is not a folder; give the one that holds the clips and their "
+        "captions"
+      )
+    return math.inf, "data.clips"  # counted only when the data stage has cut the videos
+
+  def prepare(self, directory: pathlib.Path, text_encoder) -> None:
+    data = self.data
+    video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
+
+
+class Prompts(Source):
+  """The prompts of a file, with their encoded texts."""
+
+  captions_only = True
+
+  def check(self) -> None:
+    if not self.data.prompts:
+      raise UserError("data.source = 'prompts' needs data.prompts, a file with one prompt a line")
+
+  def count(self, directory: pathlib.Path) -> tuple[float, str]:
+    return len(pipeline.read_prompts(self.data.prompts)), "the prompts of data.prompts"
+
+  def prepare(self, directory: pathlib.Path, text_encoder) -> None:
+    # Encoded first, all at once: the data set then stores the texts beside the prompts.
+    encoder = text_encoder()
+    encoder.prepare([*pipeline.read_prompts(self.data.prompts), encoder.negative_prompt])
+    prompt_texts.prepare(directory, self.data.prompts, encoder)
+
+  def captions(self, directory: pathlib.Path) -> list[str]:
+    return pipeline.read_prompts(self.data.prompts)
+
+
+# `data.source` of a config -> class
+SOURCES: dict[str, type[Source]] = {
+  "shapes": Shapes,
+  "videos": Videos,
+  "prompts": Prompts,
+}
