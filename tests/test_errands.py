@@ -103,7 +103,7 @@ def arguments(name: str, smoke: pathlib.Path, **changes) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(fork, chain, smoke) -> pathlib.Path:
   """The workdirs of two errands, and of `without`: the first with weight 0."""
-  short = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 1.0}
+  short = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 2.0}
   smooth = arguments("smooth", smoke, **short)
   without = [word.replace("runs/smooth", "runs/without") for word in smooth]
   without.append("--config.distill.smoothness=0")
