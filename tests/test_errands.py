@@ -102,16 +102,18 @@ def arguments(name: str, smoke: pathlib.Path, **changes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(fork, chain, smoke) -> pathlib.Path:
-  """The workdirs of two errands, and of `without`: the first with weight 0."""
+  """The workdirs of two errands, each beside one that differs in its number alone."""
   short = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 2.0}
   smooth = arguments("smooth", smoke, **short)
   without = [word.replace("runs/smooth", "runs/without") for word in smooth]
   without.append("--config.distill.smoothness=0")
   # the critic's updates alone: they are on rollouts of the student
   between = arguments("between", smoke, **short, distill__critic_warmup=6)
-  cases = [("hiar_jax.train", case) for case in (smooth, without, between)]
+  output = [word.replace("runs/between", "runs/output") for word in between]
+  output.append("--config.history.level=output")
+  cases = [("hiar_jax.train", case) for case in (smooth, without, between, output)]
   for status, _, said in chain.commands(cases, root=fork):
-    assert status == 0, said
+    assert status == 0, said[-2000:]
   return fork / "runs"
 
 
@@ -138,10 +140,9 @@ def test_the_loss_term_is_trained_and_logged(runs):
 
 
 def test_the_context_level_is_trained_and_generated_with(runs):
-  # the generator's first update has rate 0: the critics' first are on rollouts of the same student
-  ours, theirs = scalars(runs / "between")[0], scalars(runs / "without")[0]
+  ours, theirs = scalars(runs / "between")[0], scalars(runs / "output")[0]
   assert abs(ours["critic_loss"] / theirs["critic_loss"] - 1) > 1e-4
-  ours, theirs = tiny_run.videos(runs / "between"), tiny_run.videos(runs / "without")
+  ours, theirs = tiny_run.videos(runs / "between"), tiny_run.videos(runs / "output")
   assert ours.keys() == theirs.keys()
   assert any((ours[name] != theirs[name]).any() for name in ours)
 
@@ -149,7 +150,7 @@ def test_the_context_level_is_trained_and_generated_with(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_other_commands(fork, chain, name, monkeypatch):
-  sizes = {}
+  sizes = {"history__sink": 2} if name == "noisy_history" else {}  # a block of the tiny size
   if name == "arrays":
     monkeypatch.chdir(fork)
     (code,) = re.findall(r"^Sixteen clips.*?```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
@@ -157,11 +158,12 @@ def test_the_other_commands(fork, chain, name, monkeypatch):
     sizes = {"data__frames": 9, "data__size": 32, "history__block": 3, "history__window": 6}
   command = arguments(name, chain.straight, **sizes)
   ((status, _, said),) = chain.commands([("hiar_jax.train", command)], root=fork)
-  assert status == 0, said
+  assert status == 0, said[-2000:]
   workdir = fork / "runs" / name
   assert len(scalars(workdir)) == 6 and tiny_run.videos(workdir)
-  if name != "arrays":
-    assert moved(workdir, chain.straight, 6) > 0
+  if name not in ("arrays", "longer_window"):  # whose clips and whose training are others
+    ours, theirs = tiny_run.videos(workdir), tiny_run.videos(chain.straight)
+    assert any((ours[prompt] != theirs[prompt]).any() for prompt in theirs)
 
 
 def test_every_python_block_has_a_place_and_compiles():
