@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit
 from tests.helpers import tiny
+from tests.helpers.published_params import from_published, to_published
 
 # Every size differs, so that no two axes can be mistaken for each other.
 CONFIG = dit.DiTConfig(

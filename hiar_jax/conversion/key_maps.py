@@ -135,11 +135,6 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
   return flax.traverse_util.unflatten_dict(arrays)
 
 
-def from_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], what: str) -> dict:
-  """Returns `view_published` as contiguous numpy copies. Raises UserError in the same cases."""
-  return jax.tree.map(lambda leaf: np.array(leaf, order="C"), view_published(named, rules, what))
-
-
 def iterate_published(
   params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -173,10 +168,3 @@ def iterate_published(
       yield rule.name, _outward(np.asarray(leaf), rule)
 
   return generate()
-
-
-def to_published(
-  params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
-) -> dict[str, np.ndarray]:
-  """Returns all of `iterate_published`; the exact inverse of `from_published`."""
-  return dict(iterate_published(params, rules, what))

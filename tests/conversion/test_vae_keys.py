@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
+from tests.helpers.published_params import from_published, to_published
 
 SMALL = vae.VAEConfig(dim=2)
 layouts = pytest.mark.parametrize("layout", ["original", "diffusers"])

@@ -9,10 +9,10 @@ import pathlib
 import numpy as np
 
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import from_published
 from hiar_jax.method import Method
 from hiar_jax.models import dit
 from hiar_jax.types import LatentShape
+from tests.helpers.published_params import from_published
 
 ROOT = pathlib.Path(os.environ.get("HIAR_GOLDEN_DIR", pathlib.Path(__file__).parents[1] / "golden"))
 TOLERANCE = 2e-4  # of the largest value

@@ -12,12 +12,12 @@ import tokenizers
 
 from hiar_jax.conversion import catalog
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import from_published, to_published
 from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import dit, taehv, umt5, vae
 from tests.helpers import tiny, torch_archive
+from tests.helpers.published_params import from_published, to_published
 
 # Two heads of 128, so that the sizes can be told from the shapes alone.
 CONFIGS = {

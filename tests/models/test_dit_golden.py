@@ -17,7 +17,6 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import to_published
 from hiar_jax.errors import UserError
 from hiar_jax.losses import critic, dmd, forward_kl
 from hiar_jax.models import dit
@@ -27,6 +26,7 @@ from hiar_jax.rollout.past.clip_groups import block_groups, causal_groups
 from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import Case, assert_close, channels_last, noise_table
+from tests.helpers.published_params import to_published
 
 # what marks a folder as a recorded DiT, VAE, text encoder or packed history
 KINDS = {golden_cases.DIT, "vae.npz", "umt5.npz", "framepack.json"}

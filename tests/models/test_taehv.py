@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv
+from tests.helpers.published_params import from_published, to_published
 
 CONFIG = taehv.TinyVAEConfig(z_dim=3, encoder_width=6, decoder_widths=(8, 6, 4, 5), blocks=2)
 FRAMES = 4  # latent; 13 pixel frames

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published
 from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.models import taehv
+from tests.helpers.published_params import from_published
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 

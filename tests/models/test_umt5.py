@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published, shape_here, to_published
+from hiar_jax.conversion.key_maps import shape_here
 from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
+from tests.helpers.published_params import from_published, to_published
 
 SMALL = umt5.UMT5Config(vocab=50, dim=16, dim_attn=24, dim_ffn=20, num_heads=3, num_layers=3)
 IDS = np.random.default_rng(0).integers(2, 50, size=(2, 9)).astype(np.int32)

@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published, to_published
 from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.models import umt5
 from tests.helpers.golden_cases import assert_close, folders
+from tests.helpers.published_params import from_published, to_published
 
 FILES = {"config.json", "umt5.npz", "umt5_weights.npz"}
 ARRAYS = {"token_ids", "mask", "prompt_embeds"}

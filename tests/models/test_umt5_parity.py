@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from hiar_jax.conversion.key_maps import from_published, to_published
 from hiar_jax.conversion.umt5_keys import umt5_key_map
 from hiar_jax.models import umt5
+from tests.helpers.published_params import from_published, to_published
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]  # peers may warn
 

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.conversion.key_maps import from_published, to_published
 from hiar_jax.conversion.vae_keys import vae_key_map
 from hiar_jax.models import vae
 from tests.helpers.golden_cases import assert_close, folders
+from tests.helpers.published_params import from_published, to_published
 
 FILES = {"config.json", "vae.npz", "vae_weights.npz"}
 ARRAYS = {"video", "latents", "reconstruction", "latents_mean", "latents_std"}

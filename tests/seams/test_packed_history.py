@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from hiar_jax.conversion.dit_keys import dit_key_map
-from hiar_jax.conversion.key_maps import from_published
 from hiar_jax.models import frames
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.frames import Frames, Read
 from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close
+from tests.helpers.published_params import from_published
 from tests.seams.plain_wan import PlainWan, plainly
 
 # our name of the projection, the recording's names of its weights and its latents, its pool;
