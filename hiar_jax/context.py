@@ -10,7 +10,6 @@ from collections.abc import Callable
 import dataclasses
 from typing import Protocol
 
-from hiar_jax import flow
 from hiar_jax.errors import UserError
 from hiar_jax.types import Block
 
@@ -29,9 +28,10 @@ class ContextLevel(Protocol):
   def sigma(self, sigma, sigma_next):
     """Returns the noise level of the context, for a step from `sigma` to `sigma_next`."""
 
-  def latent(self, x: Block, x_next: Block, x0: Block, eps: Callable[[], Block]) -> Block:
-    """Returns the latent of the context: from x at `sigma`, x_next at `sigma_next`, the prediction
-    x0, and noise eps() that is drawn for nothing else.
+  def latent(self, x: Block, x_next: Block, x0: Block, noised: Callable[[Block], Block]) -> Block:
+    """Returns the latent of the context: from x at `sigma`, x_next at `sigma_next`, and the
+    prediction x0. noised(x0) is a clean latent at the context's noise level, with noise that is
+    drawn for nothing else.
     """
 
 
@@ -47,7 +47,7 @@ class Output:
   def sigma(self, sigma, sigma_next):
     return sigma_next
 
-  def latent(self, x, x_next, x0, eps):
+  def latent(self, x, x_next, x0, noised):
     return x_next
 
 
@@ -61,7 +61,7 @@ class Clean:
   def sigma(self, sigma, sigma_next):
     return 0.0 * sigma_next  # a 0 with the type and shape of the other two
 
-  def latent(self, x, x_next, x0, eps):
+  def latent(self, x, x_next, x0, noised):
     return x0
 
 
@@ -75,7 +75,7 @@ class Input:
   def sigma(self, sigma, sigma_next):
     return sigma
 
-  def latent(self, x, x_next, x0, eps):
+  def latent(self, x, x_next, x0, noised):
     return x
 
 
@@ -96,8 +96,8 @@ class Fixed:
   def sigma(self, sigma, sigma_next):
     return 0.0 * sigma_next + self.level
 
-  def latent(self, x, x_next, x0, eps):
-    return flow.add_noise(x0, eps(), self.level)
+  def latent(self, x, x_next, x0, noised):
+    return noised(x0)
 
 
 # name in a config, `history.level`, -> class; a number behind a colon is its argument

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax import context
+from hiar_jax import context, flow
 from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.rollout import exit_step, sample
@@ -62,12 +62,12 @@ def test_what_a_block_shows_and_the_noise_it_takes(name, sigma, latent, drawn):
   """From 0.9 to 0.6; x, x_next and x0 are full of 1, 2 and 3, the noise of 8."""
   level, draws = context.of_name(name), []
 
-  def eps():
+  def noised(x0):
     draws.append(1)
-    return jnp.full((1, 1, 1, 1, 1), 8.0)
+    return flow.add_noise(x0, jnp.full((1, 1, 1, 1, 1), 8.0), level.sigma(0.9, 0.6))
 
   latents = (jnp.full((1, 1, 1, 1, 1), value) for value in (1.0, 2.0, 3.0))
-  np.testing.assert_allclose(level.latent(*latents, eps), latent, rtol=1e-6)
+  np.testing.assert_allclose(level.latent(*latents, noised), latent, rtol=1e-6)
   assert len(draws) == drawn
   assert level.sigma(0.9, 0.6) == sigma
   # of several steps at once, in their type and shape
@@ -104,7 +104,7 @@ class Halfway:
   def sigma(self, sigma, sigma_next):
     return (1 - self.weight) * sigma + self.weight * sigma_next
 
-  def latent(self, x, x_next, x0, eps):
+  def latent(self, x, x_next, x0, noised):
     return (1 - self.weight) * x + self.weight * x_next
 
 

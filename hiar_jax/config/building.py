@@ -95,8 +95,9 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 def of_kinds(kinds: Mapping[str, type], **options: Any) -> Any:
   """Returns a dataclass field for a group whose `kind` picks its class from a registry.
 
-  A group without `kind` is of the first. The registry is read when a config is built, so classes
-  may be added to it. options: of dataclasses.field, as default.
+  A group without `kind` is of the first. The class may have `kind` as a field or not. The registry
+  is read when a config is built, so classes may be added to it. options: of dataclasses.field, as
+  default.
   """
   return dataclasses.field(metadata={"kinds": kinds}, **options)
 
@@ -107,6 +108,8 @@ def _build_kind(kinds: Mapping[str, type], value: GROUP, name: str) -> Any:
   kind = group.get("kind", next(iter(kinds)))
   if kind not in kinds:
     raise UserError(f"{name}.kind = {kind!r}: {nearest(str(kind), kinds)}")
+  if all(field.name != "kind" for field in dataclasses.fields(kinds[kind])):
+    group.pop("kind", None)
   return _build(kinds[kind], group, name)
 
 

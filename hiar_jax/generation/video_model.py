@@ -194,7 +194,7 @@ def _with_changes(e: Experiment, changes: ModelChanges) -> Experiment:
   if changes.height or changes.width:
     height, width = changes.height or e.data.height, changes.width or e.data.width
     # the autoencoder's factor times the DiT's patch: 16 pixels for Wan2.1
-    lengths.check_sides(height, width, e.codec.spatial_factor * max(e.model.patch))
+    lengths.check_sides(height, width, e.codec.spatial_factor * max(e.dit.patch))
     e = dataclasses.replace(e, data=dataclasses.replace(e.data, size=(height, width)))
   if changes.dtype:
     e = dataclasses.replace(e, model=dataclasses.replace(e.model, dtype=changes.dtype))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from hiar_jax import flow
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Bound
 from hiar_jax.rollout.exit_step import block_causal, teacher_forcing
@@ -61,7 +62,11 @@ def trajectory_with_history(
   if context.free:
     return trajectory(bound, points, levels, sigmas, method)
   noisy, after, end = at_levels(points, levels), at_levels(points, levels + 1), points[:, -1]
-  shown = context.latent(noisy, after, end, eps)  # levels < s, so levels + 1 exists
+
+  def noised(x0):
+    return flow.add_noise(x0, eps(), context.sigma(sigmas[levels], sigmas[levels + 1]))
+
+  shown = context.latent(noisy, after, end, noised)  # levels < s, so levels + 1 exists
   sigma, shown_sigma = sigmas[levels], context.sigma(sigmas[levels], sigmas[levels + 1])
   x0 = teacher_forcing(bound, shown, shown_sigma, noisy, sigma, method)
   return jnp.mean((x0 - end) ** 2, axis=range(1, noisy.ndim))

@@ -36,7 +36,7 @@ from hiar_jax.models.dit_layers import (
   stacked,
   time_features,
 )
-from hiar_jax.models.frames import PROJECTION, Frames, Out, frame_mask
+from hiar_jax.models.frames import PROJECTION, Frames, Out, Splits, frame_mask
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", "dots", "full")
@@ -120,6 +120,10 @@ class DiTConfig:
 
   sharding_rules = SHARDING_RULES
 
+  @property
+  def reads_start(self) -> bool:
+    return self.place_embedding
+
   def init(self, key: jax.Array) -> Params:
     _, ph, pw = self.patch
     # No parameter depends on the attention kernel, which may be unavailable here, or on sizes: one
@@ -191,6 +195,19 @@ class DiTConfig:
     queries = {"cudnn": 0, "chunked": tokens}.get(self.attention, rows)
     logits = queries * keys * tokens * self.num_heads * 4  # float32
     return max(rows * self.ffn_dim * jnp.dtype(self.dtype).itemsize, logits)
+
+  def splits(self, height: int) -> Splits:
+    heads, hidden, rows = self.num_heads, self.ffn_dim, height // self.patch[1]
+    return {
+      ("tensor",): (math.gcd(heads, hidden), f"{heads} heads and {hidden} hidden units"),
+      ("sequence",): (math.gcd(heads, rows), f"{heads} heads and {rows} rows of tokens"),
+      ("tensor", "sequence"): (heads, f"the {heads} heads"),
+    }
+
+  def for_split_tokens(self) -> "DiTConfig":
+    # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
+    # over `sequence`) would have to be gathered first.
+    return dataclasses.replace(self, merge_tokens=False)
 
 
 @dataclasses.dataclass(frozen=True)

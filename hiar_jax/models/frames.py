@@ -12,6 +12,7 @@ what is read; how (a mask, a slice, a kernel) is the network's matter. So one ne
     cached            a ring of K/V as the past, read by slots
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Protocol
 
@@ -25,6 +26,10 @@ from hiar_jax.parallel.rules import Rules
 from hiar_jax.types import Array, Block, FrameMask, Params, Text
 
 PROJECTION = "patch_embedding"  # one frame a token
+
+# Mesh axes of a stream -> (a number that the product of their sizes must divide, its name in
+# messages). An axis that is in no entry is not split, so its size is 1.
+Splits = Mapping[tuple[str, ...], tuple[int, str]]
 
 
 @flax.struct.dataclass
@@ -98,6 +103,7 @@ class Network(Protocol):
   # "past/kv/*"
   sharding_rules: Rules
   patch: tuple[int, int, int]  # frames (1), rows and columns of a token
+  reads_start: bool  # whether `apply` reads `start`
 
   def init(self, key: jax.Array) -> Params:
     """Returns random parameters (float32); under jax.eval_shape their shapes alone."""
@@ -127,6 +133,12 @@ class Network(Protocol):
 
   def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
     """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
+
+  def splits(self, height: int) -> Splits:
+    """Returns what the axes `tensor` and `sequence` of a stream split; height: of the latents."""
+
+  def for_split_tokens(self) -> "Network":
+    """Returns the network, with the same parameters, for tokens that lie on several devices."""
 
 
 @flax.struct.dataclass

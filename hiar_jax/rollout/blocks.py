@@ -60,10 +60,11 @@ class Step:
     else:
       x_next = flow.add_noise(x0, noise(self.level + 1, self.n), self.sigma_next)
 
-    def eps():
-      return noise(self.method.levels + 1 + self.level, self.n)
+    def noised(x0):
+      eps = noise(self.method.levels + 1 + self.level, self.n)
+      return flow.add_noise(x0, eps, self.context_sigma)
 
-    return x_next, self.method.context.latent(x, x_next, x0, eps), x0
+    return x_next, self.method.context.latent(x, x_next, x0, noised), x0
 
 
 def split_blocks(video: Video, method: Method) -> jax.Array:

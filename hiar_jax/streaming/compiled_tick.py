@@ -14,8 +14,7 @@ import numpy as np
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.method import Method, MethodConfig
-from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.frames import Bound, bind
+from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.parallel.mesh import replicated
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.rollout import tick as ticks
@@ -41,7 +40,7 @@ class TickOptions:
 class StreamParts:
   """The parts of a model that a stream needs."""
 
-  config: DiTConfig
+  config: Network
   method: MethodConfig  # as trained
   sigmas: tuple[float, ...]  # noise levels, 1 first and 0 last
   params: Params
@@ -182,10 +181,7 @@ class CompiledPipeline:
 
   def bound(self, params: Params, text: jax.Array) -> Bound:
     """Returns the network with its weights and a text [b l d]."""
-    # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
-    # over `sequence`) would have to be gathered first.
-    config = dataclasses.replace(self.engine.parts.config, merge_tokens=False)
-    return bind(config, params, text)
+    return bind(self.engine.parts.config.for_split_tokens(), params, text)
 
   def noise(self, pipe: PipelineState):
     """Returns (level, block number) -> noise [b k h w c]."""

@@ -2,6 +2,7 @@
 (parallel.rules says what each axis splits).
 """
 
+from collections.abc import Iterator
 import dataclasses
 import math
 
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, Mesh
 import numpy as np
 
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.frames import Network
 
 AXES = ("level", "tensor", "sequence")
 
@@ -30,26 +31,32 @@ class Layout:
   def devices(self) -> int:
     return self.level * self.tensor * self.sequence
 
-  def check(self, levels: int, config: DiTConfig, height: int) -> None:
+  def check(self, levels: int, network: Network, height: int) -> None:
     """Raises UserError where an axis does not divide what it splits. height: of the latents."""
-    heads = config.num_heads
-    rows = height // config.patch[1]  # of tokens in a frame
-    units = math.gcd(heads, config.ffn_dim)
-    for name, size, whole, what in (
-      ("level", self.level, levels, f"the {levels} noise levels"),
-      ("tensor", self.tensor, units, f"{heads} heads and {config.ffn_dim} hidden units"),
-      (
-        "sequence",
-        self.sequence,
-        math.gcd(heads, rows),
-        f"{heads} heads and {rows} rows of tokens",
-      ),
-      ("tensor x sequence", self.tensor * self.sequence, heads, f"the {heads} heads"),
-    ):
+    for name, size, whole, what in self._misfits(levels, network, height):
+      *others, last = [str(d) for d in range(1, whole + 1) if whole % d == 0]
+      possible = f"{', '.join(others)} or {last}" if others else last
+      raise UserError(f"{name} = {size} does not divide {what}; {name} can be {possible}")
+
+  def fits(self, levels: int, network: Network, height: int) -> bool:
+    """Returns True where `check` raises nothing."""
+    return not any(self._misfits(levels, network, height))
+
+  def _misfits(self, levels: int, network: Network, height: int) -> Iterator[tuple]:
+    """Yields (axes, their size, the number that it should divide, the number's name)."""
+    splits = network.splits(height)
+    named = {axis for axes in splits for axis in axes}
+    unsplit = {
+      (axis,): (1, f"anything of {network.kind!r}") for axis in AXES[1:] if axis not in named
+    }
+    for axes, (whole, what) in {
+      ("level",): (levels, f"the {levels} noise levels"),
+      **unsplit,
+      **splits,
+    }.items():
+      size = math.prod(getattr(self, axis) for axis in axes)
       if whole % size:
-        *others, last = [str(d) for d in range(1, whole + 1) if whole % d == 0]
-        possible = f"{', '.join(others)} or {last}" if others else last
-        raise UserError(f"{name} = {size} does not divide {what}; {name} can be {possible}")
+        yield " x ".join(axes), size, whole, what
 
   def mesh(self, devices=None) -> Mesh:
     """Returns the mesh [level tensor sequence] of the first of `devices` (default: all).
@@ -68,17 +75,13 @@ class Layout:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def widest(count: int, levels: int, config: DiTConfig, height: int) -> Layout:
+def widest(count: int, levels: int, network: Network, height: int) -> Layout:
   """Returns a layout of as many of `count` devices as can be used: levels first, since they
   communicate least, then tensor, then sequence.
   """
-  level = max(n for n in range(1, count + 1) if levels % n == 0)
-  tensor = max(
-    n for n in range(1, count // level + 1) if config.num_heads % n == 0 and config.ffn_dim % n == 0
-  )
-  rows = height // config.patch[1]
-  left = count // (level * tensor)
-  sequence = max(
-    n for n in range(1, left + 1) if rows % n == 0 and config.num_heads % (tensor * n) == 0
-  )
-  return Layout(level, tensor, sequence)
+  layout = Layout()
+  for axis in AXES:
+    sizes = range(1, count // layout.devices + 1)
+    wider = [dataclasses.replace(layout, **{axis: n}) for n in sizes]
+    layout = [one for one in wider if one.fits(levels, network, height)][-1]
+  return layout

@@ -198,10 +198,11 @@ class Experiment:
       name = "codec.patch = " if codec.kind == "patches" else ""
       raise UserError(f"data.size = {data.size} is not a multiple of {name}{codec.spatial_factor}")
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
-    if height % self.model.patch[1] or width % self.model.patch[2]:
+    patch = self.dit.patch
+    if height % patch[1] or width % patch[2]:
       raise UserError(
         f"latents of {height} x {width} (data.size through the codec) cannot be cut into "
-        f"model.patch = {self.model.patch}"
+        f"model.patch = {patch}"
       )
 
   @property

@@ -137,11 +137,22 @@ class Run:
     return jax.device_put(self.texts([self.text_encoder.negative_prompt]), replicated(self.mesh))
 
   def encode(self, batch: Batch) -> Batch:
-    """Returns a batch with `text` [b l d] for `tokens`, `latents` [b f h w c] for `video`."""
+    """Returns a batch with `text` [b l d] for `tokens`, `latents` [b f h w c] for `video`, and
+    `start` in latent frames.
+    """
     encoded = {name: x for name, x in batch.items() if name not in ("tokens", "video")}
     if "video" in batch:
       encoded["latents"] = self.autoencoder.encode(batch["video"])
+    if "start" in batch:
+      encoded["start"] = self.latent_starts(batch["start"])
     return {**encoded, "text": self.text_encoder.embed(batch["tokens"])}
+
+  def latent_starts(self, starts):
+    """Returns the latent frames [b] of a video before the pixel frames `starts` [b]."""
+    codec = self.experiment.codec
+    if codec.temporal_factor == 1:
+      return starts
+    return (starts > 0) * codec.latent_frames(starts)
 
   def pixels(self, latents) -> np.ndarray:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
@@ -189,7 +200,7 @@ class Run:
     is added where the model embeds places; salt: added to the seed of the order. Raises UserError
     where the batch does not divide by the number of processes.
     """
-    if self.experiment.dit.place_embedding:
+    if self.experiment.dit.reads_start:
       keys = (*keys, "start")
     count = jax.process_count()
     if batch % count:

@@ -152,7 +152,8 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
       rows = np.asarray(writer.rows(part))
       clips = rows % len(captions)
       prompts = [captions[i] for i in clips]
-      points = sample(params, fill(run.texts(prompts)), fill(rows), fill(starts[clips]))
+      before = run.latent_starts(starts[clips])
+      points = sample(params, fill(run.texts(prompts)), fill(rows), fill(before))
       writer.write_part(part, np.asarray(points)[: len(rows)], prompts, starts[clips])
       bar.update(done)
 
