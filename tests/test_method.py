@@ -32,6 +32,7 @@ def test_the_default_is_hiar():
     sink=0,
     sink_level="history",
     renoise="fresh",
+    past="ring",
   )
   assert dataclasses.asdict(MethodConfig()) == expected
 

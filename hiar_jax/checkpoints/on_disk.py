@@ -27,6 +27,10 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
     data/codec.npz
       The autoencoder fitted on the data, where it is not Wan's. components.patch_pca.save; atomic;
       CRC-32 of the ZIP format. Read by patch_pca.load.
+    data/words.json
+      JSON: the words that a prompt may hold, in the order of their ids.
+      components.word_table.WordTableConfig.fit; atomic; no checksum. Read by its open. Runs from
+      before it was written read the words from the data.
     trajectories/recipe.json
       As data/recipe.json, with the noise levels. Read by data.trajectories.read_sigmas too.
     trajectories/<builder>/<config>/<version>/

@@ -104,7 +104,7 @@ class WanAutoencoder:
 
   @property
   def identity(self) -> str:
-    return weights.fingerprint(self.config.weights, self.config.label)
+    return weights.describe(self.config.weights, self.config.label).fingerprint
 
   @functools.cached_property
   def network(self) -> tuple[Any, Any, Any]:

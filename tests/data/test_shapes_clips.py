@@ -182,7 +182,7 @@ def test_a_full_disk_is_told_with_what_was_needed(tmp_path, monkeypatch):
   def full(self, **_):
     raise RuntimeError("array_record_writer.cc: No space left on device")
 
-  monkeypatch.setattr(shapes_clips.ShapesClips, "download_and_prepare", full)
+  monkeypatch.setattr(tfds_builder._Builder, "download_and_prepare", full)
   with pytest.raises(
     DiskFull, match=r"no space left on the disk of .* \(.* KiB needed, .* free\); no data set"
   ):
