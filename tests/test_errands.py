@@ -100,19 +100,13 @@ def arguments(name: str, smoke: pathlib.Path, **changes) -> list[str]:
   return [*(word.replace("=runs/smoke", f"={smoke}") for word in command[3:]), *overrides]
 
 
-@pytest.fixture(scope="module")
-def runs(fork, chain, smoke) -> pathlib.Path:
-  """The workdirs of two errands, each beside one that differs in its number alone."""
-  short = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 2.0}
-  smooth = arguments("smooth", smoke, **short)
-  without = [word.replace("runs/smooth", "runs/without") for word in smooth]
-  without.append("--config.distill.smoothness=0")
-  # the critic's updates alone: they are on rollouts of the student
-  between = arguments("between", smoke, **short, distill__critic_warmup=6)
-  output = [word.replace("runs/between", "runs/output") for word in between]
-  output.append("--config.history.level=output")
-  cases = [("hiar_jax.train", case) for case in (smooth, without, between, output)]
-  for status, _, said in chain.commands(cases, root=fork):
+# short runs of distribution matching alone
+SHORT = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 2.0}
+
+
+def train(chain, fork, *cases: list[str]) -> pathlib.Path:
+  """Runs the commands on the copy; returns where their workdirs lie."""
+  for status, _, said in chain.commands([("hiar_jax.train", case) for case in cases], root=fork):
     assert status == 0, said[-2000:]
   return fork / "runs"
 
@@ -127,7 +121,11 @@ def moved(a: pathlib.Path, b: pathlib.Path, step: int) -> float:
   return max(np.abs(a[name] - b[name]).max() for name in a if name.startswith("params"))
 
 
-def test_the_loss_term_is_trained_and_logged(runs):
+def test_the_loss_term_is_trained_and_logged(fork, chain, smoke):
+  """Beside a run that differs in its weight alone."""
+  smooth = arguments("smooth", smoke, **SHORT)
+  without = [word.replace("runs/smooth", "runs/without") for word in smooth]
+  runs = train(chain, fork, smooth, [*without, "--config.distill.smoothness=0"])
   ours, theirs = scalars(runs / "smooth"), scalars(runs / "without")
   assert len(ours) == 3 and all(record["generator_smoothness"] > 0 for record in ours)
   assert not any("generator_smoothness" in record for record in theirs)
@@ -139,7 +137,13 @@ def test_the_loss_term_is_trained_and_logged(runs):
   assert moved(runs / "smooth", runs / "without", 3) > 1e-6
 
 
-def test_the_context_level_is_trained_and_generated_with(runs):
+@pytest.mark.slow
+def test_the_context_level_is_trained_and_generated_with(fork, chain, smoke):
+  """Beside a run that differs in the level alone."""
+  # the critic's updates alone: they are on rollouts of the student
+  between = arguments("between", smoke, **SHORT, distill__critic_warmup=6)
+  output = [word.replace("runs/between", "runs/output") for word in between]
+  runs = train(chain, fork, between, [*output, "--config.history.level=output"])
   ours, theirs = scalars(runs / "between")[0], scalars(runs / "output")[0]
   assert abs(ours["critic_loss"] / theirs["critic_loss"] - 1) > 1e-4
   ours, theirs = tiny_run.videos(runs / "between"), tiny_run.videos(runs / "output")

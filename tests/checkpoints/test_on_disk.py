@@ -42,9 +42,9 @@ def test_what_an_earlier_version_wrote():
   assert differences("Weights", below("wan/weights/")) == (set(), set())
   assert differences("Checkpoint", below("shapes/run/teacher/checkpoints/")) == (set(), set())
   assert differences("Checkpoint", below("shapes/saved/")) == (set(), {"<step>/data/"})
-  # stopped before its last stage, and without TensorBoard's files
+  # stopped before its last stage, without TensorBoard's files, and before words were written
   absent = {"<prompt>.mp4", "contact_sheet.png", "metrics.json"}
   assert differences("Workdir", below("shapes/run/")) == (
     set(),
-    {*(f"sample/{name}" for name in absent), "logs/events.out.tfevents.<host>"},
+    {*(f"sample/{name}" for name in absent), "data/words.json", "logs/events.out.tfevents.<host>"},
   )
