@@ -1,5 +1,5 @@
-"""A model with every part plugged in: all stages of training, stopped once and resumed, on one device
-and on eight; its videos and streams, against a loop that keeps nothing.
+"""A model with every part plugged in: all stages of training, stopped once and resumed, on one and
+on eight devices; its videos and streams, against a loop that keeps nothing.
 """
 
 import dataclasses
