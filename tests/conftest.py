@@ -21,10 +21,31 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()
 
 
+# The files that take minutes, longest first: started last, one of them would keep a single worker
+# busy after the others have finished (xdist itself starts those with the most tests first).
+LONGEST = (
+  "tests/test_train.py",
+  "tests/test_generate_wan.py",
+  "tests/plugs/test_runs.py",
+  "tests/training/test_steps.py",
+  "tests/benchmarks/test_programs.py",
+  "tests/test_old_runs.py",
+  "tests/test_errands.py",
+  "tests/test_train_wan.py",
+)
+
+
+def pytest_configure(config):
+  if hasattr(config.option, "loadscopereorder"):
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
-  """Live comparisons need the extra [parity]; where it is not installed they are skipped, and the
-  summary says so.
+  """Starts the longest files first. Live comparisons need the extra [parity]; where it is not
+  installed they are skipped, and the summary says so.
   """
+  rank = {name: i for i, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: rank.get(item.nodeid.partition("::")[0], len(rank)))
   missing = [
     name
     for name in ("torch", "transformers", "diffusers")
