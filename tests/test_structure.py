@@ -16,7 +16,7 @@ PACKAGE = ROOT / "hiar_jax"
 LAYERS = [
   "errors types",
   "progress preemption peak_memory",
-  "files flow context method",
+  "files flow context method packing",
   "config parallel video models",
   "checkpoints rollout",
   "data losses",

@@ -1,0 +1,137 @@
+"""The orders in which the sections of a long video are made, as data.
+
+An order is a list of steps, each the numbers of the sections that are made at once:
+
+    vanilla     (0), (1), (2), ...           in time's order, the only causal one
+    both_ends   (0, n-1), (1), (2), ...      both ends first, then the gap from its start
+    inverted    (n-1), ..., (1), (0)         from the end towards a first frame that is real
+    endpoints   (0, e1, e2, ...), the rest   several planned ends first
+
+(FramePack, arXiv 2504.12626, section 3.2 and v3's planned endpoints.) `plan` says for each step
+which frames it makes, which frames its context holds by a schedule, and the frame indices of both
+for the rotations. Frames that are not made yet are never context: their place holds -1.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import numpy as np
+
+from hiar_jax.errors import UserError, one_of
+from hiar_jax.packing.schedule import Schedule
+
+Steps = list[tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What is made at once.
+
+  sections: their numbers. generates: frames of the video. indices: their frame indices. context:
+  of each group of the schedule the frames of the video, -1 for those that are not there.
+  context_indices: their frame indices.
+  """
+
+  sections: tuple[int, ...]
+  generates: np.ndarray
+  indices: np.ndarray
+  context: tuple[np.ndarray, ...]
+  context_indices: tuple[np.ndarray, ...]
+
+
+def vanilla(sections: int) -> Steps:
+  """In time's order."""
+  return [(i,) for i in range(sections)]
+
+
+def both_ends(sections: int) -> Steps:
+  """The first and the last section at once, then those between them, in time's order."""
+  return [tuple(dict.fromkeys((0, sections - 1))), *((i,) for i in range(1, sections - 1))]
+
+
+def inverted(sections: int) -> Steps:
+  """From the last section to the first."""
+  return [(i,) for i in reversed(range(sections))]
+
+
+ORDERS: dict[str, Callable[[int], Steps]] = {
+  "vanilla": vanilla,
+  "both_ends": both_ends,
+  "inverted": inverted,
+}
+
+
+def endpoints(sections: int, ends: Sequence[int]) -> Steps:
+  """Returns the steps that make the sections `ends` at once and then the others in time's order.
+
+  Raises UserError for a section that the video has not.
+  """
+  for end in ends:
+    if not 0 <= end < sections:
+      raise UserError(f"endpoint {end}: the video has sections 0 to {sections - 1}")
+  first = tuple(sorted(set(ends)))
+  return [first, *((i,) for i in range(sections) if i not in first)]
+
+
+def steps_of(order: str, sections: int) -> Steps:
+  """Returns the steps of an order by name. Raises UserError for an unknown one, or no section."""
+  one_of(ORDERS, order=order)
+  if sections < 1:
+    raise UserError(f"sections = {sections}: expected at least 1")
+  return ORDERS[order](sections)
+
+
+def plan(
+  schedule: Schedule, steps: Steps, *, given: int = 0, published: bool = False
+) -> list[Step]:
+  """Returns what each step makes, from what, and where.
+
+  given: frames of the video's start that are there before any section (1: an image). published: the
+  frame indices of the published code, which count context and section on from the video's start
+  with a few blanks, whatever the true distance; else the frames' own numbers.
+  """
+  width = schedule.generate
+  count = 1 + max(number for step in steps for number in step)
+  made, plans = set(range(given)), []
+  for at, step in enumerate(steps):
+    firsts = [given + number * width for number in step]
+    generates = np.concatenate([np.arange(first, first + width) for first in firsts])
+    behind = firsts[0] + width
+    known = min((i for i in made if i >= behind), default=given + count * width)
+    numbers = schedule.numbers(firsts[0], known)
+    context = tuple(np.where(np.isin(group, list(made)), group, -1) for group in numbers)
+    indices = generates, numbers
+    if published:
+      indices = _counted_on(schedule, blanks(len(steps), at, schedule))
+    plans.append(Step(step, generates, indices[0], context, indices[1]))
+    made.update(generates.tolist())
+  return plans
+
+
+def blanks(steps: int, at: int, schedule: Schedule) -> int:
+  """Returns the sections that lie between the video's start and a section of the inverted order, as
+  published: n - 1 to 0, and for more than four sections 3, 2, ..., 2, 1, 0.
+  """
+  if not schedule.after:
+    return 0
+  paddings = list(reversed(range(steps)))
+  if steps > 4:
+    paddings = [3] + [2] * (steps - 3) + [1, 0]
+  return paddings[at]
+
+
+def _counted_on(schedule: Schedule, blank: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+  """Returns (indices of the section, of each group): one after the other, `blank` sections left out
+  before the section.
+  """
+  at, found = 0, []
+  for group in (*schedule.start, *schedule.before):
+    found.append(np.arange(at, at + group.frames))
+    at += group.frames
+  at += blank * schedule.generate
+  section = np.arange(at, at + schedule.generate)
+  at += schedule.generate
+  for group in (*schedule.after, *schedule.end):
+    found.append(np.arange(at, at + group.frames))
+    at += group.frames
+  return section, tuple(found)

@@ -1,0 +1,106 @@
+"""The orders of sections: the published ones exactly, and none that reads what is not there."""
+
+import json
+
+import numpy as np
+import pytest
+
+from hiar_jax.errors import UserError
+from hiar_jax.packing import orders
+from hiar_jax.packing.schedule import parse
+from tests.helpers import golden_cases
+
+KEPT_START = parse("f1k1_x_td_f16k4f2k2f1k1_g9")
+TOWARDS_START = parse("f1k1_x_g9_f1k1f2k2f16k4_td")
+FILLING = parse("td_f16k4f2k2f1k1_g9_x_f1k1")
+# order of a recording -> (schedule, steps, given frames, the recording's names of the groups)
+PUBLISHED = {
+  "vanilla": (KEPT_START, orders.vanilla, 1, ("first", "4x", "2x", "nearest")),
+  "helios_text_to_video": (KEPT_START, orders.vanilla, 0, ("first", "4x", "2x", "nearest")),
+  "inverted_anti_drifting": (TOWARDS_START, orders.inverted, 1, ("first", "nearest", "2x", "4x")),
+}
+FOLDERS = golden_cases.folders("framepack.json")
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_golden_orders(folder):
+  """Of all recorded sections of videos of 1 to 12 sections."""
+  recorded = json.loads((folder / "orders.json").read_text())
+  assert len(recorded) >= 300
+  for section in recorded:
+    # a last image stands for the nearest frame, which is not there
+    order = section["order"].removesuffix("_with_last_image")
+    schedule, steps, given, names = PUBLISHED[order]
+    made = orders.plan(schedule, steps(section["sections"]), given=given, published=True)
+    step = made[section["section"]]
+    context = {
+      name: [None if i < 0 else i for i in group.tolist()]
+      for name, group in zip(names, step.context, strict=True)
+    }
+    expected = {
+      name: [None if i == "last image" else i for i in frames]
+      for name, frames in section["context"].items()
+    }
+    indices = dict(zip(names, (i.tolist() for i in step.context_indices), strict=True))
+    clean = context["first"] + context["nearest"]
+    assert {"4x": context["4x"], "2x": context["2x"], "clean": clean} == expected
+    assert section["indices"] == {
+      "4x": indices["4x"],
+      "2x": indices["2x"],
+      "clean": indices["first"] + indices["nearest"],
+      "generated": step.indices.tolist(),
+    }
+    assert step.generates.tolist() == section["generates"]
+
+
+@pytest.mark.parametrize("sections", range(1, 13))
+@pytest.mark.parametrize("order", orders.ORDERS)
+@pytest.mark.parametrize("schedule", [KEPT_START, TOWARDS_START, FILLING], ids=lambda s: s.notation)
+def test_nothing_is_read_before_it_is_made(order, schedule, sections):
+  """A video of NaNs in which each step writes what it makes: no context holds a NaN."""
+  given = 1 if order == "inverted" else 0
+  video = np.full(given + sections * schedule.generate, np.nan)
+  video[:given] = 0
+  for step in orders.plan(schedule, orders.steps_of(order, sections), given=given):
+    for group in step.context:
+      assert np.isfinite(video[group[group >= 0]]).all()
+    assert np.isnan(video[step.generates]).all()  # and nothing is made twice
+    video[step.generates] = 1
+  assert np.isfinite(video).all()
+
+
+def test_both_ends_lead_the_gap():
+  first, *rest = orders.plan(FILLING, orders.both_ends(4))
+  assert first.generates.tolist() == [*range(9), *range(27, 36)]
+  assert all((group == -1).all() for group in first.context)
+  assert [step.context[-1].tolist() for step in rest] == [[27], [27]]
+  assert rest[0].context[-2].tolist() == [8] and rest[1].context[-2].tolist() == [17]
+
+
+def test_true_indices_are_the_frames_own():
+  for step in orders.plan(FILLING, orders.both_ends(5)):
+    np.testing.assert_array_equal(step.indices, step.generates)
+    for frames, indices in zip(step.context, step.context_indices, strict=True):
+      np.testing.assert_array_equal(frames[frames >= 0], indices[frames >= 0])
+
+
+def test_planned_endpoints():
+  steps = orders.endpoints(6, [5, 0, 3])
+  assert steps == [(0, 3, 5), (1,), (2,), (4,)]
+  made = orders.plan(FILLING, steps)
+  assert [step.context[-1].tolist() for step in made[1:]] == [[27], [27], [45]]
+  with pytest.raises(UserError, match="endpoint 6: the video has sections 0 to 5"):
+    orders.endpoints(6, [6])
+
+
+def test_published_blanks():
+  assert [orders.blanks(5, i, TOWARDS_START) for i in range(5)] == [3, 2, 2, 1, 0]
+  assert [orders.blanks(3, i, TOWARDS_START) for i in range(3)] == [2, 1, 0]
+  assert orders.blanks(5, 0, KEPT_START) == 0
+
+
+def test_bad_orders():
+  with pytest.raises(UserError, match="order = 'backwards': expected one of vanilla, both_ends"):
+    orders.steps_of("backwards", 3)
+  with pytest.raises(UserError, match="sections = 0: expected at least 1"):
+    orders.steps_of("vanilla", 0)
