@@ -50,6 +50,7 @@ from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.video.frames import to_uint8
 
 SAMPLES = 40  # samples of memory in a run
 
@@ -139,9 +140,7 @@ def latents_only(engine: Engine, blocks: int) -> dict:
 def decoded(codec: PatchPCA, engine: Engine, blocks: int) -> dict:
   """Streams decoded frames to a client that takes every chunk at once."""
   decode = jax.jit(patch_pca.decode)
-  decoder = FramewiseDecoder(
-    lambda latents: [patch_pca.to_uint8(decode(codec, np.asarray(latents)))]
-  )
+  decoder = FramewiseDecoder(lambda latents: [to_uint8(decode(codec, np.asarray(latents)))])
   block = (1, engine.method.block, *engine.parts.size, engine.parts.config.channels)
   decoder(np.zeros(block, np.float32), None)  # compiles
   times, memory = [], Memory(blocks)

@@ -29,6 +29,8 @@ import numpy as np
 
 typed = jaxtyped(typechecker=beartype)
 
+DTYPES = ("float32", "bfloat16")  # of weights, products and texts
+
 Array = jax.Array | np.ndarray
 PyTree = Any
 Params = PyTree  # nested dict of arrays: one network's weights

@@ -25,6 +25,7 @@ from hiar_jax.components.interfaces import AutoencoderConfig
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Pixels, Video, typed
+from hiar_jax.video.frames import to_float, to_uint8
 
 FILE = "codec.npz"  # in the data's directory
 
@@ -56,7 +57,7 @@ class PatchPCAConfig(AutoencoderConfig):
 
   def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
     if not (directory / FILE).exists():
-      save(directory / FILE, fit(clips().astype(np.float32) / 127.5 - 1.0, self))
+      save(directory / FILE, fit(to_float(clips()), self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
     return load(directory / FILE)
@@ -138,11 +139,6 @@ _decode = jax.jit(decode)
 def to_unit(video: jax.Array) -> jax.Array:
   """uint8 -> float32 in [-1, 1], of any shape."""
   return video.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(video) -> np.ndarray:
-  """[-1, 1] -> uint8, rounded and clipped, of any shape; on the host."""
-  return np.clip(np.rint((np.asarray(video) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def save(path: pathlib.Path, codec: PatchPCA) -> None:

@@ -33,9 +33,8 @@ from hiar_jax.data.prompt_texts import pad
 from hiar_jax.errors import Damaged, UserError, at_least, one_of
 from hiar_jax.files import write_atomic
 from hiar_jax.models import umt5
-from hiar_jax.types import Text
+from hiar_jax.types import DTYPES, Text
 
-DTYPES = ("bfloat16", "float32")
 # Data is read by several threads; one encoder at a time may be in memory.
 _LOADING = threading.Lock()
 # Prompts are encoded at multiples of so many tokens: a short one costs 64 tokens instead of 512,

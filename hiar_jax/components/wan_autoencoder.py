@@ -22,9 +22,8 @@ from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig, NetworkSizes
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.models import taehv, vae, vae_tiling
-from hiar_jax.types import Video
+from hiar_jax.types import DTYPES, Video
 
-DTYPES = ("float32", "bfloat16")
 LEAST_TILE = 4  # latents a side; 25 % of it, the overlap of neighbours, is then 1
 
 

@@ -8,7 +8,7 @@ from ml_collections import config_dict, config_flags
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
-from hiar_jax.planning.sizes import DTYPES
+from hiar_jax.types import DTYPES
 
 STAGES = ("distill", "causal_init")
 

@@ -18,11 +18,10 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
-from hiar_jax.planning.sizes import DTYPES
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
-from hiar_jax.types import Params
+from hiar_jax.types import DTYPES, Params
 from hiar_jax.video import lengths
 
 DECODERS = ("vae", "tiny_vae")

@@ -33,7 +33,7 @@ class Scores(NamedTuple):
 
 def score_x0(bound: Bound, x_t: Video, sigma) -> Video:
   """Returns the x0 prediction of a bidirectional network."""
-  return flow.x0_from_velocity(x_t, whole_clip(bound, x_t, sigma), sigma)
+  return flow.x0_from_velocity(x_t, bound(whole_clip(x_t, sigma)).velocity[0], sigma)
 
 
 @typed

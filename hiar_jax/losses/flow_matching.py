@@ -20,5 +20,5 @@ def sample_sigma(keys: jax.Array, shift: float, low: float = 0.0, high: float = 
 @typed
 def flow_matching(bound: Bound, x0: Video, eps: Video, sigma: jax.Array) -> jax.Array:
   """Returns mean |v_theta(x_t, t) - (eps - x0)|^2 (flow, Eq. 1-2): [b]; sigma [b] or [b f]."""
-  v = whole_clip(bound, flow.add_noise(x0, eps, sigma), sigma)
+  v = bound(whole_clip(flow.add_noise(x0, eps, sigma), sigma)).velocity[0]
   return jnp.mean((v - flow.velocity_target(x0, eps)) ** 2, axis=range(1, x0.ndim))

@@ -46,7 +46,7 @@ def forward_kl(
   x, x_next = points[:, step], points[:, step + 1]
   # all frames at one level, which is also the level of what they see
   if attention == "bidirectional":
-    v = whole_clip(bound, x, sigmas[step])
+    v = bound(whole_clip(x, sigmas[step])).velocity[0]
   else:
     v = jnp.concatenate(bound(causal_groups(x, sigmas[step], method)).velocity, axis=1)
   # the network is queried at the student's level even where the points lie at others, as published

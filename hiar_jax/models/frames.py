@@ -171,11 +171,11 @@ def bind(network: Network, params: Params, text: Text, start=None) -> Bound:
   return Bound(network, params, jnp.asarray(text)[None], start)
 
 
-def whole_clip(bound: Bound, x: Block, sigma) -> Block:
-  """Returns the velocity of a clip [b f h w c] whose frames all see each other; sigma as Frames."""
-  frames = Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32))
-  out = bound.network.apply(bound.params, (frames,), bound.texts, (), bound.start)
-  return out.velocity[0]
+def whole_clip(x: Block, sigma) -> tuple[Frames, ...]:
+  """Returns a clip [b f h w c] as the one group of a forward: all frames see each other; sigma as
+  Frames.
+  """
+  return (Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32)),)
 
 
 # --------------------------------------------------------------------------------- reads as a mask

@@ -12,9 +12,8 @@ from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.rollout.past.kinds import kind
-from hiar_jax.types import LatentShape, PyTree
+from hiar_jax.types import DTYPES, LatentShape, PyTree
 
-DTYPES = ("float32", "bfloat16")
 _FLOAT = 4  # bytes of float32
 
 

@@ -55,9 +55,10 @@ def sample_trajectory(
   """
 
   def euler_step(x, j):
-    v = whole_clip(bound, x, sigmas[j])
+    v = bound(whole_clip(x, sigmas[j])).velocity[0]
     if guidance:  # static: at 0 the second forward is not in the program
-      v = flow.classifier_free_guidance(v, whole_clip(negative, x, sigmas[j]), guidance)
+      w = negative(whole_clip(x, sigmas[j])).velocity[0]
+      v = flow.classifier_free_guidance(v, w, guidance)
     x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
     return x, x
 

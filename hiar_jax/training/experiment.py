@@ -195,7 +195,7 @@ class Experiment:
       )
     if data.height % codec.spatial_factor or data.width % codec.spatial_factor:
       # a patch codec's factor is its patch, which can be chosen; the VAE's 8 is fixed
-      name = "codec.patch = " if codec.kind == "patches" else ""
+      name = "codec.patch = " if hasattr(codec, "patch") else ""
       raise UserError(f"data.size = {data.size} is not a multiple of {name}{codec.spatial_factor}")
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
     patch = self.dit.patch

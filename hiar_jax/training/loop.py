@@ -149,12 +149,12 @@ def run_stage(
       stopping = False
       while step < training.steps and not stopping:
         for update, mapped in zip(updates, steps, strict=True):
-          if update.due is None:
+          if update.due is None or update.due(step):
             state, found = mapped(state, iterators.next(*update.feeds), update.frozen)
-            metrics = {"loss": found["loss"], **update.named(found)}
-          elif update.due(step):
-            state, found = mapped(state, iterators.next(*update.feeds), update.frozen)
-            iterators.latest[update.name] = update.named(found)
+            if update.due:
+              iterators.latest[update.name] = update.named(found)
+            else:
+              metrics = {"loss": found["loss"], **update.named(found)}
         for latest in iterators.latest.values():
           metrics |= latest
         step += 1

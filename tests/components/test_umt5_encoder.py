@@ -227,7 +227,7 @@ def test_a_damaged_file_is_named_and_made_anew(folder, tmp_path):
 
 
 def test_bad_input(folder, tmp_path):
-  with pytest.raises(UserError, match="expected one of bfloat16, float32"):
+  with pytest.raises(UserError, match="expected one of float32, bfloat16"):
     _cache(folder, tmp_path, dtype="float16")
   with pytest.raises(UserError, match="batch = 0"):
     _cache(folder, tmp_path, batch=0)

@@ -279,17 +279,7 @@ def test_a_training_run(tmp_path):
   )
   list(convert(str(tmp_path / "out"), str(tmp_path / "weights")))
   found_config, found = weights.load(tmp_path / "weights", "dit")
-  for field in (
-    "dim",
-    "ffn_dim",
-    "num_heads",
-    "num_layers",
-    "patch",
-    "channels",
-    "text_dim",
-    "freq_dim",
-    "eps",
-  ):
+  for field in (*config.sizes, "eps"):
     assert getattr(found_config, field) == getattr(config, field), field
   jax.tree.map(np.testing.assert_array_equal, found, params)
 

@@ -186,13 +186,14 @@ def test_clips_may_start_anywhere():
 
 def test_a_whole_clip():
   expected = apply(bound(), (group(0, 3, LEVELS[:, 0]),), ()).velocity[0]
-  found = quick_jit(whole_clip)(bound(), tiny.video(0, 3), LEVELS[:, 0])
+  run = quick_jit(lambda b, x, sigma: b(whole_clip(x, sigma)).velocity[0])
+  found = run(bound(), tiny.video(0, 3), LEVELS[:, 0])
   assert_near(found, expected)
 
 
 def test_a_stopped_network_has_no_gradient():
   def loss(bound, stop):
-    return whole_clip(stop(bound), tiny.video(0, 1), 0.5).sum()
+    return stop(bound)(whole_clip(tiny.video(0, 1), 0.5)).velocity[0].sum()
 
   for stop, moved in ((jax.lax.stop_gradient, False), (lambda x: x, True)):
     gradient = quick_jit(jax.grad(lambda b, stop=stop: loss(b, stop)))(bound())

@@ -81,13 +81,6 @@ def test_frames_of_a_section():
   assert [group.tolist() for group in numbers] == [[0], [19], [20, 21]]
 
 
-@pytest.mark.parametrize("frames", [19, 100, 10_000])
-def test_tokens_do_not_depend_on_the_history(frames):
-  found = parse("td_f16k4f2k2f1k1_g9")
-  assert sum(len(group) for group in found.numbers(frames, frames)) == 19
-  assert found.tokens(ROWS, COLUMNS) == parse("td_f16k4f2k2f1k1_g9").tokens(ROWS, COLUMNS)
-
-
 @pytest.mark.parametrize(
   "notation, part, expected",
   [
