@@ -81,8 +81,6 @@ class VideoModel:
       name: to_json(getattr(e, name))
       for name in ("seed", "model", "student", "history", "codec", "text")
     }
-    if content["history"]["past"] == "ring":
-      del content["history"]["past"]  # identities are older than this field
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):
