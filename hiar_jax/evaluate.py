@@ -100,7 +100,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
     name = f"{run.workdir.name}, {method_label(run.experiment.history)}"
-    weights = pretrained.load_weights(run, "distill")
+    weights = pretrained.load_weights(run, run.experiment.last_stage)
     yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 

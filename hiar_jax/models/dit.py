@@ -134,7 +134,7 @@ class DiTConfig:
     portable = dataclasses.replace(self, attention="xla")
     x, text = jnp.zeros((1, 1, ph, pw, self.channels)), jnp.zeros((1, 1, self.text_dim))
     start = x, jnp.zeros((1, 1)), text, jnp.zeros(1, jnp.int32)
-    return dit_packed.with_projections(self, DiT(portable).init(key, *start)["params"])
+    return self.with_projections(DiT(portable).init(key, *start)["params"])
 
   def matrix_axes(self, path: tuple[str, ...], ndim: int) -> tuple[int, int] | None:
     # the kernels of the layers, stacked as [layers, in, out] by the scan over layers; embeddings,
@@ -210,6 +210,12 @@ class DiTConfig:
       ("tensor", "sequence"): (heads, f"the {heads} heads"),
     }
 
+  def packed(self, pools: tuple[int, ...]) -> "DiTConfig":
+    return dataclasses.replace(self, packing=pools)
+
+  def with_projections(self, params: Params) -> Params:
+    return dit_packed.with_projections(self, params)
+
   def for_split_tokens(self) -> "DiTConfig":
     # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
     # over `sequence`) would have to be gathered first.
@@ -232,7 +238,6 @@ class ModelConfig:
   unroll: int = 1
   merge_tokens: bool = False
   place_embedding: bool = False
-  packing: tuple[int, ...] = dataclasses.field(default=(), metadata={"since": "2026-11"})
 
   def network(self, channels: int, text_dim: int, places: tuple[int, int]) -> DiTConfig:
     """Returns the network; channels: of latents, text_dim: width of the text."""

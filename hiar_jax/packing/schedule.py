@@ -67,6 +67,11 @@ class Schedule:
     return (*self.start, *self.before, *self.after, *self.end)
 
   @property
+  def pools(self) -> tuple[int, ...]:
+    """The kernels of all groups, each once."""
+    return tuple(sorted({group.pool for group in self.groups}))
+
+  @property
   def history(self) -> int:
     """The frames of all groups."""
     return sum(group.frames for group in self.groups)
