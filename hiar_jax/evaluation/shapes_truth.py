@@ -8,8 +8,9 @@ world (`data_reference` measures it, also through a codec). An unrecognised shap
 colour and in form.
 
 A shape that another, or the screen, hides by more than 50 % is not judged in those frames; one
-that stays hidden for longer than a training clip is missing, and counts as wrong. Whether a shape
-comes back from behind the screen as it was is measured in `shapes_passage`.
+that stays hidden for longer than a training clip (behind the screen: than half as long again as a
+true one) is missing, and counts as wrong. Whether a shape comes back from behind the screen as it
+was is measured in `shapes_passage`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from hiar_jax.evaluation.shapes_fit import Fit, fit_videos, nearest_background
 
 UNRECOGNISABLE = 0.5  # share of the shape's own squared contrast
 HIDDEN = 0.5  # visible share below which a shape is not judged
+BEHIND = 1.5  # times as long as a true shape behind the screen: longer is missing
 JUMP = 7.5  # pixels a frame at 32 x 32: 2.5 times the fastest shape
 STANDING = 0.25  # share of the prompt's speed below which a clip goes nowhere
 WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
@@ -226,7 +228,7 @@ def _per_frame(
   """Returns arrays [n, f, shapes], "error" [n, f]; nan if not judged."""
   hidden = track.visible < HIDDEN
   shown = (track.relative <= UNRECOGNISABLE) & ~hidden
-  judged = ~hidden | _missing(hidden, train_frames)
+  judged = ~hidden | _missing(hidden, train_frames, world)
 
   def share(right, known=True):
     return np.where(judged & known, shown & right, np.nan)
@@ -251,8 +253,14 @@ def _per_frame(
   }
 
 
-def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
-  """Marks the runs of True along axis 1 of [n, f, shapes] that are longer than `longest`."""
+def _missing(hidden: np.ndarray, train_frames: int, world: WorldConfig) -> np.ndarray:
+  """Marks the runs of True along axis 1 of [n, f, shapes] that are longer than a shape of the world
+  is hidden.
+  """
+  longest = train_frames
+  if world.screen is not None:
+    low, high = world.screen  # half of a shape is in sight when its centre is at the edge
+    longest = BEHIND * (high - low) / world.speed("")
   missing = np.zeros_like(hidden)
   for i, k in np.ndindex(hidden.shape[0], hidden.shape[2]):
     # Starts and ends of runs alternate in the differences of the padded series.
@@ -270,7 +278,7 @@ def _directions(
   """
   right = np.full(content.speed.shape, np.nan)
   hidden = track.visible < HIDDEN
-  missing = _missing(hidden, train_frames)
+  missing = _missing(hidden, train_frames, world)
   recognised = track.relative <= UNRECOGNISABLE
   for i, k in np.argwhere(~np.isnan(content.speed)):
     visible = ~hidden[i, :train_frames, k]

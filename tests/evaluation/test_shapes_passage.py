@@ -90,7 +90,33 @@ def test_true_clips_come_back_as_they_were(clips):
   ]  # fmt: skip
   assert result["motion_ratio"]["total"] == pytest.approx(1, abs=0.02)
   assert result["jumps"]["total"] == 0 and result["error"]["total"] < 2e-5
+  assert result["relative_error"]["q100"] < 0.001
   assert "passage" in json.loads(json.dumps(result))
+
+
+def test_the_expected_motion_is_that_of_what_is_in_sight():
+  """Bounces are seen more often than steps behind the screen."""
+  rng, (low, high), steps = np.random.default_rng(0), WORLD.screen, []
+  for _ in range(40):
+    scene = shapes_world.sample_scene(rng, WORLD)
+    path = shapes_world.simulate(scene, 2000).position[:, 0]
+    seen = ((path < low) | (path > high)).any(-1)
+    moved = np.linalg.norm(np.diff(path, axis=0), axis=-1)
+    steps.append(moved[seen[1:] & seen[:-1]])
+  speed = WORLD.speed("")
+  expected = shapes_truth.expected_motion(speed, WORLD)
+  assert expected == pytest.approx(np.concatenate(steps).mean(), rel=0.002)
+  assert (
+    expected < shapes_truth.expected_motion(speed, dataclasses.replace(WORLD, hidden=0)) * 0.995
+  )
+
+
+def test_jumps_are_told_by_the_pace(clips):
+  """Five frames at once, three pixels, are a jump of so slow a shape."""
+  jumping = np.delete(clips, slice(3, 7), 1)
+  result = shapes_truth.measure(jumping, CAPTIONS, WORLD)
+  assert 1 / 40 < result["jumps"]["total"] < 1 / 8  # one of each video's steps in sight
+  assert result["passage"]["agree"] == 1
 
 
 def test_another_colour_does_not_agree(swapped):
@@ -103,10 +129,14 @@ def test_another_colour_does_not_agree(swapped):
 def test_what_never_comes_back_is_missing(clips):
   gone = clips.copy()
   gone[:4, MIDDLE:] = GROUND
-  passage = shapes_truth.measure(gone, CAPTIONS, WORLD)["passage"]
+  result = shapes_truth.measure(gone, CAPTIONS, WORLD)
+  passage = result["passage"]
   assert passage["returned"] == pytest.approx(2 / 6) and passage["agree"] == 1
   for video in passage["videos"][:4]:
     assert (video["after"], video["agree"], video["unseen"]) == (None, None, None)
+  # Nor do the other measures take it for hidden until the end.
+  assert result["shape"]["fifths"][-1] == pytest.approx(2 / 6)
+  assert [video["shape"] < 1 for video in result["prompts"]] == [True] * 4 + [False] * 2
   gone[:, MIDDLE:] = GROUND
   passage = shapes_truth.measure(gone, CAPTIONS, WORLD)["passage"]
   assert passage["returned"] == 0
