@@ -10,7 +10,7 @@ JSON object; for each history:
     tokens          of context and section, as the program has them
     tokens_480p     those of the schedule at 480 x 832; unpacked_480p: with all frames whole
     flops           of the compiled program, by XLA's own count
-    pack_s          making the groups from the video (median)
+    pack_s          making the groups from the video (median); a tail that is kept is read whole
     forward_s       one forward: median, 5th and 95th percentile
 
 `programs` counts what was compiled for all of them.
@@ -41,8 +41,16 @@ TEXT = 16  # tokens
 def network(schedule: Schedule) -> DiTConfig:
   """Returns a DiT small enough for any machine, with the schedule's kernels."""
   pools = tuple(sorted({group.pool for group in schedule.groups}))
+  layers = 4  # unrolled: XLA counts the operations of a loop's body once
   return DiTConfig(
-    dim=128, ffn_dim=512, num_heads=4, num_layers=4, text_dim=32, packing=pools, merge_tokens=True
+    dim=128,
+    ffn_dim=512,
+    num_heads=4,
+    num_layers=layers,
+    text_dim=32,
+    packing=pools,
+    merge_tokens=True,
+    unroll=layers,
   )
 
 
