@@ -32,7 +32,7 @@ HUNYUAN = (
   ("latents_clean", "clean_x_embedder.proj", 1),
   ("hidden_states", "x_embedder.proj", 1),
 )
-HUNYUAN_THETA = 256.0
+HUNYUAN_THETA = 256.0  # its default
 
 each_section = pytest.mark.parametrize(
   ("folder", "name"), recorded.CASES, ids=lambda x: getattr(x, "name", x)
@@ -176,6 +176,7 @@ def test_golden_hunyuan_packing(folder, name):
   case, weights = recorded.read(folder, name), recorded.read(folder, "hunyuan_weights.npz")
   sizes = json.loads((folder / "framepack.json").read_text())["hunyuan"]
   split = tuple(axis // 2 for axis in sizes["rope_axes_dim"])
+  theta = sizes.get("rope_theta", HUNYUAN_THETA)
   tokens, turns = [], []
   for latents, stem, pool in HUNYUAN:
     x, weight = case[latents], weights[f"{stem}.weight"]
@@ -183,7 +184,7 @@ def test_golden_hunyuan_packing(folder, name):
     tokens.append(projected(x, weight, weights[f"{stem}.bias"]))
     indices = case["indices_latents" if latents == "hidden_states" else f"indices_{latents}"]
     grid = x.shape[-2] // 2, x.shape[-1] // 2, sizes["attention_head_dim"]
-    turn = rope.pooled_rotation(jnp.asarray(indices), *grid, pool, split, HUNYUAN_THETA)
+    turn = rope.pooled_rotation(jnp.asarray(indices), *grid, pool, split, theta)
     assert turn[0].shape[1] == tokens[-1].shape[1]
     turns.append(doubled(turn))
   assert [part.shape[1] for part in tokens] == case["token_counts"].tolist()

@@ -133,6 +133,10 @@ def test_tails_are_the_frames_that_no_group_names():
   assert all(step.tails[1].size == 0 for step in made)
   made = orders.plan(schedule, orders.inverted(4), given=1)
   assert [step.tails[1].tolist() for step in made] == [[], [8], [6, 7, 8], [4, 5, 6, 7, 8]]
+  schedule = parse("td_f2k2f1k1_g2_f1k1_tc")  # of two sides, one may delete
+  made = orders.plan(schedule, orders.endpoints(9, [3, 8, 0]))
+  assert made[3].generates.tolist() == [8, 9] and made[3].tails[0].size == 0
+  assert made[3].tails[1].tolist() == [16, 17]
   made = orders.plan(parse("td_f2k2f1k1_g2_f1k1_td"), orders.inverted(4), given=1)
   assert not any(side.size for step in made for side in step.tails)
   with pytest.raises(UserError, match="no place for a tail; expected td"):
