@@ -252,10 +252,11 @@ def stacked(config: Any):
     )
     # prevent_cse is for code outside of scans; inside, it only costs
     layer = nn.remat(Layer, policy=policy, prevent_cse=False)
-  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer
+  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer.
+  # intermediates: what each layer gives, for callers that capture it
   return nn.scan(
     layer,
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     in_axes=(0, nn.broadcast),
     out_axes=0,

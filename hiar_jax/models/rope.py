@@ -29,22 +29,24 @@ def split_pairs(head_dim: int) -> tuple[int, int, int]:
   return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
-def frequencies(pairs: int) -> np.ndarray:
+def frequencies(pairs: int, theta: float = THETA) -> np.ndarray:
   """Returns radians per step of position [pairs], float64."""
-  return THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
+  return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
 @functools.lru_cache
-def _digit_tables(pairs: int) -> np.ndarray:
+def _digit_tables(pairs: int, theta: float) -> np.ndarray:
   """Returns exp(i digit BASE^place frequency): complex128 [DIGITS, BASE, pairs]."""
   digits = np.arange(BASE, dtype=np.float64)[None, :, None]
   places = float(BASE) ** np.arange(DIGITS)[:, None, None]
-  return np.exp(1j * digits * places * frequencies(pairs))
+  return np.exp(1j * digits * places * frequencies(pairs, theta))
 
 
-def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Array]:
+def frame_rotation(
+  positions: Positions, pairs: int, theta: float = THETA
+) -> tuple[jax.Array, jax.Array]:
   """Returns (cos, sin), each [f, pairs] float32, of frame indices in [0, 2^30)."""
-  tables = _digit_tables(pairs)
+  tables = _digit_tables(pairs, theta)
   real, imag = tables.real.astype(np.float32), tables.imag.astype(np.float32)
   cos, sin = jnp.ones((positions.size, pairs)), jnp.zeros((positions.size, pairs))
   # rotations compose: (cos + i sin) times the rotation of each digit
@@ -56,14 +58,22 @@ def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Arr
 
 
 def rotation(
-  positions: Positions, rows: int, columns: int, head_dim: int
+  positions: Positions,
+  rows: int,
+  columns: int,
+  head_dim: int,
+  split: tuple[int, int, int] | None = None,
+  theta: float = THETA,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (cos, sin), each [f, rows * columns, 1, head_dim / 2] float32, for `apply`."""
-  pairs_f, pairs_h, pairs_w = split_pairs(head_dim)
+  """Returns (cos, sin), each [f, rows * columns, 1, head_dim / 2] float32, for `apply`.
+
+  split: pairs for (frame, row, column), by default Wan2.1's.
+  """
+  pairs_f, pairs_h, pairs_w = split or split_pairs(head_dim)
   parts = []
-  for frame, axis in zip(frame_rotation(positions, pairs_f), (np.cos, np.sin), strict=True):
-    row = axis(np.arange(rows)[:, None] * frequencies(pairs_h)).astype(np.float32)
-    column = axis(np.arange(columns)[:, None] * frequencies(pairs_w)).astype(np.float32)
+  for frame, axis in zip(frame_rotation(positions, pairs_f, theta), (np.cos, np.sin), strict=True):
+    row = axis(np.arange(rows)[:, None] * frequencies(pairs_h, theta)).astype(np.float32)
+    column = axis(np.arange(columns)[:, None] * frequencies(pairs_w, theta)).astype(np.float32)
     grid = (positions.size, rows, columns)
     part = jnp.concatenate(
       [
@@ -79,17 +89,24 @@ def rotation(
 
 
 def pooled_rotation(
-  positions: jax.Array, rows: int, columns: int, head_dim: int, pool: int
+  positions: jax.Array,
+  rows: int,
+  columns: int,
+  head_dim: int,
+  pool: int,
+  split: tuple[int, int, int] | None = None,
+  theta: float = THETA,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns (cos, sin) of packed frames, each [1 or b, n, 1, head_dim / 2] float32.
 
   Cosines and sines of the patches that a kernel of pool^3 patches covers are averaged, each by
   itself, and not normalised (FramePack, section 3.1, and its code); the last frame, row and column
-  are repeated up to whole kernels. positions: [k] or [b k] frame indices.
+  are repeated up to whole kernels. positions: [k] or [b k] frame indices. split, theta: see
+  `rotation`.
   """
 
   def of_clip(positions):
-    parts = rotation(positions, rows, columns, head_dim)
+    parts = rotation(positions, rows, columns, head_dim, split, theta)
     return tuple(
       pool_patches(part.reshape(-1, rows, columns, head_dim // 2), pool) for part in parts
     )

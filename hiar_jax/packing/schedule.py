@@ -28,7 +28,8 @@ import numpy as np
 from hiar_jax.errors import UserError
 
 POOLS = (1, 2, 4, 8, 16)
-TAILS = ("td", "ta", "tc")
+KEPT_TAILS = ("ta", "tc")
+TAILS = ("td", *KEPT_TAILS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Packed history on the DiT: recordings of the published implementation, projections that begin as
-pooling, and pooled rotations by brute force.
+"""Packed history on the DiT: projections that begin as pooling, pooled rotations by brute force,
+and what the network refuses. Recordings: test_dit_packed_golden.py.
 """
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,93 +11,11 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit_packed, rope
-from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.frames import PROJECTION, Frames, Read
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.helpers.golden_cases import assert_close
-from tests.seams import test_packed_history as recorded
 
-NAMES = {"patch_long": "packed_k4", "patch_mid": "packed_k2", "patch_short": "packed_k1"}
 PACKED = dataclasses.replace(tiny.CONFIG, packing=(1, 2, 4), place_embedding=True)
-
-
-def helios(folder):
-  """(config, parameters) of a recording."""
-  sizes = json.loads((folder / "framepack.json").read_text())["helios"]
-  _, params = recorded.network_and_params(folder)
-  config = DiTConfig(
-    dim=sizes["num_attention_heads"] * sizes["attention_head_dim"],
-    ffn_dim=sizes["ffn_dim"],
-    num_heads=sizes["num_attention_heads"],
-    num_layers=sizes["num_layers"],
-    channels=sizes["in_channels"],
-    text_dim=sizes["text_dim"],
-    freq_dim=sizes["freq_dim"],
-    packing=(1, 2, 4),
-  )
-  return config, {NAMES.get(name, name): tree for name, tree in params.items()}
-
-
-def groups_of(case, *flags) -> tuple[Frames, ...]:
-  return tuple(
-    group.replace(projection=NAMES.get(group.projection, group.projection))
-    for group in recorded.groups_of(case, *flags)
-  )
-
-
-@pytest.mark.parametrize(("folder", "name"), recorded.CASES, ids=lambda x: getattr(x, "name", x))
-def test_golden_sections(folder, name):
-  """FramePack's behaviour, and with Helios's flags: history at t = 0, history without a text."""
-  case = recorded.read(folder, name)
-  config, params = helios(folder)
-  run = quick_jit(lambda params, groups, texts: config.apply(params, groups, texts))
-  texts = jnp.asarray(case["encoder_hidden_states"])[None]
-  for output, flags in recorded.FLAGS.items():
-    velocity = run(params, groups_of(case, *flags), texts).velocity[-1]
-    assert_close(np.moveaxis(velocity, -1, 1), case[output], f"{name} {output}")
-
-
-@pytest.mark.parametrize(("folder", "name"), recorded.CASES, ids=lambda x: getattr(x, "name", x))
-def test_golden_tokens_and_rotations(folder, name):
-  """What enters the first layer, in its order."""
-  case = recorded.read(folder, name)
-  config, params = helios(folder)
-  tokens, turns = [], []
-  for group in groups_of(case, False, False):
-    pool = dit_packed.pool_of(group) or 1
-    _, h, w = group.x.shape[1:4]
-    kernel = params[group.projection]
-    cut = dit_packed.cut_kernels(jnp.asarray(group.x), (pool, 2 * pool, 2 * pool))
-    tokens.append(cut @ kernel["kernel"] + kernel["bias"].reshape(1, 1, -1))
-    turns.append(
-      rope.pooled_rotation(jnp.asarray(group.positions), h // 2, w // 2, config.head_dim, pool)
-    )
-  assert_close(np.concatenate(tokens, axis=1), case["tokens"], f"{name} tokens")
-  for part, found in enumerate(zip(*turns, strict=True)):
-    # recorded [1|b n 2 d]: cosines, then sines, each twice
-    expected = np.split(case["rotary"], 2, axis=-1)[part][..., ::2]
-    assert_close(np.concatenate(found, axis=1)[:, :, 0], expected, f"{name} rotations {part}")
-
-
-@pytest.mark.parametrize("folder", recorded.FOLDERS, ids=lambda folder: folder.name)
-@pytest.mark.parametrize("pool", [2, 4, 8])
-def test_golden_initial_projections(folder, pool):
-  """The kernels as published, bit for bit, and what they give."""
-  case = recorded.read(folder, "initial_projection.npz")
-  base = case["weight_1x"]  # [d c 1 2 2], as PyTorch stores convolutions
-  embedding = {
-    "kernel": jnp.asarray(base.transpose(2, 3, 4, 1, 0).reshape(-1, base.shape[0])),
-    "bias": jnp.asarray(case["bias"]),
-  }
-  found = dit_packed.initial_projection(embedding, pool, (1, 2, 2))
-  expected = case[f"weight_{pool}x"].transpose(2, 3, 4, 1, 0)
-  np.testing.assert_array_equal(found["kernel"], expected.reshape(-1, base.shape[0]))
-  x = jnp.moveaxis(jnp.asarray(case["latents"]), 1, -1)
-  cut = dit_packed.cut_kernels(x, (pool, 2 * pool, 2 * pool))
-  out = np.moveaxis(case[f"out_{pool}x"], 1, -1)
-  tokens = cut @ found["kernel"] + found["bias"].reshape(1, 1, -1)
-  assert_close(tokens, out.reshape(len(out), -1, out.shape[-1]), f"{pool}x")
 
 
 @pytest.mark.parametrize("pool", [1, 2, 4, 8, 16])
