@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.packing.orders import plan
+from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.past.packed import History, groups_of, tables
 from hiar_jax.rollout.teacher_sampler import sample_trajectory
 from hiar_jax.types import Key, LatentShape, Text, Video
 
@@ -46,7 +46,7 @@ def make_sampler(
     def make_sections(video, row):
       # one draw a section, whichever step makes it
       eps = jnp.concatenate([noise(0, number) for number in row.sections], axis=1)
-      groups = functools.partial(groups_of, schedule, history, video, row)
+      groups = functools.partial(groups_of_row, schedule, history, video, row)
       x = sample_trajectory(bound, unconditional, eps, sigmas, last, guidance, groups=groups)[:, 0]
       return video.at[:, row.generates].set(x), None
 

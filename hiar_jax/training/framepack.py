@@ -17,9 +17,9 @@ from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.packing.orders import plan, steps_of
+from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.rollout.past.packed import History, Row, frames_at, groups_of, tables
 from hiar_jax.training.state import (
   TrainConfig,
   TrainState,
@@ -37,7 +37,7 @@ class FramePackConfig(TrainConfig):
   packing: the schedule of kernels in the paper's notation (packing.schedule). orders: those whose
   steps are drawn, by name (packing.orders). given: frames of a clip's start that are there before
   any section (1: an image). published: frame indices as in the published code, else the frames'
-  own. history_level, hears: rollout.past.packed.History. history_noise: level up to which the
+  own. history_level, hears: packing.rows.History. history_noise: level up to which the
   context is noised, drawn evenly for each example (Helios); 0: none. shift, caption_dropout: as the
   teacher's.
   """
@@ -54,7 +54,12 @@ class FramePackConfig(TrainConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    self.parsed, self.history  # noqa: B018  # raise for what cannot be read
+    schedule, _ = self.parsed, self.history  # raise for what cannot be read
+    if {schedule.before_tail, schedule.after_tail} & {"ta", "tc"} or schedule.discretised:
+      raise UserError(
+        f"framepack.packing = {self.packing!r}: a model is trained with td, a deleted tail, and "
+        "without +D"
+      )
     at_least(0, given=self.given, history_noise=self.history_noise)
     for order in self.orders:
       steps_of(order, 1)
@@ -146,7 +151,7 @@ def _loss_of(
       level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
       shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
-    groups = groups_of(config.parsed, config.history, shown, row, x, sigma)
+    groups = groups_of_row(config.parsed, config.history, shown, row, x, sigma)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))
 

@@ -10,10 +10,10 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.models.frames import Frames, bind
 from hiar_jax.packing import orders
+from hiar_jax.packing.rows import History
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.past.packed import History
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 

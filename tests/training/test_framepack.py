@@ -12,8 +12,8 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import bind
 from hiar_jax.packing import orders
+from hiar_jax.packing.rows import groups_of_row
 from hiar_jax.rollout.noise import example_keys
-from hiar_jax.rollout.past.packed import groups_of
 from hiar_jax.training import framepack
 from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.state import create_state
@@ -53,7 +53,7 @@ def test_the_loss_by_hand():
   x = flow.add_noise(x0, eps, sigma)
   (table,) = c.rows(2)
   row = jax.tree.map(lambda part: part[0], table)
-  groups = groups_of(c.parsed, c.history, x0, row, x, sigma)
+  groups = groups_of_row(c.parsed, c.history, x0, row, x, sigma)
   assert all((group.x == 0).all() for group in groups[:-1])
   v = bind(NETWORK, tiny.params(NETWORK), tiny.text())(groups).velocity[-1]
   want = np.mean((v - (eps - x0)) ** 2)
@@ -113,6 +113,8 @@ def test_mixed_orders_train():
   ("changes", "message"),
   [
     (dict(packing="f2k3_g2"), "schedule 'f2k3_g2': 'f2k3'"),
+    (dict(packing="tc_f2k2f1k1_g2"), "packing = 'tc_f2k2f1k1_g2': a model is trained with td"),
+    (dict(packing="td_f2k2f1k1_g2+D"), "'td_f2k2f1k1_g2.D': a model is trained with td"),
     (dict(orders=("vanilla", "sideways")), "order = 'sideways': expected one of vanilla"),
     (dict(history_level="noisy"), "level = 'noisy': expected one of section, clean"),
   ],

@@ -7,8 +7,8 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.packing import orders
+from hiar_jax.packing.rows import History, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import parse
-from hiar_jax.rollout.past.packed import History, frames_at, groups_of, tables
 from tests.helpers import tiny
 
 FILLING = parse("td_f2k2f1k1_g2_x_f1k1")
@@ -42,7 +42,7 @@ def test_groups_hold_what_the_row_says():
   video, x = tiny.video(1, 8), tiny.video(2, 2)
   _, gap = tables(orders.plan(FILLING, orders.both_ends(4)))
   one = jax.tree.map(lambda part: part[0], gap)
-  *packed, noisy = groups_of(FILLING, History(), video, one, x, 0.7)
+  *packed, noisy = groups_of_row(FILLING, History(), video, one, x, 0.7)
   assert [group.projection for group in packed] == ["packed_k2", "packed_k1", "packed_k1"]
   for group, frames in zip(packed, ([-1, 0], [1], [6]), strict=True):
     want = np.stack([video[:, i] if i >= 0 else 0 * video[:, 0] for i in frames], axis=1)
@@ -57,7 +57,7 @@ def test_history_that_is_clean_and_hears_nothing():
   (table,) = tables(orders.plan(FILLING, [(1,)]))
   row = jax.tree.map(lambda part: part[0], table)
   sigma = jnp.asarray([0.7, 0.2])
-  *packed, noisy = groups_of(FILLING, History("clean", hears=False), video, row, x, sigma)
+  *packed, noisy = groups_of_row(FILLING, History("clean", hears=False), video, row, x, sigma)
   assert all(group.text is None and group.sigma.tolist() == [0, 0] for group in packed)
   assert noisy.text == 0 and noisy.sigma is sigma
   with pytest.raises(UserError, match="level = 'noisy': expected one of section, clean"):

@@ -1,7 +1,8 @@
 """A section and its packed context as the groups of a forward, in training and in sampling.
 
 What a step makes and reads is a `Row` of frame numbers (packing.orders says which). Rows are
-arrays: a training step draws one per example, a sampler scans over them.
+arrays: a training step draws one per example, a sampler scans over them. Tails that are kept are
+not in them (packing.history has those of one step).
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,7 @@ def tables(steps: Sequence[Step]) -> list[Row]:
   return [jax.tree.map(lambda *x: np.stack(x).astype(np.int32), *rows) for rows in found]
 
 
-def groups_of(
+def groups_of_row(
   schedule: Schedule, history: History, video: Video, row: Row, x: Block, sigma
 ) -> tuple[Frames, ...]:
   """Returns the context's packed groups, in the schedule's order, then the noisy section.
