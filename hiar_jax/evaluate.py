@@ -52,6 +52,10 @@ def main() -> None:
   for name, videos in rows(runs, prompts, frames):
     results[name] = shapes_truth.measure(videos, prompts, first.world, first.experiment.data.frames)
     shown = dict(list(zip(prompts, videos, strict=True))[:8])  # the first eight videos
+    if first.world.hidden:  # few prompts, that leave the colour open: one of each would not show it
+      count = min(8, len(prompts))
+      spread = [i * len(prompts) // count for i in range(count)]
+      shown = {f"{prompts[i]}, video {i}": videos[i] for i in spread}
     sheet = contact_sheet(shown, title=name, train_frames=first.experiment.data.frames)
     write_png(out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png", sheet)
     print(report.format_table({name: results[name]}).splitlines()[-1], flush=True)
@@ -100,7 +104,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
     name = f"{run.workdir.name}, {method_label(run.experiment.history)}"
-    weights = pretrained.load_weights(run, "distill")
+    weights = pretrained.load_weights(run, run.experiment.last_stage)
     yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 

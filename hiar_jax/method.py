@@ -56,7 +56,7 @@ class MethodConfig:
   sink: int = 0
   sink_level: str = "history"
   renoise: str = "fresh"
-  past: str = "ring"
+  past: str = dataclasses.field(default="ring", metadata={"since": "2026-11"})
 
   def __post_init__(self):
     self.context  # noqa: B018  # raises for an unknown level

@@ -34,7 +34,7 @@ def load(
   *,
   config: str | config_dict.ConfigDict | None = None,
   weights: str | os.PathLike | None = None,
-  stage: str = "distill",
+  stage: str | None = None,
   height: int | None = None,
   width: int | None = None,
   dtype: str | None = None,
@@ -43,9 +43,9 @@ def load(
 ) -> "Model":
   """Opens a model: of a trained run (workdir), or of a config with converted weights.
 
-  config: a ConfigDict, or FILE[:VARIANT] as the commands take it. stage: of the run, `distill` or
-  `causal_init`. height and the others replace the config's, as generation.video_model.ModelChanges
-  has them. Weights are loaded when they are first used.
+  config: a ConfigDict, or FILE[:VARIANT] as the commands take it. stage: of the run, `distill`,
+  `causal_init` or `framepack`; None: its last one. height and the others replace the config's, as
+  generation.video_model.ModelChanges has them. Weights are loaded when they are first used.
 
   Raises UserError where there is no such model, or where an option does not suit it.
   """

@@ -17,6 +17,19 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.training import stages
 from hiar_jax.training.run import open_run
 
+DISTILLATION = (
+  # the teacher's ODE trajectories, kept at the student's noise levels
+  ("trajectories", stages.sample_trajectories),
+  # the causal student regresses the trajectories' ends
+  ("causal_init", stages.train_causal_init),
+  # and then learns from its own rollouts: distribution matching and forward KL
+  ("distill", stages.distill_student),
+)
+FRAMEPACK = (
+  # the teacher learns to make a section from packed context
+  ("framepack", stages.train_framepack),
+)
+
 
 def main(config, workdir: str) -> None:
   """Runs all stages of the experiment that `config` (a ConfigDict) describes."""
@@ -30,13 +43,8 @@ def main(config, workdir: str) -> None:
       ("data", stages.prepare_data),
       # the bidirectional teacher learns the clips by flow matching
       ("teacher", stages.train_teacher),
-      # the teacher's ODE trajectories, kept at the student's noise levels
-      ("trajectories", stages.sample_trajectories),
-      # the causal student regresses the trajectories' ends
-      ("causal_init", stages.train_causal_init),
-      # and then learns from its own rollouts: distribution matching and forward KL
-      ("distill", stages.distill_student),
-      # long videos of the student, measured where the truth is known
+      *(FRAMEPACK if run.experiment.framepack else DISTILLATION),
+      # long videos, measured where the truth is known
       ("sample", stages.make_samples),
     ):
       started = time.monotonic()

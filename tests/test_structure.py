@@ -16,8 +16,8 @@ PACKAGE = ROOT / "hiar_jax"
 LAYERS = [
   "errors types",
   "progress preemption peak_memory",
-  "files flow context method packing",
-  "config parallel video models",
+  "files flow context method",
+  "config parallel video models packing",
   "checkpoints rollout",
   "data losses",
   "components evaluation",

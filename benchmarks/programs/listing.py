@@ -26,7 +26,7 @@ from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import umt5, vae_tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
-from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.training import causal_init, distill, framepack, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import create_state
 
@@ -79,14 +79,16 @@ def programs(e: Experiment) -> Iterator[tuple[str, str, Callable[[], Lowered]]]:
 
 # The groups that programs read.
 SIZES = ("data", "codec", "text", "model")
-STUDENT = (*SIZES, "seed", "student", "history")
+STUDENT = (*SIZES, "seed", "student", "history", "framepack")
 DISTILL = (*STUDENT, "teacher_model", "trajectories", "distill")
 
 # The conditions under which they exist.
 trains_teacher = lambda e: not e.weights.base
-trains_init = lambda e: not e.weights.student
+distills = lambda e: e.framepack is None
+trains_init = lambda e: distills(e) and not e.weights.student
+packs = lambda e: not distills(e)
 is_small = lambda e: not is_wan(e)
-streams = lambda e: e.history.order == "step_first"
+streams = lambda e: distills(e) and e.history.order == "step_first"
 has_clean_sink = lambda e: streams(e) and e.history.clean_sink > 0
 has_no_sink = lambda e: streams(e) and e.history.sink == 0
 
@@ -127,21 +129,18 @@ def teacher_step(run):
   return step(made, state, run.batch(e.teacher.batch, "video"), negative(run))
 
 
-@program("teacher/preview", *SIZES, "seed", "student", "trajectories", exists=trains_teacher)
+# The groups that the teacher's sampler reads.
+WALK = (*SIZES, "seed", "student", "teacher", "trajectories")
+
+
+@program("teacher/preview", *WALK, exists=trains_teacher)
 def teacher_preview(run):
   walk = run.teacher_sampler(jax.random.key(run.experiment.seed))
   weights = network(run.experiment.dit)
   return walk.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
 
 
-@program(
-  "trajectories/walk",
-  *SIZES,
-  "seed",
-  "student",
-  "trajectories",
-  exists=lambda e: e.needs_trajectories,
-)
+@program("trajectories/walk", *WALK, exists=lambda e: distills(e) and e.needs_trajectories)
 def trajectories_walk(run):
   e, size = run.experiment, run.experiment.trajectories.batch
   walk = run.teacher_sampler(stage_key(e, 2))
@@ -184,7 +183,7 @@ def start_distill(e: Experiment) -> Callable:
   return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
 
 
-@program("distill/start", *SIZES, "seed", "distill")
+@program("distill/start", *SIZES, "seed", "distill", exists=distills)
 def distill_start(run):
   e = run.experiment
   return jax.jit(start_distill(e)).lower(*[network(e.dit)] * 2)
@@ -194,14 +193,14 @@ def distill_state(e: Experiment):
   return jax.eval_shape(start_distill(e), *[network(e.dit)] * 2)
 
 
-@program("distill/critic_step", *DISTILL)
+@program("distill/critic_step", *DISTILL, exists=distills)
 def critic_step(run):
   e, config = run.experiment, run.experiment.distill
   made = distill.make_critic_step(*distilled(run), config.critic_optimizer(e.dit))
   return step(made, distill_state(e), run.batch(config.batch))
 
 
-@program("distill/generator_step", *DISTILL)
+@program("distill/generator_step", *DISTILL, exists=distills)
 def generator_step(run):
   e, config = run.experiment, run.experiment.distill
   points = jnp.asarray(run.point_sigmas)
@@ -215,13 +214,39 @@ def generator_step(run):
   return step(made, distill_state(e), batch, distill.Frozen(real, negative(run)))
 
 
+def start_framepack(e: Experiment) -> Callable:
+  """The function that training/stages.py jits, of the teacher's weights."""
+  key, packed = stage_key(e, 6), e.packed_dit
+  optimizer = e.framepack.optimizer(packed)
+  return lambda weights: create_state(key, packed.with_projections(weights), optimizer)
+
+
+@program("framepack/start", *SIZES, "seed", "framepack", exists=packs)
+def framepack_start(run):
+  e = run.experiment
+  return jax.jit(start_framepack(e)).lower(network(e.dit))
+
+
+@program("framepack/step", *SIZES, "seed", "framepack", exists=packs)
+def framepack_step(run):
+  e, config = run.experiment, run.experiment.framepack
+  state = jax.eval_shape(start_framepack(e), network(e.dit))
+  made = framepack.make_step(config, e.packed_dit, config.optimizer(e.packed_dit), e.latent.frames)
+  return step(made, state, run.batch(config.batch, "video"), negative(run))
+
+
 # --------------------------------------------------------------------------------------- generation
 
 
-@program("student/preview", *STUDENT)
+def sampled(e: Experiment):
+  """The network that makes videos."""
+  return e.packed_dit if e.framepack else e.dit
+
+
+@program("student/preview", *STUDENT, "sample")
 def preview(run):
   generate = run.sampler(run.train_frames)
-  weights = network(run.experiment.dit)
+  weights = network(sampled(run.experiment))
   return generate.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
 
 
@@ -229,12 +254,12 @@ def preview(run):
 def sample_generate(run):
   size = run.experiment.sample.batch
   generate = run.sampler(run.long_frames)
-  return generate.lower(network(run.experiment.dit), run.prompts(size), integers(size))
+  return generate.lower(network(sampled(run.experiment)), run.prompts(size), integers(size))
 
 
 def weights_in_use(e: Experiment):
   """Of the small worlds those of a run; of Wan converted ones, in the dtype of the products."""
-  return network(e.dit, e.model.dtype if is_wan(e) else "float32")
+  return network(sampled(e), e.model.dtype if is_wan(e) else "float32")
 
 
 def generate(run: FullSize, given: int) -> Lowered:

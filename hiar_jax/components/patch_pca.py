@@ -28,6 +28,7 @@ from hiar_jax.types import Pixels, Video, typed
 from hiar_jax.video.frames import to_float, to_uint8
 
 FILE = "codec.npz"  # in the data's directory
+FIT_NUMBERS = 2**27  # of clips to fit on: float64 copies of them take 3 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ class PatchPCAConfig(AutoencoderConfig):
 
   def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
     if not (directory / FILE).exists():
-      save(directory / FILE, fit(to_float(clips()), self))
+      given = clips()
+      save(directory / FILE, fit(to_float(given[: max(1, FIT_NUMBERS // given[0].size)]), self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
     return load(directory / FILE)

@@ -17,10 +17,17 @@ RESOLVED = "config.json"  # in every workdir: the config that made it, after ove
 def to_json(config: Any) -> Any:
   """Converts a config (ConfigDict, dataclass or dict) to plain JSON values; tuples become lists.
 
-  Raises UserError for values that JSON does not hold.
+  A dataclass' field with `since` in its metadata is left out while it has its default: files of
+  versions before that one lack it, and mean the default. Raises UserError for values that JSON does
+  not hold.
   """
   if dataclasses.is_dataclass(config) and not isinstance(config, type):
-    config = dataclasses.asdict(config)
+    values = {field: getattr(config, field.name) for field in dataclasses.fields(config)}
+    config = {
+      field.name: value
+      for field, value in values.items()
+      if "since" not in field.metadata or value != field.default
+    }
   if isinstance(config, GROUP):
     return {str(key): to_json(value) for key, value in config.items()}
   if isinstance(config, tuple | list):

@@ -6,6 +6,7 @@ The field names and values are those of Wan2.1's original release, diffusers and
 from typing import Any
 
 from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.rope import THETA, split_pairs
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
 
@@ -44,6 +45,8 @@ TOKENIZER = {
 def model_config(kind: str, config: Any, layout: str) -> dict | None:
   """Returns the content of config.json, or None if the layout has none for this kind."""
   if kind == "dit":
+    if config.packing:
+      return _helios_transformer(config)
     return _wan_model(config) if layout == "original" else _wan_transformer(config)
   if layout == "original":
     return None
@@ -86,6 +89,25 @@ def _wan_transformer(config: DiTConfig) -> dict:
     "image_dim": None,
     "added_kv_proj_dim": None,
     "rope_max_seq_len": 1024,
+  }
+
+
+def _helios_transformer(config: DiTConfig) -> dict:
+  """History at timestep 0 and without text, as Helios's own; groups of frames say so here, and no
+  weight does.
+  """
+  fields = _wan_transformer(config)
+  for wan_only in ("image_dim", "rope_max_seq_len"):
+    del fields[wan_only]
+  return {
+    **fields,
+    "_class_name": "HeliosTransformer3DModel",
+    "rope_dim": [2 * pairs for pairs in split_pairs(config.head_dim)],
+    "rope_theta": THETA,
+    "guidance_cross_attn": True,
+    "zero_history_timestep": True,
+    "has_multi_term_memory_patch": True,
+    "is_amplify_history": False,
   }
 
 

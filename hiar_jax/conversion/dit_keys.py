@@ -1,12 +1,18 @@
-"""Key maps of the DiT: Wan2.1's original names and diffusers' (`transformer/`)."""
+"""Key maps of the DiT: Wan2.1's original names and diffusers' (`transformer/`).
+
+With packed frames, Helios's (diffusers' HeliosTransformer3DModel): diffusers' names of Wan2.1, a
+projection for each of three kernels, and another name of the last modulation.
+"""
 
 import numpy as np
 
 from hiar_jax.conversion.key_maps import TensorMapping
 from hiar_jax.errors import UserError
 from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.dit_packed import projection_of
 
 LAYOUTS = ("original", "diffusers")
+HELIOS = {1: "patch_short", 2: "patch_mid", 4: "patch_long"}  # pool -> name of its projection
 
 # Linear layers outside of the blocks: original name, diffusers' name, path here. The tables below
 # have the same columns.
@@ -27,7 +33,8 @@ def dit_key_map(config: DiTConfig, layout: str = "original") -> list[TensorMappi
   """Returns one rule per published tensor, in the order of the network.
 
   Layers are stacked on a leading axis here. layout: "original" (Wan2.1's names) or "diffusers"
-  (WanTransformer3DModel's). Raises UserError for another layout, or a config with place_embedding.
+  (WanTransformer3DModel's; HeliosTransformer3DModel's where the config has packed frames). Raises
+  UserError for another layout, or a config of which there are no published models.
   """
   if layout not in LAYOUTS:
     raise UserError(f"DiT: unknown layout {layout!r}; expected one of {', '.join(LAYOUTS)}.")
@@ -35,6 +42,12 @@ def dit_key_map(config: DiTConfig, layout: str = "original") -> list[TensorMappi
     raise UserError(
       "DiT: place_embedding = True: published models have none, so such weights have no published "
       "names."
+    )
+  if config.packing and (layout != "diffusers" or set(config.packing) != set(HELIOS)):
+    kernels = ", ".join(f"k{pool}" for pool in config.packing)
+    raise UserError(
+      f"DiT: packing by {kernels} has no published names in the layout {layout!r}; diffusers' has "
+      "them for k1, k2 and k4"
     )
   d = config.dim
   column = LAYOUTS.index(layout)
@@ -46,16 +59,20 @@ def dit_key_map(config: DiTConfig, layout: str = "original") -> list[TensorMappi
     "time_projection": (6 * d, d),  # shift, scale and gate of attention and of the MLP
     "head": (int(np.prod(config.patch)) * config.channels, d),
   }
-  patch = (d, config.channels, *config.patch)
-  rules = [
-    TensorMapping("patch_embedding.weight", patch, ("patch_embedding", "kernel"), "patches"),
-    TensorMapping("patch_embedding.bias", (d,), ("patch_embedding", "bias")),
-  ]
+  rules = []
+  projections = [("patch_embedding", "patch_embedding", 1)]
+  projections += [(HELIOS[pool], projection_of(pool), pool) for pool in config.packing]
+  for name, ours, pool in projections:
+    patch = (d, config.channels, *(pool * size for size in config.patch))
+    rules.append(TensorMapping(f"{name}.weight", patch, (ours, "kernel"), "patches"))
+    rules.append(TensorMapping(f"{name}.bias", (d,), (ours, "bias")))
   for *names, ours in _ENDS:
     rules += _linear(names[column], shapes[ours], (ours,))
   for layer in range(config.num_layers):
     rules += _layer_key_map(config, layer, column)
   head_modulation = ("head.modulation", "scale_shift_table")[column]
+  if config.packing:
+    head_modulation = f"norm_out.{head_modulation}"
   return [*rules, TensorMapping(head_modulation, (1, 2, d), ("head_modulation",))]
 
 

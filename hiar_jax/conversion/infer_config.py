@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping
 import itertools
 from typing import Any
 
+from hiar_jax.conversion.dit_keys import HELIOS
 from hiar_jax.errors import UserError
 from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.rope import THETA, split_pairs
 from hiar_jax.models.taehv import TinyVAEConfig
 from hiar_jax.models.umt5 import UMT5Config
 from hiar_jax.models.vae import VAEConfig
@@ -115,6 +117,14 @@ def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
         f"{what}: its config.json says {in_name} = {channels_in}, {out_name} = {channels_out}; "
         "expected the same (a text-to-video model, image-to-video models have more in)"
       )
+  if kind == "dit" and config.get("rope_dim"):  # Helios states what Wan2.1 fixes
+    found = [*config["rope_dim"], config.get("rope_theta", THETA)]
+    expected = [*(2 * pairs for pairs in split_pairs(config["attention_head_dim"])), THETA]
+    if found != expected:
+      raise UserError(
+        f"{what}: its config.json says rope_dim and rope_theta = {found}; expected those of "
+        f"Wan2.1, {expected}"
+      )
   return fields
 
 
@@ -148,9 +158,11 @@ def _dit(shape: _Shapes, original: bool) -> dict[str, Any]:
       f"{shape.what}: takes {channels} channels in and gives {head // pixels}; expected the same "
       "(a text-to-video model, image-to-video models have more in)"
     )
+  helios = all(f"{name}.weight" in shape for name in HELIOS.values())
   return {
     "dim": dim,
     "channels": channels,
+    "packing": tuple(HELIOS) if helios else (),
     "patch": tuple(patch),
     "num_layers": shape.layers("blocks"),
     "ffn_dim": shape(pick("blocks.0.ffn.0", "blocks.0.ffn.net.0.proj"), 2)[0],

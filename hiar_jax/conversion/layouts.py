@@ -43,7 +43,10 @@ MARKER_TENSORS = {
 }
 # Class of the model in config.json: kind -> (field, values).
 CLASSES = {
-  "dit": ("_class_name", ("WanModel", "CausalWanModel", "WanTransformer3DModel")),
+  "dit": (
+    "_class_name",
+    ("WanModel", "CausalWanModel", "WanTransformer3DModel", "HeliosTransformer3DModel"),
+  ),
   "vae": ("_class_name", ("AutoencoderKLWan",)),
   "umt5": ("model_type", ("umt5",)),
 }

@@ -1,12 +1,12 @@
 """The shapes world as a TFDS data set: captioned clips with their true state."""
 
-import dataclasses
 import os
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hiar_jax.config.workdir import to_json
 from hiar_jax.data import shapes_world, tfds_builder
 from hiar_jax.data.shapes_world import WorldConfig
 from hiar_jax.errors import UserError
@@ -51,7 +51,7 @@ def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: 
   """
   if clips < 1:
     raise UserError(f"data of {clips} clips asked for; use at least 1")
-  recipe = {"kind": "shapes clips", **dataclasses.asdict(world), "clips": clips, "seed": seed}
+  recipe = {"kind": "shapes clips", **to_json(world), "clips": clips, "seed": seed}
   tfds_builder.check_recipe(directory, recipe)
   if tfds_builder.is_complete(directory):
     return

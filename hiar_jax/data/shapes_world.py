@@ -2,7 +2,8 @@
 
 `Scene` is the full state at t = 0, `simulate` gives the state of any frame in closed form, `render`
 draws it with sub-pixel accurate edges: generated videos can be measured against the exact state
-that their prompt describes.
+that their prompt describes. In a world with a screen (`hidden`), a shape passes behind it, out of
+sight, and captions do not name its colour: to show it again, a model has to remember it.
 
 Units: pixels and pixels per frame; x to the right, y down; pixel (i, j) covers [j, j+1] x [i, i+1];
 images in [0, 1] unless marked uint8. Lengths and speeds scale with the image; the constants here
@@ -15,6 +16,7 @@ import re
 
 import numpy as np
 
+from hiar_jax.data import shapes_screen, shapes_textures
 from hiar_jax.errors import UserError
 
 COLOURS = {
@@ -61,16 +63,22 @@ class WorldConfig:
   later: share of clips that are the second to fourth clip of their video, when it is cut end to
     end. Their caption is the video's: it gives the initial direction, not the one after bounces,
     which is the case that a model of long videos meets.
+  shape_size, pace: factors of the shapes' sizes and speeds, which scale with the image alone.
+  hidden: frames that a shape is wholly out of sight when it passes behind the screen; 0 for a world
+    without one. Such a world has one shape at one speed.
 
   Raises:
     UserError: an unknown difficulty, `later` outside [0, 1], or an image or clip too small to show
-      a shape move.
+      a shape move, and pass behind the screen.
   """
 
   size: int = 32  # height and width, pixels
   frames: int = 9  # of a clip
   difficulty: str = "plain"
   later: float = 0.0
+  shape_size: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
+  pace: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
+  hidden: int = dataclasses.field(default=0, metadata={"since": "2026-11"})
 
   def __post_init__(self):
     if self.difficulty not in ("plain", "textured"):
@@ -84,6 +92,16 @@ class WorldConfig:
         f"world of {self.frames} frames of {self.size} px is too small; use size >= 16 and frames "
         ">= 1"
       )
+    room = self.size - 2 * self.radius
+    if min(self.shape_size, self.pace) <= 0 or room < FREE_FRAMES * self.speed("quickly"):
+      raise UserError(
+        f"shape_size = {self.shape_size}, pace = {self.pace}: a shape must fit into the picture "
+        f"and move for {FREE_FRAMES} frames before a wall; use positive, smaller ones"
+      )
+    if self.hidden:
+      if self.difficulty != "plain":
+        raise UserError(f"hidden = {self.hidden}: the screen is of the plain world alone")
+      shapes_screen.check(self.size, self.frames, self.radius, self.speed(""), self.hidden)
 
   @property
   def scale(self) -> float:
@@ -92,7 +110,13 @@ class WorldConfig:
   @property
   def radius(self) -> float:
     """Half the side of the bounding box of a shape, pixels."""
-    return 5.5 * self.scale
+    return 5.5 * self.scale * self.shape_size
+
+  @property
+  def screen(self) -> tuple[int, int] | None:
+    """The pixels [low, high) of both axes that the screen covers; None without one."""
+    edges = shapes_screen.edges(self.size, self.radius, self.speed(""), self.hidden)
+    return edges if self.hidden else None
 
   @property
   def shapes_per_clip(self) -> int:
@@ -100,7 +124,7 @@ class WorldConfig:
 
   def speed(self, word: str) -> float:
     """Returns the pixels per frame of an adverb ('' for none)."""
-    return SPEEDS[word] * self.scale
+    return SPEEDS[word] * self.scale * self.pace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +147,7 @@ class Scene:
   shapes: tuple[Shape, ...]
   background: str
   size: int
+  screen: tuple[int, int] | None = None  # as WorldConfig.screen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +177,10 @@ class ParsedShape:
 
 def caption(scene: Scene) -> str:
   """Returns 'a red circle moving left slowly', joined by 'and', with ' on a striped background'
-  unless the background is plain.
+  unless the background is plain; 'a circle moving left' of one that passes behind a screen.
   """
-  shapes = [(s.colour, s.shape, s.direction, s.speed) for s in scene.shapes]
+  named = [s.colour if scene.screen is None else "" for s in scene.shapes]
+  shapes = [(c, s.shape, s.direction, s.speed) for c, s in zip(named, scene.shapes, strict=True)]
   return _sentence(shapes, scene.background)
 
 
@@ -199,12 +225,21 @@ def triples(split: str) -> tuple[tuple[str, str, str], ...]:
   return tuple(t for t in every if held_out(*t) == (split == "held_out"))
 
 
+def passages(split: str) -> list[tuple[str, str]]:
+  """Returns the (shape, direction) of a split of a world with a screen: 3 of 12 are held out."""
+  every = [(s, d, k == j + 1) for j, s in enumerate(SHAPES) for k, d in enumerate(DIRECTIONS)]
+  return [(s, d) for s, d, held in every if held == (split == "held_out")]
+
+
 def prompts(split: str, config: WorldConfig) -> list[str]:
   """Returns the distinct prompts of a split.
 
   Plain: every triple at every speed. Textured: every pair of triples of two colours, with speeds
-  and textures that rotate along the list (all combinations would be about 100,000).
+  and textures that rotate along the list (all combinations would be about 100,000). With a screen:
+  every pair of shape and direction.
   """
+  if config.hidden:
+    return [_sentence([("", *pair, "")], "plain") for pair in passages(split)]
   if config.difficulty == "plain":
     return [_sentence([(*t, speed)], "plain") for t in triples(split) for speed in SPEEDS]
   pairs = [(a, b) for a in triples(split) for b in triples(split) if a[0] != b[0]]
@@ -218,7 +253,7 @@ def prompts(split: str, config: WorldConfig) -> list[str]:
 def _sentence(shapes: list[tuple[str, str, str, str]], background: str) -> str:
   """Returns the caption of shapes, (colour, shape, direction, speed) each."""
   phrases = [
-    f"a {colour} {shape} moving {direction} {speed}".strip()
+    " ".join(filter(None, ("a", colour, shape, "moving", direction, speed)))
     for colour, shape, direction, speed in shapes
   ]
   where = "" if background == "plain" else f" on a {background} background"
@@ -249,6 +284,8 @@ def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "tr
 
 def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
   # The order of the draws from rng determines the data sets of a seed: keep it.
+  if config.hidden:
+    return _draw_passage(rng, config, split)
   options, shapes = triples(split), []
   low, high = config.radius, config.size - config.radius
   while len(shapes) < config.shapes_per_clip:
@@ -265,6 +302,18 @@ def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Sc
   textured = config.difficulty == "textured"
   background = BACKGROUNDS[rng.integers(1, len(BACKGROUNDS))] if textured else "plain"
   return Scene(tuple(shapes), background, config.size)
+
+
+def _draw_passage(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
+  """Draws a shape that will pass behind the screen, of any colour."""
+  options, colours = passages(split), list(COLOURS)
+  shape, direction = options[rng.integers(len(options))]
+  colour = colours[rng.integers(len(colours))]
+  velocity = np.array(DIRECTIONS[direction]) * config.speed("")
+  position = shapes_screen.sample_centre(rng, velocity, config.size, config.radius, config.screen)
+  place, step = tuple(position.tolist()), tuple(velocity.tolist())
+  drawn = Shape(colour, shape, direction, "", place, step, config.radius)
+  return Scene((drawn,), "plain", config.size, config.screen)
 
 
 def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
@@ -307,7 +356,7 @@ def render(states: States, background: np.ndarray, config: WorldConfig) -> np.nd
     rgb = np.array(list(COLOURS.values())[colour], np.float32)
     alpha = alpha_mask(SHAPES[shape], states.position[:, n], states.radius[n], config.size)
     image = image + alpha[..., None] * (rgb - image)
-  return np.rint(255 * image).astype(np.uint8)
+  return np.rint(255 * shapes_screen.draw(image, config.screen)).astype(np.uint8)
 
 
 def alpha_mask(shape: str, xy: np.ndarray, radius: float, size: int) -> np.ndarray:
@@ -348,22 +397,4 @@ def _half_width(shape: str, height: np.ndarray, radius: float) -> np.ndarray:
 
 def background_image(name: str, config: WorldConfig) -> np.ndarray:
   """Returns the grey texture of a background's name, float32 [H, W, 3] in [0, 1]."""
-  return _background(name, config.size).copy()  # the cached array stays as it is
-
-
-@functools.lru_cache
-def _background(name: str, size: int) -> np.ndarray:
-  fine = 8  # supersampling along each axis
-  # Sample points in units of the reference size, so that textures scale with the image.
-  axis = (np.arange(size * fine) + 0.5) / fine * _REFERENCE_SIZE / size
-  x, y = axis[None, :], axis[:, None]
-  light = {
-    "plain": lambda: 0 * (x + y),
-    "striped": lambda: (x + y) % 9 < 4.5,
-    "checkered": lambda: (x // 4 + y // 4) % 2,
-    "dotted": lambda: (x % 6.4 - 3.2) ** 2 + (y % 6.4 - 3.2) ** 2 < 1.7**2,
-    "gradient": lambda: (0 * x + y) / _REFERENCE_SIZE * 1.5,
-  }[name]().astype(np.float32)
-  # Box filter over the fine samples of each pixel; greys .12 to .42, which no shape has.
-  grey = 0.12 + 0.2 * light.reshape(size, fine, size, fine).mean((1, 3))
-  return np.repeat(grey[..., None], 3, -1).astype(np.float32)
+  return shapes_textures.texture(name, config.size, _REFERENCE_SIZE).copy()

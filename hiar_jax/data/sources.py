@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hiar_jax.config.workdir import to_json
 from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
 from hiar_jax.errors import UserError, at_least, one_of
@@ -34,6 +35,9 @@ class DataConfig:
   seed: int = 0
   difficulty: str = "plain"
   later: float = 0.0  # share of clips cut from further on in a video (WorldConfig)
+  shape_size: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
+  pace: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
+  hidden: int = dataclasses.field(default=0, metadata={"since": "2026-11"})  # frames (WorldConfig)
   clips: int = 4096
   # of `videos`
   folder: str = ""
@@ -87,7 +91,7 @@ class Source:
     text_encoder: opens the run's, which may be fitted on captions only after this.
     """
     data, count = self.data, int(self.count(directory)[0])
-    recipe = {"kind": data.source, **dataclasses.asdict(data)}
+    recipe = {"kind": data.source, **to_json(data)}
     tfds_builder.check_recipe(directory, recipe)
     if tfds_builder.is_complete(directory):
       return
@@ -140,9 +144,8 @@ class Shapes(Source):
     data = self.data
     if data.height != data.width:
       raise UserError(f"data.size = {data.size}: the shapes world is square, give one number")
-    return WorldConfig(
-      size=data.height, frames=data.frames, difficulty=data.difficulty, later=data.later
-    )
+    names = ("frames", "difficulty", "later", "shape_size", "pace", "hidden")
+    return WorldConfig(size=data.height, **{name: getattr(data, name) for name in names})
 
 
 class Videos(Source):

@@ -30,6 +30,12 @@ _HEADER = (
   "error per fifth",
   "last / first",
 )
+_PASSAGE = (  # (key of `shapes_passage.summarise`, format, header)
+  ("returned", "{:.0%}", "came back"),
+  ("agree", "{:.0%}", "same colour"),
+  ("chance", "{:.0%}", "by chance"),
+  ("unseen", "{:.1f}", "frames unseen"),
+)
 _PANELS = (
   ("error", "error to the nearest rendering"),
   ("motion_ratio", "motion / data"),
@@ -39,12 +45,19 @@ _PANELS = (
 
 
 def format_table(results: Mapping[str, Mapping]) -> str:
-  """Returns a markdown table of {method: `measure`}; a dash where nothing could be measured."""
-  rows = [_HEADER, ("---",) * len(_HEADER)]
+  """Returns a markdown table of {method: `measure`}; a dash where nothing could be measured.
+
+  Columns on the passage behind the screen are added where the world has one.
+  """
+  passage = _PASSAGE if any("passage" in result for result in results.values()) else ()
+  header = (*_HEADER, *(title for _, _, title in passage))
+  rows = [header, ("---",) * len(header)]
   for name, result in results.items():
     cells = [_cell(result[key]["total"], form) for key, form in _COLUMNS]
     fifths = " ".join(_cell(value, "{:.4f}") for value in result["error"]["fifths"])
-    rows.append((name, *cells, fifths, _cell(result["error_last_over_first"], "{:.2f}")))
+    ratio = _cell(result["error_last_over_first"], "{:.2f}")
+    passed = [_cell(result.get("passage", {}).get(key), form) for key, form, _ in passage]
+    rows.append((name, *cells, fifths, ratio, *passed))
   return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -10,7 +10,7 @@ in which only a and a^2 depend on position and form. One matrix product of a ban
 position and colour at once; Gauss-Newton on the two coordinates then refines the position below
 the pixel. Two shapes are fitted by coordinate descent: each with the other fixed, in both depth
 orders, and again from the solutions of the neighbouring frames, where shapes that overlap in this
-frame may lie apart.
+frame may lie apart. Where a screen hides the one shape, w is 0.
 
 Axes, beside those of types.py: F frames of all videos, P = H W pixels of a frame.
 """
@@ -23,7 +23,7 @@ import numpy as np
 from hiar_jax.data import shapes_world
 from hiar_jax.data.shapes_world import BACKGROUNDS, COLOURS, SHAPES, WorldConfig
 from hiar_jax.errors import UserError
-from hiar_jax.video.frames import to_float
+from hiar_jax.evaluation import shapes_pixels
 
 RGB = np.asarray(list(COLOURS.values()), np.float32)  # [colours, 3], in [0, 1]
 _CHUNK = 192  # frames fitted at once: bounds memory at about 100 MB
@@ -36,8 +36,9 @@ _SWEEPS = 1
 class Fit:
   """Nearest renderings of frames, with the leading axes [...] of the frames; shapes back to front.
 
-  relative: the squared error outside the other shape's visible part, over the squared difference
-  that this shape makes to the image: 0 exact, 1 as if the shape were absent.
+  relative: the squared error outside the other shape's visible part (and near this shape, where
+  shapes are smaller than usual), over the squared difference that this shape makes to the image: 0
+  exact, 1 as if the shape were absent.
   """
 
   colour: np.ndarray  # int [..., shapes], index into COLOURS
@@ -45,7 +46,7 @@ class Fit:
   xy: np.ndarray  # [..., shapes, 2], centres in pixels
   error: np.ndarray  # [...], MSE to the frame on the [-1, 1] scale
   relative: np.ndarray  # [..., shapes]
-  visible: np.ndarray  # [..., shapes], share of each shape that no other hides
+  visible: np.ndarray  # [..., shapes], share of each shape that nothing hides
 
 
 def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fit:
@@ -56,7 +57,7 @@ def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fi
   Raises:
     UserError: frames of another size than the world's, or an unknown texture.
   """
-  x = _unit(videos, config)
+  x = shapes_pixels.unit(videos, config)
   if len(backgrounds) != len(x):
     raise UserError(
       f"fit: {len(x)} videos but {len(backgrounds)} backgrounds; give one (or None) per video"
@@ -70,7 +71,7 @@ def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fi
   ]
   n, f, pixels, _ = x.shape
   x = x.reshape(n * f, pixels, 3)  # frames of all videos are fitted alike
-  under = np.repeat(_backgrounds(config)[ids], f, 0)
+  under = np.repeat(shapes_pixels.backgrounds(config)[ids], f, 0)
   chunks = [slice(start, start + _CHUNK) for start in range(0, n * f, _CHUNK)]
   state = _concatenate([_fit(x[chunk], under[chunk], config) for chunk in chunks])
   if config.shapes_per_clip == 2:
@@ -82,11 +83,12 @@ def fit_videos(videos, backgrounds: list[str | None], config: WorldConfig) -> Fi
 
 def nearest_background(videos, config: WorldConfig) -> np.ndarray:
   """Returns the nearest of BACKGROUNDS for each frame of videos [n, f, H, W, 3]: int [n, f]."""
-  x = _unit(videos, config)
+  x = shapes_pixels.unit(videos, config)
   # The error of a pixel saturates at 0.1, half the contrast of the textures: pixels of shapes, far
   # from every background, count alike for all of them.
   distance = [
-    np.minimum(np.abs(x - image).mean(-1), 0.1).mean(-1) for image in _backgrounds(config)
+    np.minimum(np.abs(x - image).mean(-1), 0.1).mean(-1)
+    for image in shapes_pixels.backgrounds(config)
   ]
   return np.argmin(distance, 0)
 
@@ -132,8 +134,10 @@ def _bank(size: int, radius: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]
   their squares, and the positions [grid, 2].
   """
   # Grid points are one pixel apart at 32 x 32 (radius 5.5), near enough for `_refine`, which moves
-  # by at most one such pixel a step.
-  axis = np.linspace(radius, size - radius, 1 + round((size - 2 * radius) * 5.5 / radius))
+  # by at most one such pixel a step; two in a room of many small shapes, where time and memory
+  # would be four times as large.
+  steps = (size - 2 * radius) * 5.5 / radius
+  axis = np.linspace(radius, size - radius, 1 + round(steps if steps < 42 else steps / 2))
   xy = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
   alpha = np.stack([shapes_world.alpha_mask(shape, xy, radius, size) for shape in SHAPES])
   alpha = alpha.reshape(len(SHAPES) * len(xy), size * size).astype(np.float32)
@@ -192,7 +196,7 @@ def _refine(context: _Context, state: _State, steps: int = 3) -> _State:
   target = context.weight * (context.residual * contrast).sum(-1)
   curve = context.weight**2 * (contrast**2).sum(-1)
   # a is 0 outside of a window around the shape, with a margin for its movement.
-  reach = int(np.ceil(config.radius + 2 * config.scale))
+  reach = int(np.ceil(config.radius + 2 * config.scale * config.shape_size))
   corner = np.floor(xy).astype(int) - reach
   target, curve = (_windows(array, corner, 2 * reach + 1, config.size) for array in (target, curve))
   loss = np.full(len(xy), np.inf)
@@ -221,7 +225,8 @@ def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarra
     return (curve * a * a - 2 * target * a).sum((-2, -1))
 
   # Central differences, for a coverage has kinks where an edge meets a pixel's border.
-  nudge = 0.2 * config.scale
+  pixel = config.scale * config.shape_size  # one of a shape of radius 5.5
+  nudge = 0.2 * pixel
   axes = np.asarray([[1, 0], [-1, 0], [0, 1], [0, -1]])[:, None] * nudge
   best = value(alpha(xy))
   for _ in range(steps):
@@ -233,9 +238,9 @@ def _descend(shape, xy, corner, target, curve, steps, config) -> tuple[np.ndarra
     floor = 1e-6 + 1e-3 * (xx + yy)  # damping; the Hessian of a hidden shape is 0
     hessian = np.stack([np.stack([xx + floor, xy_], -1), np.stack([xy_, yy + floor], -1)], -2)
     step = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
-    # At most one pixel (at 32 x 32) a step, within the walls.
+    # At most one such pixel a step, within the walls.
     length = np.linalg.norm(step, axis=-1, keepdims=True)
-    step = step * np.minimum(1, config.scale / np.maximum(length, 1e-9))
+    step = step * np.minimum(1, pixel / np.maximum(length, 1e-9))
     for share in (1.0, 0.3):  # line search: the whole step, else 30 % of it, else none
       moved = np.clip(xy + share * step, config.radius, config.size - config.radius)
       loss = value(alpha(moved))
@@ -263,7 +268,8 @@ def _fit(x: np.ndarray, under: np.ndarray, config: WorldConfig) -> _State:
 
   Shapes of a state are ordered back to front, so `second` = 0 puts the second shape behind.
   """
-  first = _fit_one(_Context(x - under, under, np.ones(x.shape[:2], np.float32), config))
+  in_sight = np.broadcast_to(shapes_pixels.in_sight(config), x.shape[:2])
+  first = _fit_one(_Context(x - under, under, in_sight, config))
   if config.shapes_per_clip == 1:
     return first
   best = None
@@ -283,7 +289,7 @@ def _refit(x, under, pair: _State, index: int, config: WorldConfig, local: bool 
   fixed.
   """
   fixed = 1 - index
-  alpha = _alpha(pair.shape[:, fixed], pair.xy[:, fixed], config)[..., None]
+  alpha = shapes_pixels.coverage(pair.shape[:, fixed], pair.xy[:, fixed], config)[..., None]
   covered = under + alpha * (RGB[pair.colour[:, fixed]][:, None] - under)
   if fixed == 0:
     context = _Context(x - covered, covered, np.ones(x.shape[:2], np.float32), config)
@@ -324,7 +330,11 @@ def _try_neighbours(state: _State, x, under, frames: int, config: WorldConfig) -
 
 def _describe(x: np.ndarray, under: np.ndarray, state: _State, config: WorldConfig) -> Fit:
   """Renders the solutions of frames x [F, P, 3] and measures them; see `Fit`."""
-  alphas = [_alpha(state.shape[:, i], state.xy[:, i], config) for i in range(state.shape.shape[1])]
+  whole = [
+    shapes_pixels.coverage(state.shape[:, i], state.xy[:, i], config)
+    for i in range(state.shape.shape[1])
+  ]
+  alphas = [alpha * shapes_pixels.in_sight(config) for alpha in whole]
   layers = [under]  # image under shape 0, under shape 1, ..., the whole rendering
   for i, alpha in enumerate(alphas):
     layers.append(layers[-1] + alpha[..., None] * (RGB[state.colour[:, i]][:, None] - layers[-1]))
@@ -334,48 +344,17 @@ def _describe(x: np.ndarray, under: np.ndarray, state: _State, config: WorldConf
   for i in range(len(alphas)):
     contrast = ((RGB[state.colour[:, i]][:, None] - layers[i]) ** 2).sum(-1)
     elsewhere = 1 - sum((v for j, v in enumerate(visible) if j != i), start=np.zeros_like(squared))
+    if config.shape_size < 1:  # else noise over a large picture would outweigh a small shape
+      elsewhere = elsewhere * shapes_pixels.around(state.xy[:, i], config)
     relative.append(
       (squared * elsewhere).sum(-1) / np.maximum((visible[i] ** 2 * contrast).sum(-1), 1e-6)
     )
-  shares = [v.sum(-1) / a.sum(-1) for v, a in zip(visible, alphas, strict=True)]
+  shares = [v.sum(-1) / a.sum(-1) for v, a in zip(visible, whole, strict=True)]
   # A mean over 3 channels; squares on the [-1, 1] scale are 4 times those on [0, 1].
   error = 4 / 3 * squared.mean(-1)
   return Fit(
     state.colour, state.shape, state.xy, error, np.stack(relative, -1), np.stack(shares, -1)
   )
-
-
-# Images
-
-
-def _alpha(shape: np.ndarray, xy: np.ndarray, config: WorldConfig) -> np.ndarray:
-  """Returns the coverage [F, P] of one shape per frame, forms [F] at xy [F, 2]."""
-  alpha = np.zeros((len(shape), config.size**2), np.float32)
-  for i, name in enumerate(SHAPES):
-    own = np.flatnonzero(shape == i)
-    if own.size:
-      mask = shapes_world.alpha_mask(name, xy[own], config.radius, config.size)
-      alpha[own] = mask.reshape(own.size, -1)
-  return alpha
-
-
-def _backgrounds(config: WorldConfig) -> np.ndarray:
-  """Returns all textures, float32 [backgrounds, P, 3] in [0, 1]."""
-  return np.stack(
-    [shapes_world.background_image(name, config).reshape(-1, 3) for name in BACKGROUNDS]
-  )
-
-
-def _unit(videos, config: WorldConfig) -> np.ndarray:
-  """Maps videos [n, f, H, W, 3] (uint8, or float in [-1, 1]) to [n, f, P, 3] in [0, 1]."""
-  videos = np.asarray(videos)
-  if videos.ndim != 5 or videos.shape[2:] != (config.size, config.size, 3):
-    raise UserError(
-      f"videos have shape {videos.shape}; expected [n, f, {config.size}, {config.size}, 3], "
-      "the world's size: measure with the world that the videos were made in"
-    )
-  n, f = videos.shape[:2]
-  return (to_float(videos).reshape(n, f, -1, 3) + 1) / 2
 
 
 def _concatenate(parts: list):

@@ -7,8 +7,10 @@ far more than 1; true clips stay under 0.001, and under 0.1 when blurred by a pi
 world (`data_reference` measures it, also through a codec). An unrecognised shape counts as wrong in
 colour and in form.
 
-A shape that another hides by more than 50 % is not judged in those frames; one that stays hidden
-for longer than a training clip is missing, and counts as wrong.
+A shape that another, or the screen, hides by more than 50 % is not judged in those frames; one
+that stays hidden for longer than a training clip (behind the screen: than half as long again as a
+true one) is missing, and counts as wrong. Whether a shape comes back from behind the screen as it
+was is measured in `shapes_passage`.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +21,12 @@ import numpy as np
 from hiar_jax.data import shapes_world
 from hiar_jax.data.shapes_world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, WorldConfig
 from hiar_jax.errors import UserError
-from hiar_jax.evaluation import drift
+from hiar_jax.evaluation import drift, shapes_passage
 from hiar_jax.evaluation.shapes_fit import Fit, fit_videos, nearest_background
 
 UNRECOGNISABLE = 0.5  # share of the shape's own squared contrast
 HIDDEN = 0.5  # visible share below which a shape is not judged
+BEHIND = 1.5  # times as long as a true shape behind the screen: longer is missing
 JUMP = 7.5  # pixels a frame at 32 x 32: 2.5 times the fastest shape
 STANDING = 0.25  # share of the prompt's speed below which a clip goes nowhere
 WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
@@ -67,6 +70,7 @@ def measure(
     error_last_over_first: ratio of the fifths of `error`.
     relative_error: quantiles of `Fit.relative`, which UNRECOGNISABLE is a threshold of.
     drift: `drift.measure`.
+    passage: `shapes_passage.summarise`, of a world with a screen alone.
     prompts: the totals per video.
     settings: the thresholds.
 
@@ -92,6 +96,10 @@ def measure(
     f"q{q}": float(np.percentile(relative, q)) if relative.size else None for q in (50, 90, 99, 100)
   }
   result["drift"] = drift.measure(videos)
+  if world.hidden:
+    seen = (track.visible >= HIDDEN) & (track.relative <= UNRECOGNISABLE)
+    passed = (array[:, :, 0] for array in (track.colour, track.xy, seen))  # of the only shape
+    result["passage"] = shapes_passage.measure(*passed, world)
   result["prompts"] = []
   for i, prompt in enumerate(prompts):
     own = _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])
@@ -105,7 +113,7 @@ def measure(
     "train_frames": train_frames,
     "unrecognisable": UNRECOGNISABLE,
     "hidden": HIDDEN,
-    "jump": JUMP * world.scale,
+    "jump": JUMP * world.scale * world.pace,
   }
   return result
 
@@ -163,9 +171,11 @@ def expected_motion(speed, world: WorldConfig):
   steps that bounce.
 
   A step of length v meets a wall with probability v / room, room = size - 2 radius, and its
-  displacement is then v / 2 on average.
+  displacement is then v / 2 on average. Of a path that a screen hides in part, only the steps in
+  sight count, so its room is less by the screen.
   """
-  return speed * (1 - speed / (2 * (world.size - 2 * world.radius)))
+  low, high = world.screen or (0, 0)
+  return speed * (1 - speed / (2 * (world.size - 2 * world.radius - (high - low))))
 
 
 # Assignment of fitted shapes to those of the prompt
@@ -218,7 +228,7 @@ def _per_frame(
   """Returns arrays [n, f, shapes], "error" [n, f]; nan if not judged."""
   hidden = track.visible < HIDDEN
   shown = (track.relative <= UNRECOGNISABLE) & ~hidden
-  judged = ~hidden | _missing(hidden, train_frames)
+  judged = ~hidden | _missing(hidden, train_frames, world)
 
   def share(right, known=True):
     return np.where(judged & known, shown & right, np.nan)
@@ -227,7 +237,7 @@ def _per_frame(
   steps = np.linalg.norm(np.diff(track.xy, axis=1), axis=-1)
   steps = np.concatenate([np.full_like(steps[:, :1], np.nan), steps], 1)
   steps[:, 1:][~(shown[:, 1:] & shown[:, :-1])] = np.nan
-  jump = np.where(np.isnan(steps), np.nan, steps > JUMP * world.scale)
+  jump = np.where(np.isnan(steps), np.nan, steps > JUMP * world.scale * world.pace)
   motion = np.where(jump == 1, np.nan, steps)
   # Over the same frames as the motion, so that the ratio of the sums is fair.
   expected = np.broadcast_to(expected_motion(content.speed, world)[:, None], motion.shape)
@@ -243,8 +253,14 @@ def _per_frame(
   }
 
 
-def _missing(hidden: np.ndarray, longest: int) -> np.ndarray:
-  """Marks the runs of True along axis 1 of [n, f, shapes] that are longer than `longest`."""
+def _missing(hidden: np.ndarray, train_frames: int, world: WorldConfig) -> np.ndarray:
+  """Marks the runs of True along axis 1 of [n, f, shapes] that are longer than a shape of the world
+  is hidden.
+  """
+  longest = train_frames
+  if world.screen is not None:
+    low, high = world.screen  # half of a shape is in sight when its centre is at the edge
+    longest = BEHIND * (high - low) / world.speed("")
   missing = np.zeros_like(hidden)
   for i, k in np.ndindex(hidden.shape[0], hidden.shape[2]):
     # Starts and ends of runs alternate in the differences of the padded series.
@@ -262,7 +278,7 @@ def _directions(
   """
   right = np.full(content.speed.shape, np.nan)
   hidden = track.visible < HIDDEN
-  missing = _missing(hidden, train_frames)
+  missing = _missing(hidden, train_frames, world)
   recognised = track.relative <= UNRECOGNISABLE
   for i, k in np.argwhere(~np.isnan(content.speed)):
     visible = ~hidden[i, :train_frames, k]

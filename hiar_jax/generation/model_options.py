@@ -10,7 +10,7 @@ from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
 from hiar_jax.types import DTYPES
 
-STAGES = ("distill", "causal_init")
+STAGES = ("distill", "causal_init", "framepack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ModelOptions:
   workdir: str | None = None
   config: config_dict.ConfigDict | None = None
   weights: str | None = None
-  stage: str = "distill"
+  stage: str | None = None
   height: int | None = None
   width: int | None = None
   dtype: str | None = None
@@ -34,7 +34,7 @@ class ModelOptions:
 
     Raises UserError where neither is given, or both, and for values that cannot be.
     """
-    one_of(STAGES, stage=self.stage)
+    one_of(STAGES, stage=self.stage or STAGES[0])
     # the fields of ModelChanges are a subset of these, under the same names
     changes = ModelChanges(
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}
@@ -70,7 +70,9 @@ def define_model_flags() -> None:
     "them",
   )
   flags.DEFINE_string("workdir", None, "directory of a run made by hiar_jax.train")
-  flags.DEFINE_enum("stage", "distill", STAGES, "stage of the run whose weights are used")
+  flags.DEFINE_enum(
+    "stage", None, STAGES, "stage of the run whose weights are used; default: its last one"
+  )
   flags.DEFINE_integer("height", None, "height of the video in pixels; default: the config's", 1)
   flags.DEFINE_integer("width", None, "width of the video in pixels; default: the config's", 1)
   flags.DEFINE_enum(

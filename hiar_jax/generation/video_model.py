@@ -81,8 +81,6 @@ class VideoModel:
       name: to_json(getattr(e, name))
       for name in ("seed", "model", "student", "history", "codec", "text")
     }
-    if content["history"]["past"] == "ring":
-      del content["history"]["past"]  # identities are older than this field
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):
@@ -132,6 +130,10 @@ class VideoModel:
   def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
     """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""
     e = self.experiment
+    if e.framepack:
+      raise UserError(
+        "costs of a packed model (framepack) cannot be estimated yet: leave out --dry_run"
+      )
     request = costs.JobSize(
       network=e.student_dit,
       method=e.history,
@@ -149,14 +151,18 @@ class VideoModel:
     return costs.make_plan(request, self.run.mesh)
 
 
-def from_workdir(workdir: str, stage: str, changes: ModelChanges) -> VideoModel:
-  """Opens a run of hiar_jax.train, to generate with the weights of one of its stages.
+def from_workdir(workdir: str, stage: str | None, changes: ModelChanges) -> VideoModel:
+  """Opens a run of hiar_jax.train, to generate with the weights of one of its stages (None: the
+  last one).
 
   Raises UserError where there is none, or where the changes do not suit it.
   """
   run = open_run(read_config(workdir), workdir, save=False)
   run = dataclasses.replace(run, experiment=_with_changes(run.experiment, changes))
-  return VideoModel(run, "", stage)
+  last = run.experiment.last_stage
+  if stage and (stage == "framepack") != (last == "framepack"):
+    raise UserError(f"--stage={stage}: the run {workdir} has no such stage; its last is {last}")
+  return VideoModel(run, "", stage or last)
 
 
 def from_config(

@@ -14,7 +14,6 @@ are float32.
 """
 
 import dataclasses
-import functools
 import math
 
 import flax.linen as nn
@@ -24,19 +23,20 @@ import numpy as np
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least, one_of
-from hiar_jax.models import attention, rope
+from hiar_jax.models import attention, dit_packed, rope
 from hiar_jax.models.dit_layers import (
   KV,
   SHARDING_RULES,
   Shared,
   dense,
-  layer_norm,
-  modulators,
+  embed_text,
+  embed_time,
   place_features,
+  project_out,
   stacked,
-  time_features,
 )
-from hiar_jax.models.frames import PROJECTION, Frames, Out, Splits, frame_mask
+from hiar_jax.models.frames import Frames, Out, Splits, frame_mask
+from hiar_jax.packing.schedule import POOLS
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", "dots", "full")
@@ -78,6 +78,7 @@ class DiTConfig:
   merge_tokens: bool = False
   place_embedding: bool = False
   places: tuple[int, int] = (1_024, 1)
+  packing: tuple[int, ...] = dataclasses.field(default=(), metadata={"since": "2026-11"})
   kind = "dit"
   # the fields that decide the names and shapes of parameters
   sizes = (
@@ -107,6 +108,8 @@ class DiTConfig:
     one_of(REMATS, remat=self.remat)
     at_least(1, places=sum(self.places), period=self.places[1])
     one_of(attention.IMPLEMENTATIONS, attention=self.attention)
+    if any(pool not in POOLS for pool in self.packing):
+      raise UserError(f"packing = {self.packing}: expected kernels of {POOLS}")
 
   @property
   def head_dim(self) -> int:
@@ -130,7 +133,8 @@ class DiTConfig:
     # patch.
     portable = dataclasses.replace(self, attention="xla")
     x, text = jnp.zeros((1, 1, ph, pw, self.channels)), jnp.zeros((1, 1, self.text_dim))
-    return DiT(portable).init(key, x, jnp.zeros((1, 1)), text, jnp.zeros(1, jnp.int32))["params"]
+    start = x, jnp.zeros((1, 1)), text, jnp.zeros(1, jnp.int32)
+    return self.with_projections(DiT(portable).init(key, *start)["params"])
 
   def matrix_axes(self, path: tuple[str, ...], ndim: int) -> tuple[int, int] | None:
     # the kernels of the layers, stacked as [layers, in, out] by the scan over layers; embeddings,
@@ -149,6 +153,8 @@ class DiTConfig:
     return KV(zeros, zeros)
 
   def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
+    if any(dit_packed.pool_of(g) or jnp.ndim(g.positions) == 2 for g in groups):
+      return dit_packed.apply(self, params, groups, texts)
     _check_groups(groups, texts.shape[0])
     sizes = [g.x.shape[1] for g in groups]
     heard = [g.text for g in groups]
@@ -204,6 +210,12 @@ class DiTConfig:
       ("tensor", "sequence"): (heads, f"the {heads} heads"),
     }
 
+  def packed(self, pools: tuple[int, ...]) -> "DiTConfig":
+    return dataclasses.replace(self, packing=pools)
+
+  def with_projections(self, params: Params) -> Params:
+    return dit_packed.with_projections(self, params)
+
   def for_split_tokens(self) -> "DiTConfig":
     # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
     # over `sequence`) would have to be gathered first.
@@ -237,10 +249,8 @@ class ModelConfig:
 def _check_groups(groups: tuple[Frames, ...], texts: int) -> None:
   """Raises UserError for what a group may ask of other networks, or a text that is not there."""
   for group in groups:
-    if group.projection != PROJECTION or group.text is None or jnp.ndim(group.positions) != 1:
-      raise UserError(
-        "DiT: packed frames, groups without a text and frame indices per example are not supported"
-      )
+    if group.text is None:
+      raise UserError("DiT: without packed frames all groups hear a text")
     if not 0 <= group.text < texts:
       raise UserError(f"DiT: a group hears text {group.text}, of which there are {texts}")
   if len({g.text for g in groups}) > 1 and len({g.x.shape[1] for g in groups}) > 1:
@@ -296,26 +306,11 @@ class DiT(nn.Module):
         place_features(frames, rows, columns, c.places)
       )
 
-    text = nn.gelu(dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
-    text = dense(c, c.dim, "text_embedding_out")(text)
-    # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
-    dense_f32 = functools.partial(
-      nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
-    )
-    time = dense_f32(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
-    time = dense_f32(c.dim, name="time_embedding_out")(nn.silu(time))
-    modulation = dense_f32(6 * c.dim, name="time_projection")(nn.silu(time))
-    modulation = modulation.reshape(b, f, 6, c.dim)
-
+    text = embed_text(c, text)
+    time, modulation = embed_time(c, timestep)
     cos, sin = rope.rotation(positions, rows, columns, c.head_dim)
     tokens, own = stacked(c)(tokens, past, Shared(modulation, text, cos, sin, mask))
-
-    # the head takes the time embedding itself, not its projection
-    head = self.param("head_modulation", nn.initializers.normal(c.dim**-0.5), (1, 2, c.dim))
-    shift, scale = modulators(time[:, :, None] + head[:, None])
-    tokens = (layer_norm(tokens, c.eps) * (1 + scale) + shift).astype(c.dtype)
-    # zeros, as Wan2.1: a fresh network predicts velocity 0
-    tokens = dense(c, ph * pw * c.channels, "head", kernel_init=nn.initializers.zeros)(tokens)
+    tokens = project_out(self, c, tokens, time)
     # the inverse of the patches above
     velocity = tokens.reshape(b, f, rows, columns, ph, pw, c.channels).transpose(
       0, 1, 2, 4, 3, 5, 6

@@ -3,6 +3,7 @@
 `config` is a models.dit.DiTConfig everywhere.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -114,13 +115,19 @@ class KV:
 
 @flax.struct.dataclass
 class Shared:
-  """The inputs that all layers share."""
+  """The inputs that all layers share.
+
+  lengths: of packed frames, the tokens of each group: all groups lie in one sequence, f = 1 frame
+  of t = their sum, and `modulation` has a row a group. deaf: tokens in front that hear no text.
+  """
 
   modulation: jax.Array  # [b f 6 dim]
   text: jax.Array  # [b l dim] or [b g l dim]
-  cos: jax.Array  # [f t 1 pairs]
-  sin: jax.Array  # [f t 1 pairs]
+  cos: jax.Array  # [f t 1 pairs], or [b f t 1 pairs]
+  sin: jax.Array  # as cos
   mask: jax.Array | None  # [f p+f]
+  lengths: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+  deaf: int = flax.struct.field(pytree_node=False, default=0)
 
 
 def dense(config: Any, features: int, name: str | None = None, **kwargs) -> nn.Dense:
@@ -189,7 +196,7 @@ class Layer(nn.Module):
     # a learned offset per layer to the modulation of the noise level: [1 1 6 dim] + [b f 6 dim]
     modulation = self.param("modulation", _modulation_init, (1, 6, c.dim))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulators(
-      shared.modulation + modulation[:, None]
+      shared.modulation + modulation[:, None], shared.lengths
     )
 
     # float32 for norm, modulation and residual sum; c.dtype for what the layers take and carry
@@ -205,7 +212,8 @@ class Layer(nn.Module):
       layer_norm(x, c.eps) * along_last_axis(norm_text["scale"], x)
       + along_last_axis(norm_text["bias"], x)
     ).astype(c.dtype)
-    x = x + Attention(c, name="text_attention").to_text(y, shared.text)
+    heard = Attention(c, name="text_attention").to_text(y[:, :, shared.deaf :], shared.text)
+    x = x + jnp.pad(heard, ((0, 0), (0, 0), (shared.deaf, 0), (0, 0))) if shared.deaf else x + heard
 
     y = (layer_norm(x, c.eps) * (1 + scale_m) + shift_m).astype(c.dtype)
     y = dense(c, c.dim, "mlp_out")(nn.gelu(dense(c, c.ffn_dim, "mlp_in")(y), approximate=True))
@@ -220,9 +228,18 @@ def _modulation_init(key, shape):
   return gates + jax.random.normal(key, shape) * shape[-1] ** -0.5
 
 
-def modulators(table: jax.Array) -> list[jax.Array]:
-  """Splits [b f m dim] into m float32 arrays [b f 1 dim] that broadcast over a frame's tokens."""
-  return jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
+def modulators(table: jax.Array, lengths: tuple[int, ...] = ()) -> list[jax.Array]:
+  """Splits [b f m dim] into m float32 arrays [b f 1 dim] that broadcast over a frame's tokens.
+
+  lengths: tokens of each of f groups in one sequence; then each array is [b 1 sum(lengths) dim].
+  """
+  parts = jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
+  if not lengths:
+    return parts
+  repeats, total = np.asarray(lengths), sum(lengths)
+  return [
+    jnp.repeat(part[:, None, :, 0], repeats, axis=2, total_repeat_length=total) for part in parts
+  ]
 
 
 def stacked(config: Any):
@@ -235,13 +252,46 @@ def stacked(config: Any):
     )
     # prevent_cse is for code outside of scans; inside, it only costs
     layer = nn.remat(Layer, policy=policy, prevent_cse=False)
-  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer
+  # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer.
+  # intermediates: what each layer gives, for callers that capture it
   return nn.scan(
     layer,
-    variable_axes={"params": 0},
+    variable_axes={"params": 0, "intermediates": 0},
     split_rngs={"params": True},
     in_axes=(0, nn.broadcast),
     out_axes=0,
     length=config.num_layers,
     unroll=config.unroll,
   )(config, name="layers")
+
+
+# Parts of a network's compact `__call__`: the modules that they make are its own.
+
+
+def embed_text(c: Any, text: jax.Array) -> jax.Array:
+  """[... l text_dim] -> [... l dim]"""
+  text = nn.gelu(dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
+  return dense(c, c.dim, "text_embedding_out")(text)
+
+
+def embed_time(c: Any, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """[b f] -> the time embedding [b f dim], the modulation [b f 6 dim], float32"""
+  # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
+  dense_f32 = functools.partial(
+    nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
+  )
+  time = dense_f32(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
+  time = dense_f32(c.dim, name="time_embedding_out")(nn.silu(time))
+  modulation = dense_f32(6 * c.dim, name="time_projection")(nn.silu(time))
+  return time, modulation.reshape(*timestep.shape, 6, c.dim)
+
+
+def project_out(module: nn.Module, c: Any, tokens: jax.Array, time: jax.Array) -> jax.Array:
+  """[b f t dim], [b f dim] -> the numbers of each patch [b f t ph*pw*channels]"""
+  # the head takes the time embedding itself, not its projection
+  head = module.param("head_modulation", nn.initializers.normal(c.dim**-0.5), (1, 2, c.dim))
+  shift, scale = modulators(time[:, :, None] + head[:, None])
+  tokens = (layer_norm(tokens, c.eps) * (1 + scale) + shift).astype(c.dtype)
+  # zeros, as Wan2.1: a fresh network predicts velocity 0
+  _, ph, pw = c.patch
+  return dense(c, ph * pw * c.channels, "head", kernel_init=nn.initializers.zeros)(tokens)

@@ -137,6 +137,16 @@ class Network(Protocol):
   def splits(self, height: int) -> Splits:
     """Returns what the axes `tensor` and `sequence` of a stream split; height: of the latents."""
 
+  def packed(self, pools: tuple[int, ...]) -> "Network":
+    """Returns the network with an input projection for packed frames of each kernel, a `packed_kP`
+    that a group's `projection` names. Raises UserError where it has no such thing.
+    """
+
+  def with_projections(self, params: Params) -> Params:
+    """Returns parameters with the packed projections that they lack, which begin as average pooling
+    before the patch embedding.
+    """
+
   def for_split_tokens(self) -> "Network":
     """Returns the network, with the same parameters, for tokens that lie on several devices."""
 

@@ -29,22 +29,24 @@ def split_pairs(head_dim: int) -> tuple[int, int, int]:
   return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
 
 
-def frequencies(pairs: int) -> np.ndarray:
+def frequencies(pairs: int, theta: float = THETA) -> np.ndarray:
   """Returns radians per step of position [pairs], float64."""
-  return THETA ** (-np.arange(pairs, dtype=np.float64) / pairs)
+  return theta ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
 @functools.lru_cache
-def _digit_tables(pairs: int) -> np.ndarray:
+def _digit_tables(pairs: int, theta: float) -> np.ndarray:
   """Returns exp(i digit BASE^place frequency): complex128 [DIGITS, BASE, pairs]."""
   digits = np.arange(BASE, dtype=np.float64)[None, :, None]
   places = float(BASE) ** np.arange(DIGITS)[:, None, None]
-  return np.exp(1j * digits * places * frequencies(pairs))
+  return np.exp(1j * digits * places * frequencies(pairs, theta))
 
 
-def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Array]:
+def frame_rotation(
+  positions: Positions, pairs: int, theta: float = THETA
+) -> tuple[jax.Array, jax.Array]:
   """Returns (cos, sin), each [f, pairs] float32, of frame indices in [0, 2^30)."""
-  tables = _digit_tables(pairs)
+  tables = _digit_tables(pairs, theta)
   real, imag = tables.real.astype(np.float32), tables.imag.astype(np.float32)
   cos, sin = jnp.ones((positions.size, pairs)), jnp.zeros((positions.size, pairs))
   # rotations compose: (cos + i sin) times the rotation of each digit
@@ -56,14 +58,22 @@ def frame_rotation(positions: Positions, pairs: int) -> tuple[jax.Array, jax.Arr
 
 
 def rotation(
-  positions: Positions, rows: int, columns: int, head_dim: int
+  positions: Positions,
+  rows: int,
+  columns: int,
+  head_dim: int,
+  split: tuple[int, int, int] | None = None,
+  theta: float = THETA,
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns (cos, sin), each [f, rows * columns, 1, head_dim / 2] float32, for `apply`."""
-  pairs_f, pairs_h, pairs_w = split_pairs(head_dim)
+  """Returns (cos, sin), each [f, rows * columns, 1, head_dim / 2] float32, for `apply`.
+
+  split: pairs for (frame, row, column), by default Wan2.1's.
+  """
+  pairs_f, pairs_h, pairs_w = split or split_pairs(head_dim)
   parts = []
-  for frame, axis in zip(frame_rotation(positions, pairs_f), (np.cos, np.sin), strict=True):
-    row = axis(np.arange(rows)[:, None] * frequencies(pairs_h)).astype(np.float32)
-    column = axis(np.arange(columns)[:, None] * frequencies(pairs_w)).astype(np.float32)
+  for frame, axis in zip(frame_rotation(positions, pairs_f, theta), (np.cos, np.sin), strict=True):
+    row = axis(np.arange(rows)[:, None] * frequencies(pairs_h, theta)).astype(np.float32)
+    column = axis(np.arange(columns)[:, None] * frequencies(pairs_w, theta)).astype(np.float32)
     grid = (positions.size, rows, columns)
     part = jnp.concatenate(
       [
@@ -78,12 +88,59 @@ def rotation(
   return parts[0], parts[1]
 
 
+def pooled_rotation(
+  positions: jax.Array,
+  rows: int,
+  columns: int,
+  head_dim: int,
+  pool: int,
+  split: tuple[int, int, int] | None = None,
+  theta: float = THETA,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns (cos, sin) of packed frames, each [1 or b, n, 1, head_dim / 2] float32.
+
+  Cosines and sines of the patches that a kernel of pool^3 patches covers are averaged, each by
+  itself, and not normalised (FramePack, section 3.1, and its code); the last frame, row and column
+  are repeated up to whole kernels. positions: [k] or [b k] frame indices. split, theta: see
+  `rotation`.
+  """
+
+  def of_clip(positions):
+    parts = rotation(positions, rows, columns, head_dim, split, theta)
+    return tuple(
+      pool_patches(part.reshape(-1, rows, columns, head_dim // 2), pool) for part in parts
+    )
+
+  cos, sin = jax.vmap(of_clip)(positions if positions.ndim == 2 else positions[None])
+  return cos[..., None, :], sin[..., None, :]
+
+
+def pool_patches(x: jax.Array, pool: int) -> jax.Array:
+  """Averages x [k rows columns d] over kernels of pool^3, its edges repeated: [n d], n in raster
+  order.
+  """
+  x = pad_to_kernel(x, (pool,) * 3)
+  k, rows, columns, d = x.shape
+  x = x.reshape(k // pool, pool, rows // pool, pool, columns // pool, pool, d)
+  return x.mean(axis=(1, 3, 5)).reshape(-1, d)
+
+
+def pad_to_kernel(x: jax.Array, kernel: tuple[int, int, int]) -> jax.Array:
+  """Repeats the last frame, row and column of x [... k rows columns d] up to whole kernels."""
+  widths = [(0, -size % step) for size, step in zip(x.shape[-4:-1], kernel, strict=True)]
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 4) + widths + [(0, 0)], mode="edge")
+
+
 def apply(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's dtype."""
+  """Rotates pairs (2i, 2i + 1) of x [b f t a head_dim] in float32; returns x's dtype.
+
+  cos, sin: [f t 1 pairs] for all clips, or [b f t 1 pairs].
+  """
   # neighbours pair up (Wan2.1, interleaved), not the halves of a head
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   real, imag = pairs[..., 0], pairs[..., 1]
-  cos, sin = cos[None], sin[None]
+  if cos.ndim == 4:
+    cos, sin = cos[None], sin[None]
   rotated = jnp.stack([real * cos - imag * sin, real * sin + imag * cos], axis=-1)
   return rotated.reshape(x.shape).astype(x.dtype)
 

@@ -18,7 +18,7 @@ import dataclasses
 import numpy as np
 
 from hiar_jax.errors import UserError, one_of
-from hiar_jax.packing.schedule import Schedule
+from hiar_jax.packing.schedule import KEPT_TAILS, Schedule
 
 Steps = list[tuple[int, ...]]
 
@@ -29,7 +29,8 @@ class Step:
 
   sections: their numbers. generates: frames of the video. indices: their frame indices. context:
   of each group of the schedule the frames of the video, -1 for those that are not there.
-  context_indices: their frame indices.
+  context_indices: their frame indices. tails: frames that are there beyond those that are named,
+  before the section and behind it; none on a side whose tail is deleted.
   """
 
   sections: tuple[int, ...]
@@ -37,6 +38,7 @@ class Step:
   indices: np.ndarray
   context: tuple[np.ndarray, ...]
   context_indices: tuple[np.ndarray, ...]
+  tails: tuple[np.ndarray, np.ndarray] = (np.arange(0), np.arange(0))
 
 
 def vanilla(sections: int) -> Steps:
@@ -88,8 +90,14 @@ def plan(
 
   given: frames of the video's start that are there before any section (1: an image). published: the
   frame indices of the published code, which count context and section on from the video's start
-  with a few blanks, whatever the true distance; else the frames' own numbers.
+  with a few blanks, whatever the true distance; else the frames' own numbers. Raises UserError for
+  published indices of a schedule that keeps a tail: there are none.
   """
+  if published and {schedule.before_tail, schedule.after_tail} & set(KEPT_TAILS):
+    raise UserError(
+      f"schedule {schedule.notation!r}: the published frame indices have no place for a tail; "
+      "expected td, or published = False"
+    )
   width = schedule.generate
   count = 1 + max(number for step in steps for number in step)
   made, plans = set(range(given)), []
@@ -103,7 +111,8 @@ def plan(
     indices = generates, numbers
     if published:
       indices = _counted_on(schedule, blanks(len(steps), at, schedule))
-    plans.append(Step(step, generates, indices[0], context, indices[1]))
+    tails = _tails(schedule, numbers, firsts[0], made)
+    plans.append(Step(step, generates, indices[0], context, indices[1], tails))
     made.update(generates.tolist())
   return plans
 
@@ -118,6 +127,19 @@ def blanks(steps: int, at: int, schedule: Schedule) -> int:
   if steps > 4:
     paddings = [3] + [2] * (steps - 3) + [1, 0]
   return paddings[at]
+
+
+def _tails(
+  schedule: Schedule, numbers: tuple[np.ndarray, ...], first: int, made: set[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the frames of `made` that no group names, before and behind a section from `first`."""
+  kept = [tail in KEPT_TAILS for tail in (schedule.before_tail, schedule.after_tail)]
+  if not any(kept):
+    return np.arange(0), np.arange(0)
+  named = np.concatenate(numbers)
+  beyond = np.setdiff1d(np.fromiter(made, int), named)
+  sides = beyond[beyond < first], beyond[beyond >= first + schedule.generate]
+  return tuple(side if keep else side[:0] for side, keep in zip(sides, kept, strict=True))
 
 
 def _counted_on(schedule: Schedule, blank: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:

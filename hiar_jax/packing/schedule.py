@@ -28,7 +28,8 @@ import numpy as np
 from hiar_jax.errors import UserError
 
 POOLS = (1, 2, 4, 8, 16)
-TAILS = ("td", "ta", "tc")
+KEPT_TAILS = ("ta", "tc")
+TAILS = ("td", *KEPT_TAILS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Schedule:
   def groups(self) -> tuple[Group, ...]:
     """All groups, in the order of time."""
     return (*self.start, *self.before, *self.after, *self.end)
+
+  @property
+  def pools(self) -> tuple[int, ...]:
+    """The kernels of all groups, each once."""
+    return tuple(sorted({group.pool for group in self.groups}))
 
   @property
   def history(self) -> int:

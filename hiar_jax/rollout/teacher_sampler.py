@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.models.frames import Bound, Network, bind, whole_clip
+from hiar_jax.models.frames import Bound, Frames, Network, bind, whole_clip
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.types import Key, Points, Text, Video
 
@@ -47,17 +47,19 @@ def sample_trajectory(
   sigmas: jax.Array,
   keep: tuple[int, ...],
   guidance: float,
+  *,
+  groups: Callable[[Video, jax.Array], tuple[Frames, ...]] = whole_clip,
 ) -> jax.Array:
   """Integrates from eps at sigmas[0] to sigmas[-1]; returns points [b len(keep) f h w c].
 
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
-  keep: indices into `sigmas`.
+  keep: indices into `sigmas`. groups(x, sigma): those of a forward, x itself the last one.
   """
 
   def euler_step(x, j):
-    v = bound(whole_clip(x, sigmas[j])).velocity[0]
+    v = bound(groups(x, sigmas[j])).velocity[-1]
     if guidance:  # static: at 0 the second forward is not in the program
-      w = negative(whole_clip(x, sigmas[j])).velocity[0]
+      w = negative(groups(x, sigmas[j])).velocity[-1]
       v = flow.classifier_free_guidance(v, w, guidance)
     x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
     return x, x

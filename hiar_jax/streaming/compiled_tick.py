@@ -53,6 +53,11 @@ class StreamParts:
   def of(model: VideoModel) -> "StreamParts":
     """Returns the parts of a loaded model."""
     e = model.experiment
+    if e.framepack:
+      raise UserError(
+        "a packed model (framepack) makes whole sections and cannot be streamed level by level; "
+        "generate whole videos with it (python -m hiar_jax.generate)"
+      )
 
     def texts(prompts: Sequence[str]) -> np.ndarray:
       model.prepare_texts(list(prompts))

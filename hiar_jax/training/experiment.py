@@ -14,14 +14,16 @@ from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
 from hiar_jax.config.building import of_kinds
 from hiar_jax.data.sources import SOURCES, DataConfig
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.models.registry import NETWORKS
+from hiar_jax.packing.orders import ORDERS
 from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
+from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.teacher import TeacherConfig
 from hiar_jax.types import LatentShape
 
@@ -106,9 +108,14 @@ class SampleConfig:
   scale: int = 8  # factor by which the frames of the files are enlarged
   batch: int = 32  # videos made at once
   measure: int = 54  # videos that metrics.json is measured on
+  # of a packed model alone:
+  order: str = "vanilla"  # of sections (packing.orders)
+  steps: int = 16  # Euler steps a section
+  guidance: float = 0.0  # g of flow.classifier_free_guidance
 
   def __post_init__(self):
-    at_least(1, count=self.count, batch=self.batch, scale=self.scale)
+    at_least(1, count=self.count, batch=self.batch, scale=self.scale, steps=self.steps)
+    one_of(ORDERS, order=self.order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +143,7 @@ class Experiment:
 
   model: sizes of student, critic and base. teacher_model: those of weights.teacher, where they
   differ. stages_from: a workdir whose data, teacher, trajectories and causal init are used.
+  framepack: trains the teacher on packed context instead of distilling a causal student.
   """
 
   seed: int
@@ -155,6 +163,7 @@ class Experiment:
   stages_from: str = ""
   weights: WeightsConfig = WeightsConfig()
   teacher_model: Any = of_kinds(NETWORKS, default=None)
+  framepack: FramePackConfig | None = None
 
   def __post_init__(self):
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
@@ -165,6 +174,14 @@ class Experiment:
         f"distill.forward_kl.steps = {self.distill.forward_kl.steps}: the student has "
         f"{len(self.student.timesteps)} levels"
       )
+    if self.framepack:
+      self._check_sections(self.framepack)
+    if not 0 <= self.teacher.frames <= self.latent.frames:
+      raise UserError(
+        f"teacher.frames = {self.teacher.frames}: clips have {self.latent.frames} latent frames"
+      )
+    if self.teacher.frames and not self.framepack:
+      raise UserError("teacher.frames: the teacher of a causal student is trained on whole clips")
     self.trajectories.kept(self.student)  # raises where the teacher's steps miss the student's
     captions_only = self.data.opened.captions_only
     if captions_only and not self.weights.base:
@@ -205,6 +222,32 @@ class Experiment:
         f"model.patch = {patch}"
       )
 
+  def _check_sections(self, framepack: FramePackConfig) -> None:
+    """Raises UserError where clips are not whole sections, or sections not blocks."""
+    self.packed_dit  # noqa: B018  # raises for a network without packed frames
+    framepack.sections(self.latent.frames)
+    width = framepack.parsed.generate
+    if width != self.history.block:
+      raise UserError(
+        f"framepack.packing = {framepack.packing!r} makes {width} frames a section: set "
+        f"history.block = {width}, not {self.history.block}"
+      )
+    if framepack.orders and self.sample.order not in framepack.orders:
+      raise UserError(
+        f"sample.order = {self.sample.order!r}: the model is trained for framepack.orders = "
+        f"{framepack.orders}"
+      )
+
+  @property
+  def last_stage(self) -> str:
+    """The stage whose weights make videos."""
+    return "framepack" if self.framepack else "distill"
+
+  @property
+  def packed_dit(self) -> Network:
+    """The teacher with the input projections of framepack.packing."""
+    return self.dit.packed(self.framepack.parsed.pools)
+
   @property
   def needs_trajectories(self) -> bool:
     """True where causal init or forward KL reads trajectories."""
@@ -216,6 +259,11 @@ class Experiment:
     codec, data = self.codec, self.data
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
     return LatentShape(codec.latent_frames(data.frames), height, width, codec.channels)
+
+  @property
+  def teacher_latent(self) -> LatentShape:
+    """The sizes of the clips that the teacher is trained on, and makes."""
+    return dataclasses.replace(self.latent, frames=self.teacher.frames or self.latent.frames)
 
   @property
   def dit(self) -> Network:

@@ -19,6 +19,7 @@ from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import Damaged, UserError
+from hiar_jax.models.frames import Network
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
@@ -118,6 +119,7 @@ def run_stage(
   run: Run,
   stage: str,
   training: TrainConfig,
+  network: Network,
   *,
   create: Callable[[], TrainState],
   updates: Sequence[Update],
@@ -126,17 +128,18 @@ def run_stage(
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
 
-  updates: those that are due in a step, in their order; the last one is due in every step and its
-  loss is the stage's. preview: state -> clips uint8 [b F H W 3] for the log. Raises Preempted after
-  SIGTERM or SIGINT, once the state is saved, and UserError where a metric is not finite.
+  network: the one that is trained. updates: those that are due in a step, in their order; the last
+  one is due in every step and its loss is the stage's. preview: state -> clips uint8 [b F H W 3]
+  for the log. Raises Preempted after SIGTERM or SIGINT, once the state is saved, and UserError
+  where a metric is not finite.
   """
-  e, log = run.experiment, run.experiment.log
+  log, mesh = run.experiment.log, run.experiment.mesh
   # Shapes first, then jit with shardings: no device ever holds an unsharded state.
   shapes = jax.eval_shape(create)
-  shardings = tree_shardings(shapes, run.mesh, e.dit.sharding_rules, min_shard=e.mesh.min_shard)
-  steps = [map_step(u.make_step, shardings, run.mesh, e.mesh.mapping) for u in updates]
+  shardings = tree_shardings(shapes, run.mesh, network.sharding_rules, min_shard=mesh.min_shard)
+  steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in updates]
   iterators.latest = {update.name: {} for update in updates if update.due}
-  config = {"model": to_json(e.dit), "stage": stage}
+  config = {"model": to_json(network), "stage": stage}
   with Checkpoints(run.directory(stage) / CHECKPOINTS, keep=log.keep, config=config) as checkpoints:
     restored = checkpoints.restore(sharded_shapes(shapes, shardings), iterators)
     step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
@@ -144,9 +147,8 @@ def run_stage(
     run.writer.resume(stage, step)
     if not step and is_writer():
       print_parameters(stage, shapes.params)
-    pending = None  # (step, metrics) that are still on the device
+    pending, stopping = None, False  # pending: (step, metrics) that are still on the device
     with Preemption() as stop, Progress(stage, training.steps, initial=step) as bar:
-      stopping = False
       while step < training.steps and not stopping:
         for update, mapped in zip(updates, steps, strict=True):
           if update.due is None or update.due(step):

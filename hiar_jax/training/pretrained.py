@@ -34,8 +34,9 @@ def load_weights(run: Run, stage: str) -> Params:
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
     return load_published(run, directory, e.dit)
-  shapes = jax.eval_shape(lambda: e.dit.init(jax.random.key(0)))
-  rules = e.dit.sharding_rules
+  network = e.packed_dit if stage == "framepack" else e.dit
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+  rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
   return load_params(run.directory(stage) / CHECKPOINTS, sharded_shapes(shapes, shardings))
 

@@ -31,9 +31,10 @@ from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
+from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
 from hiar_jax.progress import is_writer
-from hiar_jax.rollout import sample, teacher_sampler
+from hiar_jax.rollout import packed, sample, teacher_sampler
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
 from hiar_jax.types import Batch
@@ -71,7 +72,8 @@ class Run:
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    return bool(self.experiment.stages_from) and stage not in ("distill", "sample")
+    own = ("distill", "framepack", "sample")
+    return bool(self.experiment.stages_from) and stage not in own
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -159,18 +161,31 @@ class Run:
     return decode_pixels(self.autoencoder, latents)
 
   def sampler(self, frames: int, method: MethodConfig | None = None):
-    """Returns the student's sampler (rollout.sample), jitted, for videos of `frames` latent frames.
+    """Returns the sampler of the trained model, jitted, for videos of `frames` latent frames: the
+    student's (rollout.sample) or the packed model's (rollout.packed).
 
-    method: a row that replaces the run's own.
+    method: a row that replaces the run's own; not for a packed model.
     """
     e = self.experiment
-    # 3 in the seed's fold_in is the student's noise; those of the stages are in stages.KEY_OFFSETS
+    # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
+    key = jax.random.fold_in(jax.random.key(e.seed), 3)
+    shape = dataclasses.replace(e.latent, frames=frames)
+    if e.framepack is None:
+      history = (method or e.history).at(self.sigmas)
+      return jax.jit(sample.make_sampler(e.student_dit, history, key=key, shape=shape))
+    config, schedule = e.framepack, e.framepack.parsed
     return jax.jit(
-      sample.make_sampler(
-        e.student_dit,
-        (method or e.history).at(self.sigmas),
-        key=jax.random.fold_in(jax.random.key(e.seed), 3),
-        shape=dataclasses.replace(e.latent, frames=frames),
+      packed.make_sampler(
+        e.packed_dit,
+        schedule,
+        config.history,
+        steps_of(e.sample.order, frames // schedule.generate),
+        jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
+        negative=self.texts([self.text_encoder.negative_prompt]),
+        guidance=e.sample.guidance,
+        key=key,
+        shape=shape,
+        published=config.published,
       )
     )
 
@@ -189,7 +204,7 @@ class Run:
         config.kept(e.student),
         guidance=config.guidance,
         key=key,
-        clip=e.latent.clip,
+        clip=e.teacher_latent.clip,
       )
     )
 
@@ -263,10 +278,13 @@ def _check_stages(run: Run) -> None:
   sources = {}
   if not e.weights.base:
     sources["teacher"] = clips
-  if not e.weights.student:
-    sources["causal_init"] = trajectories
-  # without forward KL, distillation reads prompts alone
-  sources["distill"] = trajectories if e.distill.forward_kl.weight else clips
+  if e.framepack:
+    sources["framepack"] = clips
+  else:
+    if not e.weights.student:
+      sources["causal_init"] = trajectories
+    # without forward KL, distillation reads prompts alone
+    sources["distill"] = trajectories if e.distill.forward_kl.weight else clips
   for name, (count, field) in sources.items():
     training = getattr(e, name)
     check_batch(training.batch, training.accumulate, run.mesh, name)

@@ -1,9 +1,10 @@
-"""The stages of a run, in order: data, teacher, trajectories, causal init, distillation, samples.
+"""The stages of a run, in order: data, teacher, trajectories, causal init, distillation, samples;
+or data, teacher, framepack, samples.
 
 Each is a function of the run. It resumes from its newest checkpoint and returns at once when it is
 finished. The trained stages share one loop (training.loop), with a step from training.teacher,
-causal_init or distill. On several hosts every process calls every stage; process 0 alone makes the
-data, while the others wait, and writes what all have computed.
+causal_init, distill or framepack. On several hosts every process calls every stage; process 0 alone
+makes the data, while the others wait, and writes what all have computed.
 """
 
 import functools
@@ -20,14 +21,14 @@ from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training import causal_init, distill, loop, pretrained, samples, teacher
+from hiar_jax.training import causal_init, distill, framepack, loop, pretrained, samples, teacher
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import create_state
 
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
 
 # Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
-KEY_OFFSETS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5}
+KEY_OFFSETS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5, "framepack": 6}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -68,6 +69,7 @@ def train_teacher(run: Run) -> None:
     run,
     "teacher",
     e.teacher,
+    e.dit,
     create=lambda: create_state(key_train, e.dit.init(key_init), optimizer),
     updates=[loop.Update(make_step, ("clips",), run.negative)],
     iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
@@ -158,6 +160,31 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
       bar.update(done)
 
 
+# ---------------------------------------------------------------------------------------- framepack
+
+
+def train_framepack(run: Run) -> None:
+  """Writes <workdir>/framepack: the teacher, fine-tuned to make a section from packed context."""
+  e = run.experiment
+  config, network = e.framepack, e.packed_dit
+  if loop.is_done(run, "framepack", config.steps):
+    return
+  weights = pretrained.load_teacher(run)
+  key = _stage_key(run, "framepack")
+  optimizer = config.optimizer(network)
+  make_step = functools.partial(framepack.make_step, config, network, optimizer, e.latent.frames)
+  loop.run_stage(
+    run,
+    "framepack",
+    config,
+    network,
+    create=lambda: create_state(key, network.with_projections(weights), optimizer),
+    updates=[loop.Update(make_step, ("clips",), run.negative)],
+    iterators=loop.DataIterators(run, clips=run.clips("data", config.batch, ("video",), salt=7)),
+    preview=_student_preview(run),
+  )
+
+
 # -------------------------------------------------------------------------------------- causal init
 
 
@@ -182,6 +209,7 @@ def train_causal_init(run: Run) -> None:
     run,
     "causal_init",
     config,
+    e.dit,
     create=lambda: create_state(key, weights, optimizer),
     updates=[loop.Update(make_step, ("trajectories",))],
     iterators=loop.DataIterators(run, trajectories=trajectories),
@@ -224,6 +252,7 @@ def distill_student(run: Run) -> None:
     run,
     "distill",
     config,
+    e.dit,
     create=lambda: create_state(key, student_start, optimizers[0], critic_start, optimizers[1]),
     # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
     # the student as it then is. Each takes a fresh batch of prompts.
@@ -240,7 +269,7 @@ def distill_student(run: Run) -> None:
 
 
 def make_samples(run: Run) -> None:
-  """Writes <workdir>/sample: long videos of the distilled student, an mp4 per prompt, a contact
+  """Writes <workdir>/sample: long videos of the trained model, an mp4 per prompt, a contact
   sheet, and metrics.json, which holds measurements where the truth is known.
 
   Skipped where metrics.json, the last file to be written, exists.
@@ -254,7 +283,7 @@ def make_samples(run: Run) -> None:
   for prompt in prompts if is_writer() else ():
     samples.print_warnings(run, prompt)
   frames = samples.long_frames(run)
-  params = pretrained.load_weights(run, "distill")
+  params = pretrained.load_weights(run, run.experiment.last_stage)
   # The prompts that are saved come first among those that are measured, so no video is made twice.
   measured = samples.measured_prompts(run, prompts)
   # by all processes: the network lies on the devices of all of them

@@ -15,7 +15,7 @@ from hiar_jax.training.state import (
   identity,
   update_ema,
 )
-from hiar_jax.types import Batch, Mean, Text
+from hiar_jax.types import Batch, Key, Mean, Text, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +23,13 @@ class TeacherConfig(TrainConfig):
   """The teacher's training.
 
   shift: of the training levels (flow, Eq. 3); caption_dropout: share of examples that are trained
-  on the empty prompt.
+  on the empty prompt. frames: latent frames of the windows of a clip that it is trained on, from
+  anywhere in it; 0: whole clips.
   """
 
   shift: float = 5.0
   caption_dropout: float = 0.1
+  frames: int = 0
 
 
 def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean = identity):
@@ -43,14 +45,18 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
     key = jax.random.fold_in(state.key, state.step)
 
     def loss(params, part):
+      examples = example_keys(key, part["example_id"])
       # [b 3]: caption dropout, sigma, noise
-      keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(key, part["example_id"]))
+      keys = jax.vmap(lambda k: jax.random.split(k, 3))(examples)
       dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
       text = jnp.where(dropped[:, None, None], negative, part["text"])
-      x0 = part["latents"]
+      x0, start = part["latents"], part.get("start")
+      if config.frames:
+        x0, first = windows(examples, x0, config.frames)
+        start = None if start is None else start + first
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
-      bound = bind(network, params, text, part.get("start"))
+      bound = bind(network, params, text, start)
       return flow_matching(bound, x0, eps, sigma).mean(), {}
 
     params, opt_state, metrics = apply_gradients(
@@ -61,3 +67,14 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
     return state, metrics
 
   return step
+
+
+def windows(keys: Key, clips: Video, frames: int) -> tuple[Video, jax.Array]:
+  """Returns a window of `frames` frames of each clip [b f h w c], evenly drawn, and its first frame
+  [b]. keys: [b].
+  """
+  last = clips.shape[1] - frames
+  # 3: behind the splits that the step takes of the same keys
+  firsts = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, 3), (), 0, last + 1))(keys)
+  cut = jax.vmap(lambda clip, at: jax.lax.dynamic_slice_in_dim(clip, at, frames))
+  return cut(clips, firsts), firsts

@@ -9,7 +9,7 @@ import pytest
 from hiar_jax.components import patch_pca
 from hiar_jax.components.patch_pca import PatchPCAConfig
 from hiar_jax.errors import UserError
-from hiar_jax.video.frames import to_uint8
+from hiar_jax.video.frames import to_float, to_uint8
 
 
 def clips(n: int = 3, size: int = 16) -> np.ndarray:
@@ -64,6 +64,19 @@ def test_latents_have_unit_variance_spread_as_asked(whitening):
   np.testing.assert_allclose(
     variances / variances[0], (true / true[0]) ** (1 - whitening), rtol=1e-2
   )
+
+
+def test_it_is_fitted_on_as_many_clips_as_fit_into_memory(tmp_path, monkeypatch):
+  """The first ones; long clips of large pictures are fewer, but never none."""
+  video, config = to_uint8(clips(6)), PatchPCAConfig(patch=4, channels=7)
+  for limit, used in ((3 * video[0].size + 5, 3), (7 * video[0].size, 6), (1, 1)):
+    monkeypatch.setattr(patch_pca, "FIT_NUMBERS", limit)
+    (tmp_path / str(used)).mkdir()
+    config.fit(tmp_path / str(used), lambda: video)
+    expected = patch_pca.fit(to_float(video[:used]), config)
+    found = config.open(tmp_path / str(used))
+    np.testing.assert_array_equal(found.basis, expected.basis)
+    np.testing.assert_array_equal(found.mean, expected.mean)
 
 
 def test_the_basis_is_orthonormal_and_its_signs_are_fixed():

@@ -1,5 +1,6 @@
 """The resolved config of a workdir: differences and damage named, written whole or not at all."""
 
+import dataclasses
 import types
 
 from ml_collections import ConfigDict
@@ -75,3 +76,15 @@ def test_a_failed_write_leaves_the_file_as_it_was(tmp_path, monkeypatch, call):
     write_atomic(path, b"new")
   assert path.read_bytes() == b"old"
   assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_younger_field_is_written_where_it_is_used():
+  """Files of older versions lack it, and mean its default."""
+
+  @dataclasses.dataclass
+  class Sizes:
+    width: int = 8
+    packing: tuple[int, ...] = dataclasses.field(default=(), metadata={"since": "2026-11"})
+
+  assert to_json(Sizes()) == {"width": 8}
+  assert to_json({"model": Sizes(packing=(1, 2))}) == {"model": {"width": 8, "packing": [1, 2]}}

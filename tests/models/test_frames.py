@@ -239,18 +239,28 @@ def test_moved_keys_are_those_of_later_frames():
 
 
 @pytest.mark.parametrize(
-  "groups",
+  ("groups", "match"),
   [
-    (group(0, 2, projection="patch_embedding_2x"),),
-    (group(0, 2, text=None),),
-    (group(0, 2), group(2, 2, text=None)),
-    (group(0, 2).replace(positions=np.tile(np.arange(2, dtype=np.int32), (tiny.BATCH, 1))),),
+    ((group(0, 2, projection="patch_embedding_2x"),), "^projection 'patch_embedding_2x': expec"),
+    ((group(0, 2, projection="packed_k2"), group(2, 2)), "^kernel k2: the model has .* no packed"),
+    ((group(0, 2, text=None),), "^DiT: without packed frames all groups hear a text"),
+    ((group(0, 2), group(2, 2, text=None)), "^DiT: without packed frames all groups hear a text"),
   ],
-  ids=["packed", "no text", "no text for one", "positions per example"],
+  ids=["another projection", "packed", "no text", "no text for one"],
 )
-def test_groups_of_other_networks_are_refused(groups):
-  with pytest.raises(UserError, match="^DiT: packed frames, groups without a text and frame ind"):
+def test_groups_of_other_networks_are_refused(groups, match):
+  with pytest.raises(UserError, match=match):
     bound()(groups)
+
+
+def test_positions_may_differ_from_example_to_example():
+  """As the packed forward takes them: one group, equal to the forward of each clip alone."""
+  moved = np.stack([np.arange(2, dtype=np.int32) * (1 + i) for i in range(tiny.BATCH)])
+  frames = group(0, 2)
+  together = apply(bound(), (frames.replace(positions=moved),), ()).velocity[0]
+  for i in range(tiny.BATCH):
+    alone = apply(bound(), (frames.replace(positions=moved[i]),), ()).velocity[0]
+    np.testing.assert_allclose(together[i], alone[i], atol=2e-6)
 
 
 def test_texts_of_unequal_groups_are_refused():

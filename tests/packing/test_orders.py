@@ -13,44 +13,71 @@ from tests.helpers import golden_cases
 KEPT_START = parse("f1k1_x_td_f16k4f2k2f1k1_g9")
 TOWARDS_START = parse("f1k1_x_g9_f1k1f2k2f16k4_td")
 FILLING = parse("td_f16k4f2k2f1k1_g9_x_f1k1")
-# order of a recording -> (schedule, steps, given frames, the recording's names of the groups)
+# order of a recording -> (schedule without g, steps, given frames, the recording's names of the
+# groups)
 PUBLISHED = {
-  "vanilla": (KEPT_START, orders.vanilla, 1, ("first", "4x", "2x", "nearest")),
-  "helios_text_to_video": (KEPT_START, orders.vanilla, 0, ("first", "4x", "2x", "nearest")),
-  "inverted_anti_drifting": (TOWARDS_START, orders.inverted, 1, ("first", "nearest", "2x", "4x")),
+  "vanilla": ("f1k1_x_td_f16k4f2k2f1k1_{}", orders.vanilla, 1, ("first", "4x", "2x", "nearest")),
+  "helios_text_to_video": (
+    "f1k1_x_td_f16k4f2k2f1k1_{}",
+    orders.vanilla,
+    0,
+    ("first", "4x", "2x", "nearest"),
+  ),
+  "inverted_anti_drifting": (
+    "f1k1_x_{}_f1k1f2k2f16k4_td",
+    orders.inverted,
+    1,
+    ("first", "nearest", "2x", "4x"),
+  ),
 }
 FOLDERS = golden_cases.folders("framepack.json")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_golden_orders(folder):
-  """Of all recorded sections of videos of 1 to 12 sections."""
+  """All that is recorded of all sections of videos of 1 to 12 sections."""
   recorded = json.loads((folder / "orders.json").read_text())
+  window = json.loads((folder / "framepack.json").read_text())["window"]
   assert len(recorded) >= 300
   for section in recorded:
-    # a last image stands for the nearest frame, which is not there
     order = section["order"].removesuffix("_with_last_image")
-    schedule, steps, given, names = PUBLISHED[order]
-    made = orders.plan(schedule, steps(section["sections"]), given=given, published=True)
-    step = made[section["section"]]
-    context = {
-      name: [None if i < 0 else i for i in group.tolist()]
-      for name, group in zip(names, step.context, strict=True)
-    }
-    expected = {
-      name: [None if i == "last image" else i for i in frames]
-      for name, frames in section["context"].items()
-    }
+    notation, steps, given, names = PUBLISHED[order]
+    schedule, count, at = (
+      parse(notation.format(f"g{window}")),
+      section["sections"],
+      section["section"],
+    )
+    step = orders.plan(schedule, steps(count), given=given, published=True)[at]
+    context = dict(zip(names, (_named(group) for group in step.context), strict=True))
+    if order != section["order"] and at == 0:  # it stands for the nearest frame, which is not there
+      assert context["nearest"] == [None]
+      context["nearest"] = ["last image"]
     indices = dict(zip(names, (i.tolist() for i in step.context_indices), strict=True))
-    clean = context["first"] + context["nearest"]
-    assert {"4x": context["4x"], "2x": context["2x"], "clean": clean} == expected
-    assert section["indices"] == {
-      "4x": indices["4x"],
-      "2x": indices["2x"],
-      "clean": indices["first"] + indices["nearest"],
-      "generated": step.indices.tolist(),
+    found = {
+      "order": section["order"],
+      "sections": count,
+      "section": at,
+      "latent_frames": given + count * schedule.generate,
+      "generates": step.generates.tolist(),
+      "context": _levels(context),
+      "indices": _levels(indices) | {"generated": step.indices.tolist()},
     }
-    assert step.generates.tolist() == section["generates"]
+    if order == "inverted_anti_drifting":
+      found["padding"] = orders.blanks(count, at, schedule)
+    assert found == section
+
+
+def _named(group: np.ndarray) -> list[int | None]:
+  return [None if i < 0 else i for i in group.tolist()]
+
+
+def _levels(groups: dict) -> dict:
+  """Groups by the levels of a recording, where the first frame and the nearest one share one."""
+  return {
+    "4x": groups["4x"],
+    "2x": groups["2x"],
+    "clean": groups["first"] + groups["nearest"],
+  }
 
 
 @pytest.mark.parametrize("sections", range(1, 13))
@@ -97,6 +124,23 @@ def test_published_blanks():
   assert [orders.blanks(5, i, TOWARDS_START) for i in range(5)] == [3, 2, 2, 1, 0]
   assert [orders.blanks(3, i, TOWARDS_START) for i in range(3)] == [2, 1, 0]
   assert orders.blanks(5, 0, KEPT_START) == 0
+
+
+def test_tails_are_the_frames_that_no_group_names():
+  schedule = parse("f1k1_x_tc_f2k2f1k1_g2_f1k1_ta")
+  made = orders.plan(schedule, orders.vanilla(5))
+  assert [step.tails[0].tolist() for step in made] == [[], [], [], [1, 2], [1, 2, 3, 4]]
+  assert all(step.tails[1].size == 0 for step in made)
+  made = orders.plan(schedule, orders.inverted(4), given=1)
+  assert [step.tails[1].tolist() for step in made] == [[], [8], [6, 7, 8], [4, 5, 6, 7, 8]]
+  schedule = parse("td_f2k2f1k1_g2_f1k1_tc")  # of two sides, one may delete
+  made = orders.plan(schedule, orders.endpoints(9, [3, 8, 0]))
+  assert made[3].generates.tolist() == [8, 9] and made[3].tails[0].size == 0
+  assert made[3].tails[1].tolist() == [16, 17]
+  made = orders.plan(parse("td_f2k2f1k1_g2_f1k1_td"), orders.inverted(4), given=1)
+  assert not any(side.size for step in made for side in step.tails)
+  with pytest.raises(UserError, match="no place for a tail; expected td"):
+    orders.plan(schedule, orders.vanilla(5), published=True)
 
 
 def test_bad_orders():

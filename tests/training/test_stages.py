@@ -239,6 +239,7 @@ def train(run: Run, steps: int, preview=None, **feed) -> np.ndarray:
       run,
       "teacher",
       TrainConfig(steps=steps, batch=8, lr=0.1),
+      run.experiment.dit,
       create=create,
       updates=[loop.Update(lambda mean: step, ("counts",))],
       iterators=Feed(**feed),

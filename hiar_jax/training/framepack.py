@@ -1,0 +1,158 @@
+"""FramePack's training (arXiv 2504.12626): flow matching of a section, given its packed context.
+
+The network is the bidirectional teacher with an input projection for each kernel of the schedule.
+A clip is a short video: an update draws a step of one of the orders for each example, which says
+what is made and what is there to be read. The authors have published no training code; what their
+sampler shows a section is what it is trained on here.
+"""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from hiar_jax import flow
+from hiar_jax.errors import UserError, at_least
+from hiar_jax.losses.flow_matching import sample_sigma
+from hiar_jax.models.frames import Bound, Network, bind
+from hiar_jax.packing.orders import plan, steps_of
+from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
+from hiar_jax.packing.schedule import Schedule, parse
+from hiar_jax.rollout.noise import example_keys, example_normal
+from hiar_jax.training.state import (
+  TrainConfig,
+  TrainState,
+  apply_gradients,
+  identity,
+  update_ema,
+)
+from hiar_jax.types import Batch, Key, Mean, Text, Video
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FramePackConfig(TrainConfig):
+  """The training of a packed model.
+
+  packing: the schedule of kernels in the paper's notation (packing.schedule). orders: those whose
+  steps are drawn, by name (packing.orders). given: frames of a clip's start that are there before
+  any section (1: an image). published: frame indices as in the published code, else the frames'
+  own. history_level, hears: packing.rows.History. history_noise: level up to which the
+  context is noised, drawn evenly for each example (Helios); 0: none. shift, caption_dropout: as the
+  teacher's.
+  """
+
+  packing: str
+  orders: tuple[str, ...] = ("vanilla",)
+  given: int = 0
+  published: bool = False
+  history_level: str = "section"
+  hears: bool = True
+  history_noise: float = 0.0
+  shift: float = 5.0
+  caption_dropout: float = 0.1
+
+  def __post_init__(self):
+    super().__post_init__()
+    schedule, _ = self.parsed, self.history  # raise for what cannot be read
+    if {schedule.before_tail, schedule.after_tail} & {"ta", "tc"} or schedule.discretised:
+      raise UserError(
+        f"framepack.packing = {self.packing!r}: a model is trained with td, a deleted tail, and "
+        "without +D"
+      )
+    at_least(0, given=self.given, history_noise=self.history_noise)
+    for order in self.orders:
+      steps_of(order, 1)
+
+  @property
+  def parsed(self) -> Schedule:
+    return parse(self.packing)
+
+  @property
+  def history(self) -> History:
+    return History(self.history_level, self.hears)
+
+  def sections(self, frames: int) -> int:
+    """Returns the sections of a clip of `frames` latent frames.
+
+    Raises UserError where it is not the given frames and whole sections.
+    """
+    width = self.parsed.generate
+    count, rest = divmod(frames - self.given, width)
+    if rest or count < 1:
+      raise UserError(
+        f"framepack.packing = {self.packing!r} makes {width} frames a section: a clip of "
+        f"{frames} latent frames is not framepack.given = {self.given} and whole sections"
+      )
+    return count
+
+  def rows(self, frames: int) -> list[Row]:
+    """Returns the steps of all orders on a clip as tables, one for each number of sections made."""
+    sections, by_count = self.sections(frames), {}
+    for order in self.orders:
+      steps = plan(
+        self.parsed, steps_of(order, sections), given=self.given, published=self.published
+      )
+      for step in steps:
+        by_count.setdefault(len(step.sections), []).append(step)
+    return [table for steps in by_count.values() for table in tables(steps)]
+
+
+def make_step(
+  config: FramePackConfig, network: Network, optimizer, frames: int, *, mean: Mean = identity
+):
+  """Returns step(state, batch, negative) -> (state, metrics).
+
+  batch: {latents [b frames h w c], text, example_id}. negative: text [1 l d], which takes the place
+  of a dropped caption. mean: averages over devices.
+  """
+  tables = config.rows(frames)
+  counts = jnp.asarray([len(table.generates) for table in tables], jnp.float32)
+
+  def step(state: TrainState, batch: Batch, negative: Text) -> tuple[TrainState, dict]:
+    key = jax.random.fold_in(state.key, state.step)
+    # one table for the batch: its steps are alike in shape
+    which = jax.random.categorical(jax.random.fold_in(key, 0), jnp.log(counts))
+    key = jax.random.fold_in(key, 1)
+
+    def loss(params, part):
+      keys = jax.vmap(lambda k: jax.random.split(k, 4))(example_keys(key, part["example_id"]))
+      dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
+      text = jnp.where(dropped[:, None, None], negative, part["text"])
+      sigma = sample_sigma(keys[:, 1], config.shift)
+      bound, clip = bind(network, params, text), part["latents"]
+      branches = [_loss_of(config, bound, clip, sigma, keys[:, 2:], table) for table in tables]
+      return jax.lax.switch(which, branches).mean(), {}
+
+    params, opt_state, metrics = apply_gradients(
+      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+    )
+    ema = update_ema(state.ema, params, state.step, config)
+    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+    return state, metrics
+
+  return step
+
+
+def _loss_of(
+  config: FramePackConfig, bound: Bound, clip: Video, sigma, keys: Key, table: Row
+) -> Callable[[], jax.Array]:
+  """Returns () -> the loss [b] of a step of the table, drawn for each example. keys: [b 2]."""
+
+  def loss():
+    row_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys[:, 0])
+    steps = len(table.generates)
+    drawn = jax.vmap(lambda k: jax.random.randint(k, (), 0, steps))(row_keys[:, 0])
+    row = jax.tree.map(lambda x: jnp.asarray(x)[drawn], table)
+    x0 = frames_at(clip, row.generates)
+    eps = example_normal(keys[:, 1], x0.shape[1:])
+    shown = clip
+    if config.history_noise:
+      level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
+      shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
+    x = flow.add_noise(x0, eps, sigma)
+    groups = groups_of_row(config.parsed, config.history, shown, row, x, sigma)
+    error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
+    return jnp.mean(error**2, axis=range(1, x0.ndim))
+
+  return loss

@@ -1,0 +1,131 @@
+"""FramePack's training step: the loss by hand, where its gradient goes, what it refuses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from hiar_jax import flow
+from hiar_jax.errors import UserError
+from hiar_jax.models.frames import bind
+from hiar_jax.packing import orders
+from hiar_jax.packing.rows import groups_of_row
+from hiar_jax.rollout.noise import example_keys
+from hiar_jax.training import framepack
+from hiar_jax.training.framepack import FramePackConfig
+from hiar_jax.training.state import create_state
+from tests.helpers import tiny
+from tests.helpers.compiling import quick_jit
+
+NETWORK = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
+FRAMES = 6
+
+
+def config(**changes) -> FramePackConfig:
+  fields = dict(steps=10, batch=2, lr=1e-3, packing="td_f2k2f1k1_g2", caption_dropout=0.0)
+  return FramePackConfig(**fields | changes)
+
+
+def batch(frames: int = FRAMES) -> dict:
+  index = np.arange(tiny.BATCH, dtype=np.int32)
+  return {"latents": tiny.video(1, frames), "text": tiny.text(), "example_id": index}
+
+
+def run(c: FramePackConfig, frames: int = FRAMES, optimizer=None, state=None, **changes):
+  optimizer = optimizer or optax.sgd(1.0)
+  state = state or create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
+  step = quick_jit(framepack.make_step(c, NETWORK, optimizer, frames))
+  return state, *step(state, batch(frames) | changes, jnp.asarray(0.1 * tiny.text()[:1]))
+
+
+def test_the_loss_by_hand():
+  """One section without history: the flow matching of a clip whose context is zeros."""
+  c = config()
+  state, _, metrics = run(c, frames=2)
+  key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 1)
+  keys = jax.vmap(lambda k: jax.random.split(k, 4))(example_keys(key, batch()["example_id"]))
+  sigma = framepack.sample_sigma(keys[:, 1], c.shift)
+  x0 = tiny.video(1, 2)
+  eps = framepack.example_normal(keys[:, 3], x0.shape[1:])
+  x = flow.add_noise(x0, eps, sigma)
+  (table,) = c.rows(2)
+  row = jax.tree.map(lambda part: part[0], table)
+  groups = groups_of_row(c.parsed, c.history, x0, row, x, sigma)
+  assert all((group.x == 0).all() for group in groups[:-1])
+  v = bind(NETWORK, tiny.params(NETWORK), tiny.text())(groups).velocity[-1]
+  want = np.mean((v - (eps - x0)) ** 2)
+  np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
+
+
+def test_rows_are_the_steps_of_all_orders():
+  c = config(packing="td_f2k2f1k1_g2_x_f1k1", orders=("vanilla", "both_ends"))
+  one, two = sorted(c.rows(8), key=lambda table: table.sections.shape[1])
+  assert one.sections.tolist() == [[0], [1], [2], [3], [1], [2]]
+  assert two.sections.tolist() == [[0, 3]] and two.generates.tolist() == [[0, 1, 6, 7]]
+  # in time's order what lies behind is not there; with both ends made it is
+  assert one.context[-1].tolist() == [[-1]] * 4 + [[6]] * 2
+
+
+def test_what_is_trained():
+  """The packed projections get a gradient; frames that no step reads get none."""
+  before, after, _ = run(config())
+  moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), before.params, after.params)
+  for name in ("packed_k1", "packed_k2", "patch_embedding", "head"):
+    assert moved[name]["kernel"] > 0, name
+
+
+def test_every_order_of_sections_is_drawn():
+  """Over steps: losses of clips that agree in all but one section part for some of them alone."""
+  c = config()
+  optimizer = optax.sgd(0.0)
+  state = create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
+  step = quick_jit(framepack.make_step(c, NETWORK, optimizer, FRAMES))
+  negative = jnp.asarray(tiny.text()[:1])
+  changed = batch()["latents"].copy()
+  changed[:, 4:] += 1.0  # the last section, which is nobody's context
+  seen = set()
+  for i in range(12):
+    at = state.replace(step=jnp.asarray(i, jnp.int32))
+    losses = [
+      step(at, batch() | {"latents": x}, negative)[1]["loss"] for x in (batch()["latents"], changed)
+    ]
+    seen.add(bool(losses[0] == losses[1]))
+  assert seen == {True, False}
+
+
+def test_mixed_orders_train():
+  c = config(packing="td_f2k2f1k1_g2_x_f1k1", orders=("vanilla", "both_ends"), history_noise=0.2)
+  optimizer = c.optimizer(NETWORK)
+  state = create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
+  step = quick_jit(framepack.make_step(c, NETWORK, optimizer, 8))
+  losses = []
+  for _ in range(8):
+    state, metrics = step(state, batch(8), jnp.asarray(tiny.text()[:1]))
+    losses.append(float(metrics["loss"]))
+  assert np.isfinite(losses).all() and int(state.step) == 8
+  assert np.isfinite(float(metrics["grad_norm"]))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(packing="f2k3_g2"), "schedule 'f2k3_g2': 'f2k3'"),
+    (dict(packing="tc_f2k2f1k1_g2"), "packing = 'tc_f2k2f1k1_g2': a model is trained with td"),
+    (dict(packing="td_f2k2f1k1_g2+D"), "'td_f2k2f1k1_g2.D': a model is trained with td"),
+    (dict(orders=("vanilla", "sideways")), "order = 'sideways': expected one of vanilla"),
+    (dict(history_level="noisy"), "level = 'noisy': expected one of section, clean"),
+  ],
+)
+def test_bad_settings(changes, message):
+  with pytest.raises(UserError, match=message):
+    config(**changes)
+
+
+def test_clips_that_are_not_whole_sections():
+  with pytest.raises(UserError, match="makes 2 frames a section: a clip of 7 latent frames is not"):
+    config().rows(7)
+  assert config(given=1).sections(7) == 3
+  assert orders.vanilla(3) == [(0,), (1,), (2,)]
