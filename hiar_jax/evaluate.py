@@ -91,25 +91,30 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   sample = first.teacher_sampler(jax.random.key(_SEED.value))
   points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
   yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
-  # Runs of the same method share a row.
+  # Causal students of the same method share a row.
+  students = [run for run in runs if run.experiment.framepack is None]
   methods: dict[str, MethodConfig] = {}
-  for run in runs:
-    methods.setdefault(
-      f"causal init, {method_label(run.experiment.history)}", run.experiment.history
-    )
-  weights = pretrained.load_weights(first, "causal_init")
+  for run in students:
+    methods.setdefault(f"causal init, {row_label(run)}", run.experiment.history)
   for name, method in methods.items():
-    experiment = dataclasses.replace(first.experiment, history=method)
-    changed = dataclasses.replace(first, experiment=experiment)
+    weights = pretrained.load_weights(students[0], "causal_init")
+    experiment = dataclasses.replace(students[0].experiment, history=method)
+    changed = dataclasses.replace(students[0], experiment=experiment)
     yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
   for run in runs:
-    name = f"{run.workdir.name}, {method_label(run.experiment.history)}"
+    name = f"{run.workdir.name}, {row_label(run)}"
     weights = pretrained.load_weights(run, run.experiment.last_stage)
     yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
 
 
-def method_label(method: MethodConfig) -> str:
-  """Returns the name of a method in the table, as `step-first, output history`."""
+def row_label(run: Run) -> str:
+  """Returns how a run makes videos, for the table: as `step-first, output history`, or, of a packed
+  model, `td_f16k4f2k2f1k1_g9, vanilla`.
+  """
+  e = run.experiment
+  if e.framepack:
+    return f"{e.framepack.packing}, {e.sample.order.replace('_', ' ')}"
+  method = e.history
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"
 

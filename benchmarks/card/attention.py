@@ -133,7 +133,9 @@ def paged(q, k, v, row: jax.Array) -> jax.Array:
   b, p, t, a, d = k.shape
   page = t & -t  # the largest power of two in t
   count = t // page
-  frames = jnp.argsort(~row, axis=-1).astype(jnp.int32) + p * jnp.arange(b, dtype=jnp.int32)[:, None]
+  frames = (
+    jnp.argsort(~row, axis=-1).astype(jnp.int32) + p * jnp.arange(b, dtype=jnp.int32)[:, None]
+  )
   pages = frames[:, :, None] * count + jnp.arange(count, dtype=jnp.int32)
   table = pages.reshape(b, 1, p * count, 1)
   out = cudnn.paged_attention(
@@ -207,11 +209,7 @@ def programs(sizes: Sizes) -> list[Program]:
     (
       # a ring in which nothing is visible: what does the kernel make of length 0?
       case("empty ring", np.broadcast_to(np.arange(n) >= n - k, (k, n))),
-      {
-        "cudnn, merged": _runtime(
-          np.arange(n)[None] >= n - k, functools.partial(merged, own=k)
-        )
-      },
+      {"cudnn, merged": _runtime(np.arange(n)[None] >= n - k, functools.partial(merged, own=k))},
     ),
     (
       case("ring of four levels", ring, batch=4),

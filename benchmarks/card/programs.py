@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 TOGETHER = 8  # programs that are compiled side by side
 
 

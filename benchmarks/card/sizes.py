@@ -8,7 +8,8 @@ class Sizes:
   """frames, height, width: of a clip's latents; block: latent frames generated at once.
 
   student, teacher: fields of DiTConfig. text: (tokens, width) of a prompt. vae, taehv: fields of
-  their configs. repeats: timed runs of a program. kernel: of attention, where one is taken for granted.
+  their configs. repeats: timed runs of a program. kernel: of attention, where one is taken for
+  granted.
   """
 
   frames: int

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.card import attention, programs
 from benchmarks.card import __main__ as card
+from benchmarks.card import attention, programs
 from benchmarks.card.sizes import SIZES
 
 SMALL = SIZES["small"]

@@ -1,0 +1,87 @@
+"""A FramePack experiment as a run: what its config refuses, and the commands on what it trained."""
+
+import numpy as np
+import pytest
+
+from experiments import shapes_framepack
+from hiar_jax.config.building import build
+from hiar_jax.errors import UserError
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.video.mp4 import read_mp4
+from tests.helpers import tiny_run
+
+
+def config(**changes):
+  c = shapes_framepack.get_config("smoke")
+  with c.unlocked():
+    for path, value in changes.items():
+      *groups, name = path.split("__")
+      group = c
+      for one in groups:
+        group = group[one]
+      group[name] = value
+  return c
+
+
+def test_the_packed_network_has_a_projection_for_each_kernel():
+  e = build(Experiment, config())
+  assert e.packed_dit.packing == (1, 2, 4) and e.dit.packing == ()
+  assert e.last_stage == "framepack" and e.teacher_latent.frames == 9 and e.latent.frames == 45
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"data__frames": 46, "history__block": 2}, "a clip of 46 latent frames is not"),
+    ({"history__block": 5}, "makes 9 frames a section: set history.block = 9, not 5"),
+    ({"sample__order": "inverted"}, "'inverted': the model is trained for framepack.orders = "),
+    ({"sample__order": "sideways"}, "order = 'sideways': expected one of vanilla, both_ends"),
+    ({"framepack__packing": "td_f16k3_g9"}, "schedule 'td_f16k3_g9': 'f16k3'"),
+    ({"teacher__frames": 46}, "teacher.frames = 46: clips have 45 latent frames"),
+    ({"framepack": None}, "teacher.frames: the teacher of a causal student is trained on whole"),
+  ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    build(Experiment, config(**changes))
+
+
+@pytest.fixture
+def chain(tmp_path_factory):
+  return tiny_run.chain(tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.slow
+def test_smoke_goes_through_every_stage_and_command(chain, tmp_path):
+  """Resumed after each stage as it is: a second call trains nothing and makes the same videos."""
+  workdir = tmp_path / "framepack"
+  train = ("-m", "hiar_jax.train", "--config=experiments/shapes_framepack.py:smoke")
+  done = chain.python(*train, f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  assert [record["stage"] for record in tiny_run.log(workdir)][-1] == "framepack"
+  assert {path.name for path in workdir.iterdir()} >= {"teacher", "framepack", "sample"}
+  assert not (workdir / "distill").exists() and not (workdir / "trajectories").exists()
+  kept = lambda: {k: v for k, v in tiny_run.files(workdir).items() if k != "config.json"}
+  before = kept()
+  done = chain.python(*train, f"--workdir={workdir}")
+  assert done.returncode == 0 and kept() == before
+
+  def command(name, *options):
+    return chain.python("-m", f"hiar_jax.{name}", f"--workdir={workdir}", *options)
+
+  prompt = "--prompt=a red circle moving left"
+  for name in "ab":
+    done = command("generate", prompt, "--frames=27", "--seed=3", f"--out={tmp_path}/{name}.mp4")
+    assert done.returncode == 0, done.stderr
+  first, second = (read_mp4(tmp_path / f"{name}.mp4")[0] for name in "ab")
+  assert len(first) == 27
+  np.testing.assert_array_equal(first, second)
+  refused = command("generate", prompt, "--stage=distill", f"--out={tmp_path}/c.mp4")
+  assert refused.returncode == 2 and "has no such stage; its last is framepack" in refused.stderr
+  refused = command("stream", prompt, "--frames=9", f"--out={tmp_path}/d.mp4")
+  assert refused.returncode == 2 and "cannot be streamed level by level" in refused.stderr
+  evaluated = chain.python(
+    "-m", "hiar_jax.evaluate", f"--workdirs={workdir}", "--videos=3", f"--out={tmp_path}/table"
+  )
+  assert evaluated.returncode == 0, evaluated.stderr
+  assert "framepack, td_f16k4f2k2f1k1_g9, vanilla" in (tmp_path / "table" / "table.md").read_text()
