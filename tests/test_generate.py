@@ -216,7 +216,7 @@ REFUSED = {
   "frames in words": "--frames=many",
   "a negative seed": "--seed=-1: -1 is not an integer in the range [0, 2147483647]",
   "a huge seed": "--seed=5000000000",
-  "another stage": "--stage=sample: value should be one of <distill|causal_init>",
+  "another stage": "--stage=sample: value should be one of <distill|causal_init|framepack>",
   "a mistyped flag": "Unknown command line flag 'frame'",
   "a bare word": "unexpected argument 'quickly'; flags are written --name=value",
   "below a file": "/a_file/x.mp4: cannot be written",
