@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax.components import chunked_decoder
 from hiar_jax.components.block_decoder import CausalDecoder
+from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.models import vae
@@ -107,7 +107,7 @@ VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res
 def test_a_causal_decoder_remembers():
   """Block by block, and after its memory has been on the disk, the frames of the whole."""
   latents = np.random.default_rng(0).normal(size=(1, 6, 4, 4, 16)).astype(np.float32)
-  stream = chunked_decoder.from_vae(vae.init(VAE, jax.random.key(0)), VAE)
+  stream = WanCodecConfig().decoder(VAE, vae.init(VAE, jax.random.key(0)))
   device = jax.devices()[3]
   decoder, memory, pieces = CausalDecoder(stream, device), None, []
   for start in range(0, 6, 2):
