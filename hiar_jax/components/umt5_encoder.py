@@ -95,6 +95,10 @@ class TextCache:
   dtype: str = "bfloat16"
   length: int = umt5_tokenizer.LENGTH
   batch: int = 4
+  # prompts whose length was checked: epochs repeat them, a warning is printed once
+  _measured: set[str] = dataclasses.field(
+    default_factory=set, init=False, repr=False, compare=False
+  )
   negative_prompt = umt5_tokenizer.NEGATIVE_PROMPT
 
   def __post_init__(self):
@@ -117,8 +121,10 @@ class TextCache:
     self.prepare(prompts)
     return pad([self.rows(prompt) for prompt in prompts], self.length)
 
-  def embed(self, tokens) -> Text:
-    return _float32(tokens)
+  @staticmethod
+  @jax.jit
+  def embed(tokens) -> Text:
+    return tokens.astype(jnp.float32)
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     if "text" in record:  # [l d], stored without its padding
@@ -140,7 +146,15 @@ class TextCache:
     Each is written as soon as it is encoded, so a stopped call loses at most a batch. Prompts that
     are too long are reported on stderr. Raises UserError for a text that is not finite.
     """
-    self._warn_truncated(prompts)
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
+    self._measured.update(new)
+    for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
+      if cut:
+        print(
+          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
+          f"{self.length}; the last {cut} are left out",
+          file=sys.stderr,
+        )
     if not self.missing(prompts):
       return
     with _LOADING:
@@ -209,27 +223,6 @@ class TextCache:
       self._path(prompt),
       save({"text": np.ascontiguousarray(text)}, {"prompt": umt5_tokenizer.clean(prompt)}),
     )
-
-  @functools.cached_property
-  def _measured(self) -> set[str]:
-    """Prompts whose length was checked: epochs repeat them, a warning is printed once."""
-    return set()
-
-  def _warn_truncated(self, prompts: Sequence[str]) -> None:
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
-    self._measured.update(new)
-    for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
-      if cut:
-        print(
-          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
-          f"{self.length}; the last {cut} are left out",
-          file=sys.stderr,
-        )
-
-
-@jax.jit
-def _float32(text) -> jax.Array:
-  return text.astype(jnp.float32)
 
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> text [b l d]
