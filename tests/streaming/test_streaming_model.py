@@ -2,6 +2,8 @@
 saved and gone on with elsewhere.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 from PIL import Image
@@ -11,6 +13,7 @@ from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import vae
 from hiar_jax.streaming import timeline
 from hiar_jax.streaming.compiled_tick import TickOptions
@@ -96,6 +99,17 @@ def test_what_to_show_is_said_once(source):
   for options in ({}, {"prompt": "a", "timeline": timeline.parse("0s: a")}):
     with pytest.raises(UserError, match="give either a prompt"):
       source.open(**options)
+
+
+def test_seconds_of_blocks():
+  e = SimpleNamespace(
+    history=MethodConfig(block=3), codec=WanCodecConfig(), sample=SimpleNamespace(fps=16)
+  )
+  made = StreamingModel(SimpleNamespace(experiment=e))
+  start = made.seconds(given=0)
+  assert [start(block) * 16 for block in range(4)] == [0, 9, 21, 33]
+  after = made.seconds(given=1)  # a picture stands for block 0
+  assert [after(block) * 16 for block in range(1, 4)] == [1, 13, 25]
 
 
 # ------------------------------------------------------------------------------ causal autoencoders
