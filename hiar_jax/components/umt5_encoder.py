@@ -171,7 +171,14 @@ class TextCache:
         text = encode(ids, mask)
         # not strict: the last batch repeats prompts up to its size
         for prompt, row, count in zip(chosen, text, mask.sum(axis=1), strict=False):
-          self._write(prompt, row[:count])
+          row = np.ascontiguousarray(row[:count])
+          if not np.isfinite(row.astype(np.float32)).all():
+            raise UserError(
+              f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the "
+              "encoder's weights"
+            )
+          content = save({"text": row}, {"prompt": umt5_tokenizer.clean(prompt)})
+          write_atomic(self._path(prompt), content)
         bar.update(len(chosen))
 
   def rows(self, prompt: str) -> np.ndarray:
@@ -212,17 +219,6 @@ class TextCache:
   def _path(self, prompt: str) -> pathlib.Path:
     digest = hashlib.sha256(umt5_tokenizer.clean(prompt).encode()).hexdigest()[:32]
     return pathlib.Path(self.directory) / self.identity / f"{digest}.safetensors"
-
-  def _write(self, prompt: str, text: np.ndarray) -> None:
-    if not np.isfinite(text.astype(np.float32)).all():
-      raise UserError(
-        f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the encoder's "
-        "weights"
-      )
-    write_atomic(
-      self._path(prompt),
-      save({"text": np.ascontiguousarray(text)}, {"prompt": umt5_tokenizer.clean(prompt)}),
-    )
 
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> text [b l d]
