@@ -63,13 +63,6 @@ class StreamingModel:
     """Noise levels, 1 first and 0 last."""
     return self.engine.parts.sigmas
 
-  @property
-  def block_frames(self) -> int:
-    """Pixel frames of a block that is not the first."""
-    # the first one has fewer: a causal autoencoder's first latent frame is one frame of pixels
-    k, pixels = self.experiment.history.block, self.experiment.codec.pixel_frames
-    return pixels(2 * k) - pixels(k)
-
   @functools.cached_property
   def engine(self) -> Engine:
     """The engine, shared by all streams."""
