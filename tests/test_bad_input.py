@@ -9,8 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
+from tests.helpers.video_reader import read_mp4
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 from hiar_jax.checkpoints import weights
 from hiar_jax.conversion import catalog
 from hiar_jax.models import dit, umt5, vae
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import published_files, tiny_run, torch_archive
 from tests.helpers.small_tokenizer import save_small_tokenizer
 from tests.helpers.tiny_wan import DIT, UMT5, VAE
+from tests.helpers.video_reader import read_mp4
 
 PAGE = tiny_run.ROOT / "docs" / "wan.md"
 SMALL = f'''

@@ -11,8 +11,8 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips
 from hiar_jax.generation.prompts_file import Job
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
+from tests.helpers.video_reader import read_mp4
 
 PROMPTS = ["a red circle moving left", "a purple zebra moving up", "a red circle moving left"]
 LONG = "a red circle moving left and " * 40

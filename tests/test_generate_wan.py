@@ -12,11 +12,12 @@ from hiar_jax.components.umt5_tokenizer import clean
 from hiar_jax.models import vae
 from hiar_jax.video import conditioning_files
 from hiar_jax.video.frames import to_float, to_uint8
-from hiar_jax.video.mp4 import read_metadata, read_mp4
+from hiar_jax.video.mp4 import read_metadata
 from tests.helpers import tiny_run, tiny_wan
 from tests.helpers.compiling import quick_jit
 from tests.helpers.small_tokenizer import small_tokenizer
 from tests.helpers.tiny_wan import VAE, save_weights
+from tests.helpers.video_reader import read_mp4
 
 
 @pytest.fixture(scope="module")

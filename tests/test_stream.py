@@ -21,8 +21,9 @@ from hiar_jax import serve
 from hiar_jax.streaming import timeline
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.video import fragmented_mp4
-from hiar_jax.video.mp4 import read_metadata, read_mp4
+from hiar_jax.video.mp4 import read_metadata
 from tests.helpers import tiny_run
+from tests.helpers.video_reader import read_mp4
 
 PROMPT = "a red circle moving left"
 DAY = "0s: a red circle moving left, 1s: a blue square moving up"

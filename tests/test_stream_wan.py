@@ -13,7 +13,6 @@ import pytest
 
 import hiar_jax
 from hiar_jax.components.block_decoder import CausalDecoder
-from hiar_jax.components.interfaces import decode_pixels
 from hiar_jax.generation import video_model
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
@@ -71,10 +70,8 @@ def generated(model, blocks, start=None):
   model.prepare_texts([PROMPT])
   given = [] if start is None else [start]
   make = model.sampler(blocks * model.experiment.history.block)
-  return decode_pixels(
-    model.run.autoencoder,
-    np.asarray(make(model.params(), model.run.texts([PROMPT]), np.asarray([SEED]), *given)),
-  )[0]
+  latents = make(model.params(), model.run.texts([PROMPT]), np.asarray([SEED]), *given)
+  return model.run.pixels(np.asarray(latents))[0]
 
 
 @pytest.fixture(scope="module")

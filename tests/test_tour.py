@@ -7,9 +7,9 @@ from PIL import Image
 import pytest
 
 from hiar_jax import context
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 from tests.helpers.untrained import compiles_quickly, saved_run  # noqa: F401
+from tests.helpers.video_reader import read_mp4
 
 PAGE = tiny_run.ROOT / "docs" / "tour.md"
 

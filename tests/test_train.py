@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from hiar_jax.data import tfds_builder
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 from tests.helpers.disk_page import differences
 from tests.helpers.tiny_run import assert_same_run, files, log
+from tests.helpers.video_reader import read_mp4
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from hiar_jax.models import dit, umt5
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.training import pretrained, stages
 from hiar_jax.training.run import Run, open_run, read_config
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
 from tests.helpers.tiny_wan import DIT, random_like, save_weights
+from tests.helpers.video_reader import read_mp4
 
 # The 14B model's part is played by a network of another size than the student's.
 TEACHER = dit.DiTConfig(dim=48, ffn_dim=32, num_heads=2, num_layers=3, freq_dim=16, text_dim=16)

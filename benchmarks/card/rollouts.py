@@ -12,7 +12,6 @@ from hiar_jax.method import Method
 from hiar_jax.models.frames import bind
 from hiar_jax.rollout import tick
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.pipeline import Entering
 from hiar_jax.rollout.sample import make_sampler
 
 ROWS = {  # hiar_jax.method's table
@@ -39,8 +38,7 @@ def programs(sizes: Sizes) -> list[Program]:
 
   def ticks(config, method, params, text, state):
     noise = block_noise(state.key, state.seed, shape.block(method.block))
-    entering = Entering(text, jnp.zeros((), bool))
-    return tick.tick(bind(config, params, text), noise, state, entering)
+    return tick.tick(bind(config, params, text), noise, state, text, jnp.zeros((), bool))
 
   def state(method):
     seed = jnp.zeros(1, jnp.int32)

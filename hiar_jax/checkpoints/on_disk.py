@@ -26,7 +26,7 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
       Read by tfds_builder.open_source.
     data/codec.npz
       The autoencoder fitted on the data, where it is not Wan's. components.patch_pca.save; atomic;
-      CRC-32 of the ZIP format. Read by patch_pca.load.
+      CRC-32 of the ZIP format. Read by PatchPCAConfig.open.
     data/words.json
       JSON: the words that a prompt may hold, in the order of their ids.
       components.word_table.WordTableConfig.fit; atomic; no checksum. Read by its open. Runs from

@@ -16,8 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
 from hiar_jax.errors import at_least
-from hiar_jax.models import taehv, vae, vae_tiling
-from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import replicated
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.types import Params, PyTree
@@ -111,31 +109,6 @@ class ChunkedDecoder:
   def _replicated(self) -> Callable[[Mesh], Params]:
     # one copy a mesh, not one a piece; widths that other device counts divide have other meshes
     return functools.cache(lambda mesh: jax.device_put(self.params, replicated(mesh)))
-
-
-def from_vae(
-  params: Params, config: vae.VAEConfig, chunk: int = 1, tiling: Tiling | None = None
-) -> ChunkedDecoder:
-  """The decoder of Wan2.1's VAE; with a tiling, tile after tile on one device to save memory."""
-  if tiling is None:
-    return ChunkedDecoder(
-      lambda params, latents, cache: vae.decode_chunk(params, latents, cache, config), params, chunk
-    )
-  return ChunkedDecoder(
-    lambda params, latents, cache: vae_tiling.decode_chunk(params, latents, cache, config, tiling),
-    params,
-    chunk,
-    splits=False,
-  )
-
-
-def from_taehv(params: Params, config: taehv.TinyVAEConfig, chunk: int = 1) -> ChunkedDecoder:
-  """The decoder of TAEHV, the tiny autoencoder."""
-  return ChunkedDecoder(
-    lambda params, latents, cache: taehv.decode_chunk(params, latents, cache, config),
-    params,
-    chunk,
-  )
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:

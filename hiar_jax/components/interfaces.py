@@ -170,8 +170,3 @@ class AutoencoderConfig:
     nothing.
     """
     return None
-
-
-def decode_pixels(autoencoder: Autoencoder, latents) -> np.ndarray:
-  """Decodes latents [b f h w c] into one array uint8 [b F H W 3]."""
-  return np.concatenate(list(autoencoder.pieces(latents)), axis=1)

@@ -62,7 +62,12 @@ class PatchPCAConfig(AutoencoderConfig):
       save(directory / FILE, fit(to_float(given[: max(1, FIT_NUMBERS // given[0].size)]), self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
-    return load(directory / FILE)
+    path = directory / FILE
+    if not path.exists():
+      raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
+    with np.load(path) as stored:
+      arrays = {name: stored[name] for name in stored.files}
+    return PatchPCA(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
 
 
 @flax.struct.dataclass
@@ -148,12 +153,3 @@ def save(path: pathlib.Path, codec: PatchPCA) -> None:
   buffer = io.BytesIO()
   np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
   write_atomic(path, buffer.getvalue())
-
-
-def load(path: pathlib.Path) -> PatchPCA:
-  """Reads what `save` wrote. Raises UserError where the file is missing."""
-  if not path.exists():
-    raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
-  with np.load(path) as stored:
-    arrays = {name: stored[name] for name in stored.files}
-  return PatchPCA(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))

@@ -95,6 +95,10 @@ class TextCache:
   dtype: str = "bfloat16"
   length: int = umt5_tokenizer.LENGTH
   batch: int = 4
+  # prompts whose length was checked: epochs repeat them, a warning is printed once
+  _measured: set[str] = dataclasses.field(
+    default_factory=set, init=False, repr=False, compare=False
+  )
   negative_prompt = umt5_tokenizer.NEGATIVE_PROMPT
 
   def __post_init__(self):
@@ -117,8 +121,10 @@ class TextCache:
     self.prepare(prompts)
     return pad([self.rows(prompt) for prompt in prompts], self.length)
 
-  def embed(self, tokens) -> Text:
-    return _float32(tokens)
+  @staticmethod
+  @jax.jit
+  def embed(tokens) -> Text:
+    return tokens.astype(jnp.float32)
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     if "text" in record:  # [l d], stored without its padding
@@ -140,7 +146,15 @@ class TextCache:
     Each is written as soon as it is encoded, so a stopped call loses at most a batch. Prompts that
     are too long are reported on stderr. Raises UserError for a text that is not finite.
     """
-    self._warn_truncated(prompts)
+    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
+    self._measured.update(new)
+    for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
+      if cut:
+        print(
+          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
+          f"{self.length}; the last {cut} are left out",
+          file=sys.stderr,
+        )
     if not self.missing(prompts):
       return
     with _LOADING:
@@ -157,7 +171,14 @@ class TextCache:
         text = encode(ids, mask)
         # not strict: the last batch repeats prompts up to its size
         for prompt, row, count in zip(chosen, text, mask.sum(axis=1), strict=False):
-          self._write(prompt, row[:count])
+          row = np.ascontiguousarray(row[:count])
+          if not np.isfinite(row.astype(np.float32)).all():
+            raise UserError(
+              f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the "
+              "encoder's weights"
+            )
+          content = save({"text": row}, {"prompt": umt5_tokenizer.clean(prompt)})
+          write_atomic(self._path(prompt), content)
         bar.update(len(chosen))
 
   def rows(self, prompt: str) -> np.ndarray:
@@ -198,38 +219,6 @@ class TextCache:
   def _path(self, prompt: str) -> pathlib.Path:
     digest = hashlib.sha256(umt5_tokenizer.clean(prompt).encode()).hexdigest()[:32]
     return pathlib.Path(self.directory) / self.identity / f"{digest}.safetensors"
-
-  def _write(self, prompt: str, text: np.ndarray) -> None:
-    if not np.isfinite(text.astype(np.float32)).all():
-      raise UserError(
-        f"the text of prompt {prompt[:60]!r} is not finite in {self.dtype}; check the encoder's "
-        "weights"
-      )
-    write_atomic(
-      self._path(prompt),
-      save({"text": np.ascontiguousarray(text)}, {"prompt": umt5_tokenizer.clean(prompt)}),
-    )
-
-  @functools.cached_property
-  def _measured(self) -> set[str]:
-    """Prompts whose length was checked: epochs repeat them, a warning is printed once."""
-    return set()
-
-  def _warn_truncated(self, prompts: Sequence[str]) -> None:
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
-    self._measured.update(new)
-    for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
-      if cut:
-        print(
-          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
-          f"{self.length}; the last {cut} are left out",
-          file=sys.stderr,
-        )
-
-
-@jax.jit
-def _float32(text) -> jax.Array:
-  return text.astype(jnp.float32)
 
 
 Encode = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids, mask [b l] -> text [b l d]

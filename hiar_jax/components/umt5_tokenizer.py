@@ -88,7 +88,15 @@ class Tokenizer:
     Raises:
       UserError: a prompt that is not valid Unicode text.
     """
-    texts = [clean(_valid_unicode(prompt)) for prompt in prompts]
+    for prompt in prompts:
+      try:
+        prompt.encode()
+      except UnicodeEncodeError as error:
+        # bytes of a command line that are not UTF-8 arrive as lone surrogates
+        raise UserError(
+          f"prompt {prompt[:60]!r} is not valid text ({error.reason}); write it in UTF-8"
+        ) from error
+    texts = [clean(prompt) for prompt in prompts]
     encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
     ids = np.full((len(encoded), self.length), self._pad, np.int32)
     mask = np.zeros_like(ids)
@@ -121,14 +129,3 @@ def find(path: str | os.PathLike) -> pathlib.Path:
         f"{_PUBLISHED}, copy it there"
       )
   raise UserError(f"{path} holds no {FILE}; {_PUBLISHED}")
-
-
-def _valid_unicode(prompt: str) -> str:
-  try:
-    prompt.encode()
-  except UnicodeEncodeError as error:
-    # bytes of a command line that are not UTF-8 arrive as lone surrogates
-    raise UserError(
-      f"prompt {prompt[:60]!r} is not valid text ({error.reason}); write it in UTF-8"
-    ) from error
-  return prompt

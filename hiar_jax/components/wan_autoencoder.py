@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.checkpoints import weights
-from hiar_jax.components import chunked_decoder, patch_pca
+from hiar_jax.components import patch_pca
 from hiar_jax.components.block_decoder import CausalDecoder
+from hiar_jax.components.chunked_decoder import ChunkedDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig, NetworkSizes
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.models import taehv, vae, vae_tiling
@@ -83,16 +84,18 @@ class WanCodecConfig(AutoencoderConfig):
   def networks(self) -> NetworkSizes:
     return {"tiny VAE" if self.tiny else "VAE": (self.abstract_decoder().params, "float32")}
 
-  def abstract_decoder(self) -> chunked_decoder.ChunkedDecoder:
+  def abstract_decoder(self) -> ChunkedDecoder:
     module, published = (taehv, taehv.TinyVAEConfig()) if self.tiny else (vae, vae.VAEConfig())
     config = weights.read_config(self.weights, self.label, published)
     return self.decoder(config, module.abstract_params(config))
 
-  def decoder(self, config, params) -> chunked_decoder.ChunkedDecoder:
+  def decoder(self, config, params) -> ChunkedDecoder:
     """Returns the decoder of a network of this kind with its weights, on one device."""
-    if self.tiny:
-      return chunked_decoder.from_taehv(params, config)
-    return chunked_decoder.from_vae(params, config, tiling=self.tiling)
+    if self.tiling:
+      decode = functools.partial(vae_tiling.decode_chunk, config=config, tiling=self.tiling)
+    else:
+      decode = functools.partial((taehv if self.tiny else vae).decode_chunk, config=config)
+    return ChunkedDecoder(decode, params, splits=self.tiling is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +116,12 @@ class WanAutoencoder:
     return taehv if self.config.tiny else vae, config, params
 
   @functools.cached_property
-  def stream(self) -> chunked_decoder.ChunkedDecoder:
+  def stream(self) -> ChunkedDecoder:
     """The decoder on one device."""
     return self.config.decoder(*self.network[1:])
 
   @functools.cached_property
-  def _wide_stream(self) -> chunked_decoder.ChunkedDecoder:
+  def _wide_stream(self) -> ChunkedDecoder:
     """The decoder with the width of a frame sharded over this host's devices."""
     return dataclasses.replace(self.stream, devices=tuple(jax.local_devices()))
 

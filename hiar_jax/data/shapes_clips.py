@@ -17,7 +17,8 @@ def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -
   rng = np.random.default_rng((seed, index))
   # The order of the draws is part of the data set: scene, then start.
   scene = shapes_world.sample_scene(rng, world, split)
-  start = shapes_world.sample_start(rng, world)
+  later = rng.random() < world.later
+  start = world.frames * int(rng.integers(1, shapes_world.VIDEO_CLIPS)) if later else 0
   states = shapes_world.simulate(scene, world.frames, start)
   background = shapes_world.background_image(scene.background, world)
   return {

@@ -71,12 +71,3 @@ def draw(images: np.ndarray, screen: tuple[int, int] | None) -> np.ndarray:
   covered = np.array(images)
   covered[..., low:high, low:high, :] = GREY
   return covered
-
-
-def open_pixels(size: int, screen: tuple[int, int] | None) -> np.ndarray:
-  """Returns 1 for every pixel that no screen covers, else 0: float32 [size, size]."""
-  mask = np.ones((size, size), np.float32)
-  if screen is not None:
-    low, high = screen
-    mask[low:high, low:high] = 0
-  return mask

@@ -316,11 +316,6 @@ def _draw_passage(rng: np.random.Generator, config: WorldConfig, split: str) -> 
   return Scene((drawn,), "plain", config.size, config.screen)
 
 
-def sample_start(rng: np.random.Generator, config: WorldConfig) -> int:
-  """Draws the frame of its video at which a clip begins: 0, or a multiple of the clip length."""
-  return config.frames * int(rng.integers(1, VIDEO_CLIPS)) if rng.random() < config.later else 0
-
-
 def simulate(scene: Scene, frames: int, start: int = 0) -> States:
   """Returns the state of `frames` frames from frame `start` on.
 

@@ -13,7 +13,7 @@ import dataclasses
 
 import numpy as np
 
-from hiar_jax.data.shapes_world import COLOURS, WorldConfig
+from hiar_jax.data.shapes_world import COLOURS
 
 LEAST_FRAMES = 3  # in sight on one side; fewer are taken for errors of the fit
 
@@ -94,12 +94,6 @@ def summarise(passages: Sequence[Passage], hidden: int) -> dict:
       for p in passages
     ],
   }
-
-
-def measure(colour: np.ndarray, xy: np.ndarray, seen: np.ndarray, world: WorldConfig) -> dict:
-  """Returns `summarise` of n videos of a world with a screen: colour, seen [n, f], xy [n, f, 2]."""
-  passages = [find_passage(*video, world.size) for video in zip(colour, xy, seen, strict=True)]
-  return summarise(passages, world.hidden)
 
 
 def _shares(colours: list[int]) -> np.ndarray:

@@ -27,7 +27,11 @@ def backgrounds(config: WorldConfig) -> np.ndarray:
 
 def in_sight(config: WorldConfig) -> np.ndarray:
   """Returns 0 for pixels that the screen covers, 1 for the others: float32 [P]."""
-  return shapes_screen.open_pixels(config.size, config.screen).ravel()
+  mask = np.ones((config.size, config.size), np.float32)
+  if config.screen is not None:
+    low, high = config.screen
+    mask[low:high, low:high] = 0
+  return mask.ravel()
 
 
 def unit(videos, config: WorldConfig) -> np.ndarray:

@@ -98,8 +98,11 @@ def measure(
   result["drift"] = drift.measure(videos)
   if world.hidden:
     seen = (track.visible >= HIDDEN) & (track.relative <= UNRECOGNISABLE)
-    passed = (array[:, :, 0] for array in (track.colour, track.xy, seen))  # of the only shape
-    result["passage"] = shapes_passage.measure(*passed, world)
+    only = (array[:, :, 0] for array in (track.colour, track.xy, seen))  # of the only shape
+    passages = [
+      shapes_passage.find_passage(*video, world.size) for video in zip(*only, strict=True)
+    ]
+    result["passage"] = shapes_passage.summarise(passages, world.hidden)
   result["prompts"] = []
   for i, prompt in enumerate(prompts):
     own = _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])

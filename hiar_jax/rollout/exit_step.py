@@ -23,7 +23,7 @@ from jaxtyping import Float
 from hiar_jax import flow
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
-from hiar_jax.models.frames import KV, Bound, Frames, Out, Read
+from hiar_jax.models.frames import KV, Bound, Frames, Read
 from hiar_jax.rollout import block_first, step_first
 from hiar_jax.rollout.blocks import (
   Noise,
@@ -104,11 +104,8 @@ def teacher_forcing(
   # a block sees itself noisy, never its own context
   shown = {m: Read(past=m) for m in range(len(kept))}
   groups = block_groups(noisy, sigma, method, [shown] * (len(kept) + 1))
-  return _x0(bound(groups, kept), noisy, sigma)
-
-
-def _x0(out: Out, x: Video, sigma) -> Video:
-  return flow.x0_from_velocity(x, jnp.concatenate(out.velocity, axis=1), sigma)
+  v = jnp.concatenate(bound(groups, kept).velocity, axis=1)
+  return flow.x0_from_velocity(noisy, v, sigma)
 
 
 def _free_rollout(
@@ -175,4 +172,5 @@ def block_causal(
     # others there and only itself with gradient.
     kept = jax.lax.stop_gradient((*kept, *bound(within, kept).kv))
     within = groups(lambda m: Read(past=first + m))
-  return _x0(bound(within, kept), x, sigma)
+  v = jnp.concatenate(bound(within, kept).velocity, axis=1)
+  return flow.x0_from_velocity(x, v, sigma)

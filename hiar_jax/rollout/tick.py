@@ -37,7 +37,7 @@ from hiar_jax.rollout.blocks import (
 from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
-from hiar_jax.rollout.pipeline import Entering, PipelineState
+from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import Block, Key, LatentShape, Positions, PyTree, Text, Video
 
 
@@ -97,14 +97,18 @@ def prefill(bound: Bound, state: PipelineState, given: Video, texts: jax.Array) 
 
 
 def tick(
-  bound: Bound, noise: Noise, state: PipelineState, entering: Entering
+  bound: Bound, noise: Noise, state: PipelineState, text: Text, recache: jax.Array | bool
 ) -> tuple[PipelineState, Block]:
   """Runs one forward of every level; returns the state and the block that left the last level.
 
   A block of pure noise enters. The block that leaves is number `state.block - (s - 1)`, and without
-  meaning while that is less than `state.first`. bound: its own texts are not heard.
+  meaning while that is less than `state.first`. bound: its own texts are not heard. text: of the
+  block that enters; recache: see PipelineState.
   """
-  state = state.entered(entering)
+  slot = state.block % state.texts.shape[0]
+  state = state.replace(
+    texts=state.texts.at[slot].set(text), recache=state.recache.at[slot].set(recache)
+  )
   method, level = state.past.method, jnp.arange(state.levels)
   # level [s] against latents [s b k h w c]: noise at level 0, elsewhere what the last tick left
   noisy = jnp.where(

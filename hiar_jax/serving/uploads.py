@@ -32,12 +32,17 @@ def read(source: StreamingModel, name: str, content: bytes) -> tuple[Conditionin
   """
   # the last part of a path of either system; it goes into messages and metadata, never into a path
   name = pathlib.PurePath(name.replace("\\", "/")).name[-MAX_NAME:] or "the start"
-  kind = kind_of(name, content)
+  # bytes 8-12: RIFF is the container of WebP, but of AVI and WAV too; 4-8: MP4 and MOV
+  if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
+    kind, check = "image", check_picture
+  elif content.startswith(MATROSKA) or content[4:8] == b"ftyp":
+    kind, check = "video", check_video
+  else:
+    raise UserError(f"{name} is neither a picture nor a video that can be read here; {TAKEN}")
   with tempfile.TemporaryDirectory(prefix="hiar_jax_start_") as directory:
     path = pathlib.Path(directory) / "start"
     path.write_bytes(content)
     try:
-      check = check_picture if kind == "image" else check_video
       check(name, path)
       frames, message = source.read_start(path, kind, name)
     except UserError as error:
@@ -45,16 +50,6 @@ def read(source: StreamingModel, name: str, content: bytes) -> tuple[Conditionin
   if message.startswith(path.name):  # the temporary file's name means nothing to the viewer
     message = message.replace(path.name, name, 1)
   return frames, message
-
-
-def kind_of(name: str, content: bytes) -> str:
-  """Returns "image" or "video" by the first bytes. Raises UserError for any other format."""
-  # bytes 8-12: RIFF is the container of WebP, but of AVI and WAV too; 4-8: MP4 and MOV
-  if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
-    return "image"
-  if content.startswith(MATROSKA) or content[4:8] == b"ftyp":
-    return "video"
-  raise UserError(f"{name} is neither a picture nor a video that can be read here; {TAKEN}")
 
 
 def check_picture(name: str, path: pathlib.Path) -> None:

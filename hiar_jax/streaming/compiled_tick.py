@@ -19,7 +19,7 @@ from hiar_jax.parallel.mesh import replicated
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.rollout import tick as ticks
 from hiar_jax.rollout.noise import block_noise
-from hiar_jax.rollout.pipeline import Entering, PipelineState, check_method
+from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.types import Block, Key, LatentShape, Params
@@ -105,7 +105,13 @@ class Engine:
         "latent frames, as window=21"
       )
     self.method: Method = row.at(self.parts.sigmas, options.sink_positions)
-    check_method(self.method)
+    if self.method.order != "step_first":  # the levels of the others cannot work at once
+      raise UserError(
+        f"history.order = {self.method.order!r} cannot be streamed level by level: a block "
+        "starts only when the one before it is done, "
+        "so there is never more than one to work on; generate whole videos with it (python -m "
+        "hiar_jax.generate), or use a step_first model"
+      )
     levels, config, height = self.method.levels, self.parts.config, self.parts.size[0]
     devices = list(jax.devices() if devices is None else devices)
     self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
@@ -164,7 +170,7 @@ class CompiledPipeline:
 
     def tick(params, pipe, text, recache):
       bound = self.bound(params, text)
-      return ticks.tick(bound, self.noise(pipe), pipe, Entering(text, recache))
+      return ticks.tick(bound, self.noise(pipe), pipe, text, recache)
 
     def recache(params, pipe, text, due):
       return ticks.recache(self.bound(params, text), pipe, text, due)

@@ -33,16 +33,12 @@ class Layout:
 
   def check(self, levels: int, network: Network, height: int) -> None:
     """Raises UserError where an axis does not divide what it splits. height: of the latents."""
-    for name, size, whole, what in self._misfits(levels, network, height):
+    for name, size, whole, what in self.misfits(levels, network, height):
       *others, last = [str(d) for d in range(1, whole + 1) if whole % d == 0]
       possible = f"{', '.join(others)} or {last}" if others else last
       raise UserError(f"{name} = {size} does not divide {what}; {name} can be {possible}")
 
-  def fits(self, levels: int, network: Network, height: int) -> bool:
-    """Returns True where `check` raises nothing."""
-    return not any(self._misfits(levels, network, height))
-
-  def _misfits(self, levels: int, network: Network, height: int) -> Iterator[tuple]:
+  def misfits(self, levels: int, network: Network, height: int) -> Iterator[tuple]:
     """Yields (axes, their size, the number that it should divide, the number's name)."""
     splits = network.splits(height)
     named = {axis for axes in splits for axis in axes}
@@ -83,5 +79,5 @@ def widest(count: int, levels: int, network: Network, height: int) -> Layout:
   for axis in AXES:
     sizes = range(1, count // layout.devices + 1)
     wider = [dataclasses.replace(layout, **{axis: n}) for n in sizes]
-    layout = [one for one in wider if one.fits(levels, network, height)][-1]
+    layout = [one for one in wider if not any(one.misfits(levels, network, height))][-1]
   return layout

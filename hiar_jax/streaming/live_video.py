@@ -59,7 +59,18 @@ class LiveVideo:
     """
     self.engine = model if isinstance(model, Engine) else Engine(model, options or TickOptions())
     if start is not None:
-      _check_start(start, self.engine)
+      block = self.engine.method.block
+      frame = (*self.engine.parts.size, self.engine.parts.config.channels)  # [h w c]
+      if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
+        raise UserError(
+          f"a start of shape {list(start.shape)}: expected latents [1, frames, "
+          f"{', '.join(map(str, frame))}]"
+        )
+      if start.shape[1] != 1 and (start.shape[1] < 1 or start.shape[1] % block):
+        raise UserError(
+          f"a start of {start.shape[1]} latent frames: expected one (a picture), or whole blocks "
+          f"of {block}"
+        )
     self.seed = seed
     self.prompt = prompt
     self.given_frames = 0 if start is None else start.shape[1]
@@ -242,21 +253,3 @@ class LiveVideo:
       latents = np.split(np.asarray(arrays["head"]), len(head), axis=1)
       self._head = list(zip(latents, head, strict=True))
     return self
-
-
-def _check_start(start: np.ndarray, engine: Engine) -> None:
-  """Raises UserError for a start that is not [1 f h w c] of the model's size, or whose f is neither
-  1 nor whole blocks.
-  """
-  block = engine.method.block
-  frame = (*engine.parts.size, engine.parts.config.channels)  # [h w c]
-  if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
-    raise UserError(
-      f"a start of shape {list(start.shape)}: expected latents [1, frames, "
-      f"{', '.join(map(str, frame))}]"
-    )
-  if start.shape[1] != 1 and (start.shape[1] < 1 or start.shape[1] % block):
-    raise UserError(
-      f"a start of {start.shape[1]} latent frames: expected one (a picture), or whole blocks of "
-      f"{block}"
-    )

@@ -11,7 +11,7 @@ A caller that takes nothing holds both threads up. Closing the stream, or droppi
 reference to it, ends them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 import json
 import os
@@ -220,20 +220,3 @@ class Stream:
 
   def __exit__(self, *exc) -> None:
     self.close()
-
-
-def block_seconds(
-  first: int, given: int, block: int, pixel_frames: Callable[[int], int], fps: float
-) -> Callable[[int], float]:
-  """Returns a function block number -> second at which it starts.
-
-  first: number of the first new block, after `given` latent frames. block: latent frames of one.
-  pixel_frames: latent frames of a video -> frames.
-  """
-
-  def start(number: int) -> float:
-    before = max(0, given + (number - first) * block)
-    # pixel_frames(0) need not be 0: a Wan video of n latent frames has 4 n - 3
-    return pixel_frames(before) / fps if before else 0.0
-
-  return start

@@ -1,5 +1,6 @@
 """A model that is ready to stream: weights and compiled programs, shared by all of its streams."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import os
@@ -16,7 +17,7 @@ from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.live_video import LiveVideo
-from hiar_jax.streaming.producer import Stream, block_seconds
+from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.timeline import Timeline
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import lengths
@@ -61,13 +62,6 @@ class StreamingModel:
   def sigmas(self) -> tuple[float, ...]:
     """Noise levels, 1 first and 0 last."""
     return self.engine.parts.sigmas
-
-  @property
-  def block_frames(self) -> int:
-    """Pixel frames of a block that is not the first."""
-    # the first one has fewer: a causal autoencoder's first latent frame is one frame of pixels
-    k, pixels = self.experiment.history.block, self.experiment.codec.pixel_frames
-    return pixels(2 * k) - pixels(k)
 
   @functools.cached_property
   def engine(self) -> Engine:
@@ -122,7 +116,13 @@ class StreamingModel:
         'give either a prompt, as "a red circle moving left", or a timeline, as "0s: a red '
         'circle, 10s: a blue square"'
       )
-    given = self._given(start)
+    given = None
+    if start is not None:
+      pixels, message = start.read(self.experiment)
+      if message:
+        print(message, file=sys.stderr)
+      latents = np.asarray(self.model.run.autoencoder.latents(pixels[None]))
+      given = latents[:, : latent_frames(pixels, self.experiment)]  # [1 f h w c]
     before = 0 if given is None else given.shape[1]
     changes = timeline.changes(self.seconds(before)) if timeline else []
     first = changes.pop(0).prompt if changes else prompt
@@ -177,10 +177,17 @@ class StreamingModel:
       )
     return stream
 
-  def seconds(self, given: int):
+  def seconds(self, given: int) -> Callable[[int], float]:
     """Returns a function block -> second at which it starts, after `given` latent frames."""
-    e, k = self.experiment, self.experiment.history.block
-    return block_seconds(-(-given // k), given, k, e.codec.pixel_frames, self.fps)
+    k, pixel_frames = self.experiment.history.block, self.experiment.codec.pixel_frames
+    first = -(-given // k)  # the first new block
+
+    def start(block: int) -> float:
+      before = max(0, given + (block - first) * k)
+      # pixel_frames(0) need not be 0: a Wan video of n latent frames has 4 n - 3
+      return pixel_frames(before) / self.fps if before else 0.0
+
+    return start
 
   def provenance(
     self, prompt: str, seed: int, start: Conditioning | ConditioningFrames | None = None
@@ -197,16 +204,6 @@ class StreamingModel:
       "weights" if self.model.weights else "workdir": self.model.name,
       "hiar_jax": __version__,
     }
-
-  def _given(self, start: Conditioning | ConditioningFrames | None) -> np.ndarray | None:
-    """Returns the latents [1 f h w c] of a start, and prints what was done to its frames."""
-    if start is None:
-      return None
-    pixels, message = start.read(self.experiment)
-    if message:
-      print(message, file=sys.stderr)
-    latents = np.asarray(self.model.run.autoencoder.latents(pixels[None]))
-    return latents[:, : latent_frames(pixels, self.experiment)]
 
   def _blocks(self, frames: int | None, given: int) -> int | None:
     """Returns the blocks that fill `frames` pixel frames after `given` latent frames."""

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.components.interfaces import Autoencoder, TextEncoder, decode_pixels
+from hiar_jax.components.interfaces import Autoencoder, TextEncoder
 from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import (
@@ -158,7 +158,7 @@ class Run:
 
   def pixels(self, latents) -> np.ndarray:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
-    return decode_pixels(self.autoencoder, latents)
+    return np.concatenate(list(self.autoencoder.pieces(latents)), axis=1)
 
   def sampler(self, frames: int, method: MethodConfig | None = None):
     """Returns the sampler of the trained model, jitted, for videos of `frames` latent frames: the

@@ -10,11 +10,6 @@ from hiar_jax.errors import UserError
 Frames = Callable[[int], int]  # latent frames -> pixel frames
 
 
-def wan_pixel_frames(latent: int) -> int:
-  """F = 1 + 4 (f - 1), Wan2.1's VAE (arXiv 2503.20314, section 4.1)."""
-  return 1 + 4 * (latent - 1)
-
-
 def check_sides(height: int, width: int, multiple: int = 16) -> None:
   """Raises UserError, with the nearest size, unless both sides are positive multiples.
 
@@ -36,7 +31,7 @@ def check_sides(height: int, width: int, multiple: int = 16) -> None:
 def fit_blocks(
   frames: int,
   block: int,
-  pixel_frames: Frames = wan_pixel_frames,
+  pixel_frames: Frames,
   *,
   given: int = 0,
   strict: bool = False,
@@ -84,9 +79,7 @@ def fit_blocks(
   return blocks * block, f"{message}: making {above}"
 
 
-def crop_to_blocks(
-  frames: int, block: int, pixel_frames: Frames = wan_pixel_frames
-) -> tuple[int, int]:
+def crop_to_blocks(frames: int, block: int, pixel_frames: Frames) -> tuple[int, int]:
   """Returns (pixel frames, latent frames) of the most whole blocks in `frames` pixel frames.
 
   (0, 0) where they are less than one block.

@@ -33,7 +33,7 @@ def write_mp4(
 
   frames: an array, or an iterable of pieces of one video, which are encoded one by one and need not
     be in memory together; where it raises, no file is left.
-  metadata: shown by `read_mp4` and `ffprobe -show_format`.
+  metadata: shown by `read_metadata` and `ffprobe -show_format`.
   scale: integer enlargement with nearest neighbour, for small videos.
   crf: x264's quality, 0 (best) .. 51.
 
@@ -74,48 +74,20 @@ def write_mp4(
   return path
 
 
-def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
-  """Decodes the first video stream: (frames uint8 [f H W 3], frames per second, metadata).
-
-  scale: undoes that of `write_mp4` by the mean of each scale x scale square. Metadata is {} in a
-  file without a JSON comment. Raises UserError for a file that is missing, damaged or without
-  video.
-  """
-  try:
-    with av.open(str(path)) as container:
-      stream = container.streams.video[0]
-      frames = []
-      for frame in container.decode(stream):
-        # swscale would guess BT.601 for a stream tagged BT.709 and shift the colours
-        source = "ITU709" if frame.colorspace == BT709 else None
-        frames.append(frame.reformat(format="rgb24", src_colorspace=source).to_ndarray())
-      fps = float(stream.average_rate or 0)
-      comment = container.metadata.get("comment", "")
-  except FileNotFoundError:
-    raise UserError(f"{path}: no such video file") from None
-  except (av.error.FFmpegError, IndexError) as error:
-    raise UserError(f"{path}: not a readable video ({error}); write it again") from None
-  if not frames:
-    raise UserError(f"{path}: the video holds no frames; write it again")
-  frames = np.stack(frames)
-  if scale > 1:
-    f, height, width, _ = frames.shape
-    h, w = height // scale, width // scale
-    # the padding of odd sides is less than a square, and is dropped
-    squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
-    frames = np.rint(squares.mean((2, 4))).astype(np.uint8)
-  return frames, fps, _json_object(comment)
-
-
 def read_metadata(path) -> dict | None:
   """Reads the metadata alone: {} for a file without a JSON comment, None for no video file."""
   try:
     with av.open(str(path)) as container:
-      return (
-        _json_object(container.metadata.get("comment", "")) if container.streams.video else None
-      )
+      if not container.streams.video:
+        return None
+      comment = container.metadata.get("comment", "")
   except (av.error.FFmpegError, OSError):
     return None
+  try:
+    value = json.loads(comment)
+  except ValueError:  # a comment that another program wrote
+    return {}
+  return value if isinstance(value, dict) else {}
 
 
 def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.VideoFrame:
@@ -127,11 +99,3 @@ def yuv_frame(frame: np.ndarray, height: int, width: int, scale: int) -> av.Vide
   )
   rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
   return rgb.reformat(format="yuv420p", dst_colorspace="ITU709")
-
-
-def _json_object(text: str) -> dict:
-  try:
-    value = json.loads(text)
-  except ValueError:  # a comment that another program wrote
-    return {}
-  return value if isinstance(value, dict) else {}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from hiar_jax.components import chunked_decoder
+from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv, vae
-from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.video.frames import to_uint8
 
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
@@ -29,9 +29,11 @@ LATENTS = np.random.default_rng(0).normal(size=(1, 7, 6, 8, 16)).astype(np.float
 
 def stream(kind, chunk):
   if kind == "tiny":
-    return chunked_decoder.from_taehv(taehv.init(TINY, jax.random.key(0)), TINY, chunk)
-  tiling = Tiling(size=4, overlap=2) if kind == "tiled" else None
-  return chunked_decoder.from_vae(vae.init(VAE, jax.random.key(0)), VAE, chunk, tiling)
+    made = WanCodecConfig(tiny=True).decoder(TINY, taehv.init(TINY, jax.random.key(0)))
+  else:
+    codec = WanCodecConfig(tile=4 if kind == "tiled" else 0)
+    made = codec.decoder(VAE, vae.init(VAE, jax.random.key(0)))
+  return dataclasses.replace(made, chunk=chunk)
 
 
 def whole(kind, decoder):

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from hiar_jax.checkpoints import training_state
 from hiar_jax.data import tfds_builder
 from hiar_jax.training.log import read_log
-from hiar_jax.video.mp4 import read_mp4
+from tests.helpers.video_reader import read_mp4
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("teacher", "causal_init", "distill")

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hiar_jax.components.chunked_decoder import from_vae
 from hiar_jax.components.umt5_encoder import UMT5TextConfig
 from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, vae
 from hiar_jax.models.frames import Out, bind
-from hiar_jax.models.vae_tiling import Tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import costs, sizes
 from hiar_jax.planning.sizes import ForwardCost, JobSize
@@ -205,7 +203,7 @@ def test_decoding_is_planned_as_it_runs():
   )
   mesh = make_mesh(MeshConfig(data=4, fsdp=1), jax.devices()[:4])
   params = vae.abstract_params(config)
-  request = small(decoder=from_vae(params, config), frames=2, height=32, width=48)
+  request = small(decoder=WanCodecConfig().decoder(config, params), frames=2, height=32, width=48)
   decode = lambda request, mesh=None: costs.make_plan(request, mesh).compiled["decode"]
   whole, spread = decode(request), decode(request, mesh)
   assert decode(dataclasses.replace(request, batch=2)).total == whole.total
@@ -214,7 +212,7 @@ def test_decoding_is_planned_as_it_runs():
     and spread.outputs < 0.3 * whole.outputs
     and spread.flops < 0.5 * whole.flops
   )
-  tiled = dataclasses.replace(request, decoder=from_vae(params, config, tiling=Tiling(8, 2)))
+  tiled = dataclasses.replace(request, decoder=WanCodecConfig(tile=8).decoder(config, params))
   assert decode(tiled).temporary < 0.5 * whole.temporary
 
 

@@ -16,7 +16,6 @@ from hiar_jax.models.frames import Bound
 from hiar_jax.rollout import sample
 from hiar_jax.rollout import tick as pipes
 from hiar_jax.rollout.blocks import join_blocks
-from hiar_jax.rollout.pipeline import Entering, check_method
 from hiar_jax.types import LatentShape
 from tests.helpers import golden_cases, tiny
 from tests.helpers.compiling import quick_jit
@@ -52,8 +51,8 @@ def piped(method: Method, bound: Bound, table, given=None, size=(tiny.HEIGHT, ti
   bound = bound.with_texts(bound.texts + jnp.nan)  # a tick hears those of the blocks alone
 
   def one(state, _):
-    entering = Entering(text, jnp.asarray(False))
-    return pipes.tick(bound, lambda level, n: table[level, n], state, entering)
+    noise = lambda level, n: table[level, n]
+    return pipes.tick(bound, noise, state, text, jnp.asarray(False))
 
   ticks = table.shape[1] - given_blocks + method.levels - 1
   _, out = jax.lax.scan(one, start, None, length=ticks)
@@ -135,7 +134,7 @@ def test_what_the_filling_pipe_holds_is_seen_by_nobody(row):
     )
 
     def tick(state, _):
-      return pipes.tick(bound, tiny.lookup(table), state, Entering(text, jnp.asarray(False)))
+      return pipes.tick(bound, tiny.lookup(table), state, text, jnp.asarray(False))
 
     return jax.lax.scan(tick, state, None, length=6)[1][2:]
 
@@ -186,13 +185,6 @@ def test_recording(case, file):
 
 
 # -- refused
-
-
-def test_block_first_is_refused_with_its_reason():
-  with pytest.raises(
-    UserError, match="block_first.*only when the one before it is done.*hiar_jax.generate"
-  ):
-    check_method(MethodConfig(order="block_first", level="clean").at((1.0, 0.0)))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 
 from hiar_jax.method import MethodConfig
 from hiar_jax.rollout import tick as ticks
-from hiar_jax.rollout.pipeline import Entering
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.seams.cases import ROWS, assert_close, bound, method_of, noise_of, recorded, shape
@@ -27,7 +26,7 @@ def stream(row, count: int, text, *, given=None, sink_positions="absolute", chan
   if given is not None:
     texts = jnp.stack([text(0)] * first)
     state = quick_jit(lambda s: ticks.prefill(b, s, given, texts))(state)
-  tick = quick_jit(lambda s, text, flag: ticks.tick(b, noise, s, Entering(text, flag)))
+  tick = quick_jit(lambda s, text, flag: ticks.tick(b, noise, s, text, flag))
   recache = quick_jit(lambda s, text, due: ticks.recache(b, s, text, due))
   left = []
   for n in range(first, first + count):

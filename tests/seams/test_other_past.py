@@ -19,7 +19,6 @@ from hiar_jax.rollout import tick as ticks
 from hiar_jax.rollout.past import kinds
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import visible
-from hiar_jax.rollout.pipeline import Entering
 from tests.helpers import plain_rollout, tiny
 from tests.helpers.compiling import quick_jit
 
@@ -108,8 +107,7 @@ def test_a_stream(name):
   state = ticks.empty(
     b, method, tiny.shape(BLOCKS * row.block), jax.random.key(0), jnp.zeros(tiny.BATCH, jnp.int32)
   )
-  entering = Entering(tiny.text(), False)
-  tick = quick_jit(lambda state: ticks.tick(b, noise, state, entering))
+  tick = quick_jit(lambda state: ticks.tick(b, noise, state, tiny.text(), False))
   blocks = []
   for _ in range(BLOCKS + method.levels - 1):
     state, block = tick(state)
@@ -125,7 +123,7 @@ def test_encoding_it_again_changes_nothing_under_the_same_text():
   state = ticks.empty(
     b, method, tiny.shape(BLOCKS * row.block), jax.random.key(0), jnp.zeros(tiny.BATCH, jnp.int32)
   )
-  tick = quick_jit(lambda state: ticks.tick(b, noise, state, Entering(text, False))[0])
+  tick = quick_jit(lambda state: ticks.tick(b, noise, state, text, False)[0])
   for _ in range(BLOCKS + 1):
     state = tick(state)
   again = quick_jit(lambda s: ticks.recache(b, s, text, jnp.ones(method.levels, bool)))(state)

@@ -11,10 +11,10 @@ aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve
 from hiar_jax import serve, stream
 from hiar_jax.errors import UserError
 from hiar_jax.serving.session import Limits
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
 from tests.helpers.fake_generation import expected
 from tests.helpers.served_page import FakeSource, page
+from tests.helpers.video_reader import read_mp4
 
 PROMPT = "a red circle"
 

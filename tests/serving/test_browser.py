@@ -195,7 +195,7 @@ def test_a_networks_own_pipe(browser, tmp_path):
     ]
     click(browser, "pause")
     until(browser, lambda: find(browser, "caption").text == "a blue square moving up")
-    assert played(browser) == pytest.approx(first * source.block_frames / source.fps, abs=0.5)
+    assert played(browser) == pytest.approx(source.seconds(0)(first), abs=0.5)
     browser.get("about:blank")
     until(browser, lambda: not server.queue.clients and server.making() == 0)
 

@@ -15,7 +15,7 @@ import pytest
 import hiar_jax
 from hiar_jax.errors import UserError
 from hiar_jax.streaming import timeline
-from hiar_jax.streaming.producer import Stream, block_seconds
+from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.timeline import Change
 from tests.helpers.fake_generation import PROMPTS, FakeDecoder, FakeGeneration, expected, latents_of
 
@@ -243,14 +243,6 @@ def test_a_start_comes_first():
   assert [len(chunk.frames) for chunk in chunks] == [1, 3, 3] and [
     chunk.time for chunk in chunks
   ] == [0, 1 / 8, 4 / 8]
-
-
-def test_seconds_of_blocks():
-  wan = lambda latent: 4 * latent - 3
-  start = block_seconds(0, 0, 3, wan, 16)
-  assert [start(block) * 16 for block in range(4)] == [0, 9, 21, 33]
-  after = block_seconds(1, 1, 3, wan, 16)  # a picture stands for block 0
-  assert [after(block) * 16 for block in range(1, 4)] == [1, 13, 25]
 
 
 # ----------------------------------------------------------------------------------------- the name

@@ -2,15 +2,18 @@
 saved and gone on with elsewhere.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax.components import chunked_decoder
 from hiar_jax.components.block_decoder import CausalDecoder
+from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning
+from hiar_jax.method import MethodConfig
 from hiar_jax.models import vae
 from hiar_jax.streaming import timeline
 from hiar_jax.streaming.compiled_tick import TickOptions
@@ -98,6 +101,17 @@ def test_what_to_show_is_said_once(source):
       source.open(**options)
 
 
+def test_seconds_of_blocks():
+  e = SimpleNamespace(
+    history=MethodConfig(block=3), codec=WanCodecConfig(), sample=SimpleNamespace(fps=16)
+  )
+  made = StreamingModel(SimpleNamespace(experiment=e))
+  start = made.seconds(given=0)
+  assert [start(block) * 16 for block in range(4)] == [0, 9, 21, 33]
+  after = made.seconds(given=1)  # a picture stands for block 0
+  assert [after(block) * 16 for block in range(1, 4)] == [1, 13, 25]
+
+
 # ------------------------------------------------------------------------------ causal autoencoders
 
 
@@ -107,7 +121,7 @@ VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res
 def test_a_causal_decoder_remembers():
   """Block by block, and after its memory has been on the disk, the frames of the whole."""
   latents = np.random.default_rng(0).normal(size=(1, 6, 4, 4, 16)).astype(np.float32)
-  stream = chunked_decoder.from_vae(vae.init(VAE, jax.random.key(0)), VAE)
+  stream = WanCodecConfig().decoder(VAE, vae.init(VAE, jax.random.key(0)))
   device = jax.devices()[3]
   decoder, memory, pieces = CausalDecoder(stream, device), None, []
   for start in range(0, 6, 2):

@@ -7,8 +7,8 @@ from experiments import shapes_framepack
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.video.mp4 import read_mp4
 from tests.helpers import tiny_run
+from tests.helpers.video_reader import read_mp4
 
 
 def config(**changes):

@@ -16,8 +16,9 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.video import fragmented_mp4
 from hiar_jax.video.fragmented_mp4 import FragmentedMP4
-from hiar_jax.video.mp4 import read_metadata, read_mp4
+from hiar_jax.video.mp4 import read_metadata
 from hiar_jax.video.png import PNGFolder
+from tests.helpers.video_reader import read_mp4
 
 
 def pieces(count, frames=5, size=(32, 30)):

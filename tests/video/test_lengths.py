@@ -2,17 +2,19 @@
 
 import pytest
 
+from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.video import lengths
 
 SAME = lambda latent: latent  # a codec that keeps time
+WAN = WanCodecConfig().pixel_frames
 
 
 @pytest.mark.parametrize(
   "frames, latent", [(1, 3), (9, 3), (10, 6), (21, 6), (80, 21), (81, 21), (82, 24), (4089, 1023)]
 )
 def test_frames_are_rounded_up_to_whole_blocks(frames, latent):
-  made, message = lengths.fit_blocks(frames, 3)
+  made, message = lengths.fit_blocks(frames, 3, WAN)
   fits = 1 + 4 * (latent - 1)
   assert made == latent
   assert message == (
@@ -38,7 +40,7 @@ def test_a_codec_that_keeps_time(frames, block, latent, message):
   "frames, given, new", [(85, 1, 21), (13, 1, 3), (14, 1, 6), (21, 3, 3), (22, 3, 6), (81, 18, 3)]
 )
 def test_given_frames_count(frames, given, new):
-  assert lengths.fit_blocks(frames, 3, given=given)[0] == new
+  assert lengths.fit_blocks(frames, 3, WAN, given=given)[0] == new
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def test_given_frames_count(frames, given, new):
 )
 def test_strict(frames, given, message):
   with pytest.raises(UserError, match=message):
-    lengths.fit_blocks(frames, 3, given=given, strict=True)
-  assert lengths.fit_blocks(81, 3, strict=True) == (21, "")
+    lengths.fit_blocks(frames, 3, WAN, given=given, strict=True)
+  assert lengths.fit_blocks(81, 3, WAN, strict=True) == (21, "")
 
 
 def test_too_few_frames():
@@ -61,7 +63,7 @@ def test_too_few_frames():
     match="frames = 0: expected at least 1; .* in blocks of 3 latent frames, they have 9, 21, 33, "
     "...",
   ):
-    lengths.fit_blocks(0, 3)
+    lengths.fit_blocks(0, 3, WAN)
   with pytest.raises(
     UserError, match="frames = -4: expected at least 1; videos are made in blocks of 2$"
   ):
@@ -69,18 +71,18 @@ def test_too_few_frames():
   with pytest.raises(
     UserError, match="frames = 9, but the given start has 9 already; ask for more, from 21 on"
   ):
-    lengths.fit_blocks(9, 3, given=3)
+    lengths.fit_blocks(9, 3, WAN, given=3)
 
 
 def test_an_absurd_count_takes_no_time():
-  assert lengths.fit_blocks(10**12, 3)[0] * 4 > 10**12
+  assert lengths.fit_blocks(10**12, 3, WAN)[0] * 4 > 10**12
 
 
 @pytest.mark.parametrize(
   "frames, kept", [(8, (0, 0)), (9, (9, 3)), (20, (9, 3)), (21, (21, 6)), (100, (93, 24))]
 )
 def test_a_start_is_cropped_to_whole_blocks(frames, kept):
-  assert lengths.crop_to_blocks(frames, 3) == kept
+  assert lengths.crop_to_blocks(frames, 3, WAN) == kept
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,29 @@
+"""The frames of a video file, as a player shows them."""
+
+import av
+import numpy as np
+
+from hiar_jax.video.mp4 import BT709, read_metadata
+
+
+def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
+  """Decodes the first video stream: (frames uint8 [f H W 3], frames per second, metadata).
+
+  scale: undoes that of `write_mp4` by the mean of each scale x scale square.
+  """
+  with av.open(str(path)) as container:
+    stream = container.streams.video[0]
+    frames = []
+    for frame in container.decode(stream):
+      # swscale would guess BT.601 for a stream tagged BT.709 and shift the colours
+      source = "ITU709" if frame.colorspace == BT709 else None
+      frames.append(frame.reformat(format="rgb24", src_colorspace=source).to_ndarray())
+    fps = float(stream.average_rate)
+  frames = np.stack(frames)
+  if scale > 1:
+    f, height, width, _ = frames.shape
+    h, w = height // scale, width // scale
+    # the padding of odd sides is less than a square, and is dropped
+    squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
+    frames = np.rint(squares.mean((2, 4))).astype(np.uint8)
+  return frames, fps, read_metadata(path)
