@@ -26,11 +26,9 @@ flags.FLAGS.mark_as_parsed()
 LONGEST = (
   "tests/test_train.py",
   "tests/test_generate_wan.py",
-  "tests/plugs/test_runs.py",
   "tests/training/test_steps.py",
   "tests/benchmarks/test_programs.py",
   "tests/test_old_runs.py",
-  "tests/test_errands.py",
   "tests/test_train_wan.py",
 )
 

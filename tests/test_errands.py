@@ -1,6 +1,6 @@
 """docs/errands.md tells the truth: its blocks go where it says, and its commands run.
 
-All errands are done to one copy of the tree. Two commands are run, the others as slow tests.
+All errands are done to one copy of the tree. Their commands are run by slow tests.
 """
 
 import pathlib
@@ -121,6 +121,7 @@ def moved(a: pathlib.Path, b: pathlib.Path, step: int) -> float:
   return max(np.abs(a[name] - b[name]).max() for name in a if name.startswith("params"))
 
 
+@pytest.mark.slow
 def test_the_loss_term_is_trained_and_logged(fork, chain, smoke):
   """Beside a run that differs in its weight alone."""
   smooth = arguments("smooth", smoke, **SHORT)

@@ -28,6 +28,8 @@ from tests.plugs.conftest import make_config
 from tests.plugs.network import Groupwise
 from tests.plugs.oracle import Oracle
 
+pytestmark = pytest.mark.slow  # six stages, twice, and every layout of a stream
+
 MATRICES = {f"depth{i}/{n}" for i in (0, 1) for n in "wq wkv wo xq xkv xo up down".split()}
 
 
