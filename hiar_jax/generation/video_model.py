@@ -81,6 +81,10 @@ class VideoModel:
       name: to_json(getattr(e, name))
       for name in ("seed", "model", "student", "history", "codec", "text")
     }
+    if e.framepack:
+      # settings of `sample` that change the numbers of a packed model's videos
+      sampling = e.sample.order, e.sample.steps, e.sample.guidance
+      content["framepack"] = [to_json(e.framepack), *sampling]
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):

@@ -1,12 +1,17 @@
 """A FramePack experiment as a run: what its config refuses, and the commands on what it trained."""
 
+import types
+
 import numpy as np
 import pytest
 
 from experiments import shapes_framepack
 from hiar_jax.config.building import build
+from hiar_jax.config.workdir import save_resolved
 from hiar_jax.errors import UserError
+from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.run import Run
 from tests.helpers import tiny_run
 from tests.helpers.video_reader import read_mp4
 
@@ -44,6 +49,22 @@ def test_the_packed_network_has_a_projection_for_each_kernel():
 def test_what_does_not_fit_is_refused(changes, message):
   with pytest.raises(UserError, match=message):
     build(Experiment, config(**changes))
+
+
+def test_how_sections_are_sampled_is_part_of_a_models_identity(tmp_path):
+  """So a clip that was made in another way is not kept for the one that was asked for."""
+
+  def identity(**changes) -> str:
+    e = build(Experiment, config(**changes))
+    save_resolved(config(), tmp_path)
+    codec, text = (types.SimpleNamespace(identity="") for _ in range(2))
+    run = Run(e, tmp_path, None)
+    run.__dict__.update(autoencoder=codec, text_encoder=text)
+    return VideoModel(run, "", "framepack").identity
+
+  changed = [{}, {"sample__steps": 3}, {"sample__guidance": 0.5}, {"sample__seed": 4}]
+  plain, steps, guidance, seed = (identity(**changes) for changes in changed)
+  assert len({plain, steps, guidance}) == 3 and seed == plain
 
 
 @pytest.fixture
