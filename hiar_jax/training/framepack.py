@@ -103,8 +103,8 @@ def make_step(
 ):
   """Returns step(state, batch, negative) -> (state, metrics).
 
-  batch: {latents [b frames h w c], text, example_id}. negative: text [1 l d], which takes the place
-  of a dropped caption. mean: averages over devices.
+  batch: {latents [b frames h w c], text, example_id}, and start where the model embeds places.
+  negative: text [1 l d], which takes the place of a dropped caption. mean: averages over devices.
   """
   tables = config.rows(frames)
   counts = jnp.asarray([len(table.generates) for table in tables], jnp.float32)
@@ -121,7 +121,10 @@ def make_step(
       text = jnp.where(dropped[:, None, None], negative, part["text"])
       sigma = sample_sigma(keys[:, 1], config.shift)
       bound, clip = bind(network, params, text), part["latents"]
-      branches = [_loss_of(config, bound, clip, sigma, keys[:, 2:], table) for table in tables]
+      start = part.get("start", jnp.zeros_like(part["example_id"]))
+      branches = [
+        _loss_of(config, bound, clip, start, sigma, keys[:, 2:], table) for table in tables
+      ]
       return jax.lax.switch(which, branches).mean(), {}
 
     params, opt_state, metrics = apply_gradients(
@@ -135,9 +138,12 @@ def make_step(
 
 
 def _loss_of(
-  config: FramePackConfig, bound: Bound, clip: Video, sigma, keys: Key, table: Row
+  config: FramePackConfig, bound: Bound, clip: Video, start, sigma, keys: Key, table: Row
 ) -> Callable[[], jax.Array]:
-  """Returns () -> the loss [b] of a step of the table, drawn for each example. keys: [b 2]."""
+  """Returns () -> the loss [b] of a step of the table, drawn for each example.
+
+  start: [b], frames of its video before each clip: its first frame has that index. keys: [b 2].
+  """
 
   def loss():
     row_keys = jax.vmap(lambda k: jax.random.split(k, 3))(keys[:, 0])
@@ -151,7 +157,11 @@ def _loss_of(
       level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
       shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
-    groups = groups_of_row(config.parsed, config.history, shown, row, x, sigma)
+    at = row._replace(
+      indices=row.indices + start[:, None],
+      context_indices=tuple(indices + start[:, None] for indices in row.context_indices),
+    )
+    groups = groups_of_row(config.parsed, config.history, shown, at, x, sigma)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))
 

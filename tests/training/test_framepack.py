@@ -61,6 +61,19 @@ def test_the_loss_by_hand():
   np.testing.assert_allclose(metrics["loss"], want, rtol=1e-5)
 
 
+def test_a_later_clip_of_a_video_has_later_places():
+  """Frame indices go on where the clip starts: without them its caption would be of the start."""
+  places = dataclasses.replace(NETWORK, place_embedding=True, places=(4, 4))
+  state = create_state(jax.random.key(0), tiny.params(places), optax.sgd(1.0))
+  step = quick_jit(framepack.make_step(config(), places, optax.sgd(1.0), FRAMES))
+  starts = [None, np.zeros(2, np.int32), np.asarray([0, 4], np.int32)]
+  clips = [batch() | ({} if x is None else {"start": x}) for x in starts]
+  plain, first, later = (
+    step(state, clip, jnp.asarray(0.1 * tiny.text()[:1]))[1]["loss"] for clip in clips
+  )
+  assert plain == first and abs(later - plain) > 1e-4
+
+
 def test_rows_are_the_steps_of_all_orders():
   c = config(packing="td_f2k2f1k1_g2_x_f1k1", orders=("vanilla", "both_ends"))
   one, two = sorted(c.rows(8), key=lambda table: table.sections.shape[1])
