@@ -10,11 +10,12 @@ import pytest
 
 from hiar_jax import flow
 from hiar_jax.errors import UserError
+from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import bind
 from hiar_jax.packing import orders
 from hiar_jax.packing.rows import groups_of_row
-from hiar_jax.rollout.noise import example_keys
-from hiar_jax.training import framepack
+from hiar_jax.rollout.noise import example_keys, example_normal
+from hiar_jax.training import framepack, teacher
 from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.state import create_state
 from tests.helpers import tiny
@@ -72,6 +73,36 @@ def test_a_later_clip_of_a_video_has_later_places():
     step(state, clip, jnp.asarray(0.1 * tiny.text()[:1]))[1]["loss"] for clip in clips
   )
   assert plain == first and abs(later - plain) > 1e-4
+
+
+def test_the_teacher_is_trained_on_windows_of_clips():
+  """The loss by hand: frames, and their indices, from where the window begins."""
+  places = dataclasses.replace(tiny.CONFIG, place_embedding=True, places=(FRAMES, 1))
+  c = teacher.TeacherConfig(steps=10, batch=2, lr=1e-3, caption_dropout=0.0, frames=2)
+  state = create_state(jax.random.key(0), tiny.params(places), optax.sgd(1.0))
+  step = quick_jit(teacher.make_step(c, places, optax.sgd(1.0)))
+  start = np.asarray([0, 1], np.int32)
+  _, metrics = step(state, batch() | {"start": start}, jnp.asarray(tiny.text()[:1]))
+  examples = example_keys(jax.random.fold_in(state.key, 0), batch()["example_id"])
+  x0, first = teacher.windows(examples, jnp.asarray(batch()["latents"]), 2)
+  for i, at in enumerate(np.asarray(first)):
+    np.testing.assert_array_equal(x0[i], batch()["latents"][i, at : at + 2])
+  assert first.max() > 0
+  keys = jax.vmap(lambda k: jax.random.split(k, 3))(examples)
+  sigma, eps = sample_sigma(keys[:, 1], c.shift), example_normal(keys[:, 2], x0.shape[1:])
+  loss = quick_jit(
+    lambda params: flow_matching(
+      bind(places, params, tiny.text(), start + first), x0, eps, sigma
+    ).mean()
+  )
+  np.testing.assert_allclose(metrics["loss"], loss(tiny.params(places)), rtol=1e-6)
+
+
+def test_windows_begin_anywhere():
+  clips = jnp.arange(4.0).reshape(1, 4, 1, 1, 1) * jnp.ones((64, 1, 1, 1, 1))
+  cut, first = teacher.windows(jax.random.split(jax.random.key(1), 64), clips, 2)
+  assert set(np.asarray(first).tolist()) == {0, 1, 2}
+  np.testing.assert_array_equal(cut[:, :, 0, 0, 0], first[:, None] + jnp.arange(2)[None])
 
 
 def test_rows_are_the_steps_of_all_orders():
