@@ -48,6 +48,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._saving = -1  # the step being written, read by Orbax's thread
     self._needed: int | None = None  # its bytes in memory, where this process writes them all
     logging.getLogger("absl").addFilter(_hide_disk_full)
+    _hide_late_writes()
     with self._disk_errors():
       self._manager = _manager(
         self.directory,
@@ -331,3 +332,22 @@ def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
 def _hide_disk_full(record: logging.LogRecord) -> bool:
   """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line."""
   return not (record.exc_info and is_disk_full(record.exc_info[1]))
+
+
+def _hide_late_writes() -> None:
+  """Hides the tracebacks of the writes that end after another one has failed.
+
+  Orbax raises the first failure and closes the event loop to which the other writes report. Their
+  threads can raise nothing, so Python prints a traceback for each.
+  """
+  shown = sys.unraisablehook
+  if getattr(shown, "hides_late_writes", False):
+    return
+
+  def hook(unraisable) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+      shown(unraisable)
+
+  hook.hides_late_writes = True
+  sys.unraisablehook = hook

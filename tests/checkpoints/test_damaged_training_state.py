@@ -216,7 +216,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, mon
   threads that write.
   """
   small = make()
-  big = jax.random.normal(jax.random.key(0), (2048, 1024))  # 8 MB that do not compress
+  # 8 MB that do not compress, in many arrays: when the write of one has failed, others still run
+  big = list(jax.random.normal(jax.random.key(0), (32, 64, 1024)))
   if not foreseen:
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**40))
   with Checkpoints(small_disk / "c") as checkpoints:
@@ -244,6 +245,18 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, mon
     assert checkpoints.latest_step() == 1
     assert checkpoints.save(2, small, small.params)
     assert checkpoints.restore(make())[0] == 2
+
+
+def test_only_late_writes_are_hidden(tmp_path, monkeypatch):
+  shown = []
+  monkeypatch.setattr(sys, "unraisablehook", shown.append)
+  for _ in range(2):
+    with Checkpoints(tmp_path):
+      pass
+  late, other = RuntimeError("Event loop is closed"), RuntimeError("another")
+  for error in late, other:
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert [unraisable.exc_value for unraisable in shown] == [other]
 
 
 def tree_of(directory) -> set[str]:
