@@ -147,7 +147,7 @@ def run_stage(
     run.writer.resume(stage, step)
     if not step and is_writer():
       print_parameters(stage, shapes.params)
-    pending, stopping = None, False  # pending: (step, metrics) that are still on the device
+    pending, before, stopping = None, None, False
     with Preemption() as stop, Progress(stage, training.steps, initial=step) as bar:
       while step < training.steps and not stopping:
         for update, mapped in zip(updates, steps, strict=True):
@@ -159,18 +159,18 @@ def run_stage(
               metrics = {"loss": found["loss"], **update.named(found)}
         for latest in iterators.latest.values():
           metrics |= latest
+        jax.block_until_ready(before)  # no queue on the device: a signal would wait for all of it
+        before = metrics["loss"]
         step += 1
         # Those of an earlier step: this one is only dispatched, fetching would wait for it.
         _report(run, stage, bar, pending)
-        due = step % log.every == 0 or step == training.steps
-        pending = (step, metrics) if due else None
+        pending = (step, metrics) if step % log.every == 0 or step == training.steps else None
         if preview and (step % log.preview_every == 0 or step == training.steps):
           run.writer.video(stage, step, "samples", preview(state))
         stopping = stop.requested(step)
         if stopping or step % log.checkpoint_every == 0 or step == training.steps:
-          # before saving: a checkpoint of NaNs would replace a good one
+          # before saving: NaNs would replace a good checkpoint; a run resumed here logs later steps
           _check_finite(stage, step, metrics)
-          # before saving: a run resumed here never writes the lines up to this step again
           _report(run, stage, bar, pending)
           pending = None
           checkpoints.save(step, state, state.ema, iterators, force=True)
