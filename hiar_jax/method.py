@@ -46,6 +46,9 @@ class MethodConfig:
   renoise:    from a level to the next: x0 and `fresh` noise (published code) or an `euler` step
               (the paper's Eq. 3).
   past:       what is kept of earlier blocks, by name (rollout.past.kinds).
+  packing:    of the past `packed`: how frames that have left the window are packed, as FramePack's
+              schedules are written (packing.schedule); tc_f16k4f2k2f6k1_g3 for blocks of 3 and a
+              window of 9, of which 6 frames are past.
   """
 
   block: int = 3
@@ -57,6 +60,7 @@ class MethodConfig:
   sink_level: str = "history"
   renoise: str = "fresh"
   past: str = dataclasses.field(default="ring", metadata={"since": "2026-11"})
+  packing: str = dataclasses.field(default="", metadata={"since": "2026-11"})
 
   def __post_init__(self):
     self.context  # noqa: B018  # raises for an unknown level

@@ -86,5 +86,5 @@ def attend_text(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   b, f, t, a, d = q.shape
   g = k.shape[1] if k.ndim == 5 else 1
   k, v = (x.reshape(b * g, *x.shape[-3:]) for x in (k, v))
-  # groups become batch entries: [b*g (f/g)*t a d] against [b*g l a d]
-  return softmax_attention(q.reshape(b * g, f // g * t, a, d), k, v).reshape(b, f, t, a, d)
+  # groups become batch entries: [b*g f*t/g a d] against [b*g l a d]
+  return softmax_attention(q.reshape(b * g, f * t // g, a, d), k, v).reshape(b, f, t, a, d)

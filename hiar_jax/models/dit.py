@@ -35,7 +35,7 @@ from hiar_jax.models.dit_layers import (
   project_out,
   stacked,
 )
-from hiar_jax.models.frames import Frames, Out, Splits, frame_mask
+from hiar_jax.models.frames import Frames, Out, Splits, frame_levels, frame_mask
 from hiar_jax.packing.schedule import POOLS
 from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
 
@@ -155,6 +155,8 @@ class DiTConfig:
   def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
     if any(dit_packed.pool_of(g) or jnp.ndim(g.positions) == 2 for g in groups):
       return dit_packed.apply(self, params, groups, texts)
+    if any(g.packed for g in groups):
+      return dit_packed.apply_with_history(self, params, groups, texts, past, start)
     _check_groups(groups, texts.shape[0])
     sizes = [g.x.shape[1] for g in groups]
     heard = [g.text for g in groups]
@@ -165,7 +167,7 @@ class DiTConfig:
     velocity, kv = DiT(self).apply(
       {"params": params},
       jnp.concatenate([jnp.asarray(g.x) for g in groups], axis=1),
-      flow.timestep(jnp.concatenate([_levels(g) for g in groups], axis=1)),
+      flow.timestep(jnp.concatenate([frame_levels(g.sigma, g.x) for g in groups], axis=1)),
       text,
       jnp.concatenate([jnp.asarray(g.positions, jnp.int32) for g in groups]),
       frame_mask(groups, tuple(kv.k.shape[2] for kv in past)),
@@ -255,14 +257,6 @@ def _check_groups(groups: tuple[Frames, ...], texts: int) -> None:
       raise UserError(f"DiT: a group hears text {group.text}, of which there are {texts}")
   if len({g.text for g in groups}) > 1 and len({g.x.shape[1] for g in groups}) > 1:
     raise UserError("DiT: groups with texts of their own must have as many frames each")
-
-
-def _levels(group: Frames) -> jax.Array:
-  """Returns the noise level of each frame [b k]."""
-  sigma = jnp.asarray(group.sigma, jnp.float32)
-  sigma = sigma[:, None] if sigma.ndim == 1 else sigma
-  b_k = group.x.shape[:2]
-  return jnp.broadcast_to(sigma, b_k) if sigma.ndim else jnp.full(b_k, sigma)
 
 
 class DiT(nn.Module):

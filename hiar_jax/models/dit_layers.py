@@ -118,14 +118,15 @@ class Shared:
   """The inputs that all layers share.
 
   lengths: of packed frames, the tokens of each group: all groups lie in one sequence, f = 1 frame
-  of t = their sum, and `modulation` has a row a group. deaf: tokens in front that hear no text.
+  of t = their sum, and `modulation` has a row a group; `mask` is then one of tokens, and the past
+  one frame too. deaf: tokens in front that hear no text.
   """
 
   modulation: jax.Array  # [b f 6 dim]
   text: jax.Array  # [b l dim] or [b g l dim]
   cos: jax.Array  # [f t 1 pairs], or [b f t 1 pairs]
   sin: jax.Array  # as cos
-  mask: jax.Array | None  # [f p+f]
+  mask: jax.Array | None  # [f p+f], or of packed frames [t p+t]
   lengths: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
   deaf: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -169,12 +170,16 @@ class Attention(nn.Module):
     # keys are cached as rotated here, at their true positions; only a relative sink is moved on
     q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
     own = KV(k, v)
-    if past is not None:  # along the axis of frames, past first, as the mask's columns
+    if past is not None:  # past first, as the mask's columns
+      axis = 2 if shared.lengths else 1  # of tokens, or of frames
       k, v = (
-        jnp.concatenate([old.astype(new.dtype), new], axis=1)
+        jnp.concatenate([old.astype(new.dtype), new], axis=axis)
         for old, new in ((past.k, k), (past.v, v))
       )
-    y = attention.attend(q, k, v, shared.mask, self.config.attention)
+    if shared.lengths and shared.mask is not None:
+      y = attention.softmax_attention(q[:, 0], k[:, 0], v[:, 0], shared.mask)
+    else:
+      y = attention.attend(q, k, v, shared.mask, self.config.attention)
     return self.o(y.reshape(x.shape)), own
 
   def to_text(self, x, text) -> jax.Array:
@@ -286,11 +291,15 @@ def embed_time(c: Any, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
   return time, modulation.reshape(*timestep.shape, 6, c.dim)
 
 
-def project_out(module: nn.Module, c: Any, tokens: jax.Array, time: jax.Array) -> jax.Array:
-  """[b f t dim], [b f dim] -> the numbers of each patch [b f t ph*pw*channels]"""
+def project_out(
+  module: nn.Module, c: Any, tokens: jax.Array, time: jax.Array, lengths: tuple[int, ...] = ()
+) -> jax.Array:
+  """[b f t dim], [b f dim] -> the numbers of each patch [b f t ph*pw*channels]; lengths: see
+  `modulators`
+  """
   # the head takes the time embedding itself, not its projection
   head = module.param("head_modulation", nn.initializers.normal(c.dim**-0.5), (1, 2, c.dim))
-  shift, scale = modulators(time[:, :, None] + head[:, None])
+  shift, scale = modulators(time[:, :, None] + head[:, None], lengths)
   tokens = (layer_norm(tokens, c.eps) * (1 + scale) + shift).astype(c.dtype)
   # zeros, as Wan2.1: a fresh network predicts velocity 0
   _, ph, pw = c.patch

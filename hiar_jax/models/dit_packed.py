@@ -2,8 +2,12 @@
 
 Groups of frames become one sequence of tokens, in the order in which they are given: a group by the
 projection "packed_kP" takes P frames and P x P patches a token, one by "patch_embedding" is noisy
-and gets a velocity. All tokens attend to each other. A group has a noise level of its own and frame
-indices that may differ from clip to clip; one without a text hears none.
+and gets a velocity. A group has a noise level of its own and frame indices that may differ from
+clip to clip; one without a text hears none.
+
+    apply               packed groups, then one noisy section: all tokens attend to each other
+    apply_with_history  noisy groups with what they read of each other and of a past, as in
+                        models.dit, and packed frames that each sees alone (Frames.packed)
 
 A packed projection begins as average pooling of the latents followed by the patch embedding
 (`initial_projection`), so a network that knows no packing starts with what it would see of the
@@ -28,7 +32,7 @@ from hiar_jax.models.dit_layers import (
   project_out,
   stacked,
 )
-from hiar_jax.models.frames import PROJECTION, Frames, Out
+from hiar_jax.models.frames import PROJECTION, Frames, Out, frame_mask
 from hiar_jax.types import Params
 
 PREFIX = "packed_k"
@@ -97,10 +101,14 @@ class PackedDiT(nn.Module):
   config: object  # models.dit.DiTConfig
 
   @nn.compact
-  def __call__(self, groups: tuple[Frames, ...], text: jax.Array) -> tuple[jax.Array, KV, tuple]:
+  def __call__(
+    self, groups: tuple[Frames, ...], text: jax.Array, mask=None, past: KV | None = None, start=None
+  ) -> tuple[jax.Array, KV, tuple]:
     """Returns (numbers of the noisy tokens' patches, K/V of all tokens, the groups' lengths).
 
-    text: [b l d], of every group that hears one.
+    groups: packed ones, then noisy ones. text: [b l d] of every group that hears one, or [b g l d]
+    of g such groups. mask: [t, p + t] over tokens. past: K/V of p tokens as one frame. start: [b],
+    frames before each clip, for the place embedding.
     """
     c = self.config
     # one module a projection: several groups may share one
@@ -108,42 +116,116 @@ class PackedDiT(nn.Module):
       name: dense(c, c.dim, name) for name in dict.fromkeys(g.projection for g in groups)
     }
     place = nn.Dense(c.dim, dtype=c.dtype, name="place_embedding") if c.place_embedding else None
-    parts = [_embed(c, group, projections[group.projection], place) for group in groups]
+    parts = [_embed(c, group, projections[group.projection], place, start) for group in groups]
     lengths = tuple(tokens.shape[1] for tokens, _ in parts)
     cos = jnp.concatenate([turn[0] for _, turn in parts], axis=1)[:, None]
     sin = jnp.concatenate([turn[1] for _, turn in parts], axis=1)[:, None]
-    sigma = jnp.stack([_level(group) for group in groups], axis=1)  # [b groups]
+    sigma = jnp.concatenate([_levels(group) for group in groups], axis=1)  # [b rows]
     time, modulation = embed_time(c, flow.timestep(sigma))
+    # a noisy group may have a level for each frame
+    rows = [_levels(group).shape[1] for group in groups]
+    spans = tuple(n // k for n, k in zip(lengths, rows, strict=True) for _ in range(k))
     deaf = [group.text is None for group in groups]
     in_front = sum(n for n, is_deaf in zip(lengths, deaf, strict=True) if is_deaf)
     if sorted(deaf, reverse=True) != deaf:
       raise UserError("packed frames without a text stand before those with one")
-    shared = Shared(modulation, embed_text(c, text), cos, sin, None, lengths, in_front)
+    shared = Shared(modulation, embed_text(c, text), cos, sin, mask, spans, in_front)
     tokens = jnp.concatenate([tokens for tokens, _ in parts], axis=1)[:, None]
-    tokens, own = stacked(c)(tokens, None, shared)
-    noisy = sum(n for n, group in zip(lengths, groups, strict=True) if pool_of(group))
-    return project_out(self, c, tokens[:, :, noisy:], time[:, -1:]), own, lengths
+    tokens, own = stacked(c)(tokens, past, shared)
+    packed = [bool(pool_of(group)) for group in groups].count(True)
+    first, row = sum(lengths[:packed]), sum(rows[:packed])
+    spans = spans[row:] if len(spans) > row + 1 else ()
+    return project_out(self, c, tokens[:, :, first:], time[:, row:], spans), own, lengths
 
 
 def apply(config, params, groups: tuple[Frames, ...], texts) -> Out:
   """models.frames.Network.apply for packed frames and the noisy section, the last group."""
   _check(config, groups)
   heard = [group.text for group in groups if group.text is not None]
-  patches, own, lengths = PackedDiT(config).apply({"params": params}, groups, texts[heard[0]])
-  noisy = groups[-1].x
-  b, k, h, w, c = noisy.shape
-  _, ph, pw = config.patch
-  velocity = patches.reshape(b, k, h // ph, w // pw, ph, pw, c).transpose(0, 1, 2, 4, 3, 5, 6)
-  ends = np.cumsum(lengths)
-  kv = tuple(
-    jax.tree.map(lambda leaf: leaf[:, :, :, end - n : end], own)  # noqa: B023
-    for end, n in zip(ends, lengths, strict=True)
+  return _run(config, params, groups, texts[heard[0]])
+
+
+def apply_with_history(
+  config, params, groups: tuple[Frames, ...], texts, past: tuple[KV, ...], start
+) -> Out:
+  """models.frames.Network.apply for noisy groups with packed frames of their own."""
+  history = tuple(packed for group in groups for packed in group.packed)
+  _check_kernels(config, history)
+  if any(packed.text is not None for packed in history):
+    raise UserError("packed frames beside a past hear no text")
+  heard = [group.text for group in groups]
+  text = texts[heard[0]]
+  if len(set(heard)) > 1:  # one for each group, all of a size
+    text = jnp.stack([texts[i] for i in heard], axis=1)
+  frames = tuple(kv.k.shape[2] for kv in past)
+  merged = None
+  if past:  # one frame of all tokens
+    merged = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past)
+    merged = jax.tree.map(lambda x: x.reshape(*x.shape[:2], 1, -1, *x.shape[4:]), merged)
+  mask = token_mask(groups, frames, config.patch)
+  out = _run(config, params, (*history, *groups), text, mask, merged, start)
+  return Out(out.velocity[len(history) :], out.kv[len(history) :])
+
+
+def token_mask(
+  groups: tuple[Frames, ...], past_frames: tuple[int, ...], patch: tuple[int, int, int]
+) -> jax.Array:
+  """Returns who sees whom, by tokens: [history | groups] x [past | history | groups], the history
+  being the packed frames of all groups in their order.
+  """
+  h, w = groups[0].x.shape[2] // patch[1], groups[0].x.shape[3] // patch[2]
+  frames = [group.x.shape[1] for group in groups]
+  by_frame = frame_mask(groups, past_frames)
+  if by_frame is None:
+    by_frame = jnp.ones((sum(frames), sum(past_frames) + sum(frames)), bool)
+  reads = jnp.repeat(jnp.repeat(by_frame, h * w, axis=0), h * w, axis=1)
+  past = sum(past_frames) * h * w
+  kernels = [[_tokens_there(packed, h, w) for packed in group.packed] for group in groups]
+  there = jnp.concatenate([part for parts in kernels for part in parts])
+  # the group that each token of the history, and of the groups, belongs to
+  owner = np.repeat(np.arange(len(groups)), [sum(map(len, parts)) for parts in kernels])
+  reader = np.repeat(np.arange(len(groups)), np.asarray(frames) * h * w)
+  among = ((owner[:, None] == owner[None]) & there[None]) | np.eye(len(owner), dtype=bool)
+  none = jnp.zeros((len(owner), past), bool), jnp.zeros((len(owner), len(reader)), bool)
+  of_history = jnp.concatenate([none[0], among, none[1]], axis=1)
+  seen = (reader[:, None] == owner[None]) & there[None]
+  of_groups = jnp.concatenate([reads[:, :past], seen, reads[:, past:]], axis=1)
+  return jnp.concatenate([of_history, of_groups])
+
+
+def _tokens_there(packed: Frames, rows: int, columns: int) -> jax.Array:
+  """Returns which tokens of packed frames hold a frame that exists, [n]."""
+  pool, k = pool_of(packed), packed.x.shape[1]
+  there = jnp.ones(k, bool) if packed.exists is None else packed.exists
+  there = jnp.pad(there, (0, -k % pool)).reshape(-1, pool).any(axis=1)
+  return jnp.repeat(there, -(-rows // pool) * -(-columns // pool))
+
+
+def _run(config, params, groups, text, mask=None, past: KV | None = None, start=None) -> Out:
+  """Runs PackedDiT: velocities of the noisy groups, None of packed ones, and the K/V of each."""
+  patches, own, lengths = PackedDiT(config).apply(
+    {"params": params}, groups, text, mask, past, start
   )
-  velocities = (None,) * (len(groups) - 1) + (velocity.reshape(noisy.shape).astype(jnp.float32),)
-  return Out(velocities, kv)
+  ends = np.cumsum(lengths)
+  first = ends[-1] - patches.shape[2]  # of the noisy tokens
+  velocity, kv = [], []
+  for group, end, n in zip(groups, ends, lengths, strict=True):
+    part = jax.tree.map(lambda leaf: leaf[:, :, :, end - n : end], own)  # noqa: B023
+    if pool_of(group):
+      velocity.append(None)
+    else:
+      b, k, h, w, c = group.x.shape
+      _, ph, pw = config.patch
+      x = patches[:, :, end - n - first : end - first].reshape(b, k, h // ph, w // pw, ph, pw, c)
+      velocity.append(x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(group.x.shape).astype(jnp.float32))
+      part = jax.tree.map(lambda x: x.reshape(*x.shape[:2], k, -1, *x.shape[4:]), part)  # noqa: B023
+    kv.append(part)
+  return Out(tuple(velocity), tuple(kv))
 
 
-def _embed(c, group: Frames, projection, place) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _embed(
+  c, group: Frames, projection, place, start
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns (tokens [b n dim] of a group, their rotation: cos and sin [b n 1 pairs])."""
   b, k, h, w, _ = group.x.shape
   (_, ph, pw), pool = c.patch, pool_of(group) or 1
@@ -152,19 +234,20 @@ def _embed(c, group: Frames, projection, place) -> tuple[jax.Array, tuple[jax.Ar
   positions = jnp.asarray(group.positions, jnp.int32)
   rows, columns = h // ph, w // pw
   if place is not None:
-    features = place_features(jnp.broadcast_to(positions, (b, k)), rows, columns, c.places)
+    frames = jnp.broadcast_to(positions, (b, k)) + (0 if start is None else start[:, None])
+    features = place_features(frames, rows, columns, c.places)
     grid = features.reshape(b, k, rows, columns, -1)
     tokens = tokens + place(jax.vmap(lambda x: rope.pool_patches(x, pool))(grid))
   turns = rope.pooled_rotation(positions, rows, columns, c.head_dim, pool)
   return tokens, tuple(jnp.broadcast_to(turn, (b, *turn.shape[1:])) for turn in turns)
 
 
-def _level(group: Frames) -> jax.Array:
-  """Returns the noise level [b] of a group, one for all of its frames."""
+def _levels(group: Frames) -> jax.Array:
+  """Returns the noise level of a group [b 1], or of each frame of a noisy one [b k]."""
   sigma = jnp.asarray(group.sigma, jnp.float32)
-  if sigma.ndim > 1:
+  if sigma.ndim > 1 and pool_of(group):
     raise UserError("packed frames: one noise level a group, not one a frame")
-  return jnp.broadcast_to(sigma, group.x.shape[:1])
+  return sigma if sigma.ndim > 1 else jnp.broadcast_to(sigma, group.x.shape[:1])[:, None]
 
 
 def _check(config, groups: tuple[Frames, ...]) -> None:
@@ -172,12 +255,16 @@ def _check(config, groups: tuple[Frames, ...]) -> None:
   *packed, noisy = groups
   if pool_of(noisy) or not all(pool_of(group) for group in packed) or noisy.text is None:
     raise UserError("packed frames stand before the one group that is noisy and hears a text")
-  wanted = {pool_of(group) for group in packed}
-  if missing := wanted - set(config.packing):
+  _check_kernels(config, packed)
+  others = {(read.group, read.past) for group in groups for read in group.reads}
+  if any(group.exists is not None for group in groups) or any(p is not None for _, p in others):
+    raise UserError("packed frames attend to all of their forward, and to no past")
+
+
+def _check_kernels(config, packed) -> None:
+  """Raises UserError for packed groups under a kernel that the model has no projection for."""
+  if missing := {pool_of(group) for group in packed} - set(config.packing):
     raise UserError(
       f"kernel k{min(missing)}: the model has projections for "
       f"{', '.join(f'k{pool}' for pool in config.packing) or 'no packed frames'}"
     )
-  others = {(read.group, read.past) for group in groups for read in group.reads}
-  if any(group.exists is not None for group in groups) or any(p is not None for _, p in others):
-    raise UserError("packed frames attend to all of their forward, and to no past")

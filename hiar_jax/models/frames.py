@@ -54,7 +54,8 @@ class Frames:
   or [b k]. reads: what the group sees besides itself. exists: which frames are there; the others
   are seen by nobody but themselves; None = all. text: index into the texts of the forward; None: it
   hears none. projection: name of the input projection, which sets how many frames, rows and columns
-  become one token (packed history).
+  become one token (packed history). packed: packed frames that this group alone sees, and that see
+  each other alone; `exists` and the one noise level of each count, its reads do not.
   """
 
   x: Block
@@ -64,6 +65,7 @@ class Frames:
   exists: Bool[Array, "k"] | None = None
   text: int | None = flax.struct.field(pytree_node=False, default=0)
   projection: str = flax.struct.field(pytree_node=False, default=PROJECTION)
+  packed: tuple["Frames", ...] = ()
 
 
 class KV(Protocol):
@@ -186,6 +188,13 @@ def whole_clip(x: Block, sigma) -> tuple[Frames, ...]:
   Frames.
   """
   return (Frames(x, sigma, jnp.arange(x.shape[1], dtype=jnp.int32)),)
+
+
+def frame_levels(sigma, x: Block) -> Float[Array, "b k"]:
+  """Returns the noise level of each frame of x; sigma as in Frames."""
+  sigma = jnp.asarray(sigma, jnp.float32)
+  sigma = sigma[:, None] if sigma.ndim == 1 else sigma
+  return jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)
 
 
 # --------------------------------------------------------------------------------- reads as a mask

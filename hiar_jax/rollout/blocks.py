@@ -89,7 +89,7 @@ def denoise(bound: Bound, past: Ring, x: Frames) -> tuple[Block, KV]:
 def write_context(bound: Bound, past: Ring, context: Frames) -> Ring:
   """Writes the K/V of a block's context into the past."""
   _, kv = denoise(bound, past, context)
-  return past.write(kv, context.x, context.positions)
+  return past.write(kv, context)
 
 
 def write_context_and_denoise(
@@ -105,7 +105,7 @@ def write_context_and_denoise(
   groups, kept = past.read((context, x.replace(reads=(Read(group=0, seen=seen),))))
   out = bound(groups, kept)
   keep = True if context.exists is None else context.exists
-  return out.velocity[1], past.write(out.kv[0], context.x, context.positions, keep)
+  return out.velocity[1], past.write(out.kv[0], context, keep)
 
 
 def prefill(bound: Bound, past: Ring, given: Video) -> Ring:

@@ -103,7 +103,7 @@ def teacher_forcing(
       kept = jax.lax.stop_gradient(kept)
   # a block sees itself noisy, never its own context
   shown = {m: Read(past=m) for m in range(len(kept))}
-  groups = block_groups(noisy, sigma, method, [shown] * (len(kept) + 1))
+  groups = block_groups(noisy, sigma, method, [shown] * (len(kept) + 1), (context, context_sigma))
   v = jnp.concatenate(bound(groups, kept).velocity, axis=1)
   return flow.x0_from_velocity(noisy, v, sigma)
 

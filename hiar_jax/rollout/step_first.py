@@ -45,7 +45,7 @@ def sweep(
     v, kv = denoise(bound, past, Frames(x, step.sigma, step.positions))
     outputs = step.finish(x, v, noise)
     if method.context.free:  # the context is the block as it is here: its K/V are done
-      return past.write(kv, x, step.positions), outputs
+      return past.write(kv, Frames(x, step.sigma, step.positions)), outputs
     context = Frames(outputs[1], step.context_sigma, step.positions)
     return write_context(bound, past, context), outputs
 

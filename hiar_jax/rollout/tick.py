@@ -153,8 +153,9 @@ def _denoise_as_context(
   """Runs block n's forward, whose own K/V are its context (SAF): (velocity, the past with n)."""
   bound = bound.with_texts(state.text_of(step.n)[None])
   positions = _positions(step)
-  v, kv = denoise(bound, past, Frames(x, step.sigma, positions))
-  return v, past.write(kv, x, positions, step.n >= state.first)
+  group = Frames(x, step.sigma, positions)
+  v, kv = denoise(bound, past, group)
+  return v, past.write(kv, group, step.n >= state.first)
 
 
 def _positions(step: Step) -> Positions:
@@ -201,6 +202,6 @@ def _recached(bound: Bound, past: Ring, level, n, first) -> Ring:
     sigmas = jnp.where(positions < first * method.block, 0.0, sigma)
     group = Frames(x, jnp.broadcast_to(sigmas[None], x.shape[:2]), positions, exists=exists)
     _, kv = denoise(bound, new, group)
-    return new.write(kv, x, positions, exists), None
+    return new.write(kv, group, exists), None
 
   return jax.lax.scan(encode_block, past.emptied(), past.blocks_before(n))[0]

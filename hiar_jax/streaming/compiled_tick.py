@@ -19,6 +19,7 @@ from hiar_jax.parallel.mesh import replicated
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.rollout import tick as ticks
 from hiar_jax.rollout.noise import block_noise
+from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.streaming import layout as layouts
 from hiar_jax.streaming.layout import Layout
@@ -104,6 +105,7 @@ class Engine:
         "history.window = 0: this model sees all frames, and a stream has no end; give a window in "
         "latent frames, as window=21"
       )
+    kind(row)  # raises where the past is not for this window
     self.method: Method = row.at(self.parts.sigmas, options.sink_positions)
     if self.method.order != "step_first":  # the levels of the others cannot work at once
       raise UserError(

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from flax import serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method
+from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import PyTree
 
@@ -101,6 +103,7 @@ def read(
     kv=jax.tree.unflatten(jax.tree.structure(state.past.kv), jax.tree.leaves(cache["kv"])),
     positions=cache["position"],
     latents=pipe["shown"],
+    **serialization.from_state_dict(_of_its_kind(state), pipe.get("past", {})),
   )
   leaves = training_state.load_params(directory).get("decoder")
   decoder = None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
@@ -116,7 +119,15 @@ def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
   }
   past = state.past
   cache = {"kv": past.kv, "position": past.positions}
-  return {**fields, "cache": cache, "shown": past.latents}
+  own = serialization.to_state_dict(_of_its_kind(state))
+  return {**fields, "cache": cache, "shown": past.latents, **({"past": own} if own else {})}
+
+
+def _of_its_kind(state: PipelineState) -> dict[str, PyTree]:
+  """Returns the fields that the past has beside those of every ring."""
+  of_rings = {field.name for field in dataclasses.fields(Ring)}
+  fields = (field.name for field in dataclasses.fields(state.past))
+  return {name: getattr(state.past, name) for name in fields if name not in of_rings}
 
 
 def check_options(

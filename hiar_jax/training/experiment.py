@@ -272,12 +272,21 @@ class Experiment:
 
   @property
   def student_dit(self) -> Network:
-    """The student: the same parameters, other places.
+    """The student: the base model's parameters and those of its packed past, other places.
 
     The blocks after a training clip's length share the places of one block, so that a video may be
     of any length.
     """
-    return self._network(self.model, self.history.block)
+    return self._as_student(self._network(self.model, self.history.block))
+
+  @property
+  def stored_student(self) -> Network:
+    """The student as its checkpoints describe it."""
+    return self._as_student(self.dit)
+
+  def _as_student(self, network: Network) -> Network:
+    pools = kind(self.history).pools(self.history)
+    return network.packed(pools) if pools else network
 
   @property
   def teacher_dit(self) -> Network:

@@ -34,7 +34,8 @@ def load_weights(run: Run, stage: str) -> Params:
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
     return load_published(run, directory, e.dit)
-  network = e.packed_dit if stage == "framepack" else e.dit
+  students = dict.fromkeys(("causal_init", "distill"), e.stored_student)
+  network = e.packed_dit if stage == "framepack" else students.get(stage, e.dit)
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)

@@ -72,8 +72,10 @@ class Run:
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    own = ("distill", "framepack", "sample")
-    return bool(self.experiment.stages_from) and stage not in own
+    e, own = self.experiment, {"distill", "framepack", "sample"}
+    if e.stored_student != e.dit:  # no other run's student has its projections
+      own.add("causal_init")
+    return bool(e.stages_from) and stage not in own
 
   @property
   def sigmas(self) -> np.ndarray:

@@ -22,8 +22,10 @@ from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training import causal_init, distill, framepack, loop, pretrained, samples, teacher
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import create_state
+from hiar_jax.types import Params
 
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
 
@@ -209,12 +211,18 @@ def train_causal_init(run: Run) -> None:
     run,
     "causal_init",
     config,
-    e.dit,
-    create=lambda: create_state(key, weights, optimizer),
+    e.stored_student,
+    create=lambda: create_state(key, with_packed_past(e, weights), optimizer),
     updates=[loop.Update(make_step, ("trajectories",))],
     iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
   )
+
+
+def with_packed_past(e: Experiment, params: Params) -> Params:
+  """Returns the student's first parameters, with the projections of its packed past if any."""
+  network = e.stored_student
+  return params if network == e.dit else network.with_projections(params)
 
 
 # ------------------------------------------------------------------------------------- distillation
@@ -252,8 +260,10 @@ def distill_student(run: Run) -> None:
     run,
     "distill",
     config,
-    e.dit,
-    create=lambda: create_state(key, student_start, optimizers[0], critic_start, optimizers[1]),
+    e.stored_student,
+    create=lambda: create_state(
+      key, with_packed_past(e, student_start), optimizers[0], critic_start, optimizers[1]
+    ),
     # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
     # the student as it then is. Each takes a fresh batch of prompts.
     updates=[

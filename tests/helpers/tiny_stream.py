@@ -20,6 +20,7 @@ ROW = MethodConfig(block=2, window=7, sink=1)
 SAF = MethodConfig(
   block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
 )
+PACKED = MethodConfig(block=2, window=4, past="packed", packing="tc_f3k2f2k1_g2")
 KEY = 11
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Out, bind
+from hiar_jax.models.frames import Frames, Out, bind
 from hiar_jax.rollout import sample, step_first, teacher_sampler
 from hiar_jax.rollout.past.ring import Ring
 from tests.helpers import tiny
@@ -200,7 +200,7 @@ def test_writing_keeps_what_it_does_not_replace():
     kv=jax.tree.map(lambda leaf: leaf + 7, before.kv), positions=jnp.asarray([0, 2, 1], jnp.int32)
   )
   new = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) + 1, before.kv.take(0, 2))
-  after = before.write(new, tiny.video(0, 2), jnp.asarray([3, 4]))
+  after = before.write(new, Frames(tiny.video(0, 2), 0.0, jnp.asarray([3, 4])))
   assert sorted(after.positions.tolist()) == [0, 3, 4]
   np.testing.assert_array_equal(after.kv.k[:, :, 0], before.kv.k[:, :, 0])
   assert (np.asarray(after.kv.v[:, :, 1:]) == 1).all()

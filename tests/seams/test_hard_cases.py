@@ -39,7 +39,7 @@ def test_1_the_pair_in_a_full_ring():
   assert past.slots == 18
   for n in range(7):  # blocks 0 to 6: 6 overwrote 0
     positions = block_positions(n, method)
-    past = past.write(NETWORK.empty_kv(3, 2, 4, 2), tiny.video(n, 3), positions)
+    past = past.write(NETWORK.empty_kv(3, 2, 4, 2), Frames(tiny.video(n, 3), 0.0, positions))
   context, noisy = (Frames(tiny.video(n, 3), 0.5, block_positions(n, method)) for n in (7, 8))
   (context, noisy), _ = past.read((context, noisy))
   assert context.reads[0].seen.all()

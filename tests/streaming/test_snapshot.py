@@ -15,7 +15,16 @@ from hiar_jax.errors import UserError
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
-from tests.helpers.tiny_stream import CONFIG, ROW, SAF, assert_same, parts, quick_engine, take
+from tests.helpers.tiny_stream import (
+  CONFIG,
+  PACKED,
+  ROW,
+  SAF,
+  assert_same,
+  parts,
+  quick_engine,
+  take,
+)
 
 ONE = Layout()
 
@@ -55,6 +64,17 @@ def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   if layout == Layout(4):
     np.testing.assert_array_equal(found, expected)
   assert_same(found, expected)
+
+
+@pytest.mark.parametrize("layout", [Layout(4), Layout(1, 2)], ids=str)
+def test_a_packed_history_goes_on_on_another_layout(tmp_path, layout):
+  model = parts(PACKED, dataclasses.replace(CONFIG, packing=(2,)))
+  generation = LiveVideo(quick_engine(model, TickOptions(layout=ONE)), "a red circle", seed=5)
+  take(generation, 9)
+  generation.save(tmp_path / "g")
+  expected = take(generation, 4)
+  again = LiveVideo.restore(tmp_path / "g", quick_engine(model, TickOptions(layout=layout)))
+  assert_same(take(again, 4), expected)
 
 
 def test_numbers_go_on_and_the_decoders_state_comes_back(running):

@@ -27,9 +27,13 @@ def clip_reads(method: MethodConfig, n: int, sources: dict[int, Read]) -> tuple[
 
 
 def block_groups(
-  x: Video, sigma, method: MethodConfig, shown: list[dict[int, Read]]
+  x: Video, sigma, method: MethodConfig, shown: list[dict[int, Read]], context=None
 ) -> tuple[Frames, ...]:
-  """Returns the blocks of a clip as groups. shown: of each, what it may see: block -> where."""
+  """Returns the blocks of a clip as groups. shown: of each, what it may see: block -> where.
+
+  context: (latents, sigma) that blocks show, of the clip's first frames; by default x at sigma.
+  """
+  context = context or (x, sigma)
   sigma = jnp.asarray(sigma, jnp.float32)
   k = method.block
   return tuple(
@@ -38,6 +42,7 @@ def block_groups(
       sigma[:, n * k : n * k + k] if sigma.ndim == 2 else sigma,
       block_positions(n, method),
       clip_reads(method, n, sources),
+      packed=kind(method).packed(method, n, *context),
     )
     for n, sources in enumerate(shown)
   )

@@ -13,10 +13,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.models.frames import KV, Frames, Network, Read
 from hiar_jax.rollout.past.visibility import visible
-from hiar_jax.types import Block, LatentShape, Positions
+from hiar_jax.types import Block, LatentShape, Positions, Video
 
 
 @flax.struct.dataclass
@@ -33,6 +34,20 @@ class Ring:
   # the rule: which frames a block sees, and how many are kept of a video
   visible = staticmethod(visible)
   capacity = staticmethod(MethodConfig.past_frames)
+
+  @staticmethod
+  def check(method: MethodConfig) -> None:
+    """Raises UserError for a method that this kind of past is not for."""
+    if method.packing:
+      raise UserError(
+        f"history.packing = {method.packing!r} is for history.past = 'packed', not {method.past!r}"
+      )
+
+  @staticmethod
+  def pools(method: MethodConfig) -> tuple[int, ...]:
+    """Returns the kernels of packed frames that the network needs projections for."""
+    del method
+    return ()
 
   @classmethod
   def empty(
@@ -75,16 +90,30 @@ class Ring:
     groups = tuple(g.replace(reads=(*r, *g.reads)) for g, r in zip(groups, reads, strict=True))
     return groups, past
 
-  def write(self, kv: KV, latents: Block, positions: Positions, keep=True) -> "Ring":
-    """Writes a block's K/V, and its latents where they are kept. keep: a bool, or one per frame."""
+  @staticmethod
+  def packed(method: MethodConfig, n: int, latents: Video, sigma) -> tuple[Frames, ...]:
+    """Returns the packed history of block n of a whole clip (Frames.packed): here, none.
+
+    latents: what the clip's frames show as context, from its first on; sigma: as Frames.
+    """
+    del method, n, latents, sigma
+    return ()
+
+  def write(self, kv: KV, context: Frames, keep=True) -> "Ring":
+    """Writes the K/V of a block's context, and its latents where they are kept.
+
+    keep: a bool, or one per frame.
+    """
     if not self.slots:
       return self
     # under vmap a branch would run in any case: what is not kept goes out of range
-    slots = jnp.where(keep, self.slots_of(positions), self.slots)
-    latents = None if self.latents is None else self.latents.at[:, slots].set(latents, mode="drop")
+    slots = jnp.where(keep, self.slots_of(context.positions), self.slots)
+    latents = self.latents
+    if latents is not None:
+      latents = latents.at[:, slots].set(context.x, mode="drop")
     return self.replace(
       kv=self.kv.put(slots, kv),
-      positions=self.positions.at[slots].set(positions, mode="drop"),
+      positions=self.positions.at[slots].set(context.positions, mode="drop"),
       latents=latents,
     )
 

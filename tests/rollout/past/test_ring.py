@@ -48,7 +48,8 @@ def written(row: MethodConfig, blocks: int, *, latents: bool = True) -> Ring:
     return Ring.empty(tiny.CONFIG, row.at(tiny.SIGMAS), shape, tiny.BATCH, latents=latents)
   frames = (blocks - 1) * row.block + np.arange(row.block)
   past = written(row, blocks - 1, latents=latents)
-  return past.write(*frame_numbers(frames), jnp.asarray(frames))
+  kv, x = frame_numbers(frames)
+  return past.write(kv, Frames(x, 0.0, jnp.asarray(frames)))
 
 
 # -- what is kept
@@ -72,7 +73,8 @@ def test_latents_are_kept_where_they_are_wanted():
 def test_frames_that_are_not_to_be_kept_change_nothing(keep):
   row, frames = ROWS[1], np.asarray([8, 9])
   before = written(row, 4)
-  after = before.write(*frame_numbers(frames), jnp.asarray(frames), jnp.asarray(keep))
+  kv, x = frame_numbers(frames)
+  after = before.write(kv, Frames(x, 0.0, jnp.asarray(frames)), jnp.asarray(keep))
   kept = frames[np.broadcast_to(keep, 2)]
   everywhere = written(row, 5)
   old, new, all_new = (set(past.positions.tolist()) for past in (before, after, everywhere))

@@ -1,0 +1,238 @@
+"""Packed history beside the ring: whole videos, streams and training's exit step against loops that
+keep nothing, one forward over everything that may be seen, the history packed frame by frame.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hiar_jax.errors import UserError
+from hiar_jax.method import MethodConfig
+from hiar_jax.models.frames import Frames, Read, bind
+from hiar_jax.packing.schedule import parse
+from hiar_jax.rollout import exit_step, sample
+from hiar_jax.rollout import tick as ticks
+from hiar_jax.rollout.past import packed
+from hiar_jax.rollout.past.kinds import kind
+from tests.helpers import plain_rollout, tiny
+from tests.helpers.compiling import quick_jit
+
+BLOCKS = 6
+NETWORK = dataclasses.replace(tiny.CONFIG, packing=(2, 4), place_embedding=True)
+PARAMS = tiny.params(NETWORK)
+TAIL, LONG = "tc_f3k2f2k1_g2", "td_f3k4f1k2f2k1_g2"  # ten frames are before the last block
+ROWS = {
+  "hiar": MethodConfig(block=2, window=4, past="packed", packing=TAIL),
+  "hiar, no tail": MethodConfig(block=2, window=4, past="packed", packing=LONG),
+  "clean": MethodConfig(block=2, window=4, past="packed", packing=TAIL, level="clean"),
+  "input": MethodConfig(block=2, window=4, past="packed", packing=TAIL, level="input"),
+  "attached": MethodConfig(
+    block=2, window=4, past="packed", packing=TAIL, level="input", gradient="attached"
+  ),
+  "self_forcing": MethodConfig(
+    block=2, window=4, past="packed", packing=TAIL, order="block_first", level="clean"
+  ),
+}
+
+
+class Plain(plain_rollout.Plain):
+  """A row with packed history; a given first frame may stand alone in block 0."""
+
+  def __init__(self, row: MethodConfig, table):
+    super().__init__("dit", row, BLOCKS * row.block, table, PARAMS)
+
+  def velocity(self, context, n, x, sigma):
+    blocks = [*(context[m] for m in range(n)), (x, sigma)]
+    frames = [np.arange(m * self.row.block, (m + 1) * self.row.block) for m in range(n + 1)]
+    groups = []
+    for m, (latents, level) in enumerate(blocks):
+      seen = [i for i in range(m) if plain_rollout.sees(frames[m][0], frames[i][0], self.row)]
+      history = self.history(blocks[:m], m * self.row.block)
+      reads = tuple(Read(group=i) for i in seen)
+      groups.append(Frames(latents, jnp.float32(level), frames[m], reads, packed=history))
+    return np.asarray(forward(len(groups))(tuple(groups)))
+
+  def history(self, before, first: int) -> tuple[Frames, ...]:
+    schedule = parse(self.row.packing)
+    frames = [latents[:, i] for latents, _ in before for i in range(self.row.block)]
+    levels = [level for _, level in before for _ in range(self.row.block)]
+    made, end = [], first - schedule.before[-1].frames
+    for group in reversed(schedule.before[:-1]):
+      numbers = range(end - group.frames, end)
+      there = [p for p in numbers if p >= 0]
+      blank = np.zeros_like(tiny.video(0, 1)[:, 0])
+      x = np.stack([frames[p] if p >= 0 else blank for p in numbers], axis=1)
+      level = np.mean([levels[p] for p in there]) if there else 0
+      exists = np.asarray([p >= 0 for p in numbers])
+      made.append(self.group(group.pool, x, level, [max(p, 0) for p in numbers], exists))
+      end -= group.frames
+    if schedule.before_tail == "tc" and end > 0:
+      x = np.mean(frames[:end], axis=0)[:, None]
+      level = np.mean(levels[:end])
+      made.append(self.group(schedule.before[0].pool, x, level, [end // 2], np.asarray([True])))
+    return tuple(reversed(made))
+
+  def group(self, pool: int, x, level, positions, exists) -> Frames:
+    at = np.asarray(positions)
+    level = jnp.float32(level)
+    return Frames(x, level, at, exists=exists, text=None, projection=f"packed_k{pool}")
+
+
+def forward(groups: int):
+  if groups not in FORWARDS:
+    b = bound()
+    FORWARDS[groups] = quick_jit(lambda groups: b(groups).velocity[-1])
+  return FORWARDS[groups]
+
+
+FORWARDS = {}
+
+
+def bound():
+  return bind(NETWORK, PARAMS, tiny.text())
+
+
+def whole_video(row: MethodConfig, table, given=None, blocks: int = BLOCKS) -> np.ndarray:
+  method, shape = row.at(tiny.SIGMAS), tiny.shape(blocks * row.block)
+  run = quick_jit(lambda b: sample.rollout(b, tiny.lookup(table), method, shape, given))
+  return np.asarray(run(bound()))
+
+
+def plain(row: MethodConfig, table, stop=None, given=None) -> np.ndarray:
+  return np.concatenate(Plain(row, table).rollout(BLOCKS, given, stop), axis=1)
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if name != "attached"])
+def test_whole_videos(name):
+  row = ROWS[name]
+  table = tiny.noise_table(row, BLOCKS)
+  video = whole_video(row, table)
+  plain_rollout.assert_same(video, plain(row, table))
+  usual = dataclasses.replace(row, past="ring", packing="")
+  difference = np.abs(video - whole_video(usual, table)).max(axis=(0, 2, 3, 4))
+  assert difference[: row.window].max() < 2e-5 < 1e-3 < difference[row.window :].max()
+
+
+def test_a_continuation():
+  row, given = ROWS["hiar"], tiny.video(5, 6)
+  table = tiny.noise_table(row, BLOCKS)
+  video = whole_video(row, table, given, BLOCKS - 3)
+  expected = plain(row, table, given=[given[:, i : i + 2] for i in (0, 2, 4)])
+  plain_rollout.assert_same(video, expected)
+
+
+def stream(row: MethodConfig, table):
+  """(state, tick) of an empty stream."""
+  method, b, noise = row.at(tiny.SIGMAS), bound(), tiny.lookup(table)
+  seeds = jnp.zeros(tiny.BATCH, jnp.int32)
+  state = ticks.empty(b, method, tiny.shape(BLOCKS * row.block), jax.random.key(0), seeds)
+  return state, quick_jit(lambda state: ticks.tick(b, noise, state, tiny.text(), False))
+
+
+@pytest.mark.parametrize("name", ["hiar", "input"])
+def test_a_stream(name):
+  row = ROWS[name]
+  table = tiny.noise_table(row, BLOCKS + 4)
+  state, tick = stream(row, table)
+  blocks, levels = [], tiny.SIGMAS.size - 1
+  for _ in range(BLOCKS + levels - 1):
+    state, block = tick(state)
+    blocks.append(np.asarray(block))
+  streamed = np.concatenate(blocks[levels - 1 :], axis=1)
+  plain_rollout.assert_same(streamed, plain(row, table))
+
+
+def test_a_stream_of_any_length_has_a_state_of_one_size():
+  row = ROWS["hiar"]
+  sizes = []
+  for frames in (20, 2000):
+    make = lambda frames=frames: kind(row).empty(
+      NETWORK, row.at(tiny.SIGMAS), tiny.shape(frames), 1, True
+    )
+    sizes.append(jax.tree.map(jnp.shape, jax.eval_shape(make)))
+  assert sizes[0] == sizes[1]
+
+
+def test_blocks_that_are_encoded_again_see_their_packed_history():
+  """The ring holds two blocks: the older one sees its history alone, the other one both."""
+  row = dataclasses.replace(ROWS["hiar"], window=6, packing="tc_f3k2f4k1_g2")
+  table, text, level = tiny.noise_table(row, BLOCKS + 4), tiny.text(), 1
+  state, tick = stream(row, table)
+  for _ in range(BLOCKS + level):
+    state = tick(state)[0]
+  b, levels = bound(), tiny.SIGMAS.size - 1
+  past = quick_jit(lambda s: ticks.recache(b, s, text, jnp.ones(levels, bool)))(state).past
+  plain = Plain(row, table)
+  sigma = tiny.SIGMAS[level + 1]
+  contexts = [(x, sigma) for x in plain.before(BLOCKS, level)[1]]
+  # the level works on block BLOCKS next; block BLOCKS - 1 is not in the ring yet
+  older, newer = BLOCKS - 3, BLOCKS - 2
+  k = row.block
+  groups = [
+    Frames(
+      contexts[m][0],
+      jnp.float32(sigma),
+      m * k + np.arange(k),
+      (Read(group=0),) if m == newer else (),
+      packed=plain.history(contexts[:m], m * k),
+    )
+    for m in (older, newer)
+  ]
+  kv = quick_jit(lambda groups: b(groups).kv)(tuple(groups))
+  for m, own in zip((older, newer), kv, strict=True):
+    slots = np.asarray([list(past.positions[level]).index(m * k + i) for i in range(k)])
+    plain_rollout.assert_same(past.kv.k[level][:, :, slots], own.k)
+    plain_rollout.assert_same(past.kv.v[level][:, :, slots], own.v)
+
+
+@pytest.mark.parametrize(
+  ("name", "level"), [("hiar", 0), ("hiar, no tail", 1), ("input", 1), ("self_forcing", 1)]
+)
+def test_the_exit_step(name, level):
+  """Its parallel forwards see what the loop saw."""
+  row = ROWS[name]
+  table = tiny.noise_table(row, BLOCKS)
+  shape = tiny.shape(BLOCKS * row.block)
+  arguments = bound(), tiny.lookup(table), row.at(tiny.SIGMAS), shape, level
+  expected = plain(row, table, level)
+  plain_rollout.assert_same(quick_jit(lambda: exit_step.self_rollout(*arguments))(), expected)
+  values = quick_jit(lambda: exit_step.self_rollout_without_gradient(*arguments))()
+  plain_rollout.assert_same(values, expected)
+
+
+@pytest.mark.parametrize("name", ["hiar", "attached"])
+def test_the_exit_step_trains_the_packed_projections(name):
+  row = ROWS[name]
+  table, shape = tiny.noise_table(row, BLOCKS), tiny.shape(BLOCKS * row.block)
+
+  def loss(params):
+    b = bind(NETWORK, params, tiny.text())
+    return jnp.sum(
+      exit_step.self_rollout(b, tiny.lookup(table), row.at(tiny.SIGMAS), shape, 1) ** 2
+    )
+
+  gradient = quick_jit(jax.grad(loss))(PARAMS)
+  assert np.abs(gradient["packed_k2"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  "changes, said",
+  [
+    (dict(packing="td_f4k2f2k1_g3"), "_g2"),
+    (dict(packing="td_f4k2f4k1_g2"), "expected packed groups, then the window's past frames"),
+    (dict(packing="td_f2k1_g2"), "expected packed groups"),
+    (dict(packing="ta_f4k2f2k1_g2"), "'ta_f4k2f2k1_g2': expected td or tc"),
+    (dict(packing="td_f4k2f2k1_g2_x_f1k1"), "frames before a block alone"),
+    (dict(packing="td_f4k2f2k1_g2+D"), "frames before a block alone"),
+    (dict(packing=""), "exactly one gN"),
+    (dict(window=5, sink=1, packing="td_f4k2f3k1_g2"), "no history.sink"),
+    (dict(window=3, packing="td_f4k2f1k1_g2"), "at least two blocks"),
+  ],
+)
+def test_schedules_that_do_not_fit(changes, said):
+  with pytest.raises(UserError) as error:
+    packed.schedule_of(dataclasses.replace(ROWS["hiar"], **changes))
+  assert said in str(error.value)
