@@ -10,6 +10,7 @@ from hiar_jax.models.frames import Network, bind
 from hiar_jax.packing.orders import plan
 from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule
+from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.rollout.teacher_sampler import sample_trajectory
 from hiar_jax.types import Key, LatentShape, Text, Video
@@ -46,7 +47,8 @@ def make_sampler(
     def make_sections(video, row):
       # one draw a section, whichever step makes it
       eps = jnp.concatenate([noise(0, number) for number in row.sections], axis=1)
-      groups = functools.partial(groups_of_row, schedule, history, video, row)
+      row = choose(schedule, history, video, row)
+      groups = functools.partial(groups_of_row, schedule, history, video, row, patch=network.patch)
       x = sample_trajectory(bound, unconditional, eps, sigmas, last, guidance, groups=groups)[:, 0]
       return video.at[:, row.generates].set(x), None
 
@@ -55,7 +57,8 @@ def make_sampler(
     first = 0
     if given is not None:
       first, video = given.shape[1], jnp.concatenate([given, video], axis=1)
-    for table in tables(plan(schedule, steps, given=first, published=published)):
+    planned = plan(schedule, steps, given=first, published=published, similar=history.similar)
+    for table in tables(planned):
       video, _ = jax.lax.scan(make_sections, video, table)
     return video
 
