@@ -28,14 +28,16 @@ def make_sampler(
   key: Key,
   shape: LatentShape,
   published: bool = False,
+  solver: str = "euler",
 ) -> Callable[..., Video]:
   """Returns generate(params, text, seeds [b], given=None) -> latents [b given + f h w c].
 
   Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
-  text: [b l d]. steps: packing.orders. sigmas: levels of the Euler steps, falling. negative: text
+  text: [b l d]. steps: packing.orders. sigmas: levels of a section's steps, falling. negative: text
   [1 l d], unused where guidance is 0. shape: of the new latents, whole sections. given: clean
-  frames [b given h w c] before them. published: frame indices as in packing.orders.plan.
+  frames [b given h w c] before them. published: frame indices as in packing.orders.plan. solver:
+  rollout.solvers.
   """
   last = (len(sigmas) - 1,)
 
@@ -49,8 +51,10 @@ def make_sampler(
       eps = jnp.concatenate([noise(0, number) for number in row.sections], axis=1)
       row = choose(schedule, history, video, row)
       groups = functools.partial(groups_of_row, schedule, history, video, row, patch=network.patch)
-      x = sample_trajectory(bound, unconditional, eps, sigmas, last, guidance, groups=groups)[:, 0]
-      return video.at[:, row.generates].set(x), None
+      points = sample_trajectory(
+        bound, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
+      )
+      return video.at[:, row.generates].set(points[:, 0]), None
 
     # NaN: what is read before it is made would show
     video = jnp.full((len(seeds), *shape.clip), jnp.nan)

@@ -186,6 +186,7 @@ class Run:
         key=key,
         shape=shape,
         published=config.published,
+        solver=e.sample.solver,
       )
     )
 
@@ -205,6 +206,7 @@ class Run:
         guidance=config.guidance,
         key=key,
         clip=e.teacher_latent.clip,
+        solver=config.solver,
       )
     )
 
