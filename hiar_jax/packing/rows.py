@@ -61,11 +61,11 @@ class Row(NamedTuple):
   candidates: tuple[Array, ...] = ()
 
   def later(self, frames: Array) -> "Row":
-    """Returns the row with all frame indices moved on by `frames`, which broadcasts."""
-    tails = (tail and tail._replace(indices=tail.indices + frames) for tail in self.tails)
+    """Returns the row with all frame indices of each example moved on by `frames` [b]."""
+    tails = (tail and tail._replace(indices=tail.indices + frames[:, None]) for tail in self.tails)
     return self._replace(
-      indices=self.indices + frames,
-      context_indices=tuple(indices + frames for indices in self.context_indices),
+      indices=self.indices + frames[:, None],
+      context_indices=tuple(indices + frames[:, None] for indices in self.context_indices),
       tails=tuple(tails),
     )
 
@@ -105,8 +105,8 @@ def tables(steps: Sequence[Step], *, ordered: bool = True) -> list[Row]:
   Each array is [steps, count]; the steps keep their order. ordered: False puts all steps of a shape
   into one table, wherever they stand.
   """
-  named = [x for step in steps for x in (step.generates, *step.tails, *(step.candidates or ()))]
-  frames = 1 + max((int(x.max()) for x in named if x.size), default=-1)
+  found = [x for step in steps for x in (*step.tails, *(step.candidates or ()))]
+  frames = 1 + max((int(x.max()) for x in found if x.size), default=0)
   rows = [_row(step, frames) for step in steps]
   if not ordered:
     shapes = list(dict.fromkeys(map(_shape, rows)))
@@ -123,7 +123,7 @@ def _shape(row: Row) -> tuple:
 
 
 def _row(step: Step, frames: int) -> Row:
-  """Returns the row of a step of a video of `frames` frames."""
+  """Returns the row of a step; frames: of the video that a tail or a choice may hold."""
   tails = []
   for kind, tail in zip(step.tail_kinds, step.tails, strict=True):
     found = None

@@ -164,7 +164,7 @@ def _loss_of(
       shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
     schedule, history = config.parsed, config.history
-    at = choose(schedule, history, shown, row).later(start[:, None])
+    at = choose(schedule, history, shown, row).later(start)
     groups = groups_of_row(schedule, history, shown, at, x, sigma, patch=bound.network.patch)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))

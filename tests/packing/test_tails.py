@@ -76,10 +76,10 @@ def test_only_frames_that_are_there_are_in_a_tail(tail):
   x[:, 12:15] = x[:, 18:21] = np.nan  # section 4, which is made, and section 6, which is not yet
   groups = packed(BOTH.format(tail), [(0, 1, 2, 3, 5, 7, 8), (4,)], x)
   assert all(np.isfinite(group.x).all() for group in groups)
-  want = x[:, 21:].mean(1, keepdims=True)
+  shown, want = groups[-1].x.mean(1), x[:, 21:].mean(1)
   if tail == "ta":
-    want = want.mean((2, 3), keepdims=True)
-  np.testing.assert_allclose(groups[-1].x.mean(1, keepdims=True), want, rtol=0, atol=1e-6)
+    shown, want = shown.mean((1, 2)), want.mean((1, 2))
+  np.testing.assert_allclose(shown, want, rtol=0, atol=1e-6)
 
 
 def test_an_appended_frame_is_embedded_as_its_mean():
@@ -138,8 +138,9 @@ def test_later_moves_every_index():
   row = jax.tree.map(
     lambda part: part[0], tables(orders.plan(parse("tc_f1k1_g1_f1k1_ta"), [(0, 1, 3, 4), (2,)]))[1]
   )
-  moved = row.later(np.int32(7))
-  assert moved.indices.tolist() == [9] and moved.generates.tolist() == [2]
-  assert [x.tolist() for x in moved.context_indices] == [[8], [10]]
-  assert [tail.indices.tolist() for tail in moved.tails] == [[7], [11]]
-  assert [tail.frames.tolist() for tail in moved.tails] == [[1, 0, 0, 0, 0], [4]]
+  row = jax.tree.map(lambda part: part[None], row)
+  moved = row.later(np.asarray([7, 9], np.int32))
+  assert moved.indices.tolist() == [[9], [11]] and moved.generates.tolist() == [[2]]
+  assert [x.tolist() for x in moved.context_indices] == [[[8], [10]], [[10], [12]]]
+  assert [tail.indices.tolist() for tail in moved.tails] == [[[7], [9]], [[11], [13]]]
+  assert [tail.frames.tolist() for tail in moved.tails] == [[[1, 0, 0, 0, 0]], [[4]]]
