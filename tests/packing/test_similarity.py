@@ -118,6 +118,20 @@ def test_frames_that_are_not_there_are_left_out():
   assert [at[0].tolist() for at in row.context_indices] == [[0, 0], [0, 0]]
 
 
+@pytest.mark.parametrize(
+  ("notation", "steps", "at", "chosen"),
+  [
+    ("td_f2k2f1k1_g2", orders.vanilla(4), 3, [[3, 4], [5]]),
+    ("g2_f1k1f2k2_td", orders.inverted(4), 3, [[2], [3, 4]]),
+  ],
+)
+def test_of_equals_the_nearest_are_chosen(notation, steps, at, chosen):
+  still = np.ones_like(tiny.video(3, 8))
+  history = History(sort="similarity", time_weight=0.0)
+  row = choose(parse(notation), history, still, row_of(notation, steps, at))
+  assert [group[0].tolist() for group in row.context] == chosen
+
+
 def test_by_time_a_row_stays_as_it_is():
   schedule = parse("td_f2k2f1k1_g2")
   (table,) = tables(orders.plan(schedule, orders.vanilla(3)))

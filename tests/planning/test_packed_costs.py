@@ -122,6 +122,28 @@ def test_flops_are_the_compilers(name, hears):
   assert by_hand < counted  # norms, softmax and gates are not in it
 
 
+def test_flops_of_a_kernel_are_those_of_its_product():
+  """Of a token by a large kernel: by the compiler, and as the difference of two kernels."""
+  config = dataclasses.replace(SMALL, channels=16, num_layers=1, unroll=1).packed((1, 8))
+  request = job("td_f1k8_g1", orders.vanilla(2), network=config, height=4, width=6)
+  shapes = jax.eval_shape(lambda: config.init(jax.random.key(0)))
+  video = np.zeros((1, 2, 4, 6, 16), np.float32)
+  row = jax.tree.map(lambda part: part[1], tables(request.planned)[0])
+  groups = groups_of_row(
+    request.schedule, request.history, video, row, video[:, 1:], np.float32(0.5)
+  )
+  texts = jax.ShapeDtypeStruct((1, 1, request.text, 24), jnp.float32)
+  run = jax.jit(lambda *arguments: config.apply(*arguments).velocity[-1])
+  counted = run.lower(shapes, groups, texts).compile().cost_analysis()["flops"]
+  (call,) = packed_sizes.sections(request)
+  assert call.packed == ((1, 8),) and call.tokens == 6
+  by_hand = packed_sizes.flops(request, call)
+  assert by_hand == pytest.approx(counted, rel=0.05)
+  product = 2 * 8**3 * 2 * 2 * 16 * config.dim
+  assert product > 0.5 * by_hand
+  assert by_hand - config.packed_flops(6, ((1, 1),), request.text) == product * (1 - 8**-3)
+
+
 def test_a_section_costs_the_same_whatever_lies_behind_it():
   long, short = (packed_sizes.sections(job(steps=orders.vanilla(n))) for n in (40, 4))
   assert len(long) == len(short) == 1 and long[0].count == 10 * short[0].count

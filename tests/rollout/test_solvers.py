@@ -55,7 +55,7 @@ def test_unipc_needs_fewer_steps():
   assert error("unipc_framepack", 16) < 0.03 * error("unipc", 16)
 
 
-def written_out(eps, sigmas, order: int, exponential: bool, clock, alpha):
+def written_out(eps, sigmas, order: int, exponential: bool, clock, alpha, lower: bool):
   """UniPC, x0 predictions in a list: the published loops step by step."""
   x, guess, found, kept, change_of = eps, eps, [], [], []
   for j, sigma in enumerate(sigmas[:-1]):
@@ -74,14 +74,14 @@ def written_out(eps, sigmas, order: int, exponential: bool, clock, alpha):
     found.append(x)
     if j == len(sigmas) - 2:
       return [*found, x0]
-    used = min(order, j + 1)
+    used = min(order, j + 1, len(sigmas) - 1 - j if lower else order)
     kept = [x0, *kept]
     h = clock(sigmas[j + 1]) - clock(sigma)
     ratio = sigmas[j + 1] / sigma
     nodes = [(clock(sigmas[j - i]) - clock(sigma)) / h for i in range(1, used)]
     differences = [(kept[i] - x0) / node for i, node in enumerate(nodes, 1)]
     base = ratio * x + (1 - ratio) * x0
-    scale = alpha(sigmas[j + 1]) * (1 - np.exp(-h) if exponential else h)
+    scale = 1 - ratio if exponential else alpha(sigmas[j + 1]) * h
     rho = [0.5] * len(nodes)
     if len(nodes) == 2:
       system = np.stack([np.asarray(nodes) ** k for k in range(2)])
@@ -93,11 +93,17 @@ def written_out(eps, sigmas, order: int, exponential: bool, clock, alpha):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
-def test_framepacks_unipc_is_its_algorithm(steps):
+@pytest.mark.parametrize("solver", ["unipc", "unipc_framepack"])
+def test_unipc_is_its_algorithm(solver, steps):
   sigmas = flow.sigma_schedule(steps, 2.0)
-  points = solved("unipc_framepack", sigmas)
-  order = max(min(3, steps - 1), 1)
-  want = written_out(points[0], sigmas, order, False, lambda s: -np.log(s), lambda s: 1.0)
+  points = solved(solver, sigmas)
+  if solver == "unipc":
+    clock = lambda s: np.log1p(-min(s, 1 - 1e-6)) - np.log(min(s, 1 - 1e-6))
+    want = written_out(points[0], sigmas, 2, True, clock, lambda s: 1 - s, True)
+  else:
+    order = max(min(3, steps - 1), 1)
+    clock = lambda s: -np.log(s)
+    want = written_out(points[0], sigmas, order, False, clock, lambda s: 1.0, False)
   np.testing.assert_allclose(points, want, rtol=0, atol=1e-12)
 
 
