@@ -3,9 +3,9 @@
     python -m benchmarks.packing --schedule=f1k1_x_td_f16k4f2k2f1k1_g9
 
 One forward of a small DiT over the packed history and the noisy section behind it, for videos of
---histories frames. With --published frames that do not exist yet are zeros, so that all lengths run
-one program; without it they make no tokens, which a schedule that keeps a tail needs. Prints one
-JSON object; for each history:
+--histories frames. Frames that do not exist are zeros, so that all lengths run one program; a
+compressed tail (tc) makes two of them, with and without, and an appended one (ta) one for each
+length. A schedule that keeps a tail needs --nopublished. Prints one JSON object; for each history:
 
     tokens          of context and section, as the program has them
     tokens_480p     those of the schedule at 480 x 832; unpacked_480p: with all frames whole
@@ -28,9 +28,8 @@ import numpy as np
 from benchmarks import machine
 from hiar_jax.config import command_line as configs
 from hiar_jax.models.dit import DiTConfig
-from hiar_jax.models.frames import Frames
-from hiar_jax.packing.history import groups_of
 from hiar_jax.packing.orders import plan
+from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
 
 ROWS, COLUMNS = 8, 12  # of patches, here
@@ -57,17 +56,20 @@ def network(schedule: Schedule) -> DiTConfig:
 def measure(schedule: Schedule, history: int, run, params, repeats: int, published: bool) -> dict:
   """Times the section behind `history` frames."""
   config, draw = network(schedule), np.random.default_rng(history)
-  video = draw.standard_normal((1, history, 2 * ROWS, 2 * COLUMNS, config.channels), np.float32)
+  shape = (1, history, 2 * ROWS, 2 * COLUMNS, config.channels)
+  video = jnp.asarray(draw.standard_normal(shape, np.float32))
   noise = draw.standard_normal((1, schedule.generate, *video.shape[2:]), np.float32)
   texts = jnp.asarray(draw.standard_normal((1, 1, TEXT, config.text_dim), np.float32))
-  (step,) = plan(schedule, [(0,)], given=history, published=published)
+  (table,) = tables(plan(schedule, [(0,)], given=history, published=published))
+  row = jax.tree.map(lambda part: part[0], table)
   pack_times, times = [], []
   for _ in range(repeats + 1):
     start = time.perf_counter()
-    packed = groups_of(schedule, step, video, np.float32(0.5), published=published)
-    jax.block_until_ready(packed)
+    groups = groups_of_row(
+      schedule, History(), video, row, noise, np.float32(0.5), patch=config.patch
+    )
+    jax.block_until_ready(groups)
     pack_times.append(time.perf_counter() - start)
-    groups = (*packed, Frames(noise, np.float32(0.5), step.indices.astype(np.int32)))
     start = time.perf_counter()
     out = jax.block_until_ready(run(params, groups, texts))
     times.append(time.perf_counter() - start)
@@ -110,5 +112,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("schedule", "f1k1_x_td_f16k4f2k2f1k1_g9", "as in hiar_jax.packing.schedule")
   flags.DEFINE_multi_integer("histories", [10, 100, 1_000, 10_000], "frames before the section", 1)
   flags.DEFINE_integer("repeats", 10, "timed forwards of each history", 1)
-  flags.DEFINE_bool("published", True, "zeros for frames that do not exist, and published indices")
+  flags.DEFINE_bool("published", True, "the published code's frame indices")
   configs.run_flags(main)

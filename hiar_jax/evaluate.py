@@ -113,7 +113,8 @@ def row_label(run: Run) -> str:
   """
   e = run.experiment
   if e.framepack:
-    return f"{e.framepack.packing}, {e.sample.order.replace('_', ' ')}"
+    sort = ", sorted by similarity" if e.framepack.history.similar else ""
+    return f"{e.framepack.packing}, {e.sample.order.replace('_', ' ')}{sort}"
   method = e.history
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"

@@ -16,8 +16,10 @@ from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import make_mesh
 from hiar_jax.planning import costs
+from hiar_jax.planning.packed_sizes import PackedJobSize
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
@@ -85,6 +87,8 @@ class VideoModel:
       # settings of `sample` that change the numbers of a packed model's videos
       sampling = e.sample.order, e.sample.steps, e.sample.guidance
       content["framepack"] = [to_json(e.framepack), *sampling]
+      if e.sample.solver != "euler":
+        content["framepack"].append(e.sample.solver)
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):
@@ -114,7 +118,8 @@ class VideoModel:
     """
     if self.weights:
       e = self.experiment
-      return pretrained.load_published(self.run, self.weights, e.dit, e.model.dtype)
+      network = e.packed_dit if e.framepack else e.stored_student
+      return pretrained.load_published(self.run, self.weights, network, e.model.dtype)
     return pretrained.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
@@ -134,15 +139,7 @@ class VideoModel:
   def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
     """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""
     e = self.experiment
-    if e.framepack:
-      raise UserError(
-        "costs of a packed model (framepack) cannot be estimated yet: leave out --dry_run"
-      )
-    request = costs.JobSize(
-      network=e.student_dit,
-      method=e.history,
-      levels=len(self.run.sigmas) - 1,
-      frames=frames,
+    common = dict(
       height=e.latent.height,
       width=e.latent.width,
       batch=batch,
@@ -152,6 +149,27 @@ class VideoModel:
       others={**e.codec.networks(), **e.text.networks()},
       decoder=e.codec.abstract_decoder(),
     )
+    if e.framepack:
+      schedule = e.framepack.parsed
+      request = PackedJobSize(
+        network=e.packed_dit,
+        schedule=schedule,
+        history=e.framepack.history,
+        steps=steps_of(e.sample.order, frames // schedule.generate),
+        levels=e.sample.steps,
+        guidance=e.sample.guidance,
+        published=e.framepack.published,
+        solver=e.sample.solver,
+        **common,
+      )
+    else:
+      request = costs.JobSize(
+        network=e.student_dit,
+        method=e.history,
+        levels=len(self.run.sigmas) - 1,
+        frames=frames,
+        **common,
+      )
     return costs.make_plan(request, self.run.mesh)
 
 

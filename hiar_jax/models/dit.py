@@ -91,6 +91,7 @@ class DiTConfig:
     "text_dim",
     "freq_dim",
     "place_embedding",
+    "packing",
   )
 
   def __post_init__(self):
@@ -196,6 +197,19 @@ class DiTConfig:
       + 2 * frames * (self.freq_dim * d + 7 * d * d)
     )
     return float(self.num_layers * (projections + products) + ends)
+
+  def packed_flops(
+    self, tokens: int, packed: tuple[tuple[int, int], ...], text: int, deaf: int = 0
+  ) -> float:
+    d, patch = self.dim, math.prod(self.patch) * self.channels
+    history = sum(n for n, _ in packed)
+    # one frame of all tokens, but for kernels larger than a patch, packed tokens that have no
+    # output, and a noise level a group
+    whole = self.flops(1, 1, tokens + history, text)
+    kernels = sum(2 * n * (pool**3 - 1) * patch * d for n, pool in packed)
+    levels = 2 * len(packed) * (self.freq_dim * d + 7 * d * d)
+    unheard = self.num_layers * 4 * deaf * (d * d + text * d)
+    return whole + kernels + levels - 2 * history * patch * d - unheard
 
   def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
     rows = frames * tokens

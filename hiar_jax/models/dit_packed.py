@@ -77,11 +77,14 @@ def initial_projection(patch_embedding: dict, pool: int, patch: tuple[int, int, 
 
 
 def with_projections(config, params: Params) -> Params:
-  """Returns parameters with the packed projections of config.packing that they lack."""
+  """Returns parameters with the packed projections of config.packing alone: those that they lack
+  are made, others left out.
+  """
   names = {projection_of(pool): pool for pool in config.packing}
   missing = {name: pool for name, pool in names.items() if name not in params}
   embedding = params[PROJECTION]
-  return params | {
+  kept = {k: v for k, v in params.items() if k in names or not k.startswith(PREFIX)}
+  return kept | {
     name: initial_projection(embedding, pool, config.patch) for name, pool in missing.items()
   }
 

@@ -133,6 +133,13 @@ class Network(Protocol):
     alone: `frames` frames of `tokens` tokens that attend to `keys` frames and `text` tokens.
     """
 
+  def packed_flops(
+    self, tokens: int, packed: tuple[tuple[int, int], ...], text: int, deaf: int = 0
+  ) -> float:
+    """Returns the same for a noisy section of `tokens` tokens and groups of packed frames, each
+    (tokens, kernel), that all attend to each other. deaf: packed tokens that hear no text.
+    """
+
   def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
     """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
 

@@ -30,7 +30,9 @@ class Step:
   sections: their numbers. generates: frames of the video. indices: their frame indices. context:
   of each group of the schedule the frames of the video, -1 for those that are not there.
   context_indices: their frame indices. tails: frames that are there beyond those that are named,
-  before the section and behind it; none on a side whose tail is deleted.
+  before the section and behind it; none on a side whose tail is deleted. tail_kinds: of the same
+  sides, as schedule.TAILS. candidates: of the same sides, all frames that the groups next to the
+  section may hold where they are chosen by similarity (packing.similarity); None: chosen by time.
   """
 
   sections: tuple[int, ...]
@@ -39,6 +41,8 @@ class Step:
   context: tuple[np.ndarray, ...]
   context_indices: tuple[np.ndarray, ...]
   tails: tuple[np.ndarray, np.ndarray] = (np.arange(0), np.arange(0))
+  tail_kinds: tuple[str, str] = ("", "")
+  candidates: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def vanilla(sections: int) -> Steps:
@@ -84,19 +88,31 @@ def steps_of(order: str, sections: int) -> Steps:
 
 
 def plan(
-  schedule: Schedule, steps: Steps, *, given: int = 0, published: bool = False
+  schedule: Schedule,
+  steps: Steps,
+  *,
+  given: int = 0,
+  published: bool = False,
+  similar: bool = False,
 ) -> list[Step]:
   """Returns what each step makes, from what, and where.
 
   given: frames of the video's start that are there before any section (1: an image). published: the
   frame indices of the published code, which count context and section on from the video's start
-  with a few blanks, whatever the true distance; else the frames' own numbers. Raises UserError for
-  published indices of a schedule that keeps a tail: there are none.
+  with a few blanks, whatever the true distance; else the frames' own numbers. similar: the frames
+  next to a section are chosen by similarity when it is made (packing.similarity), so that context
+  and tails here say how many they are. Raises UserError for published indices of a schedule that
+  keeps a tail, or with `similar`: there are none.
   """
   if published and {schedule.before_tail, schedule.after_tail} & set(KEPT_TAILS):
     raise UserError(
       f"schedule {schedule.notation!r}: the published frame indices have no place for a tail; "
       "expected td, or published = False"
+    )
+  if published and similar:
+    raise UserError(
+      f"schedule {schedule.notation!r}: the published frame indices are of places, not of frames; "
+      "frames sorted by similarity keep their own, so expected published = False"
     )
   width = schedule.generate
   count = 1 + max(number for step in steps for number in step)
@@ -111,8 +127,14 @@ def plan(
     indices = generates, numbers
     if published:
       indices = _counted_on(schedule, blanks(len(steps), at, schedule))
-    tails = _tails(schedule, numbers, firsts[0], made)
-    plans.append(Step(step, generates, indices[0], context, indices[1], tails))
+    kinds = schedule.before_tail, schedule.after_tail
+    candidates = None
+    if similar:
+      candidates = _candidates(schedule, numbers, firsts[0], made)
+      tails = _beyond(schedule, candidates)
+    else:
+      tails = _tails(schedule, numbers, firsts[0], made)
+    plans.append(Step(step, generates, indices[0], context, indices[1], tails, kinds, candidates))
     made.update(generates.tolist())
   return plans
 
@@ -140,6 +162,32 @@ def _tails(
   beyond = np.setdiff1d(np.fromiter(made, int), named)
   sides = beyond[beyond < first], beyond[beyond >= first + schedule.generate]
   return tuple(side if keep else side[:0] for side, keep in zip(sides, kept, strict=True))
+
+
+def _candidates(
+  schedule: Schedule, numbers: tuple[np.ndarray, ...], first: int, made: set[int]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the frames of `made` before a section from `first` and behind it, without those that
+  the groups beyond an x hold in any case.
+  """
+  behind = len(numbers) - len(schedule.end)
+  kept = np.concatenate([*numbers[: len(schedule.start)], *numbers[behind:], np.arange(0)])
+  free = np.setdiff1d(np.fromiter(made, int), kept)
+  return free[free < first], free[free >= first + schedule.generate]
+
+
+def _beyond(
+  schedule: Schedule, candidates: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns as many frames as are left for each tail that is kept, the farthest ones."""
+  before, after = (
+    max(len(frames) - sum(group.frames for group in groups), 0) if tail in KEPT_TAILS else 0
+    for frames, groups, tail in (
+      (candidates[0], schedule.before, schedule.before_tail),
+      (candidates[1], schedule.after, schedule.after_tail),
+    )
+  )
+  return candidates[0][:before], candidates[1][len(candidates[1]) - after :]
 
 
 def _counted_on(schedule: Schedule, blank: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:

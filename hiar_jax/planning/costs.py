@@ -20,6 +20,8 @@ import numpy as np
 from hiar_jax import peak_memory
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh, replicated
 from hiar_jax.parallel.rules import leaf_sharding, sharded_shapes, tree_shardings
+from hiar_jax.planning import packed_sizes
+from hiar_jax.planning.packed_sizes import PackedJobSize, SectionCost
 from hiar_jax.planning.sizes import (
   ForwardCost,
   JobSize,
@@ -30,7 +32,7 @@ from hiar_jax.planning.sizes import (
   forwards,
   parts,
 )
-from hiar_jax.rollout.sample import make_sampler
+from hiar_jax.rollout import packed, sample
 from hiar_jax.types import LatentShape, PyTree
 
 
@@ -54,7 +56,9 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CostPlan:
-  """Costs of a job, for the whole batch unless noted; `text` formats them."""
+  """Costs of a job, for the whole batch unless noted; `text` formats them. Of a packed model
+  a block is a section, and there is no cache.
+  """
 
   parts: dict[str, Part]  # by network
   devices: int
@@ -65,11 +69,12 @@ class CostPlan:
   tokens_frame: int  # of one latent frame
   tokens_block: int
   blocks: int  # new ones of a video
-  forwards: tuple[ForwardCost, ...]
+  forwards: tuple[ForwardCost | SectionCost, ...]
   flops_block: float
   flops_video: float
   compiled: dict[str, Memory]  # of the programs generate and decode; empty: nothing was compiled
   note: str  # why a program was not compiled, or how its numbers are to be read
+  schedule: str = ""  # of packed history, in the paper's notation
 
   def text(self) -> str:
     """Returns a summary of about ten lines."""
@@ -78,14 +83,16 @@ class CostPlan:
       f"{name}: {part.parameters / 1e9:.3f} billion parameters, {size(part.bytes)}"
       for name, part in self.parts.items()
     ]
-    calls = ", ".join(f"{f.count} of {f.frames} frames on {f.keys}" for f in self.forwards)
+    block = "section" if self.schedule else "block"
+    calls = ", ".join(map(_described, self.forwards))
     lines += [
-      f"blocks: {self.blocks}, {self.tokens_block} tokens each ({self.tokens_frame} a latent "
+      f"{block}s: {self.blocks}, {self.tokens_block} tokens each ({self.tokens_frame} a latent "
       "frame)",
+      *(_history(self.schedule, self.forwards) if self.schedule else ()),
       f"forwards: {sum(f.count for f in self.forwards)} ({calls})",
-      f"FLOPs: {_flops(self.flops_block)} a block, {_flops(self.flops_video)} the video (text "
+      f"FLOPs: {_flops(self.flops_block)} a {block}, {_flops(self.flops_video)} the video (text "
       "encoder and decoder left out)",
-      f"KV cache: {size(self.cache)}",
+      *([] if self.schedule else [f"KV cache: {size(self.cache)}"]),
       f"memory of each of {self.devices} {self.platform} device{'s' * (self.devices > 1)}: at "
       f"least {size(self.floor)} ({size(self.weights)} of it weights)",
     ]
@@ -95,12 +102,55 @@ class CostPlan:
     return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
+def _described(call: ForwardCost | SectionCost) -> str:
+  """Returns a call as 4 of 3 frames on 21."""
+  if isinstance(call, ForwardCost):
+    return f"{call.count} of {call.frames} frames on {call.keys}"
+  return f"{call.count} of {call.tokens} + {call.history} tokens"
+
+
+def _history(schedule: str, calls: tuple[SectionCost, ...]) -> list[str]:
+  """Returns the line of the packed tokens, those of the longest history."""
+  longest = max(calls, key=lambda call: call.history)
+  groups = " + ".join(f"{tokens} by k{pool}" for tokens, pool in longest.packed)
+  return [f"history: {schedule}, {longest.history} packed tokens a forward ({groups or 'none'})"]
+
+
 def _flops(count: float) -> str:
   """3.28e14 -> '328 T'."""
   return f"{count / 1e15:.4g} P" if count >= 1e15 else f"{count / 1e12:.4g} T"
 
 
-def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) -> CostPlan:
+@dataclasses.dataclass(frozen=True)
+class _Work:
+  """What a job computes and holds, beside its weights: bytes and operations of the whole batch."""
+
+  calls: tuple[ForwardCost | SectionCost, ...]
+  blocks: int
+  block: int  # latent frames
+  flops: float
+  cache: int
+  activations: int
+
+
+def _work(request: JobSize | PackedJobSize) -> _Work:
+  r = request
+  if isinstance(r, PackedJobSize):
+    calls = packed_sizes.sections(r)
+    flops = sum(call.count * packed_sizes.flops(r, call) for call in calls)
+    activations = packed_sizes.activation_bytes(r, calls)
+    return _Work(calls, r.sections, r.schedule.generate, r.batch * flops, 0, activations)
+  calls, block = forwards(r), r.method.block
+  flops = sum(
+    call.count * r.network.flops(call.frames, call.keys, r.tokens, r.text) for call in calls
+  )
+  cache, activations = cache_bytes(r), activation_bytes(r, calls)
+  return _Work(calls, r.frames // block, block, r.batch * flops, cache, activations)
+
+
+def make_plan(
+  request: JobSize | PackedJobSize, mesh: Mesh | None = None, compile: bool = True
+) -> CostPlan:
   """Returns the plan of a job.
 
   Args:
@@ -108,17 +158,12 @@ def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) 
     compile: compiles the programs for their memory, about ten seconds for 1.3B.
   """
   mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
-  calls, blocks = forwards(request), request.frames // request.method.block
-  video = request.batch * sum(
-    call.count * request.network.flops(call.frames, call.keys, request.tokens, request.text)
-    for call in calls
-  )
+  work = _work(request)
   # Weights are sharded as in training; each device holds its shard of the large ones.
   weights = sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(_params(request, mesh))
   )
-  cache = cache_bytes(request)
   # Videos of one device: a batch that the devices do not divide is computed on each of them.
   share = request.batch // mesh.size if request.batch % mesh.size == 0 else request.batch
   compiled, note = {}, "nothing was compiled, as was asked"
@@ -129,23 +174,24 @@ def make_plan(request: JobSize, mesh: Mesh | None = None, compile: bool = True) 
     devices=mesh.size,
     platform=mesh.devices.flat[0].platform,
     weights=weights,
-    cache=cache,
-    floor=weights + share * (cache + activation_bytes(request, calls)) // request.batch,
+    cache=work.cache,
+    floor=weights + share * (work.cache + work.activations) // request.batch,
     tokens_frame=request.tokens,
-    tokens_block=request.tokens * request.method.block,
-    blocks=blocks,
-    forwards=calls,
-    flops_block=video / blocks,
-    flops_video=video,
+    tokens_block=request.tokens * work.block,
+    blocks=work.blocks,
+    forwards=work.calls,
+    flops_block=work.flops / work.blocks,
+    flops_video=work.flops,
     compiled=compiled,
     note=note,
+    schedule=request.schedule.notation if isinstance(request, PackedJobSize) else "",
   )
 
 
 # ------------------------------------------------------------------------- memory by the compiler
 
 
-def _params(request: JobSize, mesh: Mesh) -> PyTree:
+def _params(request: JobSize | PackedJobSize, mesh: Mesh) -> PyTree:
   """Returns the DiT's parameters as sharded shapes."""
   shapes = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, request.dtype), abstract_params(request.network)
@@ -159,7 +205,7 @@ def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeS
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _compiled(request: JobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
+def _compiled(request: JobSize | PackedJobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   """Compiles the job's programs -> ({program: memory}, note)."""
   platform = mesh.devices.flat[0].platform
   if reason := request.network.unavailable_on(platform):
@@ -190,16 +236,33 @@ def _compiled(request: JobSize, mesh: Mesh) -> tuple[dict[str, Memory], str]:
   return found, ""
 
 
-def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
-  """Returns rollout.sample's generate(params, text, seeds, given) on texts, and its arguments."""
-  r = request
-  generate = make_sampler(
+def _sampler(request: JobSize | PackedJobSize) -> Callable:
+  """Returns generate(params, text, seeds, given) of rollout.sample or rollout.packed."""
+  r, key = request, jax.random.key(0)
+  shape = LatentShape(r.frames, r.height, r.width, r.network.channels)
+  # The values of the levels do not change the program.
+  levels = np.linspace(1.0, 0.0, r.levels + 1)
+  if isinstance(r, JobSize):
+    return sample.make_sampler(r.network, r.method.at(levels), key=key, shape=shape)
+  return packed.make_sampler(
     r.network,
-    # The values of the levels do not change the program.
-    r.method.at(np.linspace(1.0, 0.0, r.levels + 1)),
-    key=jax.random.key(0),
-    shape=LatentShape(r.frames, r.height, r.width, r.network.channels),
+    r.schedule,
+    r.history,
+    r.steps,
+    jnp.asarray(levels, jnp.float32),
+    negative=jnp.zeros((1, r.text, r.network.text_dim), r.dtype),
+    guidance=r.guidance,
+    key=key,
+    shape=shape,
+    published=r.published,
+    solver=r.solver,
   )
+
+
+def _generator(request: JobSize | PackedJobSize, mesh: Mesh) -> tuple[Callable, list]:
+  """Returns the job's generate(params, text, seeds, given) on texts, and its arguments."""
+  r = request
+  generate = _sampler(r)
   # A row a video, split over the devices where they divide the batch.
   rows = leaf_sharding("batch/rows", mesh, shape=(r.batch,))
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
@@ -213,7 +276,7 @@ def _generator(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
   return generate, arguments
 
 
-def _decoder(request: JobSize, mesh: Mesh) -> tuple[Callable, list]:
+def _decoder(request: JobSize | PackedJobSize, mesh: Mesh) -> tuple[Callable, list]:
   """Returns one step of the chunked decoder in the middle of one video, and its arguments: frames
   split over the devices, or tiles on one.
   """

@@ -59,11 +59,7 @@ class JobSize:
       raise UserError(
         f"given = {self.given} latent frames: expected one, or whole blocks of {self.method.block}"
       )
-    _, rows, columns = self.network.patch
-    if self.height % rows or self.width % columns:
-      raise UserError(
-        f"latents of {self.height}x{self.width} cannot be cut into patches of {rows}x{columns}"
-      )
+    check_patches(self.network, self.height, self.width)
     # frozen, and the network computes in the job's dtype
     object.__setattr__(self, "network", dataclasses.replace(self.network, dtype=self.dtype))
 
@@ -76,6 +72,13 @@ class JobSize:
   def slots(self) -> int:
     """Frames that the cache holds."""
     return kind(self.method).capacity(self.method, self.given + self.frames)
+
+
+def check_patches(network: Network, height: int, width: int) -> None:
+  """Raises UserError where latents of height x width are not whole patches."""
+  _, rows, columns = network.patch
+  if height % rows or width % columns:
+    raise UserError(f"latents of {height}x{width} cannot be cut into patches of {rows}x{columns}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +100,10 @@ class Part:
   bytes: int
 
 
-def parts(request: JobSize) -> dict[str, Part]:
-  """Returns the parameters and bytes of each network; the autoencoder's are float32."""
+def parts(request) -> dict[str, Part]:
+  """Returns the parameters and bytes of each network of a JobSize or PackedJobSize; the
+  autoencoder's are float32.
+  """
   trees = {"DiT": (abstract_params(request.network), ""), **request.others}
   found = {}
   for name, (tree, dtype) in trees.items():
@@ -154,6 +159,11 @@ def activation_bytes(request: JobSize, calls: Iterable[ForwardCost]) -> int:
   """
   r, widest = request, max(calls, key=lambda call: call.frames * call.keys)
   activations = r.network.activation_bytes(widest.frames, widest.keys, r.tokens)
+  return r.batch * (activations + fixed_bytes(r))
+
+
+def fixed_bytes(request) -> int:
+  """Returns the bytes of one video's latents and text, of a JobSize or PackedJobSize."""
+  r = request
   latents = (r.given + r.frames) * r.height * r.width * r.network.channels * _FLOAT
-  text = r.text * r.network.text_dim * jnp.dtype(r.dtype).itemsize
-  return r.batch * (activations + latents + text)
+  return latents + r.text * r.network.text_dim * jnp.dtype(r.dtype).itemsize

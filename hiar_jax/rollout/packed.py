@@ -10,6 +10,7 @@ from hiar_jax.models.frames import Network, bind
 from hiar_jax.packing.orders import plan
 from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule
+from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.rollout.teacher_sampler import sample_trajectory
 from hiar_jax.types import Key, LatentShape, Text, Video
@@ -27,14 +28,16 @@ def make_sampler(
   key: Key,
   shape: LatentShape,
   published: bool = False,
+  solver: str = "euler",
 ) -> Callable[..., Video]:
   """Returns generate(params, text, seeds [b], given=None) -> latents [b given + f h w c].
 
   Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
-  text: [b l d]. steps: packing.orders. sigmas: levels of the Euler steps, falling. negative: text
+  text: [b l d]. steps: packing.orders. sigmas: levels of a section's steps, falling. negative: text
   [1 l d], unused where guidance is 0. shape: of the new latents, whole sections. given: clean
-  frames [b given h w c] before them. published: frame indices as in packing.orders.plan.
+  frames [b given h w c] before them. published: frame indices as in packing.orders.plan. solver:
+  rollout.solvers.
   """
   last = (len(sigmas) - 1,)
 
@@ -46,16 +49,20 @@ def make_sampler(
     def make_sections(video, row):
       # one draw a section, whichever step makes it
       eps = jnp.concatenate([noise(0, number) for number in row.sections], axis=1)
-      groups = functools.partial(groups_of_row, schedule, history, video, row)
-      x = sample_trajectory(bound, unconditional, eps, sigmas, last, guidance, groups=groups)[:, 0]
-      return video.at[:, row.generates].set(x), None
+      row = choose(schedule, history, video, row)
+      groups = functools.partial(groups_of_row, schedule, history, video, row, patch=network.patch)
+      points = sample_trajectory(
+        bound, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
+      )
+      return video.at[:, row.generates].set(points[:, 0]), None
 
     # NaN: what is read before it is made would show
     video = jnp.full((len(seeds), *shape.clip), jnp.nan)
     first = 0
     if given is not None:
       first, video = given.shape[1], jnp.concatenate([given, video], axis=1)
-    for table in tables(plan(schedule, steps, given=first, published=published)):
+    planned = plan(schedule, steps, given=first, published=published, similar=history.similar)
+    for table in tables(planned):
       video, _ = jax.lax.scan(make_sections, video, table)
     return video
 

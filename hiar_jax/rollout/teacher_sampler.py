@@ -1,4 +1,4 @@
-"""The teacher's sampler: Euler steps with classifier-free guidance on all frames at once."""
+"""The teacher's sampler: a solver with classifier-free guidance on all frames at once."""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from hiar_jax import flow
 from hiar_jax.models.frames import Bound, Frames, Network, bind, whole_clip
 from hiar_jax.rollout.noise import example_keys, example_normal
+from hiar_jax.rollout.solvers import solve
 from hiar_jax.types import Key, Points, Text, Video
 
 
@@ -20,6 +21,7 @@ def make_sampler(
   guidance: float,
   key: Key,
   clip: tuple[int, int, int, int],
+  solver: str = "euler",
 ) -> Callable[..., Points]:
   """Returns sample(params, text, index [b], start [b] = None) -> points [b len(keep) f h w c].
 
@@ -28,14 +30,14 @@ def make_sampler(
   text: [b l d]. negative: text [1 l d] of the negative prompt.
   sigmas: the levels of the trajectory, falling. keep: indices into them of the returned points.
   clip: shape [f h w c]. index: of each example, for its noise. start: of each clip, in frames of
-  its video.
+  its video. solver: rollout.solvers.
   """
 
   def sample(params, text, index, start=None):
     eps = example_normal(example_keys(key, index), clip)
     bound = bind(network, params, text, start)
     unconditional = bind(network, params, jnp.broadcast_to(negative, text.shape), start)
-    return sample_trajectory(bound, unconditional, eps, sigmas, keep, guidance)
+    return sample_trajectory(bound, unconditional, eps, sigmas, keep, guidance, solver=solver)
 
   return sample
 
@@ -49,21 +51,21 @@ def sample_trajectory(
   guidance: float,
   *,
   groups: Callable[[Video, jax.Array], tuple[Frames, ...]] = whole_clip,
+  solver: str = "euler",
 ) -> jax.Array:
   """Integrates from eps at sigmas[0] to sigmas[-1]; returns points [b len(keep) f h w c].
 
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
-  keep: indices into `sigmas`. groups(x, sigma): those of a forward, x itself the last one.
+  keep: indices into `sigmas`. groups(x, sigma): those of a forward, x itself the last one. solver:
+  rollout.solvers.
   """
 
-  def euler_step(x, j):
+  def velocity(x, j):
     v = bound(groups(x, sigmas[j])).velocity[-1]
     if guidance:  # static: at 0 the second forward is not in the program
       w = negative(groups(x, sigmas[j])).velocity[-1]
       v = flow.classifier_free_guidance(v, w, guidance)
-    x = flow.euler(x, v, sigmas[j], sigmas[j + 1])
-    return x, x
+    return v
 
-  _, points = jax.lax.scan(euler_step, eps, jnp.arange(sigmas.size - 1))
-  points = jnp.concatenate([eps[None], points])  # [len(sigmas) b f h w c]
+  points = solve(velocity, eps, sigmas, solver)  # [len(sigmas) b f h w c]
   return jnp.moveaxis(points[jnp.asarray(keep)], 0, 1)

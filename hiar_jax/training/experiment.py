@@ -21,6 +21,7 @@ from hiar_jax.models.registry import NETWORKS
 from hiar_jax.packing.orders import ORDERS
 from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.rollout.past.kinds import kind
+from hiar_jax.rollout.solvers import SOLVERS
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.framepack import FramePackConfig
@@ -63,15 +64,17 @@ class TrajectoriesConfig:
 
   count: int
   batch: int = 64  # sampled at once
-  steps: int = 48  # Euler steps; HiAR's published script
+  steps: int = 48  # HiAR's published script
   # Of the teacher's schedule; 0: the student's, so that the points lie at the student's own levels.
   shift: float = 0.0
   guidance: float = 3.0  # g of flow.classifier_free_guidance
   dtype: str = "float32"  # of the stored points
   # A folder written by generate_ode_pairs.py of HiAR or Self-Forcing, imported instead.
   pairs: str = ""
+  solver: str = dataclasses.field(default="euler", metadata={"since": "2026-11"})
 
   def __post_init__(self):
+    one_of(SOLVERS, solver=self.solver)
     at_least(1, count=self.count, batch=self.batch, steps=self.steps)
     at_least(0, shift=self.shift)
 
@@ -110,12 +113,14 @@ class SampleConfig:
   measure: int = 54  # videos that metrics.json is measured on
   # of a packed model alone:
   order: str = "vanilla"  # of sections (packing.orders)
-  steps: int = 16  # Euler steps a section
+  steps: int = 16  # of the solver, a section
   guidance: float = 0.0  # g of flow.classifier_free_guidance
+  solver: str = dataclasses.field(default="euler", metadata={"since": "2026-11"})
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, scale=self.scale, steps=self.steps)
     one_of(ORDERS, order=self.order)
+    one_of(SOLVERS, solver=self.solver)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,10 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models.frames import Bound, Network, bind
-from hiar_jax.packing.orders import plan, steps_of
+from hiar_jax.packing.orders import Step, plan, steps_of
 from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
+from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.training.state import (
   TrainConfig,
@@ -37,9 +38,9 @@ class FramePackConfig(TrainConfig):
   packing: the schedule of kernels in the paper's notation (packing.schedule). orders: those whose
   steps are drawn, by name (packing.orders). given: frames of a clip's start that are there before
   any section (1: an image). published: frame indices as in the published code, else the frames'
-  own. history_level, hears: packing.rows.History. history_noise: level up to which the
-  context is noised, drawn evenly for each example (Helios); 0: none. shift, caption_dropout: as the
-  teacher's.
+  own. history_level, hears, sort, time_weight, frame_seconds: packing.rows.History. history_noise:
+  level up to which the context is noised, drawn evenly for each example (Helios); 0: none. shift,
+  caption_dropout: as the teacher's.
   """
 
   packing: str
@@ -51,18 +52,17 @@ class FramePackConfig(TrainConfig):
   history_noise: float = 0.0
   shift: float = 5.0
   caption_dropout: float = 0.1
+  sort: str = dataclasses.field(default="time", metadata={"since": "2026-11"})
+  time_weight: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
+  frame_seconds: float = dataclasses.field(default=0.125, metadata={"since": "2026-11"})
 
   def __post_init__(self):
     super().__post_init__()
-    schedule, _ = self.parsed, self.history  # raise for what cannot be read
-    if {schedule.before_tail, schedule.after_tail} & {"ta", "tc"} or schedule.discretised:
-      raise UserError(
-        f"framepack.packing = {self.packing!r}: a model is trained with td, a deleted tail, and "
-        "without +D"
-      )
+    if self.parsed.discretised:
+      raise UserError(f"framepack.packing = {self.packing!r}: a model is trained without +D")
     at_least(0, given=self.given, history_noise=self.history_noise)
     for order in self.orders:
-      steps_of(order, 1)
+      self._plan(order, 1)  # raises for what cannot be planned
 
   @property
   def parsed(self) -> Schedule:
@@ -70,7 +70,7 @@ class FramePackConfig(TrainConfig):
 
   @property
   def history(self) -> History:
-    return History(self.history_level, self.hears)
+    return History(self.history_level, self.hears, self.sort, self.time_weight, self.frame_seconds)
 
   def sections(self, frames: int) -> int:
     """Returns the sections of a clip of `frames` latent frames.
@@ -87,15 +87,21 @@ class FramePackConfig(TrainConfig):
     return count
 
   def rows(self, frames: int) -> list[Row]:
-    """Returns the steps of all orders on a clip as tables, one for each number of sections made."""
-    sections, by_count = self.sections(frames), {}
-    for order in self.orders:
-      steps = plan(
-        self.parsed, steps_of(order, sections), given=self.given, published=self.published
-      )
-      for step in steps:
-        by_count.setdefault(len(step.sections), []).append(step)
-    return [table for steps in by_count.values() for table in tables(steps)]
+    """Returns the steps of all orders on a clip as tables, one for each shape that a step can have:
+    number of sections made, and tails.
+    """
+    sections = self.sections(frames)
+    steps = [step for order in self.orders for step in self._plan(order, sections)]
+    return tables(steps, ordered=False)
+
+  def _plan(self, order: str, sections: int) -> list[Step]:
+    return plan(
+      self.parsed,
+      steps_of(order, sections),
+      given=self.given,
+      published=self.published,
+      similar=self.history.similar,
+    )
 
 
 def make_step(
@@ -157,11 +163,9 @@ def _loss_of(
       level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
       shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
-    at = row._replace(
-      indices=row.indices + start[:, None],
-      context_indices=tuple(indices + start[:, None] for indices in row.context_indices),
-    )
-    groups = groups_of_row(config.parsed, config.history, shown, at, x, sigma)
+    schedule, history = config.parsed, config.history
+    at = choose(schedule, history, shown, row).later(start)
+    groups = groups_of_row(schedule, history, shown, at, x, sigma, patch=bound.network.patch)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))
 

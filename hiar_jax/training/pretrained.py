@@ -31,24 +31,36 @@ def load_weights(run: Run, stage: str) -> Params:
   mesh.
   """
   e = run.experiment
-  directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
-  if directory:
-    return load_published(run, directory, e.dit)
   students = dict.fromkeys(("causal_init", "distill"), e.stored_student)
   network = e.packed_dit if stage == "framepack" else students.get(stage, e.dit)
+  directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
+  if directory:
+    # training starts from any kernels: those that the schedule lacks or adds are made then
+    packed = {"teacher": e.framepack is not None, "causal_init": e.stored_student != e.dit}
+    return load_published(run, directory, network, free=("packing",) * packed[stage])
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
   return load_params(run.directory(stage) / CHECKPOINTS, sharded_shapes(shapes, shardings))
 
 
-def load_published(run: Run, directory: str, expected: Network, dtype: str = "float32") -> Params:
+def load_published(
+  run: Run,
+  directory: str,
+  expected: Network,
+  dtype: str = "float32",
+  *,
+  free: tuple[str, ...] = (),
+) -> Params:
   """Loads converted weights, cast to `dtype` (float32 where they are to be trained).
 
-  Raises UserError where they have other sizes than `expected`.
+  free: sizes that may be others. Raises UserError where they have other sizes than `expected`.
   """
   found = weights.read_config(directory, expected.kind)
-  different = [name for name in expected.sizes if getattr(found, name) != getattr(expected, name)]
+  sizes = [name for name in expected.sizes if name not in free]
+  different = [name for name in sizes if getattr(found, name) != getattr(expected, name)]
+  if different == ["packing"]:
+    raise UserError(_other_kernels(run, directory, found.packing, expected.packing))
   if different:
     lines = ", ".join(
       f"{name} {getattr(found, name)}, not {getattr(expected, name)}" for name in different
@@ -63,3 +75,16 @@ def load_published(run: Run, directory: str, expected: Network, dtype: str = "fl
     return tree_shardings(shapes, run.mesh, expected.sharding_rules, min_shard=min_shard)
 
   return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]
+
+
+def _other_kernels(run: Run, directory: str, found: tuple, expected: tuple) -> str:
+  """Returns the line for weights with other kernels of packed history than the config's."""
+  there, wanted = (", ".join(f"k{pool}" for pool in pools) or "no" for pools in (found, expected))
+  framepack, history = run.experiment.framepack, run.experiment.history
+  of = f"history.packing = {history.packing!r}" if history.packing else "the config (no packing)"
+  if framepack:
+    of = f"framepack.packing = {framepack.packing!r}"
+  return (
+    f"{directory} was trained with {there} kernels of packed history, and {of} has {wanted}: give "
+    "a schedule of the same kernels, or other weights"
+  )

@@ -188,6 +188,7 @@ class Run:
         key=key,
         shape=shape,
         published=config.published,
+        solver=e.sample.solver,
       )
     )
 
@@ -207,6 +208,7 @@ class Run:
         guidance=config.guidance,
         key=key,
         clip=e.teacher_latent.clip,
+        solver=config.solver,
       )
     )
 

@@ -131,6 +131,8 @@ def _trajectory_writer(run: Run) -> TrajectoryWriter:
       "steps": config.steps,
       "seed": e.seed,
       "teacher_steps": e.teacher.steps,
+      # stored points that name none are Euler's
+      **({"solver": config.solver} if config.solver != "euler" else {}),
     },
   )
 

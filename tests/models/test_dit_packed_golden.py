@@ -15,8 +15,8 @@ from hiar_jax.models import dit_packed, rope
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.dit_layers import Layer, stacked
 from hiar_jax.models.frames import Frames
-from hiar_jax.packing.history import groups_of
 from hiar_jax.packing.orders import Step
+from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import parse
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close
@@ -94,7 +94,7 @@ def test_golden_sections(folder, name):
 
 @each_section
 def test_golden_sections_from_a_video(folder, name):
-  """Latents of the history put one behind another as a video, of which packing.history makes the
+  """Latents of the history put one behind another as a video, of which packing.rows makes the
   groups; attention is blind to their order.
   """
   case = recorded.read(folder, name)
@@ -115,7 +115,8 @@ def test_golden_sections_from_a_video(folder, name):
     context=tuple(np.arange(end - n, end) for end, n in zip(ends, counts, strict=True)),
     context_indices=tuple(group.positions for group in history),
   )
-  groups = (*groups_of(schedule, step, video, section.sigma), section)
+  row = jax.tree.map(lambda part: part[0], tables([step])[0])
+  groups = groups_of_row(schedule, History(), video, row, section.x, section.sigma)
   texts = jnp.asarray(case["encoder_hidden_states"])[None]
   velocity = quick_jit(config.apply)(params, groups, texts).velocity[-1]
   assert_close(np.moveaxis(velocity, -1, 1), case["output"], name)

@@ -52,6 +52,26 @@ def test_groups_hold_what_the_row_says():
   assert noisy.x is x and noisy.positions.tolist() == [2, 3] and noisy.sigma == 0.7
 
 
+def test_published_zeros():
+  """Every group is whole from the start, with the published indices."""
+  schedule = parse("f1k1_x_td_f4k4f2k2f1k1_g3")
+  (table,) = tables(orders.plan(schedule, orders.vanilla(3), published=True))
+  video, x = tiny.video(1, 9), tiny.video(2, 3)
+  for at in range(3):
+    row = jax.tree.map(lambda part: part[at], table)  # noqa: B023
+    *packed, noisy = groups_of_row(schedule, History(), video, row, x, 0.0)
+    assert [(g.projection, g.positions.tolist()) for g in packed] == [
+      ("packed_k1", [0]),
+      ("packed_k4", [1, 2, 3, 4]),
+      ("packed_k2", [5, 6]),
+      ("packed_k1", [7]),
+    ]
+    assert noisy.positions.tolist() == [8, 9, 10]
+    assert np.count_nonzero([group.x[0, :, 0, 0, 0].any() for group in packed]) == (0, 3, 4)[at]
+  np.testing.assert_array_equal(packed[1].x[:, 1:], video[:, :3])
+  assert not np.asarray(packed[1].x[:, :1]).any()
+
+
 def test_history_that_is_clean_and_hears_nothing():
   video, x = tiny.video(1, 4), tiny.video(2, 2)
   (table,) = tables(orders.plan(FILLING, [(1,)]))

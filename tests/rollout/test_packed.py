@@ -29,6 +29,17 @@ CASES = {  # (schedule, steps, given frames, published indices)
   "both ends": ("td_f2k2f1k1_g2_x_f1k1", orders.both_ends(4), 0, False),
   "inverted": ("f1k1_x_g2_f1k1f2k2_td", orders.inverted(5), 1, True),
   "endpoints": ("td_f1k1_g2_x_f1k1", orders.endpoints(5, (0, 2, 4)), 0, False),
+  "compressed": ("tc_f2k2f1k1_g2", orders.vanilla(5), 0, False),
+  "appended": ("ta_f2k2f1k1_g2", orders.vanilla(4), 1, False),
+  "compressed behind": ("f1k1_x_g2_f1k1f1k2_tc", orders.inverted(4), 1, False),
+  "both tails": ("tc_f1k1_g2_f1k2_ta_x_f1k1", orders.endpoints(7, (0, 3, 5, 6)), 0, False),
+}
+SIMILAR = History(sort="similarity", time_weight=0.3, frame_seconds=0.5)
+SORTED = {
+  "sorted": ("td_f2k2f1k1_g2", orders.vanilla(5), 0, False),
+  "sorted, first kept": ("f1k1_x_td_f2k2f1k1_g2", orders.vanilla(5), 1, False),
+  "sorted, compressed": ("tc_f1k2f1k1_g2_f1k1_td", orders.both_ends(5), 0, False),
+  "sorted, appended": ("ta_f1k1_g2", orders.vanilla(4), 0, False),
 }
 
 
@@ -50,7 +61,80 @@ def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED
   return quick_jit(generate)
 
 
-def plain(schedule, steps, given, published, first, guidance=0.0):
+def sorted_sides(schedule, step, clip):
+  """(context of each group, tails) of a clip's step: the frames that are finite, the most similar
+  ones next to the section. clip: [f h w c].
+  """
+  made = np.flatnonzero(np.isfinite(clip).all((1, 2, 3)))
+  kept = {int(i) for g in (0, -1) for i in step.context[g] if (schedule.start, schedule.end)[g]}
+  context, tails = [step.context[0]] * len(schedule.start), []
+  first, last = step.generates[[0, schedule.generate - 1]]
+  for groups, free in (
+    (schedule.before, [i for i in made if i < first and i not in kept]),
+    (schedule.after, [i for i in made if i > last and i not in kept]),
+  ):
+    past, found = groups is schedule.before, []
+    near = (max if past else min)(free, default=0)
+
+    def score(i, near=near):
+      a, b = clip[i], clip[near]
+      cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+      return cosine.mean() + 0.3 * np.exp(-((0.5 * (i - near)) ** 2))
+
+    ranked = sorted(free, key=score, reverse=True)
+    for group in groups[::-1] if past else groups:
+      taken, ranked = sorted(ranked[: group.frames]), ranked[group.frames :]
+      none = [-1] * (group.frames - len(taken))
+      found.append(np.asarray([*none, *taken] if past else [*taken, *none]))
+    context += found[::-1] if past else found
+    tails.append(np.asarray(sorted(ranked), int))
+  return [*context, *[step.context[-1]] * len(schedule.end)], tails
+
+
+def tail_group(kind, pool, frames, latents, sigma):
+  """The tail [b n h w c] as a group."""
+  if kind == "tc":
+    middle = frames[:, [frames.shape[1] // 2]]
+    return Frames(latents.mean(1, keepdims=True), sigma, middle, projection=f"packed_k{pool}")
+  mean = np.repeat(latents.mean((2, 3), keepdims=True), pool, axis=1)
+  whole = np.tile(mean, (1, 1, 2 * pool, 2 * pool, 1))
+  return Frames(whole, sigma, np.repeat(frames, pool, axis=1), projection=f"packed_k{pool}")
+
+
+def groups_by_hand(schedule, step, video, sigma, similar):
+  """Packed groups of a step, frames gathered one by one for each clip."""
+  sides = [
+    sorted_sides(schedule, step, clip) if similar else (step.context, step.tails) for clip in video
+  ]
+  groups = []
+  for g, (group, at) in enumerate(zip(schedule.groups, step.context_indices, strict=True)):
+    frames = np.stack([context[g] for context, _ in sides])
+    latents = np.stack(
+      [
+        [clip[i] if i >= 0 else np.zeros_like(clip[0]) for i in row]
+        for clip, row in zip(video, frames, strict=True)
+      ]
+    )
+    # where nothing is, a place of the schedule's; those of published plans are no frames' numbers
+    own = np.broadcast_to(np.maximum(at, 0), frames.shape)
+    indices = np.where(frames >= 0, frames, own) if similar else own
+    groups.append(
+      Frames(latents, sigma, indices.astype(np.int32), projection=f"packed_k{group.pool}")
+    )
+  kinds = schedule.before_tail, schedule.after_tail
+  # the group next to a tail is the one that is farthest from the section
+  farthest = schedule.before[:1], schedule.after[-1:]
+  places = len(schedule.start), len(groups) - len(schedule.end)
+  for side in (1, 0):
+    frames = np.stack([tails[side] for _, tails in sides]).astype(np.int32)
+    if kinds[side] in ("tc", "ta") and frames.size:
+      latents = np.stack([clip[row] for clip, row in zip(video, frames, strict=True)])
+      (group,) = farthest[side]
+      groups.insert(places[side], tail_group(kinds[side], group.pool, frames, latents, sigma))
+  return tuple(groups)
+
+
+def plain(schedule, steps, given, published, first, guidance=0.0, similar=False):
   """The same videos, a forward at a time."""
   schedule = parse(schedule)
   params, text = tiny.params(CONFIG), tiny.text()
@@ -63,16 +147,8 @@ def plain(schedule, steps, given, published, first, guidance=0.0):
   for step in orders.plan(schedule, steps, given=given, published=published):
     x = jnp.concatenate([noise(0, n) for n in step.sections], axis=1)
     for sigma, lower in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
-      groups = []
-      for group, frames, at in zip(
-        schedule.groups, step.context, step.context_indices, strict=True
-      ):
-        latents = np.stack(
-          [video[:, i] if i >= 0 else np.zeros_like(video[:, 0]) for i in frames], axis=1
-        )
-        indices = np.maximum(at, 0).astype(np.int32)
-        groups.append(Frames(latents, sigma, indices, projection=f"packed_k{group.pool}"))
-      groups = (*groups, Frames(x, sigma, step.indices.astype(np.int32)))
+      packed = groups_by_hand(schedule, step, video, sigma, similar)
+      groups = (*packed, Frames(x, sigma, step.indices.astype(np.int32)))
       v = run(groups, text)
       if guidance:
         other = run(groups, np.repeat(0.3 * text[:1], tiny.BATCH, axis=0))
@@ -92,6 +168,28 @@ def test_sections_equal_a_plain_loop(case):
   want = plain(*arguments, first if first is not None else np.zeros(0).reshape(2, 0, 4, 2, 2))
   assert np.isfinite(got).all()
   np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", SORTED)
+def test_sections_from_sorted_history_equal_a_plain_loop(case):
+  arguments = SORTED[case]
+  first = tiny.video(4, arguments[2])
+  got = sampler(*arguments, history=SIMILAR)(tiny.params(CONFIG), tiny.text(), SEEDS, first)
+  want = plain(*arguments, first, similar=True)
+  assert np.isfinite(got).all()
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_sorted_history_reaches_back():
+  """To any frame of the past, where history by time reads the last ones alone."""
+  notation, first = "td_f1k2f2k1_g2", tiny.video(4, 8)
+  first[:, 1] = 1.1 * first[:, 7]  # the oldest but one looks like the last
+  params, text = tiny.params(CONFIG), tiny.text()
+  for history, reads in ((AS_PUBLISHED, False), (SIMILAR, True)):
+    run = sampler(notation, orders.vanilla(1), 8, False, history=history)
+    moved = first * (1 + 0.2 * (np.arange(8) == 1))[None, :, None, None, None].astype(np.float32)
+    change = run(params, text, SEEDS, moved)[:, 8:] - run(params, text, SEEDS, first)[:, 8:]
+    assert bool(np.abs(change).max() > 1e-4) == reads
 
 
 def test_guidance_equals_a_plain_loop():

@@ -13,7 +13,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import bind
 from hiar_jax.packing import orders
-from hiar_jax.packing.rows import groups_of_row
+from hiar_jax.packing.rows import groups_of_row, tables
+from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.training import framepack, teacher
 from hiar_jax.training.framepack import FramePackConfig
@@ -154,12 +155,76 @@ def test_mixed_orders_train():
   assert np.isfinite(float(metrics["grad_norm"]))
 
 
+KEPT = {
+  "tc": dict(packing="tc_f2k2f1k1_g2"),
+  "ta": dict(packing="ta_f2k2f1k1_g2"),
+  "similar": dict(sort="similarity"),
+  "similar, tc": dict(packing="tc_f2k2f1k1_g2", sort="similarity"),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_tails_and_sorted_history_train(name):
+  c = config(**KEPT[name])
+  optimizer = optax.adam(3e-3)
+  state = create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
+  step = quick_jit(framepack.make_step(c, NETWORK, optimizer, 8))
+  losses = []
+  for _ in range(30):
+    state, metrics = step(state, batch(8), jnp.asarray(tiny.text()[:1]))
+    losses.append(float(metrics["loss"]))
+  assert np.isfinite(losses).all() and np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_their_loss_by_hand(name):
+  """Of one step of one example, its context gathered frame by frame."""
+  c, clip = config(**KEPT[name]), tiny.video(1, 8)
+  steps = orders.plan(c.parsed, orders.vanilla(4), similar=c.sort == "similarity")
+  assert sum(len(table.generates) for table in c.rows(8)) == len(steps) == 4
+  (table,) = tables(steps[3:])
+  keys = jax.vmap(lambda k: jax.random.split(k, 2))(jax.random.split(jax.random.key(1), 2))
+  sigma = np.asarray([0.3, 0.8], np.float32)
+  shown = clip.copy()
+  shown[:, 6:] = np.nan  # the section itself: x0 stands apart
+  x0, eps = clip[:, 6:], example_normal(keys[:, 1], clip[:, 6:].shape[1:])
+  sizes = c.parsed, c.history, shown
+  row = choose(*sizes, jax.tree.map(lambda part: part[0], table))
+  x = flow.add_noise(x0, eps, sigma)
+  groups = groups_of_row(*sizes, row, x, sigma, patch=NETWORK.patch)
+  tail = c.packing.partition("_")[0]
+  used = np.concatenate(
+    [np.broadcast_to(numbers, (2, numbers.shape[-1])) for numbers in row.context], 1
+  )
+  for i, frames in enumerate(used):
+    rest = [clip[i, n] for n in range(6) if n not in frames]
+    if tail == "tc":
+      np.testing.assert_allclose(groups[0].x[i, 0], np.mean(rest, 0), atol=1e-6)
+    elif tail == "ta":
+      np.testing.assert_allclose(
+        groups[0].x[i, ::2, 0, 0], [frame.mean((0, 1)) for frame in rest], atol=1e-6
+      )
+  text = tiny.text()
+
+  def by_hand(params, groups):
+    v = bind(NETWORK, params, text)(groups).velocity[-1]
+    return jnp.mean((v - (eps - x0)) ** 2, axis=(1, 2, 3, 4))
+
+  loss = lambda params: framepack._loss_of(
+    c, bind(NETWORK, params, text), jnp.asarray(clip), jnp.zeros(2, jnp.int32), sigma, keys, table
+  )()
+  params = tiny.params(NETWORK)
+  np.testing.assert_allclose(quick_jit(loss)(params), quick_jit(by_hand)(params, groups), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
     (dict(packing="f2k3_g2"), "schedule 'f2k3_g2': 'f2k3'"),
-    (dict(packing="tc_f2k2f1k1_g2"), "packing = 'tc_f2k2f1k1_g2': a model is trained with td"),
-    (dict(packing="td_f2k2f1k1_g2+D"), "'td_f2k2f1k1_g2.D': a model is trained with td"),
+    (dict(packing="tc_f2k2f1k1_g2", published=True), "no place for a tail; expected td"),
+    (dict(packing="td_f2k2f1k1_g2+D"), "'td_f2k2f1k1_g2.D': a model is trained without"),
+    (dict(sort="similarity", published=True), "frames sorted by similarity keep their own"),
+    (dict(sort="colour"), "sort = 'colour': expected one of time, similarity"),
     (dict(orders=("vanilla", "sideways")), "order = 'sideways': expected one of vanilla"),
     (dict(history_level="noisy"), "level = 'noisy': expected one of section, clean"),
   ],

@@ -1,16 +1,22 @@
 """A FramePack experiment as a run: what its config refuses, and the commands on what it trained."""
 
+import dataclasses
+import re
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import shapes_framepack
+from hiar_jax.checkpoints import weights
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.training.experiment import Experiment
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.training.experiment import Experiment, WeightsConfig
+from hiar_jax.training.pretrained import load_teacher
 from hiar_jax.training.run import Run
 from tests.helpers import tiny_run
 from tests.helpers.video_reader import read_mp4
@@ -62,9 +68,67 @@ def test_how_sections_are_sampled_is_part_of_a_models_identity(tmp_path):
     run.__dict__.update(autoencoder=codec, text_encoder=text)
     return VideoModel(run, "", "framepack").identity
 
-  changed = [{}, {"sample__steps": 3}, {"sample__guidance": 0.5}, {"sample__seed": 4}]
-  plain, steps, guidance, seed = (identity(**changes) for changes in changed)
-  assert len({plain, steps, guidance}) == 3 and seed == plain
+  changed = [
+    {},
+    {"sample__steps": 3},
+    {"sample__guidance": 0.5},
+    {"sample__solver": "unipc"},
+    {"framepack__sort": "similarity"},
+    {"sample__seed": 4},
+  ]
+  plain, *others, seed = (identity(**changes) for changes in changed)
+  assert len({plain, *others}) == 5 and seed == plain
+  defaults = {"sample__solver": "euler", "framepack__sort": "time", "framepack__time_weight": 1.0}
+  assert identity(**defaults) == plain  # as that of a run from before there were any
+
+
+SMALL = dict(model__dim=16, model__ffn_dim=24, model__num_heads=2, model__num_layers=1)
+
+
+def test_weights_of_other_kernels_are_one_line(tmp_path):
+  """To generate with; training starts from any, and makes the kernels that are missing."""
+  e = build(Experiment, config(**SMALL))
+  other = e.dit.packed((1, 2, 8))
+  weights.save(tmp_path, "dit", other, jax.device_get(other.init(jax.random.key(0))))
+  run = Run(e, tmp_path, make_mesh(MeshConfig()))
+  refused = "was trained with k1, k2, k8 kernels of packed history, and "
+  with pytest.raises(UserError, match=f"{refused}framepack.packing = 'td_f16k4.* has k1, k2, k4: "):
+    VideoModel(run, str(tmp_path), "").params()
+  plain = build(Experiment, config(**SMALL, framepack=None, teacher__frames=0))
+  with pytest.raises(UserError, match=rf"{refused}the config \(no framepack\) has no: "):
+    VideoModel(Run(plain, tmp_path, run.mesh), str(tmp_path), "").params()
+  base = dataclasses.replace(e, weights=WeightsConfig(base=str(tmp_path)))
+  found = load_teacher(Run(base, tmp_path, run.mesh))
+  made = e.packed_dit.with_projections(found)
+  assert {name for name in made if name.startswith("packed")} == {f"packed_k{k}" for k in (1, 2, 4)}
+  np.testing.assert_array_equal(made["packed_k2"]["kernel"], found["packed_k2"]["kernel"])
+  weights.save(tmp_path, "dit", e.packed_dit, jax.device_get(made))
+  assert set(VideoModel(run, str(tmp_path), "").params()) == set(made)
+
+
+PAGE = (tiny_run.ROOT / "docs" / "packing.md").read_text()
+
+
+@pytest.mark.slow
+def test_costs_are_those_of_the_page(tmp_path):
+  """Of the main experiment; but for the compiler's count, which is its version's."""
+  e = build(Experiment, shapes_framepack.get_config("main"))
+  model = VideoModel(Run(e, tmp_path, make_mesh(MeshConfig(), jax.devices()[:1])), "", "framepack")
+  found = model.plan(frames=180, given=0, batch=1)
+  *lines, compiled = found.text().splitlines()
+  assert len(lines) == 6 and all(line in PAGE for line in lines)
+  assert compiled.startswith("compiled for cpu, generate: ")
+  assert found.flops_video == pytest.approx(20 * found.flops_block)
+
+
+def test_the_settings_of_the_page_are_a_configs():
+  """Each block of Python changes a config that can be built, and is not the default."""
+  blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+  assert len(blocks) == 3
+  for block in blocks:
+    c = config()
+    exec(block, {"c": c})
+    assert build(Experiment, c) != build(Experiment, config())
 
 
 @pytest.fixture
