@@ -160,11 +160,21 @@ class Run:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
     return np.concatenate(list(self.autoencoder.pieces(latents)), axis=1)
 
-  def sampler(self, frames: int, method: MethodConfig | None = None):
+  def sampler(
+    self,
+    frames: int,
+    method: MethodConfig | None = None,
+    *,
+    order: str = "",
+    loop: bool = False,
+    ended: bool = False,
+  ):
     """Returns the sampler of the trained model, jitted, for `frames` new latent frames: the
     student's (rollout.sample) or the packed model's (rollout.packed).
 
-    method: a row that replaces the run's own; not for a packed model.
+    method: a row that replaces the run's own; not for a packed model. Of a packed model alone:
+    order: of its sections; '' for the config's. loop: the video comes back to its start. ended: it
+    will be given frames behind the new ones.
     """
     e = self.experiment
     # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
@@ -179,12 +189,13 @@ class Run:
         e.packed_dit,
         schedule,
         config.history,
-        steps_of(e.sample.order, frames // schedule.generate),
+        steps_of(order or e.sample.order, frames // schedule.generate, ended=ended or loop),
         jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
         negative=self.texts([self.text_encoder.negative_prompt]),
         guidance=e.sample.guidance,
         key=key,
         shape=shape,
+        loop=loop,
         published=config.published,
       )
     )
