@@ -47,7 +47,9 @@ def main() -> None:
   runs = [open_run(read_config(workdir), workdir, save=False) for workdir in _WORKDIRS.value]
   first, out = runs[0], pathlib.Path(_OUT.value)
   prompts = first.held_out(_VIDEOS.value)
-  frames = samples.round_to_blocks(first, round(_LENGTH.value * first.experiment.data.frames))
+  given = samples.given_pixels(first)
+  made = round(_LENGTH.value * (first.experiment.data.frames - given))
+  frames = samples.round_to_blocks(first, given + made) - given
   results = references(first, frames)
   for name, videos in rows(runs, prompts, frames):
     results[name] = shapes_truth.measure(videos, prompts, first.world, first.experiment.data.frames)
@@ -85,7 +87,10 @@ def references(run: Run, frames: int) -> dict[str, dict]:
 
 
 def rows(runs: list[Run], prompts: list[str], frames: int):
-  """Yields (name, videos uint8 [n, f, H, W, 3]) of each row, one at a time to bound memory."""
+  """Yields (name, videos uint8 [n, f, H, W, 3]) of each row, one at a time to bound memory.
+
+  frames: those that are made; frames that a model is given are not among them.
+  """
   first = runs[0]
   # The teacher is bidirectional: its clips have the training length.
   sample = first.teacher_sampler(jax.random.key(_SEED.value))
@@ -104,7 +109,7 @@ def rows(runs: list[Run], prompts: list[str], frames: int):
   for run in runs:
     name = f"{run.workdir.name}, {row_label(run)}"
     weights = pretrained.load_weights(run, run.experiment.last_stage)
-    yield name, samples.make_videos(run, weights, prompts, frames, _SEED.value, name)
+    yield name, samples.without_given(run, weights, prompts, frames, _SEED.value, name)
 
 
 def row_label(run: Run) -> str:

@@ -8,6 +8,10 @@ The same prompt and seed give the same video, alone or among others (`--prompts=
 generation/prompts_file.py). A video continues the frames of `--image` or `--video`. A file that
 exists and was made of the same prompt, seed and weights is kept. `--dry_run` prints the memory and
 FLOPs that it would need, and loads nothing.
+
+A packed model (FramePack) also makes videos that end with `--end_image` or `--end_video` or come
+back to their start (`--loop`), with prompts by the second (`--timeline`) and single sections drawn
+anew (`--takes`).
 """
 
 import dataclasses
@@ -24,6 +28,7 @@ from hiar_jax.generation import clips, prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.generation.prompts_file import Job
 
+FILES = ("image", "video"), ("end_image", "end_video")  # what a video starts and ends with
 # Former names of flags -> today's; see config.command_line.
 RENAMED = {"memory": "report_memory", "plan": "dry_run"}
 
@@ -43,6 +48,12 @@ class GenerateOptions(ModelOptions):
   overwrite: bool = False
   report_memory: bool = False
   dry_run: bool = False
+  end_image: str | None = None
+  end_video: str | None = None
+  loop: bool = False
+  order: str | None = None
+  timeline: str | None = None
+  takes: str | None = None
 
 
 def generate(options: GenerateOptions) -> list[pathlib.Path]:
@@ -72,21 +83,31 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
 
 def read_jobs(options: GenerateOptions) -> list[Job]:
   """Returns one job per video. Raises UserError for missing or contradicting flags."""
-  if (options.prompt is None) == (options.prompts is None):
+  sources = options.prompt is not None, options.prompts is not None
+  # a timeline may hold all that a prompt would say
+  if all(sources) or not any((*sources, options.timeline is not None)):
     # a dry run may leave out both: its costs do not depend on the prompt
     if not options.dry_run or options.prompt is not None:
       raise UserError('give either --prompt="a red circle moving left" or --prompts=FILE')
     return [Job("", options.seed)]
-  # made for --prompts too: it checks the other flags, and holds the start
-  (given,) = prompts_file.make_jobs(
-    [options.prompt or ""], options.seed, options.image, options.video
-  )
-  if options.prompt is not None:
+  # made for --prompts too: it checks the other flags, and holds what they say
+  files = {name: getattr(options, name) for group in FILES for name in group}
+  told = {name: getattr(options, name) for name in ("loop", "order", "timeline", "takes")}
+  (given,) = prompts_file.make_jobs([options.prompt or ""], options.seed, **files, **told)
+  if options.prompts is None:
     return [given]
   jobs = prompts_file.read_jobs(options.prompts, options.seed)
-  start = {"image": given.image, "video": given.video}
-  # the flags are the default of the rows that name no conditioning file of their own
-  return [job if job.image or job.video else dataclasses.replace(job, **start) for job in jobs]
+  return [_with_defaults(job, given) for job in jobs]
+
+
+def _with_defaults(job: Job, given: Job) -> Job:
+  """Returns a job of a file with what the flags say, where its row says nothing of the kind."""
+  loop = given.loop and not (job.end_image or job.end_video)
+  said = {"order": given.order, "loop": loop}
+  for names in (*FILES, ("timeline",), ("takes",)):
+    if not any(getattr(job, name) for name in names):
+      said |= {name: getattr(given, name) for name in names}
+  return dataclasses.replace(job, **said)
 
 
 def main() -> None:
@@ -111,6 +132,7 @@ def define_flags() -> None:
     None,
     "video to continue: the most whole blocks at its end are kept, and the new frames follow",
   )
+  define_section_flags()
   flags.DEFINE_integer(
     "frames",
     None,
@@ -131,6 +153,32 @@ def define_flags() -> None:
   flags.DEFINE_bool("overwrite", False, "make again the videos that are there already")
   flags.DEFINE_bool("report_memory", False, "print the most memory that was used")
   flags.DEFINE_bool("dry_run", False, "print what it would cost; load nothing, write nothing")
+
+
+def define_section_flags() -> None:
+  """Defines the flags of what packed models alone can do (docs/framepack.md)."""
+  flags.DEFINE_string("end_image", None, "packed models: picture that becomes the last frame")
+  flags.DEFINE_string(
+    "end_video", None, "packed models: video that follows the new frames, which lead up to it"
+  )
+  flags.DEFINE_bool("loop", False, "packed models: the end comes back to the start")
+  flags.DEFINE_string(
+    "order",
+    None,
+    "packed models: order of the sections, vanilla, both_ends, inverted or endpoints:0,3,7 (these "
+    "first); default: the run's",
+  )
+  flags.DEFINE_string(
+    "timeline",
+    None,
+    "packed models: prompts by the second, added to --prompt, as '0s: at night, 5s: by day', or a "
+    "file of them",
+  )
+  flags.DEFINE_string(
+    "takes",
+    None,
+    "packed models: sections that are drawn anew, as 2:5 (section 2, counted from 0, with seed 5)",
+  )
 
 
 if __name__ == "__main__":

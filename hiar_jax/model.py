@@ -6,7 +6,7 @@ frames = model.generate("a red circle moving left", frames=72, seed=1)   # uint8
 model = hiar_jax.load(config="experiments/hiar_wan_1_3b.py", weights="weights/hiar")
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -91,18 +91,34 @@ class Model(VideoModel):
     seed: int | Sequence[int] = 0,
     image: str | os.PathLike | None = None,
     video: str | os.PathLike | None = None,
+    *,
+    end_image: str | os.PathLike | None = None,
+    end_video: str | os.PathLike | None = None,
+    loop: bool = False,
+    order: str | None = None,
+    timeline: str | os.PathLike | None = None,
+    takes: Mapping[int, int] | str | None = None,
   ) -> np.ndarray | list[np.ndarray]:
     """Generates the video uint8 [F H W 3] of a prompt, or a list of them, one per prompt.
 
     The frames are those that `python -m hiar_jax.generate` writes. frames: of a video, those of its
-    start included, rounded up to whole blocks; None: the command's default. seed: one per prompt,
-    or that of the first; the next ones count up. image, video: file that the videos start from.
+    start and end included, rounded up to whole blocks; None: the command's default. seed: one per
+    prompt, or that of the first; the next ones count up. image, video: file that the videos start
+    from. Of a packed model (docs/framepack.md): end_image, end_video: file that they end with.
+    loop: they come back to their start. order: of sections. timeline: prompts by the second, added
+    to the prompt. takes: {section: seed}, sections that are drawn anew.
 
     Raises UserError, as the command.
     """
     one = isinstance(prompts, str)
-    latents = self.sample_latents([prompts] if one else prompts, frames, seed, image, video)
-    videos = [self.decode(row) for row in latents]
+    told = dict(end_image=end_image, end_video=end_video, loop=loop, order=order)
+    told |= dict(timeline=timeline, takes=takes)
+    planned = self._plan([prompts] if one else prompts, frames, seed, image, video, **told)
+    with jax.set_mesh(self.run.mesh):
+      videos = [
+        np.concatenate(list(clips.shown(self, clip, latents)))
+        for clip, latents in clips.make_clips(self, planned)
+      ]
     return videos[0] if one else videos
 
   def sample_latents(
@@ -112,16 +128,21 @@ class Model(VideoModel):
     seeds: int | Sequence[int] = 0,
     image: str | os.PathLike | None = None,
     video: str | os.PathLike | None = None,
+    **told,
   ) -> np.ndarray:
     """Generates latents float32 [n f h w c], one row per prompt; arguments as `generate`."""
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-      raise UserError('there is no prompt; give one, as "a red circle moving left"')
-    jobs = prompts_file.make_jobs(prompts, seeds, image, video)
-    planned = clips.plan_clips(self, jobs, [None] * len(jobs), frames)
+    planned = self._plan(prompts, frames, seeds, image, video, **told)
     with jax.set_mesh(self.run.mesh):
       # all of one shape, so they come in their order
       return np.concatenate([latents for _, latents in clips.make_clips(self, planned)])
+
+  def _plan(self, prompts: Sequence[str], frames, *start, **told) -> list[clips.Clip]:
+    """Returns the clips of prompts; start: seeds, image and video."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not prompts:
+      raise UserError('there is no prompt; give one, as "a red circle moving left"')
+    jobs = prompts_file.make_jobs(prompts, *start, **told)
+    return clips.plan_clips(self, jobs, [None] * len(jobs), frames)
 
   def stream(self, prompt: str | None = None, **options) -> Stream:
     """Opens a stream of this model: hiar_jax.stream, without the options that choose a model."""
@@ -199,14 +220,15 @@ class Model(VideoModel):
     """Returns the network's weights, sharded over the run's mesh; the first call loads them."""
     return self.load_once()
 
-  def sampler(self, frames: int):
-    """Returns VideoModel.sampler's function: one for each number of frames, compiled once."""
-    if frames not in self._samplers:
-      self._samplers[frames] = super().sampler(frames)
-    return self._samplers[frames]
+  def sampler(self, frames: int, **sections):
+    """Returns VideoModel.sampler's function: one for each of its arguments, compiled once."""
+    wanted = (frames, *sorted(sections.items()))
+    if wanted not in self._samplers:
+      self._samplers[wanted] = super().sampler(frames, **sections)
+    return self._samplers[wanted]
 
   @functools.cached_property
-  def _samplers(self) -> dict[int, Callable]:
+  def _samplers(self) -> dict[tuple, Callable]:
     return {}
 
   @functools.cached_property

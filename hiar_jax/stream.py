@@ -28,12 +28,12 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file
+from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.method import SINK_POSITIONS
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress
-from hiar_jax.streaming import timeline as timelines
 from hiar_jax.streaming.compiled_tick import TickOptions as EngineOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.producer import Stream

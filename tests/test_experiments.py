@@ -86,7 +86,8 @@ def test_the_method_of_shapes_is_hiar():
 
 
 def test_every_rival_is_known():
-  packed = {"shapes_framepack", "shapes_framepack_both_ends", "shapes_hiar_packed"}
+  framepack = {f"shapes_framepack{which}" for which in ("", "_both_ends", "_inverted")}
+  packed = {*framepack, "shapes_hiar_packed"}
   assert {path.stem for path in FILES} == {"shapes", *packed, *RIVALS}
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import pytest
 
 from hiar_jax import serve
-from hiar_jax.streaming import timeline
+from hiar_jax.generation import timeline
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.video import fragmented_mp4
 from hiar_jax.video.mp4 import read_metadata

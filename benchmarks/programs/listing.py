@@ -243,18 +243,22 @@ def sampled(e: Experiment):
   return e.packed_dit if e.framepack else e.dit
 
 
+def from_start(run: FullSize, frames: int, size: int) -> Lowered:
+  """`size` videos of `frames` latent frames, those that the model is given included."""
+  e = run.experiment
+  start = [run.latents(size, e.given)] if e.given else []
+  generate = run.sampler(frames - e.given)
+  return generate.lower(network(sampled(e)), run.prompts(size), integers(size), *start)
+
+
 @program("student/preview", *STUDENT, "sample")
 def preview(run):
-  generate = run.sampler(run.train_frames)
-  weights = network(sampled(run.experiment))
-  return generate.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
+  return from_start(run, run.train_frames, PREVIEWED)
 
 
 @program("sample/generate", *STUDENT, "sample")
 def sample_generate(run):
-  size = run.experiment.sample.batch
-  generate = run.sampler(run.long_frames)
-  return generate.lower(network(sampled(run.experiment)), run.prompts(size), integers(size))
+  return from_start(run, run.long_frames, run.experiment.sample.batch)
 
 
 def weights_in_use(e: Experiment):
@@ -265,14 +269,17 @@ def weights_in_use(e: Experiment):
 def generate(run: FullSize, given: int) -> Lowered:
   """One video, as long as it is without --frames."""
   frames = run.train_frames if is_wan(run.experiment) else run.long_frames
-  made = VideoModel(run, "", "").sampler(frames)
+  made = VideoModel(run, "", "").sampler(frames - run.experiment.given)
   start = [run.latents(1, given)] if given else []
   return made.lower(weights_in_use(run.experiment), run.prompts(1), integers(1), *start)
 
 
+# what is trained towards a first frame starts from a picture
+from_anything = lambda e: not e.given
 for name, given in {"text": 0, "picture": 1, "video": GIVEN}.items():
   entered = functools.partial(generate, given=given)
-  program(f"generate/from_{name}", *STUDENT, "sample")(entered)
+  exists = {} if given == 1 else {"exists": from_anything}
+  program(f"generate/from_{name}", *STUDENT, "sample", **exists)(entered)
 
 
 # ---------------------------------------------------------------------------------------- streaming

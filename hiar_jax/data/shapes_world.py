@@ -10,6 +10,7 @@ images in [0, 1] unless marked uint8. Lengths and speeds scale with the image; t
 are for 32 x 32.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import re
@@ -264,14 +265,17 @@ def _sentence(shapes: list[tuple[str, str, str, str]], background: str) -> str:
 
 
 def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "train") -> Scene:
-  """Draws a scene of a split; two shapes differ in colour, start apart and mostly meet in the clip.
+  """Draws a scene of a split; two shapes differ in colour, start apart and mostly meet."""
+  return apart(lambda: _draw_scene(rng, config, split), config)
 
-  Whether they met is measured in the first clip of the video; after _CROSSING_TRIES scenes that
-  start apart, the last one is taken though its shapes do not meet.
+
+def apart(draw: Callable[[], Scene], config: WorldConfig) -> Scene:
+  """Returns the first drawn scene whose shapes, of two, start apart and meet in the first clip of
+  the video; after _CROSSING_TRIES that start apart, one whose shapes do not meet.
   """
   tries = 0
   while True:
-    scene = _draw_scene(rng, config, split)
+    scene = draw()
     if config.shapes_per_clip == 1:
       return scene
     centres = simulate(scene, config.frames).position
@@ -285,35 +289,36 @@ def sample_scene(rng: np.random.Generator, config: WorldConfig, split: str = "tr
 def _draw_scene(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
   # The order of the draws from rng determines the data sets of a seed: keep it.
   if config.hidden:
-    return _draw_passage(rng, config, split)
+    options, colours = passages(split), list(COLOURS)
+    shape, direction = options[rng.integers(len(options))]
+    colour = colours[rng.integers(len(colours))]
+    shapes = (place(rng, config, colour, shape, direction, ""),)
+    return Scene(shapes, "plain", config.size, config.screen)
   options, shapes = triples(split), []
-  low, high = config.radius, config.size - config.radius
   while len(shapes) < config.shapes_per_clip:
     colour, shape, direction = options[rng.integers(len(options))]
     if any(colour == s.colour for s in shapes):
       continue
     word = list(SPEEDS)[rng.integers(len(SPEEDS))]
-    velocity = np.array(DIRECTIONS[direction]) * config.speed(word)
-    run = velocity * FREE_FRAMES
-    # Both the start and the end of the free run lie between the walls.
-    position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
-    place, step = tuple(position.tolist()), tuple(velocity.tolist())
-    shapes.append(Shape(colour, shape, direction, word, place, step, config.radius))
+    shapes.append(place(rng, config, colour, shape, direction, word))
   textured = config.difficulty == "textured"
   background = BACKGROUNDS[rng.integers(1, len(BACKGROUNDS))] if textured else "plain"
   return Scene(tuple(shapes), background, config.size)
 
 
-def _draw_passage(rng: np.random.Generator, config: WorldConfig, split: str) -> Scene:
-  """Draws a shape that will pass behind the screen, of any colour."""
-  options, colours = passages(split), list(COLOURS)
-  shape, direction = options[rng.integers(len(options))]
-  colour = colours[rng.integers(len(colours))]
-  velocity = np.array(DIRECTIONS[direction]) * config.speed("")
-  position = shapes_screen.sample_centre(rng, velocity, config.size, config.radius, config.screen)
-  place, step = tuple(position.tolist()), tuple(velocity.tolist())
-  drawn = Shape(colour, shape, direction, "", place, step, config.radius)
-  return Scene((drawn,), "plain", config.size, config.screen)
+def place(
+  rng: np.random.Generator, config: WorldConfig, colour: str, shape: str, direction: str, speed: str
+) -> Shape:
+  """Draws where a shape starts: at a free run from its first wall, or on its way to the screen."""
+  velocity = np.array(DIRECTIONS[direction]) * config.speed(speed)
+  if config.hidden:
+    position = shapes_screen.sample_centre(rng, velocity, config.size, config.radius, config.screen)
+  else:
+    low, high, run = config.radius, config.size - config.radius, velocity * FREE_FRAMES
+    # Both the start and the end of the free run lie between the walls.
+    position = rng.uniform(np.maximum(low, low - run), np.minimum(high, high - run))
+  numbers = tuple(position.tolist()), tuple(velocity.tolist()), config.radius
+  return Shape(colour, shape, direction, speed, *numbers)
 
 
 def simulate(scene: Scene, frames: int, start: int = 0) -> States:

@@ -19,16 +19,19 @@ from hiar_jax import __version__
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
 from hiar_jax.generation.prompts_file import Job
+from hiar_jax.generation.sections import check_sections, check_told, prompts_of, seeds_of
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.progress import Progress
 from hiar_jax.training import samples
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import lengths
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-  """One video to generate: `frames` new latent frames after `given` conditioning frames.
+  """One video to generate: `frames` new latent frames after `given` conditioning frames and before
+  `behind` others.
 
   path: of its file; None where the frames are returned instead.
   """
@@ -38,6 +41,41 @@ class Clip:
   start: Conditioning | None
   given: int
   frames: int
+  end: Conditioning | None = None
+  behind: int = 0
+
+  @property
+  def sections(self) -> dict:
+    """The arguments of VideoModel.sampler beside the number of frames."""
+    told = {"order": self.job.order, "loop": self.job.loop, "ended": bool(self.behind)}
+    return {name: value for name, value in told.items() if value}
+
+  @property
+  def shape(self) -> tuple:
+    """Equal for clips that one program can make at once."""
+    told = bool(self.job.timeline), bool(self.job.takes)
+    return (self.given, self.frames, self.behind, *told, *self.sections.items())
+
+  def prompts(self, model: VideoModel) -> list[str]:
+    """Its prompt, or with a timeline that of each section. Raises UserError as prompts_of."""
+    job, e = self.job, model.experiment
+    if not job.timeline:
+      return [job.prompt]
+    firsts = range(self.given, self.given + self.frames, e.history.block)
+    starts = [(e.codec.pixel_frames(n) if n else 0) / e.sample.fps for n in firsts]
+    return prompts_of(job.prompt, job.timeline, starts, bool(self.given))
+
+  def seeds(self, model: VideoModel) -> list[int]:
+    """Its seed, or with takes that of each section. Raises UserError as seeds_of."""
+    job = self.job
+    if not job.takes:
+      return [job.seed]
+    return seeds_of(job.seed, job.takes, self.frames // model.experiment.history.block)
+
+  def pixel_frames(self, e: Experiment) -> int:
+    """The frames of the whole video."""
+    behind = e.codec.pixel_frames(self.behind) if self.behind else 0
+    return e.codec.pixel_frames(self.given + self.frames) + behind
 
   def provenance(self, model: VideoModel) -> dict[str, str]:
     """The metadata written into the file; equal `recipe` means an equal video."""
@@ -45,11 +83,12 @@ class Clip:
     metadata = {
       "prompt": self.job.prompt,
       "seed": str(self.job.seed),
-      "frames": str(e.codec.pixel_frames(self.given + self.frames)),
+      "frames": str(self.pixel_frames(e)),
       "size": f"{e.data.height}x{e.data.width}",
       "dtype": e.model.dtype,
       "codec": e.codec.label,
       "start": f"{self.start.kind} {self.start.path.name}" if self.start else "",
+      **self._told(),
     }
     # the recipe: also what changes the file but has no key of its own in the metadata
     content = [
@@ -58,6 +97,8 @@ class Clip:
       self.start.digest if self.start else "",
       e.sample.fps,
       e.sample.scale,
+      # only of those that have one, so that other videos keep their recipes
+      *([self.end.digest] if self.end else []),
     ]
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return {
@@ -66,6 +107,18 @@ class Clip:
       "recipe": recipe,
       "hiar_jax": __version__,
     }
+
+  def _told(self) -> dict[str, str]:
+    """The metadata of what only packed models do, nothing for what is not in use."""
+    job = self.job
+    found = {
+      "end": f"{self.end.kind} {self.end.path.name}" if self.end else "",
+      "loop": "yes" if job.loop else "",
+      "order": job.order,
+      "timeline": job.timeline.text() if job.timeline else "",
+      "takes": ", ".join(f"{section}:{seed}" for section, seed in job.takes),
+    }
+    return {name: text for name, text in found.items() if text}
 
   def is_done(self, model: VideoModel) -> bool:
     """True, with a message on stderr, where the file exists and has this clip's recipe."""
@@ -93,9 +146,9 @@ def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.P
   if many:
     if out and pathlib.Path(out).is_file():
       raise UserError(f"--out={out} is a file; with --prompts it names the directory of the videos")
-    names = [job.out or samples.file_name(job.prompt, taken) for job in jobs]
+    names = [job.out or samples.file_name(job.title, taken) for job in jobs]
     return [pathlib.Path(out or "videos") / name for name in names]
-  path = pathlib.Path(out or samples.file_name(jobs[0].prompt, taken))
+  path = pathlib.Path(out or samples.file_name(jobs[0].title, taken))
   if path.suffix != ".mp4":
     raise UserError(f"--out={path}: expected a name that ends in .mp4")
   return [path]
@@ -113,30 +166,42 @@ def plan_clips(
 
   frames, strict: as new_frames.
 
-  Raises UserError for a conditioning file that cannot be used, and as new_frames.
+  Raises UserError for a conditioning file that cannot be used, what the model cannot do, and as
+  new_frames.
   """
   e = model.experiment
   clips = []
-  messages = set()
-  fitted: dict[int, int] = {}  # new_frames prints a message: called once for each length
+  messages = {""}
+  fitted: dict[tuple, int] = {}  # new_frames prints a message: called once for each length
   for job, path in zip(jobs, paths, strict=True):
-    start, given = Conditioning.from_job(job), 0
-    if start:
+    check_told(e, job.told)
+    start, end = Conditioning.from_job(job), Conditioning.end_of(job)
+    counts = []
+    for conditioning in (start, end):
       # All files are read here, before hours of work, and again when their batch is generated:
       # the pixels of a long list need not fit into memory.
-      pixels, message = start.read(e)
-      given = latent_frames(pixels, e)
-      if message and message not in messages:
+      pixels, message = conditioning.read(e) if conditioning else ([], "")
+      counts.append(latent_frames(pixels, e) if conditioning else 0)
+      if message not in messages:
         print(message, file=sys.stderr)
       messages.add(message)
-    if given not in fitted:
-      fitted[given] = new_frames(model, frames, given, strict=strict)
-    clips.append(Clip(job, path, start, given, fitted[given]))
+    given, behind = counts
+    if (given, behind) not in fitted:
+      fitted[given, behind] = new_frames(model, frames, given, behind, strict=strict)
+    clip = Clip(job, path, start, given, fitted[given, behind], end, behind)
+    if e.framepack:
+      ends = dict(given=given, behind=behind, loop=job.loop)
+      check_sections(e, job.order or e.sample.order, clip.frames, **ends)
+    clip.prompts(model), clip.seeds(model)  # raise for what does not fit the sections
+    clips.append(clip)
   return clips
 
 
-def new_frames(model: VideoModel, frames: int | None, given: int, *, strict: bool = False) -> int:
-  """Returns the new latent frames, in whole blocks, after `given` ones; prints a rounded count.
+def new_frames(
+  model: VideoModel, frames: int | None, given: int, behind: int = 0, *, strict: bool = False
+) -> int:
+  """Returns the new latent frames, in whole blocks, after `given` ones and before `behind` others;
+  prints a rounded count.
 
   frames: pixel frames of the whole video, conditioning frames included; None: the default length.
 
@@ -145,11 +210,17 @@ def new_frames(model: VideoModel, frames: int | None, given: int, *, strict: boo
   e = model.experiment
   if frames is None:
     # a default length counts new frames alone: of a run four training lengths, else one
-    return e.codec.latent_frames(samples.long_frames(model.run) if model.stage else e.data.frames)
+    whole = samples.long_frames(model.run) if model.stage else e.data.frames
+    return e.codec.latent_frames(whole) - e.given
   if not isinstance(frames, numbers.Integral):
     raise UserError(f"frames = {frames!r}: expected a whole number")
   latent, message = lengths.fit_blocks(
-    int(frames), e.history.block, e.codec.pixel_frames, given=given, strict=strict
+    int(frames),
+    e.history.block,
+    e.codec.pixel_frames,
+    given=given,
+    behind=e.codec.pixel_frames(behind) if behind else 0,
+    strict=strict,
   )
   if message:
     print(message, file=sys.stderr)
@@ -171,44 +242,61 @@ def make_clips(model: VideoModel, clips: list[Clip]) -> Iterator[tuple[Clip, np.
   Clips with equal numbers of conditioning and new frames come together.
   """
   # texts first: the text encoder has left the memory before the network's weights are loaded
-  model.prepare_texts(list(dict.fromkeys(clip.job.prompt for clip in clips)))
+  model.prepare_texts(list(dict.fromkeys(p for clip in clips for p in clip.prompts(model))))
   params = model.params()
   # a batch has one shape
-  alike: dict[tuple[int, int], list[Clip]] = {}
+  alike: dict[tuple, list[Clip]] = {}
   for clip in clips:
-    alike.setdefault((clip.given, clip.frames), []).append(clip)
+    alike.setdefault(clip.shape, []).append(clip)
   return (
     (clip, np.asarray(latents[i : i + 1]))
-    for (given, frames), group in alike.items()
-    for batch, latents in iterate_latents(model, params, group, frames, given)
+    for group in alike.values()
+    for batch, latents in iterate_latents(model, params, group)
     for i, clip in enumerate(batch)
   )
 
 
 def iterate_latents(
-  model: VideoModel, params, clips: list[Clip], frames: int, given: int
+  model: VideoModel, params, clips: list[Clip]
 ) -> Iterator[tuple[list[Clip], jax.Array]]:
-  """Yields (clips, their latents [b f h w c]), a batch at a time.
+  """Yields (clips, their latents [b f h w c]), a batch at a time; clips of one shape.
 
   A video depends on its own prompt, seed and conditioning alone. In a filled-up last batch b is
   larger than the number of clips.
   """
   size = min(model.experiment.sample.batch, len(clips))
-  generate = model.sampler(frames)
+  generate = model.sampler(clips[0].frames, **clips[0].sections)
   for first in range(0, len(clips), size):
     batch = clips[first : first + size]
     # the last batch repeats its clips up to the size, so that the sampler is compiled once
     rows = [batch[i % len(batch)] for i in range(size)]
-    start = [np.concatenate([start_latents(model, clip) for clip in rows])] if given else []
-    texts = model.run.texts([clip.job.prompt for clip in rows])
-    seeds = np.asarray([clip.job.seed for clip in rows])
-    yield batch, generate(params, texts, seeds, *start)
+    given = [latents_of(model, clip.start) for clip in rows if clip.start]
+    behind = [latents_of(model, clip.end) for clip in rows if clip.end]
+    ends = [np.concatenate(part) if part else None for part in (given, behind)]
+    while ends and ends[-1] is None:
+      ends.pop()  # the sampler of a causal model takes no end
+    prompts = [clip.prompts(model) for clip in rows]
+    texts = model.run.texts([prompt for each in prompts for prompt in each])
+    seeds = np.asarray([clip.seeds(model) for clip in rows])
+    # a text and a seed for each section, where a clip has them
+    if rows[0].job.timeline:
+      texts = texts.reshape(len(rows), -1, *texts.shape[1:])
+    yield batch, generate(params, texts, seeds if rows[0].job.takes else seeds[:, 0], *ends)
 
 
-def start_latents(model: VideoModel, clip: Clip) -> np.ndarray:
-  """Encodes the conditioning frames of a clip into latents [1 given h w c]."""
-  pixels, _ = clip.start.read(model.experiment)
+def latents_of(model: VideoModel, conditioning: Conditioning) -> np.ndarray:
+  """Encodes conditioning frames into latents [1 f h w c]."""
+  pixels, _ = conditioning.read(model.experiment)
   return np.asarray(model.run.autoencoder.latents(pixels[None]))
+
+
+def shown(model: VideoModel, clip: Clip, latents: np.ndarray) -> Iterator[np.ndarray]:
+  """Returns the frames of a clip's latents [1 f h w c], in pieces uint8 [F_i H W 3]; a file that it
+  ends with is kept as it is.
+  """
+  yield from decoded(model, latents[:, : clip.given + clip.frames])
+  if clip.end:
+    yield clip.end.read(model.experiment)[0]
 
 
 def decoded(model: VideoModel, latents: np.ndarray) -> Iterator[np.ndarray]:
@@ -219,6 +307,6 @@ def decoded(model: VideoModel, latents: np.ndarray) -> Iterator[np.ndarray]:
 def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
   """Decodes latents [1 f h w c] piece by piece into the clip's file, its metadata included."""
   config = model.experiment.sample
-  pieces = decoded(model, latents)
+  pieces = shown(model, clip, latents)
   write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
   print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr

@@ -1,6 +1,7 @@
-"""Conditioning frames, which a generated video continues.
+"""Conditioning frames, which a generated video continues or, of a packed model, ends with.
 
-An image is one latent frame; of a video the last whole blocks are used.
+An image is one latent frame; of a video the last whole blocks are used, for a packed model all
+whole latent frames.
 """
 
 import dataclasses
@@ -19,12 +20,21 @@ from hiar_jax.video import conditioning_files, lengths
 class Conditioning:
   """An image or a video file whose frames a generated video starts with.
 
-  last: the number of frames kept at most, those at the video's end; None keeps all.
+  last: the number of frames kept at most, those at the video's end; None keeps all. is_end: the
+  generated video ends with them.
   """
 
   path: pathlib.Path
   kind: str  # "image" or "video"
   last: int | None = None
+  is_end: bool = False
+
+  @staticmethod
+  def end_of(job: Job) -> "Conditioning | None":
+    """What a job's video ends with, None where that is new."""
+    if job.end_image:
+      return Conditioning(job.end_image, "image", is_end=True)
+    return Conditioning(job.end_video, "video", is_end=True) if job.end_video else None
 
   @staticmethod
   def from_job(job: Job) -> "Conditioning | None":
@@ -50,9 +60,10 @@ class Conditioning:
     frames, message = conditioning_files.read_video(
       self.path, e.data.height, e.data.width, e.sample.fps, self.last
     )
-    # The cache is filled block by block, so a video is cut to whole blocks, at its beginning: the
-    # new frames follow its end.
-    kept, _ = lengths.crop_to_blocks(len(frames), e.history.block, e.codec.pixel_frames)
+    # A cache is filled block by block, so a video is cut to whole blocks, at its beginning: the new
+    # frames follow its end. A packed model reads any frames.
+    block = 1 if e.framepack else e.history.block
+    kept, _ = lengths.crop_to_blocks(len(frames), block, e.codec.pixel_frames)
     if not kept:
       least = e.codec.pixel_frames(e.history.block)
       raise UserError(
@@ -61,9 +72,11 @@ class Conditioning:
         "give a longer video, or one frame of it as an image"
       )
     if kept < len(frames):
-      cropped = f"its last {kept} of {len(frames)} frames, which are whole blocks"
+      side = "first" if self.is_end else "last"
+      whole = "latent frames" if e.framepack else "blocks"
+      cropped = f"its {side} {kept} of {len(frames)} frames, which are whole {whole}"
       message = f"{message}, {cropped}" if message else f"{self.path.name}: {cropped}"
-    return frames[-kept:], message
+    return frames[:kept] if self.is_end else frames[-kept:], message
 
 
 def latent_frames(pixels: np.ndarray, e: Experiment) -> int:

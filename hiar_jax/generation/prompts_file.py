@@ -1,4 +1,5 @@
-"""A file of prompts, one per video, with optional seed, image or video to start from, output name.
+"""A file of prompts, one per video, with optional seed, image or video to start from, output name,
+and for packed models an image or video to end with, a timeline and takes (generation.sections).
 
     prompts.txt     A cat walks on grass
                     # a comment
@@ -12,7 +13,7 @@ without settings is a prompt as it stands. A row without a seed takes the comman
 index in the file, counted from 0. Relative paths start at the folder of the file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import difflib
@@ -25,8 +26,13 @@ import re
 import sys
 
 from hiar_jax.errors import UserError
+from hiar_jax.generation import timeline as timelines
+from hiar_jax.generation.sections import Takes, read_takes
+from hiar_jax.generation.timeline import Timeline
 
-FIELDS = ("prompt", "seed", "image", "video", "out")
+FIELDS = ("prompt", "seed", "image", "video", "out", "end_image", "end_video", "timeline", "takes")
+# what only a packed model does (generation.sections)
+TOLD = ("end_image", "end_video", "loop", "order", "timeline", "takes")
 MAX_SEED = 2**31 - 1  # seeds become int32 on the device
 
 _SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"  # name=value, name="value" or name='value'
@@ -43,7 +49,9 @@ class Job:
   """One video to generate.
 
   image, video: the file that it continues, at most one of them. out: the name of its file, None for
-  one made of the prompt. line: line number in the prompts file, 0 without one.
+  one made of the prompt. line: line number in the prompts file, 0 without one. end_image,
+  end_video: the file that it ends with, at most one. loop: it comes back to its start. order: of
+  its sections, '' for the model's. timeline: prompts of its sections. takes: their other seeds.
   """
 
   prompt: str
@@ -52,6 +60,22 @@ class Job:
   video: pathlib.Path | None = None
   out: str | None = None
   line: int = 0
+  end_image: pathlib.Path | None = None
+  end_video: pathlib.Path | None = None
+  loop: bool = False
+  order: str = ""
+  timeline: Timeline | None = None
+  takes: Takes = ()
+
+  @property
+  def told(self) -> list[str]:
+    """The names of the options in use that only a packed model has."""
+    return [name for name in TOLD if getattr(self, name)]
+
+  @property
+  def title(self) -> str:
+    """The prompt, or the first of the timeline, to name a file after."""
+    return self.prompt or (self.timeline.entries[0].prompt if self.timeline else "")
 
 
 def make_jobs(
@@ -59,28 +83,42 @@ def make_jobs(
   seeds: int | Sequence[int] = 0,
   image: str | os.PathLike | None = None,
   video: str | os.PathLike | None = None,
+  *,
+  end_image: str | os.PathLike | None = None,
+  end_video: str | os.PathLike | None = None,
+  loop: bool = False,
+  order: str | None = None,
+  timeline: str | os.PathLike | None = None,
+  takes: str | Mapping[int, int] | None = None,
 ) -> list[Job]:
-  """Returns one job per prompt, all with the same start.
+  """Returns one job per prompt, all with the same start and end, timeline and takes.
 
-  seeds: one per prompt, or that of the first; the next ones count up.
+  seeds: one per prompt, or that of the first; the next ones count up. timeline: a text or a file
+  (generation.timeline). takes: {section: seed}, or a text.
 
   Raises UserError for prompts that are no texts, seeds that are out of range or of another number,
-  and two starts.
+  two starts or ends, and a timeline or takes that cannot be read.
   """
   for prompt in prompts:
     if not isinstance(prompt, str):
       raise UserError(f"prompt = {prompt!r}: expected text")
   if image and video:
     raise UserError("give either --image or --video: a video starts from one of them")
+  if len([end for end in (end_image, end_video, loop) if end]) > 1:
+    raise UserError("give one of --end_image, --end_video and --loop: a video has one end")
   if isinstance(seeds, Sequence) and not isinstance(seeds, str):
     if len(seeds) != len(prompts):
       raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one each, or one seed")
   else:
     check_seed(seeds)
     seeds = range(seeds, seeds + len(prompts))
-  start = {name: path and pathlib.Path(path) for name, path in (("image", image), ("video", video))}
+  files = dict(image=image, video=video, end_image=end_image, end_video=end_video)
+  files = {name: path and pathlib.Path(path) for name, path in files.items()}
+  read = None if timeline is None else timelines.read(timeline)
+  told = dict(loop=loop, order=order or "", timeline=read, takes=read_takes(takes, check_seed))
   return [
-    Job(prompt, check_seed(seed), **start) for prompt, seed in zip(prompts, seeds, strict=True)
+    Job(prompt, check_seed(seed), **files, **told)
+    for prompt, seed in zip(prompts, seeds, strict=True)
   ]
 
 
@@ -204,13 +242,24 @@ def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
   given = {name: _string(name, value, path, line) for name, value in row.items() if name != "seed"}
   if given.get("prompt") is None:
     raise _wrong(path, line, f"there is no prompt; an empty one is written {_EMPTY}")
-  image, video = (_picture(name, given.get(name), path, line) for name in ("image", "video"))
-  if image and video:
+  names = ("image", "video", "end_image", "end_video")
+  files = {name: _picture(name, given.get(name), path, line) for name in names}
+  if files["image"] and files["video"]:
     raise _wrong(path, line, "a video starts from an image or from a video, not from both")
+  if files["end_image"] and files["end_video"]:
+    raise _wrong(path, line, "a video ends with an image or with a video, not with both")
   out = given.get("out") or None
   if out and not out.endswith(".mp4"):
     raise _wrong(path, line, f"out = {out!r}: expected a name that ends in .mp4")
-  return Job(given["prompt"], _seed(row.get("seed"), seed, path, line), image, video, out, line)
+  timeline = given.get("timeline")
+  try:
+    timeline = timelines.read(timeline, path.parent) if timeline else None
+    takes = read_takes(given.get("takes"), check_seed)
+  except UserError as error:
+    raise _wrong(path, line, str(error)) from error
+  seed = _seed(row.get("seed"), seed, path, line)
+  told = dict(timeline=timeline, takes=takes)
+  return Job(given["prompt"], seed, out=out, line=line, **files, **told)
 
 
 def _unquote_empty(prompt: str | None) -> str | None:
@@ -249,10 +298,10 @@ def _picture(name: str, value: str | None, path: pathlib.Path, line: int) -> pat
 def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
   """Drops repeated jobs. Raises UserError for different videos of one output name."""
   # A repetition has the same seed too: rows without a seed have different ones.
-  first: dict[tuple, Job] = {}
+  first: dict[Job, Job] = {}
   named: dict[str, Job] = {}
   for job in jobs:
-    content = (job.prompt, job.seed, job.image, job.video, job.out)
+    content = dataclasses.replace(job, line=0)
     same = first.get(content)
     if same:
       print(

@@ -129,12 +129,13 @@ class VideoModel:
     for prompt in prompts:
       samples.print_warnings(self.run, prompt)
 
-  def sampler(self, frames: int):
+  def sampler(self, frames: int, **sections):
     """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.
 
-    given: conditioning latents [b f h w c], one frame's or whole blocks'.
+    given: conditioning latents [b f h w c], one frame's or whole blocks'. Of a packed model any
+    frames, and `behind` may follow (rollout.packed). sections: as Run.sampler's order and others.
     """
-    return self.run.sampler(frames)
+    return self.run.sampler(frames, **sections)
 
   def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
     """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""

@@ -10,10 +10,14 @@ An order is a list of steps, each the numbers of the sections that are made at o
 (FramePack, arXiv 2504.12626, section 3.2 and v3's planned endpoints.) `plan` says for each step
 which frames it makes, which frames its context holds by a schedule, and the frame indices of both
 for the rotations. Frames that are not made yet are never context: their place holds -1.
+
+Frames may be there before any section, at the video's start (an image, a video that goes on) and at
+its end (a last image, a video that is led up to). What lies behind a loop is its start.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import re
 
 import numpy as np
 
@@ -79,12 +83,19 @@ def endpoints(sections: int, ends: Sequence[int]) -> Steps:
   return [first, *((i,) for i in range(sections) if i not in first)]
 
 
-def steps_of(order: str, sections: int) -> Steps:
-  """Returns the steps of an order by name. Raises UserError for an unknown one, or no section."""
-  one_of(ORDERS, order=order)
+def steps_of(order: str, sections: int, *, ended: bool = False) -> Steps:
+  """Returns the steps of an order by name; `endpoints:0,3,7` is that of planned ends.
+
+  ended: what lies behind the last section is there (a last frame, or the start of a loop), so that
+  both_ends has no end to make first. Raises UserError for an unknown order, or no section.
+  """
+  name, _, ends = order.partition(":")
   if sections < 1:
     raise UserError(f"sections = {sections}: expected at least 1")
-  return ORDERS[order](sections)
+  if name == "endpoints" and re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", ends):
+    return endpoints(sections, [int(end) for end in ends.split(",")])
+  one_of([*ORDERS, "endpoints:0,3,7"], order=order)
+  return vanilla(sections) if order == "both_ends" and ended else ORDERS[order](sections)
 
 
 def plan(
@@ -92,17 +103,22 @@ def plan(
   steps: Steps,
   *,
   given: int = 0,
+  behind: int = 0,
+  loop: bool = False,
   published: bool = False,
   similar: bool = False,
 ) -> list[Step]:
   """Returns what each step makes, from what, and where.
 
-  given: frames of the video's start that are there before any section (1: an image). published: the
-  frame indices of the published code, which count context and section on from the video's start
-  with a few blanks, whatever the true distance; else the frames' own numbers. similar: the frames
-  next to a section are chosen by similarity when it is made (packing.similarity), so that context
-  and tails here say how many they are. Raises UserError for published indices of a schedule that
-  keeps a tail, or with `similar`: there are none.
+  given, behind: frames of the video's start and end that are there before any section (1: an
+  image). loop: what lies behind the video's end is its start. published: the frame indices of the
+  published code, which count context and section on from the video's start with a few blanks,
+  whatever the true distance; else the frames' own numbers. similar: the frames next to a section
+  are chosen by similarity when it is made (packing.similarity), so that context and tails here say
+  how many they are.
+
+  Raises UserError where the section beside frames that are given does not see the nearest of them,
+  and for published indices of a schedule that keeps a tail, or with `similar`: there are none.
   """
   if published and {schedule.before_tail, schedule.after_tail} & set(KEPT_TAILS):
     raise UserError(
@@ -116,14 +132,22 @@ def plan(
     )
   width = schedule.generate
   count = 1 + max(number for step in steps for number in step)
-  made, plans = set(range(given)), []
+  end = given + count * width  # the first frame behind the sections
+  total = end + behind
+  made, plans = {*range(given), *range(end, total)}, []
   for at, step in enumerate(steps):
     firsts = [given + number * width for number in step]
     generates = np.concatenate([np.arange(first, first + width) for first in firsts])
-    behind = firsts[0] + width
-    known = min((i for i in made if i >= behind), default=given + count * width)
+    # the same frame may be there twice, at its own place and behind a loop's end
+    there = made | {total + i for i in made} if loop else made
+    known = min((i for i in made if i >= firsts[0] + width), default=end)
     numbers = schedule.numbers(firsts[0], known)
-    context = tuple(np.where(np.isin(group, list(made)), group, -1) for group in numbers)
+    seen = there & {int(i) for group in numbers for i in group}
+    if given and 0 in step and given - 1 not in seen:
+      raise _unseen_start(schedule, given)
+    if (behind or loop) and count - 1 in step and end not in seen:
+      raise _unseen_end(schedule, loop)
+    context = tuple(np.where(np.isin(group, list(there)), group % total, -1) for group in numbers)
     indices = generates, numbers
     if published:
       indices = _counted_on(schedule, blanks(len(steps), at, schedule))
@@ -137,6 +161,24 @@ def plan(
     plans.append(Step(step, generates, indices[0], context, indices[1], tails, kinds, candidates))
     made.update(generates.tolist())
   return plans
+
+
+def _unseen_start(schedule: Schedule, given: int) -> UserError:
+  return UserError(
+    f"schedule {schedule.notation!r}: the first section does not see the last of the {given} "
+    "frames before it; groups before the section show it, as td_f16k4f2k2f1k1_g9 has them"
+  )
+
+
+def _unseen_end(schedule: Schedule, loop: bool) -> UserError:
+  what = "the start, to which a loop returns" if loop else "the frame behind it"
+  if not (schedule.after or schedule.end):
+    why = "groups behind the section show it, as td_f16k4f2k2f1k1_g9_x_f1k1 has them"
+  elif loop:
+    why = "in this order it is made too early; from a first frame, or in vanilla order, it does"
+  else:
+    why = "in this order another frame comes first; in vanilla order it does"
+  return UserError(f"schedule {schedule.notation!r}: the last section does not see {what}; {why}")
 
 
 def blanks(steps: int, at: int, schedule: Schedule) -> int:

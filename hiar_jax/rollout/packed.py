@@ -1,12 +1,12 @@
 """Long videos section by section from packed context (FramePack, arXiv 2504.12626, section 3)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.models.frames import Network, bind
+from hiar_jax.models.frames import Bound, Frames, Network, Out, bind
 from hiar_jax.packing.orders import plan
 from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule
@@ -27,43 +27,72 @@ def make_sampler(
   guidance: float,
   key: Key,
   shape: LatentShape,
+  loop: bool = False,
   published: bool = False,
   solver: str = "euler",
 ) -> Callable[..., Video]:
-  """Returns generate(params, text, seeds [b], given=None) -> latents [b given + f h w c].
+  """Returns generate(params, text, seeds, given=None, behind=None) -> latents [b given + f + behind
+  h w c].
 
   Traced; the caller jits. A video depends on its own text and seed, not on the rest of the batch.
 
-  text: [b l d]. steps: packing.orders. sigmas: levels of a section's steps, falling. negative: text
-  [1 l d], unused where guidance is 0. shape: of the new latents, whole sections. given: clean
-  frames [b given h w c] before them. published: frame indices as in packing.orders.plan. solver:
-  rollout.solvers.
+  text: [b l d], or [b sections l d], one for each section. seeds: [b], or [b sections]: a section
+  with another seed is drawn anew, the others draw what they drew. steps: packing.orders. sigmas:
+  levels of a section's steps, falling. negative: text [1 l d], unused where guidance is 0. shape:
+  of the new latents, whole sections. given, behind: clean frames [b k h w c] before and behind
+  them. loop, published: as in packing.orders.plan. solver: rollout.solvers.
   """
   last = (len(sigmas) - 1,)
 
-  def generate(params, text, seeds, given=None):
-    bound = bind(network, params, text)
-    unconditional = bind(network, params, jnp.broadcast_to(negative, text.shape))
-    noise = block_noise(key, seeds, shape.block(schedule.generate))
+  def generate(params, text, seeds, given=None, behind=None):
+    one_text = text if text.ndim == 3 else text[:, 0]
+    bound = bind(network, params, one_text)
+    unconditional = bind(network, params, jnp.broadcast_to(negative, one_text.shape))
+    block = shape.block(schedule.generate)
+    noise = block_noise(key, seeds if seeds.ndim == 1 else seeds[:, 0], block)
+
+    def noise_of(number):
+      # one draw a section, whichever step makes it
+      if seeds.ndim == 1:
+        return noise(0, number)
+      return block_noise(key, seeds[:, number], block)(0, number)
 
     def make_sections(video, row):
-      # one draw a section, whichever step makes it
-      eps = jnp.concatenate([noise(0, number) for number in row.sections], axis=1)
+      eps = jnp.concatenate([noise_of(number) for number in row.sections], axis=1)
       row = choose(schedule, history, video, row)
       groups = functools.partial(groups_of_row, schedule, history, video, row, patch=network.patch)
+      heard = bound
+      if text.ndim == 4:
+        texts = [text[:, number] for number in row.sections]
+        heard = hear_each([bind(network, params, one) for one in texts], schedule.generate)
       points = sample_trajectory(
-        bound, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
+        heard, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
       )
       return video.at[:, row.generates].set(points[:, 0]), None
 
     # NaN: what is read before it is made would show
     video = jnp.full((len(seeds), *shape.clip), jnp.nan)
-    first = 0
-    if given is not None:
-      first, video = given.shape[1], jnp.concatenate([given, video], axis=1)
-    planned = plan(schedule, steps, given=first, published=published, similar=history.similar)
-    for table in tables(planned):
+    parts = [part for part in (given, video, behind) if part is not None]
+    ends = [0 if part is None else part.shape[1] for part in (given, behind)]
+    video = jnp.concatenate(parts, axis=1) if len(parts) > 1 else video
+    where = dict(given=ends[0], behind=ends[1], loop=loop, published=published)
+    for table in tables(plan(schedule, steps, **where, similar=history.similar)):
       video, _ = jax.lax.scan(make_sections, video, table)
     return video
 
   return generate
+
+
+def hear_each(bounds: Sequence[Bound], width: int) -> Callable[[tuple[Frames, ...]], Out]:
+  """Returns forward(groups) in which section i of the noisy group hears the text of bounds[i].
+
+  The sections, `width` frames each, see each other; a network of packed frames takes one text, so
+  there is a forward for each, of which the frames of its section count.
+  """
+
+  def forward(groups):
+    outs = [bound(groups) for bound in bounds]
+    parts = [out.velocity[-1][:, i * width : (i + 1) * width] for i, out in enumerate(outs)]
+    return outs[0].replace(velocity=(*outs[0].velocity[:-1], jnp.concatenate(parts, axis=1)))
+
+  return forward

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.models.frames import Bound, Frames, Network, bind, whole_clip
+from hiar_jax.models.frames import Frames, Network, Out, bind, whole_clip
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.rollout.solvers import solve
 from hiar_jax.types import Key, Points, Text, Video
+
+Forward = Callable[[tuple[Frames, ...]], Out]
 
 
 def make_sampler(
@@ -43,8 +45,8 @@ def make_sampler(
 
 
 def sample_trajectory(
-  bound: Bound,
-  negative: Bound,
+  bound: Forward,
+  negative: Forward,
   eps: Video,
   sigmas: jax.Array,
   keep: tuple[int, ...],
@@ -56,8 +58,8 @@ def sample_trajectory(
   """Integrates from eps at sigmas[0] to sigmas[-1]; returns points [b len(keep) f h w c].
 
   v = v_text + guidance (v_text - v_negative); `negative` is unused where guidance is 0.
-  keep: indices into `sigmas`. groups(x, sigma): those of a forward, x itself the last one. solver:
-  rollout.solvers.
+  bound, negative: as models.frames.Bound. keep: indices into `sigmas`. groups(x, sigma): those of a
+  forward, x itself the last one. solver: rollout.solvers.
   """
 
   def velocity(x, j):

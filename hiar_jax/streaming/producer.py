@@ -22,8 +22,8 @@ import numpy as np
 
 from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError, at_least
+from hiar_jax.generation.timeline import Change
 from hiar_jax.streaming.live_video import LiveVideo
-from hiar_jax.streaming.timeline import Change
 from hiar_jax.streaming.workers import Chunk, Workers
 from hiar_jax.types import PyTree
 

@@ -14,11 +14,11 @@ from hiar_jax import __version__
 from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
+from hiar_jax.generation.timeline import Timeline
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.timeline import Timeline
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import lengths
 

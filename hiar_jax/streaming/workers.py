@@ -9,9 +9,9 @@ import threading
 import numpy as np
 
 from hiar_jax.components.interfaces import BlockDecoder
+from hiar_jax.generation.timeline import Change
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.throughput import ThroughputMeter
-from hiar_jax.streaming.timeline import Change
 from hiar_jax.types import Block, PyTree
 
 

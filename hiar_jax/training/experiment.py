@@ -207,10 +207,11 @@ class Experiment:
   def _check_sizes(self) -> None:
     """Raises UserError where clips are not whole blocks, or frames not whole patches."""
     data, codec, block = self.data, self.codec, self.history.block
-    frames = self.codec.latent_frames(data.frames)
+    frames = self.codec.latent_frames(data.frames) - self.given
     if (data.frames - 1) % codec.temporal_factor or frames % block:
-      near = self.codec.pixel_frames(max(block, round(frames / block) * block))
+      near = self.codec.pixel_frames(self.given + max(block, round(frames / block) * block))
       of = f"{block} frames" if codec.temporal_factor == 1 else f"{block} latent frames"
+      of += f" after framepack.given = {self.given}" if self.given else ""
       raise UserError(
         f"data.frames = {data.frames} is not whole blocks of history.block = {of}; the nearest is "
         f"{near}"
@@ -242,6 +243,11 @@ class Experiment:
         f"sample.order = {self.sample.order!r}: the model is trained for framepack.orders = "
         f"{framepack.orders}"
       )
+
+  @property
+  def given(self) -> int:
+    """The latent frames of a clip's start that its model is given, and does not make."""
+    return self.framepack.given if self.framepack else 0
 
   @property
   def last_stage(self) -> str:

@@ -162,11 +162,21 @@ class Run:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
     return np.concatenate(list(self.autoencoder.pieces(latents)), axis=1)
 
-  def sampler(self, frames: int, method: MethodConfig | None = None):
-    """Returns the sampler of the trained model, jitted, for videos of `frames` latent frames: the
+  def sampler(
+    self,
+    frames: int,
+    method: MethodConfig | None = None,
+    *,
+    order: str = "",
+    loop: bool = False,
+    ended: bool = False,
+  ):
+    """Returns the sampler of the trained model, jitted, for `frames` new latent frames: the
     student's (rollout.sample) or the packed model's (rollout.packed).
 
-    method: a row that replaces the run's own; not for a packed model.
+    method: a row that replaces the run's own; not for a packed model. Of a packed model alone:
+    order: of its sections; '' for the config's. loop: the video comes back to its start. ended: it
+    will be given frames behind the new ones.
     """
     e = self.experiment
     # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
@@ -181,12 +191,13 @@ class Run:
         e.packed_dit,
         schedule,
         config.history,
-        steps_of(e.sample.order, frames // schedule.generate),
+        steps_of(order or e.sample.order, frames // schedule.generate, ended=ended or loop),
         jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
         negative=self.texts([self.text_encoder.negative_prompt]),
         guidance=e.sample.guidance,
         key=key,
         shape=shape,
+        loop=loop,
         published=config.published,
         solver=e.sample.solver,
       )
@@ -234,15 +245,13 @@ class Run:
       keys=keys,
     )
 
-  def preview_texts(self, count: int = 8) -> np.ndarray:
-    """Returns the texts [n l d] of `count` prompts for previews: held-out ones of the shapes world,
-    else the first captions of the data.
+  def preview_prompts(self, count: int = 8) -> list[str]:
+    """Returns `count` prompts for previews: held-out ones of the shapes world, else the first
+    captions of the data.
     """
     if self.source.world is not None:
-      prompts = self.held_out(count)
-    else:
-      prompts = pipeline.read_captions(self.directory("data"))[:count]
-    return self.texts(prompts)
+      return self.held_out(count)
+    return pipeline.read_captions(self.directory("data"))[:count]
 
   def held_out(self, count: int) -> list[str]:
     """Returns `count` prompts that are not in the training data, evenly spaced in their list and
@@ -299,6 +308,11 @@ def _check_stages(run: Run) -> None:
       )
   if e.sample.prompts != "held_out":
     pipeline.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
+    if e.given and run.source.world is None:
+      raise UserError(
+        f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
+        "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
+      )
 
 
 def _count_clips(run: Run) -> tuple[float, str]:

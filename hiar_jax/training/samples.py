@@ -2,6 +2,7 @@
 a contact sheet).
 """
 
+from collections.abc import Sequence
 import math
 import pathlib
 import re
@@ -10,7 +11,8 @@ import sys
 import numpy as np
 
 from hiar_jax import __version__
-from hiar_jax.data import pipeline
+from hiar_jax.data import pipeline, shapes_described, tfds_builder
+from hiar_jax.errors import UserError
 from hiar_jax.progress import Progress
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
@@ -43,23 +45,55 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 
 
 def long_frames(run: Run) -> int:
-  """Returns the frames of a video of `length` training lengths, in whole blocks."""
+  """Returns the frames of a video of `length` training lengths in whole blocks, and given ones."""
   e = run.experiment
   # 1e-9: a product such as 1.1 * 10 may lie just above its whole number
-  latent = math.ceil(e.sample.length * e.latent.frames - 1e-9)
-  return round_to_blocks(run, e.codec.pixel_frames(latent))
+  latent = math.ceil(e.sample.length * (e.latent.frames - e.given) - 1e-9)
+  return round_to_blocks(run, e.codec.pixel_frames(e.given + latent))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:
-  """Returns `frames` rounded up to whole blocks; prints a note where that changes them.
+  """Returns `frames` rounded up to whole blocks after those that the model is given; prints a note
+  where that changes them.
 
   Raises UserError instead where `strict`.
   """
   e = run.experiment
-  latent, message = lengths.fit_blocks(frames, e.history.block, e.codec.pixel_frames, strict=strict)
+  latent, message = lengths.fit_blocks(
+    frames, e.history.block, e.codec.pixel_frames, given=e.given, strict=strict
+  )
   if message:
     print(message, file=sys.stderr)
-  return e.codec.pixel_frames(latent)
+  return e.codec.pixel_frames(e.given + latent)
+
+
+def given_pixels(run: Run) -> int:
+  """Returns the frames of a video's start that the model is given (framepack.given)."""
+  e = run.experiment
+  return e.codec.pixel_frames(e.given) if e.given else 0  # Wan's codec has no 0 frames
+
+
+def true_starts(run: Run, prompts: Sequence[str], seeds: Sequence[int]) -> tuple[np.ndarray, ...]:
+  """Returns the latents [n given h w c] of true frames that videos of prompts start from; nothing
+  for a model that is given none.
+
+  In the shapes world they are rendered, each seed its own; else the clip with the prompt for its
+  caption begins with them. Raises UserError where no clip has it.
+  """
+  frames = given_pixels(run)
+  if not frames:
+    return ()
+  if run.source.world is not None:
+    pairs = zip(prompts, seeds, strict=True)
+    starts = [shapes_described.true_video(*pair, run.world, frames) for pair in pairs]
+  else:
+    directory = run.directory("data")
+    captions, clips = pipeline.read_captions(directory), tfds_builder.open_source(directory)
+    for prompt in prompts:
+      if prompt not in captions:
+        raise UserError(f"{prompt!r} is no caption of the data, whose clips the videos start from")
+    starts = [clips[captions.index(prompt)]["video"][:frames] for prompt in prompts]
+  return (np.asarray(run.autoencoder.latents(np.stack(starts))),)
 
 
 def print_warnings(run: Run, prompt: str) -> None:
@@ -73,21 +107,34 @@ def make_videos(
 ) -> np.ndarray:
   """Makes videos uint8 [n F H W 3], `sample.batch` at a time.
 
-  Video i depends on prompt i and on seed + i alone.
+  Video i depends on prompt i and on seed + i alone. F = `frames` counts those that it is given.
   """
-  batch = min(run.experiment.sample.batch, len(prompts))
-  generate = run.sampler(run.experiment.codec.latent_frames(frames))
+  e = run.experiment
+  batch = min(e.sample.batch, len(prompts))
+  generate = run.sampler(e.codec.latent_frames(frames) - e.given)
   seeds = np.arange(seed, seed + len(prompts))
   videos = []
   with Progress(title, len(prompts)) as bar:
     for start in range(0, len(prompts), batch):
       # the last batch is filled up with the first prompts again, so that nothing is compiled twice
       rows = np.arange(start, start + batch) % len(prompts)
-      latents = generate(params, run.texts([prompts[i] for i in rows]), seeds[rows])
+      chosen = [prompts[i] for i in rows]
+      given = true_starts(run, chosen, seeds[rows])
+      latents = generate(params, run.texts(chosen), seeds[rows], *given)
       count = min(batch, len(prompts) - start)
       videos.append(run.pixels(latents)[:count])
       bar.update(start + count)
   return np.concatenate(videos)
+
+
+def without_given(
+  run: Run, params: Params, prompts: list[str], frames: int, seed: int, title: str
+) -> np.ndarray:
+  """Makes videos as make_videos and returns the `frames` that follow those that the model is given,
+  uint8 [n frames H W 3].
+  """
+  given = given_pixels(run)
+  return make_videos(run, params, prompts, given + frames, seed, title)[:, given:]
 
 
 def file_name(prompt: str, taken: set[str]) -> str:

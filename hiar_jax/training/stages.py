@@ -66,7 +66,7 @@ def train_teacher(run: Run) -> None:
   optimizer = e.teacher.optimizer(e.dit)
   make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
   sample = run.teacher_sampler(jax.random.key(e.seed))
-  texts = run.preview_texts()
+  texts = run.texts(run.preview_prompts())
   loop.run_stage(
     run,
     "teacher",
@@ -303,7 +303,8 @@ def make_samples(run: Run) -> None:
   if not is_writer():
     return
   if measured:
-    metrics = shapes_truth.measure(videos, measured, run.world, run.experiment.data.frames)
+    made = videos[:, samples.given_pixels(run) :]
+    metrics = shapes_truth.measure(made, measured, run.world, run.experiment.data.frames)
   else:
     metrics = {"prompts": prompts, "frames": frames}
   saved = dict(zip(prompts, videos[: len(prompts)], strict=True))
@@ -328,6 +329,8 @@ def _wait_for_all(name: str) -> None:
 
 def _student_preview(run: Run):
   """Returns state -> uint8 clips [b F H W 3] of the training length, for the log."""
-  generate = run.sampler(run.experiment.latent.frames)
-  texts = run.preview_texts()
-  return lambda state: run.pixels(generate(state.ema, texts, np.arange(len(texts))))
+  e, prompts = run.experiment, run.preview_prompts()
+  generate = run.sampler(e.latent.frames - e.given)
+  texts, seeds = run.texts(prompts), np.arange(len(prompts))
+  start = samples.true_starts(run, prompts, seeds)
+  return lambda state: run.pixels(generate(state.ema, texts, seeds, *start))

@@ -34,19 +34,21 @@ def fit_blocks(
   pixel_frames: Frames,
   *,
   given: int = 0,
+  behind: int = 0,
   strict: bool = False,
 ) -> tuple[int, str]:
   """Returns (new latent frames, message) of a video of at least `frames` pixel frames.
 
   frames: pixel frames, those of the conditioning included. block: latent frames of a block. given:
-  latent frames of the conditioning; the fewest whole blocks follow them. The message names the
-  count that is made instead of `frames`, '' where both are equal.
+  latent frames of the conditioning; the fewest whole blocks follow them. behind: pixel frames that
+  the video ends with. The message names the count that is made instead of `frames`, '' where both
+  are equal.
 
   Raises UserError where `frames` is below 1 or not more than the conditioning has; if `strict`,
   also where `frames` is not reached exactly, with the nearest counts.
   """
   # not pixel_frames(0), which is negative for Wan2.1
-  conditioning = pixel_frames(given) if given else 0
+  conditioning = behind + (pixel_frames(given) if given else 0)
   if frames < 1:
     counts = [pixel_frames(given + n * block) for n in (1, 2, 3)]
     made = f"videos are made in blocks of {block}"
@@ -54,14 +56,15 @@ def fit_blocks(
       made += f" latent frames, they have {', '.join(map(str, counts))}, ... frames"
     raise UserError(f"frames = {frames}: expected at least 1; {made}")
   if frames <= conditioning:
-    after = pixel_frames(given + block)
+    after = pixel_frames(given + block) + behind
+    has = "frames are" if behind else "start has"
     raise UserError(
-      f"frames = {frames}, but the given start has {conditioning} already; ask for more, from "
+      f"frames = {frames}, but the given {has} {conditioning} already; ask for more, from "
       f"{after} on"
     )
 
   def total(blocks: int) -> int:
-    return pixel_frames(given + blocks * block)
+    return pixel_frames(given + blocks * block) + behind
 
   # Binary search: pixel_frames has no inverse here, and grows with the count. At most `frames`
   # blocks are needed, as each adds a frame or more.
@@ -70,7 +73,7 @@ def fit_blocks(
   if above == frames:
     return blocks * block, ""
   # "latent" only where a latent frame is not a pixel frame
-  unit = "frames" if above == given + blocks * block else "latent frames"
+  unit = "frames" if above == given + blocks * block + behind else "latent frames"
   message = f"frames = {frames} is not whole blocks of {block} {unit}"
   if strict:
     below = total(blocks - 1) if blocks > 1 else 0

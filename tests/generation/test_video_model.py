@@ -50,7 +50,7 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   assert pixels.shape == (1 + 4 * (given - 1), 16, 32, 3)
   _, params = weights.load(place / "weights", "vae")
   expected = np.asarray(vae.encode(params, jnp.asarray(pixels[None] / 127.5 - 1, jnp.float32), VAE))
-  np.testing.assert_allclose(clips.start_latents(model, start), expected, atol=1e-4)
+  np.testing.assert_allclose(clips.latents_of(model, start.start), expected, atol=1e-4)
   model.prepare_texts(["A cat"])
   made = model.sampler(3)
   args = model.params(), model.run.texts(["A cat"]), np.asarray([3])

@@ -33,7 +33,9 @@ class Untrained(VideoModel):
 
   @functools.cached_property
   def _params(self):
-    shapes = jax.eval_shape(lambda: self.experiment.dit.init(jax.random.key(0)))
+    e = self.experiment
+    network = e.packed_dit if e.framepack else e.dit
+    shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
     leaves, tree = jax.tree.flatten(shapes)
     scale = lambda leaf: 1.5 / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 4)
     return tree.unflatten(
@@ -51,9 +53,10 @@ def untrained(directory, config) -> VideoModel:
     np.zeros(pixels, np.float32),
     np.eye(pixels, channels, dtype=np.float32),
     np.ones(channels, np.float32),
+    run.experiment.codec.patch,
   )
   patch_pca.save(run.directory("data") / patch_pca.FILE, codec)
-  return Untrained(run, "", "distill")
+  return Untrained(run, "", run.experiment.last_stage)
 
 
 def generated(model: VideoModel, blocks: int, given: np.ndarray | None = None) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.models.frames import Frames, bind
 from hiar_jax.packing import orders
-from hiar_jax.packing.rows import History
+from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed
 from hiar_jax.rollout.noise import block_noise
@@ -23,12 +23,16 @@ KEY = jax.random.key(3)
 AS_PUBLISHED = History()
 SEEDS = np.asarray([5, 9], np.int32)
 VANILLA = "td_f3k2f1k1_g2"
-CASES = {  # (schedule, steps, given frames, published indices)
+FILLING, BACKWARDS = "td_f2k2f1k1_g2_x_f1k1", "f1k1_x_g2_f1k1f2k2_td"
+CASES = {  # (schedule, steps, given frames, published indices[, frames behind, a loop])
   "vanilla": (VANILLA, orders.vanilla(4), 0, False),
   "vanilla, published": ("f1k1_x_td_f2k2f1k1_g2", orders.vanilla(3), 1, True),
-  "both ends": ("td_f2k2f1k1_g2_x_f1k1", orders.both_ends(4), 0, False),
-  "inverted": ("f1k1_x_g2_f1k1f2k2_td", orders.inverted(5), 1, True),
+  "both ends": (FILLING, orders.both_ends(4), 0, False),
+  "inverted": (BACKWARDS, orders.inverted(5), 1, True),
   "endpoints": ("td_f1k1_g2_x_f1k1", orders.endpoints(5, (0, 2, 4)), 0, False),
+  "towards an end": (FILLING, orders.vanilla(3), 0, False, 1),
+  "from an image to a video": (BACKWARDS, orders.inverted(3), 1, False, 3),
+  "a loop": (FILLING, orders.vanilla(3), 0, False, 0, True),
   "compressed": ("tc_f2k2f1k1_g2", orders.vanilla(5), 0, False),
   "appended": ("ta_f2k2f1k1_g2", orders.vanilla(4), 1, False),
   "compressed behind": ("f1k1_x_g2_f1k1f1k2_tc", orders.inverted(4), 1, False),
@@ -43,7 +47,9 @@ SORTED = {
 }
 
 
-def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED):
+def sampler(
+  schedule, steps, given, published, behind=0, loop=False, *, guidance=0.0, history=AS_PUBLISHED
+):
   sections = 1 + max(max(step) for step in steps)
   frames = sections * parse(schedule).generate
   generate = packed.make_sampler(
@@ -56,6 +62,7 @@ def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED
     guidance=guidance,
     key=KEY,
     shape=tiny.shape(frames),
+    loop=loop,
     published=published,
   )
   return quick_jit(generate)
@@ -134,17 +141,25 @@ def groups_by_hand(schedule, step, video, sigma, similar):
   return tuple(groups)
 
 
-def plain(schedule, steps, given, published, first, guidance=0.0, similar=False):
+def ends(given: int, behind: int = 0) -> list:
+  """Frames that are there, or None."""
+  return [tiny.video(seed, k) if k else None for seed, k in ((4, given), (5, behind))]
+
+
+def plain(schedule, steps, given, published, behind=0, loop=False, *, guidance=0.0, similar=False):
   """The same videos, a forward at a time."""
   schedule = parse(schedule)
   params, text = tiny.params(CONFIG), tiny.text()
   sections = 1 + max(max(step) for step in steps)
-  shape = tiny.shape(given + sections * schedule.generate)
+  shape = tiny.shape(given + sections * schedule.generate + behind)
   noise = block_noise(KEY, SEEDS, shape.block(schedule.generate))
   video = np.full((tiny.BATCH, *shape.clip), np.nan, np.float32)
-  video[:, :given] = first
+  for part, frames in zip((slice(given), slice(-behind, None)), ends(given, behind), strict=True):
+    if frames is not None:
+      video[:, part] = frames
   run = quick_jit(lambda groups, text: bind(CONFIG, params, text)(groups).velocity[-1])
-  for step in orders.plan(schedule, steps, given=given, published=published):
+  where = dict(given=given, behind=behind, loop=loop, published=published)
+  for step in orders.plan(schedule, steps, **where):
     x = jnp.concatenate([noise(0, n) for n in step.sections], axis=1)
     for sigma, lower in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
       packed = groups_by_hand(schedule, step, video, sigma, similar)
@@ -163,9 +178,9 @@ def plain(schedule, steps, given, published, first, guidance=0.0, similar=False)
 def test_sections_equal_a_plain_loop(case):
   """And nothing is read before it is made: what is not made yet is NaN."""
   arguments = CASES[case]
-  first = tiny.video(4, arguments[2]) if arguments[2] else None
-  got = sampler(*arguments)(tiny.params(CONFIG), tiny.text(), SEEDS, first)
-  want = plain(*arguments, first if first is not None else np.zeros(0).reshape(2, 0, 4, 2, 2))
+  given = ends(arguments[2], *arguments[4:5])
+  got = sampler(*arguments)(tiny.params(CONFIG), tiny.text(), SEEDS, *given)
+  want = plain(*arguments)
   assert np.isfinite(got).all()
   np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -173,9 +188,9 @@ def test_sections_equal_a_plain_loop(case):
 @pytest.mark.parametrize("case", SORTED)
 def test_sections_from_sorted_history_equal_a_plain_loop(case):
   arguments = SORTED[case]
-  first = tiny.video(4, arguments[2])
-  got = sampler(*arguments, history=SIMILAR)(tiny.params(CONFIG), tiny.text(), SEEDS, first)
-  want = plain(*arguments, first, similar=True)
+  given = ends(arguments[2])
+  got = sampler(*arguments, history=SIMILAR)(tiny.params(CONFIG), tiny.text(), SEEDS, *given)
+  want = plain(*arguments, similar=True)
   assert np.isfinite(got).all()
   np.testing.assert_allclose(got, want, atol=2e-5)
 
@@ -195,7 +210,7 @@ def test_sorted_history_reaches_back():
 def test_guidance_equals_a_plain_loop():
   arguments = (VANILLA, orders.vanilla(2), 0, False)
   got = sampler(*arguments, guidance=2.0)(tiny.params(CONFIG), tiny.text(), SEEDS)
-  want = plain(*arguments, np.zeros((2, 0, 4, 2, 2)), guidance=2.0)
+  want = plain(*arguments, guidance=2.0)
   np.testing.assert_allclose(got, want, atol=5e-5)
 
 
@@ -215,6 +230,67 @@ def test_a_video_does_not_depend_on_its_batch():
   params, text = tiny.params(CONFIG), tiny.text()
   together, alone = run(params, text, SEEDS), run(params, text[1:], SEEDS[1:])
   np.testing.assert_allclose(together[1:], alone, atol=1e-5)
+
+
+def test_a_take_draws_one_section_anew():
+  """Section 2 with another seed: those before it stay, to the bit, and so does all of it with the
+  seeds of before.
+  """
+  run, params, text = sampler(*CASES["vanilla"]), tiny.params(CONFIG), tiny.text()
+  seeds = np.repeat(SEEDS[:, None], 4, axis=1)
+  other = seeds.copy()
+  other[0, 2] = 77
+  first, take, back = (run(params, text, x) for x in (seeds, other, seeds))
+  np.testing.assert_array_equal(first, back)
+  np.testing.assert_allclose(first, run(params, text, SEEDS), atol=1e-6)
+  np.testing.assert_array_equal(first[1], take[1])  # another video's seeds do not matter
+  changed = (first != take)[0].reshape(4, -1).any(axis=1)
+  assert changed.tolist() == [False, False, True, True]  # the last one sees another before it
+  # as it would with these seeds alone, whoever else is in the batch
+  np.testing.assert_allclose(run(params, text[:1], other[:1]), take[:1], atol=1e-5)
+
+
+def test_each_section_hears_its_own_text():
+  """As made one by one with it; a section hears nothing of the others' texts."""
+  params, text = tiny.params(CONFIG), tiny.text()
+  texts = np.stack([text, 0.5 * text, text[::-1], 0.1 * text], axis=1)
+  got = sampler(*CASES["vanilla"])(params, texts, SEEDS)
+  noise = block_noise(KEY, SEEDS, tiny.shape(2).clip)
+  run = quick_jit(lambda groups, text: bind(CONFIG, params, text)(groups).velocity[-1])
+  schedule, made = parse(VANILLA), np.full_like(got, np.nan)
+  for number, table in enumerate(orders.plan(schedule, orders.vanilla(4))):
+    x = noise(0, number)
+    for sigma, lower in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
+      row = tables([table])[0]
+      row = jax.tree.map(lambda part: part[0], row)
+      groups = groups_of_row(schedule, AS_PUBLISHED, made, row, x, jnp.float32(sigma))
+      x = flow.euler(x, run(groups, texts[:, number]), sigma, lower)
+    made[:, table.generates] = x
+  np.testing.assert_allclose(got, made, atol=2e-5)
+  same = np.repeat(text[:, None], 4, axis=1)
+  alike = sampler(*CASES["vanilla"])(params, same, SEEDS)
+  np.testing.assert_allclose(alike, sampler(*CASES["vanilla"])(params, text, SEEDS), atol=1e-5)
+
+
+def test_ends_that_are_made_at_once_hear_their_own_texts():
+  """They see each other, each with the velocity that its own text gives."""
+  params, text = tiny.params(CONFIG), tiny.text()
+  steps = orders.both_ends(3)
+  texts = np.stack([text, text[::-1], 0.2 * text], axis=1)
+  got = sampler(FILLING, steps, 0, False)(params, texts, SEEDS)
+  noise = block_noise(KEY, SEEDS, tiny.shape(2).clip)
+  x = jnp.concatenate([noise(0, 0), noise(0, 2)], axis=1)
+  run = quick_jit(lambda groups, text: bind(CONFIG, params, text)(groups).velocity[-1])
+  first = orders.plan(parse(FILLING), steps)[0]
+  row = jax.tree.map(lambda part: part[0], tables([first])[0])
+  for sigma, lower in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
+    groups = groups_of_row(parse(FILLING), AS_PUBLISHED, got, row, x, jnp.float32(sigma))
+    v = [run(groups, texts[:, number]) for number in (0, 2)]
+    x = flow.euler(x, jnp.concatenate([v[0][:, :2], v[1][:, 2:]], axis=1), sigma, lower)
+  np.testing.assert_allclose(got[:, [0, 1, 4, 5]], x, atol=2e-5)
+  one = sampler(FILLING, steps, 0, False)(params, text, SEEDS)
+  alike = sampler(FILLING, steps, 0, False)(params, np.repeat(text[:, None], 3, axis=1), SEEDS)
+  np.testing.assert_allclose(alike, one, atol=1e-5)
 
 
 def test_clean_history_is_another_forward():

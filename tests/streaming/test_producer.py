@@ -14,9 +14,9 @@ import pytest
 
 import hiar_jax
 from hiar_jax.errors import UserError
-from hiar_jax.streaming import timeline
+from hiar_jax.generation import timeline
+from hiar_jax.generation.timeline import Change
 from hiar_jax.streaming.producer import Stream
-from hiar_jax.streaming.timeline import Change
 from tests.helpers.fake_generation import PROMPTS, FakeDecoder, FakeGeneration, expected, latents_of
 
 

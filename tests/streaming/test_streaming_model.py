@@ -12,10 +12,10 @@ import pytest
 from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
+from hiar_jax.generation import timeline
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import vae
-from hiar_jax.streaming import timeline
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.streaming_model import StreamingModel

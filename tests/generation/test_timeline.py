@@ -5,7 +5,7 @@ wrong.
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.streaming import timeline
+from hiar_jax.generation import timeline
 
 
 def told(text):
@@ -120,3 +120,8 @@ def test_what_is_past_is_left_out():
     (7, "b", False),
     (134, "c", False),
   ]
+
+
+def test_what_begins_where_the_new_blocks_do_replaces_what_is_past():
+  entries = timeline.parse("0s: a, 0.1s: b, 0.5625s: c")
+  assert [(c.block, c.prompt) for c in entries.changes(blocks_of_12_frames, 1)] == [(1, "c")]

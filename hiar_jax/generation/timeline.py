@@ -60,12 +60,15 @@ class Timeline:
     Raises UserError where two entries fall on one block.
     """
     changes: list[tuple[Change, Entry]] = []
+    past = False  # whether the entry before this one begins before block `first`
     for entry in self.entries:
       change = Change(_block_at(entry.time, start), entry.prompt, entry.recache)
+      if past and change.block <= first:
+        changes = []  # that entry no longer holds at `first`
+      past = entry.time < start(first) - 1e-6
       if change.block < first:
         # no recache: frames that exist already keep the prompt that they were made with
         change = Change(first, entry.prompt)
-        changes = []  # an earlier entry no longer holds at `first`
       elif changes and changes[-1][0].block == change.block:
         interval = start(change.block + 1) - start(change.block)
         raise _error(
@@ -86,13 +89,14 @@ class Timeline:
     return "".join(lines)
 
 
-def read(source: str | os.PathLike) -> Timeline:
-  """Returns the timeline of a text that starts with a time, or else of the file of that name.
+def read(source: str | os.PathLike, folder: str | os.PathLike = "") -> Timeline:
+  """Returns the timeline of a text that starts with a time, or else of the file of that name, from
+  `folder` on.
 
   Raises UserError for what `parse` refuses (with line and column), and for a file that is missing
   or not UTF-8.
   """
-  path, text = pathlib.Path(source), os.fspath(source)
+  path, text = pathlib.Path(folder) / source, os.fspath(source)
   if _MARK.match(text.lstrip()):
     return parse(text)
   try:
