@@ -105,7 +105,7 @@ class CostPlan:
 def _described(call: ForwardCost | SectionCost) -> str:
   """Returns a call as 4 of 3 frames on 21."""
   if isinstance(call, ForwardCost):
-    return f"{call.count} of {call.frames} frames on {call.keys}"
+    return f"{call.count} of {call.frames:.4g} frames on {call.keys:.4g}"
   return f"{call.count} of {call.tokens} + {call.history} tokens"
 
 

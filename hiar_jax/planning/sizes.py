@@ -84,12 +84,12 @@ def check_patches(network: Network, height: int, width: int) -> None:
 @dataclasses.dataclass(frozen=True)
 class ForwardCost:
   """`count` evaluations of the network on `frames` frames that attend to `keys` frames, empty cache
-  slots included.
+  slots included. The tokens of a packed history are fractions of a frame.
   """
 
   count: int
-  frames: int
-  keys: int
+  frames: float
+  keys: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +125,12 @@ def forwards(request: JobSize) -> tuple[ForwardCost, ...]:
   method, slots, levels = request.method, request.slots, request.levels
   k, new, given = method.block, request.frames // method.block, request.given // method.block
   counts = collections.Counter()  # (frames, keys) -> evaluations
+  _, ph, pw = request.network.patch
+  packed = kind(method).packed_tokens(method, request.height // ph, request.width // pw)
+  packed = packed / request.tokens if packed else 0  # of each block of a forward
   if request.given % k:  # an image is one frame, written into the cache by a forward of its own
-    counts[1, slots + 1] += 1
+    counts[1 + packed, slots + 1 + packed] += 1
+  k = k + packed
   if method.order == "block_first":
     # Each new block takes one forward a level and one that writes it into the cache, clean.
     counts[k, slots + k] += given + new * (levels + 1)

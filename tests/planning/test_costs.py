@@ -34,6 +34,7 @@ ROWS = {
     block=2, window=6, sink=2, sink_level="clean", level="input", gradient="attached"
   ),
   "self_forcing": MethodConfig(block=2, window=4, order="block_first", level="clean"),
+  "packed": MethodConfig(block=2, window=4, past="packed", packing="tc_f3k2f2k1_g2"),
 }
 
 
@@ -67,7 +68,9 @@ class Counted(tiny.Toy):
   calls: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
   def apply(self, params, groups, texts, past=(), start=None):
-    frames = sum(g.x.shape[1] for g in groups)
+    # of 2 x 1 tokens a frame, k2 makes one of two frames
+    packed = [-(-h.x.shape[1] // 2) / 2 for g in groups for h in g.packed]
+    frames = sum(g.x.shape[1] for g in groups) + sum(packed)
     key = (frames, frames + sum(kv.k.shape[2] for kv in past))
     self.calls[key] = self.calls.get(key, 0) + 1
     kv = tuple(self.empty_kv(g.x.shape[1], *g.x.shape[:1], *g.x.shape[2:4]) for g in groups)
