@@ -23,11 +23,16 @@ class Path(NamedTuple):
 
 
 def heads(path: Path, direction: np.ndarray, speed: float, world: WorldConfig) -> float:
-  """Returns 1 where the displacement up to the first bounce is within 45 degrees of `direction` [2]
+  """Returns 1 where the displacement before the first wall is within 45 degrees of `direction` [2]
   (standing still is wrong), 0 where not, nan where the shape is hidden too long to measure it.
 
-  speed: the caption's, pixels per frame.
+  speed: the caption's, pixels per frame. The first wall is met, of a true shape that starts where
+  this one does, after `free_frames`, or earlier where this one is seen to bounce.
   """
+  seen = np.flatnonzero(path.visible & path.recognised)
+  if len(seen):
+    end = seen[0] + free_frames(path.xy[seen[0]], direction, speed, world) + 1
+    path = Path(*(array[:end] for array in path))
   if 2 * path.visible.sum() < len(path.visible) and not path.missing.any():
     return np.nan
   frames = np.flatnonzero(path.visible & path.recognised)
@@ -39,6 +44,19 @@ def heads(path: Path, direction: np.ndarray, speed: float, world: WorldConfig) -
   # A path cut short by a bounce must still be as long as the free run of a true clip allows.
   shortest = STANDING * speed * max(elapsed, shapes_world.FREE_FRAMES)
   return float(along >= length * np.sqrt(0.5) and length >= shortest)
+
+
+def free_frames(
+  start: np.ndarray, direction: np.ndarray, speed: float, world: WorldConfig
+) -> int:
+  """Returns the steps that a true shape takes from `start` [2] before it meets a wall; at least
+  those of any true clip, whose start leaves room for them.
+  """
+  axis = int(np.abs(direction).argmax())
+  far = world.size - world.radius - start[axis]
+  room = far if direction[axis] > 0 else start[axis] - world.radius
+  # 1e-6: a shape that ends at the wall has not met it
+  return max(shapes_world.FREE_FRAMES, int(np.floor(room / speed + 1e-6)))
 
 
 def _before_the_wall(

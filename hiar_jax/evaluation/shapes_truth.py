@@ -79,7 +79,7 @@ def measure(
       motion_ratio: motion over that of a true clip;
       jumps: share of steps longer than JUMP;
       error: MSE to the nearest true rendering on the [-1, 1] scale.
-    direction: {"total": share of clips whose displacement, up to the first bounce, is within 45
+    direction: {"total": share of clips whose displacement before the first wall is within 45
       degrees of the caption's; standing still is wrong}.
     error_last_over_first: ratio of the fifths of `error`.
     relative_error: quantiles of `Fit.relative`, which UNRECOGNISABLE is a threshold of.
@@ -118,8 +118,8 @@ def judge(
     videos: one video per prompt, all of one length f >= 5.
     prompts: captions in the world's words; what a prompt does not name is not judged.
     world: the world that the videos imitate: size and number of shapes.
-    train_frames: pixel frames of a training clip: the direction is measured over these. Default:
-      world.frames.
+    train_frames: pixel frames of a training clip: the direction is measured over these at most.
+      Default: world.frames.
 
   Raises:
     UserError: shapes, lengths or counts that do not fit.
