@@ -60,7 +60,7 @@ _SEED = flags.DEFINE_integer(
 # Groups of a config that a run's videos do not depend on, or that name places on a disk.
 OTHER_GROUPS = ("log", "mesh", "sample", "stages_from")
 # Fields of `sample` that the videos of a packed model depend on.
-PACKED_SAMPLING = ("order", "steps", "guidance")
+PACKED_SAMPLING = ("order", "steps", "guidance", "discretised")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +207,9 @@ def row_label(run: Run) -> str:
   """
   e = run.experiment
   if e.framepack:
-    return f"{e.framepack.packing}, {e.sample.order.replace('_', ' ')}"
+    as_it_is = e.framepack.parsed.discretised and not e.sample.discretised
+    order = e.sample.order.replace("_", " ")
+    return f"{e.framepack.packing}, {order}{', history as it is' if as_it_is else ''}"
   method = e.history
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"

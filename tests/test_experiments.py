@@ -86,7 +86,7 @@ def test_the_method_of_shapes_is_hiar():
 
 
 def test_every_rival_is_known():
-  packed = {"shapes_framepack", "shapes_framepack_both_ends"}
+  packed = {"shapes_framepack", "shapes_framepack_both_ends", "shapes_framepack_discrete"}
   assert {path.stem for path in FILES} == {"shapes", *packed, *RIVALS}
 
 

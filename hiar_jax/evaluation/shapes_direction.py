@@ -46,9 +46,7 @@ def heads(path: Path, direction: np.ndarray, speed: float, world: WorldConfig) -
   return float(along >= length * np.sqrt(0.5) and length >= shortest)
 
 
-def free_frames(
-  start: np.ndarray, direction: np.ndarray, speed: float, world: WorldConfig
-) -> int:
+def free_frames(start: np.ndarray, direction: np.ndarray, speed: float, world: WorldConfig) -> int:
   """Returns the steps that a true shape takes from `start` [2] before it meets a wall; at least
   those of any true clip, whose start leaves room for them.
   """

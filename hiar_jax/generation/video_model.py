@@ -85,6 +85,8 @@ class VideoModel:
       # settings of `sample` that change the numbers of a packed model's videos
       sampling = e.sample.order, e.sample.steps, e.sample.guidance
       content["framepack"] = [to_json(e.framepack), *sampling]
+      if self.run.codebook:
+        content["codebook"] = [self.run.codebook.fingerprint, e.sample.discretised]
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):

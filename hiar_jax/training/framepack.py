@@ -16,6 +16,7 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models.frames import Bound, Network, bind
+from hiar_jax.packing.codebook import Codebook, CodebookConfig
 from hiar_jax.packing.orders import plan, steps_of
 from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
@@ -39,7 +40,7 @@ class FramePackConfig(TrainConfig):
   any section (1: an image). published: frame indices as in the published code, else the frames'
   own. history_level, hears: packing.rows.History. history_noise: level up to which the
   context is noised, drawn evenly for each example (Helios); 0: none. shift, caption_dropout: as the
-  teacher's.
+  teacher's. codebook: of +D schedules, whose history is replaced by its centroids.
   """
 
   packing: str
@@ -51,14 +52,16 @@ class FramePackConfig(TrainConfig):
   history_noise: float = 0.0
   shift: float = 5.0
   caption_dropout: float = 0.1
+  codebook: CodebookConfig = dataclasses.field(
+    default=CodebookConfig(), metadata={"since": "2026-11"}
+  )
 
   def __post_init__(self):
     super().__post_init__()
     schedule, _ = self.parsed, self.history  # raise for what cannot be read
-    if {schedule.before_tail, schedule.after_tail} & {"ta", "tc"} or schedule.discretised:
+    if {schedule.before_tail, schedule.after_tail} & {"ta", "tc"}:
       raise UserError(
-        f"framepack.packing = {self.packing!r}: a model is trained with td, a deleted tail, and "
-        "without +D"
+        f"framepack.packing = {self.packing!r}: a model is trained with td, a deleted tail"
       )
     at_least(0, given=self.given, history_noise=self.history_noise)
     for order in self.orders:
@@ -99,12 +102,19 @@ class FramePackConfig(TrainConfig):
 
 
 def make_step(
-  config: FramePackConfig, network: Network, optimizer, frames: int, *, mean: Mean = identity
+  config: FramePackConfig,
+  network: Network,
+  optimizer,
+  frames: int,
+  *,
+  mean: Mean = identity,
+  codebook: Codebook | None = None,
 ):
   """Returns step(state, batch, negative) -> (state, metrics).
 
   batch: {latents [b frames h w c], text, example_id}, and start where the model embeds places.
   negative: text [1 l d], which takes the place of a dropped caption. mean: averages over devices.
+  codebook: replaces the history of +D schedules.
   """
   tables = config.rows(frames)
   counts = jnp.asarray([len(table.generates) for table in tables], jnp.float32)
@@ -122,8 +132,9 @@ def make_step(
       sigma = sample_sigma(keys[:, 1], config.shift)
       bound, clip = bind(network, params, text), part["latents"]
       start = part.get("start", jnp.zeros_like(part["example_id"]))
+      shown = codebook.discretise(clip) if codebook else clip
       branches = [
-        _loss_of(config, bound, clip, start, sigma, keys[:, 2:], table) for table in tables
+        _loss_of(config, bound, clip, shown, start, sigma, keys[:, 2:], table) for table in tables
       ]
       return jax.lax.switch(which, branches).mean(), {}
 
@@ -138,11 +149,19 @@ def make_step(
 
 
 def _loss_of(
-  config: FramePackConfig, bound: Bound, clip: Video, start, sigma, keys: Key, table: Row
+  config: FramePackConfig,
+  bound: Bound,
+  clip: Video,
+  shown: Video,
+  start,
+  sigma,
+  keys: Key,
+  table: Row,
 ) -> Callable[[], jax.Array]:
   """Returns () -> the loss [b] of a step of the table, drawn for each example.
 
-  start: [b], frames of its video before each clip: its first frame has that index. keys: [b 2].
+  shown: what its context is read from, before history_noise. start: [b], frames of its video before
+  each clip: its first frame has that index. keys: [b 2].
   """
 
   def loss():
@@ -152,16 +171,16 @@ def _loss_of(
     row = jax.tree.map(lambda x: jnp.asarray(x)[drawn], table)
     x0 = frames_at(clip, row.generates)
     eps = example_normal(keys[:, 1], x0.shape[1:])
-    shown = clip
+    history = shown
     if config.history_noise:
       level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
-      shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
+      history = flow.add_noise(shown, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
     at = row._replace(
       indices=row.indices + start[:, None],
       context_indices=tuple(indices + start[:, None] for indices in row.context_indices),
     )
-    groups = groups_of_row(config.parsed, config.history, shown, at, x, sigma)
+    groups = groups_of_row(config.parsed, config.history, history, at, x, sigma)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))
 

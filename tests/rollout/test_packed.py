@@ -10,6 +10,7 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.models.frames import Frames, bind
 from hiar_jax.packing import orders
+from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.rows import History
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed
@@ -32,7 +33,7 @@ CASES = {  # (schedule, steps, given frames, published indices)
 }
 
 
-def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED):
+def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED, codebook=None):
   sections = 1 + max(max(step) for step in steps)
   frames = sections * parse(schedule).generate
   generate = packed.make_sampler(
@@ -46,12 +47,13 @@ def sampler(schedule, steps, _, published, *, guidance=0.0, history=AS_PUBLISHED
     key=KEY,
     shape=tiny.shape(frames),
     published=published,
+    codebook=codebook,
   )
   return quick_jit(generate)
 
 
-def plain(schedule, steps, given, published, first, guidance=0.0):
-  """The same videos, a forward at a time."""
+def plain(schedule, steps, given, published, first, guidance=0.0, shown=lambda x: x):
+  """The same videos, a forward at a time. shown: what history shows of a frame."""
   schedule = parse(schedule)
   params, text = tiny.params(CONFIG), tiny.text()
   sections = 1 + max(max(step) for step in steps)
@@ -68,7 +70,7 @@ def plain(schedule, steps, given, published, first, guidance=0.0):
         schedule.groups, step.context, step.context_indices, strict=True
       ):
         latents = np.stack(
-          [video[:, i] if i >= 0 else np.zeros_like(video[:, 0]) for i in frames], axis=1
+          [shown(video[:, i]) if i >= 0 else np.zeros_like(video[:, 0]) for i in frames], axis=1
         )
         indices = np.maximum(at, 0).astype(np.int32)
         groups.append(Frames(latents, sigma, indices, projection=f"packed_k{group.pool}"))
@@ -92,6 +94,25 @@ def test_sections_equal_a_plain_loop(case):
   want = plain(*arguments, first if first is not None else np.zeros(0).reshape(2, 0, 4, 2, 2))
   assert np.isfinite(got).all()
   np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("case", ["both ends", "inverted"])
+def test_discretised_history_equals_a_plain_loop(case):
+  """What sections read is centroids, given frames too; what they make is not."""
+  arguments = CASES[case]
+  book = Codebook(tiny.random(8, 5, 2))
+
+  def shown(frame):
+    pixels = frame[..., None, :]
+    return book.centroids[((pixels - book.centroids) ** 2).sum(-1).argmin(-1)]
+
+  first = tiny.video(4, arguments[2]) if arguments[2] else None
+  params, text = tiny.params(CONFIG), tiny.text()
+  got = sampler(*arguments, codebook=book)(params, text, SEEDS, first)
+  start = first if first is not None else np.zeros((2, 0, 4, 2, 2))
+  np.testing.assert_allclose(got, plain(*arguments, start, shown=shown), atol=2e-5)
+  assert (np.abs(got - plain(*arguments, start)).max((0, 2, 3, 4)) > 1e-3).any()
+  np.testing.assert_array_equal(got[:, : start.shape[1]], start)
 
 
 def test_guidance_equals_a_plain_loop():
