@@ -49,6 +49,7 @@ setuptools.setup(
     "orbax-checkpoint>=0.12",
     "pillow>=11",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.10",
     "tokenizers>=0.21",

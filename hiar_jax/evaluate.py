@@ -1,36 +1,54 @@
-"""Measures runs of the shapes world side by side:
+"""Measures runs of the shapes world side by side, with intervals:
 
     python -m hiar_jax.evaluate --out=runs/compare \
       --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl
 
 Rows: true clips, true clips through the codec, the teacher (at its training length), the causal
 init with each run's method, and each run's student; same held-out prompts, same seeds. Writes
-metrics.json, table.md, fifths.png and a contact sheet per row.
+metrics.json, table.md, fifths.png and a contact sheet per row, and for each row a small file of
+what every video measures (to OUT/rows, or --rows). Such files alone make the same tables:
+
+    python -m hiar_jax.evaluate --from=runs/compare/rows --out=runs/table
+
+so that a table of many runs is made in as many sittings as it takes (--nobaselines leaves out what
+is no run's own). docs/evaluate.md says what the numbers and their intervals are.
 """
 
+from collections.abc import Callable, Iterable
 import dataclasses
-import json
+import functools
+import os
 import pathlib
-import re
 
 from absl import flags
 import jax
 import numpy as np
 
 from hiar_jax.config import command_line as configs
+from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError
 from hiar_jax.evaluation import report, shapes_truth
-from hiar_jax.files import write_atomic
-from hiar_jax.method import MethodConfig
+from hiar_jax.evaluation import rows as row_files
+from hiar_jax.evaluation.rows import Row
 from hiar_jax.training import pretrained, samples
-from hiar_jax.training.run import Run, open_run, read_config
+from hiar_jax.training.run import SHARED_GROUPS, Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
 
 _WORKDIRS = flags.DEFINE_list(
   "workdirs", None, "trained runs; the first one's teacher and causal init are measured too"
 )
+_FROM = flags.DEFINE_list(
+  "from", None, "files of rows, or folders of them, that a table is made from instead of runs"
+)
 _OUT = flags.DEFINE_string("out", None, "directory of the results")
+_ROWS = flags.DEFINE_string("rows", None, "directory of the rows' files; by default OUT/rows")
+_REFERENCE = flags.DEFINE_string(
+  "reference", None, "the row that the others are compared with; by default the first run's"
+)
+_BASELINES = flags.DEFINE_boolean(
+  "baselines", True, "measure true clips, the teacher and the causal init too"
+)
 _VIDEOS = flags.DEFINE_integer(
   "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
 )
@@ -39,77 +57,150 @@ _SEED = flags.DEFINE_integer(
   "seed", 1000, "random seed of the first video; other than those of the sample stage"
 )
 
+# Groups of a config that a run's videos do not depend on, or that name places on a disk.
+OTHER_GROUPS = ("log", "mesh", "sample", "stages_from")
+# Fields of `sample` that the videos of a packed model depend on.
+PACKED_SAMPLING = ("order", "steps", "guidance", "discretised")
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+  """A row to be measured. config: groups that its videos depend on. make: returns them, uint8 [n f
+  H W 3].
+  """
+
+  name: str
+  kind: str
+  prompts: list[str]
+  config: dict
+  make: Callable[[], np.ndarray]
+
 
 def main() -> None:
-  """Measures all rows and writes the results; prints each row as it is measured."""
-  if not _WORKDIRS.value or not _OUT.value:
-    raise UserError("give --workdirs=runs/a,runs/b and --out=DIR")
+  """Measures all rows, or reads them, and writes the results."""
+  if bool(_WORKDIRS.value) == bool(_FROM.value) or not _OUT.value:
+    raise UserError(
+      "give --out=DIR, and either --workdirs=runs/a,runs/b or --from=DIR, a folder of rows' files"
+    )
+  out = pathlib.Path(_OUT.value)
+  found = row_files.read_all(_FROM.value) if _FROM.value else measured(out)
+  print(report.write(found, out, _REFERENCE.value))
+
+
+def measured(out: pathlib.Path) -> list[Row]:
+  """Makes and measures the videos of all rows, in a table's order; prints each row as it is
+  measured, and writes its file and its contact sheet.
+  """
   runs = [open_run(read_config(workdir), workdir, save=False) for workdir in _WORKDIRS.value]
-  first, out = runs[0], pathlib.Path(_OUT.value)
+  first, found = runs[0], []
+  names = [run_name(run) for run in runs]
+  if len(set(names)) < len(names):
+    raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
   prompts = first.held_out(_VIDEOS.value)
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
   frames = samples.round_to_blocks(first, given + made) - given
-  results = references(first, frames)
-  for name, videos in rows(runs, prompts, frames):
-    results[name] = shapes_truth.measure(videos, prompts, first.world, first.experiment.data.frames)
-    shown = dict(list(zip(prompts, videos, strict=True))[:8])  # the first eight videos
-    if first.world.hidden:  # few prompts, that leave the colour open: one of each would not show it
-      count = min(8, len(prompts))
-      spread = [i * len(prompts) // count for i in range(count)]
-      shown = {f"{prompts[i]}, video {i}": videos[i] for i in spread}
-    sheet = contact_sheet(shown, title=name, train_frames=first.experiment.data.frames)
-    write_png(out / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png", sheet)
-    print(report.format_table({name: results[name]}).splitlines()[-1], flush=True)
-  table = report.format_table(results)
-  write_atomic(out / "metrics.json", json.dumps(results, indent=2).encode())
-  write_atomic(out / "table.md", (table + "\n").encode())
-  # Fifths of videos of other lengths (the teacher's) cannot be drawn over the same axis.
-  drawn = {
-    name: result for name, result in results.items() if result["settings"]["frames"] == frames
-  }
-  report.plot(drawn, out / "fifths.png")
-  print(table)
+  planned = baselines(runs, prompts, frames) if _BASELINES.value else []
+  for part in planned + [of_run(run, prompts, frames) for run in runs]:
+    directory = _ROWS.value or out / "rows"
+    row_files.check_free(directory, part.name, part.config)
+    videos = part.make()
+    world, train_frames = first.world, first.experiment.data.frames
+    judged = shapes_truth.judge(videos, part.prompts, world, train_frames)
+    facts = {"name": part.name, "kind": part.kind, "config": part.config, "command": command()}
+    row = row_files.of_judged(judged, **facts, settings={"seed": _SEED.value})
+    row_files.write(directory, row)
+    found.append(row)
+    if part.kind not in ("data", "codec"):
+      write_sheet(first, part, videos, out)
+    print(report.format_table({row.name: report.result_of(row)}).splitlines()[-1], flush=True)
+  return row_files.in_order(found)
 
 
-def references(run: Run, frames: int) -> dict[str, dict]:
-  """Returns the measures of true clips, and of true clips through the codec alone."""
-
-  def roundtrip(videos):
-    return run.pixels(run.autoencoder.latents(videos))
-
-  return {
-    "true clips": shapes_truth.data_reference(run.world, frames=frames),
-    "true clips through the codec": shapes_truth.data_reference(
-      run.world, roundtrip, frames=frames
-    ),
-  }
-
-
-def rows(runs: list[Run], prompts: list[str], frames: int):
-  """Yields (name, videos uint8 [n, f, H, W, 3]) of each row, one at a time to bound memory.
-
-  frames: those that are made; frames that a model is given are not among them.
+def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]:
+  """Returns true clips, the same through the codec, the first run's teacher, and the first
+  student's causal init with each run's method.
   """
   first = runs[0]
-  # The teacher is bidirectional: its clips have the training length.
-  sample = first.teacher_sampler(jax.random.key(_SEED.value))
-  points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
-  yield "teacher, training length", first.pixels(points[:, -1])  # [b points f h w c], data last
+  clips, captions = shapes_truth.true_clips(first.world, frames=frames)
+
+  def through_the_codec():
+    return first.pixels(first.autoencoder.latents(clips))
+
+  def teacher():
+    # bidirectional: its clips have the training length
+    sample = first.teacher_sampler(jax.random.key(_SEED.value))
+    points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
+    return first.pixels(points[:, -1])  # [b points f h w c], data last
+
+  data, codec = config_of(first, ("data",)), config_of(first, ("data", "codec", "seed"))
+  groups = config_of(first, [name for name in SHARED_GROUPS if name != "causal_init"])
+  planned = [
+    Planned("true clips", "data", captions, data, lambda: clips),
+    Planned("true clips through the codec", "codec", captions, codec, through_the_codec),
+    Planned("teacher, training length", "teacher", prompts, groups, teacher),
+  ]
   # Causal students of the same method share a row.
   students = [run for run in runs if run.experiment.framepack is None]
-  methods: dict[str, MethodConfig] = {}
-  for run in students:
-    methods.setdefault(f"causal init, {row_label(run)}", run.experiment.history)
-  for name, method in methods.items():
-    weights = pretrained.load_weights(students[0], "causal_init")
-    experiment = dataclasses.replace(students[0].experiment, history=method)
+  methods = {f"causal init, {row_label(run)}": run for run in reversed(students)}
+  for name, run in reversed(methods.items()):
+    experiment = dataclasses.replace(students[0].experiment, history=run.experiment.history)
     changed = dataclasses.replace(students[0], experiment=experiment)
-    yield name, samples.make_videos(changed, weights, prompts, frames, _SEED.value, name)
-  for run in runs:
-    name = f"{run.workdir.name}, {row_label(run)}"
-    weights = pretrained.load_weights(run, run.experiment.last_stage)
-    yield name, samples.without_given(run, weights, prompts, frames, _SEED.value, name)
+    make = functools.partial(videos_of, changed, "causal_init", prompts, frames, name)
+    config = config_of(students[0], SHARED_GROUPS) | config_of(run, ("history",))
+    planned.append(Planned(name, "causal_init", prompts, config, make))
+  return planned
+
+
+def of_run(run: Run, prompts: list[str], frames: int) -> Planned:
+  """Returns the row of a run's last stage."""
+  name = run_name(run)
+  make = functools.partial(videos_of, run, run.experiment.last_stage, prompts, frames, name)
+  config = config_of(
+    run, [group for group in read_config(run.workdir) if group not in OTHER_GROUPS]
+  )
+  if run.experiment.framepack:
+    sample = config_of(run, ("sample",))["sample"]
+    config["sample"] = {field: sample[field] for field in PACKED_SAMPLING if field in sample}
+  return Planned(name, "run", prompts, config, make)
+
+
+def videos_of(run: Run, stage: str, prompts: list[str], frames: int, name: str) -> np.ndarray:
+  """Returns videos by the weights of a stage; frames that a model is given are not among them."""
+  weights = pretrained.load_weights(run, stage)
+  return samples.without_given(run, weights, prompts, frames, _SEED.value, name)
+
+
+def config_of(run: Run, groups: Iterable[str]) -> dict:
+  """Returns groups of the run's resolved config; one that it lacks is left out."""
+  config = to_json(read_config(run.workdir))
+  return {group: config[group] for group in groups if group in config}
+
+
+def command() -> str:
+  """Returns the command that makes these rows: what it measures, without where it writes."""
+  # of absolute paths the folders' names: a row says the same wherever it was made
+  workdirs = [
+    path if not os.path.isabs(path) else pathlib.Path(path).name for path in _WORKDIRS.value
+  ]
+  settings = f"--videos={_VIDEOS.value} --length={_LENGTH.value:g} --seed={_SEED.value}"
+  return f"python -m hiar_jax.evaluate --workdirs={','.join(workdirs)} {settings}"
+
+
+def write_sheet(first: Run, part: Planned, videos: np.ndarray, out: pathlib.Path) -> None:
+  """Writes the contact sheet of a row's first eight videos."""
+  shown = dict(list(zip(part.prompts, videos, strict=True))[:8])
+  if first.world.hidden:  # few prompts, that leave the colour open: one of each would not show it
+    count = min(8, len(videos))
+    spread = [i * len(videos) // count for i in range(count)]
+    shown = {f"{part.prompts[i]}, video {i}": videos[i] for i in spread}
+  sheet = contact_sheet(shown, title=part.name, train_frames=first.experiment.data.frames)
+  write_png((out / row_files.file_name(part.name)).with_suffix(".png"), sheet)
+
+
+def run_name(run: Run) -> str:
+  """Returns the name of a run's row."""
+  return f"{run.workdir.name}, {row_label(run)}"
 
 
 def row_label(run: Run) -> str:
@@ -119,7 +210,9 @@ def row_label(run: Run) -> str:
   e = run.experiment
   if e.framepack:
     sort = ", sorted by similarity" if e.framepack.history.similar else ""
-    return f"{e.framepack.packing}, {e.sample.order.replace('_', ' ')}{sort}"
+    as_it_is = e.framepack.parsed.discretised and not e.sample.discretised
+    order = e.sample.order.replace("_", " ")
+    return f"{e.framepack.packing}, {order}{sort}{', history as it is' if as_it_is else ''}"
   method = e.history
   sink = f", sink {method.sink}" if method.sink else ""
   return f"{method.order.replace('_', '-')}, {method.level} history{sink}"

@@ -15,6 +15,7 @@ import jax
 from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.training import stages
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import open_run
 
 DISTILLATION = (
@@ -24,6 +25,10 @@ DISTILLATION = (
   ("causal_init", stages.train_causal_init),
   # and then learns from its own rollouts: distribution matching and forward KL
   ("distill", stages.distill_student),
+)
+CODEBOOK = (
+  # where history is discretised (+D): what it is replaced by
+  ("codebook", stages.fit_codebook),
 )
 FRAMEPACK = (
   # the teacher learns to make a section from packed context
@@ -43,13 +48,20 @@ def main(config, workdir: str) -> None:
       ("data", stages.prepare_data),
       # the bidirectional teacher learns the clips by flow matching
       ("teacher", stages.train_teacher),
-      *(FRAMEPACK if run.experiment.framepack else DISTILLATION),
+      *after_teacher(run.experiment),
       # long videos, measured where the truth is known
       ("sample", stages.make_samples),
     ):
       started = time.monotonic()
       stage(run)
       report(name, time.monotonic() - started)
+
+
+def after_teacher(experiment: Experiment) -> tuple:
+  """Returns the stages between teacher and samples: (name, function of the run) each."""
+  if experiment.framepack is None:
+    return DISTILLATION
+  return (CODEBOOK if experiment.framepack.parsed.discretised else ()) + FRAMEPACK
 
 
 def report(stage: str, seconds: float) -> None:

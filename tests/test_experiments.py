@@ -86,8 +86,8 @@ def test_the_method_of_shapes_is_hiar():
 
 
 def test_every_rival_is_known():
-  framepack = {f"shapes_framepack{which}" for which in ("", "_both_ends", "_inverted")}
-  packed = {*framepack, "shapes_hiar_packed"}
+  of_framepack = ("", "_both_ends", "_inverted", "_discrete")
+  packed = {"shapes_hiar_packed", *(f"shapes_framepack{which}" for which in of_framepack)}
   assert {path.stem for path in FILES} == {"shapes", *packed, *RIVALS}
 
 

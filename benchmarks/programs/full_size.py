@@ -17,6 +17,7 @@ from hiar_jax.components.word_table import WordTable
 from hiar_jax.config.building import build
 from hiar_jax.data import shapes_world
 from hiar_jax.models import dit, taehv, vae
+from hiar_jax.packing.codebook import Codebook
 from hiar_jax.training import samples
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
@@ -130,6 +131,14 @@ class FullSize(Run):
   def autoencoder(self) -> WanAutoencoder | PatchPCA:
     codec = self.experiment.codec
     return WanShapes(codec) if is_wan(self.experiment) else unfitted(codec)
+
+  @functools.cached_property
+  def codebook(self) -> Codebook | None:
+    config, channels = self.experiment.framepack, self.experiment.codec.channels
+    if config is None or not config.parsed.discretised:
+      return None
+    numbers = config.codebook.centroids, config.codebook.unit**2 * channels
+    return Codebook(np.zeros(numbers, np.float32), config.codebook.unit)
 
   def batch(self, size: int, *keys: str) -> dict:
     """A batch as a step takes it: text, example_id, start where it is read, and these keys."""

@@ -231,7 +231,13 @@ def framepack_start(run):
 def framepack_step(run):
   e, config = run.experiment, run.experiment.framepack
   state = jax.eval_shape(start_framepack(e), network(e.dit))
-  made = framepack.make_step(config, e.packed_dit, config.optimizer(e.packed_dit), e.latent.frames)
+  made = framepack.make_step(
+    config,
+    e.packed_dit,
+    config.optimizer(e.packed_dit),
+    e.latent.frames,
+    codebook=run.codebook,
+  )
   return step(made, state, run.batch(config.batch, "video"), negative(run))
 
 

@@ -37,8 +37,8 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
       As the data set of data/. While it is made, trajectories/parts/ holds finished parts (.npz,
       atomic), which a stopped run keeps.
     <stage>/checkpoints/<step>/
-      A checkpoint, below; stage: teacher, causal_init or distill. The newest log.keep are kept. A
-      damaged one is renamed to <step>.damaged, and the one before it is used.
+      A checkpoint, below; stage: teacher, causal_init, distill or framepack. The newest log.keep
+      are kept. A damaged one is renamed to <step>.damaged, and the one before it is used.
     sample/<prompt>.mp4
       Videos of the distilled student. video.mp4.write_mp4; atomic. For people.
     sample/contact_sheet.png
@@ -46,6 +46,12 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
     sample/metrics.json
       JSON: what was measured. training.stages.make_samples; atomic, and the last file of a run: the
       stage is skipped where it exists. Nothing else reads it.
+
+Codebook (of a packed model's workdir, where history is discretised)
+
+    codebook/codebook.npz
+      Centroids of the clips' latents. packing.codebook.save; atomic; CRC-32 of the ZIP format. Read
+      by CodebookConfig.open.
 
 Checkpoint (of a stage; a saved stream is a directory with one of them)
 

@@ -73,17 +73,21 @@ def trend(values: np.ndarray) -> dict:
   """
   means = [mean(values[..., part]) or 0.0 for part in segments(values.shape[-1])]
   slope = float(np.polyfit(np.arange(len(means)), means, 1)[0])
-  known = values[:, np.isfinite(values).all(0)]  # frame_difference has no value at frame 0
-  ends = max(1, round(START_END * known.shape[1]))
-  start, end = known[:, :ends].mean(1), known[:, -ends:].mean(1)
   total = mean(values) or 0.0
   return {
     "segments": means,
     "mean": total,
     "slope": slope,
     "relative_slope": slope / total if total else 0.0,
-    "start_end": float(np.abs(start - end).mean()),
+    "start_end": float(contrast(values).mean()),
   }
+
+
+def contrast(values: np.ndarray) -> np.ndarray:
+  """Returns FramePack's start-end contrast (Eq. 7) of each video, [n], of a metric [n, f]."""
+  known = values[:, np.isfinite(values).all(0)]  # frame_difference has no value at frame 0
+  ends = max(1, round(START_END * known.shape[1]))
+  return np.abs(known[:, :ends].mean(1) - known[:, -ends:].mean(1))
 
 
 def measure(videos) -> dict[str, dict]:
@@ -92,13 +96,16 @@ def measure(videos) -> dict[str, dict]:
   Raises:
     UserError: another shape, or fewer than SEGMENTS frames.
   """
+  return {name: trend(values) for name, values in per_frame(videos).items()}
+
+
+def per_frame(videos) -> dict[str, np.ndarray]:
+  """Returns {metric: values [n, f]} of videos as in `measure`. Raises UserError as there."""
   videos = to_float(videos)
   if videos.ndim != 5 or videos.shape[-1] != 3:
     raise UserError(f"videos have shape {videos.shape}; expected [n, f, H, W, 3]")
   # Video by video: a metric's temporaries are several times the size of its input.
-  return {
-    name: trend(np.stack([metric(video) for video in videos])) for name, metric in METRICS.items()
-  }
+  return {name: np.stack([metric(video) for video in videos]) for name, metric in METRICS.items()}
 
 
 def _unit(frames) -> np.ndarray:

@@ -22,14 +22,14 @@ from hiar_jax.data import shapes_world
 from hiar_jax.data.shapes_world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, WorldConfig
 from hiar_jax.errors import UserError
 from hiar_jax.evaluation import drift, shapes_passage
+from hiar_jax.evaluation.shapes_direction import Path, heads
 from hiar_jax.evaluation.shapes_fit import Fit, fit_videos, nearest_background
+from hiar_jax.evaluation.shapes_passage import Passage
 
 UNRECOGNISABLE = 0.5  # share of the shape's own squared contrast
 HIDDEN = 0.5  # visible share below which a shape is not judged
 BEHIND = 1.5  # times as long as a true shape behind the screen: longer is missing
 JUMP = 7.5  # pixels a frame at 32 x 32: 2.5 times the fastest shape
-STANDING = 0.25  # share of the prompt's speed below which a clip goes nowhere
-WALL = 3.0  # pixels at 32 x 32: a turn this near to a wall is a bounce
 
 
 @dataclasses.dataclass
@@ -43,17 +43,31 @@ class PromptContent:
   background: list[str | None]  # n names
 
 
+@dataclasses.dataclass
+class Judged:
+  """n videos, frame by frame; nan where nothing could be judged.
+
+  values: {metric: [n, f] or [n, f, shapes]}. headed: [n, shapes], whether a shape first moves as
+  its caption says. drift: {metric: [n, f]} of `drift.METRICS`. relative: `Fit.relative` of the
+  shapes that are judged, [any]. passages: one a video, in a world with a screen; else None.
+  """
+
+  prompts: list[str]
+  values: dict[str, np.ndarray]
+  headed: np.ndarray
+  drift: dict[str, np.ndarray]
+  relative: np.ndarray
+  passages: list[Passage] | None
+  hidden: int  # of the world
+  settings: dict
+
+
 def measure(
   videos, prompts: Sequence[str], world: WorldConfig, train_frames: int | None = None
 ) -> dict:
   """Measures videos [n, f, H, W, 3] (uint8, or float in [-1, 1]) against their prompts.
 
-  Args:
-    videos: one video per prompt, all of one length f >= 5.
-    prompts: captions in the world's words; what a prompt does not name is not judged.
-    world: the world that the videos imitate: size and number of shapes.
-    train_frames: pixel frames of a training clip: the direction is measured over these. Default:
-      world.frames.
+  The arguments are those of `judge`.
 
   Returns:
     JSON-serialisable: per metric {"total": number, "fifths": [5 numbers]}, None where nothing could
@@ -65,7 +79,7 @@ def measure(
       motion_ratio: motion over that of a true clip;
       jumps: share of steps longer than JUMP;
       error: MSE to the nearest true rendering on the [-1, 1] scale.
-    direction: {"total": share of clips whose displacement, up to the first bounce, is within 45
+    direction: {"total": share of clips whose displacement before the first wall is within 45
       degrees of the caption's; standing still is wrong}.
     error_last_over_first: ratio of the fifths of `error`.
     relative_error: quantiles of `Fit.relative`, which UNRECOGNISABLE is a threshold of.
@@ -73,6 +87,39 @@ def measure(
     passage: `shapes_passage.summarise`, of a world with a screen alone.
     prompts: the totals per video.
     settings: the thresholds.
+
+  Raises:
+    UserError: shapes, lengths or counts that do not fit.
+  """
+  judged = judge(videos, prompts, world, train_frames)
+  result = _summary(judged.values, judged.headed)
+  result["relative_error"] = relative_error(judged.relative)
+  result["drift"] = {name: drift.trend(values) for name, values in judged.drift.items()}
+  if judged.passages is not None:
+    result["passage"] = shapes_passage.summarise(judged.passages, judged.hidden)
+  result["prompts"] = []
+  for i, prompt in enumerate(prompts):
+    each = {name: array[i : i + 1] for name, array in judged.values.items()}
+    own = _summary(each, judged.headed[i : i + 1])
+    totals = {
+      name: value["total"] if isinstance(value, dict) else value for name, value in own.items()
+    }
+    result["prompts"].append({"prompt": prompt, **totals})
+  result["settings"] = judged.settings
+  return result
+
+
+def judge(
+  videos, prompts: Sequence[str], world: WorldConfig, train_frames: int | None = None
+) -> Judged:
+  """Judges videos [n, f, H, W, 3] (uint8, or float in [-1, 1]) frame by frame.
+
+  Args:
+    videos: one video per prompt, all of one length f >= 5.
+    prompts: captions in the world's words; what a prompt does not name is not judged.
+    world: the world that the videos imitate: size and number of shapes.
+    train_frames: pixel frames of a training clip: the direction is measured over these at most.
+      Default: world.frames.
 
   Raises:
     UserError: shapes, lengths or counts that do not fit.
@@ -89,52 +136,64 @@ def measure(
   wanted = np.asarray(wanted)[:, None]
   right = nearest_background(videos, world).astype(float) == wanted
   values["background"] = np.where(np.isnan(wanted), np.nan, right)
-  headed = _directions(track, content, train_frames, world)
-  result = _summary(values, headed)
-  relative = track.relative[track.visible >= HIDDEN]
-  result["relative_error"] = {
-    f"q{q}": float(np.percentile(relative, q)) if relative.size else None for q in (50, 90, 99, 100)
-  }
-  result["drift"] = drift.measure(videos)
+  passages = None
   if world.hidden:
     seen = (track.visible >= HIDDEN) & (track.relative <= UNRECOGNISABLE)
     only = (array[:, :, 0] for array in (track.colour, track.xy, seen))  # of the only shape
     passages = [
       shapes_passage.find_passage(*video, world.size) for video in zip(*only, strict=True)
     ]
-    result["passage"] = shapes_passage.summarise(passages, world.hidden)
-  result["prompts"] = []
-  for i, prompt in enumerate(prompts):
-    own = _summary({name: array[i : i + 1] for name, array in values.items()}, headed[i : i + 1])
-    totals = {
-      name: value["total"] if isinstance(value, dict) else value for name, value in own.items()
-    }
-    result["prompts"].append({"prompt": prompt, **totals})
-  result["settings"] = {
-    "videos": len(prompts),
-    "frames": int(track.error.shape[1]),
-    "train_frames": train_frames,
-    "unrecognisable": UNRECOGNISABLE,
-    "hidden": HIDDEN,
-    "jump": JUMP * world.scale * world.pace,
+  return Judged(
+    prompts=list(prompts),
+    values=values,
+    headed=_directions(track, content, train_frames, world),
+    drift=drift.per_frame(videos),
+    relative=track.relative[track.visible >= HIDDEN],
+    passages=passages,
+    hidden=world.hidden,
+    settings={
+      "videos": len(prompts),
+      "frames": int(track.error.shape[1]),
+      "train_frames": train_frames,
+      "unrecognisable": UNRECOGNISABLE,
+      "hidden": HIDDEN,
+      "jump": JUMP * world.scale * world.pace,
+    },
+  )
+
+
+def relative_error(relative: np.ndarray) -> dict[str, float | None]:
+  """Returns quantiles of `Fit.relative`, which UNRECOGNISABLE is a threshold of."""
+  return {
+    f"q{q}": float(np.percentile(relative, q)) if relative.size else None for q in (50, 90, 99, 100)
   }
-  return result
 
 
 def data_reference(
   world: WorldConfig,
   codec_roundtrip: Callable[[np.ndarray], np.ndarray] | None = None,
+  **options,
+) -> dict:
+  """Returns `measure` of true clips: the scores of a perfect model. options: of `true_clips`.
+
+  codec_roundtrip: encodes and decodes videos uint8 [n, f, H, W, 3]; with it, the result shows the
+  loss of the codec. "relative_error" of the result shows the margin between true clips and
+  UNRECOGNISABLE.
+  """
+  videos, captions = true_clips(world, **options)
+  return measure(codec_roundtrip(videos) if codec_roundtrip else videos, captions, world)
+
+
+def true_clips(
+  world: WorldConfig,
   *,
   clips: int = 32,
   frames: int | None = None,
   split: str = "held_out",
   seed: int = 0,
-) -> dict:
-  """Returns `measure` of true clips of a split: the scores of a perfect model.
-
-  codec_roundtrip: encodes and decodes videos uint8 [n, f, H, W, 3]; with it, the result shows the
-  loss of the codec. frames: default four training lengths. "relative_error" of the
-  result shows the margin between true clips and UNRECOGNISABLE.
+) -> tuple[np.ndarray, list[str]]:
+  """Returns (uint8 [clips, frames, H, W, 3], captions) of a split. frames: default four training
+  lengths.
   """
   rng = np.random.default_rng(seed)
   scenes = [shapes_world.sample_scene(rng, world, split) for _ in range(clips)]
@@ -143,10 +202,7 @@ def data_reference(
     states = shapes_world.simulate(scene, frames or 4 * world.frames)
     background = shapes_world.background_image(scene.background, world)
     videos.append(shapes_world.render(states, background, world))
-  videos = np.stack(videos)
-  if codec_roundtrip is not None:
-    videos = codec_roundtrip(videos)
-  return measure(videos, [shapes_world.caption(scene) for scene in scenes], world)
+  return np.stack(videos), [shapes_world.caption(scene) for scene in scenes]
 
 
 def read_prompts(prompts: Sequence[str], world: WorldConfig) -> PromptContent:
@@ -284,39 +340,10 @@ def _directions(
   missing = _missing(hidden, train_frames, world)
   recognised = track.relative <= UNRECOGNISABLE
   for i, k in np.argwhere(~np.isnan(content.speed)):
-    visible = ~hidden[i, :train_frames, k]
-    if 2 * visible.sum() < len(visible) and not missing[i, :train_frames, k].any():
-      continue
-    frames = np.flatnonzero(visible & recognised[i, :train_frames, k])
-    if len(frames) < 2 or 2 * len(frames) < visible.sum():
-      right[i, k] = 0
-      continue
-    path, frames = _before_the_wall(track.xy[i, frames, k], frames, world)
-    move, elapsed = path[-1] - path[0], frames[-1] - frames[0]
-    along, length = move @ content.direction[i, k], np.linalg.norm(move)
-    # A path cut short by a bounce must still be as long as the free run of a true clip allows.
-    shortest = STANDING * content.speed[i, k] * max(elapsed, shapes_world.FREE_FRAMES)
-    right[i, k] = along >= length * np.sqrt(0.5) and length >= shortest
+    first = np.s_[i, :train_frames, k]
+    path = Path(track.xy[first], ~hidden[first], recognised[first], missing[first])
+    right[i, k] = heads(path, content.direction[i, k], content.speed[i, k], world)
   return right
-
-
-def _before_the_wall(
-  path: np.ndarray, frames: np.ndarray, world: WorldConfig
-) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts a path [f, 2] and its frames at the first bounce on the axis along which it moves most."""
-  steps = np.diff(path, axis=0)
-  axis = int(np.abs(steps).sum(0).argmax()) if len(steps) else 0
-  # Steps under 25 % of a pixel are errors of the fit, not a direction.
-  along, least = steps[:, axis], 0.25 * world.scale
-  for i in range(1, len(steps)):
-    low, high = path[i, axis] - world.radius, world.size - world.radius - path[i, axis]
-    wall = -1 if low < high else 1  # side of the nearer wall
-    # A step that bounces halfway ends near its start: the turn then shows one step later.
-    short = abs(along[i]) <= least and i + 1 < len(steps)
-    bounced = along[i - 1] * wall > least and along[i + short] * wall < -least
-    if bounced and min(low, high) <= WALL * world.scale:
-      return path[: i + 1], frames[: i + 1]
-  return path, frames
 
 
 # Means

@@ -89,6 +89,8 @@ class VideoModel:
       content["framepack"] = [to_json(e.framepack), *sampling]
       if e.sample.solver != "euler":
         content["framepack"].append(e.sample.solver)
+      if self.run.codebook:
+        content["codebook"] = [self.run.codebook.fingerprint, e.sample.discretised]
     for group in ("codec", "text"):
       # paths: the same weights in another place are the same; fingerprints of them follow below
       for name in ("weights", "cache"):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.models.frames import Bound, Frames, Network, Out, bind
+from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import plan
 from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule
@@ -30,6 +31,7 @@ def make_sampler(
   loop: bool = False,
   published: bool = False,
   solver: str = "euler",
+  codebook: Codebook | None = None,
 ) -> Callable[..., Video]:
   """Returns generate(params, text, seeds, given=None, behind=None) -> latents [b given + f + behind
   h w c].
@@ -40,7 +42,8 @@ def make_sampler(
   with another seed is drawn anew, the others draw what they drew. steps: packing.orders. sigmas:
   levels of a section's steps, falling. negative: text [1 l d], unused where guidance is 0. shape:
   of the new latents, whole sections. given, behind: clean frames [b k h w c] before and behind
-  them. loop, published: as in packing.orders.plan. solver: rollout.solvers.
+  them. loop, published: as in packing.orders.plan. solver: rollout.solvers. codebook: what history
+  shows is replaced by its centroids.
   """
   last = (len(sigmas) - 1,)
 
@@ -57,10 +60,16 @@ def make_sampler(
         return noise(0, number)
       return block_noise(key, seeds[:, number], block)(0, number)
 
-    def make_sections(video, row):
+    def with_shown(video):
+      # the video, and where that is something else what history shows of it
+      return (video,) if codebook is None else (video, codebook.discretise(video))
+
+    def make_sections(videos, row):
       eps = jnp.concatenate([noise_of(number) for number in row.sections], axis=1)
-      row = choose(schedule, history, video, row)
-      groups = functools.partial(groups_of_row, schedule, history, video, row, patch=network.patch)
+      row = choose(schedule, history, videos[-1], row)
+      groups = functools.partial(
+        groups_of_row, schedule, history, videos[-1], row, patch=network.patch
+      )
       heard = bound
       if text.ndim == 4:
         texts = [text[:, number] for number in row.sections]
@@ -68,17 +77,21 @@ def make_sampler(
       points = sample_trajectory(
         heard, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
       )
-      return video.at[:, row.generates].set(points[:, 0]), None
+      parts = zip(videos, with_shown(points[:, 0]), strict=True)
+      return tuple(video.at[:, row.generates].set(part) for video, part in parts), None
 
     # NaN: what is read before it is made would show
-    video = jnp.full((len(seeds), *shape.clip), jnp.nan)
-    parts = [part for part in (given, video, behind) if part is not None]
+    empty = jnp.full((len(seeds), *shape.clip), jnp.nan)
+    videos = (empty,) if codebook is None else (empty, empty)
+    for part, side in ((given, 0), (behind, 1)):
+      if part is not None:
+        pairs = zip(with_shown(part), videos, strict=True)
+        videos = tuple(jnp.concatenate(p[:: -1 if side else 1], axis=1) for p in pairs)
     ends = [0 if part is None else part.shape[1] for part in (given, behind)]
-    video = jnp.concatenate(parts, axis=1) if len(parts) > 1 else video
     where = dict(given=ends[0], behind=ends[1], loop=loop, published=published)
     for table in tables(plan(schedule, steps, **where, similar=history.similar)):
-      video, _ = jax.lax.scan(make_sections, video, table)
-    return video
+      videos, _ = jax.lax.scan(make_sections, videos, table)
+    return videos[0]
 
   return generate
 

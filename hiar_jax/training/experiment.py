@@ -116,6 +116,8 @@ class SampleConfig:
   steps: int = 16  # of the solver, a section
   guidance: float = 0.0  # g of flow.classifier_free_guidance
   solver: str = dataclasses.field(default="euler", metadata={"since": "2026-11"})
+  # of one with discretised history (+D): whether what is sampled is discretised as in training
+  discretised: bool = dataclasses.field(default=True, metadata={"since": "2026-11"})
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, scale=self.scale, steps=self.steps)
@@ -232,6 +234,8 @@ class Experiment:
     """Raises UserError where clips are not whole sections, or sections not blocks."""
     self.packed_dit  # noqa: B018  # raises for a network without packed frames
     framepack.sections(self.latent.frames)
+    if framepack.parsed.discretised:
+      framepack.codebook.check(self.latent.height, self.latent.width)
     width = framepack.parsed.generate
     if width != self.history.block:
       raise UserError(

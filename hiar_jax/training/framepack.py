@@ -16,6 +16,7 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError, at_least
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models.frames import Bound, Network, bind
+from hiar_jax.packing.codebook import Codebook, CodebookConfig
 from hiar_jax.packing.orders import Step, plan, steps_of
 from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
@@ -40,7 +41,8 @@ class FramePackConfig(TrainConfig):
   any section (1: an image). published: frame indices as in the published code, else the frames'
   own. history_level, hears, sort, time_weight, frame_seconds: packing.rows.History. history_noise:
   level up to which the context is noised, drawn evenly for each example (Helios); 0: none. shift,
-  caption_dropout: as the teacher's.
+  caption_dropout: as the teacher's. codebook: of +D schedules, whose history is replaced by its
+  centroids.
   """
 
   packing: str
@@ -55,11 +57,12 @@ class FramePackConfig(TrainConfig):
   sort: str = dataclasses.field(default="time", metadata={"since": "2026-11"})
   time_weight: float = dataclasses.field(default=1.0, metadata={"since": "2026-11"})
   frame_seconds: float = dataclasses.field(default=0.125, metadata={"since": "2026-11"})
+  codebook: CodebookConfig = dataclasses.field(
+    default=CodebookConfig(), metadata={"since": "2026-11"}
+  )
 
   def __post_init__(self):
     super().__post_init__()
-    if self.parsed.discretised:
-      raise UserError(f"framepack.packing = {self.packing!r}: a model is trained without +D")
     at_least(0, given=self.given, history_noise=self.history_noise)
     for order in self.orders:
       self._plan(order, 1)  # raises for what cannot be planned
@@ -105,12 +108,19 @@ class FramePackConfig(TrainConfig):
 
 
 def make_step(
-  config: FramePackConfig, network: Network, optimizer, frames: int, *, mean: Mean = identity
+  config: FramePackConfig,
+  network: Network,
+  optimizer,
+  frames: int,
+  *,
+  mean: Mean = identity,
+  codebook: Codebook | None = None,
 ):
   """Returns step(state, batch, negative) -> (state, metrics).
 
   batch: {latents [b frames h w c], text, example_id}, and start where the model embeds places.
   negative: text [1 l d], which takes the place of a dropped caption. mean: averages over devices.
+  codebook: replaces the history of +D schedules.
   """
   tables = config.rows(frames)
   counts = jnp.asarray([len(table.generates) for table in tables], jnp.float32)
@@ -128,8 +138,9 @@ def make_step(
       sigma = sample_sigma(keys[:, 1], config.shift)
       bound, clip = bind(network, params, text), part["latents"]
       start = part.get("start", jnp.zeros_like(part["example_id"]))
+      shown = codebook.discretise(clip) if codebook else clip
       branches = [
-        _loss_of(config, bound, clip, start, sigma, keys[:, 2:], table) for table in tables
+        _loss_of(config, bound, clip, shown, start, sigma, keys[:, 2:], table) for table in tables
       ]
       return jax.lax.switch(which, branches).mean(), {}
 
@@ -144,11 +155,19 @@ def make_step(
 
 
 def _loss_of(
-  config: FramePackConfig, bound: Bound, clip: Video, start, sigma, keys: Key, table: Row
+  config: FramePackConfig,
+  bound: Bound,
+  clip: Video,
+  shown: Video,
+  start,
+  sigma,
+  keys: Key,
+  table: Row,
 ) -> Callable[[], jax.Array]:
   """Returns () -> the loss [b] of a step of the table, drawn for each example.
 
-  start: [b], frames of its video before each clip: its first frame has that index. keys: [b 2].
+  shown: what its context is read from, before history_noise. start: [b], frames of its video before
+  each clip: its first frame has that index. keys: [b 2].
   """
 
   def loss():
@@ -158,14 +177,14 @@ def _loss_of(
     row = jax.tree.map(lambda x: jnp.asarray(x)[drawn], table)
     x0 = frames_at(clip, row.generates)
     eps = example_normal(keys[:, 1], x0.shape[1:])
-    shown = clip
+    read = shown
     if config.history_noise:
       level = config.history_noise * jax.vmap(jax.random.uniform)(row_keys[:, 1])
-      shown = flow.add_noise(clip, example_normal(row_keys[:, 2], clip.shape[1:]), level)
+      read = flow.add_noise(shown, example_normal(row_keys[:, 2], clip.shape[1:]), level)
     x = flow.add_noise(x0, eps, sigma)
     schedule, history = config.parsed, config.history
-    at = choose(schedule, history, shown, row).later(start)
-    groups = groups_of_row(schedule, history, shown, at, x, sigma, patch=bound.network.patch)
+    at = choose(schedule, history, read, row).later(start)
+    groups = groups_of_row(schedule, history, read, at, x, sigma, patch=bound.network.patch)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
     return jnp.mean(error**2, axis=range(1, x0.ndim))
 

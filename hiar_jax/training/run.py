@@ -31,6 +31,7 @@ from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
+from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
 from hiar_jax.progress import is_writer
@@ -72,7 +73,7 @@ class Run:
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    e, own = self.experiment, {"distill", "framepack", "sample"}
+    e, own = self.experiment, {"distill", "codebook", "framepack", "sample"}
     if e.stored_student != e.dit:  # no other run's student has its projections
       own.add("causal_init")
     return bool(e.stages_from) and stage not in own
@@ -130,6 +131,14 @@ class Run:
   def autoencoder(self) -> Autoencoder:
     """The autoencoder, opened when it is first used: the data stage may have to fit it."""
     return self.experiment.codec.open(self.directory("data"))
+
+  @functools.cached_property
+  def codebook(self) -> Codebook | None:
+    """The codebook of discretised history, read when it is first used; None without +D."""
+    config = self.experiment.framepack
+    if config is None or not config.parsed.discretised:
+      return None
+    return config.codebook.open(self.directory("codebook"), self.experiment.codec.channels)
 
   def texts(self, prompts) -> np.ndarray:
     """Returns prompts as the network reads them [n l d]."""
@@ -200,6 +209,7 @@ class Run:
         loop=loop,
         published=config.published,
         solver=e.sample.solver,
+        codebook=self.codebook if e.sample.discretised else None,
       )
     )
 

@@ -190,9 +190,17 @@ def shapes_line(result: dict) -> str:
   forms = {"motion": ".2f", "motion_ratio": ".2f", "error": ".4f"}
   forms |= dict.fromkeys(("colour", "shape", "direction"), ".1%")
   total = {name: number(result[name]["total"], form) for name, form in forms.items()}
+  passage = ""
+  if "passage" in result:  # of a world with a screen
+    forms = {"returned": ".1%", "agree": ".1%", "chance": ".1%", "unseen": ".1f"}
+    of = {name: number(result["passage"][name], form) for name, form in forms.items()}
+    passage = (
+      f"; came back {of['returned']}, same colour {of['agree']} (by chance {of['chance']}), "
+      f"after {of['unseen']} frames unseen"
+    )
   return (
     f"over {result['settings']['frames']} frames: colour {total['colour']}, "
     f"shape {total['shape']}, direction {total['direction']}, "
     f"motion {total['motion']} px ({total['motion_ratio']} of true), error {total['error']} "
-    f"(last fifth / first {number(result['error_last_over_first'], '.2f')})"
+    f"(last fifth / first {number(result['error_last_over_first'], '.2f')}){passage}"
   )

@@ -1,5 +1,5 @@
 """The stages of a run, in order: data, teacher, trajectories, causal init, distillation, samples;
-or data, teacher, framepack, samples.
+or data, teacher, framepack (after a codebook where history is discretised), samples.
 
 Each is a function of the run. It resumes from its newest checkpoint and returns at once when it is
 finished. The trained stages share one loop (training.loop), with a step from training.teacher,
@@ -30,7 +30,14 @@ from hiar_jax.types import Params
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
 
 # Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
-KEY_OFFSETS = {"teacher": 1, "trajectories": 2, "causal_init": 4, "distill": 5, "framepack": 6}
+KEY_OFFSETS = {
+  "teacher": 1,
+  "trajectories": 2,
+  "causal_init": 4,
+  "distill": 5,
+  "framepack": 6,
+  "codebook": 7,
+}
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -167,6 +174,21 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
 # ---------------------------------------------------------------------------------------- framepack
 
 
+def fit_codebook(run: Run) -> None:
+  """Writes <workdir>/codebook: centroids of the clips' latents, which replace what a section reads
+  of the past.
+  """
+  e, data = run.experiment, run.directory("data")
+  if jax.process_index() == 0:
+    e.framepack.codebook.fit(
+      run.directory("codebook"),
+      lambda: _clips_to_fit(data),
+      run.autoencoder.latents,
+      seed=[e.seed, KEY_OFFSETS["codebook"]],
+    )
+  _wait_for_all("codebook")
+
+
 def train_framepack(run: Run) -> None:
   """Writes <workdir>/framepack: the teacher, fine-tuned to make a section from packed context."""
   e = run.experiment
@@ -176,7 +198,9 @@ def train_framepack(run: Run) -> None:
   weights = pretrained.load_teacher(run)
   key = _stage_key(run, "framepack")
   optimizer = config.optimizer(network)
-  make_step = functools.partial(framepack.make_step, config, network, optimizer, e.latent.frames)
+  make_step = functools.partial(
+    framepack.make_step, config, network, optimizer, e.latent.frames, codebook=run.codebook
+  )
   loop.run_stage(
     run,
     "framepack",

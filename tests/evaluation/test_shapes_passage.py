@@ -4,6 +4,7 @@ another, and what never comes back is missing, not right; on imperfect pictures 
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hiar_jax.data import shapes_world
 from hiar_jax.data.shapes_world import COLOURS, DIRECTIONS, WorldConfig
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation.shapes_passage import Passage, find_passage, summarise
+from hiar_jax.training.samples import shapes_line
 
 WORLD = WorldConfig(size=32, frames=45, shape_size=0.375, pace=0.275, hidden=12)
 GROUND = shapes_world.render(
@@ -225,6 +227,20 @@ def test_the_table_has_columns_for_it(clips, tmp_path):
   assert rows[0][-4:-1] == ["100%", "100%", "50%"]
   assert rows[1][-4:] == ["0%", "–", "–", "–"]
   assert report.plot(results, tmp_path / "fifths.png").stat().st_size > 10_000
+
+
+def test_the_line_of_a_run_says_it(clips):
+  gone = clips.copy()
+  gone[:4, MIDDLE:] = GROUND
+  line = shapes_line(shapes_truth.measure(gone, CAPTIONS, WORLD))
+  end = r"; came back 33.3%, same colour 100.0% \(by chance 50.0%\), after \d\d\.\d frames unseen"
+  assert re.search(end + "$", line), line
+  gone[:, MIDDLE:] = GROUND
+  line = shapes_line(shapes_truth.measure(gone, CAPTIONS, WORLD))
+  assert line.endswith("; came back 0.0%, same colour - (by chance -), after - frames unseen")
+  assert "came back" not in shapes_line(
+    shapes_truth.data_reference(WorldConfig(), clips=1, frames=5)
+  )
 
 
 def test_a_passage_is_that_of_a_world_with_a_screen_alone():

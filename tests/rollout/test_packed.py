@@ -10,6 +10,7 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.models.frames import Frames, bind
 from hiar_jax.packing import orders
+from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed
@@ -47,23 +48,22 @@ SORTED = {
 }
 
 
-def sampler(
-  schedule, steps, given, published, behind=0, loop=False, *, guidance=0.0, history=AS_PUBLISHED
-):
+def sampler(schedule, steps, given, published, behind=0, loop=False, **options):
   sections = 1 + max(max(step) for step in steps)
   frames = sections * parse(schedule).generate
   generate = packed.make_sampler(
     CONFIG,
     parse(schedule),
-    history,
+    options.get("history", AS_PUBLISHED),
     steps,
     jnp.asarray(SIGMAS),
     negative=0.3 * tiny.text()[:1],
-    guidance=guidance,
+    guidance=options.get("guidance", 0.0),
     key=KEY,
     shape=tiny.shape(frames),
     loop=loop,
     published=published,
+    codebook=options.get("codebook"),
   )
   return quick_jit(generate)
 
@@ -108,8 +108,11 @@ def tail_group(kind, pool, frames, latents, sigma):
   return Frames(whole, sigma, np.repeat(frames, pool, axis=1), projection=f"packed_k{pool}")
 
 
-def groups_by_hand(schedule, step, video, sigma, similar):
-  """Packed groups of a step, frames gathered one by one for each clip."""
+def groups_by_hand(schedule, step, video, sigma, similar=False, shown=lambda x: x):
+  """Packed groups of a step, frames gathered one by one for each clip. shown: what history shows of
+  a frame.
+  """
+  video = shown(video)
   sides = [
     sorted_sides(schedule, step, clip) if similar else (step.context, step.tails) for clip in video
   ]
@@ -146,8 +149,9 @@ def ends(given: int, behind: int = 0) -> list:
   return [tiny.video(seed, k) if k else None for seed, k in ((4, given), (5, behind))]
 
 
-def plain(schedule, steps, given, published, behind=0, loop=False, *, guidance=0.0, similar=False):
-  """The same videos, a forward at a time."""
+def plain(schedule, steps, given, published, behind=0, loop=False, **how):
+  """The same videos, a forward at a time. how: guidance, and as groups_by_hand."""
+  guidance = how.pop("guidance", 0.0)
   schedule = parse(schedule)
   params, text = tiny.params(CONFIG), tiny.text()
   sections = 1 + max(max(step) for step in steps)
@@ -162,7 +166,7 @@ def plain(schedule, steps, given, published, behind=0, loop=False, *, guidance=0
   for step in orders.plan(schedule, steps, **where):
     x = jnp.concatenate([noise(0, n) for n in step.sections], axis=1)
     for sigma, lower in zip(SIGMAS[:-1], SIGMAS[1:], strict=True):
-      packed = groups_by_hand(schedule, step, video, sigma, similar)
+      packed = groups_by_hand(schedule, step, video, sigma, **how)
       groups = (*packed, Frames(x, sigma, step.indices.astype(np.int32)))
       v = run(groups, text)
       if guidance:
@@ -205,6 +209,26 @@ def test_sorted_history_reaches_back():
     moved = first * (1 + 0.2 * (np.arange(8) == 1))[None, :, None, None, None].astype(np.float32)
     change = run(params, text, SEEDS, moved)[:, 8:] - run(params, text, SEEDS, first)[:, 8:]
     assert bool(np.abs(change).max() > 1e-4) == reads
+
+
+@pytest.mark.parametrize("case", ["both ends", "inverted"])
+def test_discretised_history_equals_a_plain_loop(case):
+  """What sections read is centroids, given frames too; what they make is not."""
+  arguments = CASES[case]
+  book = Codebook(tiny.random(8, 5, 2))
+
+  def shown(video):  # frames that are not made yet stay what they are
+    pixels = np.nan_to_num(video)[..., None, :]
+    near = book.centroids[((pixels - book.centroids) ** 2).sum(-1).argmin(-1)]
+    return np.where(np.isnan(video), np.nan, near)
+
+  given = ends(arguments[2])
+  params, text = tiny.params(CONFIG), tiny.text()
+  got = sampler(*arguments, codebook=book)(params, text, SEEDS, *given)
+  np.testing.assert_allclose(got, plain(*arguments, shown=shown), atol=2e-5)
+  assert (np.abs(got - plain(*arguments)).max((0, 2, 3, 4)) > 1e-3).any()
+  if arguments[2]:
+    np.testing.assert_array_equal(got[:, : arguments[2]], given[0])
 
 
 def test_guidance_equals_a_plain_loop():

@@ -8,13 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import shapes_framepack
+from experiments import shapes_framepack, shapes_framepack_discrete
+from hiar_jax import evaluate, train
 from hiar_jax.checkpoints import weights
 from hiar_jax.config.building import build
-from hiar_jax.config.workdir import save_resolved
+from hiar_jax.config.workdir import save_resolved, to_json
 from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.rollout import packed
+from hiar_jax.training import stages
 from hiar_jax.training.experiment import Experiment, WeightsConfig
 from hiar_jax.training.pretrained import load_teacher
 from hiar_jax.training.run import Run
@@ -22,8 +25,8 @@ from tests.helpers import tiny_run
 from tests.helpers.video_reader import read_mp4
 
 
-def config(**changes):
-  c = shapes_framepack.get_config("smoke")
+def config(experiment=shapes_framepack, **changes):
+  c = experiment.get_config("smoke")
   with c.unlocked():
     for path, value in changes.items():
       *groups, name = path.split("__")
@@ -95,7 +98,7 @@ def test_weights_of_other_kernels_are_one_line(tmp_path):
   with pytest.raises(UserError, match=f"{refused}framepack.packing = 'td_f16k4.* has k1, k2, k4: "):
     VideoModel(run, str(tmp_path), "").params()
   plain = build(Experiment, config(**SMALL, framepack=None, teacher__frames=0))
-  with pytest.raises(UserError, match=rf"{refused}the config \(no framepack\) has no: "):
+  with pytest.raises(UserError, match=rf"{refused}the config \(no packing\) has no: "):
     VideoModel(Run(plain, tmp_path, run.mesh), str(tmp_path), "").params()
   base = dataclasses.replace(e, weights=WeightsConfig(base=str(tmp_path)))
   found = load_teacher(Run(base, tmp_path, run.mesh))
@@ -129,6 +132,81 @@ def test_the_settings_of_the_page_are_a_configs():
     c = config()
     exec(block, {"c": c})
     assert build(Experiment, c) != build(Experiment, config())
+
+
+def discrete(**changes):
+  return config(shapes_framepack_discrete, **changes)
+
+
+def test_only_discretised_history_has_a_codebook():
+  plain, with_codebook = (build(Experiment, c) for c in (config(), discrete()))
+  names = lambda e: [name for name, _ in train.after_teacher(e)]
+  assert names(plain) == ["framepack"] and names(with_codebook) == ["codebook", "framepack"]
+  # what a run of an earlier version has resolved says nothing of codebooks
+  assert "codebook" not in to_json(plain.framepack) and Run(plain, None, None).codebook is None
+  with pytest.raises(UserError, match="codebook.unit = 3: latents of 8 x 8 are not whole squares"):
+    build(Experiment, discrete(framepack__codebook__unit=3))
+  with pytest.raises(UserError, match="codebook: centroids = 0: expected at least 1"):
+    build(Experiment, discrete(framepack__codebook__centroids=0))
+
+
+def test_the_stage_fits_the_codebook_that_sampling_finds(tmp_path, monkeypatch):
+  """On latents of the clips; once; part of the model's identity, and one line where it is gone."""
+  e = build(Experiment, discrete(framepack__codebook__centroids=3))
+  save_resolved(discrete(), tmp_path)
+  clips = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 1)).astype(np.uint8)
+  monkeypatch.setattr(stages, "_clips_to_fit", lambda directory: clips)
+  encoder = types.SimpleNamespace(identity="", latents=lambda x: np.repeat(x / 64.0, 16, axis=-1))
+  same = lambda x: x
+  words = types.SimpleNamespace(identity="", negative_prompt="", tokens=same, embed=same)
+
+  def opened(e=e):
+    run = Run(e, tmp_path, None)
+    run.__dict__.update(autoencoder=encoder, text_encoder=words)
+    return run
+
+  for read in (lambda: opened().sampler(9), lambda: VideoModel(opened(), "", "framepack").identity):
+    with pytest.raises(UserError, match="codebook.npz is missing: discretised history"):
+      read()
+  stages.fit_codebook(opened())
+  path = tmp_path / "codebook" / "codebook.npz"
+  first = path.read_bytes()
+  stages.fit_codebook(opened())
+  assert path.read_bytes() == first
+  centroids = opened().codebook.centroids
+  assert centroids.shape == (3, 16) and 0 <= centroids.min() < centroids.max() <= 255 / 64
+
+  as_trained = VideoModel(opened(), "", "framepack").identity
+  sample = dataclasses.replace(e.sample, discretised=False)
+  as_it_is = VideoModel(opened(dataclasses.replace(e, sample=sample)), "", "framepack").identity
+  path.unlink()
+  clips = 255 - clips // 2
+  stages.fit_codebook(opened())
+  another = VideoModel(opened(), "", "framepack").identity
+  assert len({as_trained, as_it_is, another}) == 3
+
+
+def test_sampling_without_the_codebook_is_an_option(tmp_path, monkeypatch):
+  """The sampler is given the codebook, or none."""
+  seen = []
+  make = lambda *_, codebook, **__: seen.append(codebook) or id
+  monkeypatch.setattr(packed, "make_sampler", make)
+  monkeypatch.setattr(Run, "texts", lambda self, prompts: None)
+  book, words = object(), types.SimpleNamespace(negative_prompt="")
+  for changes in ({}, {"sample__discretised": False}):
+    run = Run(build(Experiment, discrete(**changes)), tmp_path, None)
+    run.__dict__.update(codebook=book, text_encoder=words)
+    run.sampler(9)
+  assert seen == [book, None]
+
+
+def test_a_table_says_how_a_run_is_sampled():
+  label = lambda c: evaluate.row_label(Run(build(Experiment, c), None, None))
+  assert label(config()) == "td_f16k4f2k2f1k1_g9, vanilla"
+  assert label(config(sample__discretised=False)) == "td_f16k4f2k2f1k1_g9, vanilla"
+  assert label(discrete()) == "td_f16k4f2k2f1k1_g9+D, vanilla"
+  as_it_is = label(discrete(sample__discretised=False))
+  assert as_it_is == "td_f16k4f2k2f1k1_g9+D, vanilla, history as it is"
 
 
 @pytest.fixture
@@ -170,3 +248,39 @@ def test_smoke_goes_through_every_stage_and_command(chain, tmp_path):
   )
   assert evaluated.returncode == 0, evaluated.stderr
   assert "framepack, td_f16k4f2k2f1k1_g9, vanilla" in (tmp_path / "table" / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_discretised_history_goes_through_every_stage_and_command(chain, tmp_path):
+  workdir = tmp_path / "discrete"
+  train = ("-m", "hiar_jax.train", "--config=experiments/shapes_framepack_discrete.py:smoke")
+  done = chain.python(*train, f"--workdir={workdir}")
+  assert done.returncode == 0, done.stderr
+  path = workdir / "codebook" / "codebook.npz"
+  kept = lambda: {k: v for k, v in tiny_run.files(workdir).items() if k != "config.json"}
+  before = kept()
+  done = chain.python(*train, f"--workdir={workdir}")
+  assert done.returncode == 0 and kept() == before and "codebook/codebook.npz" in before
+
+  def generate(name):
+    prompt = "--prompt=a red circle moving left"
+    options = ("--frames=27", "--seed=3", f"--out={tmp_path / name}.mp4")
+    return chain.python("-m", "hiar_jax.generate", f"--workdir={workdir}", prompt, *options)
+
+  first = generate("first")
+  assert first.returncode == 0 and len(read_mp4(tmp_path / "first.mp4")[0]) == 27, first.stderr
+  command = ("-m", "hiar_jax.evaluate", f"--workdirs={workdir}", "--videos=3")
+  done = chain.python(*command, f"--out={tmp_path}/table")
+  assert done.returncode == 0, done.stderr
+  rows = tmp_path / "table" / "rows"
+  assert (rows / "discrete-td-f16k4f2k2f1k1-g9-d-vanilla.json").exists()
+  done = chain.python("-m", "hiar_jax.evaluate", f"--from={rows}", f"--out={tmp_path}/again")
+  assert done.returncode == 0, done.stderr
+  for name in ("table.md", "metrics.json", "fifths.png"):
+    assert (tmp_path / "table" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+  whole = path.read_bytes()
+  for content, message in ((whole[: len(whole) // 2], "is damaged"), (None, "is missing")):
+    path.unlink() if content is None else path.write_bytes(content)
+    failed = generate("none")
+    assert failed.returncode == 2 and f"{path} {message}" in failed.stderr, failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
