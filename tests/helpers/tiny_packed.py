@@ -13,9 +13,14 @@ PACKINGS = {
 SIZES = {name: size for name, size in tiny_run.TINY.items() if not name.startswith("history.")}
 
 
+def load(name: str):
+  """The smoke config of an experiment."""
+  return runpy.run_path(str(tiny_run.ROOT / "experiments" / f"{name}.py"))["get_config"]("smoke")
+
+
 def make_config(name: str = "shapes_framepack", **changes):
   """The config of an experiment, its clips three sections long; changes as tiny_run.make_config."""
-  config = runpy.run_path(str(tiny_run.ROOT / "experiments" / f"{name}.py"))["get_config"]("smoke")
+  config = load(name)
   sizes = {
     "data.frames": config.framepack.given + 6,
     "history.block": 2,

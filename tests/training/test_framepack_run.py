@@ -1,11 +1,13 @@
 """A FramePack experiment as a run: what its config refuses, and the commands on what it trained."""
 
 import dataclasses
+import json
 import re
 import types
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from experiments import shapes_framepack, shapes_framepack_discrete
@@ -284,3 +286,35 @@ def test_discretised_history_goes_through_every_stage_and_command(chain, tmp_pat
     failed = generate("none")
     assert failed.returncode == 2 and f"{path} {message}" in failed.stderr, failed.stderr
     assert len(failed.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_smoke_towards_a_true_first_frame(chain, tmp_path):
+  """Measured without it; and without one there is no video to make."""
+  workdir, first = tmp_path / "inverted", tmp_path / "first.png"
+  done = chain.python(
+    "-m",
+    "hiar_jax.train",
+    "--config=experiments/shapes_framepack_inverted.py:smoke",
+    f"--workdir={workdir}",
+  )
+  assert done.returncode == 0, done.stderr
+  measured = json.loads((workdir / "sample" / "metrics.json").read_text())
+  assert measured["settings"]["frames"] == 180
+  assert all(len(video) == 181 for video in tiny_run.videos(workdir).values())
+  Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(first)
+  run, prompt = f"--workdir={workdir}", "--prompt=a red circle moving left"
+  evaluate = [f"--workdirs={workdir}", "--videos=3", "--length=1", f"--out={tmp_path}/table"]
+  made, refused, evaluated = chain.commands(
+    [
+      ("hiar_jax.generate", [run, prompt, f"--image={first}", f"--out={tmp_path}/a.mp4"]),
+      ("hiar_jax.generate", [run, prompt, f"--out={tmp_path}/b.mp4"]),
+      ("hiar_jax.evaluate", evaluate),
+    ]
+  )
+  assert made[0] == evaluated[0] == 0, made[2] + evaluated[2]
+  assert len(read_mp4(tmp_path / "a.mp4")[0]) == 181
+  assert refused[0] == 2 and "'f1k1_x_g9_f1k1f2k2f16k4_td': the model makes videos" in refused[2]
+  rows = json.loads((tmp_path / "table" / "metrics.json").read_text())
+  name = "inverted, f1k1_x_g9_f1k1f2k2f16k4_td, inverted"
+  assert rows[name]["settings"]["frames"] == rows["true clips"]["settings"]["frames"] == 45
