@@ -28,6 +28,7 @@ from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.training import causal_init, distill, framepack, teacher
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.stages import with_packed_past
 from hiar_jax.training.state import create_state
 
 PREVIEWED = 8  # clips of the log
@@ -90,7 +91,8 @@ packs = lambda e: not distills(e)
 is_small = lambda e: not is_wan(e)
 streams = lambda e: distills(e) and e.history.order == "step_first"
 has_clean_sink = lambda e: streams(e) and e.history.clean_sink > 0
-has_no_sink = lambda e: streams(e) and e.history.sink == 0
+takes_sink = lambda e: streams(e) and not e.history.packing
+has_no_sink = lambda e: takes_sink(e) and e.history.sink == 0
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -150,10 +152,11 @@ def trajectories_walk(run):
 def start_init(e: Experiment) -> Callable:
   """The function that training/stages.py jits, of the weights it starts from."""
   key = stage_key(e, 4)
-  return lambda weights: create_state(key, weights, e.causal_init.optimizer(e.dit))
+  optimizer = e.causal_init.optimizer(e.dit)
+  return lambda weights: create_state(key, with_packed_past(e, weights), optimizer)
 
 
-@program("causal_init/start", *SIZES, "seed", "causal_init", exists=trains_init)
+@program("causal_init/start", *SIZES, "seed", "history", "causal_init", exists=trains_init)
 def causal_init_start(run):
   e = run.experiment
   return jax.jit(start_init(e)).lower(network(e.dit))
@@ -183,14 +186,14 @@ def start_distill(e: Experiment) -> Callable:
   return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
 
 
-@program("distill/start", *SIZES, "seed", "distill", exists=distills)
+@program("distill/start", *SIZES, "seed", "history", "distill", exists=distills)
 def distill_start(run):
   e = run.experiment
-  return jax.jit(start_distill(e)).lower(*[network(e.dit)] * 2)
+  return jax.jit(start_distill(e)).lower(network(e.stored_student), network(e.dit))
 
 
 def distill_state(e: Experiment):
-  return jax.eval_shape(start_distill(e), *[network(e.dit)] * 2)
+  return jax.eval_shape(start_distill(e), network(e.stored_student), network(e.dit))
 
 
 @program("distill/critic_step", *DISTILL, exists=distills)
@@ -246,7 +249,7 @@ def framepack_step(run):
 
 def sampled(e: Experiment):
   """The network that makes videos."""
-  return e.packed_dit if e.framepack else e.dit
+  return e.packed_dit if e.framepack else e.stored_student
 
 
 def from_start(run: FullSize, frames: int, size: int) -> Lowered:
@@ -323,7 +326,7 @@ for name, exists, options in (
   ("stream", streams, {}),
   ("stream_clean_sink", has_clean_sink, {"head": True}),
   ("stream_sink", has_no_sink, {"sink": SINK}),
-  ("stream_carried_sink", streams, {"sink": SINK, "sink_positions": "relative"}),
+  ("stream_carried_sink", takes_sink, {"sink": SINK, "sink_positions": "relative"}),
 ):
   for what in ("start", "tick", "recache"):
     entered = functools.partial(stream, what=what, **options)

@@ -130,7 +130,7 @@ def _parts(
     # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
       folder = pathlib.Path(experiment.stages_from) / stage
-    yield Part("dit", experiment.dit, load_params(folder / CHECKPOINTS))
+    yield Part("dit", experiment.network_of(stage), load_params(folder / CHECKPOINTS))
   for kind, directory in directories.items():
     yield Part(kind, *weights.open_arrays(directory, kind))
 

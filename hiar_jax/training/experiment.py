@@ -299,6 +299,12 @@ class Experiment:
     """The student as its checkpoints describe it."""
     return self._as_student(self.dit)
 
+  def network_of(self, stage: str) -> Network:
+    """The network whose parameters a stage's checkpoints hold."""
+    if stage == "framepack":
+      return self.packed_dit
+    return self.stored_student if stage in ("causal_init", "distill") else self.dit
+
   def _as_student(self, network: Network) -> Network:
     pools = kind(self.history).pools(self.history)
     return network.packed(pools) if pools else network

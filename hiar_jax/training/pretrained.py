@@ -31,8 +31,7 @@ def load_weights(run: Run, stage: str) -> Params:
   mesh.
   """
   e = run.experiment
-  students = dict.fromkeys(("causal_init", "distill"), e.stored_student)
-  network = e.packed_dit if stage == "framepack" else students.get(stage, e.dit)
+  network = e.network_of(stage)
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
     # training starts from any kernels: those that the schedule lacks or adds are made then

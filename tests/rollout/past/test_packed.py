@@ -203,6 +203,26 @@ def test_the_exit_step(name, level):
   plain_rollout.assert_same(values, expected)
 
 
+def test_a_level_for_each_frame():
+  """As causal init gives them: equal ones are one level, and a group has the mean of others."""
+  row, f = ROWS["hiar"], 2 * BLOCKS
+  context, noisy = tiny.video(1, f), tiny.video(2, f)
+
+  @quick_jit
+  def run(context_sigma, sigma):
+    return exit_step.teacher_forcing(bound(), context, context_sigma, noisy, sigma, row)
+
+  one = run(jnp.float32(0.6), jnp.float32(0.9))
+  levels = lambda *of_halves: jnp.tile(jnp.repeat(jnp.asarray(of_halves), f // 2), (tiny.BATCH, 1))
+  plain_rollout.assert_same(run(levels(0.6, 0.6), levels(0.9, 0.9)), one)
+  schedule, k = parse(row.packing), row.block
+  groups = kind(row).packed(row, 5, context, levels(0.2, 0.6))
+  # before frame 10: the ring's 8 and 9, the frames 5 to 7 by k2, and the tail's 0 to 4
+  assert schedule.history == 5 and k == 2 and len(groups) == 2
+  np.testing.assert_allclose([g.sigma[0] for g in groups], [0.2, 1.4 / 3], atol=1e-6)
+  np.testing.assert_array_equal([g.positions[-1] for g in groups], [2, 7])
+
+
 @pytest.mark.parametrize("name", ["hiar", "attached"])
 def test_the_exit_step_trains_the_packed_projections(name):
   row = ROWS[name]
