@@ -63,7 +63,7 @@ class Clip:
       return [job.prompt]
     firsts = range(self.given, self.given + self.frames, e.history.block)
     starts = [(e.codec.pixel_frames(n) if n else 0) / e.sample.fps for n in firsts]
-    return prompts_of(job.prompt, job.timeline, starts, bool(self.given))
+    return prompts_of(job.prompt, job.timeline, starts)
 
   def seeds(self, model: VideoModel) -> list[int]:
     """Its seed, or with takes that of each section. Raises UserError as seeds_of."""

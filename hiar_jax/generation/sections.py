@@ -47,16 +47,13 @@ def seeds_of(seed: int, takes: Takes, sections: int) -> list[int]:
   return [dict(takes).get(section, seed) for section in range(sections)]
 
 
-def prompts_of(base: str, timeline: Timeline, starts: Sequence[float], given: bool) -> list[str]:
+def prompts_of(base: str, timeline: Timeline, starts: Sequence[float]) -> list[str]:
   """Returns the prompt of each section: the base prompt, a comma and the timeline's.
 
-  starts: seconds at which the sections begin. given: whether frames lie before the first one, whose
-  time the timeline counts. Raises UserError for an entry behind the last section's start, for two
-  on one section, and for `recache`, which is a stream's.
+  starts: seconds at which the sections begin; the first is later than 0 where frames lie before it.
+  Raises UserError for an entry behind the last section's start, for two on one section, and for
+  `recache`, which is a stream's.
   """
-  lead = int(given)  # what is given counts as a block of its own
-  seconds = [0.0] * lead + list(starts)
-  count = len(seconds)
   for entry in timeline.entries:
     if entry.time > starts[-1] + 1e-6:
       raise UserError(
@@ -65,10 +62,11 @@ def prompts_of(base: str, timeline: Timeline, starts: Sequence[float], given: bo
       )
     if entry.recache:
       raise UserError(f"{timeline.source}: recache is for streams; a section reads its own prompt")
-  changes = timeline.changes(lambda block: seconds[block] if block < count else math.inf, lead)
+  count = len(starts)
+  changes = timeline.changes(lambda block: starts[block] if block < count else math.inf)
   said, prompts = {change.block: change.prompt for change in changes}, [""]
-  for block in range(lead, count):
-    prompts.append(said.get(block, prompts[-1]))
+  for section in range(count):
+    prompts.append(said.get(section, prompts[-1]))
   return [", ".join(filter(None, (base, prompt))) for prompt in prompts[1:]]
 
 

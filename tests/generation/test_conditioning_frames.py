@@ -29,6 +29,13 @@ def count_up(path, frames, fps=16):
   return write_mp4(path, np.broadcast_to(grey, (frames, 32, 48, 3)), fps)
 
 
+def test_of_a_video_that_comes_last_the_beginning_is_kept(experiment, tmp_path):
+  """The new frames lead up to its first one."""
+  end = Conditioning(count_up(tmp_path / "a.mp4", 12), "video", is_end=True)
+  pixels, said = end.read(experiment)
+  assert len(pixels) == 9 and pixels[0].max() < 5 and "its first 9 of 12 frames" in said
+
+
 @pytest.mark.parametrize(
   "frames, first, kept, latent", [(9, 0, 9, 3), (12, 3, 9, 3), (21, 0, 21, 6), (24, 3, 21, 6)]
 )

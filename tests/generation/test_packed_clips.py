@@ -161,10 +161,12 @@ def planned(model, prompt=PROMPT, frames=7, **told) -> clips.Clip:
 
 def test_each_of_it_is_part_of_the_recipe(model, files, tmp_path):
   """And a video with none of it has the recipe that it had before there was any."""
+  Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "red.png")
   told = [
     {},
     {"end_image": files / "red.png"},
     {"end_image": files / "blue.png"},
+    {"end_image": tmp_path / "red.png"},
     {"end_video": files / "five.mp4", "frames": 9},
     {"loop": True},
     {"order": "vanilla"},
@@ -174,6 +176,9 @@ def test_each_of_it_is_part_of_the_recipe(model, files, tmp_path):
   ]
   recipes = [planned(model, **{"frames": 6, **one}).provenance(model)["recipe"] for one in told]
   assert len(set(recipes)) == len(told)
+  # what one program cannot make at once is not made in one batch
+  shapes = [planned(model, **{"frames": 6, **told[i]}).shape for i in (0, 1, 4, 5, 6, 7, 9)]
+  assert len(set(shapes)) == 7
   e = model.experiment
   names = ("prompt", "seed", "frames", "size", "dtype", "codec", "start")
   plain = {name: planned(model, frames=6).provenance(model)[name] for name in names}
