@@ -10,7 +10,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import shapes_framepack, shapes_framepack_discrete
+from experiments import (
+  shapes,
+  shapes_framepack,
+  shapes_framepack_discrete,
+  shapes_hiar_packed,
+)
 from hiar_jax import evaluate, train
 from hiar_jax.checkpoints import weights
 from hiar_jax.config.building import build
@@ -129,8 +134,12 @@ def test_costs_are_those_of_the_page(tmp_path):
 def test_the_settings_of_the_page_are_a_configs():
   """Each block of Python changes a config that can be built, and is not the default."""
   blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-  assert len(blocks) == 3
-  for block in blocks:
+  of_student = [block for block in blocks if "history." in block]
+  assert len(blocks) == 4 and len(of_student) == 1
+  student = shapes.get_config("smoke")
+  exec(of_student[0], {"c": student})
+  assert student.history == shapes_hiar_packed.get_config("smoke").history
+  for block in set(blocks) - set(of_student):
     c = config()
     exec(block, {"c": c})
     assert build(Experiment, c) != build(Experiment, config())
