@@ -124,6 +124,31 @@ def test_a_continuation():
   plain_rollout.assert_same(video, expected)
 
 
+@pytest.mark.parametrize("name", ["hiar", "hiar, no tail"])
+def test_what_it_keeps_is_what_a_whole_clip_has(name):
+  """However long: frames that are dropped are in the tail's mean."""
+  row, blocks = ROWS[name], 14
+  context = tiny.video(3, blocks * row.block)
+  levels = np.repeat(np.linspace(0, 1, blocks, dtype=np.float32), row.block)
+  past = kind(row).empty(NETWORK, row.at(tiny.SIGMAS), tiny.shape(len(levels)), tiny.BATCH)
+  assert past.shown.positions.size < len(levels) - row.block  # the last blocks drop some
+  for n in range(blocks):
+    at = n * row.block + np.arange(row.block)
+    block = Frames(context[:, at], levels[n * row.block], jnp.asarray(at))
+    (read,), _ = past.read((block,))
+    expected = kind(row).packed(row, n, context[:, : at[0] + 1], jnp.tile(levels, (tiny.BATCH, 1)))
+    there = [group for group in read.packed if group.exists.any()]
+    assert len(there) == len(expected)
+    for got, want in zip(there, expected, strict=True):
+      for name in ("x", "sigma", "positions", "exists"):
+        np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-6)
+      assert got.projection == want.projection and got.text is None
+    kv = NETWORK.empty_kv(row.block, tiny.BATCH, tiny.HEIGHT, tiny.WIDTH)
+    past = past.write(kv, block)
+  again = past.write(kv, block)  # encoded again
+  assert int(again.tail.count) == int(past.tail.count) > 0
+
+
 def stream(row: MethodConfig, table):
   """(state, tick) of an empty stream."""
   method, b, noise = row.at(tiny.SIGMAS), bound(), tiny.lookup(table)
