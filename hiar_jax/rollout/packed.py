@@ -51,14 +51,7 @@ def make_sampler(
     one_text = text if text.ndim == 3 else text[:, 0]
     bound = bind(network, params, one_text)
     unconditional = bind(network, params, jnp.broadcast_to(negative, one_text.shape))
-    block = shape.block(schedule.generate)
-    noise = block_noise(key, seeds if seeds.ndim == 1 else seeds[:, 0], block)
-
-    def noise_of(number):
-      # one draw a section, whichever step makes it
-      if seeds.ndim == 1:
-        return noise(0, number)
-      return block_noise(key, seeds[:, number], block)(0, number)
+    noise_of = section_noise(key, seeds, shape.block(schedule.generate))
 
     def with_shown(video):
       # the video, and where that is something else what history shows of it
@@ -94,6 +87,18 @@ def make_sampler(
     return videos[0]
 
   return generate
+
+
+def section_noise(
+  key: Key, seeds: jax.Array, block: tuple[int, int, int, int]
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns noise(section) -> [b k h w c], one draw a section, whichever step makes it.
+
+  seeds: [b], or [b sections]. block: the shape [k h w c].
+  """
+  if seeds.ndim == 1:
+    return functools.partial(block_noise(key, seeds, block), 0)
+  return lambda section: block_noise(key, seeds[:, section], block)(0, section)
 
 
 def hear_each(bounds: Sequence[Bound], width: int) -> Callable[[tuple[Frames, ...]], Out]:
