@@ -76,7 +76,7 @@ def measure(schedule: Schedule, history: int, run, params, repeats: int, publish
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   whole = (history + schedule.generate) * ROWS_480P * COLUMNS_480P
   return {
-    "tokens": sum(kv.k.shape[3] for kv in out.kv),
+    "tokens": sum(kv.k.shape[2] * kv.k.shape[3] for kv in out.kv),
     "tokens_480p": schedule.tokens(ROWS_480P, COLUMNS_480P),
     "unpacked_480p": whole,
     "flops": run.lower(params, groups, texts).compile().cost_analysis()["flops"],

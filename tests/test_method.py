@@ -33,6 +33,7 @@ def test_the_default_is_hiar():
     sink_level="history",
     renoise="fresh",
     past="ring",
+    packing="",
   )
   assert dataclasses.asdict(MethodConfig()) == expected
 

@@ -41,7 +41,9 @@ def tokens(groups) -> int:
   params = tiny.params(CONFIG)
   section = Frames(video(3), SIGMA, np.arange(100, 103, dtype=np.int32))
   texts = jnp.asarray(tiny.text())[None]
-  run = quick_jit(lambda groups: [kv.k.shape[3] for kv in CONFIG.apply(params, groups, texts).kv])
+  run = quick_jit(
+    lambda groups: [kv.k.shape[2] * kv.k.shape[3] for kv in CONFIG.apply(params, groups, texts).kv]
+  )
   *found, own = np.asarray(run((*groups, section))).tolist()
   assert own == 3 * ROWS * COLUMNS
   return sum(found)

@@ -188,3 +188,26 @@ def test_several_feeds_are_restored_as_one():
   a.count = b.count = 0
   iterators.set_state(kept)
   assert (a.count, b.count) == (3, 5)
+
+
+def test_a_stage_is_done_when_its_last_checkpoint_is_whole(tmp_path):
+  run = make_run(tmp_path)
+  assert not loop.is_done(run, "teacher", 4)
+  train(run, steps=4)
+  assert loop.is_done(run, "teacher", 4) and not loop.is_done(run, "teacher", 5)
+  files = (
+    p for p in (tmp_path / "teacher" / "checkpoints" / "4" / "state").rglob("*") if p.is_file()
+  )
+  biggest = max(files, key=lambda p: p.stat().st_size)
+  biggest.write_bytes(biggest.read_bytes()[:-1])
+  assert not loop.is_done(run, "teacher", 4)
+
+
+def test_borrowed_stages_must_be_done(tmp_path):
+  first = make_run(tmp_path / "first")
+  second = make_run(tmp_path / "second", stages_from=str(tmp_path / "first"))
+  train(first, steps=4)
+  assert loop.is_done(second, "teacher", 4)
+  with pytest.raises(UserError, match="its teacher is not there, not finished or damaged"):
+    loop.is_done(second, "teacher", 6)
+  assert not loop.is_done(second, "distill", 6)

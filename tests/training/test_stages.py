@@ -110,29 +110,6 @@ def test_stages_from_must_hold_the_same_config(tmp_path):
   make_run(tmp_path / "w", stages_from=str(tmp_path / "first"))
 
 
-def test_a_stage_is_done_when_its_last_checkpoint_is_whole(tmp_path):
-  run = make_run(tmp_path)
-  assert not loop.is_done(run, "teacher", 4)
-  train(run, steps=4)
-  assert loop.is_done(run, "teacher", 4) and not loop.is_done(run, "teacher", 5)
-  files = (
-    p for p in (tmp_path / "teacher" / "checkpoints" / "4" / "state").rglob("*") if p.is_file()
-  )
-  biggest = max(files, key=lambda p: p.stat().st_size)
-  biggest.write_bytes(biggest.read_bytes()[:-1])
-  assert not loop.is_done(run, "teacher", 4)
-
-
-def test_borrowed_stages_must_be_done(tmp_path):
-  first = make_run(tmp_path / "first")
-  second = make_run(tmp_path / "second", stages_from=str(tmp_path / "first"))
-  train(first, steps=4)
-  assert loop.is_done(second, "teacher", 4)
-  with pytest.raises(UserError, match="its teacher is not there, not finished or damaged"):
-    loop.is_done(second, "teacher", 6)
-  assert not loop.is_done(second, "distill", 6)
-
-
 def test_a_batch_is_encoded_at_the_loop_s_mouth(with_data):
   """Tokens become text and videos latents, once, before a step sees them."""
   run = open_run(read_config(with_data.workdir), with_data.workdir, save=False)
