@@ -10,6 +10,7 @@ from hiar_jax.packing.rows import History, groups_of_row, tables
 from hiar_jax.packing.schedule import parse
 from hiar_jax.packing.similarity import choose
 from tests.helpers import tiny
+from tests.helpers.slow_cases import slow
 
 SIMILAR = History(sort="similarity", time_weight=0.3, frame_seconds=0.5)
 
@@ -55,10 +56,9 @@ def test_the_most_similar_frames_are_nearest_to_the_section():
     ("f1k1_x_td_f4k4f2k2f1k1_g2", orders.vanilla(6), 1),
     ("td_f2k2f1k1_g2_x_f1k1", orders.both_ends(5), 0),
     ("f1k1_x_g2_f1k1f2k2_td", orders.inverted(5), 1),
-    ("tc_f2k2f1k1_g2", orders.vanilla(6), 0),
     ("ta_f2k2f1k1_g2", orders.vanilla(6), 0),
     ("g2_f1k1f2k2_tc", orders.inverted(5), 0),
-    ("g2_f1k1f2k2_ta", orders.inverted(5), 0),
+    *slow(("tc_f2k2f1k1_g2", orders.vanilla(6), 0), ("g2_f1k1f2k2_ta", orders.inverted(5), 0)),
   ],
 )
 def test_where_time_decides_nothing_is_sorted(notation, steps, given):

@@ -17,6 +17,7 @@ from hiar_jax.rollout import packed
 from hiar_jax.rollout.noise import block_noise
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 
 CONFIG = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
 SIGMAS = np.asarray([1.0, 0.6, 0.0], np.float32)
@@ -189,7 +190,9 @@ def test_sections_equal_a_plain_loop(case):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", SORTED)
+@pytest.mark.parametrize(
+  "case", ["sorted", "sorted, first kept", *slow("sorted, compressed", "sorted, appended")]
+)
 def test_sections_from_sorted_history_equal_a_plain_loop(case):
   arguments = SORTED[case]
   given = ends(arguments[2])

@@ -22,6 +22,7 @@ from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.state import create_state
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 
 NETWORK = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
 FRAMES = 6
@@ -186,7 +187,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", ["tc", "similar", *slow("ta", "similar, tc")])
 def test_tails_and_sorted_history_train(name):
   c = config(**KEPT[name])
   optimizer = optax.adam(3e-3)

@@ -19,6 +19,7 @@ from hiar_jax.rollout.past import packed
 from hiar_jax.rollout.past.kinds import kind
 from tests.helpers import plain_rollout, tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 
 BLOCKS = 6
 NETWORK = dataclasses.replace(tiny.CONFIG, packing=(2, 4), place_embedding=True)
@@ -105,7 +106,7 @@ def plain(row: MethodConfig, table, stop=None, given=None) -> np.ndarray:
   return np.concatenate(Plain(row, table).rollout(BLOCKS, given, stop), axis=1)
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if name != "attached"])
+@pytest.mark.parametrize("name", ["hiar", "input", *slow("hiar, no tail", "clean", "self_forcing")])
 def test_whole_videos(name):
   row = ROWS[name]
   table = tiny.noise_table(row, BLOCKS)
@@ -181,6 +182,7 @@ def test_a_stream_of_any_length_has_a_state_of_one_size():
   assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_blocks_that_are_encoded_again_see_their_packed_history():
   """The ring holds two blocks: the older one sees its history alone, the other one both."""
   row = dataclasses.replace(ROWS["hiar"], window=6, packing="tc_f3k2f4k1_g2")
@@ -214,7 +216,8 @@ def test_blocks_that_are_encoded_again_see_their_packed_history():
 
 
 @pytest.mark.parametrize(
-  ("name", "level"), [("hiar", 0), ("hiar, no tail", 1), ("input", 1), ("self_forcing", 1)]
+  ("name", "level"),
+  [("hiar", 0), ("self_forcing", 1), *slow(("hiar, no tail", 1), ("input", 1))],
 )
 def test_the_exit_step(name, level):
   """Its parallel forwards see what the loop saw."""
@@ -248,7 +251,7 @@ def test_a_level_for_each_frame():
   np.testing.assert_array_equal([g.positions[-1] for g in groups], [2, 7])
 
 
-@pytest.mark.parametrize("name", ["hiar", "attached"])
+@pytest.mark.parametrize("name", ["attached", *slow("hiar")])
 def test_the_exit_step_trains_the_packed_projections(name):
   row = ROWS[name]
   table, shape = tiny.noise_table(row, BLOCKS), tiny.shape(BLOCKS * row.block)

@@ -1,0 +1,9 @@
+"""Cases of a test that only `-m slow` runs: those that compile for long and differ little."""
+
+import pytest
+
+
+def slow(*cases):
+  """Returns the cases, each one value or a tuple of values, marked slow."""
+  values = (case if isinstance(case, tuple) else (case,) for case in cases)
+  return [pytest.param(*value, marks=pytest.mark.slow) for value in values]
