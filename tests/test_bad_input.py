@@ -200,6 +200,7 @@ def used(disk) -> int:
   return -(-free.used // 1024)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(chain, small_disk):
   disk = small_disk(64 << 10)
   shutil.copytree(
@@ -285,6 +286,7 @@ def write_clip(path, seconds: float, fps: int, size: tuple[int, int], caption: s
   path.with_suffix(".txt").write_text(caption)
 
 
+@pytest.mark.slow
 def test_a_folder_of_real_videos_goes_through_every_stage(chain, tmp_path):
   """Of any size and frame rate; a file that is no video is named and left out, and there is no
   truth to measure against.

@@ -113,6 +113,7 @@ def chain(tmp_path_factory):
   return tiny_run.chain(tmp_path_factory.getbasetemp())
 
 
+@pytest.mark.slow
 def test_what_comes_before_distillation_can_come_from_another_run(chain):
   """To the same student, bit for bit; the other run is read and left as it was."""
   workdir, before = chain.directory / "borrower", tiny_run.files(chain.straight)

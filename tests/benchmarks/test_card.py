@@ -64,6 +64,7 @@ def in_chunks(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None):
   return out.reshape(b, f, t, a, d)
 
 
+@pytest.mark.slow
 def test_forms_compute_what_their_case_says(monkeypatch):
   """By slices and by gathered frames, with another kernel: the float32 result within bfloat16's."""
   monkeypatch.setattr(attention, "fused", in_chunks)

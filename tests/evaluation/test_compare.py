@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import tiny_run
 
 NOTE = "note: hiar_jax.compare is now called hiar_jax.evaluate"
@@ -18,6 +20,7 @@ def _run(module: str, *arguments: str) -> subprocess.CompletedProcess:
   )
 
 
+@pytest.mark.slow
 def test_it_runs_evaluate_with_the_same_arguments_and_says_its_name(tmp_path):
   arguments = (f"--workdirs={tmp_path / 'missing'}", f"--out={tmp_path / 'out'}", "--videos=2")
   former, present = (_run(f"hiar_jax.{name}", *arguments) for name in ("compare", "evaluate"))

@@ -18,6 +18,7 @@ from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 from tests.seams.cases import NETWORK, ROWS, assert_close, bound, method_of, noise_of, shape
 
 
@@ -74,7 +75,10 @@ EXITS = {
 }
 
 
-@pytest.mark.parametrize("name", EXITS)
+ALSO = slow("attached output", "euler", "block first", "input, detached", "clean sink, detached")
+
+
+@pytest.mark.parametrize("name", ["detached output", "clean sink, attached", *ALSO])
 def test_3_the_exit_step_and_its_gradient(name):
   row, count = EXITS[name], 3
   noise, weight = noise_of(row, count), tiny.video(5, count * row.block)
