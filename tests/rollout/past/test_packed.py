@@ -171,6 +171,20 @@ def test_a_stream(name):
   plain_rollout.assert_same(streamed, plain(row, table))
 
 
+def test_a_stream_from_given_frames():
+  """What the filling pipe holds is not written over them."""
+  row, given, levels = ROWS["hiar"], tiny.video(5, 6), tiny.SIGMAS.size - 1
+  table = tiny.noise_table(row, BLOCKS + 4)
+  state, tick = stream(row, table)
+  state = ticks.prefill(bound(), state, given, np.repeat(tiny.text()[None], 3, axis=0))
+  blocks = []
+  for _ in range(BLOCKS - 3 + levels - 1):
+    state, block = tick(state)
+    blocks.append(np.asarray(block))
+  expected = plain(row, table, given=[given[:, i : i + 2] for i in (0, 2, 4)])
+  plain_rollout.assert_same(np.concatenate(blocks[levels - 1 :], axis=1), expected[:, 6:])
+
+
 def test_a_stream_of_any_length_has_a_state_of_one_size():
   row = ROWS["hiar"]
   sizes = []
