@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from hiar_jax.checkpoints import training_state
 from hiar_jax.data import tfds_builder
 from hiar_jax.training.log import read_log
+from hiar_jax.training.run import Run, open_run
 from tests.helpers.video_reader import read_mp4
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -63,6 +64,20 @@ def make_config(**changes):
     {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
   )
   return config
+
+
+# batches that eight devices divide
+EIGHT = {
+  "teacher__batch": 8,
+  "causal_init__batch": 8,
+  "distill__batch": 8,
+  "trajectories__count": 8,
+}
+
+
+def make_run(workdir, **changes) -> Run:
+  """The tiny run, opened in this process on all its devices."""
+  return open_run(make_config(**{**EIGHT, **changes}), workdir)
 
 
 def arguments(

@@ -15,21 +15,9 @@ from hiar_jax.errors import UserError
 from hiar_jax.training import loop
 from hiar_jax.training import state as states
 from hiar_jax.training.log import read_log
-from hiar_jax.training.run import Run, open_run
+from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig
-from tests.helpers import tiny_run
-
-# devices
-EIGHT = {
-  "teacher__batch": 8,
-  "causal_init__batch": 8,
-  "distill__batch": 8,
-  "trajectories__count": 8,
-}
-
-
-def make_run(workdir, **changes) -> Run:
-  return open_run(tiny_run.make_config(**{**EIGHT, **changes}), workdir)
+from tests.helpers.tiny_run import make_run
 
 
 class Counter:

@@ -15,18 +15,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.training import loop, samples, stages
 from hiar_jax.training.run import Run, open_run, read_config
 from tests.helpers import tiny_run
-
-# devices
-EIGHT = {
-  "teacher__batch": 8,
-  "causal_init__batch": 8,
-  "distill__batch": 8,
-  "trajectories__count": 8,
-}
-
-
-def make_run(workdir, **changes) -> Run:
-  return open_run(tiny_run.make_config(**{**EIGHT, **changes}), workdir)
+from tests.helpers.tiny_run import EIGHT, make_run
 
 
 @pytest.fixture(scope="module")

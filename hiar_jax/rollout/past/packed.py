@@ -33,7 +33,7 @@ def schedule_of(method: MethodConfig) -> Schedule:
   Raises UserError where it does not fit block and window, or asks for what a causal past has not.
   """
   schedule, window = parse(method.packing), method.window - method.block
-  *far, last = (*schedule.before, None)[:-1] or (None,)
+  *far, last = schedule.before or (None,)
   wrong = f"history.packing = {method.packing!r}"
   if schedule.start or schedule.after or schedule.end or schedule.discretised:
     raise UserError(
