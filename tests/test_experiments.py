@@ -41,8 +41,10 @@ def load(path, variant: str):
 def test_it_builds(path, variant):
   experiment = build(Experiment, load(path, variant))
   assert experiment.stages_from == "" and experiment.dit.channels == experiment.codec.channels
-  # a video four times longer than anything that was trained on, where no end is planned
-  assert experiment.sample.length >= 4 or experiment.sample.order == "both_ends"
+  # a video four times longer than anything that was trained on, where no end is planned and nothing
+  # passes once
+  planned = experiment.sample.order == "both_ends" or experiment.data.hidden
+  assert experiment.sample.length >= 4 or planned
 
 
 FORK = """
@@ -87,7 +89,8 @@ def test_the_method_of_shapes_is_hiar():
 
 def test_every_rival_is_known():
   of_framepack = ("", "_both_ends", "_inverted", "_discrete")
-  packed = {"shapes_hiar_packed", *(f"shapes_framepack{which}" for which in of_framepack)}
+  packed = {"shapes_hiar_packed", "shapes_screen"}
+  packed |= {f"shapes_framepack{which}" for which in of_framepack}
   assert {path.stem for path in FILES} == {"shapes", *packed, *RIVALS}
 
 
@@ -106,6 +109,20 @@ def test_a_rival_differs_in_its_own_lines_alone(name, variant):
   )
   assert differing <= allowed
   assert rival.distill.forward_kl.weight == 0
+
+
+@pytest.mark.parametrize(
+  ("variant", "remembers"), [("main", True), ("window", False), ("long", True)]
+)
+def test_what_passes_behind_the_screen_is_seen_on_both_sides(variant, remembers):
+  """By a section and its history together, wherever the section lies, or nowhere."""
+  experiment = build(Experiment, load(tiny_run.ROOT / "experiments" / "shapes_screen.py", variant))
+  schedule = experiment.framepack.parsed
+  spanned = schedule.generate + sum(group.frames for group in schedule.before)
+  # the frames out of sight, and one of either side: for all of a section's frames, or for none
+  hidden = experiment.data.hidden
+  assert (spanned >= schedule.generate + hidden + 1) == remembers
+  assert (spanned < hidden + 2) == (not remembers)
 
 
 @pytest.fixture(scope="module")
