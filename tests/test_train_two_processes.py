@@ -17,18 +17,21 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
-sys.argv = ["train", "--config={root}/experiments/shapes.py:smoke", "--workdir={workdir}"]
+sys.argv = ["train", "--config={root}/experiments/{name}.py:smoke", "--workdir={workdir}"]
 runpy.run_module("hiar_jax.train", run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_every_stage_on_two_processes(tmp_path):
+@pytest.mark.parametrize(
+  ("name", "trained_last"), [("shapes", "distill"), ("shapes_framepack_discrete", "framepack")]
+)
+def test_every_stage_on_two_processes(tmp_path, name, trained_last):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   workdir = tmp_path / "run"
-  code = PROCESS.format(root=tiny_run.ROOT, port=port, workdir=workdir)
+  code = PROCESS.format(root=tiny_run.ROOT, name=name, port=port, workdir=workdir)
   processes = []
   for i in range(2):
     with open(tmp_path / f"{i}.txt", "w") as err:
@@ -44,6 +47,6 @@ def test_every_stage_on_two_processes(tmp_path):
   # one of them writes the log and speaks
   log = (workdir / "logs" / "metrics.jsonl").read_text()
   records = [json.loads(line) for line in log.splitlines()]
-  steps = [r["step"] for r in records if r["stage"] == "distill" and "scalars" in r]
+  steps = [r["step"] for r in records if r["stage"] == trained_last and "scalars" in r]
   assert steps and steps == sorted(set(steps))
   assert "videos and contact_sheet.png" in said[0] and "videos and" not in said[1]
