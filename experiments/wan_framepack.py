@@ -33,7 +33,6 @@ def get_config() -> config_dict.ConfigDict:
       latent_dtype="float32",  # of the stored latents; or "bfloat16", half the size
     )
   )
-  c.model.attention = "cudnn"  # on a TPU "xla"
   c.history.update(block=9, window=0)  # a section; no window
   c.framepack = config_dict.ConfigDict(
     dict(

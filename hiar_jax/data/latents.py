@@ -34,10 +34,11 @@ class LatentWriter(PartWriter):
       )
 
 
-def recipe_of(source: Any, codec: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what the latents of a source's clips depend on, as `prepare`."""
+def recipe_of(source: Any, codec: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """Returns what the latents of a source's clips depend on; arguments as `prepare`."""
   made_from = source.recipe
-  return {**made_from, "clips": made_from["kind"], "kind": LatentWriter.kind, **codec}
+  kinds = {"clips": made_from["kind"], "kind": LatentWriter.kind}
+  return {**made_from, **kinds, **codec, "dtype": dtype}
 
 
 def prepare(
@@ -61,8 +62,8 @@ def prepare(
     UserError: no clips, latents that are not finite, or the directory holds those of other clips or
       of another codec.
   """
-  recipe = recipe_of(source, codec)
-  if source.is_made(directory, {**recipe, "dtype": dtype}):
+  recipe = recipe_of(source, codec, dtype)
+  if source.is_made(directory, recipe):
     return
   found = source.find()
   part_size = max(1, PART_BYTES // (int(np.prod(shape)) * jnp.dtype(dtype).itemsize))

@@ -62,12 +62,11 @@ def prepare_data(run: Run) -> None:
 
 def _prepare_latents(run: Run) -> None:
   e, directory = run.experiment, run.directory("data")
-  codec = run.codec_recipe()
+  codec, dtype = run.codec_recipe(), e.data.latent_dtype
   if e.stages_from:
-    recipe = latents.recipe_of(run.source, codec)
+    recipe = latents.recipe_of(run.source, codec, dtype)
     tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
     return
-  dtype = e.data.latent_dtype
   latents.prepare(
     directory, run.source, run.autoencoder.latents, e.latent.clip, dtype=dtype, codec=codec
   )
