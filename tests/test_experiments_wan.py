@@ -17,7 +17,7 @@ from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.data import ode_pairs
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.rules import tree_shardings
-from hiar_jax.training import causal_init, distill
+from hiar_jax.training import causal_init, distill, framepack
 from hiar_jax.training import state as states
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_run
@@ -75,7 +75,8 @@ def count(tree) -> int:
 
 
 def test_every_experiment_is_known():
-  assert {path.stem for path in (tiny_run.ROOT / "experiments").glob("*wan*.py")} == set(SIZES)
+  found = {path.stem for path in (tiny_run.ROOT / "experiments").glob("*wan*.py")}
+  assert found == {*SIZES, "wan_framepack"}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -167,6 +168,71 @@ def test_the_state_is_spread_over_the_devices(name, devices):
     shardings = tree_shardings(large, mesh, min_shard=e.mesh.min_shard)
     for leaf, where in zip(large, shardings, strict=True):
       assert int(np.prod(where.shard_shape(leaf.shape))) * devices == leaf.size, leaf.shape
+
+
+def test_framepack_is_the_base_and_its_projections():
+  """Table 1's schedule at 480p: four sections of 14,040 tokens, each with 2,366 of history."""
+  e = experiment("wan_framepack")
+  assert e.latent.clip == (36, 60, 104, 16) and e.framepack.sections(36) == 4
+  tokens = {1: 30 * 52, 2: 15 * 26, 4: 4 * 8 * 13}
+  assert e.packed_dit.packing == tuple(tokens) and sum(tokens.values()) == 2366
+  shapes = jax.eval_shape(lambda: e.packed_dit.init(jax.random.key(0)))
+  # a kernel's taps, of 16 channels, and a bias
+  projections = sum((4 * pool**3 * 16 + 1) * 1536 for pool in tokens)
+  assert count(shapes) == PARAMETERS["1.3b"] + projections
+
+
+def test_framepack_is_traced_at_full_size():
+  """One program for its four sections; state in, state out."""
+  e = experiment("wan_framepack")
+  network, optimizer = e.packed_dit, e.framepack.optimizer(e.packed_dit)
+  state = jax.eval_shape(
+    lambda: states.create_state(jax.random.key(0), network.init(jax.random.key(0)), optimizer)
+  )
+  made = framepack.make_step(e.framepack, network, optimizer, e.latent.frames)
+  assert len(e.framepack.rows(e.latent.frames)) == 1
+  size = e.framepack.accumulate
+  batch = abstract_batch(e, size) | {
+    "latents": jax.ShapeDtypeStruct((size, *e.latent.clip), jnp.float32)
+  }
+  negative = jax.ShapeDtypeStruct((1, e.text.length, e.text.dim), jnp.float32)
+  after, measured = jax.eval_shape(made, state, batch, negative)
+  assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+  assert measured["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    ({"weights.base": ""}, "'videos' with codec.kind = 'wan' trains no teacher: give weights.base"),
+    ({"data.frames": 17}, "data.frames = 17 is not whole blocks .* the nearest is 33"),
+    ({"data.frames": 81}, "the nearest is 69"),
+    ({"data.source": "prompts"}, "needs data.prompts"),
+    ({"data.folder": ""}, "needs data.folder"),
+    ({"data.latent_dtype": "float16"}, "latent_dtype = 'float16': expected one of float32, bfloat"),
+  ],
+)
+def test_what_does_not_fit_framepack_is_said(change, match):
+  c = load("wan_framepack")
+  c.update_from_flattened_dict(change)
+  with pytest.raises(UserError, match=match):
+    build(Experiment, c)
+
+
+def test_what_a_stage_reads_decides_the_source():
+  """Sections are of clips; distillation reads captions, and does not encode clips for them."""
+  c = load("wan_framepack")
+  c.data = dict(source="prompts", prompts="prompts.txt", frames=141, size=(480, 832))
+  with pytest.raises(UserError, match="framepack stage reads clips, .* = 'shapes' or 'videos'"):
+    build(Experiment, c)
+  c = load("hiar_wan_1_3b")
+  c.data = dict(source="videos", folder="clips", frames=81, size=(480, 832))
+  with pytest.raises(UserError, match="distill stage reads captions alone, .* = 'prompts'"):
+    build(Experiment, c)
+  c = load("hiar_wan_1_3b")
+  c.codec = dict(patch=8, channels=16)
+  with pytest.raises(UserError, match="'patches', which is fitted on clips: .*codec.kind = 'wan'"):
+    build(Experiment, c)
 
 
 def test_a_group_of_another_kind_is_named():

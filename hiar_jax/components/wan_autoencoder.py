@@ -100,7 +100,7 @@ class WanCodecConfig(AutoencoderConfig):
 
 @dataclasses.dataclass(frozen=True)
 class WanAutoencoder:
-  """An `Autoencoder`; weights are read when first used (training needs no VAE)."""
+  """An `Autoencoder`; weights are read when first used (training on prompts needs no VAE)."""
 
   config: WanCodecConfig
 
@@ -126,10 +126,8 @@ class WanAutoencoder:
     return dataclasses.replace(self.stream, devices=tuple(jax.local_devices()))
 
   def encode(self, video) -> Video:
-    # only the teacher's own training encodes videos, and Wan's teacher is published
     raise UserError(
-      "the teacher of this experiment is published, not trained: give weights.base, a directory "
-      "of converted weights"
+      "Wan's autoencoder is too slow for the training loop: the data stage stores its latents"
     )
 
   def pieces(self, latents) -> Iterator[np.ndarray]:

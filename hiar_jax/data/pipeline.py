@@ -32,7 +32,7 @@ def make_iterator(
 
   Every epoch is a permutation of the data set; epochs follow each other without a break, so a batch
   may hold the end of one and the start of the next. `get_state()` and `set_state()` resume exactly.
-  float16 storage arrives as float32.
+  Storage of 16 bits (float16, bfloat16) arrives as float32.
 
   Args:
     batch_size: of this process; the global batch is batch_size * process_count.
@@ -62,7 +62,8 @@ def make_iterator(
     batch = {}
     for key in available if keys is None else keys:
       stacked = np.stack([record[key] for record in records])
-      batch[key] = stacked.astype(np.float32) if stacked.dtype == np.float16 else stacked
+      short = stacked.dtype.name in ("float16", "bfloat16")
+      batch[key] = stacked.astype(np.float32) if short else stacked
     return {**batch, "tokens": np.stack([tokenize(record) for record in records])}
 
   # Grain takes seeds of 32 bits; SeedSequence hashes longer ones down.

@@ -33,6 +33,11 @@ def make_clip(world: WorldConfig, seed: int, index: int, split: str = "train") -
   }
 
 
+def recipe(world: WorldConfig, clips: int, seed: int) -> dict[str, Any]:
+  """Returns what a data set is made from, as JSON values."""
+  return {"kind": "shapes clips", **to_json(world), "clips": clips, "seed": seed}
+
+
 def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: int) -> None:
   """Writes `clips` clips of the train split; does nothing if they are complete, else starts over.
 
@@ -52,11 +57,11 @@ def prepare(directory: str | os.PathLike, world: WorldConfig, clips: int, seed: 
   """
   if clips < 1:
     raise UserError(f"data of {clips} clips asked for; use at least 1")
-  recipe = {"kind": "shapes clips", **to_json(world), "clips": clips, "seed": seed}
-  tfds_builder.check_recipe(directory, recipe)
+  made_from = recipe(world, clips, seed)
+  tfds_builder.check_recipe(directory, made_from)
   if tfds_builder.is_complete(directory):
     return
-  tfds_builder.write_recipe(directory, recipe)
+  tfds_builder.write_recipe(directory, made_from)
   f, n = world.frames, world.shapes_per_clip
   features = {
     "video": tfds_builder.tensor((f, world.size, world.size, 3), np.uint8),

@@ -4,8 +4,10 @@ A new source is a class like those below with a name in SOURCES: it yields capti
 writes a data set of its own (`prepare`). A field that it needs and DataConfig lacks is added there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
+import itertools
 import math
 import os
 import pathlib
@@ -18,6 +20,8 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
 from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.types import DTYPES
+from hiar_jax.video.video_file import Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +48,11 @@ class DataConfig:
   fps: float = 8.0  # videos are resampled to it
   # of `prompts`
   prompts: str = ""  # a file, one prompt a line
+  # of clips that are stored as latents (data.latents)
+  latent_dtype: str = dataclasses.field(default="float32", metadata={"since": "2026-11"})
 
   def __post_init__(self):
+    one_of(DTYPES, **{"data.latent_dtype": self.latent_dtype})
     at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
     one_of(SOURCES, **{"data.source": self.source})
     self.opened.check()
@@ -62,6 +69,19 @@ class DataConfig:
   @property
   def width(self) -> int:
     return self.size if isinstance(self.size, int) else self.size[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """The clips that a source has found.
+
+  read: number of the first -> that clip and those after it, {video uint8 [F H W 3], start, caption}
+  each. recipe: what the source's own did not know yet.
+  """
+
+  count: int
+  read: Callable[[int], Iterator[Mapping[str, Any]]]
+  recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +111,9 @@ class Source:
     text_encoder: opens the run's, which may be fitted on captions only after this.
     """
     data, count = self.data, int(self.count(directory)[0])
-    recipe = {"kind": data.source, **to_json(data)}
-    tfds_builder.check_recipe(directory, recipe)
-    if tfds_builder.is_complete(directory):
+    if self.is_made(directory, self.recipe):
       return
-    tfds_builder.write_recipe(directory, recipe)
+    tfds_builder.write_recipe(directory, self.recipe)
     shape = (data.frames, data.height, data.width, 3)
     features = {
       "video": tfds_builder.tensor(shape, np.uint8),
@@ -106,10 +124,31 @@ class Source:
       directory,
       "captioned_clips/clips",
       features,
-      ({"video": x, "start": np.int32(0), "caption": text} for x, text in self.clips()),
+      self._records(),
       count=count,
       example_bytes=math.prod(shape),
     )
+
+  def _records(self, first: int = 0) -> Iterator[Mapping[str, Any]]:
+    clips = itertools.islice(self.clips(), first, None)
+    return ({"video": x, "start": np.int32(0), "caption": text} for x, text in clips)
+
+  @property
+  def recipe(self) -> dict[str, Any]:
+    """What the clips are made from, as JSON values."""
+    return {"kind": self.data.source, **to_json(self.data)}
+
+  def is_made(self, directory: pathlib.Path, recipe: Mapping[str, Any]) -> bool:
+    """Returns True where a data set made by `recipe` is complete.
+
+    Raises UserError where the directory holds one of another recipe.
+    """
+    tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
+    return tfds_builder.is_complete(directory)
+
+  def find(self) -> Found:
+    """Finds the clips, for a data set that is not of pixels. Raises UserError where none are."""
+    return Found(self.data.clips, self._records)
 
   def clips(self) -> Iterator[tuple[np.ndarray, str]]:
     """Yields `count` clips uint8 [F H W 3] with their captions."""
@@ -138,6 +177,15 @@ class Shapes(Source):
 
   def prepare(self, directory: pathlib.Path, text_encoder) -> None:
     shapes_clips.prepare(directory, self.world, self.data.clips, self.data.seed)
+
+  @property
+  def recipe(self) -> dict[str, Any]:
+    return shapes_clips.recipe(self.world, self.data.clips, self.data.seed)
+
+  def find(self) -> Found:
+    data, world = self.data, self.world
+    of = functools.partial(shapes_clips.make_clip, world, data.seed)
+    return Found(data.clips, lambda first: map(of, range(first, data.clips)))
 
   @property
   def world(self) -> WorldConfig:
@@ -169,6 +217,25 @@ class Videos(Source):
   def prepare(self, directory: pathlib.Path, text_encoder) -> None:
     data = self.data
     video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
+
+  @property
+  def _sampling(self) -> Sampling:
+    data = self.data
+    return Sampling(data.frames, data.height, data.width, data.fps, data.frames)
+
+  @property
+  def recipe(self) -> dict[str, Any]:
+    return video_folder.recipe(self.data.folder, self._sampling)
+
+  def is_made(self, directory: pathlib.Path, recipe: Mapping[str, Any]) -> bool:
+    return video_folder.is_made(directory, self.data.folder, recipe)
+
+  def find(self) -> Found:
+    folder, sampling = pathlib.Path(self.data.folder), self._sampling
+    videos = video_folder.scan(folder, sampling)
+    read = functools.partial(video_folder.records, videos, sampling)
+    files = {"files": video_folder.fingerprint(folder)}
+    return Found(sum(count for _, _, count in videos), read, files)
 
 
 class Prompts(Source):

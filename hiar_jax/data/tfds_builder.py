@@ -24,6 +24,8 @@ from hiar_jax.errors import UserError
 from hiar_jax.files import DiskFull, is_disk_full, write_atomic
 
 _RECIPE = "recipe.json"
+# fields of a recipe that are known once the examples have been found (data.parts, video folders)
+OF_PARTS = ("files", "total", "part_size")
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
 
 

@@ -6,9 +6,11 @@ is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are sk
 warning.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import csv
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -50,29 +52,12 @@ def prepare(
       other settings.
   """
   sampling = Sampling(frames, height, width, fps, stride or frames)
-  recipe = {
-    "kind": "video folder",
-    "folder": os.path.abspath(source_folder),
-    **dataclasses.asdict(sampling),
-  }
-  tfds_builder.check_recipe(directory, recipe, ignore=("files",))
-  folder = pathlib.Path(source_folder)
-  if tfds_builder.is_complete(directory):
-    # The folder itself is no longer needed, and may be gone.
-    used = tfds_builder.read_recipe(directory)["files"]
-    if folder.is_dir() and used != _fingerprint(folder):
-      logging.warning(
-        "%s has changed since %s was made from it; delete the latter to use the new files",
-        source_folder,
-        directory,
-      )
+  made_from = recipe(source_folder, sampling)
+  if is_made(directory, source_folder, made_from):
     return
-  if not folder.is_dir():
-    raise UserError(
-      f"{source_folder} is not a folder; give the folder that holds the videos and their captions"
-    )
-  sources = scan(folder, sampling)
-  tfds_builder.write_recipe(directory, {**recipe, "files": _fingerprint(folder)})
+  folder = pathlib.Path(source_folder)
+  videos = scan(folder, sampling)
+  tfds_builder.write_recipe(directory, {**made_from, "files": fingerprint(folder)})
   features = {
     "video": tfds_builder.tensor((frames, height, width, 3), np.uint8),
     "start": tfds_builder.tensor((), np.int32),
@@ -82,14 +67,60 @@ def prepare(
     directory,
     "video_folder/clips",
     features,
-    (
-      {"video": clip, "start": np.int32(number * sampling.stride), "caption": caption}
-      for path, caption, _ in sources
-      for number, clip in enumerate(video_file.clips(path, sampling))
-    ),
-    count=sum(clips for _, _, clips in sources),
+    records(videos, sampling),
+    count=sum(clips for _, _, clips in videos),
     example_bytes=frames * height * width * 3,
   )
+
+
+def recipe(source_folder: str | os.PathLike, sampling: Sampling) -> dict[str, Any]:
+  """Returns what the clips of a folder are made from, as JSON values; its files aside."""
+  return {
+    "kind": "video folder",
+    "folder": os.path.abspath(source_folder),
+    **dataclasses.asdict(sampling),
+  }
+
+
+def is_made(
+  directory: str | os.PathLike, source_folder: str | os.PathLike, made_from: Mapping[str, Any]
+) -> bool:
+  """Returns True where a data set made by this recipe is complete; warns if the folder has changed
+  since.
+
+  Raises:
+    UserError: a directory of another recipe, or no such folder where it is needed.
+  """
+  tfds_builder.check_recipe(directory, made_from, ignore=tfds_builder.OF_PARTS)
+  folder = pathlib.Path(source_folder)
+  if not tfds_builder.is_complete(directory):
+    if not folder.is_dir():
+      raise UserError(
+        f"{source_folder} is not a folder; give the folder that holds the videos and their captions"
+      )
+    return False
+  # The folder itself is no longer needed, and may be gone.
+  used = tfds_builder.read_recipe(directory)["files"]
+  if folder.is_dir() and used != fingerprint(folder):
+    logging.warning(
+      "%s has changed since %s was made from it; delete the latter to use the new files",
+      source_folder,
+      directory,
+    )
+  return True
+
+
+def records(
+  videos: Sequence[tuple[pathlib.Path, str, int]], sampling: Sampling, first: int = 0
+) -> Iterator[dict[str, Any]]:
+  """Yields {video, start, caption} of the clips from number `first` on; videos: those of `scan`."""
+  for path, caption, count in videos:
+    if first < count:
+      # a file is only read forwards: clips before the first one are decoded too
+      clips = enumerate(video_file.clips(path, sampling))
+      for number, clip in itertools.islice(clips, first, None):
+        yield {"video": clip, "start": np.int32(number * sampling.stride), "caption": caption}
+    first = max(0, first - count)
 
 
 def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, str, int]]:
@@ -187,7 +218,7 @@ def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
   return caption
 
 
-def _fingerprint(folder: pathlib.Path) -> str:
+def fingerprint(folder: pathlib.Path) -> str:
   """Returns a hash of the names and sizes of the videos and captions of a folder."""
   suffixes = (*_SUFFIXES, ".txt", ".csv", ".jsonl")
   files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())

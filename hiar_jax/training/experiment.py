@@ -190,19 +190,7 @@ class Experiment:
     if self.teacher.frames and not self.framepack:
       raise UserError("teacher.frames: the teacher of a causal student is trained on whole clips")
     self.trajectories.kept(self.student)  # raises where the teacher's steps miss the student's
-    captions_only = self.data.opened.captions_only
-    if captions_only and not self.weights.base:
-      raise UserError(
-        f"data.source = {self.data.source!r} trains no teacher: give weights.base, a directory of "
-        "converted weights"
-      )
-    if captions_only == self.codec.fitted:
-      kinds = [kind for kind, codec in AUTOENCODERS.items() if not codec.fitted]
-      without = [name for name, source in SOURCES.items() if source.captions_only]
-      raise UserError(
-        f"data.source = {self.data.source!r} with codec.kind = {self.codec.kind!r}: expected "
-        f"{' or '.join(map(repr, without))} with {' or '.join(map(repr, kinds))} only"
-      )
+    self._check_data()
     if self.teacher_model and not self.weights.teacher:
       raise UserError("teacher_model is given, but no weights.teacher of that size")
 
@@ -230,6 +218,30 @@ class Experiment:
         f"model.patch = {patch}"
       )
 
+  def _check_data(self) -> None:
+    """Raises UserError where the data does not have what is trained on it."""
+    captions_only, published = self.data.opened.captions_only, not self.codec.fitted
+    given = f"data.source = {self.data.source!r}"
+    if (captions_only or published) and not self.weights.base:
+      raise UserError(
+        f"{given} with codec.kind = {self.codec.kind!r} trains no teacher: give weights.base, a "
+        "directory of converted weights"
+      )
+    if captions_only and not published:
+      kinds = [kind for kind, codec in AUTOENCODERS.items() if not codec.fitted]
+      raise UserError(
+        f"{given} with codec.kind = {self.codec.kind!r}, which is fitted on clips: expected "
+        f"codec.kind = {' or '.join(map(repr, kinds))}"
+      )
+    if captions_only == bool(self.framepack) and published:
+      names = [name for name, x in SOURCES.items() if x.captions_only != bool(self.framepack)]
+      read = "clips, of which it has none" if captions_only else "captions alone, not clips"
+      stage = "framepack" if self.framepack else "distill"
+      raise UserError(
+        f"{given}: the {stage} stage reads {read}; expected data.source = "
+        f"{' or '.join(map(repr, names))}"
+      )
+
   def _check_sections(self, framepack: FramePackConfig) -> None:
     """Raises UserError where clips are not whole sections, or sections not blocks."""
     self.packed_dit  # noqa: B018  # raises for a network without packed frames
@@ -252,6 +264,13 @@ class Experiment:
   def given(self) -> int:
     """The latent frames of a clip's start that its model is given, and does not make."""
     return self.framepack.given if self.framepack else 0
+
+  @property
+  def stores_latents(self) -> bool:
+    """True where the data stage encodes the clips, once: a published codec is too slow for the
+    training loop.
+    """
+    return not self.codec.fitted and not self.data.opened.captions_only
 
   @property
   def last_stage(self) -> str:

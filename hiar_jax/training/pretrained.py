@@ -26,17 +26,34 @@ def load_real_score(run: Run) -> Params:
   return load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
 
 
+def check(run: Run) -> None:
+  """Raises UserError where published weights in a stage's place are missing or of other sizes."""
+  for stage in ("teacher", "causal_init"):
+    directory, free = _in_place_of(run, stage)
+    if directory:
+      _check_sizes(run, directory, run.experiment.network_of(stage), free)
+
+
+def _in_place_of(run: Run, stage: str) -> tuple[str, tuple[str, ...]]:
+  """Returns the directory of published weights in a stage's place, '' for none, and the sizes in
+  which they may differ.
+  """
+  e = run.experiment
+  directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage, "")
+  # training starts from any kernels: those that the schedule lacks or adds are made then
+  packed = {"teacher": e.framepack is not None, "causal_init": e.stored_student != e.dit}
+  return directory, ("packing",) * packed.get(stage, False)
+
+
 def load_weights(run: Run, stage: str) -> Params:
   """Loads the averaged weights of a stage, or the published ones in its place, sharded over the
   mesh.
   """
   e = run.experiment
   network = e.network_of(stage)
-  directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
+  directory, free = _in_place_of(run, stage)
   if directory:
-    # training starts from any kernels: those that the schedule lacks or adds are made then
-    packed = {"teacher": e.framepack is not None, "causal_init": e.stored_student != e.dit}
-    return load_published(run, directory, network, free=("packing",) * packed[stage])
+    return load_published(run, directory, network, free=free)
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
@@ -55,6 +72,17 @@ def load_published(
 
   free: sizes that may be others. Raises UserError where they have other sizes than `expected`.
   """
+  _check_sizes(run, directory, expected, free)
+
+  def shardings(shapes):
+    min_shard = run.experiment.mesh.min_shard
+    return tree_shardings(shapes, run.mesh, expected.sharding_rules, min_shard=min_shard)
+
+  return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]
+
+
+def _check_sizes(run: Run, directory: str, expected: Network, free: tuple[str, ...]) -> None:
+  """Raises UserError where weights are missing, or of other sizes than `expected` and not free."""
   found = weights.read_config(directory, expected.kind)
   sizes = [name for name in expected.sizes if name not in free]
   different = [name for name in sizes if getattr(found, name) != getattr(expected, name)]
@@ -68,12 +96,6 @@ def load_published(
       f"{directory} holds another model than the config describes: {lines}; give the weights of "
       "this size"
     )
-
-  def shardings(shapes):
-    min_shard = run.experiment.mesh.min_shard
-    return tree_shardings(shapes, run.mesh, expected.sharding_rules, min_shard=min_shard)
-
-  return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]
 
 
 def _other_kernels(run: Run, directory: str, found: tuple, expected: tuple) -> str:

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,14 @@ class Run:
   def autoencoder(self) -> Autoencoder:
     """The autoencoder, opened when it is first used: the data stage may have to fit it."""
     return self.experiment.codec.open(self.directory("data"))
+
+  def codec_recipe(self) -> dict[str, Any]:
+    """Returns what the latents of a clip depend on beside it, as JSON values."""
+    # the directory of weights may be moved: what is in them is what counts
+    settings = {
+      f"codec_{k}": v for k, v in to_json(self.experiment.codec).items() if k != "weights"
+    }
+    return {"codec": self.autoencoder.identity, **settings}
 
   @functools.cached_property
   def codebook(self) -> Codebook | None:
@@ -331,8 +340,10 @@ def _count_clips(run: Run) -> tuple[float, str]:
   Raises UserError where the data stage could not run.
   """
   found = run.source.count(run.directory("data"))
-  if run.source.captions_only:
+  if run.source.captions_only or run.experiment.stores_latents:
     run.text_encoder  # noqa: B018  # raises where weights are missing
+  if run.experiment.stores_latents:
+    run.autoencoder.identity  # noqa: B018  # the same
   return found
 
 

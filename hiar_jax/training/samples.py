@@ -92,7 +92,12 @@ def true_starts(run: Run, prompts: Sequence[str], seeds: Sequence[int]) -> tuple
     for prompt in prompts:
       if prompt not in captions:
         raise UserError(f"{prompt!r} is no caption of the data, whose clips the videos start from")
-    starts = [clips[captions.index(prompt)]["video"][:frames] for prompt in prompts]
+    found = [clips[captions.index(prompt)] for prompt in prompts]
+    if run.experiment.stores_latents:
+      # causal: the first latent frames are those of the first frames alone
+      starts = [clip["latents"][: run.experiment.given] for clip in found]
+      return (np.stack(starts).astype(np.float32),)
+    starts = [clip["video"][:frames] for clip in found]
   return (np.asarray(run.autoencoder.latents(np.stack(starts))),)
 
 

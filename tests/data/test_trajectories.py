@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hiar_jax.data import tfds_builder, trajectories
+from hiar_jax.data import parts, tfds_builder, trajectories
 from hiar_jax.data.trajectories import TrajectoryWriter
 from hiar_jax.errors import UserError
 
@@ -61,12 +61,12 @@ def test_a_stop_inside_finish(tmp_path, monkeypatch):
   writer = _writer(tmp_path)
   _compute(writer, writer.missing_parts())
   with monkeypatch.context() as patch:
-    patch.setattr(trajectories, "_read_part", _dies_after(trajectories._read_part, 2))
+    patch.setattr(parts, "_read_part", _dies_after(parts._read_part, 2))
     with pytest.raises(KeyboardInterrupt):
       writer.finish()
   assert not writer.complete and writer.missing_parts() == []
   with monkeypatch.context() as patch:
-    patch.setattr(trajectories.shutil, "rmtree", _dies_after(None, 0))
+    patch.setattr(parts.shutil, "rmtree", _dies_after(None, 0))
     with pytest.raises(KeyboardInterrupt):
       writer.finish()
   writer = _writer(tmp_path)
