@@ -33,7 +33,6 @@ import time
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
@@ -279,8 +278,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", "experiments/shapes.py", "the experiment whose student is streamed", lock_config=True
+  configs.define_config(
+    "the experiment whose student is streamed", Experiment, default="experiments/shapes.py"
   )
   flags.DEFINE_integer(
     "blocks", 2_000, "blocks to stream on each layout, without and again with decoding", 20

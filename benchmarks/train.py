@@ -25,7 +25,6 @@ import time
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
@@ -162,8 +161,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", "experiments/shapes.py", "the experiment whose updates are timed", lock_config=True
+  configs.define_config(
+    "the experiment whose updates are timed", Experiment, default="experiments/shapes.py"
   )
   flags.DEFINE_integer("updates", 40, "timed updates of each stage", 2)
   flags.DEFINE_multi_enum(

@@ -71,4 +71,4 @@ def report(stage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-  configs.run(main)
+  configs.run(main, Experiment)

@@ -17,7 +17,9 @@ import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
+from hiar_jax.config import left_out
 from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
 from hiar_jax.files import DiskFull, is_disk_full
@@ -29,18 +31,16 @@ Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
 # ------------------------------------------------------------------------------------- entry points
 
 
-def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
+def run(main: Callable[[config_dict.ConfigDict, str], Any], cls: type | None = None) -> None:
   """Runs a job: calls main(config, workdir) with `--config=FILE[:VARIANT]` and `--workdir=DIR`.
 
-  A UserError from anywhere below is one line on stderr and exit status 2; a bug keeps its
-  traceback.
+  cls: see define_config. A UserError from anywhere below is one line on stderr and exit status 2; a
+  bug keeps its traceback.
   """
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
+  define_config(
     "config file with get_config(), and its variant, as experiments/shapes.py:full; "
     "--config.KEY=VALUE overrides a number",
-    lock_config=True,
+    cls,
   )
   flags.DEFINE_string("workdir", None, "directory of this run; the same command continues it")
 
@@ -52,6 +52,36 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any]) -> None:
     main(flags.FLAGS.config, flags.FLAGS.workdir)
 
   run_flags(call_main)
+
+
+def define_config(help_text: str, cls: type | None, default: str | None = None) -> None:
+  """Defines the flag --config, a config file whose fields --config.KEY=VALUE overrides.
+
+  cls: the dataclass that the config is built into, whose fields can be overridden where the file
+  leaves them out (config.left_out); None: those of the file alone. default: a file.
+  """
+  holder = config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+  flags.FLAGS["config"].parser = _FileParser(cls)
+  if default is not None:
+    flags.set_default(holder, default)
+
+
+class _FileParser(ConfigFileFlagParser):
+  """Loads a config file, and adds the fields that it leaves out.
+
+  added: their keys, in the config that was loaded last.
+  """
+
+  def __init__(self, cls: type | None):
+    super().__init__("config", lock_config=True)
+    self.cls = cls
+    self.added: list[str] = []
+
+  def parse(self, path: str) -> config_dict.ConfigDict:
+    config = super().parse(path)
+    if self.cls and isinstance(config, config_dict.ConfigDict):  # else an error that is told later
+      self.added = left_out.add(config, self.cls)
+    return config
 
 
 def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: B006
@@ -156,12 +186,22 @@ def _parse(argv: list[str]) -> list[str]:
       # ml_collections hides a file that cannot be read until the first access.
       if not isinstance(flags.FLAGS.config, config_dict.ConfigDict):
         raise _explain(argv, None)
+      _drop_left_out()
     if flags.FLAGS["verbosity"].using_default_value:
       # app.run would set INFO, at which Orbax logs many lines for each save
       flags.FLAGS.verbosity = logging.WARNING
     return rest
   except UserError as error:
     _fail(error)
+
+
+def _drop_left_out() -> None:
+  """Takes the fields that no override has set out of the config again."""
+  flag = flags.FLAGS["config"]
+  if isinstance(flag.parser, _FileParser) and flag.parser.cls:
+    changed = config_flags.get_override_values(flag)
+    left_out.drop(flag.value, flag.parser.cls, flag.parser.added, changed)
+    flag.parser.added = []
 
 
 # ---------------------------------------------------------------------- what was wrong, in one line
@@ -175,11 +215,19 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
   """
   spec, overrides = _config_arguments(argv)
   if spec is not None:
-    config = load_config(spec)
+    config, cls = load_config(spec), getattr(flags.FLAGS["config"].parser, "cls", None)
+    if cls:
+      left_out.add(config, cls)
     names = dict(walk(config))
     for key, text in overrides:
       # levels[0] indexes the field `levels`
       if key.split("[")[0] not in names:
+        group = cls and left_out.without_default(config, cls, key)
+        if group:
+          return UserError(
+            f"--config.{key}: the config {spec} has no group {group!r}, so nothing in it can be "
+            "set; add the group in a config file of your own"
+          )
         return UserError(
           f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}"
         )

@@ -3,11 +3,13 @@
 import dataclasses
 
 from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
+from hiar_jax.config.command_line import define_config
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import DTYPES
 
 STAGES = ("distill", "causal_init", "framepack")
@@ -57,12 +59,7 @@ class ModelOptions:
 
 def define_model_flags() -> None:
   """Defines an absl flag for each field of `ModelOptions`."""
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "with --weights: a Python file with get_config(), and a variant",
-    lock_config=True,
-  )
+  define_config("with --weights: a Python file with get_config(), and a variant", Experiment)
   flags.DEFINE_string(
     "weights",
     None,

@@ -196,6 +196,126 @@ def test_main_cannot_add_a_key(job):
   assert status == 1 and "locked" in err and "lrr" in err
 
 
+# ------------------------------------------------------------------- fields that a file leaves out
+
+TYPED_JOB = """
+import dataclasses
+from hiar_jax.config import command_line
+from hiar_jax.config.building import build, of_kinds
+
+@dataclasses.dataclass(frozen=True)
+class Distill:
+  lr: float
+  ema: float | None = None
+  shift: float = 5
+  rounds: int = 1
+  orders: tuple[str, ...] = ("vanilla",)
+  remat: bool = False
+
+@dataclasses.dataclass(frozen=True)
+class Tall:
+  kind: str = "tall"
+  height: int = 4
+
+@dataclasses.dataclass(frozen=True)
+class Wide:
+  height: int = 8
+  width: int = 8
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  width: int
+  levels: tuple[float, ...]
+  name: str
+  remat: bool
+  distill: Distill
+  weights: Wide = Wide()
+  net: object = of_kinds({"tall": Tall, "wide": Wide}, default=Tall())
+  packed: Wide | None = None
+  paced: float = 1.0
+
+def main(c, workdir):
+  build(Job, c)
+  print(c.to_json(sort_keys=False))
+
+command_line.run(main, Job)
+"""
+PLAIN = {
+  "width": 8,
+  "levels": [1.0, 0.5],
+  "name": "plain",
+  "remat": False,
+  "distill": {"lr": 1e-3, "ema": None},
+}
+
+
+ALL_KINDS = [
+  "--config.paced=2",
+  "--config.distill.shift",
+  "2.5",
+  "--config.distill.orders=('a', 'b')",
+  "--config.distill.remat",
+  "--config.weights.width=9",
+  "--config.width=2",
+  # 4 is the other kind's default, and stands first in the registry
+  "--config.net.height=4",
+  "--config.net.kind=wide",
+]
+DEFAULTS = [
+  "--config.distill.rounds=3",
+  "--config.distill.rounds=1",
+  "--noconfig.distill.remat",
+  "--config.net.kind=tall",
+]
+
+
+@pytest.mark.parametrize(
+  "overrides, found",
+  [
+    ([], {}),
+    (
+      ALL_KINDS,
+      {
+        "paced": 2.0,
+        "distill": {"shift": 2.5, "orders": ["a", "b"], "remat": True},
+        "weights": {"width": 9},
+        "width": 2,
+        "net": {"kind": "wide", "height": 4},
+      },
+    ),
+    # what is the default anyhow leaves the config, and with it a run's identity, as it is
+    (DEFAULTS, {}),
+  ],
+)
+def test_fields_that_the_file_leaves_out_can_be_set(job, overrides, found):
+  status, out, err = job("--config=shapes.py", "--workdir=w", *overrides, code=TYPED_JOB)
+  assert (status, err) == (0, "")
+  wanted = {**PLAIN, **found, "distill": {**PLAIN["distill"], **found.get("distill", {})}}
+  assert json.loads(out) == wanted
+
+
+@pytest.mark.parametrize(
+  "override, message",
+  [
+    (
+      "--config.distill.shfit=1",
+      "--config.distill.shfit: the config shapes.py has no such key; did you mean 'distill.shift'?",
+    ),
+    ("--config.distill.rounds=1.5", "--config.distill.rounds=1.5: expected int, as 1"),
+    ("--config.net.width=1", "net has no field 'width'"),  # which the other kind has
+    (
+      "--config.packed.width=1",
+      "--config.packed.width: the config shapes.py has no group 'packed', so nothing in it can be "
+      "set; add the group in a config file of your own",
+    ),
+  ],
+)
+def test_a_wrong_override_of_a_left_out_field_is_one_line(job, override, message):
+  status, out, err = job("--config=shapes.py", "--workdir=w", override, code=TYPED_JOB)
+  assert (status, out, len(err.splitlines())) == (2, "", 1)
+  assert message in err
+
+
 # -------------------------------------------------------------------------- names that have changed
 
 RENAMED = {
