@@ -22,7 +22,7 @@ LAYERS = [
   "data losses",
   "components evaluation",
   "planning training",
-  "generation conversion train evaluate compare",
+  "generation conversion train evaluate compare __main__",
   "streaming generate convert",
   "serving stream",
   "serve model",
