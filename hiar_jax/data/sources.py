@@ -29,7 +29,8 @@ class DataConfig:
   """The training data.
 
   source: `shapes`, clips of the shapes world; `videos`, those of a folder, cut into clips end to
-  end; `prompts`, prompts without videos, for a teacher that exists.
+  end; `prompts`, prompts without videos, for distillation from a teacher that exists. Clips of a
+  published codec are stored as latents.
   """
 
   source: str = "shapes"

@@ -4,6 +4,7 @@ by its VAE, the framepack stage on their latents, videos.
 
 import dataclasses
 import functools
+import re
 import runpy
 import shutil
 
@@ -12,17 +13,20 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from experiments import wan_framepack
 from hiar_jax.checkpoints import weights
+from hiar_jax.config.building import build
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder, video_folder
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
 from hiar_jax.training import samples, stages
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import open_run
 from hiar_jax.video.mp4 import write_mp4
 from hiar_jax.video.video_file import Sampling
 from tests.helpers import tiny_run
-from tests.helpers.tiny_wan import VAE, directory
+from tests.helpers.tiny_wan import DIT, VAE, directory, random_like
 from tests.helpers.video_reader import read_mp4
 
 CONFIG = """
@@ -42,7 +46,8 @@ def get_config():
   c.log.update(every=1, preview_every=10, checkpoint_every=1)
   return c
 """
-# seconds at 16 frames a second: clips of 21 frames
+PAGE = (tiny_run.ROOT / "docs" / "framepack.md").read_text()
+# of each video, at 16 a second; a clip takes 21
 FRAMES = {"cat": 24, "dog": 43, "waves": 21}
 CAPTIONS = ["a film of cat", "a film of dog", "a film of dog", "a film of waves"]
 
@@ -237,3 +242,51 @@ def test_it_generates_and_goes_back_to_diffusers(chain, place, trained):
   found = read_mp4(out / "same.mp4")[0]
   assert any((found == video).all() for video in sample.values())
   assert "history: td_f2k2f1k1_g2" in done[2][1]
+
+
+HELIOS = CONFIG.replace(
+  "  c.sample",
+  """  c.framepack.update(packing="f1k1_x_td_f4k4f2k2f1k1_g2", published=True)
+  c.framepack.update(history_level="clean", hears=False)
+  c.sample""",
+  1,
+)
+
+
+@pytest.mark.slow
+def test_a_converted_helios_generates(chain, place):
+  """With the lines of docs/framepack.md: kernels k1, k2, k4, the first frame kept for ever."""
+  (place / "helios.py").write_text(HELIOS.format(place=place))
+  config = dataclasses.replace(DIT, packing=(1, 2, 4))
+  helios = random_like(config, type(config).init, 7, 0.2)
+  weights.save(place / "helios", "dit", config, helios)
+  command = [f"--config={place}/helios.py", f"--weights={place}/helios", f"--prompt={CAPTIONS[0]}"]
+  out = place / "helios.mp4"
+  ((status, _, errors),) = chain.commands(
+    [("hiar_jax.generate", [*command, "--frames=29", f"--out={out}"])]
+  )
+  assert status == 0, errors
+  frames = read_mp4(out)[0]
+  assert len(frames) == 29 and frames.std() > 1
+  (lines,) = re.findall(r"Helios\n.*?```python\n(.*?)```", PAGE, re.DOTALL)
+  for line in lines.splitlines():
+    assert line.replace("f16k4", "f4k4").replace("g9", "g2") in HELIOS
+
+
+# ------------------------------------------------------------------------------------ its page
+
+
+def test_the_page_names_whole_sections_and_fields_that_exist():
+  e = build(Experiment, wan_framepack.get_config())
+  section = PAGE[PAGE.index("## On Wan") :]
+  (other,) = re.findall(r"`--config.data.frames=(\d+)`, (\d+) or (\d+)", section)
+  lengths = [e.data.frames, *map(int, other)]
+  assert [e.framepack.sections(e.codec.latent_frames(n)) for n in lengths] == [4, 3, 2, 1]
+  assert all(e.codec.pixel_frames(e.codec.latent_frames(n)) == n for n in lengths)
+  (frames,) = re.findall(r"--frames=(\d+)", section)
+  assert e.framepack.sections(e.codec.latent_frames(int(frames))) == 8
+  size = int(np.prod(e.latent.clip)) * 4
+  assert f"{size / 1e6:.1f} MB a clip" in section
+  c = wan_framepack.get_config()
+  for name, value in re.findall(r"--config\.([\w.]+)=([\w]+)", section):
+    c.update_from_flattened_dict({name: type(c[name.split(".")[0]][name.split(".")[1]])(value)})
