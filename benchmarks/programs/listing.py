@@ -241,7 +241,8 @@ def framepack_step(run):
     e.latent.frames,
     codebook=run.codebook,
   )
-  return step(made, state, run.batch(config.batch, "video"), negative(run))
+  frozen = framepack.Frozen(negative(run))
+  return step(made, state, run.batch(config.batch, "video"), frozen)
 
 
 # --------------------------------------------------------------------------------------- generation

@@ -7,6 +7,7 @@ runs, with their sources, are in experiments/.
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from hiar_jax import flow
@@ -25,6 +26,7 @@ from hiar_jax.rollout.solvers import SOLVERS
 from hiar_jax.training.causal_init import CausalInitConfig
 from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.framepack import FramePackConfig
+from hiar_jax.training.lora import Adapters
 from hiar_jax.training.teacher import TeacherConfig
 from hiar_jax.types import LatentShape
 
@@ -281,6 +283,18 @@ class Experiment:
   def packed_dit(self) -> Network:
     """The teacher with the input projections of framepack.packing."""
     return self.dit.packed(self.framepack.parsed.pools)
+
+  @property
+  def packed_adapters(self) -> Adapters | None:
+    """The adapters of framepack.lora; None where all weights are trained. Projections that the
+    teacher lacks are trained as they are.
+    """
+    if not self.framepack.lora.rank:
+      return None
+    known, made = (
+      jax.eval_shape(network.init, jax.random.key(0)) for network in (self.dit, self.packed_dit)
+    )
+    return Adapters(self.packed_dit, self.framepack.lora, tuple(sorted(made.keys() - known.keys())))
 
   @property
   def needs_trajectories(self) -> bool:

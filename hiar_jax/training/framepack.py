@@ -8,6 +8,7 @@ sampler shows a section is what it is trained on here.
 
 from collections.abc import Callable
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from hiar_jax.packing.rows import History, Row, frames_at, groups_of_row, tables
 from hiar_jax.packing.schedule import Schedule, parse
 from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import example_keys, example_normal
+from hiar_jax.training.lora import Adapters, LoRAConfig
 from hiar_jax.training.state import (
   TrainConfig,
   TrainState,
@@ -29,7 +31,7 @@ from hiar_jax.training.state import (
   identity,
   update_ema,
 )
-from hiar_jax.types import Batch, Key, Mean, Text, Video
+from hiar_jax.types import Batch, Key, Mean, Params, Text, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class FramePackConfig(TrainConfig):
   own. history_level, hears, sort, time_weight, frame_seconds: packing.rows.History. history_noise:
   level up to which the context is noised, drawn evenly for each example (Helios); 0: none. shift,
   caption_dropout: as the teacher's. codebook: of +D schedules, whose history is replaced by its
-  centroids.
+  centroids. lora: adapters that are trained instead of all weights.
   """
 
   packing: str
@@ -60,6 +62,7 @@ class FramePackConfig(TrainConfig):
   codebook: CodebookConfig = dataclasses.field(
     default=CodebookConfig(), metadata={"since": "2026-11"}
   )
+  lora: LoRAConfig = dataclasses.field(default=LoRAConfig(), metadata={"since": "2026-11"})
 
   def __post_init__(self):
     super().__post_init__()
@@ -107,6 +110,17 @@ class FramePackConfig(TrainConfig):
     )
 
 
+class Frozen(NamedTuple):
+  """What a step reads and nobody trains.
+
+  negative: text [1 l d], which takes the place of a dropped caption. base: the parameters beside
+  adapters.
+  """
+
+  negative: Text
+  base: Params | None = None
+
+
 def make_step(
   config: FramePackConfig,
   network: Network,
@@ -115,17 +129,18 @@ def make_step(
   *,
   mean: Mean = identity,
   codebook: Codebook | None = None,
+  adapters: Adapters | None = None,
 ):
-  """Returns step(state, batch, negative) -> (state, metrics).
+  """Returns step(state, batch, frozen) -> (state, metrics).
 
   batch: {latents [b frames h w c], text, example_id}, and start where the model embeds places.
-  negative: text [1 l d], which takes the place of a dropped caption. mean: averages over devices.
-  codebook: replaces the history of +D schedules.
+  frozen: Frozen. mean: averages over devices. codebook: replaces the history of +D schedules.
+  adapters: those that the state's parameters are; None: the network's own.
   """
   tables = config.rows(frames)
   counts = jnp.asarray([len(table.generates) for table in tables], jnp.float32)
 
-  def step(state: TrainState, batch: Batch, negative: Text) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(state.key, state.step)
     # one table for the batch: its steps are alike in shape
     which = jax.random.categorical(jax.random.fold_in(key, 0), jnp.log(counts))
@@ -134,8 +149,10 @@ def make_step(
     def loss(params, part):
       keys = jax.vmap(lambda k: jax.random.split(k, 4))(example_keys(key, part["example_id"]))
       dropped = jax.vmap(jax.random.uniform)(keys[:, 0]) < config.caption_dropout
-      text = jnp.where(dropped[:, None, None], negative, part["text"])
+      text = jnp.where(dropped[:, None, None], frozen.negative, part["text"])
       sigma = sample_sigma(keys[:, 1], config.shift)
+      if adapters:
+        params = adapters.merged(params, frozen.base)
       bound, clip = bind(network, params, text), part["latents"]
       start = part.get("start", jnp.zeros_like(part["example_id"]))
       shown = codebook.discretise(clip) if codebook else clip

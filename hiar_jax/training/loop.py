@@ -22,12 +22,13 @@ from hiar_jax.errors import Damaged, UserError
 from hiar_jax.models.frames import Network
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
-from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
+from hiar_jax.parallel.rules import Rules, sharded_shapes, tree_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer
+from hiar_jax.training.lora import Adapters
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig, TrainState
-from hiar_jax.types import Batch, PyTree
+from hiar_jax.types import Batch, Params, PyTree
 
 
 class Preempted(SystemExit):
@@ -125,18 +126,19 @@ def run_stage(
   updates: Sequence[Update],
   iterators: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
+  adapters: Adapters | None = None,
+  inference: Callable[[TrainState], Params] = lambda state: state.ema,
 ) -> None:
   """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
 
-  network: the one that is trained. updates: those that are due in a step, in their order; the last
-  one is due in every step and its loss is the stage's. preview: state -> clips uint8 [b F H W 3]
-  for the log. Raises Preempted after SIGTERM or SIGINT, once the state is saved, and UserError
-  where a metric is not finite.
+  network: the one that is trained; adapters: by those. inference: state -> the network's weights
+  that a checkpoint holds for its users. updates: those that are due in a step, in their order; the
+  last one is due in every step and its loss is the stage's. preview: state -> clips uint8
+  [b F H W 3] for the log. Raises Preempted after SIGTERM or SIGINT, once the state is saved, and
+  UserError where a metric is not finite.
   """
   log, mesh = run.experiment.log, run.experiment.mesh
-  # Shapes first, then jit with shardings: no device ever holds an unsharded state.
-  shapes = jax.eval_shape(create)
-  shardings = tree_shardings(shapes, run.mesh, network.sharding_rules, min_shard=mesh.min_shard)
+  shapes, shardings = _abstract(run, create, (adapters or network).sharding_rules)
   steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in updates]
   iterators.latest = {update.name: {} for update in updates if update.due}
   config = {"model": to_json(network), "stage": stage}
@@ -173,7 +175,7 @@ def run_stage(
           _check_finite(stage, step, metrics)
           _report(run, stage, bar, pending)
           pending = None
-          checkpoints.save(step, state, state.ema, iterators, force=True)
+          checkpoints.save(step, state, inference(state), iterators, force=True)
     checkpoints.wait()
   if stopping:
     print(
@@ -182,6 +184,15 @@ def run_stage(
     )
     # 128 + signal, as a shell reports it; in a job of several processes no handler saw SIGTERM (15)
     raise Preempted(128 + (stop.signal or 15))
+
+
+def _abstract(run: Run, create: Callable[[], TrainState], rules: Rules) -> tuple[PyTree, PyTree]:
+  """Returns the shapes of the first state and their shardings: known before there is any array, so
+  that no device ever holds an unsharded state.
+  """
+  shapes = jax.eval_shape(create)
+  min_shard = run.experiment.mesh.min_shard
+  return shapes, tree_shardings(shapes, run.mesh, rules, min_shard=min_shard)
 
 
 def _report(run: Run, stage: str, bar: Progress, pending: tuple[int, Mapping] | None) -> None:

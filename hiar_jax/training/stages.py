@@ -24,7 +24,7 @@ from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training import causal_init, distill, framepack, loop, pretrained, samples, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
-from hiar_jax.training.state import create_state
+from hiar_jax.training.state import TrainState, create_state
 from hiar_jax.types import Params
 
 FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
@@ -223,20 +223,42 @@ def train_framepack(run: Run) -> None:
     return
   weights = pretrained.load_teacher(run)
   key = _stage_key(run, "framepack")
-  optimizer = config.optimizer(network)
+  adapters = e.packed_adapters
+  optimizer = config.optimizer(adapters or network)
   stored = ("latents",) if e.stores_latents else ("video",)
   make_step = functools.partial(
-    framepack.make_step, config, network, optimizer, e.latent.frames, codebook=run.codebook
+    framepack.make_step,
+    config,
+    network,
+    optimizer,
+    e.latent.frames,
+    codebook=run.codebook,
+    adapters=adapters,
   )
+
+  base = adapters and adapters.frozen(network.with_projections(weights))
+  merge = jax.jit(adapters.merged) if adapters else lambda trained, base: trained
+
+  def start():
+    params = network.with_projections(weights)
+    # 0: for A; a step splits what it draws from fold_in(key, step) again
+    params = adapters.start(jax.random.fold_in(key, 0), params) if adapters else params
+    return create_state(key, params, optimizer)
+
+  def inference(state: TrainState) -> Params:
+    return merge(state.ema, base)
+
   loop.run_stage(
     run,
     "framepack",
     config,
     network,
-    create=lambda: create_state(key, network.with_projections(weights), optimizer),
-    updates=[loop.Update(make_step, ("clips",), run.negative)],
+    create=start,
+    updates=[loop.Update(make_step, ("clips",), framepack.Frozen(run.negative, base))],
     iterators=loop.DataIterators(run, clips=run.clips("data", config.batch, stored, salt=7)),
-    preview=_student_preview(run),
+    preview=_student_preview(run, inference),
+    adapters=adapters,
+    inference=inference,
   )
 
 
@@ -378,10 +400,12 @@ def _wait_for_all(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def _student_preview(run: Run):
-  """Returns state -> uint8 clips [b F H W 3] of the training length, for the log."""
+def _student_preview(run: Run, inference=lambda state: state.ema):
+  """Returns state -> uint8 clips [b F H W 3] of the training length, for the log; inference: as
+  loop.run_stage's.
+  """
   e, prompts = run.experiment, run.preview_prompts()
   generate = run.sampler(e.latent.frames - e.given)
   texts, seeds = run.texts(prompts), np.arange(len(prompts))
   start = samples.true_starts(run, prompts, seeds)
-  return lambda state: run.pixels(generate(state.ema, texts, seeds, *start))
+  return lambda state: run.pixels(generate(inference(state), texts, seeds, *start))

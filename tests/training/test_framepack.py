@@ -26,6 +26,7 @@ from tests.helpers.slow_cases import slow
 
 NETWORK = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
 FRAMES = 6
+NEGATIVE = framepack.Frozen(jnp.asarray(0.1 * tiny.text()[:1]))
 
 
 def config(**changes) -> FramePackConfig:
@@ -42,7 +43,7 @@ def run(c: FramePackConfig, frames: int = FRAMES, optimizer=None, state=None, **
   optimizer = optimizer or optax.sgd(1.0)
   state = state or create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
   step = quick_jit(framepack.make_step(c, NETWORK, optimizer, frames))
-  return state, *step(state, batch(frames) | changes, jnp.asarray(0.1 * tiny.text()[:1]))
+  return state, *step(state, batch(frames) | changes, NEGATIVE)
 
 
 def test_the_loss_by_hand():
@@ -72,9 +73,7 @@ def test_a_later_clip_of_a_video_has_later_places():
   step = quick_jit(framepack.make_step(config(), places, optax.sgd(1.0), FRAMES))
   starts = [None, np.zeros(2, np.int32), np.asarray([0, 4], np.int32)]
   clips = [batch() | ({} if x is None else {"start": x}) for x in starts]
-  plain, first, later = (
-    step(state, clip, jnp.asarray(0.1 * tiny.text()[:1]))[1]["loss"] for clip in clips
-  )
+  plain, first, later = (step(state, clip, NEGATIVE)[1]["loss"] for clip in clips)
   assert plain == first and abs(later - plain) > 1e-4
 
 
@@ -85,7 +84,7 @@ def test_the_teacher_is_trained_on_windows_of_clips():
   state = create_state(jax.random.key(0), tiny.params(places), optax.sgd(1.0))
   step = quick_jit(teacher.make_step(c, places, optax.sgd(1.0)))
   start = np.asarray([0, 1], np.int32)
-  _, metrics = step(state, batch() | {"start": start}, jnp.asarray(tiny.text()[:1]))
+  _, metrics = step(state, batch() | {"start": start}, NEGATIVE.negative)
   examples = example_keys(jax.random.fold_in(state.key, 0), batch()["example_id"])
   x0, first = teacher.windows(examples, jnp.asarray(batch()["latents"]), 2)
   for i, at in enumerate(np.asarray(first)):
@@ -121,8 +120,7 @@ def test_discretised_history_is_read_and_not_learnt():
 
   def loss_with(codebook):
     step = quick_jit(framepack.make_step(c, NETWORK, optax.sgd(1.0), 4, codebook=codebook))
-    negative = jnp.asarray(tiny.text()[:1])
-    return lambda clip: step(state, batch(4) | {"latents": clip}, negative)[1]["loss"]
+    return lambda clip: step(state, batch(4) | {"latents": clip}, NEGATIVE)[1]["loss"]
 
   discretised, as_it_is = loss_with(book), loss_with(None)
   got = discretised(clip)
@@ -153,14 +151,13 @@ def test_every_order_of_sections_is_drawn():
   optimizer = optax.sgd(0.0)
   state = create_state(jax.random.key(0), tiny.params(NETWORK), optimizer)
   step = quick_jit(framepack.make_step(c, NETWORK, optimizer, FRAMES))
-  negative = jnp.asarray(tiny.text()[:1])
   changed = batch()["latents"].copy()
   changed[:, 4:] += 1.0  # the last section, which is nobody's context
   seen = set()
   for i in range(12):
     at = state.replace(step=jnp.asarray(i, jnp.int32))
     losses = [
-      step(at, batch() | {"latents": x}, negative)[1]["loss"] for x in (batch()["latents"], changed)
+      step(at, batch() | {"latents": x}, NEGATIVE)[1]["loss"] for x in (batch()["latents"], changed)
     ]
     seen.add(bool(losses[0] == losses[1]))
   assert seen == {True, False}
@@ -173,7 +170,7 @@ def test_mixed_orders_train():
   step = quick_jit(framepack.make_step(c, NETWORK, optimizer, 8))
   losses = []
   for _ in range(8):
-    state, metrics = step(state, batch(8), jnp.asarray(tiny.text()[:1]))
+    state, metrics = step(state, batch(8), NEGATIVE)
     losses.append(float(metrics["loss"]))
   assert np.isfinite(losses).all() and int(state.step) == 8
   assert np.isfinite(float(metrics["grad_norm"]))
@@ -195,7 +192,7 @@ def test_tails_and_sorted_history_train(name):
   step = quick_jit(framepack.make_step(c, NETWORK, optimizer, 8))
   losses = []
   for _ in range(30):
-    state, metrics = step(state, batch(8), jnp.asarray(tiny.text()[:1]))
+    state, metrics = step(state, batch(8), NEGATIVE)
     losses.append(float(metrics["loss"]))
   assert np.isfinite(losses).all() and np.mean(losses[-8:]) < 0.8 * np.mean(losses[:8])
 
