@@ -1,5 +1,7 @@
 """Every test sees eight virtual CPU devices and strict array shapes."""
 
+import gc
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -8,16 +10,30 @@ import tempfile
 # before jax is imported, here and in the processes that tests start
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-# Compiling takes most of the time here; processes that tests start compile alike, so that whatever
-# is compared bit for bit has one preset on both sides.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_opt_preset=FAST_COMPILE"
+# Compiling takes most of the time here, and what is compiled runs once or twice on a handful of
+# numbers; processes that tests start compile alike, so that whatever is compared bit for bit has
+# the same options on both sides.
+OPTIONS = [
+  "--xla_cpu_opt_preset=FAST_COMPILE",
+  "--xla_backend_optimization_level=0",
+  "--xla_cpu_parallel_codegen_split_count=1",
+]
+# Later ones end the process at the name of an option that they don't know.
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+  OPTIONS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *OPTIONS])
+# Commands would start their process once more to get huge pages, after all imports.
+os.environ.setdefault("GLIBC_TUNABLES", "")
+# Then tracing is next: no line numbers in programs, and fewer walks over all objects to collect.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+gc.set_threshold(50_000, 20, 20)
 
 # Programs are compiled once for all workers and for the processes that tests start: a smoke run is
 # four times as fast the second time. The first process makes the folder, the others inherit it.
 PROGRAMS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hiar_jax_programs_")
-  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from absl import flags

@@ -93,8 +93,8 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_runs(place, tmp_path_factory):
-  environment = tiny_run.environment(tiny_run.chain(tmp_path_factory.getbasetemp()).cache)
+def test_every_command_of_the_page_runs(place):
+  environment = tiny_run.environment()
   assert len(commands()) >= 10
   for command in commands():
     program, *arguments = shlex.split(command)

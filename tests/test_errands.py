@@ -192,7 +192,7 @@ def test_what_the_page_names_is_there():
   # names of things in files: the file that a row or a sentence names holds them
   for file, names in (
     ("hiar_jax/conversion/layouts.py", "FOLDERS_AND_STEMS MARKER_TENSORS CLASSES key_map"),
-    ("hiar_jax/conversion/infer_config.py", "CONFIGS _STATED infer"),
+    ("hiar_jax/conversion/infer_config.py", "_STATED infer"),
     ("hiar_jax/components/registry.py", "AUTOENCODERS TEXT_ENCODERS"),
     ("hiar_jax/components/interfaces.py", "AutoencoderConfig TextEncoderConfig"),
     ("hiar_jax/models/frames.py", "Network whole_clip put take moved"),

@@ -238,7 +238,7 @@ def test_ctrl_c_ends_an_endless_stream_with_a_whole_file(chain, tmp_path):
     f"--prompt={PROMPT}",
     f"--out={tmp_path}/x.mp4",
   ]
-  environment = {**tiny_run.environment(chain.cache), "GLIBC_TUNABLES": ""}
+  environment = tiny_run.environment()
   command += [f"--save={tmp_path}/saved"]
   with subprocess.Popen(
     command, env=environment, cwd=tiny_run.ROOT, stderr=subprocess.PIPE, text=True
@@ -259,11 +259,7 @@ def test_the_page_of_a_trained_run(chain, made, tmp_path):
   from tests.helpers.browser_tab import run, tab
 
   command = [sys.executable, "-m", "hiar_jax.serve", f"--workdir={chain.straight}", "--port=0"]
-  environment = {
-    **tiny_run.environment(chain.cache),
-    "GLIBC_TUNABLES": "",
-    "PYTHONPATH": os.pathsep.join(sys.path),
-  }
+  environment = {**tiny_run.environment(), "PYTHONPATH": os.pathsep.join(sys.path)}
   with subprocess.Popen(
     command,
     env=environment,

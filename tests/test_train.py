@@ -150,7 +150,7 @@ def test_sigkill_at_random_moments(chain):
     process = subprocess.Popen(
       command,
       cwd=tiny_run.ROOT,
-      env=tiny_run.environment(chain.cache),
+      env=tiny_run.environment(),
       stdout=subprocess.DEVNULL,
       stderr=subprocess.PIPE,
     )

@@ -15,7 +15,6 @@ replaced atomically: whenever a process dies, the old or the new weights are the
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 import pathlib
@@ -29,18 +28,12 @@ from hiar_jax.checkpoints import stored_arrays
 from hiar_jax.checkpoints.on_disk import MODEL, PARAMS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
-from hiar_jax.errors import Damaged, UserError
+from hiar_jax.errors import Damaged, UserError, one_of
 from hiar_jax.files import check_space, write_atomic, writing
+from hiar_jax.models.registry import WEIGHTS
 from hiar_jax.types import Params, PyTree
 
-# kind -> (module, class) of its config; imported on demand, since most programs need one or two.
-CONFIGS = {
-  "dit": ("hiar_jax.models.dit", "DiTConfig"),
-  "vae": ("hiar_jax.models.vae", "VAEConfig"),
-  "umt5": ("hiar_jax.models.umt5", "UMT5Config"),
-  "tiny_vae": ("hiar_jax.models.taehv", "TinyVAEConfig"),
-}
-KINDS = tuple(CONFIGS)
+KINDS = tuple(WEIGHTS)
 ADVICE = "convert published weights with python -m hiar_jax.convert --source=FILES --out="
 
 Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
@@ -232,8 +225,7 @@ def config_to_json(config: Any) -> dict:
 
 def config_from_json(kind: str, fields: dict) -> Any:
   """Inverts `config_to_json`. Raises UserError for fields that the kind's config does not have."""
-  module, name = CONFIGS[kind]
-  cls = getattr(importlib.import_module(module), name)
+  cls = WEIGHTS[kind]
   default = {field.name: field.default for field in dataclasses.fields(cls)}.get("dtype")
   if "dtype" in fields and not isinstance(default, str):
     # Such a config holds jax.numpy's scalar types (jnp.bfloat16), not names or numpy dtypes.
@@ -242,6 +234,5 @@ def config_from_json(kind: str, fields: dict) -> Any:
 
 
 def _folder(directory: str | os.PathLike, kind: str) -> pathlib.Path:
-  if kind not in CONFIGS:
-    raise UserError(f"kind = {kind!r}: expected one of {', '.join(KINDS)}")
+  one_of(WEIGHTS, kind=kind)
   return pathlib.Path(os.path.abspath(directory)) / kind

@@ -6,16 +6,12 @@ from typing import Any
 
 from hiar_jax.conversion.dit_keys import HELIOS
 from hiar_jax.errors import UserError
-from hiar_jax.models.dit import DiTConfig
+from hiar_jax.models.registry import WEIGHTS
 from hiar_jax.models.rope import THETA, split_pairs
-from hiar_jax.models.taehv import TinyVAEConfig
-from hiar_jax.models.umt5 import UMT5Config
-from hiar_jax.models.vae import VAEConfig
 
 HEAD_DIM = 128  # of every published Wan2.1 DiT (1.3B: 1536 / 12 heads, 14B: 5120 / 40)
 Shape = tuple[int, ...]
 
-CONFIGS = {"dit": DiTConfig, "vae": VAEConfig, "umt5": UMT5Config, "tiny_vae": TinyVAEConfig}
 # Field here -> names in a config.json (original, diffusers, transformers); the first one found
 # counts.
 _STATED = {
@@ -141,7 +137,7 @@ def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
       )
     fields = {**fields, "num_heads": fields["dim"] // HEAD_DIM}
   try:
-    return CONFIGS[kind](**fields)
+    return WEIGHTS[kind](**fields)
   except UserError as error:
     raise UserError(f"{what}: {error}") from error
 

@@ -229,10 +229,12 @@ def new_frames(
 
 def write_clips(model: VideoModel, clips: list[Clip]) -> None:
   """Generates the videos and prints the path of each one when its file is complete."""
-  made = make_clips(model, clips)
+  made, config = make_clips(model, clips), model.experiment.sample
   with Progress("generate", len(clips)) as bar:
     for done, (clip, latents) in enumerate(made, 1):
-      write_clip(model, clip, latents)
+      pieces = shown(model, clip, latents)  # decoded while they are written
+      write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
+      print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr
       bar.update(done)
 
 
@@ -302,11 +304,3 @@ def shown(model: VideoModel, clip: Clip, latents: np.ndarray) -> Iterator[np.nda
 def decoded(model: VideoModel, latents: np.ndarray) -> Iterator[np.ndarray]:
   """Decodes the latents [1 f h w c] of one video into pieces uint8 [F_i H W 3]."""
   return (piece[0] for piece in model.run.autoencoder.pieces(latents))
-
-
-def write_clip(model: VideoModel, clip: Clip, latents: np.ndarray) -> None:
-  """Decodes latents [1 f h w c] piece by piece into the clip's file, its metadata included."""
-  config = model.experiment.sample
-  pieces = shown(model, clip, latents)
-  write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
-  print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr

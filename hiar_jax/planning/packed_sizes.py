@@ -5,13 +5,12 @@ from collections.abc import Mapping
 import dataclasses
 
 from hiar_jax.components.chunked_decoder import ChunkedDecoder
-from hiar_jax.errors import at_least, one_of
 from hiar_jax.models.frames import Network
 from hiar_jax.packing.orders import Step, Steps, plan
 from hiar_jax.packing.rows import History
 from hiar_jax.packing.schedule import Schedule
-from hiar_jax.planning.sizes import check_patches, fixed_bytes
-from hiar_jax.types import DTYPES, PyTree
+from hiar_jax.planning.sizes import check_job, fixed_bytes
+from hiar_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +40,7 @@ class PackedJobSize:
   decoder: ChunkedDecoder | None = None
 
   def __post_init__(self):
-    at_least(
-      1,
-      levels=self.levels,
-      height=self.height,
-      width=self.width,
-      batch=self.batch,
-      text=self.text,
-    )
-    one_of(DTYPES, dtype=self.dtype)
-    check_patches(self.network, self.height, self.width)
-    object.__setattr__(self, "network", dataclasses.replace(self.network, dtype=self.dtype))
+    check_job(self)
 
   @property
   def sections(self) -> int:

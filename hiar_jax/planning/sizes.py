@@ -41,16 +41,8 @@ class JobSize:
   decoder: ChunkedDecoder | None = None  # with shapes for weights; None: costs next to nothing
 
   def __post_init__(self):
-    at_least(
-      1,
-      levels=self.levels,
-      frames=self.frames,
-      height=self.height,
-      width=self.width,
-      batch=self.batch,
-      text=self.text,
-    )
-    one_of(DTYPES, dtype=self.dtype)
+    at_least(1, frames=self.frames)
+    check_job(self)
     if self.frames % self.method.block:
       raise UserError(
         f"frames = {self.frames} latent frames are not whole blocks of {self.method.block}"
@@ -59,9 +51,6 @@ class JobSize:
       raise UserError(
         f"given = {self.given} latent frames: expected one, or whole blocks of {self.method.block}"
       )
-    check_patches(self.network, self.height, self.width)
-    # frozen, and the network computes in the job's dtype
-    object.__setattr__(self, "network", dataclasses.replace(self.network, dtype=self.dtype))
 
   @property
   def tokens(self) -> int:
@@ -74,11 +63,21 @@ class JobSize:
     return kind(self.method).capacity(self.method, self.given + self.frames)
 
 
-def check_patches(network: Network, height: int, width: int) -> None:
-  """Raises UserError where latents of height x width are not whole patches."""
-  _, rows, columns = network.patch
-  if height % rows or width % columns:
-    raise UserError(f"latents of {height}x{width} cannot be cut into patches of {rows}x{columns}")
+def check_job(request) -> None:
+  """Checks what a JobSize and a PackedJobSize have in common, and has the network compute in the
+  job's dtype.
+
+  Raises UserError for sizes below 1, an unknown dtype, or sides that the patches do not divide.
+  """
+  r = request
+  at_least(1, levels=r.levels, height=r.height, width=r.width, batch=r.batch, text=r.text)
+  one_of(DTYPES, dtype=r.dtype)
+  _, rows, columns = r.network.patch
+  if r.height % rows or r.width % columns:
+    raise UserError(
+      f"latents of {r.height}x{r.width} cannot be cut into patches of {rows}x{columns}"
+    )
+  object.__setattr__(r, "network", dataclasses.replace(r.network, dtype=r.dtype))  # it is frozen
 
 
 @dataclasses.dataclass(frozen=True)

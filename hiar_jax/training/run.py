@@ -303,7 +303,12 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
 def _check_stages(run: Run) -> None:
   """Raises UserError for what a stage would notice only hours later, when its turn comes."""
   e = run.experiment
-  clips = _count_clips(run)
+  # (number of clips or prompts of the data, the field that sets it)
+  clips = run.source.count(run.directory("data"))
+  if run.source.captions_only or e.stores_latents:
+    run.text_encoder  # noqa: B018  # raises where weights are missing
+  if e.stores_latents:
+    run.autoencoder.identity  # noqa: B018  # the same
   trajectory_count = math.inf if e.trajectories.pairs else e.trajectories.count
   trajectories = (trajectory_count, "trajectories.count")
   # stage -> (examples that it can draw a batch from, the field that sets their number)
@@ -332,19 +337,6 @@ def _check_stages(run: Run) -> None:
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
         "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
       )
-
-
-def _count_clips(run: Run) -> tuple[float, str]:
-  """Returns (number of clips or prompts of the data, the field that sets it).
-
-  Raises UserError where the data stage could not run.
-  """
-  found = run.source.count(run.directory("data"))
-  if run.source.captions_only or run.experiment.stores_latents:
-    run.text_encoder  # noqa: B018  # raises where weights are missing
-  if run.experiment.stores_latents:
-    run.autoencoder.identity  # noqa: B018  # the same
-  return found
 
 
 def _check_shared(config, experiment: Experiment) -> None:

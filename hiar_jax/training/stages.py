@@ -16,19 +16,25 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.data import latents, ode_pairs, pipeline, tfds_builder
+from hiar_jax.data import ode_pairs, pipeline
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training import causal_init, distill, framepack, loop, pretrained, samples, teacher
+from hiar_jax.training import (
+  causal_init,
+  distill,
+  framepack,
+  loop,
+  prepared_data,
+  pretrained,
+  samples,
+  teacher,
+)
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState, create_state
 from hiar_jax.types import Params
-
-FIT_CLIPS = 1024  # a few million patches: with more, the components no longer change
-FIT_BYTES = 1 << 30  # of stored latents
 
 # Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
 KEY_OFFSETS = {
@@ -48,44 +54,10 @@ def prepare_data(run: Run) -> None:
   """Writes <workdir>/data: clips with captions and the codec fitted on them; clips as latents, of a
   published codec (data.latents); or encoded prompts alone (data.sources).
   """
-  e, directory = run.experiment, run.directory("data")
   pretrained.check(run)  # before hours of work
   if jax.process_index() == 0:
-    if e.stores_latents:
-      _prepare_latents(run)
-    elif not e.stages_from:
-      run.source.prepare(directory, lambda: run.text_encoder)
-      e.text.fit(directory, run.words())
-      e.codec.fit(directory, lambda: _clips_to_fit(directory))
+    prepared_data.prepare(run)
   _wait_for_all("data")
-
-
-def _prepare_latents(run: Run) -> None:
-  e, directory = run.experiment, run.directory("data")
-  codec, dtype = run.codec_recipe(), e.data.latent_dtype
-  if e.stages_from:
-    recipe = latents.recipe_of(run.source, codec, dtype)
-    tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
-    return
-  latents.prepare(
-    directory, run.source, run.autoencoder.latents, e.latent.clip, dtype=dtype, codec=codec
-  )
-  e.text.fit(directory, run.words())
-  run.text_encoder.prepare([*pipeline.read_captions(directory), run.text_encoder.negative_prompt])
-
-
-def _clips_to_fit(directory) -> np.ndarray:
-  """Returns the first clips of the data, uint8 [n F H W 3]."""
-  source = tfds_builder.open_source(directory)
-  return np.stack([source[i]["video"] for i in range(min(len(source), FIT_CLIPS))])
-
-
-def _stored_latents(directory) -> np.ndarray:
-  """Returns latents of clips of the data, float32 [n f h w c], evenly spread over it."""
-  source = tfds_builder.open_source(directory, ("latents",))
-  count = max(1, min(len(source), FIT_CLIPS, FIT_BYTES // (4 * source[0]["latents"].size)))
-  rows = [i * len(source) // count for i in range(count)]
-  return np.stack([source[i]["latents"] for i in rows]).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------ teacher
@@ -206,9 +178,9 @@ def fit_codebook(run: Run) -> None:
   of the past.
   """
   e, data = run.experiment, run.directory("data")
-  clips, encode = lambda: _clips_to_fit(data), run.autoencoder.latents
+  clips, encode = lambda: prepared_data.first_videos(data), run.autoencoder.latents
   if e.stores_latents:
-    clips, encode = lambda: _stored_latents(data), lambda x: x
+    clips, encode = lambda: prepared_data.spread_latents(data), lambda x: x
   if jax.process_index() == 0:
     seed = [e.seed, KEY_OFFSETS["codebook"]]
     e.framepack.codebook.fit(run.directory("codebook"), clips, encode, seed=seed)

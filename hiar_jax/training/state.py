@@ -45,7 +45,8 @@ class TrainConfig:
   steps: updates. batch: global examples, taken in `accumulate` equal parts.
   schedule: linear warm-up over `warmup` updates, then `constant`, or `cosine` down to zero.
   rule: `adamw`, or `muon`, which moves the layers' matrices along their orthogonalised momentum at
-  `muon_lr` and all other parameters by AdamW at `lr`.
+  `muon_lr` and all other parameters by AdamW at `lr`. Both of these with Nesterov's momentum, the
+  default of optax's Muon; the rule `adamw` is without.
   ema_decay: ramped up from update `ema_start`; until then the average is a copy of the weights.
   """
 

@@ -9,7 +9,7 @@ from hiar_jax.packing.schedule import parse
 from tests.helpers import tiny_run
 
 
-def test_cost_does_not_grow_with_the_history(tmp_path):
+def test_cost_does_not_grow_with_the_history():
   command = [
     sys.executable,
     "-m",
@@ -22,7 +22,7 @@ def test_cost_does_not_grow_with_the_history(tmp_path):
   done = subprocess.run(
     command,
     cwd=tiny_run.ROOT,
-    env=tiny_run.environment(tmp_path / "compiled"),
+    env=tiny_run.environment(),
     capture_output=True,
     text=True,
   )

@@ -282,7 +282,7 @@ def test_a_toy_package_under_the_hook(tmp_path):
 def test_the_counters_own_run(tmp_path):
   out = tmp_path / "walks.json"
   command = [sys.executable, "-m", "benchmarks.walks", "--list", f"--out={out}"]
-  environment = tiny_run.environment(tmp_path / "compiled")
+  environment = tiny_run.environment()
   done = subprocess.run(command, cwd=tiny_run.ROOT, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   found = json.loads(out.read_text())

@@ -191,6 +191,22 @@ def test_a_tool_has_its_own_flags(job):
   assert status == 2 and len(err.splitlines()) == 1 and "flag --frames=three" in err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc reads GLIBC_TUNABLES")
+def test_a_command_starts_again_with_huge_pages_once(monkeypatch):
+  started = []
+  monkeypatch.setattr(command_line.os, "execv", lambda *command: started.append(command))
+  monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "hiar_jax.train", "--help"])
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  command_line.use_huge_pages()
+  python = sys.executable
+  assert started == [(python, [python, "-X", "dev", "-m", "hiar_jax.train", "--help"])]
+  command_line.use_huge_pages()
+  monkeypatch.delenv("GLIBC_TUNABLES")
+  monkeypatch.setattr(sys, "orig_argv", ["python", "script.py"])
+  command_line.use_huge_pages()
+  assert len(started) == 1
+
+
 def test_main_cannot_add_a_key(job):
   status, _, err = job("--config=shapes.py", "--workdir=locked")
   assert status == 1 and "locked" in err and "lrr" in err

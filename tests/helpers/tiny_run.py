@@ -93,13 +93,12 @@ def arguments(
   ]
 
 
-def environment(cache: pathlib.Path, devices: int = 1) -> dict[str, str]:
-  """Compiles little and once: what one process has compiled the next ones read."""
+def environment(devices: int = 1) -> dict[str, str]:
+  """Compiles little and once: what one process of the session has compiled the others read."""
   return {
     **os.environ,
     "JAX_NUM_CPU_DEVICES": str(devices),
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PYTHONPATH": str(ROOT),
@@ -112,13 +111,13 @@ class Chain:
   """
 
   def __init__(self, directory: pathlib.Path):
-    self.directory, self.cache = directory, directory / "compiled"
+    self.directory = directory
 
   def python(self, *command: str, devices: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
       [sys.executable, *command],
       cwd=ROOT,
-      env=environment(self.cache, devices),
+      env=environment(devices),
       capture_output=True,
       text=True,
       timeout=900,
@@ -146,7 +145,7 @@ class Chain:
     done = subprocess.run(
       [sys.executable, "-W", "ignore", "-c", FORKS],
       cwd=root,
-      env={**environment(self.cache, devices), "PYTHONPATH": str(root)},
+      env={**environment(devices), "PYTHONPATH": str(root)},
       input=json.dumps(cases),
       capture_output=True,
       text=True,

@@ -24,7 +24,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.rollout import packed
-from hiar_jax.training import stages
+from hiar_jax.training import prepared_data, stages
 from hiar_jax.training.experiment import Experiment, WeightsConfig
 from hiar_jax.training.pretrained import load_teacher
 from hiar_jax.training.run import Run
@@ -166,7 +166,7 @@ def test_the_stage_fits_the_codebook_that_sampling_finds(tmp_path, monkeypatch):
   e = build(Experiment, discrete(framepack__codebook__centroids=3))
   save_resolved(discrete(), tmp_path)
   clips = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 1)).astype(np.uint8)
-  monkeypatch.setattr(stages, "_clips_to_fit", lambda directory: clips)
+  monkeypatch.setattr(prepared_data, "first_videos", lambda directory: clips)
   encoder = types.SimpleNamespace(identity="", latents=lambda x: np.repeat(x / 64.0, 16, axis=-1))
   same = lambda x: x
   words = types.SimpleNamespace(identity="", negative_prompt="", tokens=same, embed=same)

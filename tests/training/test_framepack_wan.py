@@ -20,7 +20,7 @@ from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder, video_folder
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
-from hiar_jax.training import samples, stages
+from hiar_jax.training import prepared_data, samples, stages
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import open_run
 from hiar_jax.video.mp4 import write_mp4
@@ -127,7 +127,7 @@ def test_centroids_and_first_frames_come_from_the_stored_latents(place, tmp_path
   data = data_stage(place).directory("data")
   source = tfds_builder.open_source(data)
   stored = np.stack([source[i]["latents"] for i in range(4)])
-  np.testing.assert_array_equal(stages._stored_latents(data), stored)
+  np.testing.assert_array_equal(prepared_data.spread_latents(data), stored)
   c = config(place, framepack__packing="f1k1_x_g2_f1k1f2k2_td", framepack__given=1)
   c.data.frames, c.framepack.orders, c.sample.order = 25, ("inverted",), "inverted"
   run = with_data_of(tmp_path / "inverted", data, c)

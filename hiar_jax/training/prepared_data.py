@@ -1,0 +1,50 @@
+"""The data set of a run, and as much of it as a codec or a codebook is fitted on."""
+
+import numpy as np
+
+from hiar_jax.data import latents, pipeline, tfds_builder
+from hiar_jax.training.run import Run
+
+CLIPS = 1024  # a few million patches: with more, the components no longer change
+BYTES = 1 << 30  # of stored latents
+
+
+def prepare(run: Run) -> None:
+  """Writes <workdir>/data, in one process: clips and the codec fitted on them; clips as latents, of
+  a published codec; or encoded prompts alone.
+  """
+  e, directory = run.experiment, run.directory("data")
+  if e.stores_latents:
+    _prepare_latents(run)
+  elif not e.stages_from:
+    run.source.prepare(directory, lambda: run.text_encoder)
+    e.text.fit(directory, run.words())
+    e.codec.fit(directory, lambda: first_videos(directory))
+
+
+def _prepare_latents(run: Run) -> None:
+  e, directory = run.experiment, run.directory("data")
+  codec, dtype = run.codec_recipe(), e.data.latent_dtype
+  if e.stages_from:
+    recipe = latents.recipe_of(run.source, codec, dtype)
+    tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
+    return
+  latents.prepare(
+    directory, run.source, run.autoencoder.latents, e.latent.clip, dtype=dtype, codec=codec
+  )
+  e.text.fit(directory, run.words())
+  run.text_encoder.prepare([*pipeline.read_captions(directory), run.text_encoder.negative_prompt])
+
+
+def first_videos(directory) -> np.ndarray:
+  """Returns the first clips of the data, uint8 [n F H W 3]."""
+  source = tfds_builder.open_source(directory)
+  return np.stack([source[i]["video"] for i in range(min(len(source), CLIPS))])
+
+
+def spread_latents(directory) -> np.ndarray:
+  """Returns latents of clips of the data, float32 [n f h w c], evenly spread over it."""
+  source = tfds_builder.open_source(directory, ("latents",))
+  count = max(1, min(len(source), CLIPS, BYTES // (4 * source[0]["latents"].size)))
+  rows = [i * len(source) // count for i in range(count)]
+  return np.stack([source[i]["latents"] for i in rows]).astype(np.float32)
