@@ -34,9 +34,10 @@ def load_weights(run: Run, stage: str) -> Params:
   network = e.network_of(stage)
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage)
   if directory:
-    # training starts from any kernels: those that the schedule lacks or adds are made then
+    # training starts from any kernels, and with guidance as an input or without: projections that
+    # are lacking or too many are made or dropped then
     packed = {"teacher": e.framepack is not None, "causal_init": e.stored_student != e.dit}
-    return load_published(run, directory, network, free=("packing",) * packed[stage])
+    return load_published(run, directory, network, free=("packing", "guided") * packed[stage])
   shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
