@@ -43,6 +43,11 @@ def dit_key_map(config: DiTConfig, layout: str = "original") -> list[TensorMappi
       "DiT: place_embedding = True: published models have none, so such weights have no published "
       "names."
     )
+  if config.guided:
+    raise UserError(
+      "DiT: distilled guidance: none of the layouts has a place for its embedding, so such weights "
+      "have no published names."
+    )
   if config.packing and (layout != "diffusers" or set(config.packing) != set(HELIOS)):
     kernels = ", ".join(f"k{pool}" for pool in config.packing)
     raise UserError(

@@ -161,6 +161,7 @@ class VideoModel:
         steps=steps_of(e.sample.order, frames // schedule.generate),
         levels=e.sample.steps,
         guidance=e.sample.guidance,
+        distilled=bool(e.framepack.distilled_guidance),
         published=e.framepack.published,
         solver=e.sample.solver,
         **common,

@@ -60,6 +60,8 @@ class DiTConfig:
     grids and short trainings do not teach.
   places: (n, period) of the place embedding's frames: the first n of a video are distinct, later
     ones repeat with the period, so a video may have any length.
+  guided: adds the embedding of a guidance scale to that of the noise level (dit_layers.embed_time),
+    for distilled guidance, in forwards of packed frames that are given one.
   """
 
   dim: int = 1536
@@ -79,6 +81,7 @@ class DiTConfig:
   place_embedding: bool = False
   places: tuple[int, int] = (1_024, 1)
   packing: tuple[int, ...] = dataclasses.field(default=(), metadata={"since": "2026-11"})
+  guided: bool = dataclasses.field(default=False, metadata={"since": "2026-11"})
   kind = "dit"
   # the fields that decide the names and shapes of parameters
   sizes = (
@@ -92,6 +95,7 @@ class DiTConfig:
     "freq_dim",
     "place_embedding",
     "packing",
+    "guided",
   )
 
   def __post_init__(self):
@@ -153,9 +157,13 @@ class DiTConfig:
     zeros = jnp.zeros(shape, self.dtype)
     return KV(zeros, zeros)
 
-  def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
+  def apply(
+    self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None, guidance=None
+  ) -> Out:
     if any(dit_packed.pool_of(g) or jnp.ndim(g.positions) == 2 for g in groups):
-      return dit_packed.apply(self, params, groups, texts)
+      return dit_packed.apply(self, params, groups, texts, guidance)
+    if guidance is not None:
+      raise UserError("DiT: a guidance scale is an input of packed models alone")
     if any(g.packed for g in groups):
       return dit_packed.apply_with_history(self, params, groups, texts, past, start)
     _check_groups(groups, texts.shape[0])
@@ -208,6 +216,8 @@ class DiTConfig:
     whole = self.flops(1, 1, tokens + history, text)
     kernels = sum(2 * n * (pool**3 - 1) * patch * d for n, pool in packed)
     levels = 2 * len(packed) * (self.freq_dim * d + 7 * d * d)
+    if self.guided:
+      levels += 2 * (self.freq_dim * d + d * d)
     unheard = self.num_layers * 4 * deaf * (d * d + text * d)
     return whole + kernels + levels - 2 * history * patch * d - unheard
 
@@ -226,8 +236,8 @@ class DiTConfig:
       ("tensor", "sequence"): (heads, f"the {heads} heads"),
     }
 
-  def packed(self, pools: tuple[int, ...]) -> "DiTConfig":
-    return dataclasses.replace(self, packing=pools)
+  def packed(self, pools: tuple[int, ...], guided: bool = False) -> "DiTConfig":
+    return dataclasses.replace(self, packing=pools, guided=guided)
 
   def with_projections(self, params: Params) -> Params:
     return dit_packed.with_projections(self, params)

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiar_jax import flow
 from hiar_jax.models import attention, rope
 from hiar_jax.parallel.rules import Rules
 
+GUIDANCE = ("guidance_in", "guidance_out")  # the layers that embed a guidance scale
 PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # in tokens, for the frame in frames
 
 # Weights [layers ...]; the layers are scanned. As in Megatron-LM (arXiv:1909.08053, section 3): the
@@ -279,14 +281,23 @@ def embed_text(c: Any, text: jax.Array) -> jax.Array:
   return dense(c, c.dim, "text_embedding_out")(text)
 
 
-def embed_time(c: Any, timestep: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """[b f] -> the time embedding [b f dim], the modulation [b f 6 dim], float32"""
+def embed_time(
+  c: Any, timestep: jax.Array, guidance: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """[b f], and guidance scales [b] -> the time embedding [b f dim], the modulation [b f 6 dim],
+  float32
+  """
   # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
   dense_f32 = functools.partial(
     nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
   )
   time = dense_f32(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
   time = dense_f32(c.dim, name="time_embedding_out")(nn.silu(time))
+  if guidance is not None:
+    # as HunyuanVideo and FramePack: 1000 times the scale is embedded like a timestep, and added
+    features = time_features(flow.TIMESTEPS * guidance[:, None], c.freq_dim)
+    hidden = nn.silu(dense_f32(c.dim, name=GUIDANCE[0])(features))
+    time = time + dense_f32(c.dim, name=GUIDANCE[1])(hidden)
   modulation = dense_f32(6 * c.dim, name="time_projection")(nn.silu(time))
   return time, modulation.reshape(*timestep.shape, 6, c.dim)
 

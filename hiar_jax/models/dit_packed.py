@@ -23,6 +23,7 @@ from hiar_jax import flow
 from hiar_jax.errors import UserError
 from hiar_jax.models import rope
 from hiar_jax.models.dit_layers import (
+  GUIDANCE,
   KV,
   Shared,
   dense,
@@ -77,16 +78,24 @@ def initial_projection(patch_embedding: dict, pool: int, patch: tuple[int, int, 
 
 
 def with_projections(config, params: Params) -> Params:
-  """Returns parameters with the packed projections of config.packing alone: those that they lack
-  are made, others left out.
+  """Returns parameters with the packed projections of config.packing alone, and with a guidance
+  embedding where config is guided: what they lack is made, what config has not is left out.
+
+  The guidance embedding starts as that of time with zeros as its last layer: it changes nothing.
   """
   names = {projection_of(pool): pool for pool in config.packing}
   missing = {name: pool for name, pool in names.items() if name not in params}
   embedding = params[PROJECTION]
   kept = {k: v for k, v in params.items() if k in names or not k.startswith(PREFIX)}
-  return kept | {
+  kept |= {
     name: initial_projection(embedding, pool, config.patch) for name, pool in missing.items()
   }
+  if not config.guided:
+    return {name: part for name, part in kept.items() if name not in GUIDANCE}
+  first, last = GUIDANCE
+  zeros = jax.tree.map(jnp.zeros_like, params["time_embedding_out"])
+  # a copy: buffers of a training state are donated, and none may lie in it twice
+  return {first: jax.tree.map(jnp.copy, params["time_embedding_in"]), last: zeros} | kept
 
 
 def cut_kernels(x: jax.Array, kernel: tuple[int, int, int]) -> jax.Array:
@@ -105,13 +114,19 @@ class PackedDiT(nn.Module):
 
   @nn.compact
   def __call__(
-    self, groups: tuple[Frames, ...], text: jax.Array, mask=None, past: KV | None = None, start=None
+    self,
+    groups: tuple[Frames, ...],
+    text: jax.Array,
+    mask=None,
+    past: KV | None = None,
+    start=None,
+    guidance=None,
   ) -> tuple[jax.Array, KV, tuple]:
     """Returns (numbers of the noisy tokens' patches, K/V of all tokens, the groups' lengths).
 
     groups: packed ones, then noisy ones. text: [b l d] of every group that hears one, or [b g l d]
     of g such groups. mask: [t, p + t] over tokens. past: K/V of p tokens as one frame. start: [b],
-    frames before each clip, for the place embedding.
+    frames before each clip, for the place embedding. guidance: scales [b], or None.
     """
     c = self.config
     # one module a projection: several groups may share one
@@ -124,7 +139,7 @@ class PackedDiT(nn.Module):
     cos = jnp.concatenate([turn[0] for _, turn in parts], axis=1)[:, None]
     sin = jnp.concatenate([turn[1] for _, turn in parts], axis=1)[:, None]
     sigma = jnp.concatenate([_levels(group) for group in groups], axis=1)  # [b rows]
-    time, modulation = embed_time(c, flow.timestep(sigma))
+    time, modulation = embed_time(c, flow.timestep(sigma), guidance)
     # a noisy group may have a level for each frame
     rows = [_levels(group).shape[1] for group in groups]
     spans = tuple(n // k for n, k in zip(lengths, rows, strict=True) for _ in range(k))
@@ -141,11 +156,13 @@ class PackedDiT(nn.Module):
     return project_out(self, c, tokens[:, :, first:], time[:, row:], spans), own, lengths
 
 
-def apply(config, params, groups: tuple[Frames, ...], texts) -> Out:
+def apply(config, params, groups: tuple[Frames, ...], texts, guidance=None) -> Out:
   """models.frames.Network.apply for packed frames and the noisy section, the last group."""
   _check(config, groups)
+  if guidance is not None and not config.guided:
+    raise UserError("a guidance scale was given to a model without distilled guidance")
   heard = [group.text for group in groups if group.text is not None]
-  return _run(config, params, groups, texts[heard[0]])
+  return _run(config, params, groups, texts[heard[0]], guidance=guidance)
 
 
 def apply_with_history(
@@ -204,10 +221,12 @@ def _tokens_there(packed: Frames, rows: int, columns: int) -> jax.Array:
   return jnp.repeat(there, -(-rows // pool) * -(-columns // pool))
 
 
-def _run(config, params, groups, text, mask=None, past: KV | None = None, start=None) -> Out:
+def _run(
+  config, params, groups, text, mask=None, past: KV | None = None, start=None, guidance=None
+) -> Out:
   """Runs PackedDiT: velocities of the noisy groups, None of packed ones, and the K/V of each."""
   patches, own, lengths = PackedDiT(config).apply(
-    {"params": params}, groups, text, mask, past, start
+    {"params": params}, groups, text, mask, past, start, guidance
   )
   ends = np.cumsum(lengths)
   first = ends[-1] - patches.shape[2]  # of the noisy tokens

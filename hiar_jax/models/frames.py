@@ -113,7 +113,8 @@ class Network(Protocol):
   def apply(self, params: Params, groups: tuple[Frames, ...], texts, past=(), start=None) -> Out:
     """Runs the groups. texts: [g b l d]. past: tuple of K/V, which a Read's `past` counts.
 
-    start: [b], frames of its video before each clip, or None.
+    start: [b], frames of its video before each clip, or None. A network with distilled guidance
+    also takes guidance=[b], scales of which the velocity is the guided one.
     """
 
   def empty_kv(self, frames: int, batch: int, height: int, width: int) -> Any:
@@ -146,14 +147,15 @@ class Network(Protocol):
   def splits(self, height: int) -> Splits:
     """Returns what the axes `tensor` and `sequence` of a stream split; height: of the latents."""
 
-  def packed(self, pools: tuple[int, ...]) -> "Network":
+  def packed(self, pools: tuple[int, ...], guided: bool = False) -> "Network":
     """Returns the network with an input projection for packed frames of each kernel, a `packed_kP`
-    that a group's `projection` names. Raises UserError where it has no such thing.
+    that a group's `projection` names; guided: and an embedding of guidance scales. Raises UserError
+    where it has no such thing.
     """
 
   def with_projections(self, params: Params) -> Params:
     """Returns parameters with the packed projections that they lack, which begin as average pooling
-    before the patch embedding.
+    before the patch embedding, and the guidance embedding, which begins as zero.
     """
 
   def for_split_tokens(self) -> "Network":
@@ -165,16 +167,19 @@ class Bound:
   """A network with its weights, texts and starts: the function that rollouts and losses call.
 
   bound(groups, past=()) -> Out. A pytree, so jax.lax.stop_gradient(bound) is its frozen side.
-  texts: [g b l d].
+  texts: [g b l d]. guidance: scales [b], of a network with distilled guidance; None: it predicts
+  the velocity of its text alone.
   """
 
   network: Network = flax.struct.field(pytree_node=False)
   params: Params
   texts: jax.Array
   start: jax.Array | None = None
+  guidance: jax.Array | None = None
 
   def __call__(self, groups: tuple[Frames, ...], past=()) -> Out:
-    return self.network.apply(self.params, groups, self.texts, past, self.start)
+    told = {} if self.guidance is None else {"guidance": self.guidance}
+    return self.network.apply(self.params, groups, self.texts, past, self.start, **told)
 
   @property
   def batch(self) -> int:
@@ -185,9 +190,11 @@ class Bound:
     return dataclasses.replace(self, texts=texts)
 
 
-def bind(network: Network, params: Params, text: Text, start=None) -> Bound:
-  """Returns the network bound to one text [b l d] for all groups. start: see Network.apply."""
-  return Bound(network, params, jnp.asarray(text)[None], start)
+def bind(network: Network, params: Params, text: Text, start=None, guidance=None) -> Bound:
+  """Returns the network bound to one text [b l d] for all groups. start: see Network.apply;
+  guidance: see Bound.
+  """
+  return Bound(network, params, jnp.asarray(text)[None], start, guidance)
 
 
 def whole_clip(x: Block, sigma) -> tuple[Frames, ...]:

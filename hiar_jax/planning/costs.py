@@ -252,6 +252,7 @@ def _sampler(request: JobSize | PackedJobSize) -> Callable:
     jnp.asarray(levels, jnp.float32),
     negative=jnp.zeros((1, r.text, r.network.text_dim), r.dtype),
     guidance=r.guidance,
+    distilled=r.distilled,
     key=key,
     shape=shape,
     published=r.published,

@@ -17,7 +17,8 @@ from hiar_jax.types import PyTree
 class PackedJobSize:
   """Sizes of a job: the sections that `steps` makes, of latents of height x width, after `given`
   frames. network: with the schedule's projections. steps: packing.orders. levels: of a section.
-  guidance: where it is not 0, each level takes two forwards. The others as planning.sizes.JobSize.
+  guidance: where it is not 0, each level takes two forwards; distilled: one, it is an input of the
+  network. The others as planning.sizes.JobSize.
 
   Raises UserError for sizes below 1, an unknown dtype, or sides that the patches do not divide.
   """
@@ -30,6 +31,7 @@ class PackedJobSize:
   height: int
   width: int
   guidance: float = 0.0
+  distilled: bool = False
   published: bool = False
   solver: str = "euler"
   batch: int = 1
@@ -88,7 +90,7 @@ class SectionCost:
 def sections(request: PackedJobSize) -> tuple[SectionCost, ...]:
   """Returns the network evaluations of one video in rollout.packed, alike ones together."""
   counts = collections.Counter()
-  forwards = request.levels * (2 if request.guidance else 1)
+  forwards = request.levels * (2 if request.guidance and not request.distilled else 1)
   for step in request.planned:
     counts[step.generates.size, packed_groups(request, step)] += forwards
   return tuple(

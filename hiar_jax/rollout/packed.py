@@ -26,6 +26,7 @@ def make_sampler(
   *,
   negative: Text,
   guidance: float,
+  distilled: bool = False,
   key: Key,
   shape: LatentShape,
   loop: bool = False,
@@ -43,13 +44,16 @@ def make_sampler(
   levels of a section's steps, falling. negative: text [1 l d], unused where guidance is 0. shape:
   of the new latents, whole sections. given, behind: clean frames [b k h w c] before and behind
   them. loop, published: as in packing.orders.plan. solver: rollout.solvers. codebook: what history
-  shows is replaced by its centroids.
+  shows is replaced by its centroids. distilled: the network takes the guidance as an input, and
+  there is no second forward.
   """
   last = (len(sigmas) - 1,)
 
   def generate(params, text, seeds, given=None, behind=None):
     one_text = text if text.ndim == 3 else text[:, 0]
-    bound = bind(network, params, one_text)
+    scales = jnp.full(len(seeds), 1.0 + guidance) if distilled else None
+    bind_text = functools.partial(bind, network, params, guidance=scales)
+    bound = bind_text(one_text)
     unconditional = bind(network, params, jnp.broadcast_to(negative, one_text.shape))
     noise_of = section_noise(key, seeds, shape.block(schedule.generate))
 
@@ -65,17 +69,16 @@ def make_sampler(
       )
       heard = bound
       if text.ndim == 4:
-        texts = [text[:, number] for number in row.sections]
-        heard = hear_each([bind(network, params, one) for one in texts], schedule.generate)
+        heard = hear_each([bind_text(text[:, n]) for n in row.sections], schedule.generate)
+      second = 0.0 if distilled else guidance  # of a second forward
       points = sample_trajectory(
-        heard, unconditional, eps, sigmas, last, guidance, groups=groups, solver=solver
+        heard, unconditional, eps, sigmas, last, second, groups=groups, solver=solver
       )
       parts = zip(videos, with_shown(points[:, 0]), strict=True)
       return tuple(video.at[:, row.generates].set(part) for video, part in parts), None
 
     # NaN: what is read before it is made would show
-    empty = jnp.full((len(seeds), *shape.clip), jnp.nan)
-    videos = (empty,) if codebook is None else (empty, empty)
+    videos = (jnp.full((len(seeds), *shape.clip), jnp.nan),) * (1 if codebook is None else 2)
     for part, side in ((given, 0), (behind, 1)):
       if part is not None:
         pairs = zip(with_shown(part), videos, strict=True)

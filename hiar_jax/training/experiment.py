@@ -256,6 +256,12 @@ class Experiment:
         f"framepack.packing = {framepack.packing!r} makes {width} frames a section: set "
         f"history.block = {width}, not {self.history.block}"
       )
+    scales = framepack.distilled_guidance
+    if scales and not scales[0] <= self.sample.guidance <= scales[1]:
+      raise UserError(
+        f"sample.guidance = {self.sample.guidance}: the model learns framepack.distilled_guidance "
+        f"= {scales}"
+      )
     if framepack.orders and self.sample.order not in framepack.orders:
       raise UserError(
         f"sample.order = {self.sample.order!r}: the model is trained for framepack.orders = "
@@ -282,7 +288,8 @@ class Experiment:
   @property
   def packed_dit(self) -> Network:
     """The teacher with the input projections of framepack.packing."""
-    return self.dit.packed(self.framepack.parsed.pools)
+    config = self.framepack
+    return self.dit.packed(config.parsed.pools, guided=bool(config.distilled_guidance))
 
   @property
   def packed_adapters(self) -> Adapters | None:

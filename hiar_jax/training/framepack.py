@@ -44,7 +44,9 @@ class FramePackConfig(TrainConfig):
   own. history_level, hears, sort, time_weight, frame_seconds: packing.rows.History. history_noise:
   level up to which the context is noised, drawn evenly for each example (Helios); 0: none. shift,
   caption_dropout: as the teacher's. codebook: of +D schedules, whose history is replaced by its
-  centroids. lora: adapters that are trained instead of all weights.
+  centroids. lora: adapters that are trained instead of all weights. distilled_guidance: the lowest
+  and the highest g of flow.classifier_free_guidance that the model learns as an input, so that a
+  step of sampling takes one forward; () = none.
   """
 
   packing: str
@@ -63,10 +65,18 @@ class FramePackConfig(TrainConfig):
     default=CodebookConfig(), metadata={"since": "2026-11"}
   )
   lora: LoRAConfig = dataclasses.field(default=LoRAConfig(), metadata={"since": "2026-11"})
+  distilled_guidance: tuple[float, ...] = dataclasses.field(
+    default=(), metadata={"since": "2026-11"}
+  )
 
   def __post_init__(self):
     super().__post_init__()
     at_least(0, given=self.given, history_noise=self.history_noise)
+    if self.distilled_guidance:
+      if len(self.distilled_guidance) != 2 or not 0 <= min(self.distilled_guidance):
+        raise UserError(f"distilled_guidance = {self.distilled_guidance}: expected (low, high)")
+      low, high = self.distilled_guidance
+      at_least(low, **{"high of distilled_guidance": high})
     for order in self.orders:
       self._plan(order, 1)  # raises for what cannot be planned
 
@@ -156,10 +166,19 @@ def make_step(
       bound, clip = bind(network, params, text), part["latents"]
       start = part.get("start", jnp.zeros_like(part["example_id"]))
       shown = codebook.discretise(clip) if codebook else clip
+      guided = None
+      if config.distilled_guidance:
+        ema = adapters.merged(state.ema, frozen.base) if adapters else state.ema
+        guided = _guided(config, network, params, ema, part, frozen.negative, keys[:, 0])
       branches = [
-        _loss_of(config, bound, clip, shown, start, sigma, keys[:, 2:], table) for table in tables
+        _loss_of(config, bound, clip, shown, start, sigma, keys[:, 2:], table, guided)
+        for table in tables
       ]
-      return jax.lax.switch(which, branches).mean(), {}
+      losses = jax.lax.switch(which, branches)
+      if guided is None:
+        return losses.mean(), {}
+      plain, distilled = losses
+      return (plain + distilled).mean(), {"distilled_guidance": distilled.mean()}
 
     params, opt_state, metrics = apply_gradients(
       loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
@@ -171,6 +190,49 @@ def make_step(
   return step
 
 
+class Guided(NamedTuple):
+  """Distilled guidance: the student, bound to the batch's captions and scales, and its teacher.
+
+  g: [b]. teacher, negative: bound to the captions and to the negative text; they have no scale.
+  """
+
+  student: Bound
+  teacher: Bound
+  negative: Bound
+  g: jax.Array
+
+  def loss(self, groups) -> jax.Array:
+    """Returns the mean square [b] between the student's velocity and the teacher's guided one."""
+    teacher, negative = (
+      bound(groups).velocity[-1] for bound in jax.lax.stop_gradient((self.teacher, self.negative))
+    )
+    g = self.g.reshape(-1, *(1,) * (teacher.ndim - 1))
+    target = flow.classifier_free_guidance(teacher, negative, g)
+    error = self.student(groups).velocity[-1] - jax.lax.stop_gradient(target)
+    return jnp.mean(error**2, axis=range(1, error.ndim))
+
+
+def _guided(
+  config: FramePackConfig, network: Network, params, ema, part: Batch, negative: Text, keys: Key
+) -> Guided:
+  """Returns what the guided velocity is learnt from, g drawn evenly for each example. keys: [b].
+
+  The teacher is the average of the weights in training, without the scale: Meng et al. (arXiv
+  2210.03142, section 3) take a finished one, which a model that is only learning packed history
+  does not have.
+  """
+  low, high = config.distilled_guidance
+  # 1: behind the uniform number that the same key gives for caption dropout
+  draw = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1), minval=low, maxval=high))
+  g, text = draw(keys), part["text"]
+  return Guided(
+    bind(network, params, text, guidance=1 + g),
+    bind(network, ema, text),
+    bind(network, ema, jnp.broadcast_to(negative, text.shape)),
+    g,
+  )
+
+
 def _loss_of(
   config: FramePackConfig,
   bound: Bound,
@@ -180,8 +242,10 @@ def _loss_of(
   sigma,
   keys: Key,
   table: Row,
-) -> Callable[[], jax.Array]:
-  """Returns () -> the loss [b] of a step of the table, drawn for each example.
+  guided: Guided | None = None,
+) -> Callable[[], jax.Array | tuple[jax.Array, jax.Array]]:
+  """Returns () -> the loss [b] of a step of the table, drawn for each example; with `guided` also
+  that of distilled guidance, [b].
 
   shown: what its context is read from, before history_noise. start: [b], frames of its video before
   each clip: its first frame has that index. keys: [b 2].
@@ -203,6 +267,7 @@ def _loss_of(
     at = choose(schedule, history, read, row).later(start)
     groups = groups_of_row(schedule, history, read, at, x, sigma, patch=bound.network.patch)
     error = bound(groups).velocity[-1] - flow.velocity_target(x0, eps)
-    return jnp.mean(error**2, axis=range(1, x0.ndim))
+    plain = jnp.mean(error**2, axis=range(1, x0.ndim))
+    return plain if guided is None else (plain, guided.loss(groups))
 
   return loss

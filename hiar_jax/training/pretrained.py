@@ -40,9 +40,10 @@ def _in_place_of(run: Run, stage: str) -> tuple[str, tuple[str, ...]]:
   """
   e = run.experiment
   directory = {"teacher": e.weights.base, "causal_init": e.weights.student}.get(stage, "")
-  # training starts from any kernels: those that the schedule lacks or adds are made then
+  # training starts from any kernels, and with guidance as an input or without: projections that are
+  # lacking or too many are made or dropped then
   packed = {"teacher": e.framepack is not None, "causal_init": e.stored_student != e.dit}
-  return directory, ("packing",) * packed.get(stage, False)
+  return directory, ("packing", "guided") * packed.get(stage, False)
 
 
 def load_weights(run: Run, stage: str) -> Params:

@@ -213,6 +213,7 @@ class Run:
         jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
         negative=self.texts([self.text_encoder.negative_prompt]),
         guidance=e.sample.guidance,
+        distilled=bool(config.distilled_guidance),
         key=key,
         shape=shape,
         loop=loop,

@@ -4,8 +4,10 @@ this project's files, HunyuanVideo's packing and rotations.
 Needs the extra `[parity]` (torch, diffusers).
 """
 
+import dataclasses
 import json
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.conversion.export import export
 from hiar_jax.convert import convert
 from hiar_jax.models import dit_packed, rope
+from hiar_jax.models.dit_layers import embed_time
 from hiar_jax.models.frames import Frames
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
@@ -203,3 +206,46 @@ def test_hunyuan_packing():
   ):
     assert found.shape == expected.shape
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+# at angles of up to 10,000 an ulp between the two float32 tables of frequencies can be seen
+@pytest.mark.parametrize(("scales", "bound"), [((0.3, 0.05), 1e-5), ((10.0, 1.0), 2e-4)])
+def test_the_embedding_of_a_guidance_scale(scales, bound):
+  """HunyuanVideo's, as its FramePack model has it: 1000 times the scale, added to the time's."""
+  from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoConditionEmbedding,
+  )
+  import torch
+
+  peer = randomise(HunyuanVideoConditionEmbedding(12, 5, guidance_embeds=True))
+  with torch.no_grad():
+    for parameter in peer.text_embedder.parameters():  # of a pooled text, which Wan has not
+      parameter.zero_()
+  config = tiny.CONFIG.packed((1,), guided=True)
+  config = dataclasses.replace(config, dim=12, freq_dim=256)
+  linear = lambda layer: {
+    "kernel": layer.weight.detach().numpy().T,
+    "bias": layer.bias.detach().numpy(),
+  }
+  params = {
+    "time_embedding_in": linear(peer.timestep_embedder.linear_1),
+    "time_embedding_out": linear(peer.timestep_embedder.linear_2),
+    "guidance_in": linear(peer.guidance_embedder.linear_1),
+    "guidance_out": linear(peer.guidance_embedder.linear_2),
+    "time_projection": {"kernel": np.zeros((12, 72), np.float32), "bias": np.zeros(72, np.float32)},
+  }
+  timestep = np.asarray([731.0, 12.0], np.float32)
+  scale = np.asarray(scales, np.float32)
+
+  class Time(nn.Module):
+    @nn.compact
+    def __call__(self, timestep, scale):
+      return embed_time(config, timestep, scale)[0]
+
+  found = Time().apply({"params": params}, jnp.asarray(timestep)[:, None], jnp.asarray(scale))
+  with torch.no_grad():
+    expected = peer(torch.from_numpy(timestep), torch.zeros(2, 5), torch.from_numpy(1000 * scale))[
+      0
+    ].numpy()
+  error = np.abs(found[:, 0] - expected).max() / np.abs(expected).max()
+  assert error <= bound, error
