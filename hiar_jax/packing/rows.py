@@ -191,7 +191,8 @@ def _tail(
 ) -> tuple[int, Block, Array]:
   """Returns (pool, latents, frame indices) of a tail. Raises ValueError for ta without a patch."""
   if kind == "tc":
-    return pool, _mean(video, tail.frames), tail.indices
+    total, count = sum_at(video, tail.frames)
+    return pool, total / count, tail.indices
   if patch is None:
     raise ValueError("an appended tail (ta) is cut for the network's patches: give `patch`")
   x, (_, ph, pw) = frames_at(video, tail.frames), patch
@@ -201,12 +202,14 @@ def _tail(
   return pool, filled, jnp.repeat(jnp.asarray(tail.indices), pool, axis=-1)
 
 
-def _mean(video: Video, inside: Array) -> Block:
-  """Returns the mean [b 1 h w c] of the frames where `inside`, [m] or [b m], is 1."""
+def sum_at(video: Video, inside: Array) -> tuple[Block, Array]:
+  """Returns the sum [b 1 h w c] of the frames where `inside`, [m] or [b m], is 1, and their number
+  [b 1 1 1 1].
+  """
   inside = jnp.broadcast_to(jnp.asarray(inside), (video.shape[0], inside.shape[-1]))
   chosen = inside[:, :, None, None, None] > 0
   x = jnp.where(chosen, video[:, : inside.shape[-1]], jnp.zeros((), video.dtype))  # as frames_at
-  return x.sum(axis=1, keepdims=True) / chosen.sum(axis=1, keepdims=True).astype(x.dtype)
+  return x.sum(axis=1, keepdims=True), chosen.sum(axis=1, keepdims=True).astype(x.dtype)
 
 
 def frames_at(video: Video, numbers: Array) -> Block:

@@ -22,6 +22,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.models.dit_packed import projection_of
 from hiar_jax.models.frames import KV, Frames, Network, frame_levels
+from hiar_jax.packing.rows import frames_at, sum_at
 from hiar_jax.packing.schedule import Schedule, parse
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.types import Array, Block, LatentShape, Video
@@ -92,8 +93,9 @@ def packed_groups(
   for group, frames in zip(schedule.before, numbers, strict=False):
     slots = frames % shown.positions.shape[0]
     there = (shown.positions[slots] == frames) & (frames >= 0)
-    x = jnp.where(there[None, :, None, None, None], shown.latents[:, slots], 0)
-    sigma = jnp.where(there[None], shown.sigma[:, slots], 0).sum(axis=1) / at_least_1(there.sum())
+    x = frames_at(shown.latents, jnp.where(there, slots, -1))
+    total = jnp.where(there[None], shown.sigma[:, slots], 0).sum(axis=1)
+    sigma = total / jnp.maximum(there.sum(), 1)
     made.append(_group(group.pool, x, sigma, frames, there))
   return tuple(
     group for group in made if not isinstance(group.exists, np.ndarray) or group.exists.any()
@@ -103,16 +105,12 @@ def packed_groups(
 def _compressed(pool: int, end, shown: Shown, tail: Tail | None) -> Frames:
   """Returns the mean of all frames before `end` as one frame; its index is the middle one's."""
   older = (shown.positions >= 0) & (shown.positions < end)
-  total = jnp.where(older[None, :, None, None, None], shown.latents, 0).sum(axis=1)
+  total, _ = sum_at(shown.latents, older)
   sigma, count = jnp.where(older[None], shown.sigma, 0).sum(axis=1), older.sum()
   if tail is not None:
-    total, sigma, count = total + tail.latents, sigma + tail.sigma, count + tail.count
-  mean = total / at_least_1(count)
-  return _group(pool, mean[:, None], sigma / at_least_1(count), end[None] // 2, count[None] > 0)
-
-
-def at_least_1(count):
-  return jnp.maximum(count, 1)
+    total, sigma, count = total + tail.latents[:, None], sigma + tail.sigma, count + tail.count
+  mean, sigma = (x / jnp.maximum(count, 1) for x in (total, sigma))
+  return _group(pool, mean, sigma, end[None] // 2, count[None] > 0)
 
 
 def _group(pool: int, x: Block, sigma, frames, there) -> Frames:
@@ -187,9 +185,9 @@ class PackedRing(Ring):
     # a block that is encoded again is written where it lies already
     held = shown.positions[slots]
     dropped = (held >= 0) & (held != context.positions) & keep
-    x = jnp.where(dropped[None, :, None, None, None], shown.latents[:, slots], 0)
+    left = frames_at(shown.latents, jnp.where(dropped, slots, -1))
     tail = Tail(
-      tail.latents + x.sum(axis=1),
+      tail.latents + left.sum(axis=1),
       tail.sigma + jnp.where(dropped[None], shown.sigma[:, slots], 0).sum(axis=1),
       tail.count + dropped.sum(),
     )
