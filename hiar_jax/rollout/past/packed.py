@@ -94,7 +94,8 @@ def packed_groups(
     slots = frames % shown.positions.shape[0]
     there = (shown.positions[slots] == frames) & (frames >= 0)
     x = frames_at(shown.latents, jnp.where(there, slots, -1))
-    sigma = jnp.where(there[None], shown.sigma[:, slots], 0).sum(axis=1) / at_least_1(there.sum())
+    total = jnp.where(there[None], shown.sigma[:, slots], 0).sum(axis=1)
+    sigma = total / jnp.maximum(there.sum(), 1)
     made.append(_group(group.pool, x, sigma, frames, there))
   return tuple(
     group for group in made if not isinstance(group.exists, np.ndarray) or group.exists.any()
@@ -108,12 +109,8 @@ def _compressed(pool: int, end, shown: Shown, tail: Tail | None) -> Frames:
   sigma, count = jnp.where(older[None], shown.sigma, 0).sum(axis=1), older.sum()
   if tail is not None:
     total, sigma, count = total + tail.latents[:, None], sigma + tail.sigma, count + tail.count
-  mean, sigma = total / at_least_1(count), sigma / at_least_1(count)
+  mean, sigma = (x / jnp.maximum(count, 1) for x in (total, sigma))
   return _group(pool, mean, sigma, end[None] // 2, count[None] > 0)
-
-
-def at_least_1(count):
-  return jnp.maximum(count, 1)
 
 
 def _group(pool: int, x: Block, sigma, frames, there) -> Frames:
