@@ -4,11 +4,15 @@ would run.
 
 import os
 import pathlib
+import runpy
 import shlex
 import subprocess
 import sys
 
 import pytest
+
+from hiar_jax.config.building import build
+from hiar_jax.training.experiment import Experiment
 
 LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 SCRIPTS = ["local.sh", "gpu_node.sh", "tpu_pod.sh"]
@@ -43,10 +47,32 @@ def dry_run(script, **environment):
 
 
 def test_every_script_is_tried_here():
-  assert sorted(path.name for path in LAUNCH.glob("*.sh")) == sorted(SCRIPTS)
+  others = ["setup.sh", "long_videos.sh"]  # test_front_door.py; below
+  assert sorted(path.name for path in LAUNCH.glob("*.sh")) == sorted([*SCRIPTS, *others])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_rows_of_long_videos_are_runs_that_can_be_trained():
+  result = launch("long_videos.sh", "--dry-run", PYTHON="python")
+  lines = [shlex.split(line) for line in result.stdout.splitlines()]
+  trains, measures = lines[::2], lines[1::2]
+  assert len(trains) == len(measures) == 7
+  workdirs = [line[4].partition("=")[2] for line in trains]
+  assert [line[3].partition("=")[2] for line in measures] == workdirs
+  for line in trains:
+    path, _, variant = line[3].removeprefix("--config=").partition(":")
+    get_config = runpy.run_path(str(LAUNCH.parent / path))["get_config"]
+    experiment = build(Experiment, get_config(*([variant] if variant else [])))
+    assert experiment.framepack is not None
+    for option in line[6:]:
+      assert option.removeprefix("--config.stages_from=") in workdirs
+  # of those that share a table one alone has the rows that are no run's
+  tables = [line[5] for line in measures if "--nobaselines" not in line]
+  assert len(set(tables)) == len(tables) == 2
+  refused = launch("long_videos.sh", "framepak")
+  assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "setup.sh", "long_videos.sh"])
 def test_bash_can_read_it(script):
   subprocess.run(["bash", "-n", str(LAUNCH / script)], check=True)
 
