@@ -108,7 +108,7 @@ def lower(e: Experiment, devices: list[jax.Device]) -> jax.stages.Lowered:
     batch = placed(run.batch(config.batch, "video"), rows)
     negative = placed(jax.ShapeDtypeStruct((1, e.text.length, e.text.dim), np.float32), whole)
     mapped = map_step(lambda mean: step, shardings, mesh)
-    return mapped.lower(sharded_shapes(shapes, shardings), batch, negative)
+    return mapped.lower(sharded_shapes(shapes, shardings), batch, framepack.Frozen(negative))
 
 
 def compiled(lowered: jax.stages.Lowered, memory: int) -> dict:

@@ -102,7 +102,9 @@ def test_the_installation_comes_before_the_tests():
     for line in (ROOT / ".ci" / "run").read_text().splitlines()
     if line and not line.startswith("#")
   ]
-  assert lines.index(".ci/browser") < next(i for i, line in enumerate(lines) if "-m pytest" in line)
+  assert lines.index(".ci/browser") < next(
+    i for i, line in enumerate(lines) if line.startswith("eval ")
+  )
 
 
 def test_what_is_left_out_is_named():

@@ -196,7 +196,7 @@ def test_framepack_is_traced_at_full_size():
     "latents": jax.ShapeDtypeStruct((size, *e.latent.clip), jnp.float32)
   }
   negative = jax.ShapeDtypeStruct((1, e.text.length, e.text.dim), jnp.float32)
-  after, measured = jax.eval_shape(made, state, batch, negative)
+  after, measured = jax.eval_shape(made, state, batch, framepack.Frozen(negative))
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert measured["loss"].shape == ()
 
