@@ -25,7 +25,6 @@ import time
 from absl import flags
 import jax
 from jax.experimental import topologies
-from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import machine
@@ -89,6 +88,8 @@ def lower(e: Experiment, devices: list[jax.Device]) -> jax.stages.Lowered:
   """Returns the update of the framepack stage, as training/loop.py jits it."""
   if e.framepack is None:
     raise UserError("expected an experiment with framepack")
+  if e.packed_adapters:
+    raise UserError("framepack.lora: an update of adapters is not compiled here; set its rank to 0")
   config, network = e.framepack, e.packed_dit
   mesh = make_mesh(e.mesh, devices)
   check_batch(config.batch, config.accumulate, mesh, "framepack")
@@ -158,8 +159,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file(
-    "config", "experiments/wan_framepack.py", "config file; --config.KEY=VALUE overrides a number"
+  configs.define_config(
+    "config file; --config.KEY=VALUE overrides a number",
+    Experiment,
+    default="experiments/wan_framepack.py",
   )
   flags.DEFINE_enum("chip", "h100", list(CHIPS), "to compile for")
   flags.DEFINE_integer("devices", 1, "chips", 1)

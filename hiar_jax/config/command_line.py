@@ -60,21 +60,21 @@ def define_config(help_text: str, cls: type | None, default: str | None = None) 
   cls: the dataclass that the config is built into, whose fields can be overridden where the file
   leaves them out (config.left_out); None: those of the file alone. default: a file.
   """
-  holder = config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
-  flags.FLAGS["config"].parser = _FileParser(cls)
-  if default is not None:
-    flags.set_default(holder, default)
+  config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+  flags.FLAGS["config"].parser = _FileParser(cls, default)
 
 
 class _FileParser(ConfigFileFlagParser):
   """Loads a config file, and adds the fields that it leaves out.
 
-  added: their keys, in the config that was loaded last.
+  default: the file of a command without --config. added: the keys of those fields, in the config
+  that was loaded last.
   """
 
-  def __init__(self, cls: type | None):
+  def __init__(self, cls: type | None, default: str | None):
     super().__init__("config", lock_config=True)
     self.cls = cls
+    self.default = default
     self.added: list[str] = []
 
   def parse(self, path: str) -> config_dict.ConfigDict:
@@ -172,6 +172,10 @@ def _fail(error: UserError) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
   """Parses flags; exits with one line where absl would print usage or a traceback."""
+  parser = flags.FLAGS["config"].parser if "config" in flags.FLAGS else None
+  if isinstance(parser, _FileParser) and parser.default and _config_arguments(argv)[0] is None:
+    # as a default of the flag it would be loaded, and overridden, while the flag is defined
+    argv = [argv[0], f"--config={parser.default}", *argv[1:]]
   try:
     try:
       with warnings.catch_warnings():

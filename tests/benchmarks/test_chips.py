@@ -41,6 +41,9 @@ def test_what_a_program_holds():
 def test_what_cannot_be_compiled_is_one_line():
   with pytest.raises(UserError, match="expected an experiment with framepack"):
     chips.lower(build(Experiment, tiny_run.make_config()), jax.devices()[:1])
+  adapted = tiny_packed.make_config(framepack__lora={"rank": 2})
+  with pytest.raises(UserError, match="framepack.lora: an update of adapters is not compiled"):
+    chips.lower(build(Experiment, adapted), jax.devices()[:1])
   with pytest.raises(UserError, match="framepack.batch = 4 must be a multiple of 8"):
     chips.lower(build(Experiment, tiny_packed.make_config()), jax.devices())
 

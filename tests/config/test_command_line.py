@@ -12,6 +12,8 @@ import pytest
 
 from hiar_jax.config import command_line
 
+ROOT = pathlib.Path(__file__).parents[2]
+
 EXPERIMENT = """
 from ml_collections import ConfigDict, config_dict
 
@@ -379,3 +381,11 @@ def test_options_work_by_their_old_names_and_say_so(capsys):
   assert found.pop("config") is config
   assert found == {"level_devices": 2, "sink_positions": "relative", "prompt": "carried"}
   assert capsys.readouterr().err.count("is now called") == 2
+
+
+def test_a_field_of_the_default_file_that_is_not_there_is_one_line():
+  """Of a command that takes a config of its own where none is given."""
+  command = [sys.executable, "-m", "benchmarks.chips", "--config.framepack.latent=1"]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1
+  assert "experiments/wan_framepack.py has no such key; did you mean" in done.stderr
