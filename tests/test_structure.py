@@ -154,12 +154,14 @@ def test_rollouts_take_nouns():
 
 
 def test_nothing_loads_torch_or_tensorflow():
-  """Importing every module, in a fresh process: a person needs neither to train or to generate."""
+  """Importing every module, in a fresh process: a person needs neither to train or to generate,
+  and SciPy (half a second of every start) only to fit a codebook.
+  """
   code = f"""
 import importlib, sys
 for name in {sorted(MODULES)!r}:
   importlib.import_module(name)
-  heavy = {{"torch", "tensorflow"}} & set(sys.modules)
+  heavy = {{"torch", "tensorflow", "scipy"}} & set(sys.modules)
   assert not heavy, f"{{name}} loads {{heavy}}"
 """
   result = subprocess.run(

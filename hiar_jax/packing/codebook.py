@@ -24,7 +24,6 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster.vq import kmeans2
 
 from hiar_jax.errors import Damaged, UserError, at_least
 from hiar_jax.files import reading, write_atomic
@@ -171,6 +170,8 @@ def save(path: str | os.PathLike, codebook: Codebook) -> None:
 
 def _fit(vectors: np.ndarray, config: CodebookConfig, rng: np.random.Generator) -> np.ndarray:
   """Returns centroids, float32 [centroids d], of vectors [n d]."""
+  from scipy.cluster.vq import kmeans2  # half a second to import, and only a fit needs it
+
   rows = np.asarray(vectors, np.float64)
   start = _spread(rows, config.centroids, rng)
   with warnings.catch_warnings():
