@@ -17,7 +17,6 @@ training, so updates differ in length. Prints one JSON object:
 from collections.abc import Callable, Iterator
 import functools
 import json
-import resource
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
+from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
@@ -141,10 +141,8 @@ def timed(
 
 def peak_bytes() -> int:
   """Returns the peak memory of the first accelerator, or of this process where there is none."""
-  stats = jax.devices()[0].memory_stats()
-  if stats:
-    return stats["peak_bytes_in_use"]
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+  devices, process = peak_memory.peak()
+  return next(iter(devices.values()), process)
 
 
 def main() -> None:

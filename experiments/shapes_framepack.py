@@ -22,13 +22,17 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.codec.update(patch=4, channels=16)
   c.history.update(block=9, window=0)  # a section; no window
   c.teacher.frames = 9  # as the base model, which knows clips of one section
+  if variant != "smoke":
+    # four times the tokens a clip of shapes.py: its samples show shapes, colours and motion after
+    # 400 updates of 8
+    c.teacher.update(steps=800, batch=8)
   c.framepack = config_dict.ConfigDict(
     dict(
       shapes.TRAINING,
       packing=PACKING,
       orders=("vanilla",),
-      steps=10 if variant == "smoke" else 1200,
-      batch=8 if variant == "smoke" else 16,
+      steps=10 if variant == "smoke" else 600,
+      batch=8,
       lr=5e-4,
       rule="muon",  # this and the next two: as the teacher
       schedule="cosine",

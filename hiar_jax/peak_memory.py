@@ -1,5 +1,6 @@
 """The peak memory of a process: its resident set, and the count of each device that keeps one."""
 
+import pathlib
 import resource
 import sys
 
@@ -31,9 +32,18 @@ def peak() -> tuple[dict[str, int], int]:
     for name, counts in stats.items()
     if counts.get("peak_bytes_in_use") is not None
   }
+  return devices, _resident()
+
+
+def _resident() -> int:
+  """Returns the bytes of the process's largest resident set."""
+  status = pathlib.Path("/proc/self/status")
+  for line in status.read_text().splitlines() if status.exists() else ():
+    if line.startswith("VmHWM:"):
+      return int(line.split()[1]) * 1024
+  # on Linux this would be at least that of the process that started this one
   resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  # ru_maxrss: bytes on macOS, KiB on Linux
-  return devices, (resident if sys.platform == "darwin" else resident * 1024)
+  return resident if sys.platform == "darwin" else resident * 1024  # bytes on macOS, else KiB
 
 
 def size(count: float) -> str:

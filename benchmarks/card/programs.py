@@ -8,13 +8,14 @@ graph that is being captured is lost when another thread loads a module (seen on
 from collections.abc import Callable, Iterator
 import concurrent.futures
 import dataclasses
-import resource
 import statistics
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from hiar_jax import peak_memory
 
 TOGETHER = 8  # programs that are compiled side by side
 
@@ -115,10 +116,8 @@ def _timed(program: Program, executable, shared: tuple) -> dict:
 
 def peak_bytes() -> int:
   """Returns the peak memory of the card so far, or of this process where there is none."""
-  stats = jax.devices()[0].memory_stats()
-  if stats:
-    return stats["peak_bytes_in_use"]
-  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
+  devices, process = peak_memory.peak()
+  return next(iter(devices.values()), process)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:

@@ -10,6 +10,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.rollout import noise
 from hiar_jax.training import state as states
 from hiar_jax.training.state import TrainConfig, update_ema
+from tests.helpers import tiny
 
 
 def training(**changes) -> TrainConfig:
@@ -75,6 +76,34 @@ def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
   optimizer = training(weight_decay=0.5).optimizer(None)
   update, _ = optimizer.update(zero, optimizer.init(params), params)
   np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+def test_muon_orthogonalises_the_momentum_of_each_layer_s_matrices():
+  """Against singular vectors, in its second update: of momentum M = U S V', Nesterov's, it takes
+  the rate times U V' with singular values near 1; all else of the network goes by AdamW.
+  """
+  config = training(rule="muon", muon_lr=0.02, lr=1e-3, clip=1e9, weight_decay=0.0)
+  optimizer, start = config.optimizer(tiny.CONFIG), tiny.params()
+  first, second = (jax.tree.map(lambda x, i=i: tiny.random(i, *x.shape), start) for i in (1, 2))
+  _, opt_state = optimizer.update(first, optimizer.init(start), start)
+  moved, _ = optimizer.update(second, opt_state, start)
+  b, matrices = 0.95, 0  # optax's momentum
+  for (path, step), g1, g2 in zip(
+    jax.tree_util.tree_leaves_with_path(moved), *map(jax.tree.leaves, (first, second)), strict=True
+  ):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    if name.startswith("layers/") and name.endswith("/kernel"):
+      mean = b * g1 + g2
+      for momentum, found in zip(b * mean / (1 - b**3) + g2 / (1 - b**2), step, strict=True):
+        u, _, v = np.linalg.svd(momentum, full_matrices=False)
+        rate = -config.muon_lr * max(1, found.shape[1] / found.shape[0]) ** 0.5
+        along = u.T @ found @ v.T / rate
+        assert np.abs(along - np.diag(np.diag(along))).max() < 0.02, name
+        assert 0.6 < np.diag(along).min() and np.diag(along).max() < 1.3, name
+        matrices += 1
+    else:
+      assert np.abs(step).max() < 3 * config.lr, name
+  assert matrices == tiny.CONFIG.num_layers * 10  # q, k, v, o twice, and the MLP's two
 
 
 def test_the_average_is_a_copy_until_it_starts_and_then_slows_down():

@@ -94,8 +94,6 @@ def test_the_update_is_that_of_one_device(kind, place):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_moves_its_own_network_alone(kind):
-  if kind == "causal init, history":
-    pytest.skip("the same step as noisy")
   before = jax.jit(make_case(kind).create)()
   after, metrics = on_one_device(kind)
   moved = lambda name: [
