@@ -1,6 +1,8 @@
 """Every command that a page shows is one that the program takes: its module, flags and config.
+Those about the shapes world run, one after another, in a folder of a reader.
 
 Those of docs/errands.md name files that the reader writes; tests/test_errands.py performs them.
+docs/wan.md, stream.md and framepack.md have tests of their own.
 """
 
 import json
@@ -10,9 +12,27 @@ import shlex
 import subprocess
 import sys
 
-from tests.helpers import tiny_run
+import numpy as np
+import pytest
+
+from hiar_jax.video.mp4 import write_mp4
+from tests.helpers import tiny_packed, tiny_run
+from tests.helpers.video_reader import read_mp4
 
 ROOT = tiny_run.ROOT
+SHAPES_PAGES = (
+  "README.md",
+  "docs/shapes.md",
+  "docs/long_videos.md",
+  "docs/evaluate.md",
+  "docs/packing.md",
+)
+RUNS = re.compile(r"runs/|docs/rows|results/")
+BOTH_ENDS = [
+  "hiar_jax.train",
+  "--config=experiments/shapes_framepack_both_ends.py",
+  "--workdir=runs/both_ends",
+]
 PAGES = [
   ROOT / "README.md",
   *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "errands.md"),
@@ -115,3 +135,76 @@ WRONG = (
 def test_others_are_not():
   results, said = statuses([command.split() for command in WRONG])
   assert all(results), said
+
+
+SMALL = """
+import runpy
+
+def get_config(variant="main"):
+  config = runpy.run_path("{path}")["get_config"]("smoke")
+  config.update_from_flattened_dict({sizes})
+  return config
+"""
+
+
+def small(name: str) -> dict:
+  """Sizes of an experiment that trains in seconds."""
+  config = tiny_packed.load(name)
+  shapes = {k: v for k, v in tiny_packed.SIZES.items() if k != "data.frames"}
+  if "framepack" not in config:
+    return shapes
+  return shapes | {
+    "framepack.steps": 2,
+    "framepack.batch": 4,
+    "sample.steps": 2,
+    "sample.guidance": 0.0,
+  }
+
+
+@pytest.fixture
+def reader(tmp_path):
+  """A folder with the experiments, small, the rows of the docs, and clips."""
+  (tmp_path / "experiments").mkdir()
+  for path in sorted((ROOT / "experiments").glob("shapes*.py")):
+    text = SMALL.format(path=path, sizes=small(path.stem))
+    (tmp_path / "experiments" / path.name).write_text(text)
+  clips = tmp_path / "clips"
+  clips.mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(16):
+    write_mp4(clips / f"{i}.mp4", rng.integers(0, 256, (10, 72, 64, 3), np.uint8), 8)
+    (clips / f"{i}.txt").write_text("a grey noise")
+  return tmp_path
+
+
+@pytest.mark.slow
+def test_the_commands_about_shapes_run_as_they_stand(reader):
+  """In the pages' order, with what docs/evaluate.md takes for granted trained before it."""
+  pages = {name: commands((ROOT / name).read_text()) for name in SHAPES_PAGES}
+  pages["docs/evaluate.md"].insert(0, BOTH_ENDS)
+  ran = []
+  for page, found in pages.items():
+    for module, *arguments in found:
+      serves = module == "hiar_jax.serve"  # until Ctrl-C: tests/serving
+      if serves or module.startswith("benchmarks.") or not RUNS.search(" ".join(arguments)):
+        continue
+      if module == "hiar_jax.stream" and "--frames" not in " ".join(arguments):
+        arguments.append("--frames=30")  # without, it goes on until Ctrl-C
+      done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=reader,
+        env=tiny_run.environment(),
+        capture_output=True,
+        text=True,
+        timeout=600,
+      )
+      line = f"{page}: {module} {' '.join(arguments)}"
+      assert done.returncode == 0 and "Traceback" not in done.stderr, f"{line}\n{done.stderr}"
+      ran.append(module)
+  assert len(ran) >= 20 and set(ran) == {
+    f"hiar_jax.{name}" for name in ("train", "generate", "stream", "evaluate")
+  }
+  for name in ("clip.mp4", "endless.mp4", "packed.mp4"):
+    assert len(read_mp4(reader / name)[0]) >= 30, name
+  for name in ("compare", "compare_full", "table", "long_shapes", "framepack/table"):
+    assert (reader / "runs" / name / "table.md").exists(), name
