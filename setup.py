@@ -58,7 +58,14 @@ setuptools.setup(
   extras_require={
     "serve": ["aiohttp>=3.11"],  # the page of hiar_jax.serve
     # with selenium: Debian's chromium and chromium-driver
-    "test": ["pytest>=8", "pytest-xdist>=3.6", "aiohttp>=3.11", "selenium>=4.20", "ruff>=0.12"],
+    "test": [
+      "pytest>=8",
+      "pytest-xdist>=3.6",
+      "aiohttp>=3.11",
+      "selenium>=4.20",
+      "ruff>=0.12",
+      "setuptools>=64",
+    ],
     # .pt and .pth are read without it; files from before PyTorch 1.6 must be saved anew
     "convert": ["torch>=2.4"],
     # live comparisons: pytest -m parity

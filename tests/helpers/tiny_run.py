@@ -137,15 +137,19 @@ class Chain:
     return self.directory / "straight"
 
   def commands(
-    self, cases: list[tuple[str, list[str]]], devices: int = 1, root: pathlib.Path = ROOT
+    self,
+    cases: list[tuple[str, list[str]]],
+    devices: int = 1,
+    root: pathlib.Path = ROOT,
+    **variables: str,
   ) -> list[tuple[int, str, str]]:
     """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process
-    that has imported jax, and the package of the tree `root`.
+    that has imported jax, and the package of the tree `root`. variables: of its environment.
     """
     done = subprocess.run(
       [sys.executable, "-W", "ignore", "-c", FORKS],
       cwd=root,
-      env={**environment(devices), "PYTHONPATH": str(root)},
+      env={**environment(devices), "PYTHONPATH": str(root), **variables},
       input=json.dumps(cases),
       capture_output=True,
       text=True,

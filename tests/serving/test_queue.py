@@ -160,7 +160,7 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
 
   async def visit(server):
     with raw_tab(server, json.dumps({"do": "start", "prompt": PROMPT})):
-      await eventually(lambda: server.making() == 1)
+      await eventually(lambda: any(client.session for client in server.queue.clients))
       (client,) = server.queue.clients
       session = client.session
       async with tab(server) as one:

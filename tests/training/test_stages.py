@@ -134,11 +134,11 @@ def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatc
     rows = slice(4 * process, 4 * process + 4)
     for batch in expected:
       found = iterators.next("clips")
-      latents = with_data.autoencoder.encode(batch["video"])[rows]
+      # its rows alone: other numbers of rows may be rounded otherwise
+      latents = with_data.autoencoder.encode(batch["video"][rows])
       np.testing.assert_array_equal(found["latents"], latents)
-      np.testing.assert_array_equal(
-        found["text"], with_data.text_encoder.embed(batch["tokens"])[rows]
-      )
+      text = with_data.text_encoder.embed(batch["tokens"][rows])
+      np.testing.assert_array_equal(found["text"], text)
       np.testing.assert_array_equal(found["example_id"], np.arange(8)[rows])
   monkeypatch.setattr(jax, "process_count", lambda: 3)
   with pytest.raises(UserError, match="a batch of 8 cannot be split over 3 processes"):
