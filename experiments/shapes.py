@@ -5,7 +5,7 @@
     python -m hiar_jax.train --config=experiments/shapes.py:smoke --workdir=runs/smoke
 
 The first is the main job, `full` trains longer, `smoke` runs every stage in a minute. On two cores
-of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (results: README.md).
+of an AMD EPYC: main 15 minutes and 2.1 GiB, full 26 minutes and 2.1 GiB (results: docs/shapes.md).
 
 The same classes, losses and stages as Wan at full size, with small sizes. For a variant, import
 this file's get_config and change fields, as shapes_self_forcing.py does.
@@ -18,7 +18,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   config = config_dict.ConfigDict(
     dict(
       seed=0,
-      # a workdir whose data, teacher, trajectories and causal init are reused
+      # a workdir whose data, teacher and trajectories are reused; its causal init too where the
+      # history is the same, or causal_init.shows is "noisy"
       stages_from="",
       data=dict(
         source="shapes",  # or "videos": the clips in `folder`
@@ -99,7 +100,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
         steps=500,
         batch=16,
         lr=5e-4,
-        rule="muon",  # AdamW barely learns the first block's direction again (README.md)
+        rule="muon",  # AdamW barely learns the first block's direction again (docs/shapes.md)
         schedule="cosine",
         clip=1.0,
         # published: "noisy", an independent level per block; here its error was .0084, this one's

@@ -47,6 +47,6 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
       caption_dropout=0.1,
     )
   )
-  # 27 videos of 45 frames after 600 updates: error .0081, with 16 steps .0079, with guidance 1 .0097
+  # after 600 updates, 27 videos of 45 frames: error .0081; with 16 steps .0079, with guidance .0097
   c.sample.update(order="vanilla", steps=8, guidance=0.0)
   return c

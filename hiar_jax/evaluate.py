@@ -4,7 +4,7 @@
       --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl
 
 Rows: true clips, true clips through the codec, the teacher (at its training length), the causal
-init with each run's method, and each run's student; same held-out prompts, same seeds. Writes
+init of each method, and each run's student; same held-out prompts, same seeds. Writes
 metrics.json, table.md, fifths.png and a contact sheet per row, and for each row a small file of
 what every video measures (to OUT/rows, or --rows). Such files alone make the same tables:
 
@@ -36,7 +36,7 @@ from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
 
 _WORKDIRS = flags.DEFINE_list(
-  "workdirs", None, "trained runs; the first one's teacher and causal init are measured too"
+  "workdirs", None, "trained runs; the first one's teacher and their causal inits are measured too"
 )
 _FROM = flags.DEFINE_list(
   "from", None, "files of rows, or folders of them, that a table is made from instead of runs"
@@ -118,8 +118,8 @@ def measured(out: pathlib.Path) -> list[Row]:
 
 
 def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]:
-  """Returns true clips, the same through the codec, the first run's teacher, and the first
-  student's causal init with each run's method.
+  """Returns true clips, the same through the codec, the first run's teacher, and the causal init of
+  each method.
   """
   first = runs[0]
   clips, captions = shapes_truth.true_clips(first.world, frames=frames)
@@ -140,14 +140,12 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     Planned("true clips through the codec", "codec", captions, codec, through_the_codec),
     Planned("teacher, training length", "teacher", prompts, groups, teacher),
   ]
-  # Causal students of the same method share a row.
+  # Causal students of the same method share a row, of the first one's weights.
   students = [run for run in runs if run.experiment.framepack is None]
   methods = {f"causal init, {row_label(run)}": run for run in reversed(students)}
   for name, run in reversed(methods.items()):
-    experiment = dataclasses.replace(students[0].experiment, history=run.experiment.history)
-    changed = dataclasses.replace(students[0], experiment=experiment)
-    make = functools.partial(videos_of, changed, "causal_init", prompts, frames, name)
-    config = config_of(students[0], SHARED_GROUPS) | config_of(run, ("history",))
+    make = functools.partial(videos_of, run, "causal_init", prompts, frames, name)
+    config = config_of(run, (*SHARED_GROUPS, "history"))
     planned.append(Planned(name, "causal_init", prompts, config, make))
   return planned
 

@@ -204,7 +204,7 @@ def test_the_commands_about_shapes_run_as_they_stand(reader):
   assert len(ran) >= 20 and set(ran) == {
     f"hiar_jax.{name}" for name in ("train", "generate", "stream", "evaluate")
   }
-  for name in ("clip.mp4", "endless.mp4", "packed.mp4"):
+  for name in ("clip.mp4", "stream.mp4", "packed.mp4"):
     assert len(read_mp4(reader / name)[0]) >= 30, name
   for name in ("compare", "compare_full", "table", "long_shapes", "framepack/table"):
     assert (reader / "runs" / name / "table.md").exists(), name

@@ -146,7 +146,8 @@ def test_what_comes_before_distillation_can_come_from_another_run(chain):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RIVALS)
-def test_a_rival_goes_on_from_the_same_causal_init(chain, name):
+def test_a_rival_takes_what_does_not_depend_on_its_method(chain, name):
+  """Of causal inits, that of a method which sees the past alike."""
   workdir = chain.directory / name
   sink = (
     {"data__frames": 6, "history__block": 2, "history__window": 6, "history__sink": 2}
@@ -163,6 +164,8 @@ def test_a_rival_goes_on_from_the_same_causal_init(chain, name):
   ours, theirs = tiny_run.state(first, "distill", 6), tiny_run.state(workdir, "distill", 6)
   assert any((ours[key] != theirs[key]).any() for key in ours if key.startswith("params"))
   assert len(tiny_run.videos(workdir)) == 3
+  assert not (workdir / "teacher").exists() and not (workdir / "trajectories").exists()
+  assert (workdir / "causal_init").exists() == (name != "shapes_no_forward_kl")
 
 
 @pytest.mark.slow

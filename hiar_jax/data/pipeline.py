@@ -48,7 +48,7 @@ def make_iterator(
   if batch_size < 1 or len(source) < global_batch:
     raise UserError(
       f"{directory} holds {len(source)} clips, but a batch takes {global_batch}; use batches of 1 "
-      f"to {len(source)}, or write more clips"
+      f"to {len(source)} (as --config.teacher.batch, in a new workdir), or write more clips"
     )
   available = [key for key in source[0] if key != "caption"]
   if missing := [key for key in keys or () if key not in available]:

@@ -151,8 +151,9 @@ class Experiment:
   """All settings of a run, from data to video, checked against each other.
 
   model: sizes of student, critic and base. teacher_model: those of weights.teacher, where they
-  differ. stages_from: a workdir whose data, teacher, trajectories and causal init are used.
-  framepack: trains the teacher on packed context instead of distilling a causal student.
+  differ. stages_from: a workdir whose data, teacher and trajectories are used, and its causal init
+  where its method sees the past alike. framepack: trains the teacher on packed context instead of
+  distilling a causal student.
   """
 
   seed: int

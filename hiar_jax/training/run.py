@@ -75,9 +75,25 @@ class Run:
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
     e, own = self.experiment, {"distill", "codebook", "framepack", "sample"}
-    if e.stored_student != e.dit:  # no other run's student has its projections
+    # no other run's student has its projections, or none has seen the past as this method shows it
+    if e.stored_student != e.dit or self._sees_another_past:
       own.add("causal_init")
     return bool(e.stages_from) and stage not in own
+
+  @functools.cached_property
+  def _sees_another_past(self) -> bool:
+    """True where causal init learns to read the past of this method, and that of stages_from reads
+    another. Earlier versions took it all the same: a distillation that began so goes on so.
+    """
+    e = self.experiment
+    if not e.stages_from or e.causal_init.shows != "history":
+      return False
+    if (self.workdir / "distill").exists() and not (self.workdir / "causal_init").exists():
+      return False
+    stored = read_resolved(e.stages_from) or {}
+    theirs = build(MethodConfig, stored["history"]) if "history" in stored else e.history
+    # it does not matter to causal init, in which no gradient reaches the past
+    return dataclasses.replace(theirs, gradient=e.history.gradient) != e.history
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -350,8 +366,8 @@ def _check_shared(config, experiment: Experiment) -> None:
     )
 
   def shared(tree: dict) -> dict:
-    # Of the history only the block must agree, since it cuts the clips: methods that differ in the
-    # rest are compared from one causal init.
+    # of the history only the block must agree, since it cuts the clips; whose causal init is taken,
+    # Run.borrows says
     block = tree.get("history", {}).get("block")
     return {**{name: tree.get(name) for name in SHARED_GROUPS}, "history": {"block": block}}
 

@@ -37,6 +37,30 @@ def test_stages_come_from_another_workdir_up_to_causal_init(tmp_path):
     assert run.directory(stage) == tmp_path / "second" / stage and not run.borrows(stage)
 
 
+@pytest.mark.parametrize(
+  ("changes", "borrows"),
+  [
+    ({"history__level": "clean", "history__order": "block_first"}, False),
+    ({"history__window": 6}, False),
+    ({"history__level": "input"}, False),
+    ({"history__level": "input", "causal_init__shows": "noisy"}, True),
+    ({"history__gradient": "attached"}, True),  # none reaches the past in causal init
+    ({"distill__lr": 0.5}, True),
+  ],
+)
+def test_a_method_that_sees_another_past_learns_to_read_it(tmp_path, changes, borrows):
+  """Its causal init is its own; earlier versions borrowed that too, and such a run goes on."""
+  shows = {name: value for name, value in changes.items() if name == "causal_init__shows"}
+  save_resolved(tiny_run.make_config(**EIGHT, **shows), tmp_path / "first")
+  changes = {"stages_from": str(tmp_path / "first"), **changes}
+  run = make_run(tmp_path / "second", **changes)
+  assert run.borrows("trajectories") and run.borrows("causal_init") == borrows
+  (tmp_path / "second" / "distill").mkdir()
+  assert make_run(tmp_path / "second", **changes).borrows("causal_init")
+  (tmp_path / "second" / "causal_init").mkdir()
+  assert make_run(tmp_path / "second", **changes).borrows("causal_init") == borrows
+
+
 def test_a_workdir_keeps_its_config_and_what_may_change_is_free(tmp_path):
   make_run(tmp_path)
   make_run(tmp_path, log__every=7, sample__count=2, mesh__data=8)
