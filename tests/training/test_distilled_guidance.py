@@ -230,6 +230,7 @@ def test_costs_count_one_forward(tmp_path, monkeypatch):
   monkeypatch.setattr(costs, "make_plan", lambda request, mesh: requests.append(request))
   for scales in ((), (0.0, 3.0)):
     c = shapes_framepack.get_config("smoke")
+    c.sample.update(steps=16, guidance=1.0)
     with c.unlocked():
       c.framepack.distilled_guidance = scales
     VideoModel(Run(build(Experiment, c), tmp_path, None), "", "framepack").plan(18, 0, 1)
@@ -243,6 +244,7 @@ def test_bad_settings():
     with pytest.raises(UserError, match="distilled_guidance"):
       config(distilled_guidance=scales)
   c = shapes_framepack.get_config("smoke")
+  c.sample.guidance = 1.0
   with c.unlocked():
     c.framepack.distilled_guidance = (2.0, 6.0)
   with pytest.raises(
