@@ -8,6 +8,7 @@ import platform
 import jax
 
 import hiar_jax
+from hiar_jax import peak_memory
 
 
 def hardware() -> dict:
@@ -28,6 +29,12 @@ def hardware() -> dict:
     "platform": jax.devices()[0].platform,
     "load": os.getloadavg()[0],  # over the last minute, other work included
   }
+
+
+def peak_bytes() -> int:
+  """Returns the peak memory of the first accelerator so far, or of this process where none is."""
+  devices, process = peak_memory.peak()
+  return next(iter(devices.values()), process)
 
 
 def versions() -> dict:

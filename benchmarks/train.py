@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import machine
-from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
@@ -120,7 +119,7 @@ def measure(e: Experiment, name: str, updates: int) -> dict:
     "mean_s": round(statistics.fmean(times[1:]), 4),
     "batch": training.batch,
     "clips_per_s": round(training.batch / median, 2),
-    "peak_bytes": peak_bytes(),
+    "peak_bytes": machine.peak_bytes(),
   }
 
 
@@ -137,12 +136,6 @@ def timed(
     yield time.perf_counter() - start
   if not all(np.isfinite(float(value)) for value in metrics.values()):
     print(f"not finite after {updates} updates on noise: {metrics}", file=sys.stderr)
-
-
-def peak_bytes() -> int:
-  """Returns the peak memory of the first accelerator, or of this process where there is none."""
-  devices, process = peak_memory.peak()
-  return next(iter(devices.values()), process)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hiar_jax import peak_memory
+from benchmarks import machine
 
 TOGETHER = 8  # programs that are compiled side by side
 
@@ -103,7 +103,7 @@ def _timed(program: Program, executable, shared: tuple) -> dict:
     "runs_s": [round(t, 6) for t in times],
     "temp_bytes": memory and memory.temp_size_in_bytes,
     "argument_bytes": memory and memory.argument_size_in_bytes,
-    "peak_bytes": peak_bytes(),
+    "peak_bytes": machine.peak_bytes(),
   }
   if program.tflop:
     found |= {"tflop": program.tflop, "tflop_per_s": program.tflop / seconds}
@@ -112,12 +112,6 @@ def _timed(program: Program, executable, shared: tuple) -> dict:
   if program.check:
     found |= program.check(result)
   return found
-
-
-def peak_bytes() -> int:
-  """Returns the peak memory of the card so far, or of this process where there is none."""
-  devices, process = peak_memory.peak()
-  return next(iter(devices.values()), process)
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
