@@ -55,19 +55,23 @@ def test_the_rows_of_long_videos_are_runs_that_can_be_trained():
   result = launch("long_videos.sh", "--dry-run", PYTHON="python")
   lines = [shlex.split(line) for line in result.stdout.splitlines()]
   trains, measures = lines[::2], lines[1::2]
-  assert len(trains) == len(measures) == 7
+  assert len(trains) == len(measures) == 9
   workdirs = [line[4].partition("=")[2] for line in trains]
   assert [line[3].partition("=")[2] for line in measures] == workdirs
   for line in trains:
     path, _, variant = line[3].removeprefix("--config=").partition(":")
     get_config = runpy.run_path(str(LAUNCH.parent / path))["get_config"]
-    experiment = build(Experiment, get_config(*([variant] if variant else [])))
-    assert experiment.framepack is not None
-    for option in line[6:]:
-      assert option.removeprefix("--config.stages_from=") in workdirs
-  # of those that share a table one alone has the rows that are no run's
-  tables = [line[5] for line in measures if "--nobaselines" not in line]
-  assert len(set(tables)) == len(tables) == 2
+    config = get_config(*([variant] if variant else []))
+    for option in line[5:]:
+      name, _, value = option.removeprefix("--config.").partition("=")
+      group, _, field = name.rpartition(".")
+      fields = config[group] if group else config
+      fields[field] = type(fields.get(field, ""))(value)
+    assert build(Experiment, config)
+    bases = [option for option in line if option.startswith("--config.stages_from=")]
+    assert all(option.removeprefix("--config.stages_from=") in workdirs for option in bases)
+  # of those that share a table one at most has the rows that are no run's
+  assert [line[3] for line in measures if "--nobaselines" not in line] == ["--workdirs=runs/screen"]
   refused = launch("long_videos.sh", "framepak")
   assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 
