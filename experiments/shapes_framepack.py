@@ -2,8 +2,11 @@
 packed history, of any length in a fixed number of tokens.
 
     python -m hiar_jax.train --config=experiments/shapes_framepack.py --workdir=runs/framepack
+    python -m hiar_jax.train --config=experiments/shapes_framepack.py:full --workdir=runs/framepack
 
-Nothing is distilled: each section takes `sample.steps` Euler steps.
+The first is an hour on two CPU cores; `full`, whose batches are four times as large, minutes on a
+GPU, and what docs/long_videos.md has measured. Nothing is distilled: each section takes
+`sample.steps` Euler steps.
 """
 
 from ml_collections import config_dict
@@ -22,17 +25,19 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.codec.update(patch=4, channels=16)
   c.history.update(block=9, window=0)  # a section; no window
   c.teacher.frames = 9  # as the base model, which knows clips of one section
+  # the directions of captions hold up to a shape's first wall, some five frames: of windows from
+  # anywhere in 45 frames, 2,000 updates of 8 learnt none (37 % of a packed model's videos)
+  c.teacher.openings = 0.5
   if variant != "smoke":
-    # four times the tokens a clip of shapes.py. 800 updates of 8 draw shapes and colours, and know
-    # no directions (37 % of a packed model's videos)
-    c.teacher.update(steps=2000, batch=8)
+    # four times the tokens a clip of shapes.py
+    c.teacher.update(steps=2000, batch=32 if variant == "full" else 8)
   c.framepack = config_dict.ConfigDict(
     dict(
       shapes.TRAINING,
       packing=PACKING,
       orders=("vanilla",),
-      steps=10 if variant == "smoke" else 1000,
-      batch=8,
+      steps={"smoke": 10, "main": 1000, "full": 2000}[variant],
+      batch=32 if variant == "full" else 8,
       lr=5e-4,
       rule="muon",  # this and the next two: as the teacher
       schedule="cosine",

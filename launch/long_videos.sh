@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 # run -> config, the run whose data and teacher it takes, the table, what it changes; a video of
 # table "long" has 360 frames, which are eight clips or, of the shorter ones of HiAR, 24
 declare -A config=(
-  [framepack]=shapes_framepack.py [both_ends]=shapes_framepack_both_ends.py
-  [inverted]=shapes_framepack_inverted.py [discrete]=shapes_framepack_discrete.py
+  [framepack]=shapes_framepack.py:full [both_ends]=shapes_framepack_both_ends.py:full
+  [inverted]=shapes_framepack_inverted.py:full [discrete]=shapes_framepack_discrete.py:full
   [screen]=shapes_screen.py [screen_window]=shapes_screen.py:window [screen_long]=shapes_screen.py:long
   [hiar_packed]=shapes_hiar_packed.py [hiar_ring]=shapes_hiar_packed.py
 )

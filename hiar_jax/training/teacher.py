@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.errors import UserError
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
@@ -24,12 +25,19 @@ class TeacherConfig(TrainConfig):
 
   shift: of the training levels (flow, Eq. 3); caption_dropout: share of examples that are trained
   on the empty prompt. frames: latent frames of the windows of a clip that it is trained on, from
-  anywhere in it; 0: whole clips.
+  anywhere in it; 0: whole clips. openings: share of windows that are a clip's first frames whatever
+  is drawn: a caption tells a direction that a clip may keep to its first wall alone.
   """
 
   shift: float = 5.0
   caption_dropout: float = 0.1
   frames: int = 0
+  openings: float = dataclasses.field(default=0.0, metadata={"since": "2026-11"})
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not 0 <= self.openings <= 1:
+      raise UserError(f"openings = {self.openings}: expected a share of the windows, 0 to 1")
 
 
 def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean = identity):
@@ -52,7 +60,7 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
       text = jnp.where(dropped[:, None, None], negative, part["text"])
       x0, start = part["latents"], part.get("start")
       if config.frames:
-        x0, first = windows(examples, x0, config.frames)
+        x0, first = windows(examples, x0, config.frames, config.openings)
         start = None if start is None else start + first
       sigma = sample_sigma(keys[:, 1], config.shift)
       eps = example_normal(keys[:, 2], x0.shape[1:])
@@ -69,12 +77,17 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
   return step
 
 
-def windows(keys: Key, clips: Video, frames: int) -> tuple[Video, jax.Array]:
-  """Returns a window of `frames` frames of each clip [b f h w c], evenly drawn, and its first frame
-  [b]. keys: [b].
+def windows(
+  keys: Key, clips: Video, frames: int, openings: float = 0.0
+) -> tuple[Video, jax.Array]:
+  """Returns a window of `frames` frames of each clip [b f h w c] and its first frame [b]: 0 for a
+  share `openings` of them, else evenly drawn. keys: [b].
   """
   last = clips.shape[1] - frames
-  # 3: behind the splits that the step takes of the same keys
+  # 3 and 4: behind the splits that the step takes of the same keys
   firsts = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, 3), (), 0, last + 1))(keys)
+  if openings:
+    opens = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 4)))(keys) < openings
+    firsts = jnp.where(opens, 0, firsts)
   cut = jax.vmap(lambda clip, at: jax.lax.dynamic_slice_in_dim(clip, at, frames))
   return cut(clips, firsts), firsts

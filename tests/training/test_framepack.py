@@ -107,6 +107,26 @@ def test_windows_begin_anywhere():
   np.testing.assert_array_equal(cut[:, :, 0, 0, 0], first[:, None] + jnp.arange(2)[None])
 
 
+def test_a_share_of_the_windows_opens_its_clip():
+  """The others stay where they were drawn."""
+  keys, clips = jax.random.split(jax.random.key(1), 256), jnp.zeros((256, 40, 1, 1, 1))
+  _, anywhere = teacher.windows(keys, clips, 2)
+  _, half = teacher.windows(keys, clips, 2, openings=0.5)
+  assert 0.4 < (half == 0).mean() < 0.6
+  np.testing.assert_array_equal(half, np.where(half == 0, 0, anywhere))
+  assert not teacher.windows(keys, clips, 2, openings=1.0)[1].any()
+  c = teacher.TeacherConfig(steps=10, batch=2, lr=1e-3, frames=2, openings=1.0)
+  step = quick_jit(teacher.make_step(c, tiny.CONFIG, optax.sgd(1.0)))
+  state = create_state(jax.random.key(0), tiny.params(), optax.sgd(1.0))
+  opening = batch() | {"latents": batch()["latents"][:, :2]}
+  assert (
+    step(state, batch(), NEGATIVE.negative)[1]["loss"]
+    == step(state, opening, NEGATIVE.negative)[1]["loss"]
+  )
+  with pytest.raises(UserError, match=r"openings = 1.5: expected a share of the windows, 0 to 1"):
+    dataclasses.replace(c, openings=1.5)
+
+
 def test_discretised_history_is_read_and_not_learnt():
   """One section with two frames behind it: as if the clip had centroids there, and itself after;
   history_noise comes on top of both.
