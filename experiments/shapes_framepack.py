@@ -25,12 +25,13 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   c.codec.update(patch=4, channels=16)
   c.history.update(block=9, window=0)  # a section; no window
   c.teacher.frames = 9  # as the base model, which knows clips of one section
-  # the directions of captions hold up to a shape's first wall, some five frames: of windows from
-  # anywhere in 45 frames, 2,000 updates of 8 learnt none (37 % of a packed model's videos)
-  c.teacher.openings = 0.5
   if variant != "smoke":
     # four times the tokens a clip of shapes.py
     c.teacher.update(steps=2000, batch=32 if variant == "full" else 8)
+  if variant == "full":
+    # a caption's direction holds up to the first wall, some five frames: from windows from anywhere
+    # in 45 frames no teacher learnt one (37 % of a packed model's videos)
+    c.teacher.openings = 0.5
   c.framepack = config_dict.ConfigDict(
     dict(
       shapes.TRAINING,

@@ -10,7 +10,7 @@ what every video measures (to OUT/rows, or --rows). Such files alone make the sa
 
     python -m hiar_jax.evaluate --from=runs/compare/rows --out=runs/table
 
-so that a table of many runs is made in as many sittings as it takes (--nobaselines leaves out what
+so that a table of many runs is made in as many sittings as it takes (--baselines= leaves out what
 is no run's own). docs/evaluate.md says what the numbers and their intervals are.
 """
 
@@ -35,6 +35,9 @@ from hiar_jax.training.run import SHARED_GROUPS, Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
 
+# Kinds of rows that are no run's own.
+KINDS = ("data", "codec", "teacher", "causal_init")
+
 _WORKDIRS = flags.DEFINE_list(
   "workdirs", None, "trained runs; the first one's teacher and their causal inits are measured too"
 )
@@ -46,8 +49,11 @@ _ROWS = flags.DEFINE_string("rows", None, "directory of the rows' files; by defa
 _REFERENCE = flags.DEFINE_string(
   "reference", None, "the row that the others are compared with; by default the first run's"
 )
-_BASELINES = flags.DEFINE_boolean(
-  "baselines", True, "measure true clips, the teacher and the causal init too"
+_BASELINES = flags.DEFINE_list(
+  "baselines",
+  list(KINDS),
+  "rows beside the runs: true clips (data), these through the codec, the teacher, the causal inits; "
+  "--baselines= measures none",
 )
 _VIDEOS = flags.DEFINE_integer(
   "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
@@ -82,6 +88,8 @@ def main() -> None:
     raise UserError(
       "give --out=DIR, and either --workdirs=runs/a,runs/b or --from=DIR, a folder of rows' files"
     )
+  if unknown := set(_BASELINES.value) - set(KINDS):
+    raise UserError(f"--baselines={','.join(sorted(unknown))}: expected some of {','.join(KINDS)}")
   out = pathlib.Path(_OUT.value)
   found = row_files.read_all(_FROM.value) if _FROM.value else measured(out)
   print(report.write(found, out, _REFERENCE.value))
@@ -100,7 +108,7 @@ def measured(out: pathlib.Path) -> list[Row]:
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
   frames = samples.round_to_blocks(first, given + made) - given
-  planned = baselines(runs, prompts, frames) if _BASELINES.value else []
+  planned = [part for part in baselines(runs, prompts, frames) if part.kind in _BASELINES.value]
   for part in planned + [of_run(run, prompts, frames) for run in runs]:
     directory = _ROWS.value or out / "rows"
     row_files.check_free(directory, part.name, part.config)
@@ -137,7 +145,7 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
   groups = config_of(first, [name for name in SHARED_GROUPS if name != "causal_init"])
   planned = [
     Planned("true clips", "data", captions, data, lambda: clips),
-    Planned("true clips through the codec", "codec", captions, codec, through_the_codec),
+    Planned(codec_name(first), "codec", captions, codec, through_the_codec),
     Planned("teacher, training length", "teacher", prompts, groups, teacher),
   ]
   # Causal students of the same method share a row, of the first one's weights.
@@ -148,6 +156,12 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     config = config_of(run, (*SHARED_GROUPS, "history"))
     planned.append(Planned(name, "causal_init", prompts, config, make))
   return planned
+
+
+def codec_name(run: Run) -> str:
+  """Returns the name of the row of true clips that pass through the run's codec."""
+  pixels = run.experiment.codec.spatial_factor
+  return f"true clips through the codec of {pixels} x {pixels} pixels"
 
 
 def of_run(run: Run, prompts: list[str], frames: int) -> Planned:

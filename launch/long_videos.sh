@@ -10,8 +10,8 @@ cd "$(dirname "$0")/.."
 # run -> config, the run whose data and teacher it takes, the table, what it changes; a video of
 # table "long" has 360 frames, which are eight clips or, of the shorter ones of HiAR, 24
 declare -A config=(
-  [framepack]=shapes_framepack.py:full [both_ends]=shapes_framepack_both_ends.py:full
-  [inverted]=shapes_framepack_inverted.py:full [discrete]=shapes_framepack_discrete.py:full
+  [framepack]=shapes_framepack.py [both_ends]=shapes_framepack_both_ends.py
+  [inverted]=shapes_framepack_inverted.py [discrete]=shapes_framepack_discrete.py
   [screen]=shapes_screen.py [screen_window]=shapes_screen.py:window [screen_long]=shapes_screen.py:long
   [hiar_packed]=shapes_hiar_packed.py [hiar_ring]=shapes_hiar_packed.py
 )
@@ -54,7 +54,7 @@ run_one() {
   local measure=("$python" -m hiar_jax.evaluate "--workdirs=runs/$run" "--length=$length"
     "--rows=$out/$table" "--out=runs/$run/$table")
   # true clips, the codec and the teacher are rows too: shapes.py's in "long", screen's in "screen"
-  [[ $run == screen ]] || measure+=(--nobaselines)
+  [[ $run == screen ]] || measure+=(--baselines=)
   if [[ $dry ]]; then
     echo "${train[*]}"
     echo "${measure[*]}"

@@ -71,7 +71,7 @@ def test_the_rows_of_long_videos_are_runs_that_can_be_trained():
     bases = [option for option in line if option.startswith("--config.stages_from=")]
     assert all(option.removeprefix("--config.stages_from=") in workdirs for option in bases)
   # of those that share a table one at most has the rows that are no run's
-  assert [line[3] for line in measures if "--nobaselines" not in line] == ["--workdirs=runs/screen"]
+  assert [line[3] for line in measures if "--baselines=" not in line] == ["--workdirs=runs/screen"]
   refused = launch("long_videos.sh", "framepak")
   assert refused.returncode == 2 and refused.stderr.count("\n") == 1
 

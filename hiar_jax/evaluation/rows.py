@@ -110,7 +110,7 @@ def check_free(directory: str | os.PathLike, name: str, config: dict) -> None:
   if lines or stored.name != name:
     raise UserError(
       f"{path} holds {stored.name!r} of another config (stored -> given: {'; '.join(lines)}); take "
-      "another folder, or leave rows that are no run's own out with --nobaselines"
+      "another folder, or leave rows that are no run's own out with --baselines="
     )
 
 

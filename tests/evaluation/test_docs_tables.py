@@ -34,7 +34,23 @@ def test_the_table_of_shapes(shapes):
   ("page", "folder", "names"),
   [
     ("README.md", "shapes", ["teacher, 9 frames", "HiAR", "Self-Forcing", "Self-Aligned Forcing"]),
-    ("docs/long_videos.md", "long", ["causal init, as HiAR", "HiAR", "Self-Forcing"]),
+    (
+      "docs/long_videos.md",
+      "long",
+      [
+        "causal init, as HiAR",
+        "HiAR",
+        "Self-Forcing",
+        "HiAR, clips of 15 frames",
+        "HiAR and packed history, clips of 15",
+        "FramePack, vanilla",
+        "FramePack, both ends first",
+        "FramePack, inverted, from a true frame",
+        "FramePack, vanilla, discretised (+D)",
+        "FramePack, vanilla, `:full`",
+      ],
+    ),
+    ("docs/long_videos.md", "screen", ["21 frames, unpacked", "19 frames, packed", "3 frames"]),
   ],
 )
 def test_a_shorter_table_with_names_of_its_own(page, folder, names, shapes):
