@@ -23,12 +23,14 @@ def test_a_table_is_made_from_files(chain, tmp_path):
     [f"--from={tmp_path / 'want'}", f"--out={tmp_path / 'none'}"],
     [f"--from={tmp_path / 'rows'}", "--workdirs=runs/a", f"--out={tmp_path / 'none'}"],
     [f"--from={tmp_path / 'rows'}"],
+    ["--workdirs=runs/a", f"--out={tmp_path / 'none'}", "--baselines=codec,teachers"],
   )
   made, *refused = chain.commands([("hiar_jax.evaluate", list(case)) for case in cases])
   assert made[0] == 0 and made[1] == want + "\n", made
   for file in ("metrics.json", "table.md", "fifths.png"):
     assert (tmp_path / "got" / file).read_bytes() == (tmp_path / "want" / file).read_bytes()
   messages = ("is no row of hiar_jax.evaluate", "and either --workdirs", "give --out=DIR")
+  messages += ("--baselines=teachers: expected some of data,codec,teacher,causal_init",)
   for (status, _, said), message in zip(refused, messages, strict=True):
     assert status == 2 and message in said and len(said.splitlines()) == 1, said
   assert not (tmp_path / "none").exists()
