@@ -23,7 +23,7 @@ PACKINGS = {
 
 
 def get_config(variant: str = "main"):
-  # one section of a clip's five can show what is remembered: of 1,000 updates of 8 a model learns it
+  # one of a clip's five sections can show what is remembered: in 1,000 updates of 8 a model learnt it
   # from frames as they are (94 % of the colours), and not from packed ones (10 %)
   c = shapes_framepack.get_config("full" if variant in PACKINGS else variant)
   c.framepack.packing = PACKINGS.get(variant, shapes_framepack.PACKING)

@@ -52,8 +52,8 @@ _REFERENCE = flags.DEFINE_string(
 _BASELINES = flags.DEFINE_list(
   "baselines",
   list(KINDS),
-  "rows beside the runs: true clips (data), these through the codec, the teacher, the causal inits; "
-  "--baselines= measures none",
+  "rows beside the runs: true clips (data), these through the codec, the teacher, the causal "
+  "inits; --baselines= measures none",
 )
 _VIDEOS = flags.DEFINE_integer(
   "videos", 54, "videos a row; held-out prompts are repeated with other seeds"

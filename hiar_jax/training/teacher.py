@@ -77,9 +77,7 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
   return step
 
 
-def windows(
-  keys: Key, clips: Video, frames: int, openings: float = 0.0
-) -> tuple[Video, jax.Array]:
+def windows(keys: Key, clips: Video, frames: int, openings: float = 0.0) -> tuple[Video, jax.Array]:
   """Returns a window of `frames` frames of each clip [b f h w c] and its first frame [b]: 0 for a
   share `openings` of them, else evenly drawn. keys: [b].
   """
