@@ -23,8 +23,8 @@ PACKINGS = {
 
 
 def get_config(variant: str = "main"):
-  # one of a clip's five sections can show what is remembered: in 1,000 updates of 8 a model learnt it
-  # from frames as they are (94 % of the colours), and not from packed ones (10 %)
+  # one of a clip's five sections can show what is remembered: 1,000 updates of 8 taught it from
+  # frames as they are (94 % of the colours), and not from packed ones (10 %)
   c = shapes_framepack.get_config("full" if variant in PACKINGS else variant)
   c.framepack.packing = PACKINGS.get(variant, shapes_framepack.PACKING)
   c.data.later = 0.0  # all clips begin on the first side
