@@ -52,20 +52,19 @@ SORTED = {
 def sampler(schedule, steps, given, published, behind=0, loop=False, **options):
   sections = 1 + max(max(step) for step in steps)
   frames = sections * parse(schedule).generate
-  generate = packed.make_sampler(
-    CONFIG,
-    parse(schedule),
-    options.get("history", AS_PUBLISHED),
-    steps,
-    jnp.asarray(SIGMAS),
+  made = packed.SectionSampler(
+    network=CONFIG,
+    schedule=parse(schedule),
+    history=options.get("history", AS_PUBLISHED),
+    sigmas=jnp.asarray(SIGMAS),
     negative=0.3 * tiny.text()[:1],
     guidance=options.get("guidance", 0.0),
     key=KEY,
-    shape=tiny.shape(frames),
-    loop=loop,
+    frame=tiny.shape(1).clip[1:],
     published=published,
     codebook=options.get("codebook"),
   )
+  generate = packed.make_sampler(made, steps, frames, loop=loop)
   return quick_jit(generate)
 
 

@@ -200,7 +200,7 @@ def test_the_stage_fits_the_codebook_that_sampling_finds(tmp_path, monkeypatch):
 def test_sampling_without_the_codebook_is_an_option(tmp_path, monkeypatch):
   """The sampler is given the codebook, or none."""
   seen = []
-  make = lambda *_, codebook, **__: seen.append(codebook) or id
+  make = lambda sections, *_, **__: seen.append(sections.codebook) or id
   monkeypatch.setattr(packed, "make_sampler", make)
   monkeypatch.setattr(Run, "texts", lambda self, prompts: None)
   book, words = object(), types.SimpleNamespace(negative_prompt="")
