@@ -96,10 +96,9 @@ class SectionSampler:
     parts = zip(videos, self.with_shown(make(videos[-1], row)), strict=True)
     return tuple(video.at[:, row.generates].set(part) for video, part in parts)
 
-  def plan(self, steps: Steps, given: Video | None, behind: Video | None, loop: bool) -> list[Step]:
-    """Returns packing.orders.plan of the steps between given frames."""
-    ends = [0 if part is None else part.shape[1] for part in (given, behind)]
-    where = dict(given=ends[0], behind=ends[1], loop=loop, published=self.published)
+  def plan(self, steps: Steps, given: int, behind: int, loop: bool) -> list[Step]:
+    """Returns packing.orders.plan of the steps between so many given frames."""
+    where = dict(given=given, behind=behind, loop=loop, published=self.published)
     return plan(self.schedule, steps, **where, similar=self.history.similar)
 
 
@@ -119,7 +118,8 @@ def make_sampler(
   def generate(params, text, seeds, given=None, behind=None):
     make = sections.bind(params, text, seeds)
     videos = sections.begin(len(seeds), frames, given, behind)
-    for table in tables(sections.plan(steps, given, behind, loop)):
+    ends = [0 if part is None else part.shape[1] for part in (given, behind)]
+    for table in tables(sections.plan(steps, *ends, loop)):
       videos, _ = jax.lax.scan(
         lambda videos, row: (sections.advance(make, videos, row), None), videos, table
       )
@@ -139,22 +139,37 @@ def make_stepper(
   """
   begin = jax.jit(sections.begin, static_argnums=(0, 1))
 
-  @jax.jit
-  def advance(params, text, seeds, videos, row):
-    return sections.advance(sections.bind(params, text, seeds), videos, row)
+  @functools.cache
+  def program(table: int, given: int, behind: int):
+    # a loop over rows that are constants, as make_sampler's: then both round alike
+    rows = tables(planned(given, behind))[table]
+
+    @jax.jit
+    def advance(params, text, seeds, videos, at):
+      make = sections.bind(params, text, seeds)
+      if len(rows.generates) == 1:
+        return sections.advance(make, videos, jax.tree.map(lambda x: jnp.asarray(x[0]), rows))
+
+      def one(i, videos):
+        return sections.advance(make, videos, jax.tree.map(lambda x: jnp.asarray(x)[i], rows))
+
+      return jax.lax.fori_loop(at, at + 1, one, videos)
+
+    return advance
+
+  @functools.cache
+  def planned(given: int, behind: int) -> list[Step]:
+    return sections.plan(steps, given, behind, loop)
 
   def generate(params, text, seeds, given=None, behind=None):
-    planned = sections.plan(steps, given, behind, loop)
+    ends = [0 if part is None else part.shape[1] for part in (given, behind)]
     videos = begin(len(seeds), frames, given, behind)
     made = np.ones(videos[0].shape[1], bool)
-    made[np.concatenate([step.generates for step in planned])] = False
-    rows = (
-      jax.tree.map(lambda x, i=i: x[i], table)
-      for table in tables(planned)
-      for i in range(len(table.generates))
-    )
-    for step, row in zip(planned, rows, strict=True):
-      videos = advance(params, text, seeds, videos, row)
+    made[ends[0] : ends[0] + frames] = False
+    counts = [len(table.generates) for table in tables(planned(*ends))]
+    places = [(table, at) for table, count in enumerate(counts) for at in range(count)]
+    for step, (table, at) in zip(planned(*ends), places, strict=True):
+      videos = program(table, *ends)(params, text, seeds, videos, at)
       made = made.copy()
       made[step.generates] = True
       yield videos[0], made
