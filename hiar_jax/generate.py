@@ -11,7 +11,7 @@ FLOPs that it would need, and loads nothing.
 
 A packed model (FramePack) also makes videos that end with `--end_image` or `--end_video` or come
 back to their start (`--loop`), with prompts by the second (`--timeline`) and single sections drawn
-anew (`--takes`).
+anew (`--takes`); they can be watched while they are made (`--partial`).
 """
 
 import dataclasses
@@ -26,7 +26,9 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
+from hiar_jax.generation.partial_video import PartialVideos
 from hiar_jax.generation.prompts_file import Job
+from hiar_jax.generation.sections import check_told
 
 FILES = ("image", "video"), ("end_image", "end_video")  # what a video starts and ends with
 # Former names of flags -> today's; see config.command_line.
@@ -54,6 +56,7 @@ class GenerateOptions(ModelOptions):
   order: str | None = None
   timeline: str | None = None
   takes: str | None = None
+  partial: bool = False
 
 
 def generate(options: GenerateOptions) -> list[pathlib.Path]:
@@ -65,6 +68,7 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
   jobs = read_jobs(options)
   paths = clips.output_paths(jobs, options.out, many=options.prompts is not None)
   model = options.open_model(needed=not options.dry_run)
+  check_told(model.experiment, ["partial"] if options.partial else [])
   planned = clips.plan_clips(model, jobs, paths, options.frames, strict=options.strict)
   if options.dry_run:
     batch = min(model.experiment.sample.batch, len(planned))
@@ -75,7 +79,7 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
   wanted = [clip for clip in planned if options.overwrite or not clip.is_done(model)]
   if wanted:
     with jax.set_mesh(model.run.mesh):
-      clips.write_clips(model, wanted)
+      clips.write_clips(model, wanted, PartialVideos(model) if options.partial else None)
   if options.report_memory:
     print(peak_memory.report(*peak_memory.peak()), file=sys.stderr)
   return paths
@@ -178,6 +182,12 @@ def define_section_flags() -> None:
     "takes",
     None,
     "packed models: sections that are drawn anew, as 2:5 (section 2, counted from 0, with seed 5)",
+  )
+  flags.DEFINE_bool(
+    "partial",
+    False,
+    "packed models: after each step of the order write what is there of the video beside --out, as "
+    "NAME.partial.mp4 and NAME.steps.png",
   )
 
 

@@ -6,7 +6,7 @@ frames = model.generate("a red circle moving left", frames=72, seed=1)   # uint8
 model = hiar_jax.load(config="experiments/hiar_wan_1_3b.py", weights="weights/hiar")
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -19,8 +19,9 @@ from hiar_jax import stream as streams
 from hiar_jax.config.building import nearest
 from hiar_jax.config.command_line import load_config
 from hiar_jax.errors import UserError
-from hiar_jax.generation import clips, prompts_file
+from hiar_jax.generation import clips, partial_video, prompts_file
 from hiar_jax.generation.model_options import ModelOptions
+from hiar_jax.generation.sections import check_told
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.streaming.compiled_tick import TickOptions
@@ -116,10 +117,36 @@ class Model(VideoModel):
     planned = self._plan([prompts] if one else prompts, frames, seed, image, video, **told)
     with jax.set_mesh(self.run.mesh):
       videos = [
-        np.concatenate(list(clips.shown(self, clip, latents)))
-        for clip, latents in clips.make_clips(self, planned)
+        np.concatenate(list(clips.shown(self, made.clip, made.latents)))
+        for made in clips.make_clips(self, planned)
       ]
     return videos[0] if one else videos
+
+  def watch(
+    self, prompt: str, frames: int | None = None, seed: int = 0, image=None, video=None, **told
+  ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Generates the video of a packed model and yields, after each step of its order, (frames uint8
+    [F H W 3], which of them are made, bool [F]); those that are not are grey. The last one is the
+    video that `generate` returns; arguments as there.
+
+    Raises UserError, as `generate`, and for a causal model, before the first step.
+    """
+    check_told(self.experiment, ["partial"])
+    planned = self._plan([prompt], frames, seed, image, video, **told)
+
+    def steps():
+      made = None
+      while True:
+        # for each step alone: whoever takes them is not in this mesh
+        with jax.set_mesh(self.run.mesh):
+          made = made or clips.make_clips(self, planned, watched=True)
+          step = next(made, None)
+          found = step and partial_video.frames_of(self, step)
+        if not found:
+          return
+        yield found
+
+    return steps()
 
   def sample_latents(
     self,
@@ -134,7 +161,7 @@ class Model(VideoModel):
     planned = self._plan(prompts, frames, seeds, image, video, **told)
     with jax.set_mesh(self.run.mesh):
       # all of one shape, so they come in their order
-      return np.concatenate([latents for _, latents in clips.make_clips(self, planned)])
+      return np.concatenate([made.latents for made in clips.make_clips(self, planned)])
 
   def _plan(self, prompts: Sequence[str], frames, *start, **told) -> list[clips.Clip]:
     """Returns the clips of prompts; start: seeds, image and video."""

@@ -9,9 +9,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hiar_jax import generate
+from hiar_jax import generate, stream
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips
+from hiar_jax.rollout.packed_past import slots
+from hiar_jax.streaming.streaming_model import StreamingModel
+from hiar_jax.video.lengths import fit_blocks
 from hiar_jax.video.mp4 import write_mp4
 from tests.helpers import tiny_packed, tiny_run
 from tests.helpers.untrained import compiles_quickly, saved_run, untrained  # noqa: F401
@@ -39,15 +42,22 @@ def blocks(kind: str) -> list[str]:
   return re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)
 
 
-def commands() -> list[str]:
-  return [line for block in blocks("bash") for line in block.splitlines()]
+def commands(module: str = "generate") -> list[str]:
+  lines = [line for block in blocks("bash") for line in block.splitlines()]
+  of = [line for line in lines if line.startswith(f"python -m hiar_jax.{module} ")]
+  assert len(lines) == sum(line.startswith("python -m hiar_jax.") for line in lines)
+  return of
+
+
+def flags(command: str, module: str) -> dict[str, str | bool]:
+  python, _, name, *given = shlex.split(command)
+  assert (python, name) == ("python", f"hiar_jax.{module}")
+  values = dict(flag.removeprefix("--").partition("=")[::2] for flag in given)
+  return {name: value or True for name, value in values.items()}
 
 
 def options(command: str, **changes) -> generate.GenerateOptions:
-  python, _, module, *flags = shlex.split(command)
-  assert (python, module) == ("python", "hiar_jax.generate")
-  values = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
-  values = {name: value or True for name, value in values.items()}
+  values = flags(command, "generate")
   whole = {name: int(values[name]) for name in ("frames", "seed") if name in values}
   return generate.GenerateOptions(**{**values, **whole, **changes})
 
@@ -85,6 +95,27 @@ def test_a_command_is_one_that_its_model_takes(command, place, models, capfd):
   }
 
 
+def test_a_stream_is_one_that_its_model_takes(place, models):
+  """To the frame, after the frames that it starts from."""
+  for command in commands("stream"):
+    values = flags(command, "stream")
+    wanted = stream.read_options({n: x for n, x in values.items() if n not in ("out", "save")})
+    model = models[wanted.workdir.removeprefix("runs/")]
+    given = 1 if "on.mp4" in command else 0  # from first.png
+    StreamingModel(model, wanted.engine).check(given)
+    e = model.experiment
+    frames, message = fit_blocks(wanted.length, e.history.block, e.codec.pixel_frames, given=given)
+    assert frames == wanted.length - given and message == ""
+  for name in set(RUNS) - {"framepack"}:
+    with pytest.raises(UserError, match="cannot be streamed; .* --partial"):
+      StreamingModel(models[name]).check()
+
+
+def test_the_schedule_keeps_what_the_page_says(models):
+  (said,) = re.findall(r"the last (\d+) frames here", PAGE)
+  assert slots(models["framepack"].experiment.framepack.parsed) == (0, 0, int(said))
+
+
 def test_the_table_says_who_can(place, models):
   """The other runs refuse what the table does not grant them."""
   can = {"end_image": {"both_ends", "inverted"}, "loop": {"both_ends", "inverted"}}
@@ -120,3 +151,9 @@ def test_every_command_runs(place):
     wanted = options(command)
     for path in generate.generate(wanted):
       assert len(read_mp4(path)[0]) == wanted.frames
+  assert (place / "filled.steps.png").exists() and not (place / "filled.partial.mp4").exists()
+  for command in commands("stream"):
+    values = flags(command, "stream")
+    out, save = values.pop("out"), values.pop("save", None)
+    path = stream.write(stream.read_options(values), out, save)
+    assert len(read_mp4(path)[0]) == int(values["frames"])

@@ -4,13 +4,14 @@ A file that exists with the same recipe (prompt, seed, weights, sizes, ...) is k
 command resumes a stopped list of videos.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import hashlib
 import json
 import numbers
 import pathlib
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -227,19 +228,45 @@ def new_frames(
   return latent
 
 
-def write_clips(model: VideoModel, clips: list[Clip]) -> None:
-  """Generates the videos and prints the path of each one when its file is complete."""
-  made, config = make_clips(model, clips), model.experiment.sample
+class Made(NamedTuple):
+  """The latents [1 f h w c] of a clip, and which of their frames are made, bool [f]; the others are
+  NaN.
+  """
+
+  clip: Clip
+  latents: np.ndarray
+  frames: np.ndarray
+
+  @property
+  def is_whole(self) -> bool:
+    return bool(self.frames.all())
+
+
+def write_clips(
+  model: VideoModel, clips: list[Clip], watch: Callable[[Made], None] | None = None
+) -> None:
+  """Generates the videos and prints the path of each one when its file is complete.
+
+  watch: called with the clips of a packed model after each step of their order, the last one
+  after its file.
+  """
+  config, done = model.experiment.sample, 0
   with Progress("generate", len(clips)) as bar:
-    for done, (clip, latents) in enumerate(made, 1):
-      pieces = shown(model, clip, latents)  # decoded while they are written
-      write_mp4(clip.path, pieces, config.fps, clip.provenance(model), scale=config.scale)
-      print(clip.path, flush=True)  # stdout holds the paths alone; messages go to stderr
-      bar.update(done)
+    for made in make_clips(model, clips, watched=watch is not None):
+      if made.is_whole:
+        pieces = shown(model, made.clip, made.latents)  # decoded while they are written
+        path, metadata = made.clip.path, made.clip.provenance(model)
+        write_mp4(path, pieces, config.fps, metadata, scale=config.scale)
+        print(path, flush=True)  # stdout holds the paths alone; messages go to stderr
+        done += 1
+        bar.update(done)
+      if watch:
+        watch(made)
 
 
-def make_clips(model: VideoModel, clips: list[Clip]) -> Iterator[tuple[Clip, np.ndarray]]:
-  """Loads the weights, and returns an iterator of each clip with its latents [1 f h w c].
+def make_clips(model: VideoModel, clips: list[Clip], *, watched: bool = False) -> Iterator[Made]:
+  """Loads the weights, and returns an iterator of each clip, whole; watched: of each clip of a
+  packed model after each step of its order, whole at last.
 
   Clips with equal numbers of conditioning and new frames come together.
   """
@@ -251,23 +278,25 @@ def make_clips(model: VideoModel, clips: list[Clip]) -> Iterator[tuple[Clip, np.
   for clip in clips:
     alike.setdefault(clip.shape, []).append(clip)
   return (
-    (clip, np.asarray(latents[i : i + 1]))
+    Made(clip, np.asarray(latents[i : i + 1]), made)
     for group in alike.values()
-    for batch, latents in iterate_latents(model, params, group)
+    for batch, latents, made in iterate_latents(model, params, group, watched)
     for i, clip in enumerate(batch)
   )
 
 
 def iterate_latents(
-  model: VideoModel, params, clips: list[Clip]
-) -> Iterator[tuple[list[Clip], jax.Array]]:
-  """Yields (clips, their latents [b f h w c]), a batch at a time; clips of one shape.
+  model: VideoModel, params, clips: list[Clip], watched: bool = False
+) -> Iterator[tuple[list[Clip], jax.Array, np.ndarray]]:
+  """Yields (clips, their latents [b f h w c], which frames are made [f]), a batch at a time, or
+  watched after each of its steps; clips of one shape.
 
   A video depends on its own prompt, seed and conditioning alone. In a filled-up last batch b is
   larger than the number of clips.
   """
   size = min(model.experiment.sample.batch, len(clips))
-  generate = model.sampler(clips[0].frames, **clips[0].sections)
+  said = {**clips[0].sections, **({"watched": True} if watched else {})}
+  generate = model.sampler(clips[0].frames, **said)
   for first in range(0, len(clips), size):
     batch = clips[first : first + size]
     # the last batch repeats its clips up to the size, so that the sampler is compiled once
@@ -283,7 +312,9 @@ def iterate_latents(
     # a text and a seed for each section, where a clip has them
     if rows[0].job.timeline:
       texts = texts.reshape(len(rows), -1, *texts.shape[1:])
-    yield batch, generate(params, texts, seeds if rows[0].job.takes else seeds[:, 0], *ends)
+    made = generate(params, texts, seeds if rows[0].job.takes else seeds[:, 0], *ends)
+    for latents, frames in made if watched else [(made, np.ones(made.shape[1], bool))]:
+      yield batch, latents, frames
 
 
 def latents_of(model: VideoModel, conditioning: Conditioning) -> np.ndarray:

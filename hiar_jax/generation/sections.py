@@ -115,6 +115,8 @@ def check_told(e: Experiment, told: Sequence[str]) -> None:
   instead = "a packed model can (experiments/shapes_framepack_both_ends.py)"
   if "timeline" in told:
     instead = "python -m hiar_jax.stream takes a --timeline, and " + instead
+  if "partial" in told:
+    instead = "python -m hiar_jax.stream shows a video while it is made"
   raise UserError(
     f"--{told[0]}: this model is causal, it makes a video block by block in time's order; {instead}"
   )

@@ -2,6 +2,7 @@
 converted weights (`from_config`).
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -10,6 +11,7 @@ import os
 import pathlib
 
 from ml_collections import config_dict
+import numpy as np
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
@@ -130,6 +132,11 @@ class VideoModel:
     self.run.text_encoder.prepare(prompts)
     for prompt in prompts:
       samples.print_warnings(self.run, prompt)
+
+  def prompt_texts(self, prompts: Sequence[str]) -> np.ndarray:
+    """Returns prompts as the network reads them [n l d], prepared as by prepare_texts."""
+    self.prepare_texts(list(prompts))
+    return self.run.texts(list(prompts))
 
   def sampler(self, frames: int, **sections):
     """Returns generate(params, texts, seeds, given=None) -> latents [b given+frames h w c], jitted.

@@ -150,7 +150,7 @@ def plan(
     context = tuple(np.where(np.isin(group, list(there)), group % total, -1) for group in numbers)
     indices = generates, numbers
     if published:
-      indices = _counted_on(schedule, blanks(len(steps), at, schedule))
+      indices = counted_on(schedule, blanks(len(steps), at, schedule))
     kinds = schedule.before_tail, schedule.after_tail
     candidates = None
     if similar:
@@ -232,7 +232,7 @@ def _beyond(
   return candidates[0][:before], candidates[1][len(candidates[1]) - after :]
 
 
-def _counted_on(schedule: Schedule, blank: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def counted_on(schedule: Schedule, blank: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
   """Returns (indices of the section, of each group): one after the other, `blank` sections left out
   before the section.
   """

@@ -239,25 +239,26 @@ def _compiled(request: JobSize | PackedJobSize, mesh: Mesh) -> tuple[dict[str, M
 def _sampler(request: JobSize | PackedJobSize) -> Callable:
   """Returns generate(params, text, seeds, given) of rollout.sample or rollout.packed."""
   r, key = request, jax.random.key(0)
-  shape = LatentShape(r.frames, r.height, r.width, r.network.channels)
   # The values of the levels do not change the program.
   levels = np.linspace(1.0, 0.0, r.levels + 1)
+  frame = r.height, r.width, r.network.channels
   if isinstance(r, JobSize):
+    shape = LatentShape(r.frames, *frame)
     return sample.make_sampler(r.network, r.method.at(levels), key=key, shape=shape)
-  return packed.make_sampler(
-    r.network,
-    r.schedule,
-    r.history,
-    r.steps,
-    jnp.asarray(levels, jnp.float32),
+  sections = packed.SectionSampler(
+    network=r.network,
+    schedule=r.schedule,
+    history=r.history,
+    sigmas=jnp.asarray(levels, jnp.float32),
     negative=jnp.zeros((1, r.text, r.network.text_dim), r.dtype),
     guidance=r.guidance,
     distilled=r.distilled,
     key=key,
-    shape=shape,
+    frame=frame,
     published=r.published,
     solver=r.solver,
   )
+  return packed.make_sampler(sections, r.steps, r.frames)
 
 
 def _generator(request: JobSize | PackedJobSize, mesh: Mesh) -> tuple[Callable, list]:

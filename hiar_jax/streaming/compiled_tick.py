@@ -5,6 +5,7 @@ pipeline, compiled once and shared by all generations.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,31 +55,25 @@ class StreamParts:
   def of(model: VideoModel) -> "StreamParts":
     """Returns the parts of a loaded model."""
     e = model.experiment
-    if e.framepack:
-      raise UserError(
-        "a packed model (framepack) makes whole sections and cannot be streamed level by level; "
-        "generate whole videos with it (python -m hiar_jax.generate)"
-      )
-
-    def texts(prompts: Sequence[str]) -> np.ndarray:
-      model.prepare_texts(list(prompts))
-      return model.run.texts(list(prompts))
-
     return StreamParts(
       config=e.student_dit,
       method=e.history,
       sigmas=tuple(float(sigma) for sigma in model.run.sigmas),
       params=model.params(),
-      # as training.run's sampler: a stream is the video that generate makes of the same seed
-      key=jax.random.fold_in(jax.random.key(e.seed), 3),
+      # as the sampler's: a stream is the video that generate makes of the same seed
+      key=model.run.noise_key,
       size=(e.latent.height, e.latent.width),
-      texts=texts,
+      texts=model.prompt_texts,
       identity=model.identity,
     )
 
 
 class Engine:
-  """A model on its devices, with its compiled pipelines.
+  """A causal model on its devices, with its compiled pipelines.
+
+  block: latent frames of a block. levels: noise levels, the number of blocks in flight. frame: the
+  shape [h w c]. window: latent frames that a block sees, its own included. sigmas, identity: as
+  StreamParts. saved_options: those of a snapshot that change numbers.
 
   Raises UserError where the method cannot be streamed, or the layout does not fit.
   """
@@ -114,7 +109,11 @@ class Engine:
         "so there is never more than one to work on; generate whole videos with it (python -m "
         "hiar_jax.generate), or use a step_first model"
       )
-    levels, config, height = self.method.levels, self.parts.config, self.parts.size[0]
+    self.block, self.levels = self.method.block, self.method.levels
+    self.window, self.sigmas = self.method.window, self.parts.sigmas
+    self.frame = (*self.parts.size, self.parts.config.channels)
+    self.identity = self.parts.identity
+    levels, config, height = self.levels, self.parts.config, self.parts.size[0]
     devices = list(jax.devices() if devices is None else devices)
     self.layout = options.layout or layouts.widest(len(devices), levels, config, height)
     self.layout.check(levels, config, height)
@@ -139,6 +138,19 @@ class Engine:
   def head_blocks(self) -> int:
     """Blocks of a clean sink."""
     return self.method.clean_sink // self.method.block
+
+  @property
+  def saved_options(self) -> dict[str, Any]:
+    names = ("window", "sink", "sink_positions")
+    return {name: getattr(self.method, name) for name in names}
+
+  def check_start(self, frames: int) -> None:
+    """Raises UserError where a video cannot start with so many latent frames."""
+    if frames != 1 and frames % self.block:
+      raise UserError(
+        f"a start of {frames} latent frames: expected one (a picture), or whole blocks of "
+        f"{self.block}"
+      )
 
   def text(self, prompt: str) -> jax.Array:
     """Returns the encoded prompt [1 l d], replicated on every device."""

@@ -23,7 +23,21 @@ from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import snapshot
 from hiar_jax.streaming.compiled_tick import CompiledPipeline, Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
+from hiar_jax.streaming.packed_engine import PackedEngine, PackedPipeline
 from hiar_jax.types import Block, PyTree
+
+AnyEngine = Engine | PackedEngine
+
+
+def open_engine(model: AnyEngine | VideoModel | StreamParts, options: TickOptions) -> AnyEngine:
+  """Returns the engine of a model, itself where it is one. Raises UserError where the model cannot
+  be streamed, or layout or window do not fit.
+  """
+  if isinstance(model, AnyEngine):
+    return model
+  if isinstance(model, VideoModel) and model.experiment.framepack:
+    return PackedEngine.of(model, options)
+  return Engine(model, options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,32 +59,27 @@ class LiveVideo:
 
   def __init__(
     self,
-    model: Engine | VideoModel | StreamParts,
+    model: AnyEngine | VideoModel | StreamParts,
     prompt: str,
     seed: int = 0,
     options: TickOptions | None = None,
     start: np.ndarray | None = None,
   ):
     """Starts a video after `start`, clean latents [1 f h w c] of one frame (a picture) or of whole
-    blocks; None: from nothing.
+    blocks (of a packed model of any frames); None: from nothing.
 
     options: for a model that is no engine yet. Raises UserError where the method cannot be
     streamed, or layout, window, sink or start do not fit.
     """
-    self.engine = model if isinstance(model, Engine) else Engine(model, options or TickOptions())
+    self.engine = open_engine(model, options or TickOptions())
     if start is not None:
-      block = self.engine.method.block
-      frame = (*self.engine.parts.size, self.engine.parts.config.channels)  # [h w c]
-      if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame:
+      frame = self.engine.frame
+      if start.ndim != 5 or start.shape[0] != 1 or start.shape[2:] != frame or not start.shape[1]:
         raise UserError(
           f"a start of shape {list(start.shape)}: expected latents [1, frames, "
           f"{', '.join(map(str, frame))}]"
         )
-      if start.shape[1] != 1 and (start.shape[1] < 1 or start.shape[1] % block):
-        raise UserError(
-          f"a start of {start.shape[1]} latent frames: expected one (a picture), or whole blocks "
-          f"of {block}"
-        )
+      self.engine.check_start(start.shape[1])
     self.seed = seed
     self.prompt = prompt
     self.given_frames = 0 if start is None else start.shape[1]
@@ -88,7 +97,7 @@ class LiveVideo:
     """Fills a new pipeline with given latents [1 f h w c] under texts [n 1 l d] (None: the
     prompt's).
     """
-    k = self.engine.method.block
+    k = self.engine.block
     blocks = 0 if given is None else -(-given.shape[1] // k)  # a picture counts as a block
     if texts is None:
       texts = jnp.stack([self._text] * max(blocks, 1))
@@ -96,13 +105,13 @@ class LiveVideo:
     self._block = self._first = blocks
 
   @property
-  def _programs(self) -> CompiledPipeline:
+  def _programs(self) -> CompiledPipeline | PackedPipeline:
     return self.engine.main if self._head is None else self.engine.head
 
   @property
   def levels(self) -> int:
     """Noise levels, the number of blocks in flight."""
-    return self.engine.method.levels
+    return self.engine.levels
 
   @property
   def next_block(self) -> int:
@@ -193,8 +202,8 @@ class LiveVideo:
     if head:
       arrays["head"] = np.concatenate(head, axis=1)
     metadata = {
-      "identity": self.engine.parts.identity,
-      "options": snapshot.options(self.engine.method),
+      "identity": self.engine.identity,
+      "options": dict(self.engine.saved_options),
       "text": {"shape": list(self._text.shape), "dtype": str(self._text.dtype)},
       "seed": self.seed,
       "prompt": self.prompt,
@@ -211,7 +220,7 @@ class LiveVideo:
   def restore(
     cls,
     directory: str | os.PathLike,
-    model: Engine | VideoModel | StreamParts,
+    model: AnyEngine | VideoModel | StreamParts,
     layout: Layout | None = None,
   ) -> "LiveVideo":
     """Resumes what `save` wrote; the frames that follow do not depend on the layout.
@@ -219,11 +228,9 @@ class LiveVideo:
     layout: for a model that is no engine yet; None: as many devices as can be used. Raises
     UserError where nothing is saved, or it is damaged, or of another model, window or sink.
     """
-    identity = (model.parts if isinstance(model, Engine) else model).identity
-    metadata = snapshot.read_metadata(directory, identity)
-    if not isinstance(model, Engine):
-      model = Engine(model, TickOptions(layout=layout, **metadata["options"]))
-    snapshot.check_options(directory, metadata, snapshot.options(model.method))
+    metadata = snapshot.read_metadata(directory, model.identity)
+    model = open_engine(model, TickOptions(layout=layout, **metadata["options"]))
+    snapshot.check_options(directory, metadata, model.saved_options)
     self = cls.__new__(cls)  # without __init__, which would start a pipeline
     self.engine = model
     self.seed = metadata["seed"]

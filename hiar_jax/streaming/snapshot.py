@@ -17,7 +17,7 @@ import numpy as np
 from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
-from hiar_jax.method import Method
+from hiar_jax.rollout.packed_past import PackedPast
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import PyTree
@@ -34,8 +34,8 @@ def write(
 ) -> None:
   """Writes a snapshot and waits until it is on disk.
 
-  arrays: a dict of arrays, the PipelineState as `pipe`. decoder: the state of whoever decodes (a
-  tree of arrays, or None). Raises UserError where the disk is full.
+  arrays: a dict of arrays, the PipelineState or PackedPast as `pipe`. decoder: the state of whoever
+  decodes (a tree of arrays, or None). Raises UserError where the disk is full.
   """
   leaves = {str(i): jnp.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(decoder))}
   # leaving the `with` waits for the save, which runs in the background
@@ -65,8 +65,9 @@ def read_metadata(directory: str | os.PathLike, identity: str) -> dict[str, Any]
     )
   options = dict(found["options"])
   for name, (on_disk, values) in ON_DISK.items():
-    value_of = {stored: value for value, stored in values.items()}
-    options[name] = value_of[options.pop(on_disk)]
+    if on_disk in options:
+      value_of = {stored: value for value, stored in values.items()}
+      options[name] = value_of[options.pop(on_disk)]
   return {**found, "options": options}
 
 
@@ -74,7 +75,8 @@ def _to_disk(metadata: dict[str, Any]) -> dict[str, Any]:
   """Returns the metadata with its options under their names on disk."""
   options = dict(metadata["options"])
   for name, (on_disk, values) in ON_DISK.items():
-    options[on_disk] = values[options.pop(name)]
+    if name in options:
+      options[on_disk] = values[options.pop(name)]
   return {**metadata, "options": options}
 
 
@@ -91,7 +93,15 @@ def read(
   # the metadata again: restoring compares it with what lies there
   with Checkpoints(directory, keep=1, config=_to_disk(metadata)) as checkpoints:
     arrays = checkpoints.restore({**abstract, "pipe": _arrays_to_disk(state)})[1]
-  pipe = arrays["pipe"]
+  leaves = training_state.load_params(directory).get("decoder")
+  decoder = None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
+  return {**arrays, "pipe": _state_from_disk(state, arrays["pipe"])}, decoder
+
+
+def _state_from_disk(state: PipelineState | PackedPast, pipe: dict[str, PyTree]):
+  """Returns the state of the arrays that _arrays_to_disk made of one; state: its shapes."""
+  if not isinstance(state, PipelineState):
+    return serialization.from_state_dict(state, pipe)
   fields = {
     # a field that is None (`context` of a method whose contexts are free) is not on disk
     field.name: pipe.get(ARRAYS_ON_DISK.get(field.name, field.name))
@@ -105,13 +115,13 @@ def read(
     latents=pipe["shown"],
     **serialization.from_state_dict(_of_its_kind(state), pipe.get("past", {})),
   )
-  leaves = training_state.load_params(directory).get("decoder")
-  decoder = None if leaves is None else [leaves[str(i)] for i in range(len(leaves))]
-  return {**arrays, "pipe": state.replace(past=past, **fields)}, decoder
+  return state.replace(past=past, **fields)
 
 
-def _arrays_to_disk(state: PipelineState) -> dict[str, PyTree]:
+def _arrays_to_disk(state: PipelineState | PackedPast) -> dict[str, PyTree]:
   """Returns the fields of a state under their names on disk."""
+  if not isinstance(state, PipelineState):
+    return serialization.to_state_dict(state)
   fields = {
     ARRAYS_ON_DISK.get(field.name, field.name): getattr(state, field.name)
     for field in dataclasses.fields(state)
@@ -146,12 +156,3 @@ def check_options(
       f"{directory} was saved with other options ({'; '.join(differences)}); use those that it was "
       "saved with"
     )
-
-
-def options(method: Method) -> dict[str, Any]:
-  """Returns the options that change numbers; the layout does not."""
-  return {
-    "window": method.window,
-    "sink": method.sink,
-    "sink_positions": method.sink_positions,
-  }

@@ -14,10 +14,12 @@ from hiar_jax import __version__
 from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError
 from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
+from hiar_jax.generation.sections import check_sections
 from hiar_jax.generation.timeline import Timeline
 from hiar_jax.generation.video_model import VideoModel
-from hiar_jax.streaming.compiled_tick import Engine, TickOptions
-from hiar_jax.streaming.live_video import LiveVideo
+from hiar_jax.streaming import packed_engine
+from hiar_jax.streaming.compiled_tick import TickOptions
+from hiar_jax.streaming.live_video import AnyEngine, LiveVideo, open_engine
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import lengths
@@ -61,12 +63,24 @@ class StreamingModel:
   @property
   def sigmas(self) -> tuple[float, ...]:
     """Noise levels, 1 first and 0 last."""
-    return self.engine.parts.sigmas
+    return self.engine.sigmas
 
   @functools.cached_property
-  def engine(self) -> Engine:
+  def engine(self) -> AnyEngine:
     """The engine, shared by all streams."""
-    return Engine(self.model, self.options)
+    return open_engine(self.model, self.options)
+
+  def check(self, given: int | None = None) -> None:
+    """Raises UserError where a packed model cannot be streamed, before its weights are loaded.
+
+    given: latent frames that a new video starts from.
+    """
+    e = self.experiment
+    if e.framepack:
+      packed_engine.check(e, self.options)
+      if given is not None:
+        ends = dict(given=given, behind=0, loop=False)
+        check_sections(e, e.sample.order, e.history.block, **ends)
 
   @functools.cached_property
   def decoder(self) -> BlockDecoder:
@@ -91,7 +105,7 @@ class StreamingModel:
     """
     e = self.experiment
     k = e.history.block
-    window = -(-self.engine.method.window // k) * k  # rounded up to whole blocks
+    window = -(-self.engine.window // k) * k  # rounded up to whole blocks
     pixels, message = Conditioning(path, kind, e.codec.pixel_frames(window)).read(e)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), message
 
@@ -116,14 +130,17 @@ class StreamingModel:
         'give either a prompt, as "a red circle moving left", or a timeline, as "0s: a red '
         'circle, 10s: a blue square"'
       )
-    given = None
+    self.check()
+    given, before = None, 0
     if start is not None:
       pixels, message = start.read(self.experiment)
       if message:
         print(message, file=sys.stderr)
+      before = latent_frames(pixels, self.experiment)
+    self.check(before)
+    if start is not None:
       latents = np.asarray(self.model.run.autoencoder.latents(pixels[None]))
-      given = latents[:, : latent_frames(pixels, self.experiment)]  # [1 f h w c]
-    before = 0 if given is None else given.shape[1]
+      given = latents[:, :before]  # [1 f h w c]
     changes = timeline.changes(self.seconds(before)) if timeline else []
     first = changes.pop(0).prompt if changes else prompt
     generation = LiveVideo(self.engine, first, seed, start=given)
@@ -152,16 +169,16 @@ class StreamingModel:
     timeline: replaces the one that it was saved with. Raises UserError where it has as many frames
     already, and as LiveVideo.restore.
     """
+    self.check()
     generation = LiveVideo.restore(directory, self.engine)
     given = generation.given_frames
     options = {}
     if timeline:  # without `changes`, those that were saved hold
       options["changes"] = timeline.changes(self.seconds(given), generation.next_block)
-    parts = self.engine.parts
     stream = Stream.resume(
       generation,
       self.decoder,
-      (1, self.experiment.history.block, *parts.size, parts.config.channels),
+      (1, self.engine.block, *self.engine.frame),
       fps=self.fps,
       blocks=self._blocks(frames, given),
       prefetch=prefetch,

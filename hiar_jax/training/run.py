@@ -204,39 +204,49 @@ class Run:
     order: str = "",
     loop: bool = False,
     ended: bool = False,
+    watched: bool = False,
   ):
     """Returns the sampler of the trained model, jitted, for `frames` new latent frames: the
     student's (rollout.sample) or the packed model's (rollout.packed).
 
     method: a row that replaces the run's own; not for a packed model. Of a packed model alone:
     order: of its sections; '' for the config's. loop: the video comes back to its start. ended: it
-    will be given frames behind the new ones.
+    will be given frames behind the new ones. watched: it yields after each step of the order
+    (rollout.packed.make_stepper).
     """
     e = self.experiment
-    # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
-    key = jax.random.fold_in(jax.random.key(e.seed), 3)
-    shape = dataclasses.replace(e.latent, frames=frames)
     if e.framepack is None:
       history = (method or e.history).at(self.sigmas)
-      return jax.jit(sample.make_sampler(e.student_dit, history, key=key, shape=shape))
-    config, schedule = e.framepack, e.framepack.parsed
-    return jax.jit(
-      packed.make_sampler(
-        e.packed_dit,
-        schedule,
-        config.history,
-        steps_of(order or e.sample.order, frames // schedule.generate, ended=ended or loop),
-        jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
-        negative=self.texts([self.text_encoder.negative_prompt]),
-        guidance=e.sample.guidance,
-        distilled=bool(config.distilled_guidance),
-        key=key,
-        shape=shape,
-        loop=loop,
-        published=config.published,
-        solver=e.sample.solver,
-        codebook=self.codebook if e.sample.discretised else None,
-      )
+      shape = dataclasses.replace(e.latent, frames=frames)
+      return jax.jit(sample.make_sampler(e.student_dit, history, key=self.noise_key, shape=shape))
+    sections = frames // e.framepack.parsed.generate
+    steps = steps_of(order or e.sample.order, sections, ended=ended or loop)
+    if watched:
+      return packed.make_stepper(self.sections(), steps, frames, loop=loop)
+    return jax.jit(packed.make_sampler(self.sections(), steps, frames, loop=loop))
+
+  @property
+  def noise_key(self) -> jax.Array:
+    """The key of the noise that videos are made of."""
+    # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
+    return jax.random.fold_in(jax.random.key(self.experiment.seed), 3)
+
+  def sections(self) -> packed.SectionSampler:
+    """Returns what makes the sections of the packed model."""
+    e, config = self.experiment, self.experiment.framepack
+    return packed.SectionSampler(
+      network=e.packed_dit,
+      schedule=config.parsed,
+      history=config.history,
+      sigmas=jnp.asarray(flow.sigma_schedule(e.sample.steps, config.shift), jnp.float32),
+      negative=self.texts([self.text_encoder.negative_prompt]),
+      guidance=e.sample.guidance,
+      distilled=bool(config.distilled_guidance),
+      key=self.noise_key,
+      frame=(e.latent.height, e.latent.width, e.latent.channels),
+      published=config.published,
+      solver=e.sample.solver,
+      codebook=self.codebook if e.sample.discretised else None,
     )
 
   def teacher_sampler(self, key: jax.Array):

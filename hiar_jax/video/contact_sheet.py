@@ -13,6 +13,7 @@ _INK = (32, 32, 32)
 _PAPER = (255, 255, 255)
 _QUIET = (150, 150, 150)
 _ACCENT = (214, 96, 40)
+UNMADE = 128  # the grey of a frame that is not made yet
 # pixels
 _GAP = 6  # between the frames of a row
 _STRIP = 15  # below a frame: its bar and its number
@@ -27,6 +28,7 @@ def contact_sheet(
   block_frames: int | None = None,
   scale: int | None = None,
   title: str = "",
+  made: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray:
   """Returns an image uint8 [H' W' 3]: a row per video, its caption above, frames left to right.
 
@@ -39,6 +41,7 @@ def contact_sheet(
       line in the gap separates frames of different blocks.
     scale: integer enlargement; by default the smallest that makes a frame at least 96 pixels high.
     title: one line above everything.
+    made: caption -> bool [f], for some of the videos; frames that are not made are plain grey.
 
   Raises UserError for no videos, wrong shapes, or frame sizes that differ.
   """
@@ -59,7 +62,9 @@ def contact_sheet(
       # a set: rounding may hit a frame twice
       spread = np.linspace(0, len(clip) - 1, min(columns, len(clip)))
       indices = sorted(set(spread.round().astype(int).tolist()))
-    rows.append(_sheet_row(caption, clip, indices, scale, train_frames, block_frames))
+    there = (made or {}).get(caption, np.ones(len(clip), bool))
+    pictures = {i: clip[i] if there[i] else np.full_like(clip[i], UNMADE) for i in indices}
+    rows.append(_sheet_row(caption, pictures, scale, train_frames, block_frames))
   # white margins: 4 pixels above and below, 8 at the sides
   canvas = np.full(
     (sum(len(row) for row in rows) + 8, max(row.shape[1] for row in rows) + 16, 3), 255, np.uint8
@@ -73,14 +78,14 @@ def contact_sheet(
 
 def _sheet_row(
   caption: str,
-  clip: np.ndarray,
-  indices: list[int],
+  pictures: Mapping[int, np.ndarray],
   scale: int,
   train_frames: int | None,
   block_frames: int | None,
 ) -> np.ndarray:
-  """One row, uint8 [H' W' 3]: the caption above frames `indices` of a clip uint8 [f H W 3]."""
-  height, width = clip.shape[1] * scale, clip.shape[2] * scale
+  """One row, uint8 [H' W' 3]: the caption above frames of a clip, number -> uint8 [H W 3]."""
+  indices = list(pictures)
+  height, width = (side * scale for side in pictures[indices[0]].shape[:2])
   # 8: the distance to the next row
   size = (len(indices) * (width + _GAP) - _GAP, height + _STRIP + 8)
   canvas = Image.new("RGB", size, _PAPER)
@@ -89,7 +94,7 @@ def _sheet_row(
   for column, i in enumerate(indices):
     left = column * (width + _GAP)
     # nearest neighbour: the pixels of small videos stay visible
-    canvas.paste(Image.fromarray(clip[i].repeat(scale, 0).repeat(scale, 1)), (left, 0))
+    canvas.paste(Image.fromarray(pictures[i].repeat(scale, 0).repeat(scale, 1)), (left, 0))
     colour = _ACCENT if train_frames is not None and i >= train_frames else _QUIET
     draw.rectangle((left, height, left + width - 1, height + 1), fill=colour)
     draw.text((left + 1, height + 2), str(i), font=font, fill=colour)

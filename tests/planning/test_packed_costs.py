@@ -72,17 +72,17 @@ def test_forwards_are_those_that_run(name, guidance):
   notation, steps, given = CASES[name]
   network, request = Counted(), job(notation, steps, given, guidance=guidance)
   shape = dataclasses.replace(tiny.shape(request.frames), height=2 * ROWS, width=2 * COLUMNS)
-  generate = packed.make_sampler(
-    network,
-    request.schedule,
-    request.history,
-    steps,
-    jnp.linspace(1, 0, request.levels + 1),
+  sections = packed.SectionSampler(
+    network=network,
+    schedule=request.schedule,
+    history=request.history,
+    sigmas=jnp.linspace(1, 0, request.levels + 1),
     negative=tiny.text()[:1],
     guidance=guidance,
     key=jax.random.key(0),
-    shape=shape,
+    frame=shape.clip[1:],
   )
+  generate = packed.make_sampler(sections, steps, shape.frames)
   with jax.disable_jit():
     first = jnp.zeros((1, given, *shape.clip[1:])) if given else None
     generate(None, jnp.asarray(tiny.text()[:1]), np.asarray([1]), first)

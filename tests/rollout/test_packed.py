@@ -49,23 +49,26 @@ SORTED = {
 }
 
 
-def sampler(schedule, steps, given, published, behind=0, loop=False, **options):
-  sections = 1 + max(max(step) for step in steps)
-  frames = sections * parse(schedule).generate
-  generate = packed.make_sampler(
-    CONFIG,
-    parse(schedule),
-    options.get("history", AS_PUBLISHED),
-    steps,
-    jnp.asarray(SIGMAS),
+def made_of(schedule, published, **options) -> packed.SectionSampler:
+  return packed.SectionSampler(
+    network=CONFIG,
+    schedule=parse(schedule),
+    history=options.get("history", AS_PUBLISHED),
+    sigmas=jnp.asarray(SIGMAS),
     negative=0.3 * tiny.text()[:1],
     guidance=options.get("guidance", 0.0),
     key=KEY,
-    shape=tiny.shape(frames),
-    loop=loop,
+    frame=tiny.shape(1).clip[1:],
     published=published,
     codebook=options.get("codebook"),
   )
+
+
+def sampler(schedule, steps, given, published, behind=0, loop=False, **options):
+  sections = 1 + max(max(step) for step in steps)
+  frames = sections * parse(schedule).generate
+  made = made_of(schedule, published, **options)
+  generate = packed.make_sampler(made, steps, frames, loop=loop)
   return quick_jit(generate)
 
 
@@ -328,3 +331,33 @@ def test_clean_history_is_another_forward():
     other = sampler(*arguments, history=history)(params, text, SEEDS)
     assert np.isfinite(other).all()
     assert np.abs(other[:, 2:] - as_section[:, 2:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["both ends", *slow("from an image to a video", "both tails")])
+def test_a_sampler_that_is_watched_makes_the_same_video(case):
+  """To the bit; after each step what is made is there, the rest is NaN, and the tables of the order
+  have a program each.
+  """
+  schedule, steps, given, published, *rest = CASES[case]
+  behind, loop = [*rest, 0, False][:2]
+  sections = made_of(schedule, published)
+  frames = (1 + max(max(step) for step in steps)) * sections.schedule.generate
+  arguments = tiny.params(CONFIG), tiny.text(), SEEDS, *ends(given, behind)
+  whole = jax.jit(packed.make_sampler(sections, steps, frames, loop=loop))(*arguments)
+  traced = []
+  bind_of = packed.SectionSampler.bind
+  count = lambda self, *bound: traced.append(1) or bind_of(self, *bound)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(packed.SectionSampler, "bind", count)
+    run = packed.make_stepper(sections, steps, frames, loop=loop)
+    seen = [(np.asarray(video), made) for video, made in run(*arguments)]
+    planned = sections.plan(steps, given, behind, loop)
+    assert len(traced) == len(tables(planned)) < len(seen) == len(steps)
+  known = np.ones(given + frames + behind, bool)
+  known[given : given + frames] = False
+  for (video, made), step in zip(seen, planned, strict=True):
+    known[step.generates] = True
+    np.testing.assert_array_equal(made, known)
+    np.testing.assert_array_equal(video[:, known], whole[:, known])
+    assert np.isnan(video[:, ~known]).all()
+  assert known.all()

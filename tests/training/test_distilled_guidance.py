@@ -203,18 +203,18 @@ class Told:
 @pytest.mark.parametrize("own_texts", [False, True])
 def test_sampling_tells_the_scale_in_one_forward_a_step(own_texts):
   told, schedule = Told(), parse("td_f1k1_g2")
-  generate = packed.make_sampler(
-    told,
-    schedule,
-    History(),
-    orders.vanilla(2),
-    jnp.asarray([1.0, 0.5, 0.0]),
+  sections = packed.SectionSampler(
+    network=told,
+    schedule=schedule,
+    history=History(),
+    sigmas=jnp.asarray([1.0, 0.5, 0.0]),
     negative=NEGATIVE,
     guidance=4.0,
     distilled=True,
     key=jax.random.key(0),
-    shape=tiny.shape(4),
+    frame=tiny.shape(1).clip[1:],
   )
+  generate = packed.make_sampler(sections, orders.vanilla(2), 4)
   still = packed.section_noise(jax.random.key(0), np.asarray([1, 2]), tiny.shape(4).block(2))
   text = np.stack([tiny.text()] * 2, 1) if own_texts else tiny.text()
   video = quick_jit(generate)(None, text, np.asarray([1, 2]))

@@ -200,7 +200,7 @@ def test_the_stage_fits_the_codebook_that_sampling_finds(tmp_path, monkeypatch):
 def test_sampling_without_the_codebook_is_an_option(tmp_path, monkeypatch):
   """The sampler is given the codebook, or none."""
   seen = []
-  make = lambda *_, codebook, **__: seen.append(codebook) or id
+  make = lambda sections, *_, **__: seen.append(sections.codebook) or id
   monkeypatch.setattr(packed, "make_sampler", make)
   monkeypatch.setattr(Run, "texts", lambda self, prompts: None)
   book, words = object(), types.SimpleNamespace(negative_prompt="")
@@ -252,8 +252,10 @@ def test_smoke_goes_through_every_stage_and_command(chain, tmp_path):
   np.testing.assert_array_equal(first, second)
   refused = command("generate", prompt, "--stage=distill", f"--out={tmp_path}/c.mp4")
   assert refused.returncode == 2 and "has no such stage; its last is framepack" in refused.stderr
-  refused = command("stream", prompt, "--frames=9", f"--out={tmp_path}/d.mp4")
-  assert refused.returncode == 2 and "cannot be streamed level by level" in refused.stderr
+  done = command("stream", prompt, "--frames=27", "--seed=3", f"--out={tmp_path}/d.mp4")
+  assert done.returncode == 0 and len(read_mp4(tmp_path / "d.mp4")[0]) == 27, done.stderr
+  refused = command("stream", prompt, "--window=9", f"--out={tmp_path}/e.mp4")
+  assert refused.returncode == 2 and "window = 9: a packed model" in refused.stderr
   evaluated = chain.python(
     "-m", "hiar_jax.evaluate", f"--workdirs={workdir}", "--videos=3", f"--out={tmp_path}/table"
   )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.video.contact_sheet import _ACCENT, _QUIET, contact_sheet
+from hiar_jax.video.contact_sheet import _ACCENT, _QUIET, UNMADE, contact_sheet
 
 
 def test_contact_sheet_shows_every_frame_in_order_and_the_training_length():
@@ -42,3 +42,15 @@ def test_contact_sheet_bad_input():
   ):
     with pytest.raises(UserError, match="contact sheet"):
       contact_sheet(videos)
+
+
+def test_frames_that_are_not_made_are_grey():
+  video = np.full((4, 96, 96, 3), 200, np.uint8)
+  made = {"second": np.asarray([True, False, True, False])}
+  sheet = contact_sheet({"first": video, "second": video}, every=1, made=made)
+  row, pitch = len(sheet) // 2, 96 + 6
+  colours = [
+    [tuple(sheet[top + row // 2, 8 + pitch * i + 48]) for i in range(4)] for top in (0, row)
+  ]
+  light, grey = (200,) * 3, (UNMADE,) * 3
+  assert colours == [[light] * 4, [light, grey, light, grey]]
