@@ -1,5 +1,7 @@
 """A packed model's stream: the frames that generate makes, section by section, in fixed memory."""
 
+import time
+
 import jax
 import numpy as np
 from PIL import Image
@@ -8,6 +10,7 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, prompts_file, timeline
 from hiar_jax.generation.conditioning_frames import Conditioning
+from hiar_jax.serving.session import Limits, Request, Session
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
@@ -42,8 +45,8 @@ def made_by_generate(model, frames: int, **told) -> np.ndarray:
   jobs = prompts_file.make_jobs(["" if "timeline" in told else PROMPT], SEED, **told)
   planned = clips.plan_clips(model, jobs, [None], frames)
   with jax.set_mesh(model.run.mesh):
-    ((clip, latents),) = clips.make_clips(model, planned)
-    return np.concatenate(list(clips.shown(model, clip, latents)))
+    (made,) = clips.make_clips(model, planned)
+    return np.concatenate(list(clips.shown(model, made.clip, made.latents)))
 
 
 def test_it_is_the_video_that_generate_makes(source):
@@ -100,6 +103,22 @@ def test_saved_and_gone_on_with(source, tmp_path):
     assert (again.taken, again.seed) == (2, SEED)
     chunks = first + list(again)
   np.testing.assert_array_equal(frames(chunks), made_by_generate(source.model, 10, timeline=DAY))
+
+
+def test_the_page_shows_it(source, tmp_path):
+  """As hiar_jax.serve starts: compiled first, a generation for each viewer."""
+  source.engine.warm("")
+  request = Request(PROMPT, SEED, seconds=1.0)
+  session = Session(source, request, tmp_path / "x.mp4", Limits(), lambda: None)
+  try:
+    for _ in range(200):
+      if (status := session.status())["state"] == "finished":
+        break
+      time.sleep(0.05)
+    assert (status["blocks"], status["frames"], status["why"]) == (4, 8, "")
+    assert [level["sigma"] for level in status["levels"]] == [1.0]
+  finally:
+    session.close()
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
