@@ -23,8 +23,8 @@ CASES = {  # (schedule, given frames, published indices)
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_shows_what_the_whole_video_shows(case):
-  """Seven sections; frame n holds n + 1, and random numbers beside it. Also where frames beyond an x
-  and some of the tail leave the last ones at once.
+  """Seven sections; frame n holds n + 1, and random numbers beside it. Also where frames beyond
+  an x and some of the tail leave the last ones at once.
   """
   notation, given, published = CASES[case]
   schedule = parse(notation)

@@ -18,6 +18,7 @@ from hiar_jax.streaming.packed_engine import PackedEngine
 from hiar_jax.streaming.streaming_model import StreamingModel
 from hiar_jax.video.mp4 import write_mp4
 from tests.helpers import tiny_packed
+from tests.helpers.slow_cases import slow
 from tests.helpers.untrained import (  # noqa: F401
   PROMPT,
   SEED,
@@ -121,7 +122,7 @@ def test_the_page_shows_it(source, tmp_path):
     session.close()
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", ["the video's first frame", *slow("the mean of older frames")])
 def test_what_lies_further_back(tmp_path, name):
   """Rounding may differ where the mean is a running one."""
   config = tiny_packed.make_config(framepack__packing=SCHEDULES[name], sample__steps=1)
