@@ -1,5 +1,7 @@
 """A packed model's stream: the frames that generate makes, section by section, in fixed memory."""
 
+import time
+
 import jax
 import numpy as np
 from PIL import Image
@@ -8,6 +10,7 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, prompts_file, timeline
 from hiar_jax.generation.conditioning_frames import Conditioning
+from hiar_jax.serving.session import Limits, Request, Session
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
@@ -15,6 +18,7 @@ from hiar_jax.streaming.packed_engine import PackedEngine
 from hiar_jax.streaming.streaming_model import StreamingModel
 from hiar_jax.video.mp4 import write_mp4
 from tests.helpers import tiny_packed
+from tests.helpers.slow_cases import slow
 from tests.helpers.untrained import (  # noqa: F401
   PROMPT,
   SEED,
@@ -42,8 +46,8 @@ def made_by_generate(model, frames: int, **told) -> np.ndarray:
   jobs = prompts_file.make_jobs(["" if "timeline" in told else PROMPT], SEED, **told)
   planned = clips.plan_clips(model, jobs, [None], frames)
   with jax.set_mesh(model.run.mesh):
-    ((clip, latents),) = clips.make_clips(model, planned)
-    return np.concatenate(list(clips.shown(model, clip, latents)))
+    (made,) = clips.make_clips(model, planned)
+    return np.concatenate(list(clips.shown(model, made.clip, made.latents)))
 
 
 def test_it_is_the_video_that_generate_makes(source):
@@ -102,7 +106,23 @@ def test_saved_and_gone_on_with(source, tmp_path):
   np.testing.assert_array_equal(frames(chunks), made_by_generate(source.model, 10, timeline=DAY))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_page_shows_it(source, tmp_path):
+  """As hiar_jax.serve starts: compiled first, a generation for each viewer."""
+  source.engine.warm("")
+  request = Request(PROMPT, SEED, seconds=1.0)
+  session = Session(source, request, tmp_path / "x.mp4", Limits(), lambda: None)
+  try:
+    for _ in range(200):
+      if (status := session.status())["state"] == "finished":
+        break
+      time.sleep(0.05)
+    assert (status["blocks"], status["frames"], status["why"]) == (4, 8, "")
+    assert [level["sigma"] for level in status["levels"]] == [1.0]
+  finally:
+    session.close()
+
+
+@pytest.mark.parametrize("name", ["the video's first frame", *slow("the mean of older frames")])
 def test_what_lies_further_back(tmp_path, name):
   """Rounding may differ where the mean is a running one."""
   config = tiny_packed.make_config(framepack__packing=SCHEDULES[name], sample__steps=1)
