@@ -122,19 +122,37 @@ class Clip:
     return {name: text for name, text in found.items() if text}
 
   def is_done(self, model: VideoModel) -> bool:
-    """True, with a message on stderr, where the file exists and has this clip's recipe."""
+    """True where the file exists and has this clip's recipe. Says on stderr that it does, or what
+    it holds else, which is replaced.
+
+    Raises UserError where it holds a video that was not generated here.
+    """
     if not self.path.exists():
       return False
-    # {} for a file without metadata, None for one that is no video: both are written over
-    metadata = read_metadata(self.path) or {}
-    if metadata.get("recipe") != self.provenance(model)["recipe"]:
-      return False
-    print(
-      f"{self.path} is there already, made of the same prompt, seed and weights; --overwrite makes "
-      "it again",
-      file=sys.stderr,
-    )
-    return True
+    found, wanted = read_metadata(self.path), self.provenance(model)
+    if found is not None and "recipe" not in found:
+      raise UserError(
+        f"{self.path} is there, a video that was not generated here; give another --out, or "
+        "--overwrite"
+      )
+    if found is None:
+      print(f"{self.path} is there and is no whole video: it is made again", file=sys.stderr)
+    elif found["recipe"] != wanted["recipe"]:
+      differing = [name for name in wanted if found.get(name) != wanted[name] and name != "recipe"]
+      what = ", ".join(f"{name} {found.get(name)}, here {wanted[name]}" for name in differing)
+      print(
+        f"{self.path} is there, another video ({what or 'of other weights or settings'}): it is "
+        "replaced",
+        file=sys.stderr,
+      )
+    else:
+      print(
+        f"{self.path} is there already, made of the same prompt, seed and weights; --overwrite "
+        "makes it again",
+        file=sys.stderr,
+      )
+      return True
+    return False
 
 
 def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.Path]:
