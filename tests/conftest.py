@@ -51,8 +51,8 @@ flags.FLAGS.mark_as_parsed()
 # busy after the others have finished (xdist itself starts those with the most tests first).
 LONGEST = (
   "tests/test_train.py",
-  "tests/test_generate_wan.py",
   "tests/training/test_steps.py",
+  "tests/test_generate_wan.py",
   "tests/benchmarks/test_programs.py",
   "tests/test_old_runs.py",
   "tests/test_train_wan.py",
@@ -62,6 +62,10 @@ LONGEST = (
 def pytest_configure(config):
   if hasattr(config.option, "loadscopereorder"):
     config.option.loadscopereorder = False
+
+
+def pytest_collection_finish():
+  gc.freeze()  # what was imported stays: no collection needs to walk it
 
 
 def pytest_unconfigure():

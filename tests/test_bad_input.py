@@ -158,6 +158,7 @@ def test_a_workdir_of_another_config_names_the_field_and_stays(chain):
   assert tiny_run.files(chain.straight) == before
 
 
+@pytest.mark.slow
 def test_when_all_checkpoints_of_a_stage_are_damaged_it_says_so(chain, tmp_path):
   workdir = tmp_path / "w"
   shutil.copytree(chain.straight, workdir, ignore=shutil.ignore_patterns("distill", "sample"))
@@ -223,6 +224,7 @@ def test_a_disk_that_fills_up_in_a_checkpoint_loses_nothing(chain, small_disk):
   tiny_run.assert_same_arrays(tiny_run.videos(disk / "w"), tiny_run.videos(chain.straight))
 
 
+@pytest.mark.slow
 def test_a_disk_without_any_space_is_one_line_at_once(chain, small_disk):
   disk = small_disk(256)
   (disk / "rest").write_bytes(b"x" * (shutil.disk_usage(disk).free))

@@ -21,6 +21,7 @@ from hiar_jax.training import causal_init, distill, framepack
 from hiar_jax.training import state as states
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_run
+from tests.helpers.slow_cases import few
 
 PARAMETERS = {"1.3b": 1_418_996_800, "14b": 14_288_491_584}  # of the published checkpoints
 SIZES = {  # experiment -> (student and critic, real score)
@@ -122,7 +123,7 @@ def abstract_state(e: Experiment, key):
   )
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", few(SIZES, "hiar_wan_1_3b"))
 def test_every_step_is_traced_at_full_size(name):
   """What is traced is what a pod would compile: 21 latent frames of 60 x 104, windows, sinks, all
   levels.

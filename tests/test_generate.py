@@ -68,14 +68,6 @@ def made(chain, tmp_path_factory):
       f"--out={out}/old.mp4",
       "--strict",
     ],
-    "init": [
-      f"--workdir={workdir}",
-      "--prompt=",
-      "--frames=8",
-      "--stage=causal_init",
-      f"--out={out}/empty.mp4",
-    ],
-    "long": [f"--workdir={workdir}", f"--prompt={LONG}", f"--out={out}/long.mp4"],
   }
   results = dict(
     zip(
@@ -85,6 +77,27 @@ def made(chain, tmp_path_factory):
     )
   )
   assert tiny_run.files(workdir) == before  # a run is read and not touched
+  return results, out
+
+
+@pytest.fixture(scope="module")
+def made_otherwise(chain, tmp_path_factory):
+  """As `made`: of an earlier stage, and as long as it is by default."""
+  out, workdir = tmp_path_factory.mktemp("otherwise"), chain.straight
+  commands = {
+    "init": [
+      f"--workdir={workdir}",
+      "--prompt=",
+      "--frames=8",
+      "--stage=causal_init",
+      f"--out={out}/empty.mp4",
+    ],
+    "long": [f"--workdir={workdir}", f"--prompt={LONG}", f"--out={out}/long.mp4"],
+  }
+  cases = [("hiar_jax.generate", command) for command in commands.values()]
+  results = dict(zip(commands, chain.commands(cases), strict=True))
+  for name, (status, _, err) in results.items():
+    assert status == 0 and "Traceback" not in err, f"{name}: {err}"
   return results, out
 
 
@@ -139,15 +152,17 @@ def test_rounding_and_unknown_words_are_said(made):
   assert "not whole blocks" not in results["alone"][2]
 
 
-def test_without_frames_it_is_four_training_lengths_and_a_long_prompt_is_cut(made):
-  results, out = made
+@pytest.mark.slow
+def test_without_frames_it_is_four_training_lengths_and_a_long_prompt_is_cut(made_otherwise):
+  results, out = made_otherwise
   frames, _, said = read_mp4(out / "long.mp4")
   assert len(frames) == 16 and said["prompt"] == LONG
   assert "the model reads 12 words" in results["long"][2]
 
 
-def test_weights_of_an_earlier_stage(made):
-  _, out = made
+@pytest.mark.slow
+def test_weights_of_an_earlier_stage(made_otherwise):
+  _, out = made_otherwise
   assert len(read_mp4(out / "empty.mp4")[0]) == 8
 
 

@@ -19,6 +19,9 @@ from tests.helpers.small_tokenizer import small_tokenizer
 from tests.helpers.tiny_wan import VAE, save_weights
 from tests.helpers.video_reader import read_mp4
 
+# A video of Wan by command takes half a minute: tests/test_model.py compares one, in this process.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -170,7 +173,6 @@ def test_starts_in_a_file_of_prompts(made):
   assert np.abs(together - alone).mean() < 1  # a batch of another size rounds otherwise
 
 
-@pytest.mark.slow
 def test_two_devices_make_the_same_video(made, place, tmp_path):
   """From a picture: text encoder, autoencoder both ways and network, each with devices of its
   own.

@@ -63,6 +63,7 @@ def test_a_video_is_the_one_that_the_command_writes(model, workdir, written, tmp
   assert (video != model.generate(PROMPT, frames=8, seed=SEED + 1)).any()
 
 
+@pytest.mark.slow
 def test_videos_are_those_that_the_command_writes(model, workdir, written, tmp_path):
   (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
   options = {"workdir": str(workdir), "prompts": f"{tmp_path}/prompts.txt", "seed": SEED}
@@ -76,6 +77,7 @@ def test_videos_are_those_that_the_command_writes(model, workdir, written, tmp_p
     assert_same_pixels(video, same)
 
 
+@pytest.mark.slow
 def test_a_video_from_a_picture(model, workdir, written, tmp_path):
   Image.fromarray(np.full((16, 16, 3), (250, 10, 10), np.uint8)).save(tmp_path / "red.png")
   start = {"image": f"{tmp_path}/red.png", "frames": 5, "seed": SEED}
@@ -99,6 +101,7 @@ def test_wan_is_the_one_that_the_command_writes(wan, written, tmp_path, capfd):
   assert latents.shape == (2, 2, 4, 16) and model.decode(latents).shape == (5, 16, 32, 3)
 
 
+@pytest.mark.slow
 def test_without_frames_it_is_the_commands_length(model):
   assert len(model.generate(PROMPT)) == 16  # four training lengths
 
@@ -144,6 +147,7 @@ def test_a_method_with_changes(model):
   np.testing.assert_array_equal(same.generate(PROMPT, frames=8, seed=SEED), a)
 
 
+@pytest.mark.slow
 def test_a_context_level_of_ones_own(model, monkeypatch):
   @dataclasses.dataclass(frozen=True)
   class Same(context.Output):
@@ -220,6 +224,7 @@ def test_what_cannot_be_loaded_is_one_line(workdir, wan, name):
     hiar_jax.load(**{key: fill(x) for key, x in options.items()})
 
 
+@pytest.mark.slow
 def test_a_run_of_another_size(workdir):
   small = hiar_jax.load(workdir, height=24, width=8)
   assert small.generate(PROMPT, frames=2).shape == (2, 24, 8, 3)

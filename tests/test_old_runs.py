@@ -12,6 +12,8 @@ from tests.helpers import old_run, tiny_run
 DONE = ("data/", "teacher/", "trajectories/", "causal_init/", "distill/checkpoints/4/")
 NEW = ("data/words.json", "distill/checkpoints/6/", "logs/", "sample/")
 
+pytestmark = pytest.mark.slow  # nine commands, compiled as the recordings were made
+
 
 @dataclasses.dataclass(frozen=True)
 class Worked:

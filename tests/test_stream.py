@@ -180,6 +180,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_what_cannot_work_is_one_line(refused, name):
   results, out = refused
@@ -253,6 +254,7 @@ def test_ctrl_c_ends_an_endless_stream_with_a_whole_file(chain, tmp_path):
   assert len(frames) >= 6 and len(frames) % 2 == 0 and any((tmp_path / "saved").iterdir())
 
 
+@pytest.mark.slow
 def test_the_page_of_a_trained_run(chain, made, tmp_path):
   _, out = made
   pytest.importorskip("aiohttp", reason="the page needs the extra [serve]")

@@ -28,6 +28,7 @@ def place(tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 def test_the_tour(place, monkeypatch, capsys):
   monkeypatch.chdir(place)
   monkeypatch.setattr(context, "LEVELS", dict(context.LEVELS))

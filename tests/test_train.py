@@ -17,6 +17,7 @@ import pytest
 from hiar_jax.data import tfds_builder
 from tests.helpers import tiny_run
 from tests.helpers.disk_page import differences
+from tests.helpers.slow_cases import few
 from tests.helpers.tiny_run import assert_same_run, files, log
 from tests.helpers.video_reader import read_mp4
 
@@ -75,6 +76,7 @@ def test_a_second_start_is_quick_and_changes_nothing(chain):
   assert json.loads((chain.straight / "config.json").read_text())["teacher"]["steps"] == 6
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(chain):
   """Between two checkpoints of the teacher, at the end of causal init, and in distillation."""
   workdir = chain.directory / "terminated"
@@ -114,14 +116,21 @@ RARER_KILLS = {
   "the measurements": "os.rename:metrics.json:1",
 }
 
+HALF_WRITTEN = "a checkpoint of the distillation, its arrays half written"
+ALL_KILLS = {
+  "once": {HALF_WRITTEN: KILLS[HALF_WRITTEN]},  # all before it is there
+  "often": KILLS,
+  "rarely": RARER_KILLS,
+}
 
-@pytest.mark.parametrize(
-  "kills", [KILLS, pytest.param(RARER_KILLS, marks=pytest.mark.slow)], ids=["often", "rarely"]
-)
+
+@pytest.mark.parametrize("kills", few(ALL_KILLS, "once"))
 def test_sigkill_anywhere_and_the_same_command_goes_on(chain, kills):
-  workdir = chain.directory / ("killed" if kills is KILLS else "killed_rarely")
+  workdir = chain.directory / f"killed_{kills}"
+  if kills == "once":
+    shutil.copytree(chain.straight, workdir, ignore=shutil.ignore_patterns("distill", "sample"))
   kept = {}
-  for where, die in kills.items():
+  for where, die in ALL_KILLS[kills].items():
     killed = chain.train(workdir, die=die)
     assert killed.returncode == -signal.SIGKILL, f"{where}: {killed.returncode}\n{killed.stderr}"
     now = files(workdir)
@@ -166,6 +175,7 @@ def test_sigkill_at_random_moments(chain):
   assert_same_run(workdir, chain.straight)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_trained_again_from_the_one_before(chain):
   """The last one of a stage that is done: the others are not touched, and the numbers are what they
   were.

@@ -47,6 +47,7 @@ def get_config():
   return c
 """
 PROMPTS = ["A cat walks on the grass", "一只狗在海滩上奔跑", "waves", "snow falls"]
+pytestmark = pytest.mark.slow  # they read a run that takes half a minute to train
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,6 @@ def test_it_ends_in_videos_twice_the_training_length(trained):
   assert made["prompt"] in PROMPTS
 
 
-@pytest.mark.slow
 def test_two_devices_train_alike(chain, trained, place):
   """The networks over both, in halves; the text encoder on one."""
   config = (place / "config.py").read_text()
@@ -207,7 +207,6 @@ def test_two_devices_train_alike(chain, trained, place):
       assert two["scalars"]["loss"] == pytest.approx(one["scalars"]["loss"], rel=1e-3)
 
 
-@pytest.mark.slow
 def test_a_finished_run_does_nothing_again(chain, trained, place):
   kept = lambda: {
     name: value
@@ -219,7 +218,6 @@ def test_a_finished_run_does_nothing_again(chain, trained, place):
   assert again.returncode == 0 and kept() == before
 
 
-@pytest.mark.slow
 def test_a_student_that_exists_skips_causal_init(chain, trained, place):
   """As the published run starts from Self-Forcing's."""
   weights.save(place / "student", "dit", DIT, random_like(DIT, dit.DiTConfig.init, 9, 0.2))
@@ -249,7 +247,6 @@ BAD = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line(chain, place, case):
   overrides, expected = BAD[case]

@@ -96,6 +96,7 @@ def test_wrong_names_are_refused(monkeypatch, capsys):
   assert against.main() == 2 and capsys.readouterr().err.startswith("error: git rev-parse")
 
 
+@pytest.mark.slow
 def test_starting_is_measured(sides):
   found = JOBS["start"].measure(sides[1], Options())
   assert (

@@ -105,6 +105,7 @@ def rehearse(tmp_path, *options):
   return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_one_program_from_the_command_line(tmp_path):
   report, printed = rehearse(tmp_path, "--parts=decoders", "--only=TAEHV, bfloat16/1")
   found = report["parts"]["decoders"]["programs"]

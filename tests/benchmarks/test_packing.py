@@ -4,11 +4,14 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks.packing import TEXT, network
 from hiar_jax.packing.schedule import parse
 from tests.helpers import tiny_run
 
 
+@pytest.mark.slow
 def test_cost_does_not_grow_with_the_history():
   command = [
     sys.executable,

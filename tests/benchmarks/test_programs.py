@@ -11,7 +11,7 @@ from benchmarks.programs import digest, full_size, listing, recording
 from benchmarks.programs.__main__ import main
 
 RECORDED = pathlib.Path(__file__).parents[1] / "golden_programs" / f"{jax.__version__}.json"
-QUICK = ("shapes",)  # the others repeat its code at other sizes, or for minutes
+QUICK = ("shapes/distill", "shapes/codec")  # parts of one experiment; all of it takes long
 HOW = f"python -m benchmarks.programs --out=tests/golden_programs/{RECORDED.name}"
 
 
@@ -29,7 +29,7 @@ def recorded() -> recording.Recording:
   "name",
   [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-    for name in full_size.experiments()
+    for name in (*QUICK, *full_size.experiments())
   ],
 )
 def test_programs_are_those_recorded(name, recorded):

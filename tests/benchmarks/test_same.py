@@ -105,6 +105,7 @@ def compare(repository, tmp_path, *arguments: str) -> int:
   return same.same(options, PARTS, repository)
 
 
+@pytest.mark.slow
 def test_commands_of_both_trees_are_compared(repository, tmp_path, capfd):
   """And the revision's are not run again where they are kept."""
   assert compare(repository, tmp_path) == 0
@@ -123,6 +124,7 @@ def test_commands_of_both_trees_are_compared(repository, tmp_path, capfd):
   assert "old hiar: a," not in second.err and "new hiar: a ended with status 3" in second.err
 
 
+@pytest.mark.slow
 def test_a_revision_that_fails_leaves_nothing_to_compare(repository, tmp_path, capfd):
   become(repository, 1, 1)
   git(repository, "commit", "-a", "-m", "two")

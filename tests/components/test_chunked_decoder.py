@@ -14,6 +14,7 @@ from hiar_jax.components.wan_autoencoder import WanCodecConfig
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv, vae
 from hiar_jax.video.frames import to_uint8
+from tests.helpers.slow_cases import slow
 
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
 TINY = taehv.TinyVAEConfig(
@@ -44,7 +45,7 @@ def whole(kind, decoder):
   return vae.decode(decoder.params, LATENTS, VAE, chunk=None)
 
 
-@pytest.mark.parametrize("kind", ["vae", "tiled", "tiny"])
+@pytest.mark.parametrize("kind", ["vae", "tiny", *slow("tiled")])
 def test_pieces_are_the_whole(kind):
   decoder = stream(kind, 1)
   pieces = list(decoder(LATENTS))

@@ -3,6 +3,7 @@ memory only while it is needed.
 """
 
 from concurrent import futures
+import functools
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from hiar_jax.components import umt5_encoder, umt5_tokenizer
 from hiar_jax.components.umt5_encoder import TextCache
 from hiar_jax.errors import UserError
 from hiar_jax.models import umt5
+from tests.helpers.compiling import quick_jit
 from tests.helpers.small_tokenizer import save_small_tokenizer, small_tokenizer
 
 CONFIG = umt5.UMT5Config(vocab=200, dim=16, dim_attn=24, dim_ffn=20, num_heads=3, num_layers=2)
@@ -29,7 +31,7 @@ PROMPTS = [
 
 
 def _params(seed=0):
-  params = umt5.init(CONFIG, jax.random.key(seed))
+  params = quick_jit(functools.partial(umt5.init, CONFIG))(jax.random.key(seed))
   return jax.tree.map(
     lambda leaf: (
       leaf + 0.1 * np.random.default_rng(seed).normal(size=leaf.shape).astype(np.float32)

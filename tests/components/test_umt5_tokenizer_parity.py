@@ -40,6 +40,7 @@ def _published_clean(text):
   return regex.sub(r"\s+", " ", text).strip()
 
 
+@pytest.mark.slow
 def test_cleaning_of_every_character():
   """In the middle, at the ends, and written as an HTML entity."""
   different = []

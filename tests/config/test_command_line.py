@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import pytest
 
 from hiar_jax.config import command_line
+from tests.helpers.forks import Forks
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -61,19 +62,15 @@ config.run_flags(lambda: print(FRAMES.value))
 """
 
 
-@pytest.fixture
-def job(tmp_path):
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
   """Runs an entry point in a directory that holds shapes.py; -> (exit status, stdout, stderr)."""
-  (tmp_path / "shapes.py").write_text(EXPERIMENT)
-  root = str(pathlib.Path(__file__).parents[2])
-
-  def run(*arguments, code=JOB):
-    code = f"import sys; sys.path.insert(0, {root!r})\n{code}"
-    command = [sys.executable, "-W", "error", "-c", code, *arguments]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    return result.returncode, result.stdout, result.stderr
-
-  return run
+  directory = tmp_path_factory.mktemp("job")
+  (directory / "shapes.py").write_text(EXPERIMENT)
+  imports = "import ml_collections, hiar_jax.config.building, hiar_jax.config.command_line"
+  forks = Forks(directory, ROOT, imports)
+  yield lambda *arguments, code=JOB: forks.run(code, arguments)
+  forks.close()
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -220,6 +220,7 @@ for last in range(1, 9):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_the_one_before_or_its_own(tmp_path):
   done = subprocess.run(
     [sys.executable, "-c", KILLS, str(tmp_path / "out")],

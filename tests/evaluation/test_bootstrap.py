@@ -39,6 +39,7 @@ def holds(interval, value) -> bool:
   return interval[0] <= value <= interval[1]
 
 
+@pytest.mark.slow
 def test_an_interval_holds_the_truth_as_often_as_it_says():
   """Percentile intervals of 27 prompts: somewhat less than 95 of 100."""
   found = [
@@ -111,6 +112,7 @@ def test_a_pair_is_compared_prompt_by_prompt():
   assert bootstrap.difference(mixed, first)["interval"]["error"]["total"] == pytest.approx(interval)
 
 
+@pytest.mark.slow
 def test_a_pair_covers_the_true_difference():
   found = []
   for i in range(200):

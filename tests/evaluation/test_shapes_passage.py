@@ -145,6 +145,7 @@ def test_what_never_comes_back_is_missing(clips):
   assert [passage[name] for name in ("agree", "chance", "unseen", "early")] == [None] * 4
 
 
+@pytest.mark.slow
 def test_imperfect_pictures_are_read_alike(clips, swapped):
   gone = clips.copy()
   gone[:, MIDDLE:] = GROUND

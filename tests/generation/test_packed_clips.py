@@ -80,6 +80,7 @@ def test_an_end_frame_is_the_last_one_and_is_seen(model, files):
     assert (red[2 * section : 2 * section + 2] != blue[2 * section : 2 * section + 2]).any()
 
 
+@pytest.mark.slow
 def test_from_an_image_to_another(inverted, files):
   ends = {"image": files / "red.png", "end_image": files / "blue.png"}
   latents = inverted.sample_latents([PROMPT], 6, SEED, **ends)
@@ -90,6 +91,7 @@ def test_from_an_image_to_another(inverted, files):
   np.testing.assert_allclose(latents[0, [0, 5]], pictures, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_leads_up_to_a_video(model, files):
   """Its frames follow as they are, every one of them."""
   video = model.generate(PROMPT, frames=9, seed=SEED, end_video=files / "five.mp4")
@@ -131,6 +133,7 @@ def test_timed_prompts_are_added_to_the_prompt(model, monkeypatch):
   assert timed.shape == (6, 16, 16, 3) and (timed != make("0s: in red")).any()
 
 
+@pytest.mark.slow
 def test_several_videos_keep_their_own(model, files):
   """Alone or together; ends and takes are everyone's, prompts and seeds their own."""
   prompts = [PROMPT, "a blue square moving up", "a green star"]

@@ -40,6 +40,7 @@ def clip(model, kind, path, given, prompt="A cat"):
   return clips.Clip(Job(prompt, 3), pathlib.Path("x.mp4"), Conditioning(path, kind), given, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name, given", [("image", "cat.png", 1), ("video", "before.mp4", 6)])
 def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   """The first latents of the result are the autoencoder's of the start, to the bit; and what
@@ -87,6 +88,7 @@ def test_small_memories_encode_in_tiles_too(model, monkeypatch):
   assert seen == [((1, 1, 32, 64, 3), VAE, Tiling(4, 1))]
 
 
+@pytest.mark.slow
 def test_a_frame_is_decoded_over_all_devices(model):
   """Inside the mesh that the network runs on, which is another: a width of 4 latents goes to 4 of
   the 8.

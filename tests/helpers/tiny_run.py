@@ -3,11 +3,13 @@
 Shared by the tests of the whole chain.
 """
 
+import atexit
+import fcntl
 import functools
-import json
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +21,7 @@ from hiar_jax.checkpoints import training_state
 from hiar_jax.data import tfds_builder
 from hiar_jax.training.log import read_log
 from hiar_jax.training.run import Run, open_run
+from tests.helpers.forks import Forks
 from tests.helpers.video_reader import read_mp4
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -112,6 +115,7 @@ class Chain:
 
   def __init__(self, directory: pathlib.Path):
     self.directory = directory
+    self._idle: dict[int, list[Forks]] = {}  # by their devices
 
   def python(self, *command: str, devices: int = 1) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -132,9 +136,25 @@ class Chain:
 
   @functools.cached_property
   def straight(self) -> pathlib.Path:
-    done = self.train(self.directory / "straight")
+    """Trained once for all workers of a session; each has a copy, for some tests touch it."""
+    workdir = self.directory / "straight"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+      self._train_straight(workdir)
+      return workdir
+    whole = self.directory.parent / "straight"
+    with (self.directory.parent / "straight.lock").open("w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not whole.exists():
+        self._train_straight(workdir)
+        shutil.copytree(workdir, whole.with_suffix(".tmp"), dirs_exist_ok=True)
+        whole.with_suffix(".tmp").rename(whole)
+    if not workdir.exists():
+      shutil.copytree(whole, workdir)
+    return workdir
+
+  def _train_straight(self, workdir: pathlib.Path) -> None:
+    done = self.train(workdir)
     assert done.returncode == 0, done.stderr
-    return self.directory / "straight"
 
   def commands(
     self,
@@ -146,23 +166,31 @@ class Chain:
     """[(module, arguments)] -> (exit status, stdout, stderr) of each; all are forks of one process
     that has imported jax, and the package of the tree `root`. variables: of its environment.
     """
-    done = subprocess.run(
-      [sys.executable, "-W", "ignore", "-c", FORKS],
-      cwd=root,
-      env={**environment(devices), "PYTHONPATH": str(root), **variables},
-      input=json.dumps(cases),
-      capture_output=True,
-      text=True,
-      timeout=900,
+    make = lambda: Forks(
+      root, root, IMPORTS, {**environment(devices), **variables}, warnings="ignore"
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    kept = root == ROOT and not variables  # for the next commands
+    idle = self._idle.setdefault(devices, []) if kept else []
+    forks = idle.pop() if idle else make()
+    results = [forks.run(COMMAND, [module, *arguments]) for module, arguments in cases]
+    if kept:
+      idle.append(forks)
+    else:
+      forks.close()
+    return results
+
+  def close(self) -> None:
+    for idle in self._idle.values():
+      while idle:
+        idle.pop().close()
 
 
 @functools.cache
 def chain(directory: pathlib.Path) -> Chain:
   """One for all test modules of a session (directory: tmp_path_factory.getbasetemp())."""
-  return Chain(directory)
+  made = Chain(directory)
+  atexit.register(made.close)
+  return made
 
 
 # Trains, and comes to grief at a chosen moment: `open:teacher/checkpoints/2:3` is SIGKILL when the
@@ -194,37 +222,11 @@ sys.argv = sys.argv[1:]
 runpy.run_module("hiar_jax.train", run_name="__main__", alter_sys=True)
 """
 
-FORKS = """
-import json, os, runpy, sys, tempfile
-import hiar_jax.train, hiar_jax.generate
-
-def run(module, arguments):
-  out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-  sys.stdout.flush()
-  child = os.fork()
-  if not child:
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    sys.argv, status = [module, *arguments], 1
-    try:
-      runpy.run_path(module.replace(".", "/") + ".py", run_name="__main__")
-      status = 0
-    except SystemExit as end:
-      status = int(end.code or 0)
-    except BaseException:
-      import traceback
-      traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-  texts = []
-  for file in (out, err):
-    file.seek(0)
-    texts.append(file.read().decode())
-  return status, *texts
-
-json.dump([run(*case) for case in json.load(sys.stdin)], sys.stdout)
+IMPORTS = "import hiar_jax.train, hiar_jax.generate"
+COMMAND = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0].replace(".", "/") + ".py", run_name="__main__")
 """
 
 

@@ -16,6 +16,7 @@ from hiar_jax.models.frames import Frames, frame_mask
 from hiar_jax.rollout.past.clip_groups import causal_groups
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import few
 
 FRAMES = 3
 POSITIONS = np.arange(FRAMES, dtype=np.int32)
@@ -251,7 +252,7 @@ def _assert_near(actual, expected, tolerance):
   jax.tree.map(near, actual, expected)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", few(VARIANTS, "chunked_remat"))
 def test_how_it_is_computed_changes_nothing(name):
   _assert_near(_value_and_gradient(**VARIANTS[name]), _value_and_gradient(), 2e-5)
 

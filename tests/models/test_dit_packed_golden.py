@@ -21,6 +21,7 @@ from hiar_jax.packing.schedule import parse
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close
 from tests.helpers.published_params import from_published
+from tests.helpers.slow_cases import few
 from tests.seams import test_packed_history as recorded
 
 NAMES = {name: dit_packed.projection_of(pool) for pool, name in HELIOS.items()}
@@ -34,9 +35,17 @@ HUNYUAN = (
 )
 HUNYUAN_THETA = 256.0  # its default
 
-each_section = pytest.mark.parametrize(
-  ("folder", "name"), recorded.CASES, ids=lambda x: getattr(x, "name", x)
-)
+
+def recordings(cases):
+  return pytest.mark.parametrize(("folder", "name"), cases, ids=lambda x: getattr(x, "name", x))
+
+
+each_section = recordings(recorded.CASES)
+
+
+def all_but(*names):
+  """What takes long to compile is left to the slow tests."""
+  return recordings(few(recorded.CASES, *(case for case in recorded.CASES if case[1] not in names)))
 
 
 @functools.cache
@@ -80,7 +89,7 @@ def projected(latents: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> jax.
   return cut @ taps(weight) + bias.reshape(1, 1, -1)
 
 
-@each_section
+@all_but("helios_inverted.npz", "helios_short_only.npz")
 def test_golden_sections(folder, name):
   """FramePack's behaviour, and with Helios's flags: history at t = 0, history without a text."""
   case = recorded.read(folder, name)
@@ -92,7 +101,7 @@ def test_golden_sections(folder, name):
     assert_close(np.moveaxis(velocity, -1, 1), case[output], f"{name} {output}")
 
 
-@each_section
+@all_but("helios_inverted.npz")
 def test_golden_sections_from_a_video(folder, name):
   """Latents of the history put one behind another as a video, of which packing.rows makes the
   groups; attention is blind to their order.
@@ -171,7 +180,9 @@ def test_hunyuan_recordings_are_there():
   assert len(HUNYUAN_CASES) >= 2
 
 
-@pytest.mark.parametrize(("folder", "name"), HUNYUAN_CASES, ids=lambda x: getattr(x, "name", x))
+@recordings(
+  few(HUNYUAN_CASES, *(case for case in HUNYUAN_CASES if case[1] != "hunyuan_padded.npz"))
+)
 def test_golden_hunyuan_packing(folder, name):
   """Tokens, rotations and their numbers, with HunyuanVideo's split of the pairs and theta."""
   case, weights = recorded.read(folder, name), recorded.read(folder, "hunyuan_weights.npz")

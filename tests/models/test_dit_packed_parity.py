@@ -138,6 +138,7 @@ def test_names_and_shapes_at_the_published_size():
   assert shapes == {name: tuple(value.shape) for name, value in ours.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_hunyuan_packing():
   """What enters its first block, by a hook: tokens and rotations."""
   import diffusers

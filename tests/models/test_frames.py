@@ -12,6 +12,7 @@ from hiar_jax.models import dit, frames
 from hiar_jax.models.frames import Frames, Read, frame_mask, whole_clip
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import few
 
 TOLERANCE = 2e-6
 TEXTS = np.stack([tiny.text(), tiny.random(98, *tiny.text().shape)])
@@ -141,7 +142,10 @@ def test_reads_are_a_mask(name):
       np.testing.assert_array_equal(mask, case.mask)
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("runs of a past", "a pair with texts of their own")
+
+
+@pytest.mark.parametrize("name", few(CASES, *QUICK))
 def test_groups_are_one_forward_under_their_mask(name):
   case = CASES[name]
   out = apply(bound(), case.groups, kept(case.past))
@@ -176,6 +180,7 @@ def test_the_past_is_in_the_order_of_the_entries():
   np.testing.assert_allclose(cached, within, rtol=0, atol=1e-5 * np.abs(within).max())
 
 
+@pytest.mark.slow
 def test_clips_may_start_anywhere():
   config, start = dataclasses.replace(tiny.CONFIG, place_embedding=True), jnp.asarray([0, 5])
   case = CASES["block-causal"]

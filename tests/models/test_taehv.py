@@ -12,6 +12,7 @@ from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
 from hiar_jax.errors import UserError
 from hiar_jax.models import taehv
 from tests.helpers.published_params import from_published, to_published
+from tests.helpers.slow_cases import slow
 
 CONFIG = taehv.TinyVAEConfig(z_dim=3, encoder_width=6, decoder_widths=(8, 6, 4, 5), blocks=2)
 FRAMES = 4  # latent; 13 pixel frames
@@ -92,7 +93,9 @@ def test_the_memory_does_not_know_how_the_video_was_cut(way):
   jax.tree.map(_close, one, other)
 
 
-@pytest.mark.parametrize(("chunk", "unroll"), [(None, False), (1, False), (1, True), (2, False)])
+@pytest.mark.parametrize(
+  ("chunk", "unroll"), [(None, False), (1, True), *slow((1, False), (2, False))]
+)
 def test_whole_functions(chunk, unroll):
   decode = jit(lambda params, z: taehv.decode(params, z, CONFIG, chunk, unroll))
   _close(decode(_params(), LATENTS), _whole("decode"))

@@ -11,6 +11,7 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae
+from tests.helpers.slow_cases import slow
 
 CONFIG = vae.VAEConfig(
   dim=4,
@@ -94,7 +95,9 @@ def test_the_cache_does_not_know_how_the_video_was_cut(way):
 
 
 @either
-@pytest.mark.parametrize(("chunk", "unroll"), [(None, False), (1, False), (1, True), (2, False)])
+@pytest.mark.parametrize(
+  ("chunk", "unroll"), [(None, False), (1, True), *slow((1, False), (2, False))]
+)
 def test_whole_functions(way, chunk, unroll):
   coder = {"encode": vae.encode, "decode": vae.decode}[way]
   y = jit(lambda params, x: coder(params, x, CONFIG, chunk, unroll))(_params(), CODERS[way][1])
@@ -158,7 +161,7 @@ def test_bfloat16_is_near_float32():
 
 
 @pytest.mark.parametrize(
-  ("way", "axis"), [("encode", 2), ("decode", 3)], ids=["encode height", "decode width"]
+  ("way", "axis"), slow(("encode", 2), ("decode", 3)), ids=["encode height", "decode width"]
 )
 def test_frames_may_be_spread_over_devices(way, axis):
   """The compiler exchanges the seams: frames split over devices give the frames of one device, and

@@ -10,6 +10,7 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.models import vae, vae_tiling
 from hiar_jax.models.vae_tiling import Tiling
+from tests.helpers.slow_cases import slow
 
 CONFIG = vae.VAEConfig(
   dim=4,
@@ -90,7 +91,7 @@ def test_a_seam_is_a_ramp():
   np.testing.assert_allclose(np.diff(row[15:25]), [1 / 16, *[1 / 8] * 7, 1 / 16], atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["encode", "decode"])
+@pytest.mark.parametrize("way", ["decode", *slow("encode")])
 def test_one_tile_is_the_whole_exactly(way):
   x = jnp.asarray(_smooth(3, 24, 32))
   tiled, whole = getattr(vae_tiling, way), getattr(vae, way)
@@ -98,6 +99,7 @@ def test_one_tile_is_the_whole_exactly(way):
   np.testing.assert_array_equal(y, jit(lambda params, x: whole(params, x, CONFIG))(_params(), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["encode", "decode"])
 def test_tiles_are_close_on_a_smooth_picture(way):
   """On average within 1 % of the largest value, and much closer than tiles that hardly overlap."""
@@ -124,7 +126,7 @@ def test_without_attention_pixels_far_from_seams_are_exact():
   np.testing.assert_allclose(y[:, :, :, :20], expected[:, :, :, :20], atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["encode", "decode"])
+@pytest.mark.parametrize("way", ["encode", *slow("decode")])
 def test_tiles_can_be_streamed(way):
   x = jnp.asarray(_smooth(3, 16, 24))
   tiling = Tiling(8, 4) if way == "encode" else Tiling(16, 8)

@@ -108,6 +108,7 @@ def test_k_means_finds_clusters_of_any_size(tmp_path, monkeypatch):
     assert differences("Codebook", files_below(tmp_path / str(batch))) == (set(), set())
 
 
+@pytest.mark.slow
 def test_more_centroids_are_nearer(tmp_path):
   clips = random(3, 8, F, H, W, C)
 

@@ -33,7 +33,8 @@ def packed(notation: str, steps, x, at: int = -1, **changes) -> tuple[Frames, ..
   row = jax.tree.map(lambda part: part[0], tables([step])[0])
   noisy = video(schedule.generate)
   given = {"patch": CONFIG.patch} | changes
-  return groups_of_row(schedule, History(), x, row, noisy, SIGMA, **given)[:-1]
+  make = lambda *arrays: groups_of_row(schedule, History(), *arrays, SIGMA, **given)[:-1]
+  return quick_jit(make)(x, row, noisy)  # op by op it would take longer
 
 
 def tokens(groups) -> int:

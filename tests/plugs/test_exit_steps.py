@@ -96,6 +96,7 @@ def test_x0_and_gradient(name, level):
     np.testing.assert_allclose(g, w, rtol=0, atol=1e-4 * np.abs(w).max(), err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_the_contexts_gradient_is_not_small():
   """Or the two kinds of gradient could not be told apart."""
   detached, attached = (ours(name)[0](1)[0]["depth0"]["wkv"] for name in ("step_first", "attached"))

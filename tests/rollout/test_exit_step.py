@@ -22,6 +22,7 @@ from hiar_jax.rollout import exit_step
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.plain_rollout import ROWS, Plain, assert_same, sees, shown_at
+from tests.helpers.slow_cases import few, slow
 
 BLOCKS = 3
 DETACHED_INPUT = dataclasses.replace(ROWS["self_aligned"], gradient="detached")
@@ -119,7 +120,11 @@ def _weight(row: MethodConfig) -> np.ndarray:
   return tiny.video(31, BLOCKS * row.block)
 
 
-@pytest.mark.parametrize("name", TRAINED)
+# one of each kind of rollout; the last one's gradient passes through its history
+QUICK = ("hiar_sink", "self_forcing_window", "self_aligned")
+
+
+@pytest.mark.parametrize("name", few(TRAINED, *QUICK))
 def test_values_equal_plain_loops_at_every_exit_level(name):
   row = TRAINED[name]
   for level in LEVELS:
@@ -128,8 +133,11 @@ def test_values_equal_plain_loops_at_every_exit_level(name):
     assert_same(sample, x0)
 
 
+AT_LEVELS = [(i % len(LEVELS), name) for i, name in enumerate(TRAINED)]
+
+
 @pytest.mark.parametrize(
-  ("level", "name"), [(i % len(LEVELS), name) for i, name in enumerate(TRAINED)]
+  ("level", "name"), few(AT_LEVELS, *(case for case in AT_LEVELS if case[1] in QUICK))
 )
 def test_gradients_equal_a_walk_over_blocks(name, level):
   row, weight = TRAINED[name], _weight(TRAINED[name])
@@ -138,7 +146,7 @@ def test_gradients_equal_a_walk_over_blocks(name, level):
 
 
 @pytest.mark.parametrize(
-  "name", ["self_aligned", "hiar_attached", "clean_attached", "input_attached"]
+  "name", ["self_aligned", *slow("hiar_attached", "clean_attached", "input_attached")]
 )
 def test_attached_and_detached_history_differ_in_gradient_alone(name):
   attached = TRAINED[name]
@@ -165,7 +173,7 @@ class ParametersByLevel(tiny.Toy):
     )
 
 
-@pytest.mark.parametrize("name", ["hiar_sink", "self_forcing_window", "self_aligned"])
+@pytest.mark.parametrize("name", ["hiar_sink", *slow("self_forcing_window", "self_aligned")])
 def test_the_exit_step_alone_is_differentiated(name):
   """With parameters of their own, the forwards before it get no gradient."""
   row, level = TRAINED[name], 1
@@ -204,7 +212,7 @@ def _sensitivity(network: str, row: MethodConfig):
   return quick_jit(jax.grad(loss, argnums=(0, 1)))(tiny.video(1, 6), tiny.video(2, 6))
 
 
-@pytest.mark.parametrize("network", tiny.NETWORKS)
+@pytest.mark.parametrize("network", few(tiny.NETWORKS, "toy"))
 def test_detached_context_receives_exactly_no_gradient(network):
   context, noisy = _sensitivity(network, MethodConfig(block=2, window=0))
   assert not np.asarray(context).any()
@@ -218,7 +226,9 @@ def test_attached_context_receives_gradient_from_its_successors_alone():
   assert not np.asarray(noisy)[:, :4].any()
 
 
-@pytest.mark.parametrize(("network", "per_frame"), [("toy", False), ("toy", True), ("dit", True)])
+@pytest.mark.parametrize(
+  ("network", "per_frame"), [("toy", False), ("toy", True), *slow(("dit", True))]
+)
 def test_teacher_forcing_equals_one_forward_over_context_and_noisy(network, per_frame):
   row = MethodConfig(block=2, window=5, sink=1, gradient="attached")
   context, noisy, weight = (tiny.video(seed, 6) for seed in (1, 2, 3))

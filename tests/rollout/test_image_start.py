@@ -12,6 +12,7 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.rollout import sample
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import few
 
 BLOCKS = 3
 ROWS = {
@@ -85,7 +86,7 @@ def made(name):
   return np.asarray(run(tiny.params(), table, image)), plain(row, table, image), image
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", few(ROWS, "hiar"))
 def test_a_picture_stands_alone_before_whole_blocks(name):
   video, expected, image = made(name)
   assert video.shape[1] == 1 + BLOCKS * ROWS[name].block

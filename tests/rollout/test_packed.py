@@ -17,7 +17,7 @@ from hiar_jax.rollout import packed
 from hiar_jax.rollout.noise import block_noise
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.helpers.slow_cases import slow
+from tests.helpers.slow_cases import few, slow
 
 CONFIG = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
 SIGMAS = np.asarray([1.0, 0.6, 0.0], np.float32)
@@ -182,7 +182,10 @@ def plain(schedule, steps, given, published, behind=0, loop=False, **how):
   return video
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("both ends", "from an image to a video", "compressed behind")
+
+
+@pytest.mark.parametrize("case", few(CASES, *QUICK))
 def test_sections_equal_a_plain_loop(case):
   """And nothing is read before it is made: what is not made yet is NaN."""
   arguments = CASES[case]
@@ -193,9 +196,7 @@ def test_sections_equal_a_plain_loop(case):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-  "case", ["sorted", "sorted, first kept", *slow("sorted, compressed", "sorted, appended")]
-)
+@pytest.mark.parametrize("case", few(SORTED, "sorted, first kept"))
 def test_sections_from_sorted_history_equal_a_plain_loop(case):
   arguments = SORTED[case]
   given = ends(arguments[2])
@@ -205,6 +206,7 @@ def test_sections_from_sorted_history_equal_a_plain_loop(case):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_sorted_history_reaches_back():
   """To any frame of the past, where history by time reads the last ones alone."""
   notation, first = "td_f1k2f2k1_g2", tiny.video(4, 8)
@@ -217,7 +219,7 @@ def test_sorted_history_reaches_back():
     assert bool(np.abs(change).max() > 1e-4) == reads
 
 
-@pytest.mark.parametrize("case", ["both ends", "inverted"])
+@pytest.mark.parametrize("case", ["inverted", *slow("both ends")])
 def test_discretised_history_equals_a_plain_loop(case):
   """What sections read is centroids, given frames too; what they make is not."""
   arguments = CASES[case]
@@ -255,6 +257,7 @@ def test_a_section_reads_the_frames_of_its_schedule_alone():
   assert read == [i >= 8 - schedule.history for i in range(8)]
 
 
+@pytest.mark.slow
 def test_a_video_does_not_depend_on_its_batch():
   run = sampler(*CASES["vanilla"])
   params, text = tiny.params(CONFIG), tiny.text()
@@ -262,6 +265,7 @@ def test_a_video_does_not_depend_on_its_batch():
   np.testing.assert_allclose(together[1:], alone, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_take_draws_one_section_anew():
   """Section 2 with another seed: those before it stay, to the bit, and so does all of it with the
   seeds of before.
@@ -280,6 +284,7 @@ def test_a_take_draws_one_section_anew():
   np.testing.assert_allclose(run(params, text[:1], other[:1]), take[:1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_section_hears_its_own_text():
   """As made one by one with it; a section hears nothing of the others' texts."""
   params, text = tiny.params(CONFIG), tiny.text()
@@ -302,6 +307,7 @@ def test_each_section_hears_its_own_text():
   np.testing.assert_allclose(alike, sampler(*CASES["vanilla"])(params, text, SEEDS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_ends_that_are_made_at_once_hear_their_own_texts():
   """They see each other, each with the velocity that its own text gives."""
   params, text = tiny.params(CONFIG), tiny.text()
@@ -323,6 +329,7 @@ def test_ends_that_are_made_at_once_hear_their_own_texts():
   np.testing.assert_allclose(alike, one, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clean_history_is_another_forward():
   arguments = CASES["vanilla"]
   params, text = tiny.params(CONFIG), tiny.text()

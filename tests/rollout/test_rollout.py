@@ -17,6 +17,7 @@ from hiar_jax.rollout.past.ring import Ring
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.plain_rollout import ROWS, Plain, assert_same
+from tests.helpers.slow_cases import few
 
 BLOCKS = 4
 # One of each loop with the true network; the toy goes through all rows.
@@ -28,7 +29,8 @@ def can_be_fused(row: MethodConfig) -> bool:
   return row.order == "step_first" and row.level != "input"
 
 
-each_case = pytest.mark.parametrize(("network", "name"), CASES)
+QUICK = [case for case in CASES if case[0] == "toy" or case[1] == DIT_ROWS[0]]
+each_case = pytest.mark.parametrize(("network", "name"), few(CASES, *QUICK))
 
 
 @functools.cache
@@ -59,8 +61,12 @@ def test_equals_plain_loops(network, name):
   assert_same(program(network, row)(table, None), plain(network, row, table))
 
 
+FUSED = [case for case in CASES if can_be_fused(ROWS[case[1]])]
+
+
 @pytest.mark.parametrize(
-  ("network", "name"), [case for case in CASES if can_be_fused(ROWS[case[1]])]
+  ("network", "name"),
+  few(FUSED, *(case for case in FUSED if case[0] == "toy")),
 )
 def test_separate_forwards_equal_fused_ones(network, name):
   row = ROWS[name]

@@ -20,6 +20,7 @@ from hiar_jax.types import LatentShape
 from tests.helpers import golden_cases, tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close, channels_last, noise_table
+from tests.helpers.slow_cases import few, slow
 
 BLOCKS = 6
 ROWS = {
@@ -34,7 +35,7 @@ ROWS = {
   "fixed": MethodConfig(block=2, window=5, level="fixed:0.3"),
   "input": MethodConfig(block=2, window=5, sink=1, level="input"),
 }
-CASES = [("toy", name) for name in ROWS] + [("dit", "hiar_sink"), ("dit", "input")]
+CASES = [("toy", name) for name in ROWS] + slow(("dit", "hiar_sink"), ("dit", "input"))
 
 
 def piped(method: Method, bound: Bound, table, given=None, size=(tiny.HEIGHT, tiny.WIDTH)):
@@ -111,6 +112,7 @@ def test_blocks_after_a_clean_sink_equal_the_rollouts():
   assert_same(by_pipe(table, video[:, :2]), video[:, 2:])
 
 
+@pytest.mark.slow
 def test_starting_from_a_picture_equals_the_rollout():
   row = ROWS["hiar_sink"]
   table, picture = jnp.asarray(tiny.noise_table(row, 4)), tiny.video(5, 1)
@@ -157,8 +159,19 @@ def test_recordings_are_found():
   ) >= 8
 
 
+# what compiles for long, where a recording of its kind stays, here or in test_tick_golden.py
+LONG = {
+  ("dit_small", "continuation_step_first.npz"),
+  ("dit_framewise", "continuation_step_first.npz"),
+  ("dit_small", "rollout_step_first.npz"),
+}
+QUICK = [(case, file) for case, file in RECORDED if (case.path.name, file) not in LONG]
+
+
 @pytest.mark.parametrize(
-  ("case", "file"), RECORDED, ids=lambda part: part if isinstance(part, str) else part.path.name
+  ("case", "file"),
+  few(RECORDED, *QUICK),
+  ids=lambda part: part if isinstance(part, str) else part.path.name,
 )
 def test_recording(case, file):
   z = case.load(file)

@@ -27,7 +27,7 @@ ON = [
   *((GIVEN, sizes) for sizes in ((2, 1, 1), (4, 2, 1))),
   (CLEAN, (4, 2, 1)),
 ]
-QUICK = ((WINDOW, (4, 2, 1)), (SINK, (4, 1, 2)), (GIVEN, (2, 1, 1)))
+QUICK = ((SINK, (4, 1, 2)),)
 CASES = [
   pytest.param(
     *recording,

@@ -89,6 +89,7 @@ def distilled():
   )
 
 
+@pytest.mark.slow
 def test_10_one_generator_and_five_critic_updates():
   """Against what was recorded of steps that embedded tokens themselves."""
   state, losses = distilled()

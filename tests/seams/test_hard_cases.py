@@ -18,7 +18,7 @@ from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import block_positions
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.helpers.slow_cases import slow
+from tests.helpers.slow_cases import few, slow
 from tests.seams.cases import NETWORK, ROWS, assert_close, bound, method_of, noise_of, shape
 
 
@@ -47,14 +47,17 @@ def test_1_the_pair_in_a_full_ring():
   assert np.flatnonzero(~noisy.reads[0].seen).tolist() == [3, 4, 5]
 
 
-@pytest.mark.parametrize("name", ROWS)
+QUICK = ("sink across blocks", "input", "clean sink")
+
+
+@pytest.mark.parametrize("name", few(ROWS, *QUICK))
 def test_1_whole_videos_are_those_of_today(name):
   row = ROWS[name]
   count = 10 if name == "published" else 4
   assert_close(rollout(row, count), f"video {name}")
 
 
-@pytest.mark.parametrize("name", ["sink across blocks", "input", "block first"])
+@pytest.mark.parametrize("name", ["sink across blocks", *slow("input", "block first")])
 def test_1_a_continuation(name):
   row, given = ROWS[name], tiny.video(3, 6)
   assert_close(rollout(row, 3, given), f"continuation {name}")
@@ -75,10 +78,8 @@ EXITS = {
 }
 
 
-ALSO = slow("attached output", "euler", "block first", "input, detached", "clean sink, detached")
-
-
-@pytest.mark.parametrize("name", ["detached output", "clean sink, attached", *ALSO])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXITS)
 def test_3_the_exit_step_and_its_gradient(name):
   row, count = EXITS[name], 3
   noise, weight = noise_of(row, count), tiny.video(5, count * row.block)
@@ -98,7 +99,10 @@ def test_3_the_exit_step_and_its_gradient(name):
 # ---------------------------------------------------------------------------- 5: a picture's start
 
 
-@pytest.mark.parametrize("name", ["window inside blocks", "sink across blocks", "block first"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["block first", *slow("window inside blocks", "sink across blocks")]
+)
 def test_5_a_picture(name):
   """One given frame is the last of block 0, whose other slots stay empty."""
   row, image = ROWS[name], tiny.video(8, 1)
@@ -115,16 +119,18 @@ def test_6_a_texts_keys_and_values_are_kept():
     Frames(tiny.video(n, 3), sigma, 3 * n + jnp.arange(3), text=n, reads=reads)
     for n, sigma, reads in ((0, 0.2, ()), (1, 0.7, (Read(group=0),)))
   )
-  direct = bound().with_texts(texts)(groups)
-  kept = bound().with_texts(NETWORK.encode_text(tiny.params(), texts))(groups)
+  forward = quick_jit(lambda texts: bound().with_texts(texts)(groups))
+  direct = forward(texts)
+  kept = forward(quick_jit(NETWORK.encode_text)(tiny.params(), texts))
   assert_close(kept, direct)
-  swapped = bound().with_texts(texts[::-1])(groups)
+  swapped = forward(texts[::-1])
   assert np.abs(swapped.velocity[0] - direct.velocity[0]).max() > 1e-2
 
 
 # ------------------------------------------------------------- 8: a context level that adds noise
 
 
+@pytest.mark.slow
 def test_8_a_context_that_adds_noise():
   """Against a loop that keeps no K/V: every forward is over all blocks so far."""
   row, count = MethodConfig(window=7, sink=1, level="fixed:0.3"), 4
@@ -159,6 +165,7 @@ def plain_fixed(row: MethodConfig, count: int, level: float, noise):
   return jnp.concatenate(xs, axis=1)
 
 
+@pytest.mark.slow
 def test_8_the_exit_step_of_a_context_that_adds_noise():
   """The parallel exit step gives the sequential one's values."""
   row, count = MethodConfig(window=7, sink=1, level="fixed:0.3"), 3

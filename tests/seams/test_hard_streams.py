@@ -9,6 +9,7 @@ from hiar_jax.method import MethodConfig
 from hiar_jax.rollout import tick as ticks
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 from tests.seams.cases import ROWS, assert_close, bound, method_of, noise_of, recorded, shape
 
 
@@ -54,7 +55,7 @@ def two_texts(n):
 
 
 @pytest.mark.parametrize(
-  "name", ["window inside blocks", "sink across blocks", "no past", "input", "euler"]
+  "name", ["sink across blocks", "input", *slow("window inside blocks", "no past", "euler")]
 )
 def test_2_filling_ticks(name):
   """Levels that have no block yet are vmapped with those that have."""
@@ -65,6 +66,7 @@ def test_2_filling_ticks(name):
 # ------------------------------------------------------------------------------ 4: a relative sink
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["output", "input"])
 def test_4_a_relative_sink(level):
   """Two copies of the sink, each rotated for one of the two groups that read it."""
@@ -78,6 +80,7 @@ def test_4_a_relative_sink(level):
 # ------------------------------------------------------------------------------ 5: given frames
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("given", "level"), [(1, "output"), (3, "output"), (6, "output"), (3, "input")]
 )
@@ -90,7 +93,7 @@ def test_5_a_stream_from_given_frames(given, level):
 # ------------------------------------------------------------------- 6: two texts in one forward
 
 
-@pytest.mark.parametrize("name", ["window inside blocks", "input"])
+@pytest.mark.parametrize("name", ["input", *slow("window inside blocks")])
 def test_6_two_texts_in_one_forward(name):
   """The prompt changes: a context still hears its own block's text beside the new one."""
   row = ROWS[name]
@@ -102,6 +105,7 @@ def test_6_two_texts_in_one_forward(name):
 # ------------------------------------------------------------------- 9: recache at a prompt change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("case", "row", "given"),
   [

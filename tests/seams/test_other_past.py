@@ -21,6 +21,7 @@ from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import visible
 from tests.helpers import plain_rollout, tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import few
 
 BLOCKS = 6
 
@@ -133,8 +134,17 @@ def test_encoding_it_again_changes_nothing_under_the_same_text():
     np.testing.assert_allclose(new, old, rtol=0, atol=2e-5 * np.abs(old).max())
 
 
-@pytest.mark.parametrize("level", range(tiny.SIGMAS.size - 1))
-@pytest.mark.parametrize("name", ["hiar_window", "clean", "input", "self_forcing_window"])
+EXITS = [
+  (name, level)
+  for name in ("hiar_window", "clean", "input", "self_forcing_window")
+  for level in range(tiny.SIGMAS.size - 1)
+]
+QUICK = [
+  (name, level) for name, level in EXITS if not level or name not in ("hiar_window", "clean")
+]
+
+
+@pytest.mark.parametrize(("name", "level"), few(EXITS, *QUICK))
 def test_the_exit_step(name, level):
   """Its parallel forwards see what the loop saw, at every level."""
   row = ROWS[name]

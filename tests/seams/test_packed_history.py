@@ -19,6 +19,7 @@ from tests.helpers import golden_cases
 from tests.helpers.compiling import quick_jit
 from tests.helpers.golden_cases import assert_close
 from tests.helpers.published_params import from_published
+from tests.helpers.slow_cases import few
 from tests.seams.plain_wan import PlainWan, plainly
 
 # our name of the projection, the recording's names of its weights and its latents, its pool;
@@ -103,7 +104,12 @@ def test_the_recordings_are_there():
   assert len(CASES) >= 4
 
 
-@pytest.mark.parametrize(("folder", "name"), CASES, ids=lambda x: getattr(x, "name", x))
+QUICK = [case for case in CASES if case[1] == "helios_no_history.npz"]
+
+
+@pytest.mark.parametrize(
+  ("folder", "name"), few(CASES, *QUICK), ids=lambda x: getattr(x, "name", x)
+)
 def test_7_golden_sections(folder, name):
   case = read(folder, name)
   network, params = network_and_params(folder)

@@ -14,6 +14,7 @@ from hiar_jax.serving.session import Limits
 from tests.helpers.browser_tab import eventually, nothing_left, run, tab  # noqa: F401
 from tests.helpers.fake_generation import expected
 from tests.helpers.served_page import FakeSource, page
+from tests.helpers.slow_cases import slow
 from tests.helpers.video_reader import read_mp4
 
 PROMPT = "a red circle"
@@ -127,7 +128,7 @@ def test_pause_go_stop(tmp_path):
   assert [generation.prompt for generation in server.source.opened] == [PROMPT, "a blue square"]
 
 
-@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize("leaves", [True, *slow(False)])
 def test_a_pause_before_the_first_block_holds_nobody(tmp_path, leaves):
   """The thread waits for a block that does not come; a closed tab ends it, and others come in, all
   the same.

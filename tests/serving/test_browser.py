@@ -144,6 +144,7 @@ def test_the_video_plays_while_it_is_made(browser, server):
   assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_changed_prompt_is_seen_within_the_levels(browser, server):
   start(browser, server)
   until(browser, lambda: played(browser) > 1)
@@ -200,6 +201,7 @@ def test_a_networks_own_pipe(browser, tmp_path):
     until(browser, lambda: not server.queue.clients and server.making() == 0)
 
 
+@pytest.mark.slow
 def test_pause_extend_and_download(browser, server):
   start(browser, server, length="10 s")
   until(browser, lambda: played(browser) > 0.5)
@@ -227,6 +229,7 @@ def test_pause_extend_and_download(browser, server):
   until(browser, lambda: server.making() == 0)
 
 
+@pytest.mark.slow
 def test_it_ends_where_it_was_asked_to(browser, server):
   server.source.seconds = 0.0
   browser.get(server.url)
@@ -240,6 +243,7 @@ def test_it_ends_where_it_was_asked_to(browser, server):
   until(browser, lambda: played(browser) > 2.6)
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_picture(browser, server, tmp_path_factory):
   """What is no picture is one line on the page, and what is playing goes on."""
   folder = tmp_path_factory.mktemp("pictures")
@@ -302,6 +306,7 @@ def test_a_file_that_is_too_large_is_not_sent(browser, server, tmp_path_factory)
   assert state(browser) == "ready" and server.source.opened == []
 
 
+@pytest.mark.slow
 def test_the_strip_shows_the_prompts_and_goes_back(browser, server):
   start(browser, server)
   until(browser, lambda: played(browser) > 1)
@@ -324,6 +329,7 @@ def test_the_strip_shows_the_prompts_and_goes_back(browser, server):
   until(browser, lambda: played(browser) > before + 0.5)
 
 
+@pytest.mark.slow
 def test_two_tabs_and_one_closed_in_the_middle(browser, server):
   start(browser, server)
   until(browser, lambda: played(browser) > 0.5)

@@ -56,6 +56,7 @@ def test_who_asked_first_comes_first(tmp_path):
   assert [generation.prompt for generation in server.source.opened] == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
   async def visit(server):
     async with tab(server) as one:
@@ -71,6 +72,7 @@ def test_a_paused_one_may_stand_for_as_long_as_nobody_waits(tmp_path):
     run(visit(server))
 
 
+@pytest.mark.slow
 def test_one_that_was_extended_stands_no_more(tmp_path):
   """It had been finished for longer than it may when others wait; from then on it is counted
   anew.
@@ -107,6 +109,7 @@ def test_two_at_once(tmp_path):
     run(visit(server))
 
 
+@pytest.mark.slow
 def test_a_paused_one_gives_way_to_those_who_wait(tmp_path):
   async def visit(server):
     async with tab(server) as one, tab(server) as two:
@@ -136,6 +139,7 @@ def test_who_does_not_watch_loses_the_place(tmp_path):
     run(visit(server))
 
 
+@pytest.mark.slow
 def test_a_viewer_that_vanished_is_noticed(tmp_path):
   """It closes nothing; it just answers no more."""
 

@@ -14,6 +14,7 @@ from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
 from tests.helpers.plain_stream import PlainStream
+from tests.helpers.small_heap import small_heap  # noqa: F401
 from tests.helpers.tiny_stream import CONFIG, SIGMAS, assert_same, parts, quick_engine, take, text
 
 ROWS = {
@@ -113,12 +114,14 @@ def run_long(row: MethodConfig, blocks: int) -> None:
   assert_as_freshly_built(row, seen[-REACH - 2 :], sink)
 
 
+@pytest.mark.usefixtures("small_heap")
 @each_row
 def test_three_hundred_blocks(row):
   run_long(row, 300)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_heap")
 @each_row
 def test_ten_thousand_blocks(row):
   run_long(row, 10_000)

@@ -15,6 +15,7 @@ from hiar_jax.streaming.compiled_tick import Engine, TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
 from tests.helpers import tiny
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny_stream import (
   CONFIG,
   ROW,
@@ -57,9 +58,11 @@ def test_equals_plain_loops_and_numbers_its_blocks():
   [
     (ROW, {}),
     (ROW, {"sink_positions": "relative"}),
-    (MethodConfig(block=2, window=7, sink=1, level="input"), {}),
-    (MethodConfig(block=2, window=7, sink=1, level="fixed:0.3"), {}),
-    (MethodConfig(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
+    *slow(
+      (MethodConfig(block=2, window=7, sink=1, level="input"), {}),
+      (MethodConfig(block=2, window=7, sink=1, level="fixed:0.3"), {}),
+      (MethodConfig(block=2, window=4), {"window": 7, "sink": 2, "sink_positions": "relative"}),
+    ),
   ],
   ids=["output", "carried", "input", "fixed", "options"],
 )

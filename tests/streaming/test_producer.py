@@ -18,6 +18,7 @@ from hiar_jax.generation import timeline
 from hiar_jax.generation.timeline import Change
 from hiar_jax.streaming.producer import Stream
 from tests.helpers.fake_generation import PROMPTS, FakeDecoder, FakeGeneration, expected, latents_of
+from tests.helpers.small_heap import small_heap  # noqa: F401
 
 
 def open_stream(blocks=None, generation=None, decoder=None, **options):
@@ -38,7 +39,7 @@ def eventually(condition, seconds=60):
 
 
 @pytest.fixture(autouse=True)
-def nothing_left():
+def nothing_left(small_heap):  # noqa: F811
   yield
   gc.collect()
   assert eventually(lambda: not threads())
@@ -248,6 +249,7 @@ def test_a_start_comes_first():
 # ----------------------------------------------------------------------------------------- the name
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_no_jax():
   code = (
     "import sys, hiar_jax; assert 'jax' not in sys.modules; import hiar_jax.stream; assert "

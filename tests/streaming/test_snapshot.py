@@ -15,6 +15,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.streaming.compiled_tick import TickOptions
 from hiar_jax.streaming.layout import Layout
 from hiar_jax.streaming.live_video import LiveVideo
+from tests.helpers.slow_cases import slow
 from tests.helpers.tiny_stream import (
   CONFIG,
   PACKED,
@@ -50,7 +51,7 @@ def running(tmp_path_factory):
   return directory, take(generation, 12)
 
 
-@pytest.mark.parametrize("layout", [Layout(4), Layout(2, 2), Layout()], ids=str)
+@pytest.mark.parametrize("layout", [Layout(4), *slow(Layout(2, 2), Layout())], ids=str)
 def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   directory, expected = running
   generation = LiveVideo.restore(directory, engine(layout))
@@ -66,7 +67,7 @@ def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   assert_same(found, expected)
 
 
-@pytest.mark.parametrize("layout", [Layout(4), Layout(1, 2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(1, 2), *slow(Layout(4))], ids=str)
 def test_a_packed_history_goes_on_on_another_layout(tmp_path, layout):
   model = parts(PACKED, dataclasses.replace(CONFIG, packing=(2,)))
   generation = LiveVideo(quick_engine(model, TickOptions(layout=ONE)), "a red circle", seed=5)
@@ -98,6 +99,7 @@ def test_a_picture_start_and_a_full_pipe_are_remembered(tmp_path):
   assert again.step().block == 4
 
 
+@pytest.mark.slow
 def test_saved_while_a_clean_sink_is_made(tmp_path):
   row = dataclasses.replace(SAF, sink=4, window=8)
   generation = LiveVideo(engine(row=row), "a red circle", seed=1)

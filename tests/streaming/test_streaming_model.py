@@ -60,6 +60,7 @@ def test_it_is_the_video_that_generate_makes(source, whole):
   assert_same_pixels(frames(chunks), whole)
 
 
+@pytest.mark.slow
 def test_saved_with_blocks_on_their_way_and_gone_on_with_on_another_layout(
   source, wide, whole, tmp_path
 ):
@@ -118,6 +119,7 @@ def test_seconds_of_blocks():
 VAE = vae.VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1)
 
 
+@pytest.mark.slow
 def test_a_causal_decoder_remembers():
   """Block by block, and after its memory has been on the disk, the frames of the whole."""
   latents = np.random.default_rng(0).normal(size=(1, 6, 4, 4, 16)).astype(np.float32)

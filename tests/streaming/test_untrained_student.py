@@ -29,6 +29,7 @@ def test_a_clean_sink_as_it_is_generated(tmp_path):
   assert_same(take(generation, 5), generated(model, 5))
 
 
+@pytest.mark.slow
 def test_from_a_picture(tmp_path):
   model = untrained(tmp_path, tiny_run.make_config())
   given = tiny.random(4, 1, *model.experiment.latent.block(1))

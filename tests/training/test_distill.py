@@ -13,6 +13,7 @@ from hiar_jax.parallel.mesh import MeshConfig
 from hiar_jax.training import distill
 from hiar_jax.training import state as states
 from hiar_jax.training.distill import DistillConfig, Frozen, Networks
+from tests.helpers.slow_cases import slow
 from tests.helpers.training_steps import (
   BATCH,
   HIAR,
@@ -58,9 +59,8 @@ def influence(case: Case, of: str, on: str) -> float:
 @pytest.mark.parametrize(
   "kind, of, on",
   [
-    ("generator", "critic", "params"),
-    ("generator", "teacher", "params"),
     ("critic", "params", "critic"),
+    *slow(("generator", "critic", "params"), ("generator", "teacher", "params")),
   ],
 )
 def test_no_gradient_passes_between_networks(kind, of, on):
@@ -70,9 +70,8 @@ def test_no_gradient_passes_between_networks(kind, of, on):
   assert influence(make_case(kind), of, on) == 0.0
 
 
-@pytest.mark.parametrize(
-  "name", ["Self-Aligned Forcing", pytest.param("Self-Forcing", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Self-Aligned Forcing", "Self-Forcing"])
 def test_the_rivals_go_through_the_same_step(name):
   state, metrics = run(
     make_case("generator", method=HISTORIES[name], weight=0.0, guidance=0.0), MeshConfig(data=1), 1

@@ -1,6 +1,7 @@
 """Guidance as an input of a packed model: the network's part, its training, sampling and costs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,15 @@ def groups(sigma=0.7) -> tuple[Frames, ...]:
   return history, Frames(tiny.video(1, 2), sigma, np.arange(2, 4))
 
 
+@functools.cache
+def forward(network):
+  """(params, guidance) -> velocity; compiled once for all scales."""
+  run = lambda params, scale: bind(network, params, tiny.text(), guidance=scale)(groups())
+  return quick_jit(lambda *given: run(*given).velocity[-1])
+
+
 def velocity(network, params, guidance=None):
-  forward = lambda params: bind(network, params, tiny.text(), guidance=guidance)(groups())
-  return np.asarray(quick_jit(forward)(params).velocity[-1])
+  return np.asarray(forward(network)(params, guidance))
 
 
 def test_at_the_start_it_is_the_network_without_it_bit_for_bit():
@@ -99,19 +106,26 @@ def batch(frames: int = 2) -> dict:
   return {"latents": tiny.video(1, frames), "text": tiny.text(), "example_id": index}
 
 
-def updated(c, params, ema=None, optimizer=None, network=GUIDED):
-  optimizer = optimizer or optax.sgd(1.0)
+def updated(c, params, ema=None, loss_alone=False):
+  """(state, metrics); with loss_alone the two losses, which compile without any gradient."""
+  optimizer = optax.sgd(1.0)
   state = create_state(jax.random.key(0), params, optimizer)
   state = state.replace(ema=ema or state.ema)
-  step = quick_jit(framepack.make_step(c, network, optimizer, 2))
-  return step(state, batch(), framepack.Frozen(NEGATIVE))
+  step = framepack.make_step(c, GUIDED, optimizer, 2)
+
+  def losses(*given):
+    before, metrics = given[0], step(*given)[1]
+    return before, {name: x for name, x in metrics.items() if name != "grad_norm"}
+
+  run = quick_jit(losses if loss_alone else step)
+  return run(state, batch(), framepack.Frozen(NEGATIVE))
 
 
 def test_the_loss_by_hand():
   """The plain one, and the distance to the guided velocity of the average without the scale."""
   c, params = config(), tiny.params(GUIDED)
   ema = jax.tree.map(lambda x: 0.9 * x, params)
-  state, metrics = updated(c, params, ema)
+  state, metrics = updated(c, params, ema, loss_alone=True)
   key = jax.random.fold_in(jax.random.fold_in(state.key, 0), 1)
   keys = jax.vmap(lambda k: jax.random.split(k, 4))(example_keys(key, batch()["example_id"]))
   sigma = framepack.sample_sigma(keys[:, 1], c.shift)
@@ -121,14 +135,16 @@ def test_the_loss_by_hand():
   there = groups_of_row(c.parsed, c.history, x0, row, x, sigma)
   g = np.asarray(framepack._guided(c, GUIDED, params, ema, batch(), NEGATIVE, keys[:, 0]).g)
   assert g.shape == (2,) and g[0] != g[1] and 2 <= g.min() and g.max() <= 6
-  forward = lambda params, text, guidance: bind(GUIDED, params, text, guidance=guidance)(there)
-  run = lambda *given: np.asarray(quick_jit(forward)(*given).velocity[-1])
+  forward = quick_jit(
+    lambda params, text, guidance: bind(GUIDED, params, text, guidance=guidance)(there)
+  )
+  run = lambda *given: np.asarray(forward(*given).velocity[-1])
   negative = np.broadcast_to(NEGATIVE, tiny.text().shape)
   with_text, without = run(ema, tiny.text(), None), run(ema, negative, None)
   target = np.stack([v + s * (v - w) for v, w, s in zip(with_text, without, g, strict=True)])
   error = np.mean((run(params, tiny.text(), 1 + g) - target) ** 2)
   np.testing.assert_allclose(metrics["distilled_guidance"], error, rtol=1e-4)
-  plain = updated(config(distilled_guidance=()), params)[1]
+  plain = updated(config(distilled_guidance=()), params, loss_alone=True)[1]
   assert "distilled_guidance" not in plain
   np.testing.assert_allclose(metrics["loss"], plain["loss"] + error, rtol=1e-4)
 
@@ -136,9 +152,9 @@ def test_the_loss_by_hand():
 def test_the_teacher_gets_no_gradient():
   """The scale's layers, which the plain loss does not reach, learn from the guided velocity."""
   params = tiny.params(GUIDED)
-  moved = jax.tree.map(
-    lambda x, y: float(np.abs(x - y).max()), params, updated(config(), params)[0].params
-  )
+  # numbers of NumPy: each operation on JAX's would be compiled
+  after = jax.device_get(updated(config(), params)[0].params)
+  moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), jax.device_get(params), after)
   assert min(moved["guidance_in"]["kernel"], moved["guidance_out"]["kernel"]) > 0
   c = config()
   grad = jax.grad(
@@ -150,9 +166,11 @@ def test_the_teacher_gets_no_gradient():
       .sum()
     )
   )
-  assert all((leaf == 0).all() for leaf in jax.tree.leaves(quick_jit(grad)(params)))
+  found = jax.device_get(quick_jit(grad)(params))
+  assert all((leaf == 0).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.slow
 def test_the_guided_velocity_is_learnt():
   """With a teacher that stands still, by the layers of the scale and the others."""
   params = GUIDED.with_projections(tiny.params(PLAIN))
@@ -166,6 +184,7 @@ def test_the_guided_velocity_is_learnt():
   assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
 
 
+@pytest.mark.slow
 def test_with_adapters_the_embedding_is_trained_as_it_is():
   c = shapes_framepack.get_config("smoke")
   with c.unlocked():

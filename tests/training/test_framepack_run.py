@@ -99,7 +99,7 @@ def test_weights_of_other_kernels_are_one_line(tmp_path):
   """To generate with; training starts from any, and makes the kernels that are missing."""
   e = build(Experiment, config(**SMALL))
   other = e.dit.packed((1, 2, 8))
-  weights.save(tmp_path, "dit", other, jax.device_get(other.init(jax.random.key(0))))
+  weights.save(tmp_path, "dit", other, jax.device_get(jax.jit(other.init)(jax.random.key(0))))
   run = Run(e, tmp_path, make_mesh(MeshConfig()))
   refused = "was trained with k1, k2, k8 kernels of packed history, and "
   with pytest.raises(UserError, match=f"{refused}framepack.packing = 'td_f16k4.* has k1, k2, k4: "):

@@ -67,6 +67,7 @@ def test_what_is_given_is_not_measured(model, monkeypatch):
   assert len(saved) == 3 and all(len(read_mp4(path)[0]) == 25 for path in saved)
 
 
+@pytest.mark.slow
 def test_previews_start_from_true_frames_too(model):
   preview = stages._student_preview(model.run)(types.SimpleNamespace(ema=model.params()))
   assert preview.shape == (8, 7, 16, 16, 3)

@@ -125,6 +125,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch, capsys):
   assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_no_tensorflow_and_no_torch_come_with_it(tmp_path):
   """Not even where they are installed."""
   code = """

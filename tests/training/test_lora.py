@@ -25,6 +25,7 @@ from hiar_jax.training.lora import Adapters, LoRAConfig
 from hiar_jax.training.state import create_state
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
+from tests.helpers.slow_cases import slow
 from tests.helpers.training_steps import compiled_quickly  # noqa: F401
 
 NETWORK = dataclasses.replace(tiny.CONFIG, packing=(1, 2))
@@ -109,7 +110,7 @@ def step_with(c: FramePackConfig, optimizer, adapters: Adapters = ADAPTERS):
   return framepack.make_step(c, NETWORK, optimizer, FRAMES, adapters=adapters)
 
 
-@pytest.mark.parametrize("rule", ["adamw", "muon"])
+@pytest.mark.parametrize("rule", ["adamw", *slow("muon")])
 def test_adapters_alone_are_trained(rule):
   """The base, which is an argument, cannot move; state and average hold nothing of it."""
   c = config(rule=rule, ema_decay=0.5)
@@ -137,12 +138,13 @@ def test_muon_moves_the_pair_along_orthogonal_steps():
   optimizer = c.optimizer(ADAPTERS)
   params = opened()
   grads = jax.tree.map(lambda x: jnp.asarray(tiny.random(1, *x.shape)), params)
-  moved, _ = optimizer.update(grads, optimizer.init(params), params)
+  moved, _ = quick_jit(optimizer.update)(grads, optimizer.init(params), params)
   sizes = np.linalg.svd(moved["adapters"]["layers"]["mlp_in"]["kernel"]["a"], compute_uv=False)
   assert sizes.min() > 0.4 * sizes.max() > 0.01
   assert np.abs(moved["packed_k1"]["kernel"]).max() < 1e-6
 
 
+@pytest.mark.slow
 def test_accumulated_parts_make_the_same_update():
   states = []
   for accumulate in (1, 2):
@@ -155,6 +157,7 @@ def test_accumulated_parts_make_the_same_update():
   assert max(apart(one, two).values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_over_devices_the_update_is_the_same():
   """The base and the adapters split over fsdp."""
   c, optimizer = config(), optax.sgd(0.1)

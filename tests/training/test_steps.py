@@ -16,6 +16,7 @@ import pytest
 
 from hiar_jax.parallel.mesh import MeshConfig
 from tests.helpers import training_steps
+from tests.helpers.slow_cases import few
 from tests.helpers.training_steps import (
   BATCH,
   MODEL,
@@ -58,10 +59,10 @@ PLACES = {
 }
 KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
 QUICK = {
-  "teacher": ("8 devices", "weights over 8", "two parts", "pmap over 2, two parts"),
+  "teacher": ("pmap over 2, two parts",),
   "causal init, noisy": ("4 x 2",),
   "critic": ("2 x 2, two parts",),
-  "generator": ("pmap over 2",),
+  "generator": ("2 devices",),
 }
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
@@ -113,13 +114,10 @@ def test_an_update_moves_its_own_network_alone(kind):
   assert int(after.step) == 3
 
 
-PLACED = [
-  pytest.param(kind, "clips", marks=() if kind in ("teacher", "critic") else pytest.mark.slow)
-  for kind in KINDS
-]
+PLACED = [*((kind, "clips") for kind in KINDS), ("generator", "trajectories")]
 
 
-@pytest.mark.parametrize("kind, whose", [*PLACED, ("generator", "trajectories")])
+@pytest.mark.parametrize("kind, whose", few(PLACED, ("teacher", "clips")))
 def test_a_clip_is_trained_at_its_place(kind, whose, monkeypatch):
   monkeypatch.setattr(
     training_steps, "MODEL", dataclasses.replace(MODEL, place_embedding=True, places=(4, 4))

@@ -78,6 +78,7 @@ def test_the_same_frames_are_the_same_bytes(tmp_path):
   assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_fragment_half_written_is_passed_over(tmp_path, monkeypatch):
   """Whatever part of its bytes is on the disk: the file plays to the one before, and can be gone on
   with.
