@@ -83,8 +83,11 @@ def chain(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory) -> pathlib.Path:
-  """The run that the page's commands go on from, with random weights."""
+  """The run that the page's commands go on from, with random weights; its causal init has seen no
+  history, so that one of another level may go on from it.
+  """
   config = tiny_run.make_config()
+  config.causal_init.shows = "noisy"
   steps = {"teacher": config.teacher.steps, "causal_init": config.causal_init.steps}
   workdir = saved_run(tmp_path_factory.mktemp("runs") / "smoke", config, steps)
   prepare_data(open_run(config, workdir, save=False))
@@ -101,7 +104,12 @@ def arguments(name: str, smoke: pathlib.Path, **changes) -> list[str]:
 
 
 # short runs of distribution matching alone
-SHORT = {"distill__forward_kl__weight": 0, "distill__steps": 3, "sample__length": 2.0}
+SHORT = {
+  "causal_init__shows": "noisy",  # as the smoke run
+  "distill__forward_kl__weight": 0,
+  "distill__steps": 3,
+  "sample__length": 2.0,
+}
 
 
 def train(chain, fork, *cases: list[str]) -> pathlib.Path:

@@ -61,7 +61,7 @@ def test_runs_are_measured_row_by_row(chain, tmp_path):
   assert len(names) == 7 and "true-clips" in names
   assert {path.stem for path in (tmp_path / "all").glob("*.png")} == names - {
     "true-clips",
-    "true-clips-through-the-codec",
+    "true-clips-through-the-codec-of-8-x-8-pixels",
   } | {"fifths"}
   stored = json.loads((made / "second-block-first-clean-history.json").read_text())
   assert stored["command"] == (
