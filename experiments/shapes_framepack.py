@@ -4,9 +4,9 @@ packed history, of any length in a fixed number of tokens.
     python -m hiar_jax.train --config=experiments/shapes_framepack.py --workdir=runs/framepack
     python -m hiar_jax.train --config=experiments/shapes_framepack.py:full --workdir=runs/framepack
 
-The first is an hour on two CPU cores; `full`, whose batches are four times as large, minutes on a
-GPU, and what docs/long_videos.md has measured. Nothing is distilled: each section takes
-`sample.steps` Euler steps.
+The first is an hour on two CPU cores, and what docs/long_videos.md compares with the other orders;
+`full`, whose batches are four times as large, takes minutes on a GPU. Nothing is distilled: each
+section takes `sample.steps` Euler steps.
 """
 
 from ml_collections import config_dict
@@ -29,8 +29,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
     # four times the tokens a clip of shapes.py
     c.teacher.update(steps=2000, batch=32 if variant == "full" else 8)
   if variant == "full":
-    # a caption's direction holds up to the first wall, some five frames: from windows from anywhere
-    # in 45 frames no teacher learnt one (37 % of a packed model's videos)
+    # a caption's direction holds up to the first wall, some five frames: of windows from anywhere in
+    # 45 few can teach one. Half of them were not enough (33 % of the videos; main: 37 %)
     c.teacher.openings = 0.5
   c.framepack = config_dict.ConfigDict(
     dict(

@@ -55,6 +55,7 @@ _BASELINES = flags.DEFINE_list(
   "rows beside the runs: true clips (data), these through the codec, the teacher, the causal "
   "inits; --baselines= measures none",
 )
+_NO_BASELINES = flags.DEFINE_boolean("nobaselines", False, "the earlier form of --baselines=")
 _VIDEOS = flags.DEFINE_integer(
   "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
 )
@@ -108,7 +109,8 @@ def measured(out: pathlib.Path) -> list[Row]:
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
   frames = samples.round_to_blocks(first, given + made) - given
-  planned = [part for part in baselines(runs, prompts, frames) if part.kind in _BASELINES.value]
+  kinds = () if _NO_BASELINES.value else _BASELINES.value
+  planned = [part for part in baselines(runs, prompts, frames) if part.kind in kinds]
   for part in planned + [of_run(run, prompts, frames) for run in runs]:
     directory = _ROWS.value or out / "rows"
     row_files.check_free(directory, part.name, part.config)
