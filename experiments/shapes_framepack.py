@@ -29,8 +29,8 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
     # four times the tokens a clip of shapes.py
     c.teacher.update(steps=2000, batch=32 if variant == "full" else 8)
   if variant == "full":
-    # a caption's direction holds up to the first wall, some five frames: of windows from anywhere in
-    # 45 few can teach one. Half of them were not enough (33 % of the videos; main: 37 %)
+    # a caption's direction holds up to the first wall, some five frames: of windows from anywhere
+    # in 45 few can teach one. Half of them were not enough (33 % of the videos; main: 37 %)
     c.teacher.openings = 0.5
   c.framepack = config_dict.ConfigDict(
     dict(

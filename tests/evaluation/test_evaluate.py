@@ -75,7 +75,8 @@ def test_runs_are_measured_row_by_row(chain, tmp_path):
   for file in ("metrics.json", "table.md", "fifths.png"):
     assert (tmp_path / "all" / file).read_bytes() == (tmp_path / "from" / file).read_bytes()
   # in a sitting of its own, one run is the same row
-  alone = (f"--rows={tmp_path / 'rows'}", f"--out={tmp_path / 'alone'}", "--nobaselines")  # --baselines=, as it was called
+  # --baselines= as it was called
+  alone = (f"--rows={tmp_path / 'rows'}", f"--out={tmp_path / 'alone'}", "--nobaselines")
   evaluate(f"--workdirs={tmp_path / 'second'}", *alone)
   (path,) = (tmp_path / "rows").iterdir()
   ours, theirs = json.loads(path.read_text()), json.loads((made / path.name).read_text())
