@@ -74,3 +74,23 @@ def test_a_shorter_table_with_names_of_its_own(page, folder, names, shapes):
     assert len(shown) > 3 and any("(" in cell for cell in shown)
     values = {*table[row], *(re.sub(r" \(.*", "", cell) for cell in table[row])}
     assert values >= {*shown}, f"{name}: {shown}"
+
+
+@pytest.mark.parametrize(
+  ("folder", "less", "row", "shown"),
+  [
+    ("long", "Self-Forcing", "HiAR", {"error", "motion / data", "jumps"}),
+    ("long", "FramePack, vanilla", "FramePack, inverted, from a true frame", {"error", "jumps"}),
+    ("screen", "19 frames, packed", "3 frames", {"same colour"}),
+    ("screen", "19 frames, packed", "21 frames, unpacked", {"same colour"}),
+  ],
+)
+def test_differences_in_a_page_s_sentences(folder, less, row, shown):
+  names = LONG if folder == "long" else SCREEN
+  found = rows.read_all([DOCS / "rows" / folder])
+  results = report.results_of(found, report.reference_of(found, names[less]))
+  head, _, *lines = map(cells, report.format_differences(results).splitlines())
+  (line,) = (line for line in lines if line[0] == names[row])
+  page = " ".join((DOCS / "long_videos.md").read_text().split())
+  for title in shown:
+    assert line[head.index(title)] in page, f"{title}: {line[head.index(title)]}"
