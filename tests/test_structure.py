@@ -17,14 +17,14 @@ LAYERS = [
   "errors types",
   "progress preemption peak_memory",
   "files flow context method",
-  "config parallel video models packing",
+  "config parallel video attention models packing",
   "checkpoints rollout",
   "data losses",
   "components evaluation",
   "planning training",
   "generation conversion train evaluate compare __main__",
   "streaming generate convert",
-  "serving stream",
+  "serving stream plan",
   "serve model",
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -22,8 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax import flow
+from hiar_jax.attention import attend
+from hiar_jax.attention.remat import POLICIES
+from hiar_jax.attention.views import Views
 from hiar_jax.errors import UserError, at_least, one_of
-from hiar_jax.models import attention, dit_packed, rope
+from hiar_jax.models import dit_packed, rope
 from hiar_jax.models.dit_layers import (
   KV,
   SHARDING_RULES,
@@ -35,11 +38,12 @@ from hiar_jax.models.dit_layers import (
   project_out,
   stacked,
 )
-from hiar_jax.models.frames import Frames, Out, Splits, frame_levels, frame_mask
+from hiar_jax.models.frames import Frames, Out, frame_levels, frame_views
 from hiar_jax.packing.schedule import POOLS
-from hiar_jax.types import FrameMask, Params, Positions, Sigma, Text, Texts, Video, typed
+from hiar_jax.parallel.mesh import Splits
+from hiar_jax.types import Params, Positions, Sigma, Text, Texts, Video, typed
 
-REMATS = ("none", "dots", "full")
+REMATS = ("none", *POLICIES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +51,8 @@ class DiTConfig:
   """Sizes under Wan2.1's names; the defaults are those of the 1.3B model.
 
   14B: dim 5120, ffn_dim 13824, num_heads 40, num_layers 40.
-  remat: what the backward pass recomputes: nothing, all but matrix products (dots), or whole layers
-    (full).
+  remat: what the backward pass recomputes: nothing (none), or all of a layer (full) but what
+    attention.remat keeps by its name: `dots`, `attention`, `offload`.
   unroll: layers per iteration of the loop over layers; more run a little faster, compile slower.
   merge_tokens: dense layers take the tokens of all frames and clips as the rows of one matrix.
     Numerically the same; on a CPU a training step is 14 % shorter (XLA transposes the gradients of
@@ -75,7 +79,7 @@ class DiTConfig:
   eps: float = 1e-6
   dtype: str = "float32"
   remat: str = "none"
-  attention: str = "xla"
+  attention: str = "auto"
   unroll: int = 1
   merge_tokens: bool = False
   place_embedding: bool = False
@@ -97,6 +101,7 @@ class DiTConfig:
     "packing",
     "guided",
   )
+  free = ("attention", "remat", "unroll", "merge_tokens")
 
   def __post_init__(self):
     at_least(
@@ -112,7 +117,7 @@ class DiTConfig:
       )
     one_of(REMATS, remat=self.remat)
     at_least(1, places=sum(self.places), period=self.places[1])
-    one_of(attention.IMPLEMENTATIONS, attention=self.attention)
+    one_of(attend.IMPLEMENTATIONS, attention=self.attention)
     if any(pool not in POOLS for pool in self.packing):
       raise UserError(f"packing = {self.packing}: expected kernels of {POOLS}")
 
@@ -147,9 +152,8 @@ class DiTConfig:
     return (1, 2) if ndim == 3 and path[0] == "layers" and path[-1] == "kernel" else None
 
   def unavailable_on(self, platform: str) -> str:
-    if self.attention != "cudnn" or platform == "gpu":
-      return ""
-    return f"attention = 'cudnn' is for GPUs, and the devices here are {platform}"
+    why = attend.refused(self.attention, platform, self.dtype, self.head_dim)
+    return f"attention = {why}" if why else ""
 
   def empty_kv(self, frames: int, batch: int, height: int, width: int) -> KV:
     tokens = self.tokens(height, width)
@@ -179,7 +183,7 @@ class DiTConfig:
       flow.timestep(jnp.concatenate([frame_levels(g.sigma, g.x) for g in groups], axis=1)),
       text,
       jnp.concatenate([jnp.asarray(g.positions, jnp.int32) for g in groups]),
-      frame_mask(groups, tuple(kv.k.shape[2] for kv in past)),
+      frame_views(groups, tuple(kv.k.shape[2] for kv in past)),
       jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past) if past else None,
       start,
     )
@@ -223,9 +227,11 @@ class DiTConfig:
 
   def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
     rows = frames * tokens
-    # Queries whose logits exist at once: none in a fused kernel, one frame's in chunks, else all.
-    queries = {"cudnn": 0, "chunked": tokens}.get(self.attention, rows)
-    logits = queries * keys * tokens * self.num_heads * 4  # float32
+    logits = 0  # those of a fused kernel are not in memory
+    if self.attention in ("xla", "auto"):
+      logits = rows * keys * tokens * self.num_heads * 4  # float32
+    if self.attention == "auto" and logits > attend.SMALL:
+      logits = 0
     return max(rows * self.ffn_dim * jnp.dtype(self.dtype).itemsize, logits)
 
   def splits(self, height: int) -> Splits:
@@ -242,11 +248,6 @@ class DiTConfig:
   def with_projections(self, params: Params) -> Params:
     return dit_packed.with_projections(self, params)
 
-  def for_split_tokens(self) -> "DiTConfig":
-    # Tokens keep their axes [f h w]: merged into one, a frame that lies on several devices (rows
-    # over `sequence`) would have to be gathered first.
-    return dataclasses.replace(self, merge_tokens=False)
-
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -260,7 +261,7 @@ class ModelConfig:
   freq_dim: int = 256
   dtype: str = "float32"
   remat: str = "none"
-  attention: str = "xla"
+  attention: str = "auto"
   unroll: int = 1
   merge_tokens: bool = False
   place_embedding: bool = False
@@ -296,14 +297,14 @@ class DiT(nn.Module):
     timestep: Sigma,
     text: Text | Texts,
     positions: Positions,
-    mask: FrameMask | None = None,
+    views: Views = (),
     past: KV | None = None,
     start: jax.Array | None = None,
   ) -> tuple[jax.Array, KV]:
     """Returns the velocity [b f h w c] of noisy latents x, float32, and the K/V of x's frames.
 
     timestep: per frame, in [0, 1000]. positions: frame indices.
-    mask: [f, p + f] over [past | own] frames, None = all.
+    views: what the frames see of [past | own], () = all.
     text: one for all frames, or one for each of g equal groups of them.
     start: [b], frames of its video before each clip; for the place embedding alone (rotations see
       differences).
@@ -327,7 +328,7 @@ class DiT(nn.Module):
     text = embed_text(c, text)
     time, modulation = embed_time(c, timestep)
     cos, sin = rope.rotation(positions, rows, columns, c.head_dim)
-    tokens, own = stacked(c)(tokens, past, Shared(modulation, text, cos, sin, mask))
+    tokens, own = stacked(c)(tokens, past, Shared(modulation, text, cos, sin, views))
     tokens = project_out(self, c, tokens, time)
     # the inverse of the patches above
     velocity = tokens.reshape(b, f, rows, columns, ph, pw, c.channels).transpose(

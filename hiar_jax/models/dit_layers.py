@@ -13,8 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax import flow
-from hiar_jax.models import attention, rope
-from hiar_jax.parallel.rules import Rules
+from hiar_jax.attention.attend import attend, attend_text
+from hiar_jax.attention.remat import POLICIES
+from hiar_jax.attention.views import Views
+from hiar_jax.models import rope
+from hiar_jax.models.dense import Dense
+from hiar_jax.parallel.rules import Rules, constrained
 
 GUIDANCE = ("guidance_in", "guidance_out")  # the layers that embed a guidance scale
 PLACE_PERIODS = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # in tokens, for the frame in frames
@@ -120,35 +124,21 @@ class Shared:
   """The inputs that all layers share.
 
   lengths: of packed frames, the tokens of each group: all groups lie in one sequence, f = 1 frame
-  of t = their sum, and `modulation` has a row a group; `mask` is then one of tokens, and the past
-  one frame too. deaf: tokens in front that hear no text.
+  of t = their sum, and `modulation` has a row a group; `views` are then of tokens, and the past one
+  frame too. deaf: tokens in front that hear no text.
   """
 
   modulation: jax.Array  # [b f 6 dim]
   text: jax.Array  # [b l dim] or [b g l dim]
   cos: jax.Array  # [f t 1 pairs], or [b f t 1 pairs]
   sin: jax.Array  # as cos
-  mask: jax.Array | None  # [f p+f], or of packed frames [t p+t]
+  views: Views = ()  # of frames, or of packed frames' tokens; over [past | own]
   lengths: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
   deaf: int = flax.struct.field(pytree_node=False, default=0)
 
 
-def dense(config: Any, features: int, name: str | None = None, **kwargs) -> nn.Dense:
-  kwargs.setdefault("kernel_init", nn.initializers.xavier_uniform())
-  return nn.Dense(
-    features,
-    dtype=config.dtype,
-    name=name,
-    dot_general=_merged_product if config.merge_tokens else None,
-    **kwargs,
-  )
-
-
-def _merged_product(x: jax.Array, kernel: jax.Array, dimensions, **kwargs) -> jax.Array:
-  """Returns x [... in] @ kernel [in out], with all leading axes of x merged for the product."""
-  del dimensions  # nn.Dense always contracts x's last axis with the kernel's first
-  rows = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **kwargs)
-  return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+def dense(config: Any, features: int, name: str | None = None, **kwargs) -> Dense:
+  return Dense(features, config.dtype, config.merge_tokens, name=name, **kwargs)
 
 
 class Attention(nn.Module):
@@ -171,17 +161,18 @@ class Attention(nn.Module):
     v = self.heads(self.v(x))
     # keys are cached as rotated here, at their true positions; only a relative sink is moved on
     q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
+    # in attention devices split heads, between attentions the tokens of a frame
+    q, k, v = (constrained(part, "activations/heads") for part in (q, k, v))
     own = KV(k, v)
-    if past is not None:  # past first, as the mask's columns
+    if past is not None:  # past first, as in the views
       axis = 2 if shared.lengths else 1  # of tokens, or of frames
       k, v = (
         jnp.concatenate([old.astype(new.dtype), new], axis=axis)
         for old, new in ((past.k, k), (past.v, v))
       )
-    if shared.lengths and shared.mask is not None:
-      y = attention.softmax_attention(q[:, 0], k[:, 0], v[:, 0], shared.mask)
-    else:
-      y = attention.attend(q, k, v, shared.mask, self.config.attention)
+    if shared.lengths:  # cells are tokens: [b 1 t a d] -> [b t 1 a d]
+      q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
+    y = attend(q, k, v, shared.views, self.config.attention)
     return self.o(y.reshape(x.shape)), own
 
   def to_text(self, x, text) -> jax.Array:
@@ -189,7 +180,7 @@ class Attention(nn.Module):
     q = self.heads(self.norm_q(self.q(x)))
     k = self.heads(self.norm_k(self.k(text)))
     v = self.heads(self.v(text))
-    return self.o(attention.attend_text(q, k, v).reshape(x.shape))
+    return self.o(attend_text(q, k, v, self.config.attention).reshape(x.shape))
 
 
 class Layer(nn.Module):
@@ -224,7 +215,8 @@ class Layer(nn.Module):
 
     y = (layer_norm(x, c.eps) * (1 + scale_m) + shift_m).astype(c.dtype)
     y = dense(c, c.dim, "mlp_out")(nn.gelu(dense(c, c.ffn_dim, "mlp_in")(y), approximate=True))
-    x = (x + y * gate_m).astype(c.dtype)
+    # the carry of the scan over layers: pinned here, everything in a layer stays with its examples
+    x = constrained((x + y * gate_m).astype(c.dtype), "activations/tokens")
     return x, own
 
 
@@ -253,12 +245,8 @@ def stacked(config: Any):
   """Returns all layers as one scanned module: parameters and K/V get a leading layer axis."""
   layer = Layer
   if config.remat != "none":
-    # "dots" keeps the products with weights; those of attention have batch dimensions
-    policy = (
-      jax.checkpoint_policies.dots_with_no_batch_dims_saveable if config.remat == "dots" else None
-    )
     # prevent_cse is for code outside of scans; inside, it only costs
-    layer = nn.remat(Layer, policy=policy, prevent_cse=False)
+    layer = nn.remat(Layer, policy=POLICIES[config.remat], prevent_cse=False)
   # carry: x; scanned over: the parameters and `past`; `shared` is the same for every layer.
   # intermediates: what each layer gives, for callers that capture it
   return nn.scan(
@@ -278,7 +266,12 @@ def stacked(config: Any):
 def embed_text(c: Any, text: jax.Array) -> jax.Array:
   """[... l text_dim] -> [... l dim]"""
   text = nn.gelu(dense(c, c.dim, "text_embedding_in")(text.astype(c.dtype)), approximate=True)
-  return dense(c, c.dim, "text_embedding_out")(text)
+  return of_examples(dense(c, c.dim, "text_embedding_out")(text))
+
+
+def of_examples(x: jax.Array) -> jax.Array:
+  """Returns x [b ...] pinned to the devices of its examples (parallel.rules)."""
+  return constrained(x, "activations/examples")
 
 
 def embed_time(
@@ -289,16 +282,20 @@ def embed_time(
   """
   # float32: bfloat16 has steps of 4 at timesteps between 512 and 1024
   dense_f32 = functools.partial(
-    nn.Dense, kernel_init=nn.initializers.xavier_uniform(), dtype=jnp.float32
+    nn.Dense,
+    kernel_init=nn.initializers.xavier_uniform(),
+    dtype=jnp.float32,
+    # by default a TPU rounds float32 factors to bfloat16, and a GPU to TF32
+    precision=jax.lax.Precision.HIGHEST,
   )
   time = dense_f32(c.dim, name="time_embedding_in")(time_features(timestep, c.freq_dim))
-  time = dense_f32(c.dim, name="time_embedding_out")(nn.silu(time))
+  time = of_examples(dense_f32(c.dim, name="time_embedding_out")(of_examples(nn.silu(time))))
   if guidance is not None:
     # as HunyuanVideo and FramePack: 1000 times the scale is embedded like a timestep, and added
     features = time_features(flow.TIMESTEPS * guidance[:, None], c.freq_dim)
     hidden = nn.silu(dense_f32(c.dim, name=GUIDANCE[0])(features))
     time = time + dense_f32(c.dim, name=GUIDANCE[1])(hidden)
-  modulation = dense_f32(6 * c.dim, name="time_projection")(nn.silu(time))
+  modulation = of_examples(dense_f32(6 * c.dim, name="time_projection")(nn.silu(time)))
   return time, modulation.reshape(*timestep.shape, 6, c.dim)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax import flow
+from hiar_jax.attention.views import Views, view
 from hiar_jax.errors import UserError
 from hiar_jax.models import rope
 from hiar_jax.models.dit_layers import (
@@ -33,7 +34,7 @@ from hiar_jax.models.dit_layers import (
   project_out,
   stacked,
 )
-from hiar_jax.models.frames import PROJECTION, Frames, Out, frame_mask
+from hiar_jax.models.frames import PROJECTION, Frames, Out, seen_frames
 from hiar_jax.types import Params
 
 PREFIX = "packed_k"
@@ -117,7 +118,7 @@ class PackedDiT(nn.Module):
     self,
     groups: tuple[Frames, ...],
     text: jax.Array,
-    mask=None,
+    views: Views = (),
     past: KV | None = None,
     start=None,
     guidance=None,
@@ -125,8 +126,8 @@ class PackedDiT(nn.Module):
     """Returns (numbers of the noisy tokens' patches, K/V of all tokens, the groups' lengths).
 
     groups: packed ones, then noisy ones. text: [b l d] of every group that hears one, or [b g l d]
-    of g such groups. mask: [t, p + t] over tokens. past: K/V of p tokens as one frame. start: [b],
-    frames before each clip, for the place embedding. guidance: scales [b], or None.
+    of g such groups. views: of tokens, over [past | own]. past: K/V of tokens as one frame. start:
+    [b], frames before each clip, for the place embedding. guidance: scales [b], or None.
     """
     c = self.config
     # one module a projection: several groups may share one
@@ -147,7 +148,7 @@ class PackedDiT(nn.Module):
     in_front = sum(n for n, is_deaf in zip(lengths, deaf, strict=True) if is_deaf)
     if sorted(deaf, reverse=True) != deaf:
       raise UserError("packed frames without a text stand before those with one")
-    shared = Shared(modulation, embed_text(c, text), cos, sin, mask, spans, in_front)
+    shared = Shared(modulation, embed_text(c, text), cos, sin, views, spans, in_front)
     tokens = jnp.concatenate([tokens for tokens, _ in parts], axis=1)[:, None]
     tokens, own = stacked(c)(tokens, past, shared)
     packed = [bool(pool_of(group)) for group in groups].count(True)
@@ -182,51 +183,55 @@ def apply_with_history(
   if past:  # one frame of all tokens
     merged = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past)
     merged = jax.tree.map(lambda x: x.reshape(*x.shape[:2], 1, -1, *x.shape[4:]), merged)
-  mask = token_mask(groups, frames, config.patch)
-  out = _run(config, params, (*history, *groups), text, mask, merged, start)
+  views = token_views(groups, frames, config.patch)
+  out = _run(config, params, (*history, *groups), text, views, merged, start)
   return Out(out.velocity[len(history) :], out.kv[len(history) :])
 
 
-def token_mask(
+def token_views(
   groups: tuple[Frames, ...], past_frames: tuple[int, ...], patch: tuple[int, int, int]
-) -> jax.Array:
-  """Returns who sees whom, by tokens: [history | groups] x [past | history | groups], the history
-  being the packed frames of all groups in their order.
+) -> Views:
+  """Returns who sees whom, by tokens: [history | groups] of [past | history | groups], the history
+  being the packed frames of all groups in their order. Those of a group see each other alone, and
+  are seen by the group alone.
   """
   h, w = groups[0].x.shape[2] // patch[1], groups[0].x.shape[3] // patch[2]
-  frames = [group.x.shape[1] for group in groups]
-  by_frame = frame_mask(groups, past_frames)
-  if by_frame is None:
-    by_frame = jnp.ones((sum(frames), sum(past_frames) + sum(frames)), bool)
-  reads = jnp.repeat(jnp.repeat(by_frame, h * w, axis=0), h * w, axis=1)
-  past = sum(past_frames) * h * w
-  kernels = [[_tokens_there(packed, h, w) for packed in group.packed] for group in groups]
-  there = jnp.concatenate([part for parts in kernels for part in parts])
-  # the group that each token of the history, and of the groups, belongs to
-  owner = np.repeat(np.arange(len(groups)), [sum(map(len, parts)) for parts in kernels])
-  reader = np.repeat(np.arange(len(groups)), np.asarray(frames) * h * w)
-  among = ((owner[:, None] == owner[None]) & there[None]) | np.eye(len(owner), dtype=bool)
-  none = jnp.zeros((len(owner), past), bool), jnp.zeros((len(owner), len(reader)), bool)
-  of_history = jnp.concatenate([none[0], among, none[1]], axis=1)
-  seen = (reader[:, None] == owner[None]) & there[None]
-  of_groups = jnp.concatenate([reads[:, :past], seen, reads[:, past:]], axis=1)
-  return jnp.concatenate([of_history, of_groups])
+  there = [[_tokens_there(packed, h, w) for packed in group.packed] for group in groups]
+  none = [[np.zeros(len(part), bool) for part in parts] for parts in there]
+
+  def of(j: int) -> list:  # group j's own packed frames, among those of all
+    return [part for i in range(len(groups)) for part in (there if i == j else none)[i]]
+
+  past = [np.zeros(p * h * w, bool) for p in past_frames]
+  others = [np.zeros(g.x.shape[1] * h * w, bool) for g in groups]
+  views, first = [], 0
+  for j, parts in enumerate(there):
+    if n := sum(map(len, parts)):
+      views.append(view((first, first + n), [*past, *of(j), *others]))
+      first += n
+  for j, sources in enumerate(seen_frames(groups, past_frames)):
+    tokens = [(np if isinstance(seen, np.ndarray) else jnp).repeat(seen, h * w) for seen in sources]
+    n, count = groups[j].x.shape[1] * h * w, len(past_frames)
+    views.append(view((first, first + n), [*tokens[:count], *of(j), *tokens[count:]]))
+    first += n
+  return tuple(views)
 
 
-def _tokens_there(packed: Frames, rows: int, columns: int) -> jax.Array:
-  """Returns which tokens of packed frames hold a frame that exists, [n]."""
+def _tokens_there(packed: Frames, rows: int, columns: int):
+  """Returns which tokens of packed frames hold a frame that exists, [n]; numpy's where known."""
   pool, k = pool_of(packed), packed.x.shape[1]
-  there = jnp.ones(k, bool) if packed.exists is None else packed.exists
-  there = jnp.pad(there, (0, -k % pool)).reshape(-1, pool).any(axis=1)
-  return jnp.repeat(there, -(-rows // pool) * -(-columns // pool))
+  there = np.ones(k, bool) if packed.exists is None else packed.exists
+  module = np if isinstance(there, np.ndarray) else jnp
+  there = module.pad(there, (0, -k % pool)).reshape(-1, pool).any(axis=1)
+  return module.repeat(there, -(-rows // pool) * -(-columns // pool))
 
 
 def _run(
-  config, params, groups, text, mask=None, past: KV | None = None, start=None, guidance=None
+  config, params, groups, text, views: Views = (), past: KV | None = None, start=None, guidance=None
 ) -> Out:
   """Runs PackedDiT: velocities of the noisy groups, None of packed ones, and the K/V of each."""
   patches, own, lengths = PackedDiT(config).apply(
-    {"params": params}, groups, text, mask, past, start, guidance
+    {"params": params}, groups, text, views, past, start, guidance
   )
   ends = np.cumsum(lengths)
   first = ends[-1] - patches.shape[2]  # of the noisy tokens

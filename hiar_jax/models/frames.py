@@ -12,7 +12,6 @@ what is read; how (a mask, a slice, a kernel) is the network's matter. So one ne
     cached            a ring of K/V as the past, read by slots
 """
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any, Protocol
 
@@ -22,14 +21,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from hiar_jax.attention.views import Views, dense_mask, simplified, view
+from hiar_jax.parallel.mesh import Splits
 from hiar_jax.parallel.rules import Rules
 from hiar_jax.types import Array, Block, FrameMask, Params, Text
 
 PROJECTION = "patch_embedding"  # one frame a token
-
-# Mesh axes of a stream -> (a number that the product of their sizes must divide, its name in
-# messages). An axis that is in no entry is not split, so its size is 1.
-Splits = Mapping[tuple[str, ...], tuple[int, str]]
 
 
 @flax.struct.dataclass
@@ -98,6 +95,8 @@ class Network(Protocol):
 
   kind: str  # the folder of its weights in a directory of converted ones
   sizes: tuple[str, ...]  # the fields that decide names and shapes of parameters
+  # the fields that change no number beyond rounding: a run may go on with others
+  free: tuple[str, ...]
   channels: int  # of latents
   text_dim: int
   dtype: str  # of matrix products and K/V
@@ -145,7 +144,7 @@ class Network(Protocol):
     """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
 
   def splits(self, height: int) -> Splits:
-    """Returns what the axes `tensor` and `sequence` of a stream split; height: of the latents."""
+    """Returns what the mesh axes `tensor` and `sequence` split; height: of the latents."""
 
   def packed(self, pools: tuple[int, ...], guided: bool = False) -> "Network":
     """Returns the network with an input projection for packed frames of each kernel, a `packed_kP`
@@ -157,9 +156,6 @@ class Network(Protocol):
     """Returns parameters with the packed projections that they lack, which begin as average pooling
     before the patch embedding, and the guidance embedding, which begins as zero.
     """
-
-  def for_split_tokens(self) -> "Network":
-    """Returns the network, with the same parameters, for tokens that lie on several devices."""
 
 
 @flax.struct.dataclass
@@ -211,34 +207,52 @@ def frame_levels(sigma, x: Block) -> Float[Array, "b k"]:
   return jnp.broadcast_to(sigma, x.shape[:2]) if sigma.ndim else jnp.full(x.shape[:2], sigma)
 
 
-# --------------------------------------------------------------------------------- reads as a mask
+# -------------------------------------------------------------------------------- reads as views
 
 
-def frame_mask(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> FrameMask | None:
-  """Returns what the groups read as one mask [f, p + f] over [past | all groups]; None: everything.
+def frame_views(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> Views:
+  """Returns what the groups see of [past | all groups], in frames; () where all see everything.
 
-  past_frames: the frames of each entry of the past. Where all reads are static, so is the mask.
-  Raises ValueError for a read of what is not there.
+  past_frames: the frames of each entry of the past. Runs are static; a view has a row where it is
+  known only when the program runs which frames are there. What frames see that do not exist is of
+  no account. Raises ValueError for a read of what is not there.
+  """
+  sizes = [g.x.shape[1] for g in groups]
+  ends = np.cumsum(sizes).tolist()
+  views = [
+    view((end - k, end), sources)
+    for end, k, sources in zip(ends, sizes, seen_frames(groups, past_frames), strict=True)
+  ]
+  return simplified(tuple(views), sum(past_frames) + sum(sizes))
+
+
+def seen_frames(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> list[list]:
+  """Returns for each group which frames it sees of each entry of the past and of each group: a
+  Bool[k] of every source, numpy's where that is static. Raises ValueError as frame_views.
   """
   sizes = [g.x.shape[1] for g in groups]
   for read in (read for group in groups for read in group.reads):
     _check_read(read, sizes, past_frames)
-  rows = []
+  found = []
   for j, group in enumerate(groups):
-    parts = [_seen(group.reads, "past", i, p) for i, p in enumerate(past_frames)]
+    sources = [_seen(group.reads, "past", i, p) for i, p in enumerate(past_frames)]
     for i, (other, k) in enumerate(zip(groups, sizes, strict=True)):
-      if i == j:
-        own = np.ones(k, bool) if other.exists is None else other.exists
-        parts.append((own, np.eye(k, dtype=bool)))  # a frame sees itself in any case
-      else:
-        seen = _seen(group.reads, "group", i, k)
-        unread = isinstance(seen, np.ndarray) and not seen.any()
-        parts.append(seen if unread or other.exists is None else seen & other.exists)
-    rows.append(_row(parts, sizes[j]))
-  if all(isinstance(row, np.ndarray) for row in rows):
-    mask = np.concatenate(rows)
-    return None if mask.all() else jnp.asarray(mask)
-  return jnp.concatenate([jnp.asarray(row) for row in rows])
+      seen = np.ones(k, bool) if i == j else _seen(group.reads, "group", i, k)
+      unread = isinstance(seen, np.ndarray) and not seen.any()
+      there = None if unread else other.exists
+      if i == j and isinstance(there, np.ndarray) and not there.any():
+        there = None  # queries see something in any case
+      sources.append(seen if there is None else seen & there)
+    found.append(sources)
+  return found
+
+
+def frame_mask(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> FrameMask | None:
+  """Returns `frame_views` as one mask [f, p + f]; None: everything."""
+  mask = dense_mask(
+    frame_views(groups, past_frames), sum(past_frames) + sum(g.x.shape[1] for g in groups)
+  )
+  return None if mask is None else jnp.asarray(mask)
 
 
 def _check_read(read: Read, sizes: list[int], past_frames: tuple[int, ...]) -> None:
@@ -269,15 +283,3 @@ def _seen(reads: tuple[Read, ...], kind: str, index: int, frames: int):
         return read.seen  # of a ring, read once and as a whole
       row[slice(*(read.frames or (0, frames)))] = True
   return row
-
-
-def _row(parts, frames: int):
-  """Returns the mask [frames, p + f] of one group from what it sees of each source."""
-  made = []
-  for part in parts:
-    own, eye = part if isinstance(part, tuple) else (part, None)
-    module = np if isinstance(own, np.ndarray) else jnp
-    row = module.broadcast_to(own[None], (frames, own.shape[0]))
-    made.append(row if eye is None else row | eye)
-  module = np if all(isinstance(x, np.ndarray) for x in made) else jnp
-  return module.concatenate(made, axis=1)

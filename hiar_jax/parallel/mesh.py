@@ -1,34 +1,46 @@
 """The device mesh and the placement of batches on it.
 
 By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and
-optimizer state over `fsdp` (parallel.rules), and XLA inserts the communication. `mapping="pmap"`
-replicates weights and state and averages gradients with `pmean`. Both give the update that one
-device gives.
+optimizer state over `fsdp` (parallel.rules), and XLA inserts the communication. `tensor` and
+`sequence` split one example over several devices, so that there may be more devices than examples.
+`mapping="pmap"` replicates weights and state and averages gradients with `pmean`. All give the
+update that one device gives.
 """
 
+from collections.abc import Mapping
 import dataclasses
+import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 import numpy as np
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, at_least
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.types import Batch
 
 MAPPINGS = ("jit", "pmap")
 
+# Mesh axes -> (a number that the product of their sizes must divide, its name in messages). An axis
+# that is in no entry is not split, so its size is 1.
+Splits = Mapping[tuple[str, ...], tuple[int, str]]
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """Devices along each axis (-1: all that are left) and the mapping of steps, `jit` or `pmap`.
+  """Devices along each axis and the mapping of steps, `jit` or `pmap`.
 
-  min_shard: arrays with fewer elements are replicated, since gathering them costs more time than
-  splitting them saves memory.
+  data, fsdp: one of them may be -1, all devices that are left. tensor: splits heads and hidden
+  units; sequence: the tokens of a frame between attentions, heads inside. min_shard: arrays with
+  fewer elements are replicated, since gathering them costs more time than splitting them saves
+  memory.
   """
 
   data: int = -1
   fsdp: int = 1
+  tensor: int = dataclasses.field(default=1, metadata={"since": "2026-11"})
+  sequence: int = dataclasses.field(default=1, metadata={"since": "2026-11"})
   mapping: str = "jit"
   min_shard: int = 2**20  # 4 MiB of float32, as in big_vision and openpi
 
@@ -39,10 +51,24 @@ class MeshConfig:
       raise UserError(
         f"mesh.fsdp = {self.fsdp}: pmap replicates the weights; use fsdp = 1 or mapping = 'jit'"
       )
+    at_least(1, tensor=self.tensor, sequence=self.sequence)
+    if self.mapping == "pmap" and self.tensor * self.sequence != 1:
+      raise UserError(
+        f"mesh.tensor = {self.tensor}, sequence = {self.sequence}: pmap gives each device whole "
+        "examples; use 1 and 1, or mapping = 'jit'"
+      )
+
+  def check(self, splits: Splits) -> None:
+    """Raises UserError where tensor or sequence do not divide what they split (Network.splits)."""
+    for axes, (whole, what) in splits.items():
+      size = math.prod(getattr(self, axis) for axis in axes)
+      if whole % size:
+        raise UserError(f"mesh.{' x '.join(axes)} = {size} does not divide {what}")
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Returns a (data, fsdp) mesh over all devices, or the given ones.
+  """Returns a (data, fsdp) mesh over all devices, or the given ones; with axes tensor and sequence
+  behind these where they are larger than 1.
 
   Raises UserError where the sizes do not multiply to the number of devices.
   """
@@ -54,17 +80,21 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"mesh data = {config.data}, fsdp = {config.fsdp}: expected sizes of at least 1, at most "
       "one of them -1"
     )
-  known = int(np.prod([size for size in sizes if size != -1]))
-  sizes = [count // known if size == -1 else size for size in sizes]
-  if int(np.prod(sizes)) != count:
+  within = {name: getattr(config, name) for name in ("tensor", "sequence")}
+  within = {name: size for name, size in within.items() if size > 1}
+  known = math.prod([size for size in sizes if size != -1]) * math.prod(within.values())
+  sizes = [count // known if size == -1 else size for size in sizes] + list(within.values())
+  if math.prod(sizes) != count:
+    given = "".join(f", {name} = {size}" for name, size in within.items())
     raise UserError(
-      f"mesh data = {config.data}, fsdp = {config.fsdp} does not fit {count} devices; their "
-      f"product must be {count}"
+      f"mesh data = {config.data}, fsdp = {config.fsdp}{given} does not fit {count} devices; their "
+      f"product must be {count} (--config.mesh.data=1 --config.mesh.fsdp=-1 takes all of them)"
     )
+  names = ("data", "fsdp", *within)
+  # 8 x 8 of a TPU slice 4x4x4: jax.make_mesh asks for products of whole sides of the slice
+  grid = mesh_utils.create_device_mesh(sizes, list(devices), allow_split_physical_axes=True)
   # Auto: Flax's Linen layers cannot say how their outputs are sharded, as Explicit axes ask
-  return jax.make_mesh(
-    tuple(sizes), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices
-  )
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -85,9 +115,11 @@ def check_batch(batch: int, accumulate: int, mesh: Mesh, name: str) -> None:
 
   batch: global examples; name: the config group, for the message.
   """
-  parts = mesh.size * accumulate
+  devices = mesh.shape["data"] * mesh.shape["fsdp"]
+  parts = devices * accumulate
   if batch % parts:
+    of = "devices" if devices == mesh.size else "groups of devices"
     raise UserError(
-      f"{name}.batch = {batch} must be a multiple of {parts} ({mesh.size} devices x accumulate = "
+      f"{name}.batch = {batch} must be a multiple of {parts} ({devices} {of} x accumulate = "
       f"{accumulate}); the nearest is {max(parts, round(batch / parts) * parts)}"
     )

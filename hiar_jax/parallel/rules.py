@@ -36,6 +36,12 @@ RULES: Rules = (
   ("pipeline/context", ("level", None, None, "sequence")),
   ("pipeline/*latents", ("level", None, None, "sequence")),
   ("pipeline/past/*", ("level",)),
+  ("activations/examples", (("data", "fsdp"),)),  # [b ...]: text, levels, what goes in and out
+  ("activations/tokens", (("data", "fsdp"), None, "sequence")),  # [b f t dim], between layers
+  # [b f t a d], in attention; [b a n d] in a kernel that is mapped by hand
+  ("activations/heads", (("data", "fsdp"), None, None, ("tensor", "sequence"))),
+  ("attention/heads", (("data", "fsdp"), ("tensor", "sequence"))),
+  ("attention/tokens", (("data", "fsdp"), None, ("tensor", "sequence"))),  # [b n a d], in another
   ("decoder/video", (None, None, None, "width")),  # latents or pixels [b f h w c]
 )
 
@@ -78,6 +84,19 @@ def leaf_sharding(
   while spec and spec[-1] is None:
     spec.pop()
   return NamedSharding(mesh, jax.P(*spec))
+
+
+def constrained(x: jax.Array, path: str) -> jax.Array:
+  """Returns x pinned to the sharding that RULES give its path on the training mesh in use.
+
+  Without it XLA infers an activation's sharding from weights and gradients, and may gather the
+  examples of all devices to split the width of a layer instead. Where no mesh is in use, or one
+  without `data` and `fsdp`, x is left alone.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or not {"data", "fsdp"} & set(mesh.shape):
+    return x
+  return jax.lax.with_sharding_constraint(x, leaf_sharding(path, mesh, shape=x.shape))
 
 
 def tree_shardings(

@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
+from hiar_jax.attention.views import View
 from hiar_jax.models.dit import DiT, DiTConfig
+
+
+def views_of(mask) -> tuple[View, ...]:
+  """A mask [f, p + f], which may be traced, as a view a frame; None = everything."""
+  if mask is None:
+    return ()
+  everything = ((0, mask.shape[1]),)
+  return tuple(View((i, i + 1), everything, jnp.asarray(row)) for i, row in enumerate(mask))
 
 
 def bind(config: DiTConfig, params, text, start: jax.Array | None = None):
@@ -23,7 +32,7 @@ def bind(config: DiTConfig, params, text, start: jax.Array | None = None):
       flow.timestep(levels),
       jnp.asarray(text),
       positions,
-      mask,
+      views_of(mask),
       past,
       start,
     )

@@ -13,6 +13,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
 from hiar_jax.models.frames import Frames, frame_mask
+from hiar_jax.planning import flops
 from hiar_jax.rollout.past.clip_groups import causal_groups
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
@@ -26,18 +27,24 @@ CAUSAL = np.tri(FRAMES, dtype=bool)
 VARIANTS = {
   "remat_dots": {"remat": "dots"},
   "remat_full": {"remat": "full"},
-  "chunked": {"attention": "chunked"},
+  "blockwise": {"attention": "blockwise"},
   "merged": {"merge_tokens": True},
   "merged_remat": {"merge_tokens": True, "remat": "dots"},
-  "chunked_remat": {"attention": "chunked", "remat": "full"},
+  "blockwise_remat": {"attention": "blockwise", "remat": "full"},
+  "blockwise_kept": {"attention": "blockwise", "remat": "attention"},
+  "blockwise_offload": {"attention": "blockwise", "remat": "offload"},
 }
 
 
 @functools.cache
 def _velocity(config: dit.DiTConfig = tiny.CONFIG):
   """(x, timestep, text, positions, mask) -> velocity, compiled."""
-  apply = quick_jit(lambda params, *inputs: dit.DiT(config).apply({"params": params}, *inputs)[0])
-  return functools.partial(apply, tiny.params())
+
+  def apply(params, *inputs, mask):
+    views = masked.views_of(mask)
+    return dit.DiT(config).apply({"params": params}, *inputs, views)[0]
+
+  return functools.partial(quick_jit(apply), tiny.params())
 
 
 def velocity(
@@ -45,7 +52,9 @@ def velocity(
 ) -> np.ndarray:
   x = tiny.video(1, FRAMES) if x is None else x
   return np.asarray(
-    _velocity(config)(x, timestep, tiny.text() if text is None else text, positions, mask)
+    _velocity(config)(
+      x, timestep, tiny.text() if text is None else text, positions, mask=jnp.asarray(mask)
+    )
   )
 
 
@@ -158,9 +167,7 @@ def placed(places: tuple[int, int]) -> dit.DiTConfig:
 def placed_velocity(places, x, positions=POSITIONS, level=LEVELS, start=None) -> np.ndarray:
   config = placed(places)
   forward = quick_jit(lambda params, *inputs: dit.DiT(config).apply({"params": params}, *inputs)[0])
-  return np.asarray(
-    forward(tiny.params(config), x, level, tiny.text(), positions, ALL, None, start)
-  )
+  return np.asarray(forward(tiny.params(config), x, level, tiny.text(), positions, (), None, start))
 
 
 def test_places_share_their_parameters():
@@ -216,9 +223,9 @@ def test_a_cache_equals_one_forward():
 
   def cached(params, x, levels, text):
     apply = functools.partial(dit.DiT(tiny.CONFIG).apply, {"params": params})
-    positions, mask = jnp.asarray(POSITIONS), jnp.asarray(CAUSAL)
-    _, past = apply(x[:, :2], levels[:, :2], text, positions[:2], mask[:2, :2])
-    return apply(x[:, 2:], levels[:, 2:], text, positions[2:], None, past)
+    positions, views = jnp.asarray(POSITIONS), masked.views_of(CAUSAL[:2, :2])
+    _, past = apply(x[:, :2], levels[:, :2], text, positions[:2], views)
+    return apply(x[:, 2:], levels[:, 2:], text, positions[2:], (), past)
 
   v, own = quick_jit(cached)(tiny.params(), tiny.video(1, FRAMES), LEVELS, tiny.text())
   groups = causal_groups(tiny.video(1, FRAMES), 0.0, MethodConfig(block=1, window=0))
@@ -252,7 +259,7 @@ def _assert_near(actual, expected, tolerance):
   jax.tree.map(near, actual, expected)
 
 
-@pytest.mark.parametrize("name", few(VARIANTS, "chunked_remat"))
+@pytest.mark.parametrize("name", few(VARIANTS, "blockwise_kept"))
 def test_how_it_is_computed_changes_nothing(name):
   _assert_near(_value_and_gradient(**VARIANTS[name]), _value_and_gradient(), 2e-5)
 
@@ -274,17 +281,18 @@ def test_merged_tokens_are_the_rows_of_one_matrix():
 
 def test_remat_recomputes():
   """Values cannot tell; the matrix products of the traced gradient do."""
-  products = []
+  products = {}
   for remat in dit.REMATS:
-    forward = functools.partial(
-      masked.bind, dataclasses.replace(tiny.CONFIG, remat=remat), text=tiny.text()
-    )
+    config = dataclasses.replace(tiny.CONFIG, remat=remat, attention="blockwise")
+    forward = functools.partial(masked.bind, config, text=tiny.text())
     loss = lambda params, forward=forward: jnp.sum(
       forward(params)(tiny.video(1, FRAMES), 0.5, jnp.asarray(POSITIONS))[0]
     )
-    products.append(str(jax.make_jaxpr(jax.grad(loss))(tiny.params())).count("dot_general"))
-  none, dots, full = products
-  assert none < dots < full  # `dots` still recomputes attention's products, which have batch axes
+    gradient = lambda params, loss=loss: jax.grad(loss)(params)
+    products[remat] = flops.count(gradient, tiny.params())
+  # `dots` still recomputes attention's products, which have batch axes; `attention` all others
+  assert products["none"] < products["dots"] < products["full"]
+  assert products["none"] < products["attention"] == products["offload"] < products["full"]
 
 
 def test_bfloat16_is_close_and_returns_float32():
@@ -318,9 +326,9 @@ def test_bound_levels_may_be_a_scalar_or_per_example_or_per_frame(monkeypatch):
     ({"dim": 15}, "dim = 15 must split into num_heads = 2"),
     ({"num_heads": 16}, "heads of even width"),
     ({"patch": (2, 2, 2)}, "first entry must be 1"),
-    ({"remat": "some"}, "expected one of none, dots, full"),
+    ({"remat": "some"}, "expected one of none, dots, attention, offload, full"),
     ({"places": (3, 0)}, "period = 0: expected at least 1"),
-    ({"attention": "flash"}, "expected one of xla, chunked, cudnn"),
+    ({"attention": "flash"}, "expected one of auto, xla, blockwise, cudnn, splash"),
     ({"num_layers": 0}, "num_layers = 0: expected at least 1"),
   ],
 )
@@ -337,7 +345,6 @@ def test_a_bad_config_is_refused(change, message):
     {"positions": np.arange(4, dtype=np.int32)},
     {"positions": POSITIONS.astype(np.float32)},
     {"text": tiny.text()[:1]},
-    {"mask": ALL.astype(np.float32)},
     {"x": tiny.video(1, FRAMES)[0]},
   ],
   ids=str,

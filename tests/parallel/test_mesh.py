@@ -35,6 +35,9 @@ def test_mesh_takes_all_devices(config, devices, shape):
     ({"fsdp": 16}, "mesh data = -1, fsdp = 16 does not fit 8 devices"),
     ({"data": -1, "fsdp": -1}, "at most one of them -1"),
     ({"data": 0}, "sizes of at least 1"),
+    ({"tensor": 3}, "mesh data = -1, fsdp = 1, tensor = 3 does not fit 8 devices"),
+    ({"tensor": 0}, "tensor = 0"),
+    ({"sequence": 2, "mapping": "pmap"}, "sequence = 2: pmap gives each device whole examples"),
     ({"mapping": "vmap"}, "mesh.mapping = 'vmap': expected one of jit, pmap"),
     ({"mapping": "pmap", "fsdp": 2}, "mesh.fsdp = 2: pmap replicates the weights"),
   ],
@@ -70,3 +73,34 @@ def test_a_batch_that_does_not_divide_names_the_nearest(batch, accumulate, neare
   with pytest.raises(UserError, match=line + f"the nearest is {nearest}$"):
     check_batch(batch, accumulate, mesh, "teacher")
   check_batch(nearest, accumulate, mesh, "teacher")
+
+
+def test_an_example_on_several_devices():
+  config = MeshConfig(data=-1, fsdp=2, tensor=1, sequence=2)
+  mesh = make_mesh(config)
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 2}
+  batch = put_batch({"x": np.arange(8)}, mesh)
+  assert sorted({shard.data.shape for shard in batch["x"].addressable_shards}) == [(2,)]
+  check_batch(4, 1, mesh, "distill")
+  line = r"distill.batch = 6 must be a multiple of 4 \(4 groups of devices x accumulate = 1\)"
+  with pytest.raises(UserError, match=line):
+    check_batch(6, 1, mesh, "distill")
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ({"tensor": 8}, "mesh.tensor = 8 does not divide 12 heads"),
+    ({"sequence": 5}, "mesh.sequence = 5 does not divide 6 rows"),
+    ({"tensor": 4, "sequence": 6}, "mesh.tensor x sequence = 24 does not divide the 12 heads"),
+  ],
+)
+def test_what_is_split_divides(sizes, message):
+  splits = {
+    ("tensor",): (12, "12 heads"),
+    ("sequence",): (6, "6 rows"),
+    ("tensor", "sequence"): (12, "the 12 heads"),
+  }
+  with pytest.raises(UserError, match=message):
+    MeshConfig(**sizes).check(splits)
+  MeshConfig(tensor=2, sequence=6).check(splits)

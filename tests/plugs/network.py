@@ -58,6 +58,7 @@ class Groupwise:
   dtype: str = "float32"
   kind = "groupwise"
   sizes = ("width", "depth", "heads", "channels", "text_dim")
+  free = ()
   patch = (1, 1, 2)
   reads_start = True
   sharding_rules = (
@@ -156,9 +157,6 @@ class Groupwise:
       ("sequence",): (math.gcd(self.heads, rows), f"{self.heads} heads and {rows} rows"),
       ("tensor", "sequence"): (self.heads, f"the {self.heads} heads"),
     }
-
-  def for_split_tokens(self):
-    return self
 
 
 def unit(x):

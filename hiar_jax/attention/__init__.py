@@ -1,0 +1,1 @@
+"""Attention that never holds queries x keys: what a run of queries sees, and the kernels for it."""
