@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from hiar_jax.models.frames import Bound, Frames
 from hiar_jax.rollout.blocks import Noise, Step, denoise, write_context
+from hiar_jax.rollout.past.clip import ClipPast
 from hiar_jax.rollout.past.ring import Ring
 
 
@@ -25,22 +26,27 @@ def denoise_block(bound: Bound, noise: Noise, past: Ring, n, exit_level):
   return x, context, x0
 
 
-def sweep(bound: Bound, noise: Noise, past: Ring, blocks: int, exit_level, *, first: int = 0):
+def sweep(
+  bound: Bound, noise: Noise, past: Ring | ClipPast, blocks: int, exit_level, *, first: int = 0
+):
   """Denoises `blocks` blocks from block `first` on, each through the step at `exit_level`.
 
-  Returns (their inputs at that step, their contexts, their x0 predictions), each [n b k h w c].
+  Returns (the past with all of them, their inputs at that step, their contexts, their x0
+  predictions), all but the first [n b k h w c].
   """
 
-  def next_block(past, n):
+  def next_block(past, inputs):
+    n, _ = inputs
     x, context, x0 = denoise_block(bound, noise, past, n, exit_level)
     step = Step(past.method, exit_level, n)
     shown = Frames(context, step.context_sigma, step.positions)
     return write_context(bound, past, shown), (x, context, x0)
 
-  return jax.lax.scan(next_block, past, first + jnp.arange(blocks))[1]
+  past, found = past.over_blocks(next_block, past, jnp.zeros(blocks), first)
+  return past, *found
 
 
 def generate(bound: Bound, noise: Noise, past: Ring, blocks: int, first: int) -> jax.Array:
   """Returns the clean latents [n b k h w c] of `blocks` blocks from block `first` on."""
   # the x0 of the last step, which goes down to sigma 0, is the clean latent
-  return sweep(bound, noise, past, blocks, past.method.levels - 1, first=first)[2]
+  return sweep(bound, noise, past, blocks, past.method.levels - 1, first=first)[3]

@@ -3,11 +3,15 @@
 Self-Forcing and HiAR draw the exit level at random per update. All blocks take the exit step, and
 gradients pass through it alone.
 
-Context depends on latents alone, so the differentiated step needs no sequential graph. With
-`detached` or `attached` context at the output or clean level it is two parallel forwards:
+Context depends on latents alone, so the differentiated step needs no sequential graph: it is one
+forward of all blocks, with the K/V of the contexts as its past.
 
-    context latents [b f-k h w c]  --block-causal forward-->  K/V   (stopped where detached)
     noisy latents   [b f   h w c]  --a group a block, which reads [K/V of the context]-->  x0
+
+`detached` K/V are those that the rollout has made on its way. `attached` ones are made once more,
+with gradient, by a forward that is parallel too:
+
+    context latents [b f-k h w c]  --block-causal forward-->  K/V
 
 Where a context is free (SAF) a block is its own context, and one block-causal forward does both.
 The published code differentiates through the loop over blocks instead. Its values are the same; its
@@ -31,8 +35,8 @@ from hiar_jax.rollout.blocks import (
   join_blocks,
   split_blocks,
 )
+from hiar_jax.rollout.past.clip import ClipPast
 from hiar_jax.rollout.past.clip_groups import block_groups, causal_groups
-from hiar_jax.rollout.past.kinds import kind
 from hiar_jax.types import Array, LatentShape, Video, typed
 
 
@@ -47,48 +51,74 @@ def self_rollout(
   frozen = jax.lax.stop_gradient(bound)
   if method.context.free:
     return _free_rollout(bound, frozen, noise, method, shape.frames // method.block, exit_level)
-  noisy, contexts, _ = jax.lax.stop_gradient(
-    _sequential_rollout(frozen, noise, method, shape, exit_level)
+  noisy, contexts, kept = jax.lax.stop_gradient(
+    _until_exit(frozen, noise, method, shape, exit_level)
   )
   step = Step(method, exit_level, 0)
-  contexts, noisy = join_blocks(contexts), join_blocks(noisy)
-  return teacher_forcing(bound, contexts, step.context_sigma, noisy, step.sigma, method)
+  noisy = join_blocks(noisy)
+  if method.gradient == "attached":
+    return teacher_forcing(bound, contexts, step.context_sigma, noisy, step.sigma, method)
+  return _with_contexts(bound, kept, (contexts, step.context_sigma), noisy, step.sigma, method)
 
 
 def self_rollout_without_gradient(
   bound: Bound, noise: Noise, method: Method, shape: LatentShape, exit_level
 ) -> Video:
   """Returns the values of `self_rollout`, without gradient and so without its parallel forwards."""
+  blocks = shape.frames // method.block
   if method.context.free:
-    return _free_rollout(bound, bound, noise, method, shape.frames // method.block, exit_level)
-  return join_blocks(_sequential_rollout(bound, noise, method, shape, exit_level)[2])
+    return _free_rollout(bound, bound, noise, method, blocks, exit_level)
+  past = _clip_past(method)
+  if method.order == "block_first":
+    return join_blocks(block_first.sweep(bound, noise, past, blocks, exit_level)[3])
+  noisy = _descend(bound, noise, past, blocks, exit_level)
+  return join_blocks(step_first.sweep(bound, noise, past, noisy, exit_level)[2])
 
 
-def _sequential_rollout(frozen: Bound, noise, method: Method, shape: LatentShape, exit_level):
-  """Returns (blocks before the exit step, their contexts in it, their x0), each [n b k h w c]."""
+def _until_exit(frozen: Bound, noise, method: Method, shape: LatentShape, exit_level):
+  """Returns (all blocks before the exit step [n b k h w c], the contexts that they see in it
+  [b f-k h w c], and the K/V of these by block).
+  """
+  blocks, past = shape.frames // method.block, _clip_past(method)
+  if method.order == "block_first":
+    # of the last block nothing but its input is read, so the compiler drops the rest
+    past, noisy, contexts, _ = block_first.sweep(frozen, noise, past, blocks, exit_level)
+    return noisy, join_blocks(contexts[:-1]), past.kv[:-1]
+  noisy = _descend(frozen, noise, past, blocks, exit_level)
+  if blocks == 1:
+    return noisy, noisy[0][:, :0], ()
+  # block n's context depends on those of blocks < n; the last block's is shown to nobody
+  contexts, past = step_first.show(frozen, noise, past, noisy[:-1], exit_level)
+  return noisy, join_blocks(contexts), past.kv
+
+
+def _clip_past(method: Method) -> ClipPast:
   if method.clean_sink:
     raise UserError(
       "history.sink_level = 'clean' is trained at history.level = 'input' alone, not at "
       f"{method.level!r}"
     )
-  blocks = shape.frames // method.block
-  past = kind(method).empty(frozen.network, method, shape, frozen.batch)
-  if method.order == "block_first":
-    return block_first.sweep(frozen, noise, past, blocks, exit_level)
+  return ClipPast(method)
+
+
+def _descend(bound: Bound, noise: Noise, past: ClipPast, blocks: int, exit_level) -> jax.Array:
+  """Takes all blocks from noise to `exit_level`, level by level: [n b k h w c]."""
 
   def next_level(level, xs):
-    return step_first.sweep(frozen, noise, past, xs, level)[0]
+    return step_first.sweep(bound, noise, past, xs, level)[0]
 
   # a loop of unknown length has no backward pass, and needs none
-  noisy = jax.lax.fori_loop(0, exit_level, next_level, step_first.initial_noise(noise, blocks))
-  # the exit step without gradient, for its contexts: block n's depends on those of blocks < n
-  _, contexts, x0 = step_first.sweep(frozen, noise, past, noisy, exit_level)
-  return noisy, contexts, x0
+  return jax.lax.fori_loop(0, exit_level, next_level, step_first.initial_noise(noise, blocks))
 
 
 @typed
 def teacher_forcing(
-  bound: Bound, context: Video, context_sigma, noisy: Video, sigma, method: MethodConfig
+  bound: Bound,
+  context: Float[Array, "b p h w c"],
+  context_sigma,
+  noisy: Video,
+  sigma,
+  method: MethodConfig,
 ) -> Video:
   """Returns x0 of `noisy` at `sigma`, block n seeing the `context` blocks < n at `context_sigma`.
 
@@ -101,9 +131,18 @@ def teacher_forcing(
     kept = bound(causal_groups(context[:, :contexts], context_sigma, method)).kv
     if method.gradient == "detached":
       kept = jax.lax.stop_gradient(kept)
+  return _with_contexts(bound, kept, (context, context_sigma), noisy, sigma, method)
+
+
+def _with_contexts(
+  bound: Bound, kept: tuple[KV, ...], shown: tuple, noisy: Video, sigma, method: MethodConfig
+) -> Video:
+  """Returns x0 of `noisy`, all blocks in one forward. kept: K/V of the blocks' contexts; shown: the
+  contexts and their level.
+  """
   # a block sees itself noisy, never its own context
-  shown = {m: Read(past=m) for m in range(len(kept))}
-  groups = block_groups(noisy, sigma, method, [shown] * (len(kept) + 1), (context, context_sigma))
+  places = {m: Read(past=m) for m in range(len(kept))}
+  groups = block_groups(noisy, sigma, method, [places] * (len(kept) + 1), shown)
   v = jnp.concatenate(bound(groups, kept).velocity, axis=1)
   return flow.x0_from_velocity(noisy, v, sigma)
 
@@ -112,29 +151,35 @@ def _free_rollout(
   bound: Bound, frozen: Bound, noise: Noise, method: Method, blocks: int, exit_level
 ) -> Video:
   """Runs the rollout whose contexts are free (SAF): one block-causal forward per level."""
-  sink = None
+  sink, levels = (), jnp.asarray(method.sigma_table)
   if method.clean_sink and method.clean_sink // method.block < blocks:
     # the sink's blocks are rolled out before the rest, to the same exit level, without gradient
     plain = dataclasses.replace(method, sink_level="history")
-    sink = jax.lax.stop_gradient(
+    clean = jax.lax.stop_gradient(
       _free_rollout(frozen, frozen, noise, plain, method.clean_sink // method.block, exit_level)
     )
-  sigmas = jnp.asarray(method.sigma_table)
+    sink = clean_kv(frozen, clean, method)  # of all levels
 
-  def predict_x0(bound, xs, j, detached=False):  # xs [n b k h w c] -> [b f h w c]
-    return block_causal(bound, join_blocks(xs), sigmas[j], method, sink, detached)
-
-  def advance(j, xs):
-    x0 = split_blocks(predict_x0(frozen, xs, j), method)
+  def advance(j, xs):  # [n b k h w c]
+    x0 = block_causal(frozen, join_blocks(xs), levels[j], method, sink)
+    x0 = split_blocks(x0, method)
     eps = jax.lax.map(lambda n: noise(j + 1, n), jnp.arange(blocks))
-    x_fresh = flow.add_noise(x0, eps, sigmas[j + 1])
+    x_fresh = flow.add_noise(x0, eps, levels[j + 1])
     if method.renoise == "fresh":
       return x_fresh
-    return flow.euler(xs, flow.velocity_from_x0(xs, x0, sigmas[j]), sigmas[j], sigmas[j + 1])
+    return flow.euler(xs, flow.velocity_from_x0(xs, x0, levels[j]), levels[j], levels[j + 1])
 
   xs = jax.lax.fori_loop(0, exit_level, advance, step_first.initial_noise(noise, blocks))
+  x = jax.lax.stop_gradient(join_blocks(xs))
   detached = method.gradient == "detached" and bound is not frozen
-  return predict_x0(bound, jax.lax.stop_gradient(xs), exit_level, detached)
+  if sink and bound is not frozen:
+    sink = clean_kv(bound, clean, method)
+  return block_causal(bound, x, levels[exit_level], method, sink, detached)
+
+
+def clean_kv(bound: Bound, sink: Video, method: MethodConfig) -> tuple[KV, ...]:
+  """Returns the K/V of a clean sink by block."""
+  return bound(causal_groups(sink, 0.0, method)).kv
 
 
 @typed
@@ -143,20 +188,16 @@ def block_causal(
   x: Video,
   sigma,
   method: MethodConfig,
-  sink: Float[Array, "b p h w c"] | None = None,
+  sink: tuple = (),
   detached: bool = False,
 ) -> Video:
   """Returns x0 of all blocks, each seeing its predecessors at their own level.
 
-  sink: clean first frames, seen by the blocks after them in place of the first p frames of x; among
-  themselves those see each other noisy, as when they were generated. detached: no gradient passes
+  sink: K/V of clean first blocks, seen by the blocks after them in place of those of x; among
+  themselves these see each other noisy, as when they were generated. detached: no gradient passes
   through what a block sees of other blocks; this takes a second forward.
   """
-  blocks = x.shape[1] // method.block
-  kept: tuple[KV, ...] = ()
-  if sink is not None:
-    kept = bound(causal_groups(sink, 0.0, method)).kv
-  first = len(kept)  # blocks of the sink
+  blocks, kept, first = x.shape[1] // method.block, sink, len(sink)
 
   def groups(place) -> tuple[Frames, ...]:
     """The blocks as groups, the K/V of block m being where place(m) says."""

@@ -43,41 +43,59 @@ SOLVERS: dict[str, UniPC | None] = {
 
 
 def solve(
-  velocity: Callable[[Video, jax.Array], Video], eps: Video, sigmas: jax.Array, solver: str
+  velocity: Callable[[Video, jax.Array], Video],
+  eps: Video,
+  sigmas: jax.Array,
+  solver: str,
+  keep: tuple[int, ...] | None = None,
 ) -> jax.Array:
-  """Returns x at each level [len(sigmas) b ...], eps being the first.
+  """Returns x at the levels of indices `keep` [len(keep) b ...], None = all; eps is the first's.
 
   velocity(x, j): of x at sigmas[j]. sigmas: falling; known while the program is traced where the
-  solver is not euler.
+  solver is not euler. Points that are not kept are never in memory together.
   """
   rule = SOLVERS[solver]
   if rule is not None:
-    return _unipc(velocity, eps, sigmas, rule)
+    return _unipc(velocity, eps, sigmas, rule, keep)
+  points, put = _kept(eps, sigmas.size, keep)
 
-  def step(x, j):
+  def step(carry, j):
+    x, points = carry
     x = flow.euler(x, velocity(x, j), sigmas[j], sigmas[j + 1])
-    return x, x
+    return (x, put(points, j + 1, x)), None
 
-  _, points = jax.lax.scan(step, eps, jnp.arange(sigmas.size - 1))
-  return jnp.concatenate([eps[None], points])
+  return jax.lax.scan(step, (eps, put(points, 0, eps)), jnp.arange(sigmas.size - 1))[0][1]
 
 
-def _unipc(velocity, eps: Video, sigmas: jax.Array, rule: UniPC) -> jax.Array:
+def _kept(eps: Video, levels: int, keep: tuple[int, ...] | None) -> tuple[jax.Array, Callable]:
+  """Returns zeros for the points that are kept, and put(points, j, x), which drops all others."""
+  keep = tuple(range(levels)) if keep is None else keep
+  slots = np.full(levels, len(keep))
+  slots[list(keep)] = np.arange(len(keep))
+  table = jnp.asarray(slots)
+  points = jnp.zeros((len(keep), *eps.shape), eps.dtype)
+  return points, lambda points, j, x: points.at[table[j]].set(x, mode="drop")
+
+
+def _unipc(
+  velocity, eps: Video, sigmas: jax.Array, rule: UniPC, keep: tuple[int, ...] | None = None
+) -> jax.Array:
   corrector, predictor = (
     jnp.asarray(x, eps.dtype) for x in weights(np.asarray(sigmas, np.float64), rule)
   )
+  points, put = _kept(eps, sigmas.size, keep)
 
   def step(carry, j):
-    guess, x, earlier = carry
+    guess, x, earlier, points = carry
     x0 = flow.x0_from_velocity(guess, velocity(guess, j), sigmas[j])
     x = jnp.tensordot(corrector[j], jnp.concatenate([jnp.stack([guess, x, x0]), earlier]), 1)
     earlier = jnp.concatenate([x0[None], earlier[:-1]])
     guess = jnp.tensordot(predictor[j], jnp.concatenate([x[None], earlier]), 1)
-    return (guess, x, earlier), x
+    return (guess, x, earlier, put(points, j, x)), None
 
-  earlier = jnp.zeros((rule.order, *eps.shape), eps.dtype)
-  (last, _, _), points = jax.lax.scan(step, (eps, eps, earlier), jnp.arange(sigmas.size - 1))
-  return jnp.concatenate([points, last[None]])
+  start = eps, eps, jnp.zeros((rule.order, *eps.shape), eps.dtype), points
+  (last, _, _, points), _ = jax.lax.scan(step, start, jnp.arange(sigmas.size - 1))
+  return put(points, sigmas.size - 1, last)
 
 
 def weights(sigmas: np.ndarray, rule: UniPC) -> tuple[np.ndarray, np.ndarray]:

@@ -18,13 +18,14 @@ from hiar_jax.rollout.blocks import (
   write_context,
   write_context_and_denoise,
 )
+from hiar_jax.rollout.past.clip import ClipPast
 from hiar_jax.rollout.past.ring import Ring
 
 
 def sweep(
   bound: Bound,
   noise: Noise,
-  past: Ring,
+  past: Ring | ClipPast,
   xs: jax.Array,
   level,
   *,
@@ -37,6 +38,33 @@ def sweep(
   over two blocks, instead of 2 N over one. Returns (xs at the next level, context latents, x0
   predictions), each [n b k h w c].
   """
+  return _sweep(bound, noise, past, xs, level, first=first, fused=fused)[1]
+
+
+def show(bound: Bound, noise: Noise, past: ClipPast, xs: jax.Array, level):
+  """Returns (contexts [n b k h w c], the past that holds them) of the first blocks of a clip, xs,
+  from `level`: what the block after them sees.
+  """
+  past, (_, contexts, _) = _sweep(bound, noise, past, xs, level)
+  if past.method.context.free:  # written already
+    return contexts, past
+  step = Step(past.method, level, len(xs) - 1)
+  return contexts, write_context(
+    bound, past, Frames(contexts[-1], step.context_sigma, step.positions)
+  )
+
+
+def _sweep(
+  bound: Bound,
+  noise: Noise,
+  past: Ring | ClipPast,
+  xs: jax.Array,
+  level,
+  *,
+  first: int = 0,
+  fused: bool = True,
+):
+  """Returns (the past after a sweep, its results)."""
   method = past.method
 
   def separate(past, inputs):
@@ -58,16 +86,17 @@ def sweep(
     outputs = step.finish(x, v, noise)
     return (past, outputs[1]), outputs
 
-  indices = first + jnp.arange(xs.shape[0])
   if method.context.free or not fused:
-    return jax.lax.scan(separate, past, (indices, xs))[1]
+    return past.over_blocks(separate, past, xs, first)
 
   # the first block has no context to write, and nobody reads the context of the last
-  step = Step(method, level, indices[0])
+  step = Step(method, level, first)
   v, _ = denoise(bound, past, Frames(xs[0], step.sigma, step.positions))
   head = step.finish(xs[0], v, noise)
-  _, tail = jax.lax.scan(together, (past, head[1]), (indices[1:], xs[1:]))
-  return jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), head, tail)
+  if len(xs) == 1:
+    return past, jax.tree.map(lambda one: one[None], head)
+  (past, _), tail = past.over_blocks(together, (past, head[1]), xs[1:], first + 1)
+  return past, jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), head, tail)
 
 
 def initial_noise(noise: Noise, blocks: int, first: int = 0) -> jax.Array:

@@ -69,5 +69,4 @@ def sample_trajectory(
       v = flow.classifier_free_guidance(v, w, guidance)
     return v
 
-  points = solve(velocity, eps, sigmas, solver)  # [len(sigmas) b f h w c]
-  return jnp.moveaxis(points[jnp.asarray(keep)], 0, 1)
+  return jnp.moveaxis(solve(velocity, eps, sigmas, solver, keep), 0, 1)

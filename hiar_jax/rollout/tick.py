@@ -123,12 +123,21 @@ def tick(
     return x_next, None if method.context.free else context, past
 
   # the vmapped axis is s; texts and counters are the same for all levels, by closure
-  x_next, context, past = jax.vmap(one_level)(level, noisy, state.context, state.past)
+  x_next, context, past = _over_levels(one_level)(level, noisy, state.context, state.past)
   # Level j's result is the input of level j + 1. The last level's arrives at 0, from where it is
   # returned; the next tick puts noise in its place.
   latents = jnp.roll(x_next, 1, axis=0)
   state = state.replace(latents=latents, context=context, past=past, block=state.block + 1)
   return state, latents[0]
+
+
+def _over_levels(one_level):
+  """Maps over noise levels. Where they lie on several devices, a kernel that is mapped by hand
+  (attention.splash) is told so; it would get all levels otherwise.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  split = not mesh.empty and mesh.shape.get("level", 1) > 1
+  return jax.vmap(one_level, spmd_axis_name="level" if split else None)
 
 
 def _denoise_after_context(
@@ -185,7 +194,7 @@ def recache(bound: Bound, state: PipelineState, text: Text, due: jax.Array) -> P
     chosen = jax.tree.map(lambda old, new: jnp.where(due, new, old), old, new)
     return chosen.replace(latents=past.latents)
 
-  past = jax.vmap(one_level)(jnp.arange(state.levels), state.past, due)
+  past = _over_levels(one_level)(jnp.arange(state.levels), state.past, due)
   return state.replace(past=past)
 
 

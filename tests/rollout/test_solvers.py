@@ -1,5 +1,7 @@
 """Solvers on a flow that is known exactly, and UniPC against its algorithm written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,18 @@ def test_order_of_convergence(solver, order):
 def test_unipc_needs_fewer_steps():
   assert error("unipc", 16) < 0.3 * error("euler", 16)
   assert error("unipc_framepack", 16) < 0.03 * error("unipc", 16)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_points_that_are_not_kept_are_not_held(solver):
+  """As many as are asked for, in their order, and no array of all levels."""
+  levels, eps, keep = jnp.asarray(np.linspace(0.95, 0.3, 8)), jnp.ones((2, 5)), (0, 3, 7)
+  run = lambda eps, keep=keep: solvers.solve(
+    lambda x, j: velocity(x, levels[j]), eps, levels, solver, keep
+  )
+  np.testing.assert_allclose(run(eps), run(eps, None)[jnp.asarray(keep)], rtol=1e-6)
+  text = lambda keep: str(jax.make_jaxpr(functools.partial(run, keep=keep))(eps))
+  assert "[8,2,5]" in text(None) and "[8,2,5]" not in text(keep) and "[7,2,5]" not in text(keep)
 
 
 def written_out(eps, sigmas, order: int, exponential: bool, clock, alpha, lower: bool):

@@ -166,6 +166,8 @@ class PackedRing(Ring):
   @staticmethod
   def packed(method: MethodConfig, n: int, latents: Video, sigma) -> tuple[Frames, ...]:
     frames = np.arange(latents.shape[1])
+    if not frames.size:
+      return ()
     if jnp.ndim(sigma) == 2:  # of the whole clip, whose last block shows nothing
       sigma = sigma[:, : frames.size]
     shown = Shown(latents, frame_levels(sigma, latents), frames)

@@ -7,6 +7,7 @@ attention. Positions are absolute frame indices, exact at any length (models.rop
 the rules.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -132,6 +133,14 @@ class Ring:
     kept = positions > positions[-1] - ring
     outside = self.slots
     return jnp.where(positions < min(sink, outside), positions, jnp.where(kept, in_ring, outside))
+
+  def over_blocks(self, step: Callable, carry: Any, xs: Any, first: int = 0):
+    """Scans step(carry, (n, x)) -> (carry, out) over blocks from number `first` on.
+
+    xs: their inputs, stacked. Returns (carry, outs), stacked.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
+    return jax.lax.scan(step, carry, (first + jnp.arange(count), xs))
 
   # to compute the K/V again
 

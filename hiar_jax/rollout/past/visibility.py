@@ -9,14 +9,16 @@ Example with blocks of 2 frames and a window of 5, sink 1; rows are blocks, colu
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from hiar_jax.method import MethodConfig
 from hiar_jax.types import Positions
 
 
 def block_positions(n, method: MethodConfig) -> Positions:
-  """Returns the frame indices [k] of block n, which may be traced."""
-  return n * method.block + jnp.arange(method.block, dtype=jnp.int32)
+  """Returns the frame indices [k] of block n, which may be traced; numpy's for an int."""
+  module = np if isinstance(n, int) else jnp
+  return n * method.block + module.arange(method.block, dtype=jnp.int32)
 
 
 def visible(method: MethodConfig, query, key):

@@ -106,7 +106,8 @@ def plain(row: MethodConfig, table, stop=None, given=None) -> np.ndarray:
   return np.concatenate(Plain(row, table).rollout(BLOCKS, given, stop), axis=1)
 
 
-@pytest.mark.parametrize("name", ["input", *slow("hiar", "hiar, no tail", "clean", "self_forcing")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["input", "hiar", "hiar, no tail", "clean", "self_forcing"])
 def test_whole_videos(name):
   row = ROWS[name]
   table = tiny.noise_table(row, BLOCKS)
@@ -233,7 +234,7 @@ def test_blocks_that_are_encoded_again_see_their_packed_history():
 
 @pytest.mark.parametrize(
   ("name", "level"),
-  [("self_forcing", 1), *slow(("hiar", 0), ("hiar, no tail", 1), ("input", 1))],
+  [("input", 1), *slow(("hiar", 0), ("hiar, no tail", 1), ("self_forcing", 1))],
 )
 def test_the_exit_step(name, level):
   """Its parallel forwards see what the loop saw."""
