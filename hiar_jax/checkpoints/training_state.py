@@ -37,14 +37,21 @@ class Checkpoints(contextlib.AbstractContextManager):
   Saves run in the background; leaving the `with` block waits for the last one.
   """
 
-  def __init__(self, directory: str | os.PathLike, *, keep: int = 2, config: Any = None):
+  def __init__(
+    self,
+    directory: str | os.PathLike,
+    *,
+    keep: int = 2,
+    config: Any = None,
+    free: tuple[str, ...] = (),
+  ):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
     `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
-    raises UserError.
+    raises UserError, but for the fields `free`, as in workdir.check_workdir.
     """
     self.directory = _path(directory)
-    self._config = to_json(config or {})
+    self._config, self._free = to_json(config or {}), free
     self._saving = -1  # the step being written, read by Orbax's thread
     self._needed: int | None = None  # its bytes in memory, where this process writes them all
     logging.getLogger("absl").addFilter(_hide_disk_full)
@@ -111,7 +118,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def read(step: int) -> PyTree:
       # The config first: its differences explain more than the shapes that follow from them.
       stored = _read(self._manager, step, config=ocp.args.JsonRestore())["config"]
-      differences = difference(stored, self._config)
+      differences = difference(stored, self._config, self._free)
       if differences:
         raise UserError(
           f"checkpoint {self.directory / str(step)} was saved with another config "

@@ -40,10 +40,11 @@ def to_json(config: Any) -> Any:
   )
 
 
-def difference(stored: Any, given: Any) -> list[str]:
+def difference(stored: Any, given: Any, ignore: tuple[str, ...] = ()) -> list[str]:
   """Returns the fields in which two configs differ, as 'key: stored -> given'.
 
-  '(none)' stands for a field that one of them does not have.
+  '(none)' stands for a field that one of them does not have. ignore: groups, fields at the top and
+  fields of groups ("model.remat") that may differ.
   """
 
   def flat(config: Any) -> dict[str, str]:
@@ -53,7 +54,11 @@ def difference(stored: Any, given: Any) -> list[str]:
 
   old, new = flat(stored), flat(given)
   keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
-  return [f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}" for key in keys]
+  return [
+    f"{key}: {old.get(key, '(none)')} -> {new.get(key, '(none)')}"
+    for key in keys
+    if not any(f"{key}.".startswith(f"{free}.") for free in ignore)
+  ]
 
 
 def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
@@ -83,14 +88,12 @@ def check_workdir(
 ) -> None:
   """Raises UserError, naming the fields, if the workdir belongs to another config.
 
-  ignore: groups and fields at the top that may differ.
+  ignore: as in `difference`.
   """
   stored = read_resolved(workdir)
   if stored is None:
     return
-  # "log." begins a field of that group, "log:" the line of a field at the top
-  ignored = tuple(f"{key}{end}" for key in ignore for end in (".", ":"))
-  differing = [line for line in difference(stored, config) if not line.startswith(ignored)]
+  differing = difference(stored, config, ignore)
   if differing:
     raise UserError(
       f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "

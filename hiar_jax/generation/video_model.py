@@ -19,7 +19,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.packing.orders import steps_of
-from hiar_jax.parallel.mesh import make_mesh
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import costs
 from hiar_jax.planning.packed_sizes import PackedJobSize
 from hiar_jax.training import pretrained, samples
@@ -222,8 +222,9 @@ def from_config(
   experiment = _with_changes(experiment, changes)
   codec, text = experiment.codec.with_weights(directory), experiment.text.with_weights(directory)
   experiment = dataclasses.replace(experiment, codec=codec, text=text)
-  # a run without a workdir: nothing is read from it or written to it
-  run = Run(experiment, pathlib.Path(), make_mesh(experiment.mesh))
+  # a run without a workdir: nothing is read from it or written to it. The experiment's mesh is that
+  # of its training; here weights and videos are split over the devices that there are.
+  run = Run(experiment, pathlib.Path(), make_mesh(MeshConfig(data=1, fsdp=-1)))
   return VideoModel(run, os.fspath(directory), "")
 
 

@@ -38,7 +38,7 @@ def score_x0(bound: Bound, x_t: Video, sigma) -> Video:
 
 @typed
 def dmd_gradient(scores: Scores, x: Video, eps: Video, sigma: jax.Array, guidance: float) -> Video:
-  """Returns grad of the module's docstring.
+  """Returns grad of the module's docstring, which may hold values that are not finite.
 
   sigma: scalar, [b] or [b f]. The negative score is unused where guidance is 0.
   """
@@ -50,8 +50,14 @@ def dmd_gradient(scores: Scores, x: Video, eps: Video, sigma: jax.Array, guidanc
     )
   # [b 1 1 1 1]: each sample's gradient is scaled by its own distance to the real score
   scale = jnp.mean(jnp.abs(x - x0_real), axis=range(1, x.ndim), keepdims=True)
-  # as published: a sample that meets the real score exactly has scale 0 and gets no gradient
-  return jnp.nan_to_num((score_x0(scores.fake, x_t, sigma) - x0_real) / scale)
+  return (score_x0(scores.fake, x_t, sigma) - x0_real) / scale
+
+
+def finite(gradient: Video) -> tuple[Video, jax.Array]:
+  """Returns the gradient with zeros for NaN, as published, and the share of values that are not
+  finite: a sample that meets the real score exactly has scale 0; more are a teacher that is broken.
+  """
+  return jnp.nan_to_num(gradient), jnp.mean(~jnp.isfinite(gradient), dtype=jnp.float32)
 
 
 @typed

@@ -206,7 +206,7 @@ class CompiledPipeline:
 
   def bound(self, params: Params, text: jax.Array) -> Bound:
     """Returns the network with its weights and a text [b l d]."""
-    return bind(self.engine.parts.config.for_split_tokens(), params, text)
+    return bind(self.engine.parts.config, params, text)
 
   def noise(self, pipe: PipelineState):
     """Returns (level, block number) -> noise [b k h w c]."""

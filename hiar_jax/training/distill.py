@@ -82,6 +82,10 @@ class DistillConfig(TrainConfig):
     """The generator updates of the whole stage."""
     return -(-max(self.steps - self.critic_warmup, 0) // self.critic_updates)
 
+  @property
+  def averaged(self) -> int:
+    return self.generator_steps
+
   def generator_optimizer(self, network: Network):
     """Returns the generator's optimizer, whose schedule counts generator updates."""
     return self.optimizer(network, steps=max(self.generator_steps, 1))
@@ -161,8 +165,9 @@ def distribution_matching(config: DistillConfig, method: Method, point_sigmas) -
     scores = dmd_loss.Scores(nets.critic, nets.teacher, nets.negative)
     # no gradient reaches critic or teacher
     gradient = jax.lax.stop_gradient(dmd_loss.dmd_gradient(scores, at, eps, sigma, config.guidance))
+    gradient, lost = dmd_loss.finite(gradient)
     size = jnp.sqrt(jnp.mean(gradient**2, axis=range(1, x.ndim))).mean()
-    return dmd_loss.dmd(x, gradient), {"dmd_gradient": size}
+    return dmd_loss.dmd(x, gradient), {"dmd_gradient": size, "dmd_not_finite": lost}
 
   return term
 

@@ -178,6 +178,8 @@ class Experiment:
   def __post_init__(self):
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
     kind(self.history)  # raises for an unknown past
+    for network in (self.dit, self.teacher_dit):
+      self.mesh.check(network.splits(self.latent.height))
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
@@ -280,6 +282,13 @@ class Experiment:
     training loop.
     """
     return not self.codec.fitted and not self.data.opened.captions_only
+
+  @property
+  def free_fields(self) -> tuple[str, ...]:
+    """How the networks are computed, which a run may change on its way: kernel, remat and so on."""
+    return tuple(
+      f"{group}.{name}" for group in ("model", "teacher_model") for name in self.dit.free
+    )
 
   @property
   def last_stage(self) -> str:

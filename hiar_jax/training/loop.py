@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import sys
+import warnings
 
 from etils import epath
 import jax
@@ -26,6 +27,7 @@ from hiar_jax.parallel.rules import Rules, sharded_shapes, tree_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training.lora import Adapters
+from hiar_jax.training.pretrained import Start
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig, TrainState
 from hiar_jax.types import Batch, Params, PyTree
@@ -122,29 +124,30 @@ def run_stage(
   training: TrainConfig,
   network: Network,
   *,
-  create: Callable[[], TrainState],
+  create: Callable[..., TrainState],
+  starts: Sequence[Start] = (),
   updates: Sequence[Update],
   iterators: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
   adapters: Adapters | None = None,
   inference: Callable[[TrainState], Params] = lambda state: state.ema,
 ) -> None:
-  """Runs a stage to `training.steps`, from its newest checkpoint or from `create()`.
+  """Runs a stage to `training.steps`, from its newest checkpoint or from create(*starts).
 
-  network: the one that is trained; adapters: by those. inference: state -> the network's weights
-  that a checkpoint holds for its users. updates: those that are due in a step, in their order; the
-  last one is due in every step and its loss is the stage's. preview: state -> clips uint8
-  [b F H W 3] for the log. Raises Preempted after SIGTERM or SIGINT, once the state is saved, and
-  UserError where a metric is not finite.
+  starts: weights, loaded for `create` alone and given up to it. network: the one that is trained;
+  adapters: by those. inference: state -> the network's weights that a checkpoint holds for its
+  users. updates: those that are due in a step, in their order; the last one is due in every step
+  and its loss is the stage's. preview: state -> clips uint8 [b F H W 3] for the log. Raises
+  Preempted after SIGTERM or SIGINT, once the state is saved, and UserError where a metric is not
+  finite.
   """
   log, mesh = run.experiment.log, run.experiment.mesh
-  shapes, shardings = _abstract(run, create, (adapters or network).sharding_rules)
+  shapes, shardings = _abstract(run, create, starts, (adapters or network).sharding_rules)
   steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in updates]
   iterators.latest = {update.name: {} for update in updates if update.due}
-  config = {"model": to_json(network), "stage": stage}
-  with Checkpoints(run.directory(stage) / CHECKPOINTS, keep=log.keep, config=config) as checkpoints:
+  with _checkpoints(run, stage, network) as checkpoints:
     restored = checkpoints.restore(sharded_shapes(shapes, shardings), iterators)
-    step, state = restored or (0, jax.jit(create, out_shardings=shardings)())
+    step, state = restored or (0, _created(create, starts, shardings))
     # a killed run may have logged steps after its last checkpoint
     run.writer.resume(stage, step)
     if not step and is_writer():
@@ -186,11 +189,33 @@ def run_stage(
     raise Preempted(128 + (stop.signal or 15))
 
 
-def _abstract(run: Run, create: Callable[[], TrainState], rules: Rules) -> tuple[PyTree, PyTree]:
+def _checkpoints(run: Run, stage: str, network: Network) -> Checkpoints:
+  return Checkpoints(
+    run.directory(stage) / CHECKPOINTS,
+    keep=run.experiment.log.keep,
+    config={"model": to_json(network), "stage": stage},
+    free=run.experiment.free_fields,
+  )
+
+
+def _created(create: Callable, starts: Sequence[Start], shardings: PyTree) -> TrainState:
+  """Returns the first state. The weights are arguments: closed over they would be constants of the
+  program, and alive as long as it; donated, they become the state's where they fit.
+  """
+  trees = [start.load() for start in starts]
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+    donated = tuple(range(len(trees)))
+    return jax.jit(create, out_shardings=shardings, donate_argnums=donated)(*trees)
+
+
+def _abstract(
+  run: Run, create: Callable[..., TrainState], starts: Sequence[Start], rules: Rules
+) -> tuple[PyTree, PyTree]:
   """Returns the shapes of the first state and their shardings: known before there is any array, so
   that no device ever holds an unsharded state.
   """
-  shapes = jax.eval_shape(create)
+  shapes = jax.eval_shape(create, *(start.shapes for start in starts))
   min_shard = run.experiment.mesh.min_shard
   return shapes, tree_shardings(shapes, run.mesh, rules, min_shard=min_shard)
 

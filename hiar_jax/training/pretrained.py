@@ -1,5 +1,8 @@
 """Weights that a stage starts from: an earlier stage's, or published ones in its place."""
 
+from collections.abc import Callable
+import dataclasses
+
 import jax
 
 from hiar_jax.checkpoints import weights
@@ -12,18 +15,40 @@ from hiar_jax.training.run import Run
 from hiar_jax.types import Params
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Weights that a first state is made of: their shapes, and a function that loads them, which is
+  called where no checkpoint is restored.
+  """
+
+  shapes: Params
+  load: Callable[[], Params]
+
+
+def start_of(run: Run, stage: str) -> Start:
+  """Returns the weights of a stage, or the published ones in its place, as a start."""
+  return Start(_shapes(run.experiment.network_of(stage)), lambda: load_weights(run, stage))
+
+
+def _shapes(network: Network) -> Params:
+  return jax.eval_shape(lambda: network.init(jax.random.key(0)))
+
+
 def load_teacher(run: Run) -> Params:
   """Loads the teacher, bidirectional and of the student's size: its stage's, or weights.base."""
   return load_weights(run, "teacher")
 
 
 def load_real_score(run: Run) -> Params:
-  """Loads the real score of distribution matching: weights.teacher, else `load_teacher`'s model."""
+  """Loads the real score of distribution matching: weights.teacher, else `load_teacher`'s model.
+
+  Never trained, so it is kept in the dtype that it computes in (half the memory in bfloat16).
+  """
   e = run.experiment
-  if not e.weights.teacher:
-    return load_teacher(run)
-  # Never trained, so it is kept in the dtype that it computes in (half the memory in bfloat16).
-  return load_published(run, e.weights.teacher, e.teacher_dit, e.teacher_dit.dtype)
+  published, dtype = e.weights.teacher or e.weights.base, e.teacher_dit.dtype
+  if published:
+    return load_published(run, published, e.teacher_dit, dtype)
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), load_teacher(run))
 
 
 def check(run: Run) -> None:
@@ -55,7 +80,7 @@ def load_weights(run: Run, stage: str) -> Params:
   directory, free = _in_place_of(run, stage)
   if directory:
     return load_published(run, directory, network, free=free)
-  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0)))
+  shapes = _shapes(network)
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
   return load_params(run.directory(stage) / CHECKPOINTS, sharded_shapes(shapes, shardings))

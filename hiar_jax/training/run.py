@@ -315,7 +315,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   number, or where a later stage could not run.
   """
   experiment = build(Experiment, config)
-  check_workdir(config, workdir, ignore=FREE_GROUPS)
+  check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
   if experiment.stages_from:
     _check_shared(config, experiment)
   mesh = make_mesh(experiment.mesh if save else MeshConfig())
@@ -352,6 +352,7 @@ def _check_stages(run: Run) -> None:
   for name, (count, field) in sources.items():
     training = getattr(e, name)
     check_batch(training.batch, training.accumulate, run.mesh, name)
+    training.check_average(name)
     if training.batch > count:
       raise UserError(
         f"{name}.batch = {training.batch} is more than {field} = {count}; take a smaller batch or "
@@ -381,7 +382,7 @@ def _check_shared(config, experiment: Experiment) -> None:
     block = tree.get("history", {}).get("block")
     return {**{name: tree.get(name) for name in SHARED_GROUPS}, "history": {"block": block}}
 
-  lines = difference(shared(stored), shared(to_json(config)))
+  lines = difference(shared(stored), shared(to_json(config)), experiment.free_fields)
   if lines:
     raise UserError(
       f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "

@@ -20,6 +20,7 @@ from hiar_jax.data import ode_pairs, pipeline
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
+from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training import (
   causal_init,
@@ -151,9 +152,14 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   params = pretrained.load_teacher(run)
   sample = run.teacher_sampler(_stage_key(run, "trajectories"))
 
-  def fill(rows: np.ndarray) -> np.ndarray:
-    """Pads axis 0 to the batch: the last part is shorter, and must not be compiled separately."""
-    return np.pad(rows, ((0, config.batch - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+  def fill(rows: np.ndarray) -> jax.Array:
+    """Pads axis 0 to the batch: the last part is shorter, and must not be compiled separately. In
+    one process its devices share the rows where they divide them.
+    """
+    rows = np.pad(rows, ((0, config.batch - len(rows)), *((0, 0),) * (rows.ndim - 1)))
+    if jax.process_count() > 1:  # each has parts of its own
+      return rows
+    return jax.device_put(rows, leaf_sharding("batch/rows", run.mesh, shape=rows.shape))
 
   missing = writer.missing_parts(jax.process_index(), jax.process_count())
   parts = -(-config.count // config.batch)
@@ -193,7 +199,6 @@ def train_framepack(run: Run) -> None:
   config, network = e.framepack, e.packed_dit
   if loop.is_done(run, "framepack", config.steps):
     return
-  weights = pretrained.load_teacher(run)
   key = _stage_key(run, "framepack")
   adapters = e.packed_adapters
   optimizer = config.optimizer(adapters or network)
@@ -208,10 +213,10 @@ def train_framepack(run: Run) -> None:
     adapters=adapters,
   )
 
-  base = adapters and adapters.frozen(network.with_projections(weights))
+  base = adapters and adapters.frozen(network.with_projections(pretrained.load_teacher(run)))
   merge = jax.jit(adapters.merged) if adapters else lambda trained, base: trained
 
-  def start():
+  def create(weights: Params) -> TrainState:
     params = network.with_projections(weights)
     # 0: for A; a step splits what it draws from fold_in(key, step) again
     params = adapters.start(jax.random.fold_in(key, 0), params) if adapters else params
@@ -225,7 +230,8 @@ def train_framepack(run: Run) -> None:
     "framepack",
     config,
     network,
-    create=start,
+    create=create,
+    starts=[pretrained.start_of(run, "teacher")],
     updates=[loop.Update(make_step, ("clips",), framepack.Frozen(run.negative, base))],
     iterators=loop.DataIterators(run, clips=run.clips("data", config.batch, stored, salt=7)),
     preview=_student_preview(run, inference),
@@ -247,7 +253,6 @@ def train_causal_init(run: Run) -> None:
     return
   # Trajectories kept from another config would lie at other levels than the step assumes.
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
-  weights = pretrained.load_teacher(run)
   key = _stage_key(run, "causal_init")
   optimizer = config.optimizer(e.student_dit)
   make_step = functools.partial(
@@ -259,7 +264,8 @@ def train_causal_init(run: Run) -> None:
     "causal_init",
     config,
     e.stored_student,
-    create=lambda: create_state(key, with_packed_past(e, weights), optimizer),
+    create=lambda weights: create_state(key, with_packed_past(e, weights), optimizer),
+    starts=[pretrained.start_of(run, "teacher")],
     updates=[loop.Update(make_step, ("trajectories",))],
     iterators=loop.DataIterators(run, trajectories=trajectories),
     preview=_student_preview(run),
@@ -286,8 +292,6 @@ def distill_student(run: Run) -> None:
   if loop.is_done(run, "distill", config.steps):
     return
   real_score = pretrained.load_real_score(run)
-  critic_start = pretrained.load_teacher(run)
-  student_start = pretrained.load_weights(run, "causal_init")
   key = _stage_key(run, "distill")
   optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(e.dit)
   iterators = {"prompts": run.clips("data", config.batch, (), salt=5)}
@@ -308,9 +312,10 @@ def distill_student(run: Run) -> None:
     "distill",
     config,
     e.stored_student,
-    create=lambda: create_state(
-      key, with_packed_past(e, student_start), optimizers[0], critic_start, optimizers[1]
+    create=lambda student, critic: create_state(
+      key, with_packed_past(e, student), optimizers[0], critic, optimizers[1]
     ),
+    starts=[pretrained.start_of(run, "causal_init"), pretrained.start_of(run, "teacher")],
     # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
     # the student as it then is. Each takes a fresh batch of prompts.
     updates=[

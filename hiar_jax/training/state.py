@@ -47,7 +47,8 @@ class TrainConfig:
   rule: `adamw`, or `muon`, which moves the layers' matrices along their orthogonalised momentum at
   `muon_lr` and all other parameters by AdamW at `lr`. Both of these with Nesterov's momentum, the
   default of optax's Muon; the rule `adamw` is without.
-  ema_decay: ramped up from update `ema_start`; until then the average is a copy of the weights.
+  ema_decay: from update `ema_start` on; until then the average is a copy of the weights. ema_ramp:
+  the decay rises to it.
   """
 
   steps: int
@@ -61,6 +62,7 @@ class TrainConfig:
   clip: float = 10.0  # HiAR's published config
   ema_decay: float = 0.99
   ema_start: int = 0
+  ema_ramp: bool = dataclasses.field(default=True, metadata={"since": "2026-11"})
   accumulate: int = 1
   rule: str = "adamw"
   muon_lr: float = 0.02  # Keller Jordan's default
@@ -73,6 +75,19 @@ class TrainConfig:
     if self.batch % self.accumulate:
       raise UserError(
         f"batch = {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts"
+      )
+
+  @property
+  def averaged(self) -> int:
+    """The updates of the network whose weights are averaged."""
+    return self.steps
+
+  def check_average(self, stage: str) -> None:
+    """Raises UserError where the average would not start within the stage's updates."""
+    if 0 < self.ema_start >= self.averaged:
+      raise UserError(
+        f"{stage}.ema_start = {self.ema_start}: there are {self.averaged} updates to average, so "
+        "it would never start; set a lower one, or 0"
       )
 
   def optimizer(
@@ -96,7 +111,14 @@ class TrainConfig:
         muon_weight_dimension_numbers=functools.partial(_matrices, network),
       )
     else:
-      rule = optax.adamw(rate(lr), b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+      rule = optax.adamw(
+        rate(lr),
+        b1=self.b1,
+        b2=self.b2,
+        weight_decay=self.weight_decay,
+        # without momentum the first moment is never read again: half of its memory
+        mu_dtype=jnp.bfloat16 if self.b1 == 0 else None,
+      )
     return optax.chain(optax.clip_by_global_norm(self.clip), rule)
 
   def _rate(self, lr: float, steps: int) -> optax.Schedule:
@@ -145,11 +167,14 @@ def identity(tree: PyTree) -> PyTree:
 def update_ema(ema: Params, params: Params, updates, training: TrainConfig) -> Params:
   """Returns the average after one more update, `updates` of which came before it.
 
-  The decay is min(ema_decay, (1 + n) / (10 + n)) for the n-th update from `ema_start` on (the ramp
-  of TensorFlow's ExponentialMovingAverage), and 0 before.
+  The decay is ema_decay from update `ema_start` on, and 0 before; with the ramp (of TensorFlow's
+  ExponentialMovingAverage) it is at most (1 + n) / (10 + n) for the n-th of these updates.
   """
   n = updates - training.ema_start
-  decay = jnp.where(n < 0, 0.0, jnp.minimum(training.ema_decay, (1.0 + n) / (10.0 + n)))
+  decay = training.ema_decay
+  if training.ema_ramp:
+    decay = jnp.minimum(decay, (1.0 + n) / (10.0 + n))
+  decay = jnp.where(n < 0, 0.0, decay)
   return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 

@@ -35,6 +35,21 @@ def test_an_empty_directory_restores_nothing(tmp_path):
     assert checkpoints.latest_step() is None
 
 
+def test_fields_that_are_free_may_differ(tmp_path):
+  described = lambda **changes: {"model": {"dim": 8, "remat": "none", **changes}, "stage": "a"}
+  with Checkpoints(tmp_path, config=described()) as checkpoints:
+    checkpoints.save(1, make(), make().params, loader())
+  free = ("model.remat",)
+  with Checkpoints(tmp_path, config=described(remat="full"), free=free) as checkpoints:
+    assert checkpoints.restore(make())[0] == 1
+  for changes, line in (({"dim": 16}, "model.dim: 8 -> 16"), ({"rem": 1}, "model.rem: ")):
+    with (
+      Checkpoints(tmp_path, config=described(**changes), free=free) as checkpoints,
+      pytest.raises(UserError, match=line),
+    ):
+      checkpoints.restore(make())
+
+
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
   """State (typed key, optax state, None leaf) and data iterator: four steps, or two, a restart and
   two.

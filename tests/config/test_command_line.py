@@ -382,7 +382,7 @@ def test_options_work_by_their_old_names_and_say_so(capsys):
 
 def test_a_field_of_the_default_file_that_is_not_there_is_one_line():
   """Of a command that takes a config of its own where none is given."""
-  command = [sys.executable, "-m", "benchmarks.chips", "--config.framepack.latent=1"]
+  command = [sys.executable, "-m", "benchmarks.train", "--config.distill.latent=1"]
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
   assert done.returncode == 2 and done.stderr.count("\n") == 1
-  assert "experiments/wan_framepack.py has no such key; did you mean" in done.stderr
+  assert "experiments/shapes.py has no such key; did you mean" in done.stderr

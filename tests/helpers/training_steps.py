@@ -25,7 +25,7 @@ from hiar_jax.training.distill import DistillConfig, ForwardKLConfig, Frozen, Ne
 from hiar_jax.types import LatentShape
 
 MODEL = DiTConfig(
-  dim=16, ffn_dim=16, num_heads=1, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
+  dim=16, ffn_dim=16, num_heads=2, num_layers=1, patch=(1, 1, 1), channels=4, text_dim=8, freq_dim=8
 )
 HIAR = MethodConfig(block=1, window=3)
 SHAPE = LatentShape(frames=3, height=1, width=2, channels=4)
@@ -144,7 +144,7 @@ def make_case(
   return Case(create, make_step, Frozen(make_params(2), NEGATIVE))
 
 
-def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 3):
+def run(case: Case, mesh_config: MeshConfig, devices: int, updates: int = 5):
   """-> (state after `updates`, the last metrics)."""
   mesh = make_mesh(mesh_config, jax.devices()[:devices])
   with jax.set_mesh(mesh):

@@ -150,7 +150,18 @@ def test_dmd_gradient(guidance):
 
 def test_dmd_gradient_of_a_perfect_sample_is_finite():
   zero, scores = jnp.zeros_like(X), dmd.Scores(linear(0.0), linear(0.0), NEVER)
-  assert np.isfinite(dmd.dmd_gradient(scores, zero, zero, SIGMA, 0.0)).all()
+  gradient, lost = dmd.finite(dmd.dmd_gradient(scores, zero, zero, SIGMA, 0.0))
+  np.testing.assert_array_equal(gradient, zero)
+  assert lost == 1
+
+
+def test_values_of_the_gradient_that_are_lost_are_counted():
+  broken = np.ones_like(X)
+  broken[0, 0, 0, 0, 0] = np.nan
+  broken[1, 0, 0, 0, :2] = np.inf
+  gradient, lost = dmd.finite(jnp.asarray(broken))
+  assert np.isfinite(gradient).all()
+  np.testing.assert_allclose(lost, 3 / X.size, rtol=1e-6)
 
 
 def test_dmd_surrogate_hands_the_gradient_to_x():

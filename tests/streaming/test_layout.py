@@ -115,9 +115,10 @@ def moved(layout: Layout, merge_tokens: bool = False) -> list[tuple[str, int]]:
   )
   engine = quick_engine(model, TickOptions(layout=layout))
   text = jax.ShapeDtypeStruct((1, 3, 6), jnp.float32, sharding=engine.whole)
-  lowered = engine.main.compiled_tick.lower(
-    engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool)
-  )
+  with jax.set_mesh(engine.mesh):
+    lowered = engine.main.compiled_tick.lower(
+      engine.params, engine.main.abstract(text), text, jax.ShapeDtypeStruct((), bool)
+    )
   found = []
   for line in lowered.compile().as_text().splitlines():
     if match := COLLECTIVE.search(line):

@@ -15,6 +15,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.training import loop
 from hiar_jax.training import state as states
 from hiar_jax.training.log import read_log
+from hiar_jax.training.pretrained import Start
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig
 from tests.helpers.tiny_run import make_run
@@ -47,10 +48,10 @@ class Feed(loop.DataIterators):
     return {name: np.float32(step), "loss": np.float32(self.loss(step))}
 
 
-def train(run: Run, steps: int, preview=None, slow=None, **feed) -> np.ndarray:
+def train(run: Run, steps: int, preview=None, slow=None, starts=(), **feed) -> np.ndarray:
   """A stage whose state is the running sum of its feed; -> its averaged weights as saved last.
 
-  slow: what the device calls with each loss.
+  slow: what the device calls with each loss. starts: as loop.run_stage.
   """
   run.__dict__.pop("writer", None)
 
@@ -62,7 +63,8 @@ def train(run: Run, steps: int, preview=None, slow=None, **feed) -> np.ndarray:
       loss = jax.pure_callback(slow, jax.ShapeDtypeStruct((), jnp.float32), loss)
     return state, {"loss": loss, "grad_norm": jnp.ones(())}
 
-  create = lambda: states.create_state(jax.random.key(0), {"w": jnp.zeros(3)}, optax.sgd(1.0))
+  first = {"w": jnp.zeros(3)}
+  create = lambda first=first: states.create_state(jax.random.key(0), first, optax.sgd(1.0))
   with run.writer:
     loop.run_stage(
       run,
@@ -70,6 +72,7 @@ def train(run: Run, steps: int, preview=None, slow=None, **feed) -> np.ndarray:
       TrainConfig(steps=steps, batch=8, lr=0.1),
       run.experiment.dit,
       create=create,
+      starts=starts,
       updates=[loop.Update(lambda mean: step, ("counts",))],
       iterators=Feed(**feed),
       preview=preview,
@@ -104,6 +107,29 @@ def test_the_loop_logs_saves_and_previews_when_due(tmp_path):
   assert saved(run) == [4, 8, 11]
   assert shown == [5, 10, 11]
   np.testing.assert_array_equal(weights, np.full(3, 66.0))
+
+
+def test_a_stage_starts_from_weights_that_it_loads_once_and_gives_up(tmp_path):
+  run, loaded = make_run(tmp_path, log__checkpoint_every=2), []
+
+  def load():
+    loaded.append({"w": jnp.full(3, 5.0)})
+    return loaded[-1]
+
+  start = Start(jax.eval_shape(lambda: {"w": jnp.zeros(3)}), load)
+  np.testing.assert_array_equal(train(run, 2, starts=[start]), np.full(3, 5.0 + 3.0))
+  assert len(loaded) == 1 and loaded[0]["w"].is_deleted()
+  np.testing.assert_array_equal(train(run, 4, starts=[start]), np.full(3, 5.0 + 10.0))
+  assert len(loaded) == 1  # a checkpoint was there
+
+
+def test_a_stage_goes_on_with_another_kernel_and_remat(tmp_path):
+  weights = train(make_run(tmp_path, log__checkpoint_every=2), 2)
+  np.testing.assert_array_equal(weights, np.full(3, 3.0))
+  changed = make_run(tmp_path, model__attention="blockwise", model__remat="full")
+  np.testing.assert_array_equal(train(changed, 3), np.full(3, 6.0))
+  with pytest.raises(UserError, match="model.dim: "):
+    train(make_run(tmp_path, model__dim=64, model__num_heads=1), 4)
 
 
 def test_a_stop_between_updates_is_saved_and_gone_on_from(tmp_path, capfd):

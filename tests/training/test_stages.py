@@ -3,6 +3,7 @@
 The chain itself is in test_train.py.
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -238,3 +239,26 @@ def test_file_names_are_short_unique_and_safe():
   ]
   assert names[:4] == ["a-red-circle.mp4", "a-red-circle-2.mp4", "etc-passwd.mp4", "prompt.mp4"]
   assert len(names[4]) <= 84 and all(pathlib.PurePath(name).name == name for name in names)
+
+
+@pytest.mark.parametrize(("batch", "devices"), [(8, 8), (6, 1)])
+def test_the_rows_of_a_walk_are_shared_by_the_devices(with_data, monkeypatch, batch, devices):
+  """Each walks its own; where they do not divide the rows, all walk all."""
+  trajectories = dataclasses.replace(with_data.experiment.trajectories, batch=batch, count=batch)
+  e = dataclasses.replace(with_data.experiment, trajectories=trajectories)
+  run, seen = dataclasses.replace(with_data, experiment=e), []
+
+  def walk(params, text, rows, before):
+    for x in (text, rows, before):
+      seen.append({shard.data.shape[0] for shard in x.addressable_shards})
+    return np.zeros((batch, 1))
+
+  class Parts:
+    missing_parts = staticmethod(lambda index, count: [0])
+    rows = staticmethod(lambda part: range(batch))
+    write_part = staticmethod(lambda *part: None)
+
+  monkeypatch.setattr(stages.pretrained, "load_teacher", lambda run: None)
+  monkeypatch.setattr(Run, "teacher_sampler", lambda run, key: walk)
+  stages._write_parts(run, Parts())
+  assert seen == [{batch // devices}] * 3

@@ -9,6 +9,7 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.rollout import noise
 from hiar_jax.training import state as states
+from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.state import TrainConfig, update_ema
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
@@ -116,6 +117,52 @@ def test_the_average_is_a_copy_until_it_starts_and_then_slows_down():
   assert [weight(n) for n in (0, 2)] == [0.0, 0.0]
   np.testing.assert_allclose([weight(n) for n in (3, 4, 5)], [1 / 10, 2 / 11, 3 / 12], rtol=1e-6)
   assert weight(1000) == pytest.approx(0.5)
+
+
+def test_without_a_ramp_the_average_is_the_published_one():
+  config = training(ema_decay=0.5, ema_start=3, ema_ramp=False)
+  old, new = {"w": jnp.array(0.0)}, {"w": jnp.array(1.0)}
+  found = [float(update_ema(old, new, n, config)["w"]) for n in (0, 2, 3, 4, 1000)]
+  assert found == [1.0, 1.0, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("start", "fits"), [(0, True), (9, True), (10, False), (200, False)])
+def test_an_average_that_never_starts_is_refused(start, fits):
+  config = training(steps=10, ema_start=start)
+  if fits:
+    config.check_average("teacher")
+  else:
+    with pytest.raises(UserError, match=f"teacher.ema_start = {start}: there are 10 updates to"):
+      config.check_average("teacher")
+
+
+def test_the_generators_average_counts_its_own_updates():
+  """Published: critic step 200, of which every fifth has one of the generator."""
+  config = DistillConfig(steps=800, batch=8, lr=1.0, critic_lr=1.0, ema_start=160)
+  assert config.averaged == 160
+  with pytest.raises(UserError, match="distill.ema_start = 160: there are 160 updates to average"):
+    config.check_average("distill")
+
+
+@pytest.mark.parametrize(("b1", "dtype"), [(0.0, jnp.bfloat16), (0.9, jnp.float32)])
+def test_without_momentum_the_first_moment_takes_half_the_memory(b1, dtype):
+  """And moves the weights as float32 does."""
+  params = {"w": jnp.asarray([1.0, -2.0])}
+  gradients = [{"w": jnp.asarray(g)} for g in ([0.1, 0.2], [-0.3, 0.5], [0.7, 0.1])]
+  config = training(b1=b1, lr=0.1, warmup=0, clip=1e9)
+  rule = optax.adamw(0.1, b1=b1, b2=config.b2, weight_decay=config.weight_decay)
+  found, ours, theirs = [], config.optimizer(tiny.CONFIG), optax.chain(optax.identity(), rule)
+  for optimizer in (ours, theirs):
+    at, state = params, optimizer.init(params)
+    for gradient in gradients:
+      moved, state = optimizer.update(gradient, state, at)
+      at = optax.apply_updates(at, moved)
+    found.append(at["w"])
+    if optimizer is ours:
+      assert {jnp.dtype(leaf.dtype) for leaf in jax.tree.leaves(optax.tree.get(state, "mu"))} == {
+        jnp.dtype(dtype)
+      }
+  np.testing.assert_array_equal(*found)
 
 
 def quadratic(params, part):
