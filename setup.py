@@ -70,6 +70,9 @@ setuptools.setup(
     "convert": ["torch>=2.4"],
     # live comparisons: pytest -m parity
     "parity": ["torch>=2.4", "transformers>=4.50", "diffusers>=0.33", "accelerate>=1.0"],
+    # the compilers of hiar_jax.plan, each in an environment of its own; no chip is needed
+    "plan-tpu": ["jax[tpu]>=0.10"],
+    "plan-gpu": ["jax[cuda12]>=0.10"],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
   },

@@ -7,7 +7,7 @@ import ast
 import pathlib
 
 HERE = pathlib.Path(__file__).parent
-COMMANDS = ("train", "generate", "stream", "serve", "evaluate", "convert")
+COMMANDS = ("train", "generate", "stream", "serve", "evaluate", "convert", "plan")
 
 
 def main() -> None:

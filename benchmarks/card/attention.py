@@ -10,13 +10,13 @@ import dataclasses
 import functools
 
 import jax
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.card.programs import Program, normal
 from benchmarks.card.sizes import Sizes
-from hiar_jax.models import attention
+from hiar_jax.attention.attend import attend, attend_text
+from hiar_jax.attention.views import View, simplified, view
 
 Form = Callable[..., jax.Array]
 
@@ -61,112 +61,54 @@ class Case:
     return Program(f"{self.name}/{form}", run, self.fill, tflop=self.tflop)
 
 
-def by_runs(q, k, v, mask: np.ndarray, attend: Form) -> jax.Array:
-  """Attends each run of query frames that see the same to those frames alone, without a mask."""
-  outs, first = [], 0
-  while first < len(mask):
-    end = first + 1
-    while end < len(mask) and (mask[end] == mask[first]).all():
-      end += 1
-    seen = np.flatnonzero(mask[first])
-    cuts = np.flatnonzero(np.diff(seen) > 1) + 1  # contiguous runs of keys
-    runs = [slice(run[0], run[-1] + 1) for run in np.split(seen, cuts)]
-    keys, values = (jnp.concatenate([x[:, run] for run in runs], axis=1) for x in (k, v))
-    outs.append(attend(q[:, first:end], keys, values))
-    first = end
-  return jnp.concatenate(outs, axis=1)
-
-
-def fused(q, k, v, **kwargs) -> jax.Array:
-  """cuDNN's kernel: q [b f t a d], k, v [b p t a d]; no mask."""
-  b, f, t, a, d = q.shape
-  q, k, v = (x.reshape(b, -1, a, d) for x in (q, k, v))
-  out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **kwargs)
-  return out.reshape(b, f, t, a, d)
-
-
-def gathered(q, k, v, row: jax.Array) -> jax.Array:
-  """The frames of a row that is known at run time, [b p], are gathered to the front; key lengths.
-
-  The lengths of the queries are written so that they depend on the batch, which vmap asks for.
-  """
-  order = jnp.argsort(~row, axis=-1)[:, :, None, None, None]
-  k, v = (jnp.take_along_axis(x, order, axis=1) for x in (k, v))
-  lengths = (row.sum(-1) * k.shape[2]).astype(jnp.int32)
-  queries = 0 * lengths + q.shape[1] * q.shape[2]
-  return fused(q, k, v, query_seq_lengths=queries, key_value_seq_lengths=lengths)
-
-
-def merged(q, k, v, row: jax.Array, own: int) -> jax.Array:
-  """Ring and own frames (the last `own`) apart, merged by their log-sum-exp in float32."""
-  parts = []
-  for keys, values, seen in (
-    (k[:, :-own], v[:, :-own], row[:, :-own]),
-    (k[:, -own:], v[:, -own:], row[:, -own:]),
-  ):
-    order = jnp.argsort(~seen, axis=-1)[:, :, None, None, None]
-    b, _, t, a, d = keys.shape
-    keys, values = (
-      jnp.take_along_axis(x, order, axis=1).reshape(b, -1, a, d) for x in (keys, values)
-    )
-    out, log_sum = cudnn.dot_product_attention(
-      q.reshape(b, -1, a, d),
-      keys,
-      values,
-      q_seqlen=jnp.full(b, q.shape[1] * t, jnp.int32),
-      kv_seqlen=(seen.sum(-1) * t).astype(jnp.int32),
-      scale=d**-0.5,
-      mask_type=cudnn.MaskType.PADDING,
-      return_residual=True,
-    )
-    parts.append((out.astype(jnp.float32), jnp.swapaxes(log_sum, 1, 2)[..., None]))
-  (out_0, sum_0), (out_1, sum_1) = parts
-  share = jax.nn.sigmoid(sum_0 - sum_1)
-  return (share * out_0 + (1 - share) * out_1).reshape(q.shape).astype(q.dtype)
-
-
-def paged(q, k, v, row: jax.Array) -> jax.Array:
-  """cuDNN's paged attention: the table holds the pages of the visible frames first.
-
-  Pages are powers of two (cuDNN 9.19 refuses 1,560), so a frame is several: 195 of 8 tokens.
-  """
-  b, p, t, a, d = k.shape
-  page = t & -t  # the largest power of two in t
-  count = t // page
-  frames = (
-    jnp.argsort(~row, axis=-1).astype(jnp.int32) + p * jnp.arange(b, dtype=jnp.int32)[:, None]
-  )
-  pages = frames[:, :, None] * count + jnp.arange(count, dtype=jnp.int32)
-  table = pages.reshape(b, 1, p * count, 1)
-  out = cudnn.paged_attention(
-    q.reshape(b, -1, a, d),
-    k.reshape(b * p * count, page, a, d),
-    v.reshape(b * p * count, page, a, d),
-    q_seqlen=jnp.full(b, q.shape[1] * t, jnp.int32),
-    kv_seqlen=(row.sum(-1) * t).astype(jnp.int32),
-    page_table_k=table,
-    page_table_v=table,
-    scale=d**-0.5,
-    mask_type=cudnn.MaskType.PADDING,
-  )
-  return (out[0] if isinstance(out, tuple | list) else out).reshape(q.shape)
-
-
 def package(name: str, mask: np.ndarray) -> Form:
-  """Today's attention of the package under a mask."""
-  mask = None if mask.all() else mask
-  return lambda q, k, v: attention.attend(
-    q, k, v, None if mask is None else jnp.asarray(mask), name
-  )
+  """The package's attention: what is seen as runs of frames, known while the program is traced."""
+  views = tuple(view((i, i + 1), [row]) for i, row in enumerate(mask))
+  views = simplified(views, mask.shape[1])
+  return lambda q, k, v: attend(q, k, v, views, name)
+
+
+def with_row(name: str, mask: np.ndarray) -> Form:
+  """The package's attention of frames that all see the same, which is data: one row [p]."""
+
+  def form(q, k, v, row):
+    one = (View((0, q.shape[1]), ((0, k.shape[1]),), row),)
+    return attend(q, k, v, one, name)
+
+  return _runtime(mask, form)
+
+
+def under_vmap(name: str, mask: np.ndarray) -> Form:
+  """The same with each example of the batch under vmap, as a stream's tick has its levels."""
+
+  def form(q, k, v, row):
+    views = lambda row: (View((0, q.shape[1]), ((0, k.shape[1]),), row),)
+    rows = jnp.broadcast_to(row, (q.shape[0], row.shape[0]))
+    one = lambda q, k, v, row: attend(q[None], k[None], v[None], views(row), name)[0]
+    return jax.vmap(one)(q, k, v, rows)
+
+  return _runtime(mask, form)
+
+
+def masked(mask: np.ndarray) -> Form:
+  """cuDNN's kernel under a mask of queries and keys, which the package never makes."""
+
+  def form(q, k, v):
+    b, f, t, a, d = q.shape
+    tokens = jnp.repeat(jnp.repeat(jnp.asarray(mask), t, axis=0), k.shape[2], axis=1)
+    q, k, v = (x.reshape(b, -1, a, d) for x in (q, k, v))
+    out = jax.nn.dot_product_attention(q, k, v, mask=tokens[None, None], implementation="cudnn")
+    return out.reshape(b, f, t, a, d)
+
+  return form
 
 
 def _runtime(mask: np.ndarray, form: Callable) -> Form:
-  """A form that gets its row [b p] as data, so that nothing is computed while it is compiled."""
+  """A form that gets its row [p] as data, so that nothing is computed while it is compiled."""
 
   def call(q, k, v):
     # an addition that the compiler cannot fold: 0 * q is not 0 where q is not finite
-    row = jnp.asarray(mask)[None, 0] | jnp.isnan(q[:, :1, 0, 0, 0])
-    return form(q, k, v, jnp.broadcast_to(row, (q.shape[0], mask.shape[1])))
+    return form(q, k, v, jnp.asarray(mask)[0] | jnp.isnan(q[0, 0, 0, 0, 0]))
 
   return call
 
@@ -186,85 +128,67 @@ def programs(sizes: Sizes) -> list[Program]:
   ring = np.broadcast_to(row, (k, n))
   everything = np.ones((n, n), bool)
   text = np.ones((n, 1), bool)
+  fused = functools.partial(package, "cudnn")
+  blocks = functools.partial(package, "blockwise")
   cases = [
     (
       case("block", everything[:k]),
       {
         "xla": package("xla", everything[:k]),
-        "chunked": package("chunked", everything[:k]),
-        "cudnn": fused,
+        "blockwise": blocks(everything[:k]),
+        "cudnn": fused(everything[:k]),
       },
     ),
     (
       case("ring", ring),
       {
-        "xla, mask": package("xla", ring),
-        "chunked, mask": package("chunked", ring),
-        "cudnn, mask": package("cudnn", ring),
-        "cudnn, gathered": _runtime(ring, gathered),
-        "cudnn, merged": _runtime(ring, functools.partial(merged, own=k)),
-        "cudnn, paged": _runtime(ring, paged),
+        "blockwise": with_row("blockwise", ring),
+        "cudnn": with_row("cudnn", ring),
+        "cudnn, mask": masked(ring),
       },
-    ),
-    (
-      # a ring in which nothing is visible: what does the kernel make of length 0?
-      case("empty ring", np.broadcast_to(np.arange(n) >= n - k, (k, n))),
-      {"cudnn, merged": _runtime(np.arange(n)[None] >= n - k, functools.partial(merged, own=k))},
     ),
     (
       case("ring of four levels", ring, batch=4),
       {
-        "chunked, mask": package("chunked", ring),
-        "cudnn, mask": package("cudnn", ring),
-        "cudnn, gathered": _runtime(ring, gathered),
-        "cudnn, gathered under vmap": _runtime(ring, _vmapped(gathered)),
-        "cudnn, paged": _runtime(ring, paged),
+        "blockwise, vmap": under_vmap("blockwise", ring),
+        "cudnn, vmap": under_vmap("cudnn", ring),
+        "cudnn, mask": masked(ring),
       },
     ),
     (
       case("text", text, gradient=True, key_tokens=sizes.text[0]),
-      {"xla": _text, "cudnn": fused},
+      {"xla": _text("xla"), "blockwise": _text("blockwise"), "cudnn": _text("cudnn")},
     ),
     (
       case("clip", everything),
-      {"chunked": package("chunked", everything), "cudnn": fused},
+      {"blockwise": blocks(everything), "cudnn": fused(everything)},
     ),
     (
       case("clip, gradient", everything, gradient=True),
-      {"chunked": package("chunked", everything), "cudnn": fused},
+      {"blockwise": blocks(everything), "cudnn": fused(everything)},
     ),
     (
       case("block-causal, gradient", causal, gradient=True),
-      {
-        "chunked, mask": package("chunked", causal),
-        "cudnn, mask": package("cudnn", causal),
-        "cudnn, slices": lambda q, k, v: by_runs(q, k, v, causal, fused),
-      },
+      {"blockwise": blocks(causal), "cudnn": fused(causal), "cudnn, mask": masked(causal)},
     ),
     (
       case("exit step, gradient", exit_step, gradient=True),
       {
-        "chunked, mask": package("chunked", exit_step),
-        "cudnn, mask": package("cudnn", exit_step),
-        "cudnn, slices": lambda q, k, v: by_runs(q, k, v, exit_step, fused),
+        "blockwise": blocks(exit_step),
+        "cudnn": fused(exit_step),
+        "cudnn, mask": masked(exit_step),
       },
     ),
     (
       case("clip of the teacher", everything, heads=sizes.teacher["num_heads"]),
-      {"chunked": package("chunked", everything), "cudnn": fused},
+      {"blockwise": blocks(everything), "cudnn": fused(everything)},
     ),
   ]
   return [program for c, forms in cases for program in _of_case(c, forms)]
 
 
-def _text(q, k, v) -> jax.Array:
-  return attention.attend_text(q, k[:, 0], v[:, 0])
-
-
-def _vmapped(form: Callable) -> Callable:
-  """The form with each example of the batch under vmap."""
-  call = jax.vmap(lambda q, k, v, row: form(q[None], k[None], v[None], row[None])[0])
-  return call
+def _text(name: str) -> Form:
+  return lambda q, k, v: attend_text(q, k[:, 0], v[:, 0], name)
 
 
 def _of_case(c: Case, forms: dict[str, Form]) -> list[Program]:
@@ -280,10 +204,7 @@ def _of_case(c: Case, forms: dict[str, Form]) -> list[Program]:
     pairs = zip(names, exact.get("result", ()), result, strict=False)
     return {f"{name}_error": float(_distance(want, got)) for name, want, got in pairs}
 
-  if c.key_tokens:
-    exactly = _text
-  else:
-    exactly = lambda q, k, v: attention.attend(q, k, v, jnp.asarray(c.mask), "chunked")
+  exactly = _text("blockwise") if c.key_tokens else package("blockwise", c.mask)
 
   def float32(q, k, v):
     with jax.default_matmul_precision("highest"):

@@ -90,8 +90,8 @@ def programs(sizes: Sizes) -> list[Program]:
     ]
 
   return [
-    *of("block, no mask", block, k, n, (sizes.kernel, "chunked", "xla")),
-    *of("block, ring", ring_block, k, n, (sizes.kernel, "chunked")),
-    *of("context and block, ring", pair, 2 * k, n, (sizes.kernel, "chunked")),
-    *of("clip", clip, n, n, (sizes.kernel, "chunked")),
+    *of("block, no mask", block, k, n, (sizes.kernel, "blockwise", "xla")),
+    *of("block, ring", ring_block, k, n, (sizes.kernel, "blockwise")),
+    *of("context and block, ring", pair, 2 * k, n, (sizes.kernel, "blockwise")),
+    *of("clip", clip, n, n, (sizes.kernel, "blockwise")),
   ]

@@ -57,7 +57,7 @@ def programs(sizes: Sizes) -> list[Program]:
       frames=pixel_frames,
       repeats=2,
     )
-    for name, attention in [*((name, sizes.kernel) for name in ROWS), ("HiAR", "chunked")]
+    for name, attention in [*((name, sizes.kernel) for name in ROWS), ("HiAR", "blockwise")]
   ]
   ticked = [
     Program(
@@ -67,6 +67,6 @@ def programs(sizes: Sizes) -> list[Program]:
       shared,
       frames=4 * sizes.block,
     )
-    for attention in ("chunked", sizes.kernel)
+    for attention in ("blockwise", sizes.kernel)
   ]
   return made + ticked

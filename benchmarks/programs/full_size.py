@@ -1,11 +1,10 @@
-"""A run of an experiment at its own size, of shapes alone: no weights, no files."""
+"""The experiments at their own size, of shapes alone: no weights, no files."""
 
 import copy
 import dataclasses
 import functools
 import importlib
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +15,13 @@ from hiar_jax.components.wan_autoencoder import WanAutoencoder, WanCodecConfig
 from hiar_jax.components.word_table import WordTable
 from hiar_jax.config.building import build
 from hiar_jax.data import shapes_world
-from hiar_jax.models import dit, taehv, vae
-from hiar_jax.packing.codebook import Codebook
+from hiar_jax.models import taehv, vae
+from hiar_jax.planning.abstract_run import AbstractRun, ZeroTexts, shape
 from hiar_jax.training import samples
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.run import Run
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments"
 VARIANTS = {"shapes": ("main", "full", "smoke")}
-
-shape = jax.ShapeDtypeStruct
 
 
 @functools.cache
@@ -95,21 +91,6 @@ class WanShapes(WanAutoencoder):
     return module, dataclasses.replace(config, dtype=dtype), module.abstract_params(config)
 
 
-@dataclasses.dataclass(frozen=True)
-class ZeroTexts:
-  """Zeros for the texts of prompts, without an encoder."""
-
-  config: Any
-  negative_prompt = ""
-
-  def tokens(self, prompts) -> np.ndarray:
-    c = self.config
-    return np.zeros((len(prompts), c.length, c.dim), jnp.dtype(c.dtype))
-
-  def embed(self, tokens) -> jax.Array:
-    return tokens.astype(jnp.float32)
-
-
 def unfitted(codec) -> PatchPCA:
   """The codec of a small world, fitted on nothing."""
   numbers, zeros = 3 * codec.patch**2, functools.partial(np.zeros, dtype=np.float32)
@@ -117,8 +98,8 @@ def unfitted(codec) -> PatchPCA:
   return PatchPCA(zeros(numbers), basis, zeros(codec.channels), patch=codec.patch)
 
 
-class FullSize(Run):
-  """The run, and the shapes of what its programs take."""
+class FullSize(AbstractRun):
+  """The run, with the small worlds' own codecs and encoders."""
 
   @functools.cached_property
   def text_encoder(self) -> ZeroTexts | WordTable:
@@ -132,56 +113,11 @@ class FullSize(Run):
     codec = self.experiment.codec
     return WanShapes(codec) if is_wan(self.experiment) else unfitted(codec)
 
-  @functools.cached_property
-  def codebook(self) -> Codebook | None:
-    config, channels = self.experiment.framepack, self.experiment.codec.channels
-    if config is None or not config.parsed.discretised:
-      return None
-    numbers = config.codebook.centroids, config.codebook.unit**2 * channels
-    return Codebook(np.zeros(numbers, np.float32), config.codebook.unit)
-
-  def batch(self, size: int, *keys: str) -> dict:
-    """A batch as a step takes it: text, example_id, start where it is read, and these keys."""
-    e = self.experiment
-    found = {"text": self.prompts(size), "example_id": integers(size)}
-    if e.dit.place_embedding:
-      found["start"] = integers(size)
-    if "video" in keys:
-      found["latents"] = self.latents(size, e.latent.frames)
-    if "trajectory" in keys:
-      points = len(self.point_sigmas)
-      found["trajectory"] = shape((size, points, *e.latent.clip), np.float32)
-    return found
-
-  def prompts(self, size: int) -> jax.ShapeDtypeStruct:
-    """Texts, as the network reads them."""
-    text = self.experiment.text
-    return shape((size, text.length, text.dim), np.float32)
-
-  def latents(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
-    return shape((size, *self.experiment.latent.block(frames)), np.float32)
-
   def pixels(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
     data = self.experiment.data
     return shape((size, frames, data.height, data.width, 3), np.uint8)
 
   @property
-  def train_frames(self) -> int:
-    """Latent frames of a clip."""
-    return self.experiment.latent.frames
-
-  @property
   def long_frames(self) -> int:
     """Latent frames of the sample stage's videos."""
     return self.experiment.codec.latent_frames(samples.long_frames(self))
-
-
-def integers(*sizes: int) -> jax.ShapeDtypeStruct:
-  return shape(sizes, np.int32)
-
-
-@functools.cache
-def network(config: dit.DiTConfig, dtype: str = "float32"):
-  """Shapes of a DiT's weights."""
-  shapes = jax.eval_shape(config.init, jax.random.key(0))
-  return jax.tree.map(lambda leaf: shape(leaf.shape, dtype), shapes)

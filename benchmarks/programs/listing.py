@@ -13,11 +13,8 @@ import numpy as np
 from benchmarks.programs.full_size import (
   FullSize,
   WanShapes,
-  integers,
   is_wan,
-  network,
   only,
-  shape,
   without_places,
 )
 from hiar_jax.components import patch_pca
@@ -25,11 +22,11 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import umt5, vae_tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.planning import stage_steps
+from hiar_jax.planning.abstract_run import integers, shape, weights_of
+from hiar_jax.planning.stage_steps import StageStep
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
-from hiar_jax.training import causal_init, distill, framepack, teacher
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.stages import with_packed_past
-from hiar_jax.training.state import create_state
 
 PREVIEWED = 8  # clips of the log
 GIVEN = 6  # latent frames that a continuation starts from: two blocks
@@ -82,6 +79,11 @@ def programs(e: Experiment) -> Iterator[tuple[str, str, Callable[[], Lowered]]]:
 SIZES = ("data", "codec", "text", "model")
 STUDENT = (*SIZES, "seed", "student", "history", "framepack")
 DISTILL = (*STUDENT, "teacher_model", "trajectories", "distill")
+TEACHER = (*SIZES, "seed", "teacher")
+INIT = (*STUDENT, "trajectories", "causal_init")
+PACK = (*SIZES, "seed", "framepack")
+# the groups that the teacher's sampler reads
+WALK = (*TEACHER, "student", "trajectories")
 
 # The conditions under which they exist.
 trains_teacher = lambda e: not e.weights.base
@@ -98,47 +100,48 @@ has_no_sink = lambda e: takes_sink(e) and e.history.sink == 0
 # ----------------------------------------------------------------------------------------- training
 
 
-def step(made: Callable, *arguments) -> Lowered:
-  """A training step on one device."""
-  return jax.jit(made).lower(*arguments)
+def start(make: Callable[[FullSize], StageStep]) -> Callable[[FullSize], Lowered]:
+  """Lowers the function that training/loop.py jits for the first state."""
+
+  def lower(run: FullSize) -> Lowered:
+    step = make(run)
+    return jax.jit(step.create).lower(*step.starts)
+
+  return lower
 
 
-def negative(run: FullSize) -> jax.ShapeDtypeStruct:
-  """The text of the negative prompt."""
-  return shape((1, run.experiment.text.length, run.experiment.text.dim), np.float32)
+def step(make: Callable[[FullSize], StageStep]) -> Callable[[FullSize], Lowered]:
+  """Lowers a training step on one device."""
+
+  def lower(run: FullSize) -> Lowered:
+    step = make(run)
+    return jax.jit(step.make_step()).lower(step.state, step.batch, step.frozen)
+
+  return lower
 
 
 def stage_key(e: Experiment, stage: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(e.seed), stage)
 
 
-def start_teacher(e: Experiment) -> Callable:
-  """The function that training/stages.py jits."""
-  key_init, key_train = jax.random.split(stage_key(e, 1))
-  return lambda: create_state(key_train, e.dit.init(key_init), e.teacher.optimizer(e.dit))
-
-
-@program("teacher/start", *SIZES, "seed", "teacher", exists=trains_teacher)
-def teacher_start(run):
-  return jax.jit(start_teacher(run.experiment)).lower()
-
-
-@program("teacher/step", *SIZES, "seed", "teacher", exists=trains_teacher)
-def teacher_step(run):
-  e = run.experiment
-  state = jax.eval_shape(start_teacher(e))
-  made = teacher.make_step(e.teacher, e.dit, e.teacher.optimizer(e.dit))
-  return step(made, state, run.batch(e.teacher.batch, "video"), negative(run))
-
-
-# The groups that the teacher's sampler reads.
-WALK = (*SIZES, "seed", "student", "teacher", "trajectories")
+for name, make, reads, exists in (
+  ("teacher/start", start(stage_steps.teacher_step), TEACHER, trains_teacher),
+  ("teacher/step", step(stage_steps.teacher_step), TEACHER, trains_teacher),
+  ("causal_init/start", start(stage_steps.causal_init_step), INIT, trains_init),
+  ("causal_init/step", step(stage_steps.causal_init_step), INIT, trains_init),
+  ("distill/start", start(stage_steps.critic_step), DISTILL, distills),
+  ("distill/critic_step", step(stage_steps.critic_step), DISTILL, distills),
+  ("distill/generator_step", step(stage_steps.generator_step), DISTILL, distills),
+  ("framepack/start", start(stage_steps.framepack_step), PACK, packs),
+  ("framepack/step", step(stage_steps.framepack_step), PACK, packs),
+):
+  program(name, *reads, exists=exists)(make)
 
 
 @program("teacher/preview", *WALK, exists=trains_teacher)
 def teacher_preview(run):
   walk = run.teacher_sampler(jax.random.key(run.experiment.seed))
-  weights = network(run.experiment.dit)
+  weights = weights_of(run.experiment.dit)
   return walk.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
 
 
@@ -146,103 +149,7 @@ def teacher_preview(run):
 def trajectories_walk(run):
   e, size = run.experiment, run.experiment.trajectories.batch
   walk = run.teacher_sampler(stage_key(e, 2))
-  return walk.lower(network(e.dit), run.prompts(size), integers(size), integers(size))
-
-
-def start_init(e: Experiment) -> Callable:
-  """The function that training/stages.py jits, of the weights it starts from."""
-  key = stage_key(e, 4)
-  optimizer = e.causal_init.optimizer(e.dit)
-  return lambda weights: create_state(key, with_packed_past(e, weights), optimizer)
-
-
-@program("causal_init/start", *SIZES, "seed", "history", "causal_init", exists=trains_init)
-def causal_init_start(run):
-  e = run.experiment
-  return jax.jit(start_init(e)).lower(network(e.dit))
-
-
-@program("causal_init/step", *STUDENT, "trajectories", "causal_init", exists=trains_init)
-def causal_init_step(run):
-  e, config = run.experiment, run.experiment.causal_init
-  made = causal_init.make_step(
-    config, e.student_dit, e.history, run.point_sigmas, config.optimizer(e.student_dit)
-  )
-  state = jax.eval_shape(start_init(e), network(e.dit))
-  return step(made, state, run.batch(config.batch, "trajectory"))
-
-
-def distilled(run: FullSize) -> tuple:
-  """What both steps of distillation are made of, as in training/stages.py."""
-  e = run.experiment
-  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
-  return e.distill, networks, run.method, e.latent
-
-
-def start_distill(e: Experiment) -> Callable:
-  """The function that training/stages.py jits, of the student's weights and the critic's."""
-  generator = e.distill.generator_optimizer(e.dit)
-  key, rules = stage_key(e, 5), (generator, e.distill.critic_optimizer(e.dit))
-  return lambda weights, base: create_state(key, weights, rules[0], base, rules[1])
-
-
-@program("distill/start", *SIZES, "seed", "history", "distill", exists=distills)
-def distill_start(run):
-  e = run.experiment
-  return jax.jit(start_distill(e)).lower(network(e.stored_student), network(e.dit))
-
-
-def distill_state(e: Experiment):
-  return jax.eval_shape(start_distill(e), network(e.stored_student), network(e.dit))
-
-
-@program("distill/critic_step", *DISTILL, exists=distills)
-def critic_step(run):
-  e, config = run.experiment, run.experiment.distill
-  made = distill.make_critic_step(*distilled(run), config.critic_optimizer(e.dit))
-  return step(made, distill_state(e), run.batch(config.batch))
-
-
-@program("distill/generator_step", *DISTILL, exists=distills)
-def generator_step(run):
-  e, config = run.experiment, run.experiment.distill
-  points = jnp.asarray(run.point_sigmas)
-  made = distill.make_generator_step(
-    *distilled(run), config.generator_optimizer(e.student_dit), point_sigmas=points
-  )
-  real = network(e.teacher_dit, e.teacher_dit.dtype if is_wan(e) else "float32")
-  batch = run.batch(config.batch)
-  if config.forward_kl.weight:
-    batch["trajectories"] = run.batch(config.batch, "trajectory")
-  return step(made, distill_state(e), batch, distill.Frozen(real, negative(run)))
-
-
-def start_framepack(e: Experiment) -> Callable:
-  """The function that training/stages.py jits, of the teacher's weights."""
-  key, packed = stage_key(e, 6), e.packed_dit
-  optimizer = e.framepack.optimizer(packed)
-  return lambda weights: create_state(key, packed.with_projections(weights), optimizer)
-
-
-@program("framepack/start", *SIZES, "seed", "framepack", exists=packs)
-def framepack_start(run):
-  e = run.experiment
-  return jax.jit(start_framepack(e)).lower(network(e.dit))
-
-
-@program("framepack/step", *SIZES, "seed", "framepack", exists=packs)
-def framepack_step(run):
-  e, config = run.experiment, run.experiment.framepack
-  state = jax.eval_shape(start_framepack(e), network(e.dit))
-  made = framepack.make_step(
-    config,
-    e.packed_dit,
-    config.optimizer(e.packed_dit),
-    e.latent.frames,
-    codebook=run.codebook,
-  )
-  frozen = framepack.Frozen(negative(run))
-  return step(made, state, run.batch(config.batch, "video"), frozen)
+  return walk.lower(weights_of(e.dit), run.prompts(size), integers(size), integers(size))
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -258,7 +165,7 @@ def from_start(run: FullSize, frames: int, size: int) -> Lowered:
   e = run.experiment
   start = [run.latents(size, e.given)] if e.given else []
   generate = run.sampler(frames - e.given)
-  return generate.lower(network(sampled(e)), run.prompts(size), integers(size), *start)
+  return generate.lower(weights_of(sampled(e)), run.prompts(size), integers(size), *start)
 
 
 @program("student/preview", *STUDENT, "sample")
@@ -273,7 +180,7 @@ def sample_generate(run):
 
 def weights_in_use(e: Experiment):
   """Of the small worlds those of a run; of Wan converted ones, in the dtype of the products."""
-  return network(sampled(e), e.model.dtype if is_wan(e) else "float32")
+  return weights_of(sampled(e), e.model.dtype if is_wan(e) else "float32")
 
 
 def generate(run: FullSize, given: int) -> Lowered:

@@ -7,12 +7,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from benchmarks.card import __main__ as card
 from benchmarks.card import attention, programs
 from benchmarks.card.sizes import SIZES
+from hiar_jax.attention import cudnn
 
 SMALL = SIZES["small"]
 
@@ -54,47 +54,29 @@ def test_a_donated_state_is_followed():
   assert last == [4.0]  # the first run and three timed ones
 
 
-def in_chunks(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None):
+def in_one(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None):
   """Stands for cuDNN's kernel, which runs on a card alone."""
   del query_seq_lengths
-  b, f, t, a, d = q.shape
-  q, k, v = (x.reshape(b, -1, a, d) for x in (q, k, v))
+  shape = q.shape
+  q, k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v))
   lengths = {"key_value_seq_lengths": key_value_seq_lengths}
-  out = jax.nn.dot_product_attention(q, k, v, implementation="xla", **lengths)
-  return out.reshape(b, f, t, a, d)
+  return jax.nn.dot_product_attention(q, k, v, implementation="xla", **lengths).reshape(shape)
 
 
 @pytest.mark.slow
 def test_forms_compute_what_their_case_says(monkeypatch):
   """By slices and by gathered frames, with another kernel: the float32 result within bfloat16's."""
-  monkeypatch.setattr(attention, "fused", in_chunks)
-  forms = attention.programs(SMALL)
-  wanted = [p.name for p in forms if p.name.endswith(("/cudnn, slices", "/cudnn, gathered"))]
-  exact = {f"{name.split('/')[0]}/float32" for name in wanted}
-  chosen = [p for p in forms if p.name in exact or p.name in wanted]
-  found = dict(programs.run(chosen, seconds=200))
+  monkeypatch.setattr(cudnn, "_fused", in_one)
+  forms = [p for p in attention.programs(SMALL) if "mask" not in p.name]
+  found = dict(programs.run(forms, seconds=400))
   errors = {
     (name, key): value
     for name, figures in found.items()
     for key, value in figures.items()
     if key.endswith("_error")
   }
-  assert sum(key == "value_error" for _, key in errors) == 4  # two by slices, two gathered
+  assert sum(key == "value_error" for _, key in errors) == len(forms) - 9  # the exact ones
   assert max(errors.values()) < 0.01, errors
-
-
-def test_runs_of_frames_are_unmasked_attention():
-  mask = np.array([[1, 0, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]], bool)
-  seen = []
-
-  def attend(q, k, v):
-    seen.append((q.shape[1], k[0, :, 0, 0, 0].tolist()))
-    return q
-
-  frames = jnp.arange(4.0).reshape(1, 4, 1, 1, 1)
-  out = attention.by_runs(frames[:, :3], frames, frames, mask, attend)
-  assert seen == [(2, [0, 2]), (1, [0, 1, 2, 3])]
-  assert out.shape[1] == 3
 
 
 def rehearse(tmp_path, *options):
@@ -128,7 +110,7 @@ def test_every_part_at_the_small_size(tmp_path):
   assert all("cudnn" in name for _, name in failed), failed
   assert set(failed.values()) == {"RuntimeError: cuDNN is not detected."}
   assert {part: len(done["programs"]) for part, done in report["parts"].items()} == {
-    "attention": 39,
+    "attention": 33,
     "network": 8,
     "rollouts": 6,
     "decoders": 6,
