@@ -93,7 +93,8 @@ def get_config() -> config_dict.ConfigDict:
         warmup=0,  # code
         b1=0.0,  # code
         ema_decay=0.99,  # code
-        ema_start=200,  # code
+        ema_start=40,  # code: critic step 200, that is 40 updates of the generator
+        ema_ramp=False,  # code
         critic_lr=3e-7,  # code; Self-Forcing 4e-7
         critic_updates=5,  # section 4.1: 5 : 1
         critic_warmup=0,
@@ -118,8 +119,8 @@ def get_config() -> config_dict.ConfigDict:
         batch=1,
       ),
       mesh=dict(
-        data=1,
-        fsdp=-1,  # code: FSDP over all devices
+        data=-1,
+        fsdp=8,  # code: hybrid_full, split within a node of 8 and replicated between nodes
         mapping="jit",
       ),
       log=dict(
@@ -152,8 +153,8 @@ DIT = dict(
   patch=(1, 2, 2),
   freq_dim=256,
   dtype="bfloat16",  # code: mixed precision; parameters that train are float32
-  remat="full",  # code: gradient checkpointing
-  attention="xla",  # or "cudnn" on a GPU
+  remat="attention",  # code: gradient checkpointing; what attention gives is kept, 3 GB a clip
+  attention="auto",  # code: flash attention; cuDNN's on a GPU, splash on a TPU
 )
 SIZE_1_3B = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)  # Wan2.1-T2V-1.3B
 SIZE_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)  # Wan2.1-T2V-14B

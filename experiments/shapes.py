@@ -200,7 +200,7 @@ def smoke(c):
   c.teacher.update(steps=20, batch=8)
   c.trajectories.update(count=16, batch=8, steps=8)
   c.causal_init.update(steps=10, batch=8)
-  c.distill.update(steps=10, batch=8)
+  c.distill.update(steps=10, batch=8, ema_start=0)
   c.sample.update(count=2, measure=4, batch=4)
   c.log.update(every=5, preview_every=10, checkpoint_every=5)
   return c

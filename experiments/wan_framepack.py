@@ -54,6 +54,7 @@ def get_config() -> config_dict.ConfigDict:
       caption_dropout=0.1,  # classifier-free guidance, as the base
     )
   )
+  c.mesh.update(data=1, fsdp=-1)  # weights over all devices, of one node or of one card
   c.sample.update(
     order="vanilla",
     steps=25,  # FramePack's published demo

@@ -49,7 +49,7 @@ CASES = {
   "--config.codec.channels=999": "codec.channels = 999: a patch of 8 x 8 pixels has 192 numbers",
   "--config.model.num_heads=3": "dim = 16 must split into num_heads = 3 heads of even width",
   "--config.model.patch=(1,4,4)": "cannot be cut into model.patch = (1, 4, 4)",
-  "--config.model.remat=some": "remat = 'some': expected one of none, dots, full",
+  "--config.model.remat=some": "remat = 'some': expected one of none, dots, attention, offload",
   "--config.model.num_layers=0": "num_layers = 0: expected at least 1",
   "--config.student.timesteps=(500,750)": "timesteps must fall",
   "--config.student.timesteps=(1000,700)": "trajectories.steps = 4: the teacher's levels must "

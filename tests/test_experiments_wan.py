@@ -46,7 +46,8 @@ RIVALS = {
     "distill.critic_lr",
   },
   "self_aligned_wan_1_3b": METHOD - {"history.order"}
-  | {f"distill.{x}" for x in ("forward_kl.weight", "critic_lr", "steps", "batch")},
+  | {f"distill.{x}" for x in ("forward_kl.weight", "critic_lr", "steps", "batch")}
+  | {"mesh.sequence"},  # its batch is half of the devices
 }
 
 

@@ -41,9 +41,10 @@ def get_config():
   c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
   c.trajectories.update(count=4, batch=2, steps=4)
   c.causal_init.update(steps=2, batch=2)
-  c.distill.update(steps=2, batch=2, critic_updates=1)
+  c.distill.update(steps=2, batch=2, critic_updates=1, ema_start=0)
   c.sample.update(count=2, length=2.0)
   c.log.update(every=1, checkpoint_every=1)
+  c.mesh.update(data=1, fsdp=-1)
   return c
 """
 PROMPTS = ["A cat walks on the grass", "一只狗在海滩上奔跑", "waves", "snow falls"]

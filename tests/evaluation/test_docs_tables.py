@@ -6,6 +6,7 @@ import pytest
 
 from hiar_jax.evaluation import report, rows
 from tests.helpers import tiny_run
+from tests.helpers.slow_cases import slow
 
 DOCS = tiny_run.ROOT / "docs"
 
@@ -79,10 +80,12 @@ def test_a_shorter_table_with_names_of_its_own(page, folder, names, shapes):
 @pytest.mark.parametrize(
   ("folder", "less", "row", "shown"),
   [
-    ("long", "Self-Forcing", "HiAR", {"error", "motion / data", "jumps"}),
-    ("long", "FramePack, vanilla", "FramePack, inverted, from a true frame", {"error", "jumps"}),
     ("screen", "19 frames, packed", "3 frames", {"same colour"}),
-    ("screen", "19 frames, packed", "21 frames, unpacked", {"same colour"}),
+    *slow(
+      ("screen", "19 frames, packed", "21 frames, unpacked", {"same colour"}),
+      ("long", "Self-Forcing", "HiAR", {"error", "motion / data", "jumps"}),
+      ("long", "FramePack, vanilla", "FramePack, inverted, from a true frame", {"error", "jumps"}),
+    ),
   ],
 )
 def test_differences_in_a_page_s_sentences(folder, less, row, shown):
