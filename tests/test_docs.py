@@ -35,7 +35,7 @@ def get_config():
     model.update(dtype="float32", remat="none")
   c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
   c.trajectories.update(count=2, batch=2, steps=4)
-  c.causal_init.update(steps=1, batch=2)
+  c.causal_init.update(steps=1, batch=2, ema_start=0)
   c.distill.update(steps=1, batch=2, ema_start=0)
   c.mesh.update(data=1, fsdp=-1)
   c.sample.update(count=1, length=1.0)

@@ -40,7 +40,7 @@ def get_config():
     model.update(freq_dim=16, dtype="float32", remat="none")
   c.text.dim, c.text.length, c.text.dtype = 16, 64, "float32"
   c.trajectories.update(count=4, batch=2, steps=4)
-  c.causal_init.update(steps=2, batch=2)
+  c.causal_init.update(steps=2, batch=2, ema_start=0)
   c.distill.update(steps=2, batch=2, critic_updates=1, ema_start=0)
   c.sample.update(count=2, length=2.0)
   c.log.update(every=1, checkpoint_every=1)
