@@ -102,6 +102,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, jax.P())
 
 
+def everywhere(x, mesh: Mesh):
+  """Returns an array that this process can read whole; all processes call this together where it
+  lies on the devices of several.
+  """
+  if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+    return x
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))(x)
+
+
 def put_batch(batch: Batch, mesh: Mesh) -> Batch:
   """Makes global arrays [b ...], split over all devices, from this process's rows of a batch."""
   sharding = leaf_sharding("batch/rows", mesh)

@@ -34,7 +34,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
-from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
+from hiar_jax.parallel.mesh import MeshConfig, check_batch, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
 from hiar_jax.training.experiment import Experiment
@@ -194,7 +194,7 @@ class Run:
 
   def pixels(self, latents) -> np.ndarray:
     """Decodes latents [b f h w c] to uint8 [b F H W 3]."""
-    return np.concatenate(list(self.autoencoder.pieces(latents)), axis=1)
+    return np.concatenate(list(self.autoencoder.pieces(everywhere(latents, self.mesh))), axis=1)
 
   def sampler(
     self,

@@ -7,6 +7,7 @@ causal_init, distill or framepack. On several hosts every process calls every st
 makes the data, while the others wait, and writes what all have computed.
 """
 
+import contextlib
 import functools
 import json
 import sys
@@ -20,6 +21,7 @@ from hiar_jax.data import ode_pairs, pipeline
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
+from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training import (
@@ -161,9 +163,13 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
       return rows
     return jax.device_put(rows, leaf_sharding("batch/rows", run.mesh, shape=rows.shape))
 
+  # Several processes work on different rows, on the same weights: nothing may be pinned to a mesh
+  # of the devices of all.
+  several = jax.process_count() > 1
+  apart = jax.sharding.use_abstract_mesh(NO_MESH) if several else contextlib.nullcontext()
   missing = writer.missing_parts(jax.process_index(), jax.process_count())
   parts = -(-config.count // config.batch)
-  with Progress("trajectories", parts, initial=parts - len(missing)) as bar:
+  with apart, Progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
       # Row i takes the caption of clip i, over again where there are more trajectories than clips.
       # Its noise depends on i alone, so parts may be made in any order by any process.

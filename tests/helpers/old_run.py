@@ -155,6 +155,8 @@ def trained(place: pathlib.Path) -> dict[str, Any]:
   assert {f"ema/{name}" for name in inferred} == average.keys()
   assert all((average[f"ema/{name}"] == leaf).all() for name, leaf in inferred.items())
   lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+  for line in lines:
+    line.get("scalars", {}).pop("generator_dmd_not_finite", None)  # logged since 2026-11
   return {
     # The optimizers' states, as they were before, have had their effect on the weights.
     **{name: leaf for name, leaf in state.items() if "opt_state" not in name},
