@@ -14,6 +14,7 @@ def chain(tmp_path_factory):
   return tiny_run.chain(tmp_path_factory.getbasetemp())
 
 
+@pytest.mark.slow
 def test_a_table_is_made_from_files(chain, tmp_path):
   for each in table():
     rows.write(tmp_path / "rows", each)

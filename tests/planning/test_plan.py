@@ -173,6 +173,7 @@ def test_a_row_is_made_once(row, cache, monkeypatch):
   assert plan.find(distilled(), "causal_init", another, cache, compile=False) is None
 
 
+@pytest.mark.slow
 def test_a_program_too_large_is_a_row(row, cache, tmp_path, monkeypatch):
   small = dataclasses.replace(here(), chip=dataclasses.replace(here().chip, memory=1000))
   found = plan.find(distilled(), "causal_init", small, tmp_path)
