@@ -72,7 +72,7 @@ def self_rollout_without_gradient(
   if method.order == "block_first":
     return join_blocks(block_first.sweep(bound, noise, past, blocks, exit_level)[3])
   noisy = _descend(bound, noise, past, blocks, exit_level)
-  return join_blocks(step_first.sweep(bound, noise, past, noisy, exit_level)[2])
+  return join_blocks(step_first.sweep(bound, noise, past, noisy, exit_level)[3])
 
 
 def _until_exit(frozen: Bound, noise, method: Method, shape: LatentShape, exit_level):
@@ -105,7 +105,7 @@ def _descend(bound: Bound, noise: Noise, past: ClipPast, blocks: int, exit_level
   """Takes all blocks from noise to `exit_level`, level by level: [n b k h w c]."""
 
   def next_level(level, xs):
-    return step_first.sweep(bound, noise, past, xs, level)[0]
+    return step_first.sweep(bound, noise, past, xs, level)[1]
 
   # a loop of unknown length has no backward pass, and needs none
   return jax.lax.fori_loop(0, exit_level, next_level, step_first.initial_noise(noise, blocks))

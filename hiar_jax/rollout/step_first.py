@@ -31,40 +31,13 @@ def sweep(
   *,
   first: int = 0,
   fused: bool = True,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+):
   """Takes all blocks xs [n b k h w c] from `level` to the next.
 
   first: index of the first block (blocks before it are in `past`). fused: N forwards, all but one
-  over two blocks, instead of 2 N over one. Returns (xs at the next level, context latents, x0
-  predictions), each [n b k h w c].
+  over two blocks, instead of 2 N over one. Returns (the past, xs at the next level, context
+  latents, x0 predictions), all but the first [n b k h w c]; fused, the past lacks the last block.
   """
-  return _sweep(bound, noise, past, xs, level, first=first, fused=fused)[1]
-
-
-def show(bound: Bound, noise: Noise, past: ClipPast, xs: jax.Array, level):
-  """Returns (contexts [n b k h w c], the past that holds them) of the first blocks of a clip, xs,
-  from `level`: what the block after them sees.
-  """
-  past, (_, contexts, _) = _sweep(bound, noise, past, xs, level)
-  if past.method.context.free:  # written already
-    return contexts, past
-  step = Step(past.method, level, len(xs) - 1)
-  return contexts, write_context(
-    bound, past, Frames(contexts[-1], step.context_sigma, step.positions)
-  )
-
-
-def _sweep(
-  bound: Bound,
-  noise: Noise,
-  past: Ring | ClipPast,
-  xs: jax.Array,
-  level,
-  *,
-  first: int = 0,
-  fused: bool = True,
-):
-  """Returns (the past after a sweep, its results)."""
   method = past.method
 
   def separate(past, inputs):
@@ -87,16 +60,31 @@ def _sweep(
     return (past, outputs[1]), outputs
 
   if method.context.free or not fused:
-    return past.over_blocks(separate, past, xs, first)
+    past, found = past.over_blocks(separate, past, xs, first)
+    return past, *found
 
   # the first block has no context to write, and nobody reads the context of the last
   step = Step(method, level, first)
   v, _ = denoise(bound, past, Frames(xs[0], step.sigma, step.positions))
   head = step.finish(xs[0], v, noise)
   if len(xs) == 1:
-    return past, jax.tree.map(lambda one: one[None], head)
+    return past, *(one[None] for one in head)
   (past, _), tail = past.over_blocks(together, (past, head[1]), xs[1:], first + 1)
-  return past, jax.tree.map(lambda one, others: jnp.concatenate([one[None], others]), head, tail)
+  pairs = zip(head, tail, strict=True)
+  return past, *(jnp.concatenate([one[None], others]) for one, others in pairs)
+
+
+def show(bound: Bound, noise: Noise, past: ClipPast, xs: jax.Array, level):
+  """Returns (contexts [n b k h w c], the past that holds them) of the first blocks of a clip, xs,
+  from `level`: what the block after them sees.
+  """
+  past, _, contexts, _ = sweep(bound, noise, past, xs, level)
+  if past.method.context.free:  # written already
+    return contexts, past
+  step = Step(past.method, level, len(xs) - 1)
+  return contexts, write_context(
+    bound, past, Frames(contexts[-1], step.context_sigma, step.positions)
+  )
 
 
 def initial_noise(noise: Noise, blocks: int, first: int = 0) -> jax.Array:
@@ -111,7 +99,7 @@ def generate(
   """Returns the clean latents [n b k h w c] of `blocks` blocks from block `first` on."""
 
   def next_level(xs, level):
-    return sweep(bound, noise, past, xs, level, first=first, fused=fused)[0], None
+    return sweep(bound, noise, past, xs, level, first=first, fused=fused)[1], None
 
   xs = initial_noise(noise, blocks, first)
   return jax.lax.scan(next_level, xs, jnp.arange(past.method.levels))[0]

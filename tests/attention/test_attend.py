@@ -1,7 +1,6 @@
 """Attention of frames by every kernel, against softmax written out in float64."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -104,11 +103,11 @@ def test_gradients_by_blocks(here, name):
 
   def gradients(implementation):
     loss = lambda q, k, v: jnp.sum(attend(q, k, v, views, implementation) * weight)
-    return quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(5 * Q, K, V)
+    return quick_jit(jax.grad(loss, argnums=(0, 1, 2)))(Q, K, V)
 
   for a, b in zip(gradients("blockwise"), gradients("xla"), strict=True):
     assert np.abs(b).max() > 0.1
-    np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "blockwise", "cudnn"])
@@ -167,16 +166,8 @@ def test_nothing_of_queries_times_keys_is_held(monkeypatch, implementation, with
     return attend(q, k, v, views, implementation).sum()
 
   shapes = arrays_of(jax.grad(loss, argnums=(0, 1, 2)), q, k, k)
-  queries = {n * t for n in (3, 4, 7) for t in (1, s["tokens"])}
-  keys = {n * t for n in (11, 13) for t in (1, s["tokens"])}
-  pairs = {shape for shape in shapes if set(shape) & queries and set(shape) & keys}
-  whole = {shape for shape in pairs if any(n > s["tokens"] for n in shape[-1:])}
-  products = {
-    shape
-    for shape in whole
-    for n, m in itertools.permutations(shape, 2)
-    if n in queries and m in keys and n * m >= 33 * 121
-  }
+  queries, keys = ({n * s["tokens"] for n in frames} for frames in ((3, 4, 7), (11, 13)))
+  products = [shape for shape in shapes if queries & {*shape} and keys & {*shape}]
   assert bool(products) == (implementation == "xla")
 
 
