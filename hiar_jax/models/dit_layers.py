@@ -235,10 +235,16 @@ def modulators(table: jax.Array, lengths: tuple[int, ...] = ()) -> list[jax.Arra
   parts = jnp.split(table.astype(jnp.float32), table.shape[-2], axis=-2)
   if not lengths:
     return parts
-  repeats, total = np.asarray(lengths), sum(lengths)
-  return [
-    jnp.repeat(part[:, None, :, 0], repeats, axis=2, total_repeat_length=total) for part in parts
-  ]
+
+  def spread(part: jax.Array) -> jax.Array:
+    # slices and broadcasts; as one gather XLA's GPU compiler folds an index for every token
+    rows = [
+      jnp.broadcast_to(part[:, i : i + 1], (part.shape[0], 1, n, part.shape[-1]))
+      for i, n in enumerate(lengths)
+    ]
+    return jnp.concatenate(rows, axis=2)
+
+  return [spread(part) for part in parts]
 
 
 def stacked(config: Any):

@@ -1,0 +1,125 @@
+"""What XLA's excess precision does to a network in bfloat16, on one device and on several:
+
+    python -m benchmarks.precision --config=experiments/shapes.py --devices=8
+
+By default XLA may leave out a rounding to 16 bits between two operations that it joins, and which
+ones it joins depends on shapes, hence on devices. `XLA_FLAGS=--xla_allow_excess_precision=false`
+keeps all. Both settings run in processes of their own, on one device and on several (virtual ones
+on a CPU), from the same weights and batch. Prints one JSON object, for each setting:
+
+    forward, update    bit_equal: the share of numbers that are the same on one and on several
+                       devices, of the student's velocities and of its weights after `updates`
+                       updates of causal init; apart: the RMS of the difference over the RMS of
+                       the numbers (of what the updates changed, for the weights)
+    update_s           median seconds of an update on one device, without compiling
+"""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+import jax
+import numpy as np
+
+from benchmarks import machine
+from benchmarks.train import batch_of, stage
+from hiar_jax.config import command_line as configs
+from hiar_jax.config.building import build
+from hiar_jax.config.workdir import to_json
+from hiar_jax.models.frames import bind, whole_clip
+from hiar_jax.parallel.mapping import map_step
+from hiar_jax.parallel.mesh import make_mesh, put_batch
+from hiar_jax.parallel.rules import tree_shardings
+from hiar_jax.training.experiment import Experiment
+from hiar_jax.types import Params
+
+
+def compute(e: Experiment, devices: int, updates: int) -> dict[str, np.ndarray]:
+  """Returns velocities, weights before and after the updates, and the seconds of each update."""
+  mesh = make_mesh(e.mesh, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    training, fresh, make_step = stage(e, "causal_init")
+    initial = lambda: fresh(e.dit.init(jax.random.key(0)))
+    shapes, rules = jax.eval_shape(initial), e.dit.sharding_rules
+    shardings = tree_shardings(shapes, mesh, rules, min_shard=e.mesh.min_shard)
+    state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
+    batch = put_batch(batch_of(e, training), mesh)
+
+    @jax.jit
+    def forward(params, batch):
+      bound = bind(e.student_dit, params, batch["text"], batch.get("start"))
+      return bound(whole_clip(batch["latents"], 0.7)).velocity[0]
+
+    found = {"forward": forward(state.params, batch), "before": _flat(state.params)}
+    step, times = map_step(make_step, shardings, mesh, e.mesh.mapping), []
+    for _ in range(updates + 1):
+      start = time.perf_counter()
+      state, _ = jax.block_until_ready(step(state, batch, None))
+      times.append(time.perf_counter() - start)
+    found |= {"update": _flat(state.params), "times": np.asarray(times[1:])}
+  return jax.device_get(found)
+
+
+def _flat(params: Params) -> np.ndarray:
+  return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(params))])
+
+
+def compared(one: dict[str, np.ndarray], several: dict[str, np.ndarray]) -> dict:
+  """Returns how far several devices are from one."""
+  found = {}
+  for name, scale in (("forward", one["forward"]), ("update", one["update"] - one["before"])):
+    difference = (one[name] - several[name]).astype(np.float64)
+    rms = lambda x: float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+    found[name] = {
+      "bit_equal": round(float(np.mean(difference == 0)), 4),
+      "apart": float(f"{rms(difference) / rms(scale):.3g}"),
+    }
+  return {**found, "update_s": round(float(statistics.median(one["times"])), 4)}
+
+
+def in_process(excess: bool, devices: int) -> dict[str, np.ndarray]:
+  """Returns what `compute` finds in a process of its own, with the flags of this one."""
+  said = os.environ.get("XLA_FLAGS", "")
+  said += f" --xla_allow_excess_precision={str(excess).lower()}"
+  if jax.default_backend() == "cpu":
+    said += f" --xla_force_host_platform_device_count={devices}"
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, "found.npz")
+    mine = [f"--devices={devices}", f"--write={path}"]
+    command = [sys.executable, "-m", "benchmarks.precision", *sys.argv[1:], *mine]
+    subprocess.run(command, env={**os.environ, "XLA_FLAGS": said.strip()}, check=True)
+    with np.load(path) as found:
+      return dict(found)
+
+
+def main() -> None:
+  """Compares both settings and prints the report, or computes under one."""
+  f = flags.FLAGS
+  e = build(Experiment, f.config)
+  if f.write:
+    np.savez(f.write, **compute(e, f.devices, f.updates))
+    return
+  found = {}
+  for excess in (True, False):
+    print(f"xla_allow_excess_precision={excess}", file=sys.stderr)
+    found[str(excess).lower()] = compared(*(in_process(excess, n) for n in (1, f.devices)))
+  report = {"benchmark": "precision", "config": to_json(f.config), "excess_precision": found}
+  print(
+    json.dumps({**report, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
+  )
+
+
+if __name__ == "__main__":
+  configs.define_config(
+    "the experiment whose network is run", Experiment, default="experiments/shapes.py"
+  )
+  flags.DEFINE_integer("devices", 8, "of the second process", 1)
+  flags.DEFINE_integer("updates", 5, "of causal init, behind the first", 1)
+  flags.DEFINE_string("write", "", "computes here and writes a file")
+  configs.run_flags(main)
