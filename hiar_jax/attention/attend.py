@@ -7,6 +7,7 @@
     auto        xla where logits are small, else the platform's kernel
 
 Softmax is float32 in all. All but `xla` take slices of the keys and hold nothing of queries x keys.
+On a mesh that splits the tokens of a frame (axis `ring`) `auto` and `blockwise` are attention.ring.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from absl import logging
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.attention import blockwise, cudnn, splash
+from hiar_jax.attention import blockwise, cudnn, ring, splash
 from hiar_jax.attention.softmax import softmax_attention
 from hiar_jax.attention.views import Views, dense_mask
 
@@ -44,6 +45,7 @@ KERNELS: dict[str, Callable] = {
   "chunked": _flat(blockwise.attend),  # the name of blockwise in configs of before 2026-12
 }
 IMPLEMENTATIONS = ("auto", "xla", *KERNELS)
+ON_RING = ("auto", "blockwise", "chunked")  # where tokens of a frame lie on several devices
 _PLATFORMS = {"cudnn": ("gpu", "cuda", "rocm"), "splash": ("tpu",)}
 
 
@@ -54,6 +56,10 @@ def attend(
 
   Returns q's shape. implementation: one of IMPLEMENTATIONS.
   """
+  if implementation in ON_RING and (mesh := ring.mesh_of(q)):
+    if implementation == "auto":
+      _say_once("ring", f"the tokens of a frame lie on {mesh.shape[ring.AXIS]} devices")
+    return ring.attend(q, k, v, views)
   if implementation == "auto":
     implementation = choose(q, k)
   if implementation == "xla":
@@ -82,6 +88,14 @@ def attend_text(
   No mask: padding is seen too, as Wan2.1 was trained. k, v [b g l a d] hold a text for each of g
   equal groups of the frames.
   """
+  if implementation in ON_RING and ring.mesh_of(q):
+    # each device's queries stay there; blocks, since the other kernels map themselves over devices
+    k, v = (x if x.ndim == 5 else x[:, None] for x in (k, v))
+    return ring.to_text(_to_text, q, k, v)
+  return _to_text(q, k, v, implementation)
+
+
+def _to_text(q, k, v, implementation: str = "blockwise") -> jax.Array:
   b, f, t, a, d = q.shape
   g = k.shape[1] if k.ndim == 5 else 1
   # groups become batch entries: [b*g 1 f*t/g a d] against [b*g 1 l a d]

@@ -37,7 +37,7 @@ class Dense(nn.Module):
 def _tokens_are_split() -> bool:
   """True where a frame lies on several devices: to merge it with others would be to gather it."""
   mesh = jax.sharding.get_abstract_mesh()
-  return not mesh.empty and mesh.shape.get("sequence", 1) > 1
+  return any(mesh.shape.get(axis, 1) > 1 for axis in ("sequence", "ring"))
 
 
 def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:

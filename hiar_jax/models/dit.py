@@ -236,11 +236,18 @@ class DiTConfig:
 
   def splits(self, height: int) -> Splits:
     heads, hidden, rows = self.num_heads, self.ffn_dim, height // self.patch[1]
-    return {
+    splits = {
       ("tensor",): (math.gcd(heads, hidden), f"{heads} heads and {hidden} hidden units"),
       ("sequence",): (math.gcd(heads, rows), f"{heads} heads and {rows} rows of tokens"),
       ("tensor", "sequence"): (heads, f"the {heads} heads"),
     }
+    if self.attention not in attend.ON_RING:
+      name = repr(self.attention)
+      what = f"the frames, which attention = {name} takes whole; use 'auto' or 'blockwise'"
+      splits[("ring",)] = 1, what
+    elif self.packing:
+      splits[("ring",)] = 1, "packed frames, whose tokens are of all sizes; use mesh.sequence"
+    return splits
 
   def packed(self, pools: tuple[int, ...], guided: bool = False) -> "DiTConfig":
     return dataclasses.replace(self, packing=pools, guided=guided)

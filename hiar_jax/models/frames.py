@@ -144,7 +144,10 @@ class Network(Protocol):
     """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
 
   def splits(self, height: int) -> Splits:
-    """Returns what the mesh axes `tensor` and `sequence` split; height: of the latents."""
+    """Returns what the mesh axes `tensor`, `sequence` and `ring` split; height: of the latents.
+
+    The tokens of a frame need no entry: `ring` x `sequence` divides them in any case.
+    """
 
   def packed(self, pools: tuple[int, ...], guided: bool = False) -> "Network":
     """Returns the network with an input projection for packed frames of each kernel, a `packed_kP`

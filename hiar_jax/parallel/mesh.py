@@ -1,10 +1,10 @@
 """The device mesh and the placement of batches on it.
 
 By default a step is one `jit` over a mesh: batches are split over `data` and `fsdp`, weights and
-optimizer state over `fsdp` (parallel.rules), and XLA inserts the communication. `tensor` and
-`sequence` split one example over several devices, so that there may be more devices than examples.
-`mapping="pmap"` replicates weights and state and averages gradients with `pmean`. All give the
-update that one device gives.
+optimizer state over `fsdp` (parallel.rules), and XLA inserts the communication. `tensor`,
+`sequence` and `ring` split one example over several devices, so that there may be more devices than
+examples. `mapping="pmap"` replicates weights and state and averages gradients with `pmean`. All
+give the update that one device gives.
 """
 
 from collections.abc import Mapping
@@ -32,15 +32,16 @@ class MeshConfig:
   """Devices along each axis and the mapping of steps, `jit` or `pmap`.
 
   data, fsdp: one of them may be -1, all devices that are left. tensor: splits heads and hidden
-  units; sequence: the tokens of a frame between attentions, heads inside. min_shard: arrays with
-  fewer elements are replicated, since gathering them costs more time than splitting them saves
-  memory.
+  units; sequence: the tokens of a frame between attentions, heads inside; ring: the tokens of a
+  frame, inside too (attention.ring). min_shard: arrays with fewer elements are replicated, since
+  gathering them costs more time than splitting them saves memory.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = dataclasses.field(default=1, metadata={"since": "2026-11"})
   sequence: int = dataclasses.field(default=1, metadata={"since": "2026-11"})
+  ring: int = dataclasses.field(default=1, metadata={"since": "2026-11"})
   mapping: str = "jit"
   min_shard: int = 2**20  # 4 MiB of float32, as in big_vision and openpi
 
@@ -51,15 +52,24 @@ class MeshConfig:
       raise UserError(
         f"mesh.fsdp = {self.fsdp}: pmap replicates the weights; use fsdp = 1 or mapping = 'jit'"
       )
-    at_least(1, tensor=self.tensor, sequence=self.sequence)
-    if self.mapping == "pmap" and self.tensor * self.sequence != 1:
+    at_least(1, tensor=self.tensor, sequence=self.sequence, ring=self.ring)
+    if self.mapping == "pmap" and self.within:
+      given = ", ".join(f"{name} = {size}" for name, size in self.within.items())
       raise UserError(
-        f"mesh.tensor = {self.tensor}, sequence = {self.sequence}: pmap gives each device whole "
-        "examples; use 1 and 1, or mapping = 'jit'"
+        f"mesh.{given}: pmap gives each device whole examples; use 1, or mapping = 'jit'"
       )
 
+  @property
+  def within(self) -> dict[str, int]:
+    """The axes that split one example, those that are there.
+
+    `ring` varies slowest: its exchange can hide behind arithmetic, those of the others cannot.
+    """
+    sizes = {name: getattr(self, name) for name in ("ring", "tensor", "sequence")}
+    return {name: size for name, size in sizes.items() if size > 1}
+
   def check(self, splits: Splits) -> None:
-    """Raises UserError where tensor or sequence do not divide what they split (Network.splits)."""
+    """Raises UserError where an axis does not divide what it splits (Network.splits)."""
     for axes, (whole, what) in splits.items():
       size = math.prod(getattr(self, axis) for axis in axes)
       if whole % size:
@@ -67,8 +77,8 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
-  """Returns a (data, fsdp) mesh over all devices, or the given ones; with axes tensor and sequence
-  behind these where they are larger than 1.
+  """Returns a (data, fsdp) mesh over all devices, or the given ones; with axes ring, tensor and
+  sequence behind these where they are larger than 1.
 
   Raises UserError where the sizes do not multiply to the number of devices.
   """
@@ -80,8 +90,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
       f"mesh data = {config.data}, fsdp = {config.fsdp}: expected sizes of at least 1, at most "
       "one of them -1"
     )
-  within = {name: getattr(config, name) for name in ("tensor", "sequence")}
-  within = {name: size for name, size in within.items() if size > 1}
+  within = config.within
   known = math.prod([size for size in sizes if size != -1]) * math.prod(within.values())
   sizes = [count // known if size == -1 else size for size in sizes] + list(within.values())
   if math.prod(sizes) != count:

@@ -25,6 +25,7 @@ AXES = {
   "level": "noise levels of a pipeline, each with its past and its latents in flight",
   "tensor": "heads and the hidden units of the MLP, of weights and caches",
   "sequence": "rows of a frame, in layers that work token by token, and heads in attention",
+  "ring": "tokens of a frame, in attention too, where K/V go round",
   "width": "columns of a frame, in the autoencoder",
 }
 Axis = str | tuple[str, ...] | None
@@ -37,11 +38,16 @@ RULES: Rules = (
   ("pipeline/*latents", ("level", None, None, "sequence")),
   ("pipeline/past/*", ("level",)),
   ("activations/examples", (("data", "fsdp"),)),  # [b ...]: text, levels, what goes in and out
-  ("activations/tokens", (("data", "fsdp"), None, "sequence")),  # [b f t dim], between layers
+  # [b f t dim], between layers. `ring` before `sequence`: so the tokens of a part of the ring are
+  # neighbours, and only devices along `sequence` exchange them for heads
+  ("activations/tokens", (("data", "fsdp"), None, ("ring", "sequence"))),
   # [b f t a d], in attention; [b a n d] in a kernel that is mapped by hand
-  ("activations/heads", (("data", "fsdp"), None, None, ("tensor", "sequence"))),
+  ("activations/heads", (("data", "fsdp"), None, "ring", ("tensor", "sequence"))),
   ("attention/heads", (("data", "fsdp"), ("tensor", "sequence"))),
   ("attention/tokens", (("data", "fsdp"), None, ("tensor", "sequence"))),  # [b n a d], in another
+  # on a ring: [b f t a d] that ask, [b g l a d] of a text
+  ("attention/queries", (("data", "fsdp"), None, ("ring", "sequence"), "tensor")),
+  ("attention/words", (("data", "fsdp"), None, None, "tensor")),
   ("decoder/video", (None, None, None, "width")),  # latents or pixels [b f h w c]
 )
 

@@ -50,7 +50,7 @@ class Layout:
       **unsplit,
       **splits,
     }.items():
-      size = math.prod(getattr(self, axis) for axis in axes)
+      size = math.prod(getattr(self, axis, 1) for axis in axes)  # a stream has no ring
       if whole % size:
         yield " x ".join(axes), size, whole, what
 

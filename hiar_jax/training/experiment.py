@@ -178,8 +178,8 @@ class Experiment:
   def __post_init__(self):
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
     kind(self.history)  # raises for an unknown past
-    for network in (self.dit, self.teacher_dit):
-      self.mesh.check(network.splits(self.latent.height))
+    for network in (self.dit, self.teacher_dit, self.stored_student):
+      self._check_splits(network)
     self._check_sizes()
     if self.distill.forward_kl.steps > len(self.student.timesteps):
       raise UserError(
@@ -198,6 +198,12 @@ class Experiment:
     self._check_data()
     if self.teacher_model and not self.weights.teacher:
       raise UserError("teacher_model is given, but no weights.teacher of that size")
+
+  def _check_splits(self, network: Network) -> None:
+    """Raises UserError where the mesh does not divide what it splits of a network."""
+    tokens = network.tokens(self.latent.height, self.latent.width)
+    whole = {("ring", "sequence"): (tokens, f"the {tokens} tokens of a frame")}
+    self.mesh.check({**network.splits(self.latent.height), **whole})
 
   def _check_sizes(self) -> None:
     """Raises UserError where clips are not whole blocks, or frames not whole patches."""
@@ -249,7 +255,7 @@ class Experiment:
 
   def _check_sections(self, framepack: FramePackConfig) -> None:
     """Raises UserError where clips are not whole sections, or sections not blocks."""
-    self.packed_dit  # noqa: B018  # raises for a network without packed frames
+    self._check_splits(self.packed_dit)  # raises for a network without packed frames too
     framepack.sections(self.latent.frames)
     if framepack.parsed.discretised:
       framepack.codebook.check(self.latent.height, self.latent.width)

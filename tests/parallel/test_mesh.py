@@ -1,5 +1,7 @@
 """Which array lies where, on eight virtual devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -38,6 +40,9 @@ def test_mesh_takes_all_devices(config, devices, shape):
     ({"tensor": 3}, "mesh data = -1, fsdp = 1, tensor = 3 does not fit 8 devices"),
     ({"tensor": 0}, "tensor = 0"),
     ({"sequence": 2, "mapping": "pmap"}, "sequence = 2: pmap gives each device whole examples"),
+    ({"ring": 4, "mapping": "pmap"}, "mesh.ring = 4: pmap gives each device whole examples"),
+    ({"ring": 3}, "mesh data = -1, fsdp = 1, ring = 3 does not fit 8 devices"),
+    ({"ring": 0}, "ring = 0"),
     ({"mapping": "vmap"}, "mesh.mapping = 'vmap': expected one of jit, pmap"),
     ({"mapping": "pmap", "fsdp": 2}, "mesh.fsdp = 2: pmap replicates the weights"),
   ],
@@ -79,6 +84,8 @@ def test_an_example_on_several_devices():
   config = MeshConfig(data=-1, fsdp=2, tensor=1, sequence=2)
   mesh = make_mesh(config)
   assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 2}
+  ring = make_mesh(dataclasses.replace(config, data=1, ring=2))
+  assert list(ring.shape.items()) == [("data", 1), ("fsdp", 2), ("ring", 2), ("sequence", 2)]
   batch = put_batch({"x": np.arange(8)}, mesh)
   assert sorted({shard.data.shape for shard in batch["x"].addressable_shards}) == [(2,)]
   check_batch(4, 1, mesh, "distill")

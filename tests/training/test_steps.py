@@ -54,6 +54,7 @@ PLACES = {
   "4 x 2": (MeshConfig(data=4, fsdp=2, min_shard=64), 8, 1),
   "2 x 2, a clip on 2": (MeshConfig(data=2, fsdp=2, sequence=2, min_shard=64), 8, 1),
   "4, a clip on 2": (MeshConfig(data=1, fsdp=4, tensor=2, min_shard=64), 8, 1),
+  "2 x 2, a ring of 2": (MeshConfig(data=2, fsdp=2, ring=2, min_shard=64), 8, 1),
   "2 x 2, two parts": (MeshConfig(data=2, fsdp=2, min_shard=64), 4, 2),
   "two parts": (MeshConfig(data=1), 1, 2),
   "pmap over 8": (MeshConfig(mapping="pmap"), 8, 1),
@@ -63,7 +64,7 @@ PLACES = {
 KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
 QUICK = {
   "teacher": ("pmap over 2, two parts",),
-  "causal init, noisy": ("4 x 2",),
+  "causal init, noisy": ("4 x 2", "2 x 2, a ring of 2"),
   "critic": ("2 x 2, two parts",),
   "generator": ("2 x 2, a clip on 2",),
 }
