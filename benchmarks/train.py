@@ -31,9 +31,10 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.parallel.mapping import map_step
-from hiar_jax.parallel.mesh import make_mesh, put_batch
+from hiar_jax.parallel.mesh import put_batch
 from hiar_jax.parallel.rules import tree_shardings
 from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import TrainConfig, TrainState, create_state
 from hiar_jax.types import Batch, Params, PyTree
@@ -101,7 +102,7 @@ def frozen_of(e: Experiment, name: str):
 
 def measure(e: Experiment, name: str, updates: int) -> dict:
   """Times `updates` updates of a stage after its first."""
-  mesh = make_mesh(e.mesh)
+  mesh = open_mesh(e)
   with jax.set_mesh(mesh):
     training, fresh, make_step = stage(e, name)
     initial = lambda: fresh(e.dit.init(jax.random.key(0)))

@@ -27,6 +27,7 @@ from hiar_jax.planning.compiled import Row
 from hiar_jax.planning.programs import PROGRAMS, Entry
 from hiar_jax.planning.targets import Target
 from hiar_jax.streaming.abstract_tick import TICK
+from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 
 ENTRIES: dict[str, Entry] = {**PROGRAMS, "tick": TICK}
@@ -61,7 +62,8 @@ def find(
 ) -> Row | None:
   """Returns the row of a program, kept or made; None where it is not kept and not to be made."""
   entry = ENTRIES[name]
-  mesh = make_mesh(e.mesh if entry.trains else MeshConfig(), list(target.devices))
+  devices = list(target.devices)
+  mesh = open_mesh(e, devices, target.memory) if entry.trains else make_mesh(MeshConfig(), devices)
   found = compiled.lower(entry.make(AbstractRun(e, pathlib.Path(), mesh)), target)
   row = compiled.kept(cache, name, found)
   if row is None and compile:

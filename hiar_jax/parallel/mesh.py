@@ -31,10 +31,11 @@ Splits = Mapping[tuple[str, ...], tuple[int, str]]
 class MeshConfig:
   """Devices along each axis and the mapping of steps, `jit` or `pmap`.
 
-  data, fsdp: one of them may be -1, all devices that are left. tensor: splits heads and hidden
-  units; sequence: the tokens of a frame between attentions, heads inside; ring: the tokens of a
-  frame, inside too (attention.ring). min_shard: arrays with fewer elements are replicated, since
-  gathering them costs more time than splitting them saves memory.
+  data, fsdp: one of them may be -1, all devices that are left; both: as the state of a run needs it
+  (training.device_mesh). tensor: splits heads and hidden units; sequence: the tokens of a frame
+  between attentions, heads inside; ring: the tokens of a frame, inside too (attention.ring).
+  min_shard: arrays with fewer elements are replicated, since gathering them costs more time than
+  splitting them saves memory.
   """
 
   data: int = -1

@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from hiar_jax.errors import UserError
-from hiar_jax.planning import chips
+from hiar_jax.planning import chips, device_memory
 from hiar_jax.planning.chips import CHIPS, Chip
 
 HERE = "here"
@@ -42,10 +42,8 @@ class Target:
   @property
   def memory(self) -> int | None:
     """The bytes that a program may use on one device; None where nobody says."""
-    if self.name == HERE:
-      stated = self.devices[0].memory_stats() or {}
-      if "bytes_limit" in stated:
-        return stated["bytes_limit"]
+    if self.name == HERE and (counted := device_memory.counted(self.devices[0])):
+      return counted
     return self.chip and self.chip.memory
 
 

@@ -37,14 +37,14 @@ from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
+from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
 from hiar_jax.types import Batch
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
 FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
-# The groups that the stages from data to causal_init depend on: stages_from takes the results of
-# another workdir, so these must agree.
+# The groups that the stages from data to causal_init depend on: those of stages_from must agree.
 SHARED_GROUPS = (
   "seed",
   "data",
@@ -318,7 +318,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
   if experiment.stages_from:
     _check_shared(config, experiment)
-  mesh = make_mesh(experiment.mesh if save else MeshConfig())
+  mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
   run = Run(experiment, pathlib.Path(workdir), mesh)
   if save:
     _check_stages(run)

@@ -49,6 +49,19 @@ def here() -> Target:
   return dataclasses.replace(targets.parse("here"), chip=chips.CHIPS["v5p"])
 
 
+def test_a_plan_chooses_the_mesh_by_the_memory_of_its_chip(monkeypatch, tmp_path):
+  meshes = []
+  monkeypatch.setattr(compiled, "lower", lambda program, target: meshes.append(program.mesh))
+  monkeypatch.setattr(compiled, "kept", lambda *_: {})
+  open_ones = {"mesh__data": -1, "mesh__fsdp": -1, "mesh__min_shard": 1}
+  e = build(Experiment, tiny_run.make_config(**EIGHT, **open_ones))
+  for memory in (2**30, 100):
+    chip = dataclasses.replace(chips.CHIPS["v5p"], memory=memory)
+    target = dataclasses.replace(targets.parse("here"), name="v5p:2x2x2", chip=chip)
+    plan.find(e, "teacher", target, tmp_path)
+  assert [mesh.devices.shape for mesh in meshes] == [(8, 1), (1, 8)]
+
+
 # ------------------------------------------------------------------------------------- the programs
 
 

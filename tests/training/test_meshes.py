@@ -1,9 +1,15 @@
 """Meshes that an experiment may have."""
 
+import jax
 import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
+from hiar_jax.parallel.mesh import MeshConfig
+from hiar_jax.planning import device_memory
+from hiar_jax.planning.abstract_run import weights_of
+from hiar_jax.training import device_mesh
+from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_packed, tiny_run
 
@@ -36,3 +42,80 @@ def test_what_a_ring_cannot_split(changes, message):
 def test_packed_frames_have_no_ring():
   with pytest.raises(UserError, match="mesh.ring = 2 does not divide packed frames"):
     build(Experiment, tiny_packed.make_config(mesh__ring=2, model__attention="auto"))
+
+
+# ------------------------------------------------------------------- what the state of a run needs
+
+
+OPEN = {"mesh__data": -1, "mesh__fsdp": -1, "mesh__min_shard": 1}
+
+
+def both_open(**changes) -> Experiment:
+  adamw = {"teacher__rule": "adamw", "distill__rule": "adamw"}
+  return build(Experiment, tiny_run.make_config(**OPEN, **adamw, **changes))
+
+
+def state_bytes(e: Experiment) -> int:
+  """Those of distillation on one device: weights, average and AdamW's moments of the student, of
+  which the first has 16 bits here (b1 = 0), the same of the critic but for an average, and the
+  teacher.
+  """
+  count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(e.dit)))
+  return count * ((4 + 4 + 2 + 4) + (4 + 2 + 4) + 4)
+
+
+@pytest.mark.parametrize(
+  ("room", "shape"),
+  [(2.05, (8, 1)), (1.9, (4, 2)), (0.9, (2, 4)), (0.1, (1, 8))],
+  ids=["half of the memory", "a little more", "twice", "never"],
+)
+def test_the_state_takes_half_of_the_memory(room, shape):
+  e = both_open()
+  mesh = open_mesh(e, jax.devices(), memory=int(room * state_bytes(e)))
+  assert mesh.devices.shape == shape and mesh.axis_names == ("data", "fsdp")
+
+
+def test_devices_that_share_a_clip_are_not_counted_twice():
+  e = both_open(mesh__ring=4, model__attention="auto")
+  mesh = open_mesh(e, memory=int(1.9 * state_bytes(e)))
+  assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "ring": 4}
+  with pytest.raises(UserError, match="mesh: ring 4 does not divide the 6 devices"):
+    open_mesh(e, jax.devices()[:6], memory=1)
+
+
+def test_it_is_said_why(caplog):
+  e = both_open()
+  with caplog.at_level("INFO"):
+    open_mesh(e, memory=int(1.9 * state_bytes(e)))
+  (line,) = [record.getMessage() for record in caplog.records if "mesh" in record.getMessage()]
+  assert "data = 4, fsdp = 2" in line and "at most half of its" in line
+
+
+def test_sizes_that_are_given_are_kept():
+  e = build(Experiment, tiny_run.make_config(mesh__data=-1, mesh__fsdp=2))
+  assert dict(open_mesh(e, memory=1).shape) == {"data": 4, "fsdp": 2}
+
+
+def test_adapters_leave_the_weights_as_they_are():
+  """Muon has one moment of the layers' matrices, AdamW two of the rest."""
+  config, found = tiny_packed.make_config(**OPEN), []
+  for rank in (0, 2):
+    if rank:
+      config.framepack.lora = {"rank": rank, "alpha": 4.0}
+    e = build(Experiment, config)
+    count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(e.packed_dit)))
+    parts = device_mesh._states(e)[-1]
+    found.append(device_mesh._bytes(parts, MeshConfig(data=1)) / (4 * count))
+  assert 3 < found[0] <= 4 and 1 < found[1] < found[0] - 1, found
+
+
+def test_the_memory_here_is_that_of_the_host():
+  device = jax.devices()[0]
+  assert device_memory.counted(device) is None
+  whole = device_memory.of_host([device])
+  assert device_memory.of_host(jax.devices()) == whole // 8 > 2**20
+
+
+def test_a_run_is_opened_on_what_was_chosen(monkeypatch, tmp_path):
+  monkeypatch.setattr(device_memory, "counted", lambda device: 100)
+  assert tiny_run.make_run(tmp_path, **OPEN).mesh.shape["fsdp"] == 8
