@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from hiar_jax.attention import blockwise, cudnn, ring, splash
 from hiar_jax.attention.softmax import softmax_attention
 from hiar_jax.attention.views import Views, dense_mask
+from hiar_jax.parallel.rules import constrained
 
 # Bytes of one example's float32 logits up to which `auto` holds them all: every layer of the small
 # experiments, and no product of a frame of 480x832 with itself.
@@ -92,7 +93,8 @@ def attend_text(
     # each device's queries stay there; blocks, since the other kernels map themselves over devices
     k, v = (x if x.ndim == 5 else x[:, None] for x in (k, v))
     return ring.to_text(_to_text, q, k, v)
-  return _to_text(q, k, v, implementation)
+  # in attention devices split heads: tokens that are split could not be joined with other frames'
+  return _to_text(constrained(q, "activations/heads"), k, v, implementation)
 
 
 def _to_text(q, k, v, implementation: str = "blockwise") -> jax.Array:

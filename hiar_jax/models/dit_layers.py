@@ -156,9 +156,9 @@ class Attention(nn.Module):
 
   def to_frames(self, x, past: KV | None, shared: Shared) -> tuple[jax.Array, KV]:
     """Attends x [b f t dim] to [past | x]; returns x's shape and x's K/V, each [b f t a d]."""
-    q = self.heads(self.norm_q(self.q(x)))
-    k = self.heads(self.norm_k(self.k(x)))
-    v = self.heads(self.v(x))
+    # pinned: else XLA gathers x, all tokens of it, for a part of the heads
+    q, k, v = (constrained(part(x), "activations/features") for part in (self.q, self.k, self.v))
+    q, k, v = (self.heads(part) for part in (self.norm_q(q), self.norm_k(k), v))
     # keys are cached as rotated here, at their true positions; only a relative sink is moved on
     q, k = rope.apply(q, shared.cos, shared.sin), rope.apply(k, shared.cos, shared.sin)
     # in attention devices split heads, between attentions the tokens of a frame
@@ -173,14 +173,15 @@ class Attention(nn.Module):
     if shared.lengths:  # cells are tokens: [b 1 t a d] -> [b t 1 a d]
       q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
     y = attend(q, k, v, shared.views, self.config.attention)
-    return self.o(y.reshape(x.shape)), own
+    return self.o(constrained(y.reshape(x.shape), "activations/features")), own
 
   def to_text(self, x, text) -> jax.Array:
     """Attends x [b f t dim] to text [b l dim] or [b g l dim]; returns x's shape."""
-    q = self.heads(self.norm_q(self.q(x)))
+    q = self.heads(self.norm_q(constrained(self.q(x), "activations/features")))
     k = self.heads(self.norm_k(self.k(text)))
     v = self.heads(self.v(text))
-    return self.o(attend_text(q, k, v, self.config.attention).reshape(x.shape))
+    y = attend_text(q, k, v, self.config.attention)
+    return self.o(constrained(y.reshape(x.shape), "activations/features"))
 
 
 class Layer(nn.Module):

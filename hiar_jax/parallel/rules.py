@@ -41,6 +41,8 @@ RULES: Rules = (
   # [b f t dim], between layers. `ring` before `sequence`: so the tokens of a part of the ring are
   # neighbours, and only devices along `sequence` exchange them for heads
   ("activations/tokens", (("data", "fsdp"), None, ("ring", "sequence"))),
+  # [b f t dim] of all heads one after the other, between projections and attention
+  ("activations/features", (("data", "fsdp"), None, ("ring", "sequence"), "tensor")),
   # [b f t a d], in attention; [b a n d] in a kernel that is mapped by hand
   ("activations/heads", (("data", "fsdp"), None, "ring", ("tensor", "sequence"))),
   ("attention/heads", (("data", "fsdp"), ("tensor", "sequence"))),
