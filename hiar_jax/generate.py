@@ -24,7 +24,7 @@ import jax
 from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.errors import UserError
-from hiar_jax.generation import clips, prompts_file
+from hiar_jax.generation import clips, dry_run, prompts_file
 from hiar_jax.generation.model_options import ModelOptions, define_model_flags
 from hiar_jax.generation.partial_video import PartialVideos
 from hiar_jax.generation.prompts_file import Job
@@ -71,10 +71,8 @@ def generate(options: GenerateOptions) -> list[pathlib.Path]:
   check_told(model.experiment, ["partial"] if options.partial else [])
   planned = clips.plan_clips(model, jobs, paths, options.frames, strict=options.strict)
   if options.dry_run:
-    batch = min(model.experiment.sample.batch, len(planned))
-    # one estimate for each shape: clips of one shape share a compiled program
-    for given, frames in dict.fromkeys((clip.given, clip.frames) for clip in planned):
-      print(model.plan(frames, given, batch).text(), flush=True)
+    for line in dry_run.lines(model, planned):
+      print(line, flush=True)
     return []
   wanted = [clip for clip in planned if options.overwrite or not clip.is_done(model)]
   if wanted:

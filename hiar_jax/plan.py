@@ -10,7 +10,6 @@ found is kept, so a plan can be made in several sittings, and a program that has
 compiled again.
 """
 
-import functools
 import pathlib
 import sys
 
@@ -21,7 +20,7 @@ from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.planning import compiled, flops, programs, table, targets
+from hiar_jax.planning import compiled, programs, table, targets
 from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.planning.compiled import Row
 from hiar_jax.planning.programs import PROGRAMS, Entry
@@ -60,27 +59,12 @@ def main() -> None:
 def find(
   e: Experiment, name: str, target: Target, cache: pathlib.Path, compile: bool = True
 ) -> Row | None:
-  """Returns the row of a program, kept or made; None where it is not kept and not to be made."""
+  """Returns the row of a program, as compiled.find."""
   entry = ENTRIES[name]
   devices = list(target.devices)
   mesh = open_mesh(e, devices, target.memory) if entry.trains else make_mesh(MeshConfig(), devices)
-  found = compiled.lower(entry.make(AbstractRun(e, pathlib.Path(), mesh)), target)
-  row = compiled.kept(cache, name, found)
-  if row is None and compile:
-    print(f"{name} on {target.name}: compiling", file=sys.stderr, flush=True)
-    row = compiled.make(cache, name, found, target, functools.partial(operations, e, name))
-  return row
-
-
-def operations(e: Experiment, name: str) -> float:
-  """Returns the floating-point operations of one call of a program, of all devices together.
-
-  They are counted with attention in plain JAX, since nobody sees into a kernel.
-  """
-  alone = programs.on_one_device(programs.with_attention(e, "blockwise"))
-  program = ENTRIES[name].make(alone)
-  with jax.set_mesh(program.mesh):
-    return flops.count(program.function, *program.arguments.values(), turns=program.turns)
+  run = AbstractRun(e, pathlib.Path(), mesh)
+  return compiled.find(run, name, entry.make, target, cache, compile)
 
 
 if __name__ == "__main__":

@@ -231,11 +231,11 @@ def test_a_plan_makes_nothing(made):
   results, out = made
   text = results["plan"][1]
   assert (
-    "blocks: 7, 6 tokens each (2 a latent frame)" in text and "compiled for cpu, generate: " in text
+    "blocks: 7, 6 tokens each (2 a latent frame)" in text and "generate on here: 1 device" in text
   )
   assert "VAE: 0.000 billion" in text
   picture = results["plan, no weights"][1]
-  assert "UMT5: 5.681 billion" in picture and "1 of 1 frames on " in picture
+  assert "UMT5: 5.681 billion" in picture and "blocks: 7 after 1 given latent frames, " in picture
   assert len([*out.rglob("*.mp4")]) == 3 + 4 + 5 and not [*out.rglob("*.tmp")]
 
 

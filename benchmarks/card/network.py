@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from benchmarks import needed_flops
 from benchmarks.card.programs import Program, normal
 from benchmarks.card.sizes import Sizes
 from hiar_jax.method import Method
@@ -77,6 +78,8 @@ def programs(sizes: Sizes) -> list[Program]:
   def clip(config, params, text, x):
     return bind(config, params, text)(whole_clip(x, 0.9375)).velocity[0]
 
+  net = network(sizes, "xla")
+
   def of(name: str, call: Callable, frames: int, keys: int, attentions) -> list[Program]:
     return [
       Program(
@@ -84,7 +87,7 @@ def programs(sizes: Sizes) -> list[Program]:
         functools.partial(call, network(sizes, attention)),
         lambda: (text(sizes), latents(n if call is clip else k)),
         shared,
-        tflop=network(sizes, "xla").flops(frames, keys, sizes.tokens, sizes.text[0]) / 1e12,
+        tflop=needed_flops.forward(net, frames, keys, sizes.tokens, sizes.text[0]) / 1e12,
       )
       for attention in dict.fromkeys(attentions)  # once each
     ]

@@ -46,7 +46,9 @@ class ChunkedDecoder:
     at_least(1, chunk=self.chunk)
 
   @functools.cached_property
-  def _step(self):
+  def step(self) -> Callable:
+    """step(params, latents, cache) -> (pixels uint8, cache), jitted."""
+
     def step(params, latents, cache):
       pixels, cache = self.decode(params, latents, cache)
       return to_uint8(pixels), cache
@@ -74,7 +76,7 @@ class ChunkedDecoder:
       # The first latent frame of a video makes 1 pixel frame, each later one 4: another shape, so
       # it is a piece of its own. With chunk = 1 the step compiles twice, whatever the length.
       end = start + (1 if cache is None else self.chunk)
-      pixels, cache = self.spread(self._step, latents[:, start:end], cache)
+      pixels, cache = self.spread(self.step, latents[:, start:end], cache)
       yield np.asarray(pixels), cache
       start = end
 

@@ -71,7 +71,7 @@ class UMT5TextConfig(TextEncoderConfig):
 
   def networks(self) -> NetworkSizes:
     config = weights.read_config(self.weights, "umt5", umt5.UMT5Config())
-    return {"UMT5": (umt5.abstract_params(config), "")}
+    return {"UMT5": (umt5.abstract_params(config), self.dtype)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,7 @@ class WanCodecConfig(AutoencoderConfig):
   def abstract_decoder(self) -> ChunkedDecoder:
     module, published = (taehv, taehv.TinyVAEConfig()) if self.tiny else (vae, vae.VAEConfig())
     config = weights.read_config(self.weights, self.label, published)
+    config = dataclasses.replace(config, dtype=getattr(jnp, self.dtype))
     return self.decoder(config, module.abstract_params(config))
 
   def decoder(self, config, params) -> ChunkedDecoder:

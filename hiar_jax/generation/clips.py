@@ -291,16 +291,20 @@ def make_clips(model: VideoModel, clips: list[Clip], *, watched: bool = False) -
   # texts first: the text encoder has left the memory before the network's weights are loaded
   model.prepare_texts(list(dict.fromkeys(p for clip in clips for p in clip.prompts(model))))
   params = model.params()
-  # a batch has one shape
-  alike: dict[tuple, list[Clip]] = {}
-  for clip in clips:
-    alike.setdefault(clip.shape, []).append(clip)
   return (
     Made(clip, np.asarray(latents[i : i + 1]), made)
-    for group in alike.values()
+    for group in alike(clips)
     for batch, latents, made in iterate_latents(model, params, group, watched)
     for i, clip in enumerate(batch)
   )
+
+
+def alike(clips: list[Clip]) -> list[list[Clip]]:
+  """Returns the clips in groups of one shape, as a batch has it."""
+  found: dict[tuple, list[Clip]] = {}
+  for clip in clips:
+    found.setdefault(clip.shape, []).append(clip)
+  return list(found.values())
 
 
 def iterate_latents(

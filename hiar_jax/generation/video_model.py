@@ -18,10 +18,8 @@ from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
-from hiar_jax.packing.orders import steps_of
+from hiar_jax.models.frames import Network
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.planning import costs
-from hiar_jax.planning.packed_sizes import PackedJobSize
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import FREE_GROUPS, Run, open_run, read_config
@@ -69,6 +67,17 @@ class VideoModel:
   def experiment(self) -> Experiment:
     """The run's experiment, with the changes of the command."""
     return self.run.experiment
+
+  @property
+  def network(self) -> Network:
+    """The network as its weights describe it."""
+    e = self.experiment
+    return e.packed_dit if e.framepack else e.stored_student
+
+  @property
+  def dtype(self) -> str:
+    """The dtype of the network's weights in memory: a run's keep theirs."""
+    return "float32" if self.stage else self.experiment.model.dtype
 
   @property
   def name(self) -> str:
@@ -121,9 +130,7 @@ class VideoModel:
     Raises UserError where they are missing or of another size.
     """
     if self.weights:
-      e = self.experiment
-      network = e.packed_dit if e.framepack else e.stored_student
-      return pretrained.load_published(self.run, self.weights, network, e.model.dtype)
+      return pretrained.load_published(self.run, self.weights, self.network, self.dtype)
     return pretrained.load_weights(self.run, self.stage)
 
   def prepare_texts(self, prompts: list[str]) -> None:
@@ -145,43 +152,6 @@ class VideoModel:
     frames, and `behind` may follow (rollout.packed). sections: as Run.sampler's order and others.
     """
     return self.run.sampler(frames, **sections)
-
-  def plan(self, frames: int, given: int, batch: int) -> costs.CostPlan:
-    """Estimates the cost of `frames` new latent frames after `given` ones, in one batch."""
-    e = self.experiment
-    common = dict(
-      height=e.latent.height,
-      width=e.latent.width,
-      batch=batch,
-      given=given,
-      text=e.text.length,
-      dtype=e.model.dtype,
-      others={**e.codec.networks(), **e.text.networks()},
-      decoder=e.codec.abstract_decoder(),
-    )
-    if e.framepack:
-      schedule = e.framepack.parsed
-      request = PackedJobSize(
-        network=e.packed_dit,
-        schedule=schedule,
-        history=e.framepack.history,
-        steps=steps_of(e.sample.order, frames // schedule.generate),
-        levels=e.sample.steps,
-        guidance=e.sample.guidance,
-        distilled=bool(e.framepack.distilled_guidance),
-        published=e.framepack.published,
-        solver=e.sample.solver,
-        **common,
-      )
-    else:
-      request = costs.JobSize(
-        network=e.student_dit,
-        method=e.history,
-        levels=len(self.run.sigmas) - 1,
-        frames=frames,
-        **common,
-      )
-    return costs.make_plan(request, self.run.mesh)
 
 
 def from_workdir(workdir: str, stage: str | None, changes: ModelChanges) -> VideoModel:

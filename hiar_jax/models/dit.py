@@ -193,47 +193,6 @@ class DiTConfig:
       tuple(kv.take(end - k, end) for end, k in zip(ends, sizes, strict=True)),
     )
 
-  def flops(self, frames: int, keys: int, tokens: int, text: int) -> float:
-    n, m, d = frames * tokens, keys * tokens, self.dim
-    patch = math.prod(self.patch) * self.channels
-    # Of one layer: self-attention's q, k, v, o, cross-attention's q, o and the MLP on the video's
-    # tokens; cross-attention's k, v on the text's.
-    projections = 2 * n * (4 * d * d + 2 * d * d + 2 * d * self.ffn_dim) + 2 * text * 2 * d * d
-    # Logits and weighted values: 2 d each for a query and key.
-    products = 4 * n * m * d + 4 * n * text * d
-    # Outside of the layers: patches in and out, the text's MLP, the timestep's MLP and modulation
-    # (6 d + d).
-    ends = (
-      2 * n * 2 * patch * d
-      + 2 * text * (self.text_dim * d + d * d)
-      + 2 * frames * (self.freq_dim * d + 7 * d * d)
-    )
-    return float(self.num_layers * (projections + products) + ends)
-
-  def packed_flops(
-    self, tokens: int, packed: tuple[tuple[int, int], ...], text: int, deaf: int = 0
-  ) -> float:
-    d, patch = self.dim, math.prod(self.patch) * self.channels
-    history = sum(n for n, _ in packed)
-    # one frame of all tokens, but for kernels larger than a patch, packed tokens that have no
-    # output, and a noise level a group
-    whole = self.flops(1, 1, tokens + history, text)
-    kernels = sum(2 * n * (pool**3 - 1) * patch * d for n, pool in packed)
-    levels = 2 * len(packed) * (self.freq_dim * d + 7 * d * d)
-    if self.guided:
-      levels += 2 * (self.freq_dim * d + d * d)
-    unheard = self.num_layers * 4 * deaf * (d * d + text * d)
-    return whole + kernels + levels - 2 * history * patch * d - unheard
-
-  def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
-    rows = frames * tokens
-    logits = 0  # those of a fused kernel are not in memory
-    if self.attention in ("xla", "auto"):
-      logits = rows * keys * tokens * self.num_heads * 4  # float32
-    if self.attention == "auto" and logits > attend.SMALL:
-      logits = 0
-    return max(rows * self.ffn_dim * jnp.dtype(self.dtype).itemsize, logits)
-
   def splits(self, height: int) -> Splits:
     heads, hidden, rows = self.num_heads, self.ffn_dim, height // self.patch[1]
     splits = {

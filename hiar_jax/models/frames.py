@@ -128,21 +128,6 @@ class Network(Protocol):
   def unavailable_on(self, platform: str) -> str:
     """Returns why the network cannot run on a platform ("cpu", "gpu", "tpu"); '' where it can."""
 
-  def flops(self, frames: int, keys: int, tokens: int, text: int) -> float:
-    """Returns the operations (two a multiply-add) of one forward of one video, matrix products
-    alone: `frames` frames of `tokens` tokens that attend to `keys` frames and `text` tokens.
-    """
-
-  def packed_flops(
-    self, tokens: int, packed: tuple[tuple[int, int], ...], text: int, deaf: int = 0
-  ) -> float:
-    """Returns the same for a noisy section of `tokens` tokens and groups of packed frames, each
-    (tokens, kernel), that all attend to each other. deaf: packed tokens that hear no text.
-    """
-
-  def activation_bytes(self, frames: int, keys: int, tokens: int) -> int:
-    """Returns the bytes of a forward's widest activations, of one video: a lower bound."""
-
   def splits(self, height: int) -> Splits:
     """Returns what the mesh axes `tensor`, `sequence` and `ring` split; height: of the latents.
 

@@ -10,15 +10,18 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 import time
 from typing import Any
 
 import jax
 
+from hiar_jax.errors import UserError
 from hiar_jax.files import write_atomic
 from hiar_jax.planning import collectives
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.planning.collectives import Collective, Found
-from hiar_jax.planning.programs import Program
+from hiar_jax.planning.programs import Program, operations
 from hiar_jax.planning.targets import Target
 
 SPARE = 0.1  # of the memory, for what the compiler does not count
@@ -38,6 +41,35 @@ class Lowered:
   seconds: float
 
 
+def find(
+  run: AbstractRun,
+  name: str,
+  make: Callable[[AbstractRun], Program],
+  target: Target,
+  cache: pathlib.Path | None = None,
+  compile: bool = True,
+) -> Row | None:
+  """Returns the row of the program that make(run) is, kept in `cache` or made; None where it is not
+  kept and not to be made. Says on stderr what it compiles.
+
+  Raises UserError where the network cannot run on such devices.
+  """
+  if why := run.experiment.dit.unavailable_on(target.devices[0].platform):
+    raise UserError(f"{name} on {target.name} cannot be planned: {why}")
+  found = lower(make(run), target)
+  path = cache and cache / f"{name}-{found.digest}.json"
+  if path and path.is_file():
+    return json.loads(path.read_text())
+  if not compile:
+    return None
+  print(f"{name} on {target.name}: compiling", file=sys.stderr, flush=True)
+  row = _made(name, found, target, operations(run, make))
+  if path:
+    cache.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, (json.dumps(row, indent=1) + "\n").encode())
+  return row
+
+
 def lower(program: Program, target: Target) -> Lowered:
   """Returns the program as its compiler is given it."""
   start = time.perf_counter()
@@ -49,16 +81,8 @@ def lower(program: Program, target: Target) -> Lowered:
   return Lowered(program, lowered, said.hexdigest()[:32], seconds)
 
 
-def kept(cache: pathlib.Path, name: str, found: Lowered) -> Row | None:
-  """Returns the row of an earlier sitting, None where there is none."""
-  path = _path(cache, name, found)
-  return json.loads(path.read_text()) if path.is_file() else None
-
-
-def make(
-  cache: pathlib.Path, name: str, found: Lowered, target: Target, flops: Callable[[], float]
-) -> Row:
-  """Compiles a lowered program and keeps its row. flops: counts those of one call.
+def _made(name: str, found: Lowered, target: Target, flops: float) -> Row:
+  """Compiles a lowered program. flops: those of one call.
 
   A program that its compiler refuses for its memory has a row too, with the compiler's words.
   """
@@ -71,7 +95,7 @@ def make(
     "clips": program.clips,
     "memory": target.memory,
     "parts": {part: program.bytes_of(part) for part in program.arguments},
-    "flops": flops(),
+    "flops": flops,
     "lower_s": round(found.seconds, 1),
     "versions": {"jax": jax.__version__, "compiler": target.compiler},
   }
@@ -88,13 +112,7 @@ def make(
     row |= _memory(executable, target.memory)
     row |= _traffic(collectives.read(executable.as_text(), row["mesh"], program.turns), row)
   row["seconds"] = _seconds(row, target)
-  cache.mkdir(parents=True, exist_ok=True)
-  write_atomic(_path(cache, name, found), (json.dumps(row, indent=1) + "\n").encode())
   return row
-
-
-def _path(cache: pathlib.Path, name: str, found: Lowered) -> pathlib.Path:
-  return cache / f"{name}-{found.digest}.json"
 
 
 def _memory(executable: jax.stages.Compiled, limit: int | None) -> Row:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import math
-import pathlib
 
 import jax
 from jax.sharding import Mesh
@@ -12,6 +11,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
 from hiar_jax.parallel.rules import Rules, leaf_sharding, sharded_shapes, tree_shardings
+from hiar_jax.planning import flops
 from hiar_jax.planning.abstract_run import AbstractRun, integers, weights_of
 from hiar_jax.planning.stage_steps import STEPS, StageStep
 from hiar_jax.training.experiment import Experiment
@@ -111,17 +111,26 @@ def trajectories(run: AbstractRun) -> Program:
   return Program(_with_list(walk), arguments, run.mesh, size)
 
 
-def generate(run: AbstractRun) -> Program:
-  """Returns the sampler of one video of the training length, on the first device."""
-  e = run.experiment
-  mesh = make_mesh(MeshConfig(data=1), run.mesh.devices.flat[:1])
+def sampler(run: AbstractRun, dtype: str, frames: int, rows: list[PyTree], **sections) -> Program:
+  """Returns the sampler of a batch: `frames` new latent frames of each video.
+
+  dtype: of the weights. rows: what it takes beside them, texts first, a row a video; they are split
+  over the devices where these divide them. sections: as Run.sampler.
+  """
+  e, mesh, clips = run.experiment, run.mesh, rows[0].shape[0]
   network = e.packed_dit if e.framepack else e.stored_student
+  weights = by_rules(weights_of(network, dtype), mesh, network.sharding_rules, e.mesh.min_shard)
+  rows = at(rows, leaf_sharding("batch/rows", mesh, shape=(clips,)))
+  function = _with_list(run.sampler(frames, **sections))
+  return Program(function, {"weights": weights, "batch": rows}, mesh, clips)
+
+
+def generate(run: AbstractRun) -> Program:
+  """Returns the sampler of one video of the training length."""
+  e = run.experiment
   start = [run.latents(1, e.given)] if e.given else []
-  arguments = {
-    "weights": at(weights_of(network, e.model.dtype), replicated(mesh)),
-    "batch": at([run.prompts(1), integers(1), *start], replicated(mesh)),
-  }
-  return Program(_with_list(run.sampler(run.train_frames - e.given)), arguments, mesh, 1)
+  rows = [run.prompts(1), integers(1), *start]
+  return sampler(run, e.model.dtype, run.train_frames - e.given, rows)
 
 
 def _with_list(function: Callable) -> Callable:
@@ -130,19 +139,20 @@ def _with_list(function: Callable) -> Callable:
 
 
 def decoder(run: AbstractRun) -> Program:
-  """Returns one step of the decoder in the middle of a video, on the first device."""
-  mesh = make_mesh(MeshConfig(data=1), run.mesh.devices.flat[:1])
+  """Returns one step of the decoder in the middle of a video: a latent frame, over as many devices
+  as divide its width.
+  """
   found, latents = run.experiment.codec.abstract_decoder(), run.latents(1, 1)
+  found = dataclasses.replace(found, devices=tuple(run.mesh.devices.flat))
+  split = found.place(latents.shape[3])
   # the first step has no cache and a program of its own; its result has the shape of the cache
   _, cache = jax.eval_shape(lambda p, z: found.decode(p, z, None), found.params, latents)
-  whole = replicated(mesh)
   arguments = {
-    "weights": at(found.params, whole),
-    "batch": at(latents, whole),
-    "cache": at(cache, whole),
+    "weights": at(found.params, replicated(split.mesh)),
+    "batch": at(latents, split),
+    "cache": at(cache, split),
   }
-  decode = jax.jit(lambda params, z, cache: found.decode(params, z, cache), donate_argnums=2)
-  return Program(decode, arguments, mesh, 1)
+  return Program(found.step, arguments, split.mesh, 1)
 
 
 # --------------------------------------------------------------------------------- which there are
@@ -168,6 +178,10 @@ def _distills(e: Experiment) -> bool:
   return e.framepack is None
 
 
+def _alone(make: Callable[[AbstractRun], Program]) -> Callable[[AbstractRun], Program]:
+  return lambda run: make(on_one_device(run, run.mesh.devices.flat[0]))
+
+
 PROGRAMS: dict[str, Entry] = {
   "teacher": Entry(_update("teacher"), lambda e: not e.weights.base, "weights.base replaces it"),
   "trajectories": Entry(
@@ -183,9 +197,9 @@ PROGRAMS: dict[str, Entry] = {
   "critic": Entry(_update("critic"), _distills, "it trains a packed model"),
   "generator": Entry(_update("generator"), _distills, "it trains a packed model"),
   "framepack": Entry(_update("framepack"), lambda e: not _distills(e), "it has no group framepack"),
-  "generate": Entry(generate, lambda e: True, "", trains=False),
+  "generate": Entry(_alone(generate), lambda e: True, "", trains=False),
   "vae": Entry(
-    decoder,
+    _alone(decoder),
     lambda e: e.codec.abstract_decoder() is not None,
     "its codec decodes for next to nothing",
     trains=False,
@@ -223,8 +237,19 @@ def with_attention(e: Experiment, name: str) -> Experiment:
   return dataclasses.replace(e, **changes)
 
 
-def on_one_device(e: Experiment) -> AbstractRun:
-  """Returns the run on the first device of this machine, all of whose examples lie there."""
+def on_one_device(run: AbstractRun, device: jax.Device) -> AbstractRun:
+  """Returns the run on one device, on which all of its examples lie."""
   alone = MeshConfig(data=1)
-  mesh = make_mesh(alone, jax.devices()[:1])
-  return AbstractRun(dataclasses.replace(e, mesh=alone), pathlib.Path(), mesh)
+  e = dataclasses.replace(run.experiment, mesh=alone)
+  return dataclasses.replace(run, experiment=e, mesh=make_mesh(alone, [device]))
+
+
+def operations(run: AbstractRun, make: Callable[[AbstractRun], Program]) -> float:
+  """Returns the floating-point operations of one call of a program, of all devices together.
+
+  They are counted with attention in plain JAX, since nobody sees into a kernel.
+  """
+  plain = dataclasses.replace(run, experiment=with_attention(run.experiment, "blockwise"))
+  program = make(on_one_device(plain, jax.devices()[0]))
+  with jax.set_mesh(program.mesh):
+    return flops.count(program.function, *program.arguments.values(), turns=program.turns)

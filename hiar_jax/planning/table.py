@@ -21,12 +21,13 @@ COLUMNS = (
 
 def lines(row: Row) -> str:
   """Returns a row as some lines of text; sizes are those of one device."""
-  clip, whole = row["flops"] / row["clips"], row["flops"]
+  in_all = f", {row['flops'] / 1e15:,.5g} P in all" * (row["clips"] > 1)
+  mesh = f" ({_mesh(row)})" * (row["devices"] > 1)
   found = [
-    f"{row['program']} on {row['on']}: {row['devices']} devices ({_mesh(row) or 'alone'}), "
-    f"{row['clips']} clips",
+    f"{row['program']} on {row['on']}: {_many(row['devices'], 'device')}{mesh}, "
+    f"{_many(row['clips'], 'clip')}",
     *_memory(row),
-    f"FLOPs: {clip / 1e12:,.5g} T a clip, {whole / 1e15:,.5g} P in all",
+    f"FLOPs: {row['flops'] / row['clips'] / 1e12:,.5g} T a clip{in_all}",
     *_moved(row),
   ]
   if row.get("kernels"):
@@ -36,6 +37,10 @@ def lines(row: Row) -> str:
     found.append(f"roofline: {times}")
   found.append(f"lowered in {row['lower_s']} s, compiled in {row['compile_s']} s")
   return "\n  ".join(found)
+
+
+def _many(count: int, what: str) -> str:
+  return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _mesh(row: Row) -> str:

@@ -143,13 +143,6 @@ class Groupwise:
   def unavailable_on(self, platform):
     return ""
 
-  def flops(self, frames, keys, tokens, text):
-    rows = frames * tokens
-    return float(self.depth * (20 * rows * self.width**2 + 4 * rows * keys * tokens * self.width))
-
-  def activation_bytes(self, frames, keys, tokens):
-    return frames * tokens * 2 * self.width * 4
-
   def splits(self, height):
     rows = height // self.patch[1]
     return {

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import needed_flops
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import bind
 from hiar_jax.planning import flops
@@ -33,7 +34,7 @@ ROWS = {
 
 def forward(frames: float, keys: float) -> float:
   """Of one clip."""
-  return NETWORK.flops(frames, keys, TOKENS, TEXT)
+  return needed_flops.forward(NETWORK, frames, keys, TOKENS, TEXT)
 
 
 def shown(frames: float, keys: float) -> float:

@@ -15,20 +15,19 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.conversion.dit_keys import dit_key_map
 from hiar_jax.errors import UserError
-from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.frames import Frames, bind, whole_clip
 from hiar_jax.packing import orders
 from hiar_jax.packing.rows import History, groups_of_row
 from hiar_jax.packing.schedule import parse
-from hiar_jax.planning import costs
+from hiar_jax.planning import programs
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.rollout import packed
 from hiar_jax.rollout.noise import example_keys
 from hiar_jax.training import framepack
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.lora import Adapters, LoRAConfig
-from hiar_jax.training.run import Run
 from hiar_jax.training.state import create_state
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
@@ -244,18 +243,17 @@ def test_sampling_tells_the_scale_in_one_forward_a_step(own_texts):
     np.testing.assert_allclose(made, still(jnp.asarray(section)) - 5.0, atol=1e-5)
 
 
-def test_costs_count_one_forward(tmp_path, monkeypatch):
-  requests = []
-  monkeypatch.setattr(costs, "make_plan", lambda request, mesh: requests.append(request))
+def test_a_plan_counts_one_forward(tmp_path):
+  found = []
   for scales in ((), (0.0, 3.0)):
     c = shapes_framepack.get_config("smoke")
     c.sample.update(steps=16, guidance=1.0)
     with c.unlocked():
       c.framepack.distilled_guidance = scales
-    VideoModel(Run(build(Experiment, c), tmp_path, None), "", "framepack").plan(18, 0, 1)
-  two, one = (sum(call.count for call in costs.packed_sizes.sections(r)) for r in requests)
-  assert two == 2 * one == 2 * 2 * 16
-  assert [request.network.guided for request in requests] == [False, True]
+    run = AbstractRun(build(Experiment, c), tmp_path, None)
+    found.append(programs.operations(run, programs.generate))
+  two, one = found
+  assert one < two and one == pytest.approx(two / 2, rel=1e-3)  # and the embedding of the scale
 
 
 def test_bad_settings():
