@@ -121,6 +121,8 @@ def test_what_packed_models_are_told():
   assert texts.shape[:2] == seeds.shape == (2, 3) and given is None and behind.shape[1] == 1
   assert result(sampler(run, 6, 2, behind=1))[1] == 7
   assert result(sampler(run, 6, 2, loop=True))[1] == 6
+  # towards an end that is there sections are made one by one, each with a history of its own
+  assert operations(run, 6, loop=True) > operations(run, 6)
 
 
 def test_devices_share_what_is_sharded():
