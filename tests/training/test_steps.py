@@ -66,7 +66,6 @@ QUICK = {
   "teacher": ("pmap over 2, two parts",),
   "causal init, noisy": ("4 x 2", "2 x 2, a ring of 2"),
   "critic": ("2 x 2, two parts",),
-  "generator": ("2 x 2, a clip on 2",),
 }
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)

@@ -234,7 +234,7 @@ def test_blocks_that_are_encoded_again_see_their_packed_history():
 
 @pytest.mark.parametrize(
   ("name", "level"),
-  [("input", 1), *slow(("hiar", 0), ("hiar, no tail", 1), ("self_forcing", 1))],
+  slow(("input", 1), ("hiar", 0), ("hiar, no tail", 1), ("self_forcing", 1)),
 )
 def test_the_exit_step(name, level):
   """Its parallel forwards see what the loop saw."""
