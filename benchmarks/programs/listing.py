@@ -269,10 +269,10 @@ def autoencoder(run: FullSize, what: str, **changes) -> Lowered:
     frames = {"encode_picture": 1, "encode_video": GIVEN}[what]
     return wan._encode.lower(weights, run.pixels(1, e.codec.pixel_frames(frames)))
   if what == "decode_first":
-    return wan.stream._step.lower(weights, latent, None)
+    return wan.stream.step.lower(weights, latent, None)
   if what == "decode_next":
     _, cache = jax.eval_shape(wan.stream.decode, weights, latent, None)
-    return wan.stream._step.lower(weights, latent, cache)
+    return wan.stream.step.lower(weights, latent, cache)
   tiling = codec.tiling
   decode = functools.partial(vae_tiling.decode, tiling=tiling) if tiling else module.decode
   decode = functools.partial(decode, config=config)
