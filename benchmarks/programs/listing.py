@@ -22,9 +22,8 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import umt5, vae_tiling
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.planning import stage_steps
 from hiar_jax.planning.abstract_run import integers, shape, weights_of
-from hiar_jax.planning.stage_steps import StageStep
+from hiar_jax.planning.stage_steps import step_of
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.training.experiment import Experiment
 
@@ -100,21 +99,21 @@ has_no_sink = lambda e: takes_sink(e) and e.history.sink == 0
 # ----------------------------------------------------------------------------------------- training
 
 
-def start(make: Callable[[FullSize], StageStep]) -> Callable[[FullSize], Lowered]:
+def start(name: str) -> Callable[[FullSize], Lowered]:
   """Lowers the function that training/loop.py jits for the first state."""
 
   def lower(run: FullSize) -> Lowered:
-    step = make(run)
-    return jax.jit(step.create).lower(*step.starts)
+    step = step_of(run, name)
+    return jax.jit(step.stage.create).lower(*step.starts)
 
   return lower
 
 
-def step(make: Callable[[FullSize], StageStep]) -> Callable[[FullSize], Lowered]:
+def step(name: str) -> Callable[[FullSize], Lowered]:
   """Lowers a training step on one device."""
 
   def lower(run: FullSize) -> Lowered:
-    step = make(run)
+    step = step_of(run, name)
     return jax.jit(step.make_step()).lower(step.state, step.batch, step.frozen)
 
   return lower
@@ -125,15 +124,15 @@ def stage_key(e: Experiment, stage: int) -> jax.Array:
 
 
 for name, make, reads, exists in (
-  ("teacher/start", start(stage_steps.teacher_step), TEACHER, trains_teacher),
-  ("teacher/step", step(stage_steps.teacher_step), TEACHER, trains_teacher),
-  ("causal_init/start", start(stage_steps.causal_init_step), INIT, trains_init),
-  ("causal_init/step", step(stage_steps.causal_init_step), INIT, trains_init),
-  ("distill/start", start(stage_steps.critic_step), DISTILL, distills),
-  ("distill/critic_step", step(stage_steps.critic_step), DISTILL, distills),
-  ("distill/generator_step", step(stage_steps.generator_step), DISTILL, distills),
-  ("framepack/start", start(stage_steps.framepack_step), PACK, packs),
-  ("framepack/step", step(stage_steps.framepack_step), PACK, packs),
+  ("teacher/start", start("teacher"), TEACHER, trains_teacher),
+  ("teacher/step", step("teacher"), TEACHER, trains_teacher),
+  ("causal_init/start", start("causal_init"), INIT, trains_init),
+  ("causal_init/step", step("causal_init"), INIT, trains_init),
+  ("distill/start", start("critic"), DISTILL, distills),
+  ("distill/critic_step", step("critic"), DISTILL, distills),
+  ("distill/generator_step", step("generator"), DISTILL, distills),
+  ("framepack/start", start("framepack"), PACK, packs),
+  ("framepack/step", step("framepack"), PACK, packs),
 ):
   program(name, *reads, exists=exists)(make)
 

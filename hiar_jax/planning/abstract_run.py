@@ -55,13 +55,13 @@ class AbstractRun(Run):
 
   def batch(self, size: int, *keys: str) -> dict:
     """Returns a batch as a step takes it: text, example_id, start where it is read, and these keys:
-    video (as latents), trajectory.
+    video or latents (as latents), trajectory.
     """
     e = self.experiment
     found = {"text": self.prompts(size), "example_id": integers(size)}
     if e.dit.place_embedding:
       found["start"] = integers(size)
-    if "video" in keys:
+    if {"video", "latents"} & set(keys):
       found["latents"] = self.latents(size, e.latent.frames)
     if "trajectory" in keys:
       points = len(self.point_sigmas)

@@ -13,7 +13,7 @@ from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicate
 from hiar_jax.parallel.rules import Rules, leaf_sharding, sharded_shapes, tree_shardings
 from hiar_jax.planning import flops
 from hiar_jax.planning.abstract_run import AbstractRun, integers, weights_of
-from hiar_jax.planning.stage_steps import STEPS, StageStep
+from hiar_jax.planning.stage_steps import StageStep, step_of
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import PyTree
 
@@ -65,12 +65,12 @@ def update(run: AbstractRun, step: StageStep) -> Program:
   """Returns an update as training.loop jits it. Raises UserError where the devices do not divide
   the batch, and for pmap, which is not lowered before it is called.
   """
-  mesh, config, mapping = run.mesh, step.config, run.experiment.mesh.mapping
+  mesh, stage, mapping = run.mesh, step.stage, run.experiment.mesh.mapping
   if mapping != "jit":
     raise UserError(f"mesh.mapping = {mapping!r} cannot be planned; expected 'jit'")
-  check_batch(config.batch, config.accumulate, mesh, step.stage)
+  check_batch(stage.config.batch, stage.config.accumulate, mesh, stage.name)
   least = run.experiment.mesh.min_shard
-  state = by_rules(step.state, mesh, step.rules, least)
+  state = by_rules(step.state, mesh, stage.rules, least)
   shardings = jax.tree.map(lambda x: x.sharding, state)
   # made before a mesh is in use: its tables would be put on devices that are not there
   function = map_step(step.make_step, shardings, mesh, mapping)
@@ -80,8 +80,8 @@ def update(run: AbstractRun, step: StageStep) -> Program:
     "frozen": _frozen(run, step, least),
   }
   # the exit level is drawn evenly: 0 to levels - 1 turns down to it
-  turns = (run.method.levels - 1) / 2 if step.stage == "distill" else 1.0
-  return Program(function, arguments, mesh, config.batch, turns)
+  turns = (run.method.levels - 1) / 2 if stage.name == "distill" else 1.0
+  return Program(function, arguments, mesh, stage.config.batch, turns)
 
 
 def _frozen(run: AbstractRun, step: StageStep, least: int) -> PyTree:
@@ -171,7 +171,7 @@ class Entry:
 
 
 def _update(name: str) -> Callable[[AbstractRun], Program]:
-  return lambda run: update(run, STEPS[name](run))
+  return lambda run: update(run, step_of(run, name))
 
 
 def _distills(e: Experiment) -> bool:

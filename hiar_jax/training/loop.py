@@ -6,7 +6,6 @@ same step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
 import json
 import sys
 import warnings
@@ -20,42 +19,20 @@ from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import Damaged, UserError
-from hiar_jax.models.frames import Network
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
-from hiar_jax.parallel.rules import Rules, sharded_shapes, tree_shardings
+from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training.lora import Adapters
 from hiar_jax.training.pretrained import Start
 from hiar_jax.training.run import Run
-from hiar_jax.training.state import TrainConfig, TrainState
+from hiar_jax.training.state import TrainState
+from hiar_jax.training.updates import Stage
 from hiar_jax.types import Batch, Params, PyTree
 
 
 class Preempted(SystemExit):
   """Raised when a stage has saved its state after a signal; the same command continues there."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-  """One kind of update of a stage.
-
-  make_step: make_step(mean=...) -> step(state, batch, frozen) -> (state, metrics), for map_step.
-  feeds: data iterators; the first gives the batch, which the others join under their names.
-  frozen: arrays that nobody trains. name: goes before its metrics' names. due: step -> whether it
-  comes in that step; None: in every one.
-  """
-
-  make_step: Callable
-  feeds: tuple[str, ...]
-  frozen: PyTree = None
-  name: str = ""
-  due: Callable[[int], bool] | None = None
-
-  def named(self, metrics: Mapping) -> dict:
-    """Returns the metrics under the names that are logged."""
-    return {f"{self.name}_{name}" if self.name else name: x for name, x in metrics.items()}
 
 
 class DataIterators:
@@ -120,44 +97,41 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
 
 def run_stage(
   run: Run,
-  stage: str,
-  training: TrainConfig,
-  network: Network,
+  stage: Stage,
   *,
-  create: Callable[..., TrainState],
   starts: Sequence[Start] = (),
-  updates: Sequence[Update],
+  frozen: Sequence[PyTree] = (),
   iterators: DataIterators,
   preview: Callable[[TrainState], np.ndarray] | None = None,
-  adapters: Adapters | None = None,
   inference: Callable[[TrainState], Params] = lambda state: state.ema,
 ) -> None:
-  """Runs a stage to `training.steps`, from its newest checkpoint or from create(*starts).
+  """Runs a stage to its last step, from its newest checkpoint or from stage.create(*starts).
 
-  starts: weights, loaded for `create` alone and given up to it. network: the one that is trained;
-  adapters: by those. inference: state -> the network's weights that a checkpoint holds for its
-  users. updates: those that are due in a step, in their order; the last one is due in every step
-  and its loss is the stage's. preview: state -> clips uint8 [b F H W 3] for the log. Raises
-  Preempted after SIGTERM or SIGINT, once the state is saved, and UserError where a metric is not
-  finite.
+  Of stage.updates those that are due in a step come in their order; the last one is due in every
+  step and its loss is the stage's. starts: weights, loaded for `create` alone and given up to it.
+  frozen: what each update's step reads and nobody trains; () = nothing. inference: state -> the
+  network's weights that a checkpoint holds for its users. preview: state -> clips uint8
+  [b F H W 3] for the log. Raises Preempted after SIGTERM or SIGINT, once the state is saved, and
+  UserError where a metric is not finite.
   """
-  log, mesh = run.experiment.log, run.experiment.mesh
-  shapes, shardings = _abstract(run, create, starts, (adapters or network).sharding_rules)
-  steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in updates]
-  iterators.latest = {update.name: {} for update in updates if update.due}
-  with _checkpoints(run, stage, network) as checkpoints:
+  log, mesh, name, last = run.experiment.log, run.experiment.mesh, stage.name, stage.config.steps
+  shapes, shardings = _abstract(run, stage, starts)
+  steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in stage.updates]
+  frozen = frozen or [None] * len(steps)
+  iterators.latest = {update.name: {} for update in stage.updates if update.due}
+  with _checkpoints(run, name) as checkpoints:
     restored = checkpoints.restore(sharded_shapes(shapes, shardings), iterators)
-    step, state = restored or (0, _created(create, starts, shardings))
+    step, state = restored or (0, _created(stage.create, starts, shardings))
     # a killed run may have logged steps after its last checkpoint
-    run.writer.resume(stage, step)
+    run.writer.resume(name, step)
     if not step and is_writer():
-      print_parameters(stage, shapes.params)
+      print_parameters(name, shapes.params)
     pending, before, stopping = None, None, False
-    with Preemption() as stop, Progress(stage, training.steps, initial=step) as bar:
-      while step < training.steps and not stopping:
-        for update, mapped in zip(updates, steps, strict=True):
+    with Preemption() as stop, Progress(name, last, initial=step) as bar:
+      while step < last and not stopping:
+        for update, mapped, read in zip(stage.updates, steps, frozen, strict=True):
           if update.due is None or update.due(step):
-            state, found = mapped(state, iterators.next(*update.feeds), update.frozen)
+            state, found = mapped(state, iterators.next(*update.feeds), read)
             if update.due:
               iterators.latest[update.name] = update.named(found)
             else:
@@ -168,33 +142,34 @@ def run_stage(
         before = metrics["loss"]
         step += 1
         # Those of an earlier step: this one is only dispatched, fetching would wait for it.
-        _report(run, stage, bar, pending)
-        pending = (step, metrics) if step % log.every == 0 or step == training.steps else None
-        if preview and (step % log.preview_every == 0 or step == training.steps):
-          run.writer.video(stage, step, "samples", preview(state))
+        _report(run, name, bar, pending)
+        pending = (step, metrics) if step % log.every == 0 or step == last else None
+        if preview and (step % log.preview_every == 0 or step == last):
+          run.writer.video(name, step, "samples", preview(state))
         stopping = stop.requested(step)
-        if stopping or step % log.checkpoint_every == 0 or step == training.steps:
+        if stopping or step % log.checkpoint_every == 0 or step == last:
           # before saving: NaNs would replace a good checkpoint; a run resumed here logs later steps
-          _check_finite(stage, step, metrics)
-          _report(run, stage, bar, pending)
+          _check_finite(name, step, metrics)
+          _report(run, name, bar, pending)
           pending = None
           checkpoints.save(step, state, inference(state), iterators, force=True)
     checkpoints.wait()
   if stopping:
     print(
-      f"{stage}: stopped and saved at step {step}; the same command goes on from there",
+      f"{name}: stopped and saved at step {step}; the same command goes on from there",
       file=sys.stderr,
     )
     # 128 + signal, as a shell reports it; in a job of several processes no handler saw SIGTERM (15)
     raise Preempted(128 + (stop.signal or 15))
 
 
-def _checkpoints(run: Run, stage: str, network: Network) -> Checkpoints:
+def _checkpoints(run: Run, stage: str) -> Checkpoints:
+  e = run.experiment
   return Checkpoints(
     run.directory(stage) / CHECKPOINTS,
-    keep=run.experiment.log.keep,
-    config={"model": to_json(network), "stage": stage},
-    free=run.experiment.free_fields,
+    keep=e.log.keep,
+    config={"model": to_json(e.network_of(stage)), "stage": stage},
+    free=e.free_fields,
   )
 
 
@@ -209,15 +184,13 @@ def _created(create: Callable, starts: Sequence[Start], shardings: PyTree) -> Tr
     return jax.jit(create, out_shardings=shardings, donate_argnums=donated)(*trees)
 
 
-def _abstract(
-  run: Run, create: Callable[..., TrainState], starts: Sequence[Start], rules: Rules
-) -> tuple[PyTree, PyTree]:
+def _abstract(run: Run, stage: Stage, starts: Sequence[Start]) -> tuple[PyTree, PyTree]:
   """Returns the shapes of the first state and their shardings: known before there is any array, so
   that no device ever holds an unsharded state.
   """
-  shapes = jax.eval_shape(create, *(start.shapes for start in starts))
+  shapes = jax.eval_shape(stage.create, *(start.shapes for start in starts))
   min_shard = run.experiment.mesh.min_shard
-  return shapes, tree_shardings(shapes, run.mesh, rules, min_shard=min_shard)
+  return shapes, tree_shardings(shapes, run.mesh, stage.rules, min_shard=min_shard)
 
 
 def _report(run: Run, stage: str, bar: Progress, pending: tuple[int, Mapping] | None) -> None:

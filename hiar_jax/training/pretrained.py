@@ -11,6 +11,7 @@ from hiar_jax.checkpoints.training_state import load_params
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import Network
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
 
@@ -39,15 +40,24 @@ def load_teacher(run: Run) -> Params:
   return load_weights(run, "teacher")
 
 
-def load_real_score(run: Run) -> Params:
-  """Loads the real score of distribution matching: weights.teacher, else `load_teacher`'s model.
+def frozen_of(e: Experiment, name: str) -> tuple[Network, str]:
+  """Returns the network and the dtype of weights that a stage reads and does not train: `teacher`,
+  or distribution matching's `real_score`.
 
-  Never trained, so it is kept in the dtype that it computes in (half the memory in bfloat16).
+  The scores are kept in the dtype that they compute in (half the memory in bfloat16).
   """
-  e = run.experiment
-  published, dtype = e.weights.teacher or e.weights.base, e.teacher_dit.dtype
-  if published:
-    return load_published(run, published, e.teacher_dit, dtype)
+  if name == "real_score":
+    return e.teacher_dit, e.teacher_dit.dtype
+  return e.dit, "float32"
+
+
+def load_frozen(run: Run, name: str) -> Params:
+  """Loads weights of `frozen_of`. The real score is weights.teacher, else the teacher."""
+  network, dtype = frozen_of(run.experiment, name)
+  base, free = _in_place_of(run, "teacher")
+  published = run.experiment.weights.teacher if name == "real_score" else ""
+  if published or base:
+    return load_published(run, published or base, network, dtype, free=free)
   return jax.tree.map(lambda leaf: leaf.astype(dtype), load_teacher(run))
 
 

@@ -228,7 +228,7 @@ class Run:
   @property
   def noise_key(self) -> jax.Array:
     """The key of the noise that videos are made of."""
-    # 3 in the seed's fold_in is this noise; those of the stages are in stages.KEY_OFFSETS
+    # 3 in the seed's fold_in is this noise; those of the stages are in updates.KEY_OFFSETS
     return jax.random.fold_in(jax.random.key(self.experiment.seed), 3)
 
   def sections(self) -> packed.SectionSampler:

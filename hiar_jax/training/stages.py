@@ -2,19 +2,18 @@
 or data, teacher, framepack (after a codebook where history is discretised), samples.
 
 Each is a function of the run. It resumes from its newest checkpoint and returns at once when it is
-finished. The trained stages share one loop (training.loop), with a step from training.teacher,
-causal_init, distill or framepack. On several hosts every process calls every stage; process 0 alone
-makes the data, while the others wait, and writes what all have computed.
+finished. The trained stages, which training.updates defines, share one loop (training.loop). On
+several hosts every process calls every stage; process 0 alone makes the data, while the others
+wait, and writes what all have computed.
 """
 
+from collections.abc import Sequence
 import contextlib
-import functools
 import json
 import sys
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.data import ode_pairs, pipeline
@@ -24,31 +23,11 @@ from hiar_jax.files import write_atomic
 from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training import (
-  causal_init,
-  distill,
-  framepack,
-  loop,
-  prepared_data,
-  pretrained,
-  samples,
-  teacher,
-)
-from hiar_jax.training.experiment import Experiment
+from hiar_jax.training import loop, prepared_data, pretrained, samples, updates
 from hiar_jax.training.run import Run
-from hiar_jax.training.state import TrainState, create_state
-from hiar_jax.types import Params
-
-# Folded into the seed, so that no two stages draw the same numbers; 3 is that of run.sampler.
-KEY_OFFSETS = {
-  "teacher": 1,
-  "trajectories": 2,
-  "causal_init": 4,
-  "distill": 5,
-  "framepack": 6,
-  "codebook": 7,
-}
-
+from hiar_jax.training.state import TrainState
+from hiar_jax.training.updates import KEY_OFFSETS, Stage, stage_key
+from hiar_jax.types import Params, PyTree
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -71,22 +50,15 @@ def train_teacher(run: Run) -> None:
   e = run.experiment
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
-  key_init, key_train = jax.random.split(_stage_key(run, "teacher"))
-  optimizer = e.teacher.optimizer(e.dit)
-  make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
+  stage = updates.of_teacher(run)
   sample = run.teacher_sampler(jax.random.key(e.seed))
   texts = run.texts(run.preview_prompts())
-  loop.run_stage(
-    run,
-    "teacher",
-    e.teacher,
-    e.dit,
-    create=lambda: create_state(key_train, e.dit.init(key_init), optimizer),
-    updates=[loop.Update(make_step, ("clips",), run.negative)],
-    iterators=loop.DataIterators(run, clips=run.clips("data", e.teacher.batch, ("video",), salt=1)),
+
+  def preview(state: TrainState) -> np.ndarray:
     # The sampler returns trajectories [b points f h w c]; the last point is the clip.
-    preview=lambda state: run.pixels(sample(state.ema, texts, np.arange(len(texts)))[:, -1]),
-  )
+    return run.pixels(sample(state.ema, texts, np.arange(len(texts)))[:, -1])
+
+  _train(run, stage, _frozen(run, stage), preview=preview)
 
 
 # ------------------------------------------------------------------------------------- trajectories
@@ -152,7 +124,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   captions = pipeline.read_captions(run.directory("data"))
   starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
   params = pretrained.load_teacher(run)
-  sample = run.teacher_sampler(_stage_key(run, "trajectories"))
+  sample = run.teacher_sampler(stage_key(run.experiment, "trajectories"))
 
   def fill(rows: np.ndarray) -> jax.Array:
     """Pads axis 0 to the batch: the last part is shorter, and must not be compiled separately. In
@@ -202,48 +174,16 @@ def fit_codebook(run: Run) -> None:
 def train_framepack(run: Run) -> None:
   """Writes <workdir>/framepack: the teacher, fine-tuned to make a section from packed context."""
   e = run.experiment
-  config, network = e.framepack, e.packed_dit
-  if loop.is_done(run, "framepack", config.steps):
+  if loop.is_done(run, "framepack", e.framepack.steps):
     return
-  key = _stage_key(run, "framepack")
-  adapters = e.packed_adapters
-  optimizer = config.optimizer(adapters or network)
-  stored = ("latents",) if e.stores_latents else ("video",)
-  make_step = functools.partial(
-    framepack.make_step,
-    config,
-    network,
-    optimizer,
-    e.latent.frames,
-    codebook=run.codebook,
-    adapters=adapters,
-  )
-
-  base = adapters and adapters.frozen(network.with_projections(pretrained.load_teacher(run)))
+  stage = updates.of_framepack(run)
+  frozen, adapters = _frozen(run, stage), e.packed_adapters
   merge = jax.jit(adapters.merged) if adapters else lambda trained, base: trained
 
-  def create(weights: Params) -> TrainState:
-    params = network.with_projections(weights)
-    # 0: for A; a step splits what it draws from fold_in(key, step) again
-    params = adapters.start(jax.random.fold_in(key, 0), params) if adapters else params
-    return create_state(key, params, optimizer)
-
   def inference(state: TrainState) -> Params:
-    return merge(state.ema, base)
+    return merge(state.ema, frozen[0].base)
 
-  loop.run_stage(
-    run,
-    "framepack",
-    config,
-    network,
-    create=create,
-    starts=[pretrained.start_of(run, "teacher")],
-    updates=[loop.Update(make_step, ("clips",), framepack.Frozen(run.negative, base))],
-    iterators=loop.DataIterators(run, clips=run.clips("data", config.batch, stored, salt=7)),
-    preview=_student_preview(run, inference),
-    adapters=adapters,
-    inference=inference,
-  )
+  _train(run, stage, frozen, preview=_student_preview(run, inference), inference=inference)
 
 
 # -------------------------------------------------------------------------------------- causal init
@@ -254,83 +194,22 @@ def train_causal_init(run: Run) -> None:
   on its trajectories; skipped where weights.student replaces it.
   """
   e = run.experiment
-  config = e.causal_init
-  if e.weights.student or loop.is_done(run, "causal_init", config.steps):
+  if e.weights.student or loop.is_done(run, "causal_init", e.causal_init.steps):
     return
   # Trajectories kept from another config would lie at other levels than the step assumes.
   check_sigmas(run.directory("trajectories"), list(map(float, run.point_sigmas)))
-  key = _stage_key(run, "causal_init")
-  optimizer = config.optimizer(e.student_dit)
-  make_step = functools.partial(
-    causal_init.make_step, config, e.student_dit, e.history, run.point_sigmas, optimizer
-  )
-  trajectories = run.clips("trajectories", config.batch, ("trajectory",), salt=4)
-  loop.run_stage(
-    run,
-    "causal_init",
-    config,
-    e.stored_student,
-    create=lambda weights: create_state(key, with_packed_past(e, weights), optimizer),
-    starts=[pretrained.start_of(run, "teacher")],
-    updates=[loop.Update(make_step, ("trajectories",))],
-    iterators=loop.DataIterators(run, trajectories=trajectories),
-    preview=_student_preview(run),
-  )
-
-
-def with_packed_past(e: Experiment, params: Params) -> Params:
-  """Returns the student's first parameters, with the projections of its packed past if any."""
-  network = e.stored_student
-  return params if network == e.dit else network.with_projections(params)
+  _train(run, updates.of_causal_init(run), preview=_student_preview(run))
 
 
 # ------------------------------------------------------------------------------------- distillation
 
 
 def distill_student(run: Run) -> None:
-  """Writes <workdir>/distill: the student after distribution matching on its own rollouts.
-
-  The student starts from causal init and the critic from the teacher, or both from published
-  weights.
-  """
-  e = run.experiment
-  config = e.distill
-  if loop.is_done(run, "distill", config.steps):
+  """Writes <workdir>/distill: the student after distribution matching on its own rollouts."""
+  if loop.is_done(run, "distill", run.experiment.distill.steps):
     return
-  real_score = pretrained.load_real_score(run)
-  key = _stage_key(run, "distill")
-  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(e.dit)
-  iterators = {"prompts": run.clips("data", config.batch, (), salt=5)}
-  if config.forward_kl.weight:
-    iterators["trajectories"] = run.clips("trajectories", config.batch, ("trajectory",), salt=6)
-  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
-  common = config, networks, run.method, e.latent
-  generator = functools.partial(
-    distill.make_generator_step,
-    *common,
-    optimizers[0],
-    point_sigmas=jnp.asarray(run.point_sigmas),
-  )
-  critic = functools.partial(distill.make_critic_step, *common, optimizers[1])
-  frozen = distill.Frozen(real_score, run.negative)
-  loop.run_stage(
-    run,
-    "distill",
-    config,
-    e.stored_student,
-    create=lambda student, critic: create_state(
-      key, with_packed_past(e, student), optimizers[0], critic, optimizers[1]
-    ),
-    starts=[pretrained.start_of(run, "causal_init"), pretrained.start_of(run, "teacher")],
-    # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
-    # the student as it then is. Each takes a fresh batch of prompts.
-    updates=[
-      loop.Update(generator, tuple(iterators), frozen, "generator", config.updates_generator),
-      loop.Update(critic, ("prompts",), name="critic"),
-    ],
-    iterators=loop.DataIterators(run, **iterators),
-    preview=_student_preview(run),
-  )
+  stage = updates.of_distillation(run)
+  _train(run, stage, _frozen(run, stage), preview=_student_preview(run))
 
 
 # ------------------------------------------------------------------------------------------ samples
@@ -373,8 +252,30 @@ def make_samples(run: Run) -> None:
 # ------------------------------------------------------------------------------------- shared parts
 
 
-def _stage_key(run: Run, stage: str) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(run.experiment.seed), KEY_OFFSETS[stage])
+def _frozen(run: Run, stage: Stage) -> list[PyTree]:
+  """Loads what each update of a stage reads and nobody trains, each tree of weights once."""
+  names = dict.fromkeys(name for update in stage.updates for name in update.reads)
+  loaded = {name: pretrained.load_frozen(run, name) for name in names}
+  return [
+    update.frozen and update.frozen(run.negative, *(loaded[name] for name in update.reads))
+    for update in stage.updates
+  ]
+
+
+def _train(run: Run, stage: Stage, frozen: Sequence[PyTree] = (), **options) -> None:
+  """Runs a stage; options: of loop.run_stage."""
+  iterators = {
+    name: run.clips(feed.stage, stage.config.batch, feed.keys, feed.salt)
+    for name, feed in stage.feeds.items()
+  }
+  loop.run_stage(
+    run,
+    stage,
+    starts=[pretrained.start_of(run, name) for name in stage.starts],
+    frozen=frozen,
+    iterators=loop.DataIterators(run, **iterators),
+    **options,
+  )
 
 
 def _wait_for_all(name: str) -> None:

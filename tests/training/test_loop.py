@@ -18,6 +18,7 @@ from hiar_jax.training.log import read_log
 from hiar_jax.training.pretrained import Start
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainConfig
+from hiar_jax.training.updates import Stage, Update
 from tests.helpers.tiny_run import make_run
 
 
@@ -68,12 +69,15 @@ def train(run: Run, steps: int, preview=None, slow=None, starts=(), **feed) -> n
   with run.writer:
     loop.run_stage(
       run,
-      "teacher",
-      TrainConfig(steps=steps, batch=8, lr=0.1),
-      run.experiment.dit,
-      create=create,
+      Stage(
+        "teacher",
+        TrainConfig(steps=steps, batch=8, lr=0.1),
+        create=create,
+        rules=run.experiment.dit.sharding_rules,
+        feeds={},
+        updates=(Update(lambda mean: step, ("counts",)),),
+      ),
       starts=starts,
-      updates=[loop.Update(lambda mean: step, ("counts",))],
       iterators=Feed(**feed),
       preview=preview,
     )
