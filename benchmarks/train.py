@@ -15,8 +15,8 @@ training, so updates differ in length. Prints one JSON object:
 """
 
 from collections.abc import Callable, Iterator
-import functools
 import json
+import pathlib
 import statistics
 import sys
 import time
@@ -33,93 +33,62 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
 from hiar_jax.parallel.rules import tree_shardings
-from hiar_jax.training import causal_init, distill, teacher
+from hiar_jax.planning.abstract_run import AbstractRun
+from hiar_jax.planning.stage_steps import step_of
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.state import TrainConfig, TrainState, create_state
+from hiar_jax.training.pretrained import frozen_of
+from hiar_jax.training.state import TrainState
 from hiar_jax.types import Batch, Params, PyTree
 
 STAGES = ("teacher", "causal_init", "critic", "generator")
 
 
-def batch_of(e: Experiment, training: TrainConfig) -> Batch:
-  """Returns a random batch with the keys of every stage, encoded."""
+def drawn(shapes: PyTree) -> PyTree:
+  """Returns a random batch: normal numbers, and an index for each example."""
   rng = np.random.default_rng(0)
-  clip, count = e.latent.clip, training.batch
-  draw = lambda *shape: rng.standard_normal(shape, np.float32)
-  clips = {
-    "text": draw(count, e.text.length, e.text.dim),
-    "example_id": np.arange(count, dtype=np.int32),
-  }
-  if e.model.place_embedding:
-    clips["start"] = np.zeros(count, np.int32)
-  trajectory = draw(count, len(e.student.sigmas), *clip)
-  return {
-    **clips,
-    "latents": draw(count, *clip),
-    "trajectory": trajectory,
-    "trajectories": {**clips, "trajectory": trajectory},
-  }
+
+  def draw(path, leaf):
+    if leaf.dtype != np.int32:
+      return rng.standard_normal(leaf.shape, np.float32)
+    indices = path[-1].key == "example_id"
+    return np.arange(*leaf.shape, dtype=np.int32) if indices else np.zeros(leaf.shape, np.int32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def stage(e: Experiment, name: str) -> tuple[TrainConfig, Callable[[Params], TrainState], Callable]:
-  """Returns (settings, params -> initial state, make_step of parallel.mapping)."""
-  key = jax.random.key(1)
-  if name == "teacher":
-    optimizer = e.teacher.optimizer(e.dit)
-    make_step = functools.partial(teacher.make_step, e.teacher, e.dit, optimizer)
-    return e.teacher, lambda params: create_state(key, params, optimizer), make_step
-  if name == "causal_init":
-    config, optimizer = e.causal_init, e.causal_init.optimizer(e.student_dit)
-    make_step = functools.partial(
-      causal_init.make_step, config, e.student_dit, e.history, e.student.sigmas, optimizer
-    )
-    return config, lambda params: create_state(key, params, optimizer), make_step
-  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
-  optimizers = {
-    "generator": e.distill.generator_optimizer(e.student_dit),
-    "critic": e.distill.critic_optimizer(e.dit),
-  }
-  make = {"critic": distill.make_critic_step, "generator": distill.make_generator_step}[name]
-  method = e.history.at(e.student.sigmas)
-  make_step = functools.partial(make, e.distill, networks, method, e.latent, optimizers[name])
-  # The critic is a copy: buffers of the state are donated, so none may occur in it twice.
-  fresh = lambda params: create_state(
-    key, params, optimizers["generator"], jax.tree.map(jnp.copy, params), optimizers["critic"]
-  )
-  return e.distill, fresh, make_step
-
-
-def frozen_of(e: Experiment, name: str):
-  """Returns what the step of a stage reads and does not train."""
-  negative = jnp.zeros((1, e.text.length, e.text.dim))
-  if name == "teacher":
-    return negative
-  if name == "generator":
-    return distill.Frozen(jax.jit(lambda: e.teacher_dit.init(jax.random.key(2)))(), negative)
-  return None
+def frozen_weights(e: Experiment, name: str) -> Params:
+  """Returns random ones in place of those that training loads."""
+  network, dtype = frozen_of(e, name)
+  init = jax.jit(lambda: jax.tree.map(lambda x: x.astype(dtype), network.init(jax.random.key(2))))
+  return init()
 
 
 def measure(e: Experiment, name: str, updates: int) -> dict:
   """Times `updates` updates of a stage after its first."""
   mesh = open_mesh(e)
   with jax.set_mesh(mesh):
-    training, fresh, make_step = stage(e, name)
-    initial = lambda: fresh(e.dit.init(jax.random.key(0)))
+    run = AbstractRun(e, pathlib.Path(), mesh)
+    found = step_of(run, name)
+    stage, update = found.stage, found.update
+    initial = lambda: stage.create(
+      *(e.network_of(start).init(jax.random.key(i)) for i, start in enumerate(stage.starts))
+    )
     # Initialised in its shards: the whole state may not fit on one device.
-    shapes, rules = jax.eval_shape(initial), e.dit.sharding_rules
-    shardings = tree_shardings(shapes, mesh, rules, min_shard=e.mesh.min_shard)
+    shardings = tree_shardings(found.state, mesh, stage.rules, min_shard=e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
-    batch = put_batch(batch_of(e, training), mesh)
-    step = map_step(make_step, shardings, mesh, e.mesh.mapping)
-    times = list(timed(step, state, batch, frozen_of(e, name), updates))
+    batch = put_batch(drawn(found.batch), mesh)
+    weights = (frozen_weights(e, read) for read in update.reads)
+    frozen = update.frozen and update.frozen(jnp.zeros(run.negative.shape), *weights)
+    step = map_step(update.make_step, shardings, mesh, e.mesh.mapping)
+    times = list(timed(step, state, batch, frozen, updates))
   low, median, high = np.percentile(times[1:], (5, 50, 95))
   return {
     "compile_s": round(times[0], 2),
     "update_s": {"median": round(median, 4), "p5": round(low, 4), "p95": round(high, 4)},
     "mean_s": round(statistics.fmean(times[1:]), 4),
-    "batch": training.batch,
-    "clips_per_s": round(training.batch / median, 2),
+    "batch": stage.config.batch,
+    "clips_per_s": round(stage.config.batch / median, 2),
     "peak_bytes": machine.peak_bytes(),
   }
 

@@ -114,7 +114,7 @@ def step(name: str) -> Callable[[FullSize], Lowered]:
 
   def lower(run: FullSize) -> Lowered:
     step = step_of(run, name)
-    return jax.jit(step.make_step()).lower(step.state, step.batch, step.frozen)
+    return jax.jit(step.update.make_step()).lower(step.state, step.batch, step.frozen)
 
   return lower
 

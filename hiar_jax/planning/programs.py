@@ -73,7 +73,7 @@ def update(run: AbstractRun, step: StageStep) -> Program:
   state = by_rules(step.state, mesh, stage.rules, least)
   shardings = jax.tree.map(lambda x: x.sharding, state)
   # made before a mesh is in use: its tables would be put on devices that are not there
-  function = map_step(step.make_step, shardings, mesh, mapping)
+  function = map_step(step.update.make_step, shardings, mesh, mapping)
   arguments = {
     "state": state,
     "batch": at(step.batch, leaf_sharding("batch/rows", mesh)),

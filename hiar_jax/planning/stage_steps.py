@@ -18,7 +18,7 @@ class StageStep:
   """
 
   stage: updates.Stage
-  make_step: Callable
+  update: updates.Update
   starts: tuple[PyTree, ...]
   batch: PyTree
   frozen: PyTree
@@ -49,7 +49,7 @@ def step_of(run: AbstractRun, name: str) -> StageStep:
     frozen = jax.eval_shape(update.frozen, run.negative, *weights)
   return StageStep(
     stage,
-    update.make_step,
+    update,
     starts=tuple(weights_of(e.network_of(start)) for start in stage.starts),
     batch=batch | dict(zip(update.feeds[1:], others, strict=True)),
     frozen=frozen,
