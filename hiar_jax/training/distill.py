@@ -21,6 +21,7 @@ from hiar_jax.method import Method
 from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.rollout.exit_step import self_rollout, self_rollout_without_gradient
 from hiar_jax.rollout.noise import block_noise, example_keys, example_normal
+from hiar_jax.training.lora import Adapters, LoRAConfig
 from hiar_jax.training.state import (
   TrainConfig,
   TrainState,
@@ -56,7 +57,8 @@ class DistillConfig(TrainConfig):
   steps: critic updates, as the published code counts. critic_updates: critic updates for each of
   the generator's; critic_warmup: those before the generator's first. guidance: g of losses.dmd.
   score_shift, score_low, score_high: shift and range of the sigmas at which the scores are compared
-  and the critic is trained.
+  and the critic is trained. critic_lora: adapters that the critic trains beside the weights that it
+  starts from; by default all of its weights are trained, as published.
   """
 
   critic_lr: float
@@ -67,6 +69,7 @@ class DistillConfig(TrainConfig):
   score_low: float = 0.02
   score_high: float = 0.98
   forward_kl: ForwardKLConfig = ForwardKLConfig()
+  critic_lora: LoRAConfig = dataclasses.field(default=LoRAConfig(), metadata={"since": "2026-11"})
 
   def __post_init__(self):
     super().__post_init__()
@@ -90,26 +93,40 @@ class DistillConfig(TrainConfig):
     """Returns the generator's optimizer, whose schedule counts generator updates."""
     return self.optimizer(network, steps=max(self.generator_steps, 1))
 
-  def critic_optimizer(self, network: Network):
+  def critic_optimizer(self, network: Network | Adapters):
     return self.optimizer(network, lr=self.critic_lr)
 
 
+class Frozen(NamedTuple):
+  """What a step reads and nobody trains; None where it does not.
+
+  real_score: the teacher's parameters. negative: text [1 l d] of the negative prompt. critic: the
+  parameters beside the critic's adapters; None: the real score's.
+  """
+
+  real_score: Params | None
+  negative: Text | None
+  critic: Params | None = None
+
+
 class Networks(NamedTuple):
-  """The three networks of distillation; the critic and the teacher may have other sizes."""
+  """The three networks of distillation; the critic and the teacher may have other sizes.
+
+  adapters: those that the state's critic is; None: the network's own parameters.
+  """
 
   student: Network
   critic: Network
   teacher: Network
+  adapters: Adapters | None = None
 
-
-class Frozen(NamedTuple):
-  """What the generator's step reads and nobody trains.
-
-  real_score: the teacher's parameters. negative: text [1 l d] of the negative prompt.
-  """
-
-  real_score: Params
-  negative: Text
+  def whole_critic(self, trained: Params, frozen: Frozen | None) -> Params:
+    """Returns the critic's parameters, of what the state has of them."""
+    if self.adapters is None:
+      return trained
+    return self.adapters.merged(
+      trained, frozen.real_score if frozen.critic is None else frozen.critic
+    )
 
 
 def _bind(network: Network, params: Params, clips: Batch, text: Text | None = None) -> Bound:
@@ -223,11 +240,11 @@ def make_critic_step(
 ):
   """Returns step(state, batch, frozen) -> (state, metrics), which advances state.step.
 
-  batch: {text, example_id}, and start where the model embeds places. frozen is not read. shape: of
-  the clips that the student generates. mean: averages over devices.
+  batch: {text, example_id}, and start where the model embeds places. frozen: Frozen, read where the
+  critic has adapters. shape: of the clips that the student generates. mean: averages over devices.
   """
 
-  def step(state: TrainState, batch: Batch, frozen=None) -> tuple[TrainState, dict]:
+  def step(state: TrainState, batch: Batch, frozen: Frozen | None = None):
     # 0: the critic's draws of this step; 1 are the generator's
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
     k_rollout, k_score = jax.random.split(key)
@@ -236,7 +253,8 @@ def make_critic_step(
       student = _bind(networks.student, state.params, part)
       x = self_rollout_without_gradient(*_rollout(student, part, method, shape, k_rollout))
       sigma, eps = _score_draws(config, k_score, part["example_id"], x.shape[1:])
-      return critic_loss.critic(_bind(networks.critic, critic, part), x, eps, sigma).mean(), {}
+      score = _bind(networks.critic, networks.whole_critic(critic, frozen), part)
+      return critic_loss.critic(score, x, eps, sigma).mean(), {}
 
     critic, opt_state, metrics = apply_gradients(
       loss,
@@ -274,12 +292,13 @@ def make_generator_step(
 
   def step(state: TrainState, batch: Batch, frozen: Frozen) -> tuple[TrainState, dict]:
     key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 1)
+    critic = networks.whole_critic(state.critic, frozen)
 
     def loss(params, part):
       negative = jnp.broadcast_to(frozen.negative, part["text"].shape)
       nets = Bounds(
         student=_bind(networks.student, params, part),
-        critic=_bind(networks.critic, state.critic, part),
+        critic=_bind(networks.critic, critic, part),
         teacher=_bind(networks.teacher, frozen.real_score, part),
         negative=_bind(networks.teacher, frozen.real_score, part, negative),
       )

@@ -188,6 +188,8 @@ class Experiment:
       )
     if self.framepack:
       self._check_sections(self.framepack)
+    elif self.critic_adapters:
+      self.critic_adapters.check()
     if not 0 <= self.teacher.frames <= self.latent.frames:
       raise UserError(
         f"teacher.frames = {self.teacher.frames}: clips have {self.latent.frames} latent frames"
@@ -318,6 +320,16 @@ class Experiment:
       jax.eval_shape(network.init, jax.random.key(0)) for network in (self.dit, self.packed_dit)
     )
     return Adapters(self.packed_dit, self.framepack.lora, tuple(sorted(made.keys() - known.keys())))
+
+  @property
+  def critic_adapters(self) -> Adapters | None:
+    """The adapters of distill.critic_lora; None where all weights of the critic are trained."""
+    return Adapters(self.dit, self.distill.critic_lora) if self.distill.critic_lora.rank else None
+
+  @property
+  def one_score(self) -> bool:
+    """True where the critic starts from the very weights that the real score has."""
+    return self.teacher_dit == self.dit and self.weights.teacher in ("", self.weights.base)
 
   @property
   def needs_trajectories(self) -> bool:

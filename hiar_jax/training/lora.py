@@ -55,13 +55,19 @@ class Adapters:
   config: LoRAConfig
   whole: tuple[str, ...] = ()
 
+  @property
+  def shapes(self) -> Params:
+    """The network's parameters, of shapes alone."""
+    return jax.eval_shape(self.network.init, jax.random.key(0))
+
   def start(self, key: Key, params: Params) -> Params:
     """Returns the trained tree before the first update, of the network's parameters.
 
     A is drawn evenly from +- 1 / sqrt(in), as published code does (PyTorch's default of a linear
-    layer). Raises UserError where `modules` names nothing that has a matrix.
+    layer). params: arrays or shapes. Raises UserError where `modules` names nothing that has a
+    matrix.
     """
-    self._check(params)
+    self._check_names(params)
     found = {}
     for i, (path, kernel) in enumerate(self._matrices(params)):
       (*stack, rows, columns), rank = kernel.shape, self.config.rank
@@ -81,7 +87,8 @@ class Adapters:
       if name == "a":
         a, b = added[*path, "a"], added[*path, "b"]
         kernel = flat[tuple(path)]
-        flat[tuple(path)] = kernel + (self.config.scale * (a @ b)).astype(kernel.dtype)
+        # float32, as the pair is, whatever the frozen matrix is: so is the sum's gradient
+        flat[tuple(path)] = kernel + self.config.scale * (a @ b)
     return traverse_util.unflatten_dict(flat) | {name: trained[name] for name in self.whole}
 
   # what the loop and the optimizer ask of a network, for the trained tree
@@ -108,7 +115,20 @@ class Adapters:
         if not modules or set(modules) & set(path):
           yield path, leaf
 
-  def _check(self, params: Params) -> None:
+  def check(self) -> None:
+    """Raises UserError, before any weights are there, for `modules` that name nothing, and for a
+    rank that is more than a matrix has.
+    """
+    params, rank = self.shapes, self.config.rank
+    self._check_names(params)
+    rows, columns = min((x.shape[-2:] for _, x in self._matrices(params)), key=min)
+    if rank > min(rows, columns):
+      raise UserError(
+        f"lora.rank = {rank}: expected at most {min(rows, columns)}, as the smallest matrix is "
+        f"{rows} x {columns}; 0 trains all weights"
+      )
+
+  def _check_names(self, params: Params) -> None:
     every = dataclasses.replace(self, config=dataclasses.replace(self.config, modules=()))
     names = {name for path, _ in every._matrices(params) for name in path[1:-1]}
     for name in set(self.config.modules) - names:

@@ -42,17 +42,17 @@ def load_teacher(run: Run) -> Params:
 
 def frozen_of(e: Experiment, name: str) -> tuple[Network, str]:
   """Returns the network and the dtype of weights that a stage reads and does not train: `teacher`,
-  or distribution matching's `real_score`.
+  or in distribution matching `real_score` and `critic`, which is the teacher too.
 
-  The scores are kept in the dtype that they compute in (half the memory in bfloat16).
+  These two are kept in the dtype that they compute in (half the memory in bfloat16).
   """
   if name == "real_score":
     return e.teacher_dit, e.teacher_dit.dtype
-  return e.dit, "float32"
+  return e.dit, e.dit.dtype if name == "critic" else "float32"
 
 
 def load_frozen(run: Run, name: str) -> Params:
-  """Loads weights of `frozen_of`. The real score is weights.teacher, else the teacher."""
+  """Loads weights of `frozen_of`. The real score is weights.teacher where that is given."""
   network, dtype = frozen_of(run.experiment, name)
   base, free = _in_place_of(run, "teacher")
   published = run.experiment.weights.teacher if name == "real_score" else ""

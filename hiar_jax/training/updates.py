@@ -129,13 +129,13 @@ def of_distillation(run: Run) -> Stage:
   """Returns the training of student and critic. The student starts from causal init and the critic
   from the teacher, or both from published weights.
   """
-  e, config = run.experiment, run.experiment.distill
+  e, config, adapters = run.experiment, run.experiment.distill, run.experiment.critic_adapters
   key = stage_key(e, "distill")
-  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(e.dit)
+  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(adapters or e.dit)
   feeds = {"prompts": Feed("data", (), salt=5)}
   if config.forward_kl.weight:
     feeds["trajectories"] = Feed("trajectories", ("trajectory",), salt=6)
-  networks = distill.Networks(student=e.student_dit, critic=e.dit, teacher=e.teacher_dit)
+  networks = distill.Networks(e.student_dit, critic=e.dit, teacher=e.teacher_dit, adapters=adapters)
   common = config, networks, run.method, e.latent
   generator = functools.partial(
     distill.make_generator_step,
@@ -144,14 +144,22 @@ def of_distillation(run: Run) -> Stage:
     point_sigmas=jnp.asarray(run.point_sigmas),
   )
   critic = functools.partial(distill.make_critic_step, *common, optimizers[1])
+  # the weights beside the critic's adapters, if those are not the real score's
+  base = ("critic",) if adapters and not e.one_score else ()
+
+  def create(student: Params, *weights: Params) -> TrainState:
+    if adapters:
+      # `steps`: no update draws from its fold_in
+      weights = (adapters.start(jax.random.fold_in(key, config.steps), adapters.shapes),)
+    student = _with_packed_past(e, student)
+    return create_state(key, student, optimizers[0], *weights, optimizers[1])
+
   return Stage(
     "distill",
     config,
-    create=lambda student, critic: create_state(
-      key, _with_packed_past(e, student), optimizers[0], critic, optimizers[1]
-    ),
-    starts=("causal_init", "teacher"),
-    rules=e.stored_student.sharding_rules,
+    create=create,
+    starts=("causal_init",) if adapters else ("causal_init", "teacher"),
+    rules=(adapters or e.stored_student).sharding_rules,
     feeds=feeds,
     # The generator first, every `critic_updates` steps; the critic in every step, on rollouts of
     # the student as it then is. Each takes a fresh batch of prompts.
@@ -159,12 +167,18 @@ def of_distillation(run: Run) -> Stage:
       Update(
         generator,
         tuple(feeds),
-        reads=("real_score",),
-        frozen=lambda negative, real_score: distill.Frozen(real_score, negative),
+        reads=("real_score", *base),
+        frozen=lambda negative, score, *base: distill.Frozen(score, negative, *base),
         name="generator",
         due=config.updates_generator,
       ),
-      Update(critic, ("prompts",), name="critic"),
+      Update(
+        critic,
+        ("prompts",),
+        reads=(base or ("real_score",)) if adapters else (),
+        frozen=(lambda negative, base: distill.Frozen(None, None, base)) if adapters else None,
+        name="critic",
+      ),
     ),
   )
 
