@@ -28,7 +28,7 @@ import jax
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.train import batch_of, stage
+from benchmarks.train import drawn
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
@@ -36,34 +36,35 @@ from hiar_jax.models.frames import bind, whole_clip
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import make_mesh, put_batch
 from hiar_jax.parallel.rules import tree_shardings
+from hiar_jax.planning.abstract_run import AbstractRun
+from hiar_jax.planning.stage_steps import step_of
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import Params
 
 
 def compute(e: Experiment, devices: int, updates: int) -> dict[str, np.ndarray]:
   """Returns velocities, weights before and after the updates, and the seconds of each update."""
-  mesh = make_mesh(e.mesh, jax.devices()[:devices])
+  mesh, times = make_mesh(e.mesh, jax.devices()[:devices]), []
+  found = step_of(AbstractRun(e, pathlib.Path(), mesh), "causal_init")
   with jax.set_mesh(mesh):
-    training, fresh, make_step = stage(e, "causal_init")
-    initial = lambda: fresh(e.dit.init(jax.random.key(0)))
-    shapes, rules = jax.eval_shape(initial), e.dit.sharding_rules
-    shardings = tree_shardings(shapes, mesh, rules, min_shard=e.mesh.min_shard)
+    initial = lambda: found.stage.create(e.dit.init(jax.random.key(0)))
+    shardings = tree_shardings(found.state, mesh, found.stage.rules, min_shard=e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
-    batch = put_batch(batch_of(e, training), mesh)
+    batch = put_batch(drawn(found.batch), mesh)
 
     @jax.jit
     def forward(params, batch):
       bound = bind(e.student_dit, params, batch["text"], batch.get("start"))
-      return bound(whole_clip(batch["latents"], 0.7)).velocity[0]
+      return bound(whole_clip(batch["trajectory"][:, 0], 0.7)).velocity[0]
 
-    found = {"forward": forward(state.params, batch), "before": _flat(state.params)}
-    step, times = map_step(make_step, shardings, mesh, e.mesh.mapping), []
+    result = {"forward": forward(state.params, batch), "before": _flat(state.params)}
+    step = map_step(found.update.make_step, shardings, mesh, e.mesh.mapping)
     for _ in range(updates + 1):
       start = time.perf_counter()
       state, _ = jax.block_until_ready(step(state, batch, None))
       times.append(time.perf_counter() - start)
-    found |= {"update": _flat(state.params), "times": np.asarray(times[1:])}
-  return jax.device_get(found)
+    result |= {"update": _flat(state.params), "times": np.asarray(times[1:])}
+  return jax.device_get(result)
 
 
 def _flat(params: Params) -> np.ndarray:

@@ -75,8 +75,8 @@ def test_a_frame_is_spread_over_devices(kind):
     1,
     4,
   ] and alone.place(8) is None
-  step = spread._step
-  object.__setattr__(spread, "_step", lambda *args: calls.append(args) or step(*args))
+  step = spread.step
+  object.__setattr__(spread, "step", lambda *args: calls.append(args) or step(*args))
   pieces = np.concatenate(list(spread(latents)), axis=1)
   expected = np.concatenate(list(alone(latents)), axis=1)
   assert np.abs(pieces.astype(int) - expected).max() <= 1 and pieces.std() > 5
@@ -91,7 +91,7 @@ def test_compiled_twice_whatever_the_length():
   for frames in (3, 7):
     for piece in decoder(LATENTS[:, :frames]):
       del piece
-  assert decoder._step._cache_size() == 2
+  assert decoder.step._cache_size() == 2
 
 
 def test_a_piece_is_decoded_when_it_is_asked_for():
