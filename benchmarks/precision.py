@@ -47,7 +47,7 @@ def compute(e: Experiment, devices: int, updates: int) -> dict[str, np.ndarray]:
   mesh, times = make_mesh(e.mesh, jax.devices()[:devices]), []
   found = step_of(AbstractRun(e, pathlib.Path(), mesh), "causal_init")
   with jax.set_mesh(mesh):
-    initial = lambda: found.stage.create(e.dit.init(jax.random.key(0)))
+    initial = lambda: found.stage.create(_trained(e.dit.init(jax.random.key(0))))
     shardings = tree_shardings(found.state, mesh, found.stage.rules, min_shard=e.mesh.min_shard)
     state = jax.block_until_ready(jax.jit(initial, out_shardings=shardings)())
     batch = put_batch(drawn(found.batch), mesh)
@@ -65,6 +65,14 @@ def compute(e: Experiment, devices: int, updates: int) -> dict[str, np.ndarray]:
       times.append(time.perf_counter() - start)
     result |= {"update": _flat(state.params), "times": np.asarray(times[1:])}
   return jax.device_get(result)
+
+
+def _trained(params: Params) -> Params:
+  """Stands for trained weights: none is zero, as the last layer's are at first."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  draw = lambda key, leaf: leaf + 0.02 * jax.random.normal(key, leaf.shape)
+  return tree.unflatten(map(draw, keys, leaves))
 
 
 def _flat(params: Params) -> np.ndarray:
