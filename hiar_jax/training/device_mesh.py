@@ -82,12 +82,17 @@ def _states(e: Experiment) -> list[Parts]:
 
 
 def _distillation(e: Experiment) -> Parts:
-  config, real = e.distill, e.teacher_dit
-  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(e.dit)
-  real_score = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, real.dtype), _weights(real))
+  config, adapters = e.distill, e.critic_adapters
+  optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(adapters or e.dit)
+  critic = _weights(e.dit)
+  if adapters:
+    critic = jax.eval_shape(adapters.start, jax.random.key(0), critic)
+  params = _weights(e.stored_student)
+  rules = (adapters or e.stored_student).sharding_rules
+  frozen = [e.teacher_dit] + ([e.dit] if adapters and not e.one_score else [])
   return [
-    _state(e.stored_student, optimizers[0], _weights(e.dit), optimizers[1]),
-    (real_score, real.sharding_rules),
+    (_created(params, optimizers[0], critic, optimizers[1]), rules),
+    *((_weights(network, network.dtype), network.sharding_rules) for network in frozen),
   ]
 
 
@@ -104,12 +109,13 @@ def _packed(e: Experiment) -> Parts:
   ]
 
 
-def _weights(network: Network) -> PyTree:
-  return jax.eval_shape(network.init, jax.random.key(0))
+def _weights(network: Network, dtype: str = "float32") -> PyTree:
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
-def _state(network: Network, *others: Any) -> tuple[PyTree, Rules]:
-  return _created(_weights(network), *others), network.sharding_rules
+def _state(network: Network, optimizer: Any) -> tuple[PyTree, Rules]:
+  return _created(_weights(network), optimizer), network.sharding_rules
 
 
 def _created(params: PyTree, optimizer, critic: PyTree = None, critic_optimizer=None) -> PyTree:

@@ -56,8 +56,7 @@ def here() -> Target:
 
 def test_a_plan_chooses_the_mesh_by_the_memory_of_its_chip(monkeypatch, tmp_path):
   meshes = []
-  monkeypatch.setattr(compiled, "lower", lambda program, target: meshes.append(program.mesh))
-  monkeypatch.setattr(compiled, "kept", lambda *_: {})
+  monkeypatch.setattr(compiled, "find", lambda run, *_: meshes.append(run.mesh))
   open_ones = {"mesh__data": -1, "mesh__fsdp": -1, "mesh__min_shard": 1}
   e = build(Experiment, tiny_run.make_config(**EIGHT, **open_ones))
   for memory in (2**30, 100):

@@ -11,6 +11,7 @@ from hiar_jax.planning.abstract_run import weights_of
 from hiar_jax.training import device_mesh
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lora import Adapters, LoRAConfig
 from tests.helpers import tiny_packed, tiny_run
 
 
@@ -83,17 +84,33 @@ def test_devices_that_share_a_clip_are_not_counted_twice():
     open_mesh(e, jax.devices()[:6], memory=1)
 
 
-def test_it_is_said_why(caplog):
-  e = both_open()
-  with caplog.at_level("INFO"):
-    open_mesh(e, memory=int(1.9 * state_bytes(e)))
-  (line,) = [record.getMessage() for record in caplog.records if "mesh" in record.getMessage()]
+def test_it_is_said_why(monkeypatch):
+  e, said = both_open(), []
+  monkeypatch.setattr(device_mesh.logging, "info", said.append)
+  open_mesh(e, memory=int(1.9 * state_bytes(e)))
+  (line,) = said
   assert "data = 4, fsdp = 2" in line and "at most half of its" in line
 
 
 def test_sizes_that_are_given_are_kept():
   e = build(Experiment, tiny_run.make_config(mesh__data=-1, mesh__fsdp=2))
   assert dict(open_mesh(e, memory=1).shape) == {"data": 4, "fsdp": 2}
+
+
+def test_a_critic_of_adapters_needs_less():
+  """Its base is the real score's own here."""
+  whole, adapted = (
+    device_mesh._bytes(device_mesh._distillation(e), MeshConfig(data=1))
+    for e in (both_open(), both_open(distill__critic_lora={"rank": 2}))
+  )
+  network = both_open().dit
+  count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(network)))
+  adapters = Adapters(network, LoRAConfig(rank=2)).start(
+    jax.random.key(0), network.init(jax.random.key(0))
+  )
+  few = sum(leaf.size for leaf in jax.tree.leaves(adapters))
+  # weights, AdamW's second moment, and the first in 16 bits; counters are the rest
+  assert whole - adapted == pytest.approx((4 + 4 + 2) * (count - few), rel=0.01)
 
 
 def test_adapters_leave_the_weights_as_they_are():
