@@ -34,7 +34,7 @@ setuptools.setup(
   install_requires=[
     "absl-py>=2.1",
     "array-record>=0.8",
-    "av>=14",
+    "av>=18",  # earlier ones cannot convert colours exactly
     "beartype>=0.21",
     "clu>=0.0.12",
     "flax>=0.12",

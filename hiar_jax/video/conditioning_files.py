@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from hiar_jax.errors import UserError
-from hiar_jax.video import video_file
+from hiar_jax.video import frame_pixels, video_file
 
 _FORMATS = "PNG, JPEG, WebP or another that Pillow reads"
 _VIDEOS = "MP4, WebM or another that FFmpeg reads"
@@ -71,7 +71,7 @@ def read_video(
       for frame, repeats in video_file.resampled(container, fps):
         first = first or frame
         if repeats:
-          kept.extend([video_file.cover(frame, height, width)] * repeats)
+          kept.extend([frame_pixels.cover(frame, height, width)] * repeats)
         total += repeats
       rate = video_file.frame_rate(container.streams.video[0])
   except av.error.InvalidDataError as error:

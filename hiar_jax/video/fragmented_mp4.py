@@ -29,7 +29,7 @@ import numpy as np
 from hiar_jax.errors import UserError
 from hiar_jax.files import writing
 from hiar_jax.video.frames import checked_frames
-from hiar_jax.video.mp4 import BT709, yuv_frame
+from hiar_jax.video.mp4 import BT709, SITING, yuv_frame
 
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 _CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")  # boxes that hold boxes
@@ -127,7 +127,10 @@ class FragmentedMP4(contextlib.AbstractContextManager):
 
   def _start(self, size: tuple[int, int]) -> None:
     """Starts the encoder for frames of (height, width), and writes the head of a new file."""
-    self._encoder = _Encoder(size, self._rate, self._scale, self._crf, self._metadata)
+    told = size, self._rate, self._scale, self._crf, self._metadata
+    self._encoder = _Encoder(*told)
+    if self._file and _decoder_settings(self._head) != _decoder_settings(self._encoder.head):
+      self._encoder = _Encoder(*told, siting={})  # files of before 2026-12 do not tell it
     settings = _decoder_settings(self._encoder.head)
     # the codec's name for browsers (RFC 6381): avc1 with profile, constraints and level
     self.mime = f'video/mp4; codecs="avc1.{settings[1:4].hex()}"'
@@ -186,7 +189,13 @@ class _Encoder:
   """Frames -> the bytes of fragments; `head`: the bytes before the first one."""
 
   def __init__(
-    self, size: tuple[int, int], rate: Fraction, scale: int, crf: int, metadata: Mapping[str, str]
+    self,
+    size: tuple[int, int],
+    rate: Fraction,
+    scale: int,
+    crf: int,
+    metadata: Mapping[str, str],
+    siting: Mapping[str, str] = SITING,
   ):
     self.size = size
     self._scale = scale
@@ -201,9 +210,8 @@ class _Encoder:
       dict(metadata), ensure_ascii=False, sort_keys=True
     )
     # zerolatency: a frame is encoded when it is given; one thread: equal bytes on every machine
-    self._stream = self._container.add_stream(
-      "libx264", rate=rate, options={"crf": str(crf), "tune": "zerolatency", "threads": "1"}
-    )
+    options = {"crf": str(crf), "tune": "zerolatency", "threads": "1", **siting}
+    self._stream = self._container.add_stream("libx264", rate=rate, options=options)
     self._stream.width, self._stream.height = self._width, self._height
     self._stream.pix_fmt = "yuv420p"
     context = self._stream.codec_context

@@ -18,6 +18,9 @@ from hiar_jax.files import whole_file
 from hiar_jax.video.frames import checked_frames
 
 BT709 = 1  # ITU-T H.273: the value of BT.709 as matrix, primaries and transfer function
+# Where `yuv_frame` takes its chroma samples: in the middle of 2 x 2 pixels. Untagged H.264 means
+# their left edge, and each reading of a video that is continued would move colours half a pixel.
+SITING = {"chroma_sample_location": "center"}
 
 
 def write_mp4(
@@ -53,9 +56,8 @@ def write_mp4(
       dict(metadata or {}), ensure_ascii=False, sort_keys=True
     )
     # 1001: the denominator of the NTSC rates, as 30000/1001
-    stream = container.add_stream(
-      "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(crf)}
-    )
+    rate = Fraction(fps).limit_denominator(1001)
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **SITING})
     # yuv420p holds chroma at half the size, so the sides are even
     height, width = (side * scale + side * scale % 2 for side in first.shape[1:3])
     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"

@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from hiar_jax.errors import UserError
+from hiar_jax.video.frame_pixels import cover
 
 # A file that decodes to less than this share of its declared frames counts as cut off; containers
 # declare a few frames more or less than there are.
@@ -138,20 +139,3 @@ def _decoded(
   # stream.frames is 0 where the container declares no count
   if count < _TRUNCATED * stream.frames:
     raise Unusable(f"cut off: {count} of {stream.frames} frames there")
-
-
-def cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-  """Returns uint8 [H W 3]: rotated upright, scaled to cover height x width, centre cropped."""
-  # the box is rotated here, the frame at the end, where it has the pixels of the result alone
-  sideways = frame.rotation % 180 != 0
-  box_h, box_w = (width, height) if sideways else (height, width)
-  scale = max(box_h / frame.height, box_w / frame.width)
-  new_h, new_w = max(box_h, round(frame.height * scale)), max(box_w, round(frame.width * scale))
-  # area averaging when shrinking: swscale's bicubic filter would alias
-  filter_name = "AREA" if scale < 1 else "BICUBIC"
-  image = frame.reformat(
-    width=new_w, height=new_h, format="rgb24", interpolation=filter_name
-  ).to_ndarray()
-  top, left = (new_h - box_h) // 2, (new_w - box_w) // 2
-  image = image[top : top + box_h, left : left + box_w]
-  return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))

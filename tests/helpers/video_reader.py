@@ -3,7 +3,8 @@
 import av
 import numpy as np
 
-from hiar_jax.video.mp4 import BT709, read_metadata
+from hiar_jax.video.frame_pixels import cover
+from hiar_jax.video.mp4 import read_metadata
 
 
 def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]]:
@@ -15,9 +16,7 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
     stream = container.streams.video[0]
     frames = []
     for frame in container.decode(stream):
-      # swscale would guess BT.601 for a stream tagged BT.709 and shift the colours
-      source = "ITU709" if frame.colorspace == BT709 else None
-      frames.append(frame.reformat(format="rgb24", src_colorspace=source).to_ndarray())
+      frames.append(cover(frame, frame.height, frame.width))
     fps = float(stream.average_rate)
   frames = np.stack(frames)
   if scale > 1:
