@@ -14,6 +14,8 @@ from hiar_jax.video.frame_pixels import cover
 # A file that decodes to less than this share of its declared frames counts as cut off; containers
 # declare a few frames more or less than there are.
 _TRUNCATED = 0.9
+# Seconds between two timestamps may be off by this: Matroska rounds to milliseconds.
+_ROUNDING = 1.1e-3
 
 
 class Unusable(Exception):
@@ -87,23 +89,38 @@ def resampled(
   """
   previous = None
   done = 0  # ticks that the frames so far fill
-  start = end = 0.0
-  for frame, time, duration in _decoded(container):
-    if previous is None:
-      start = time
-    else:
-      due = _ticks(time - start, fps)
+  times: list[float] = []
+  for frame, time in _decoded(container):
+    if previous is not None:
+      due = _ticks(time - times[0], fps)
       # max: timestamps of damaged files may go back
       yield previous, max(0, due - done)
       done = max(done, due)
-    previous, end = frame, max(end, time - start + duration)
-  yield previous, max(0, _ticks(end, fps) - done)
+    previous = frame
+    times.append(time)
+  end = max(times) + _last_duration(container.streams.video[0], previous, times)
+  yield previous, max(0, _ticks(end - times[0], fps) - done)
+
+
+def _last_duration(stream: av.VideoStream, last: av.VideoFrame, times: list[float]) -> float:
+  """How long the last frame is shown, in seconds: as it says itself, within what is known else."""
+  duration = 1 / frame_rate(stream)
+  if last.duration and last.time_base:
+    duration = float(last.duration * last.time_base)
+  # Durations are stored in the order of decoding. Where that is not the order of showing, a pause
+  # may be told of a frame two or three before or after it.
+  if stream.duration and stream.time_base:
+    rest = float((stream.duration + (stream.start_time or 0)) * stream.time_base) - max(times)
+    if rest > 0:
+      return min(duration, rest)
+  if stream.codec_context.has_b_frames and len(times) > 1:
+    return min(duration, float(np.median(np.diff(times))))
+  return duration
 
 
 def _ticks(seconds: float, fps: float) -> int:
   """The number of the times 0, 1/fps, 2/fps, ... before `seconds`."""
-  # 1e-3 of a tick: timestamps are rounded to the container's time base
-  return int(np.ceil(seconds * fps - 1e-3))
+  return int(np.ceil((seconds - _ROUNDING) * fps))
 
 
 def frame_rate(stream: av.VideoStream) -> float:
@@ -111,10 +128,8 @@ def frame_rate(stream: av.VideoStream) -> float:
   return float(stream.average_rate or stream.guessed_rate or 25)
 
 
-def _decoded(
-  container: av.container.InputContainer,
-) -> Iterator[tuple[av.VideoFrame, float, float]]:
-  """Yields every frame with its time and duration in seconds.
+def _decoded(container: av.container.InputContainer) -> Iterator[tuple[av.VideoFrame, float]]:
+  """Yields every shown frame with its time in seconds.
 
   Raises:
     Unusable: no picture, damaged pictures, or fewer frames than the container declares.
@@ -124,18 +139,18 @@ def _decoded(
   stream = container.streams.video[0]
   stream.thread_type = "AUTO"  # FFmpeg decodes on all cores
   rate = frame_rate(stream)
-  count = 0
-  for frame in container.decode(stream):
-    if frame.is_corrupt:
-      raise Unusable(f"damaged at frame {count}")
-    time = count / rate if frame.time is None else float(frame.time)
-    duration = (
-      float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 1 / rate
-    )
-    yield frame, time, duration
-    count += 1
+  count = hidden = 0
+  for packet in container.demux(stream):
+    # An edit list hides it, as where a film was trimmed without being encoded anew. The decoder
+    # needs it for the frames that are shown, and keeps its own frame to itself.
+    hidden += packet.is_discard
+    for frame in packet.decode():
+      if frame.is_corrupt:
+        raise Unusable(f"damaged at frame {count}")
+      yield frame, count / rate if frame.time is None else float(frame.time)
+      count += 1
   if not count:
     raise Unusable("no picture in it")
   # stream.frames is 0 where the container declares no count
-  if count < _TRUNCATED * stream.frames:
-    raise Unusable(f"cut off: {count} of {stream.frames} frames there")
+  if count < _TRUNCATED * (stream.frames - hidden):
+    raise Unusable(f"cut off: {count} of {stream.frames - hidden} frames there")
