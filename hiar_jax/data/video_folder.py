@@ -6,6 +6,7 @@ is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are sk
 warning.
 """
 
+import collections
 from collections.abc import Iterator, Mapping, Sequence
 import csv
 import dataclasses
@@ -134,12 +135,13 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
   videos = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
   # Files that only the metadata names are listed too, so that they are reported as missing.
   names = sorted({*captions, *(str(path.relative_to(folder)) for path in videos)})
-  sources, skipped = [], []
+  sources, skipped, changed = [], [], collections.Counter()
   for name in tqdm.tqdm(names, "checking videos", unit="file"):
     try:
       caption = _caption(folder, name, captions)
       # Headers are often wrong about lengths: the frames are counted by decoding.
-      count = video_file.count_clips(folder / name, sampling)
+      count, changes = video_file.survey(folder / name, sampling)
+      changed.update(changes)
       sources.append((folder / name, caption, count))
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
@@ -153,6 +155,8 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
       f"no usable video in {folder} ({reason}); it needs clip.mp4 beside clip.txt, or a "
       "metadata.jsonl"
     )
+  for change, times in changed.items():
+    logging.warning("%s: %d of %d videos: %s", folder, times, len(sources), change)
   level = logging.WARNING if skipped else logging.INFO
   logging.log(
     level,

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from hiar_jax.errors import UserError
-from hiar_jax.video import frame_pixels, video_file
+from hiar_jax.video import video_file
 
 _FORMATS = "PNG, JPEG, WebP or another that Pillow reads"
 _VIDEOS = "MP4, WebM or another that FFmpeg reads"
@@ -60,20 +60,22 @@ def read_video(
 ) -> tuple[np.ndarray, str]:
   """Reads (uint8 [F H W 3], changes): the frames on screen at 0, 1/fps, 2/fps, ... seconds.
 
-  The container's rotation is applied. last: the number of frames kept, those at the end; None keeps
-  all. Raises UserError where the file is missing, no video, empty, damaged or cut off.
+  They are as players show them: upright, of square pixels, progressive, in BT.709, over black.
+  last: the number of frames kept, those at the end; None keeps all. Raises UserError where the file
+  is missing, no video, empty, damaged or cut off.
   """
   path = _existing(path, "video")
   try:
     # only the last frames are held, but all are decoded: the file is then known to be whole
     kept, total, first = deque(maxlen=last), 0, None
     with av.open(str(path)) as container:
-      for frame, repeats in video_file.resampled(container, fps):
+      film = video_file.Film(container)
+      for frame, repeats in film.resampled(fps):
         first = first or frame
         if repeats:
-          kept.extend([frame_pixels.cover(frame, height, width)] * repeats)
+          kept.extend([film.look.cover(frame, height, width)] * repeats)
         total += repeats
-      rate = video_file.frame_rate(container.streams.video[0])
+      rate = film.rate
   except av.error.InvalidDataError as error:
     raise UserError(
       f"{path} is not a video, or a damaged one; give a {_VIDEOS} file (a picture is given as "
@@ -83,10 +85,7 @@ def read_video(
     raise UserError(f"{path} cannot be used ({error}); give a {_VIDEOS} file") from error
   if not kept:
     raise UserError(f"{path} shows no frame at {fps:g} frames a second; give a longer video")
-  size = (first.height, first.width)
-  if first.rotation % 180:
-    size = size[::-1]
-  changes = ["turned upright by its container's note"] if first.rotation else []
+  size, changes = film.look.size(first), list(film.look.changes)
   if abs(rate - fps) > _RATE_TOLERANCE:
     changes.append(f"resampled from {rate:g} to {fps:g} frames a second")
   if len(kept) < total:

@@ -61,7 +61,7 @@ def test_frames_are_those_on_screen(tmp_path, fps, size):
   """
   path = _write(tmp_path / "a.mp4", 2.0, fps, size)
   sampling = Sampling(4, 32, 48, 8, 4)
-  assert video_file.count_clips(path, sampling) == 4
+  assert video_file.survey(path, sampling)[0] == 4
   clips = list(video_file.clips(path, sampling))
   assert len(clips) == 4 and all(c.shape == (4, 32, 48, 3) and c.dtype == np.uint8 for c in clips)
   times = np.floor(np.arange(16) / 8 * fps + 1e-6) / fps
@@ -102,10 +102,10 @@ def test_a_phone_held_upright(tmp_path, rotation, turns):
 def test_stride_overlaps_clips(tmp_path):
   path = _write(tmp_path / "a.mp4", 2.0, 24)
   clips = list(video_file.clips(path, Sampling(5, 32, 48, 8, 2)))
-  assert len(clips) == video_file.count_clips(path, Sampling(5, 32, 48, 8, 2)) == 6
+  assert len(clips) == video_file.survey(path, Sampling(5, 32, 48, 8, 2))[0] == 6
   np.testing.assert_array_equal(clips[0][2:], clips[1][:3])
   skipping = Sampling(2, 32, 48, 8, 7)
-  assert len(list(video_file.clips(path, skipping))) == video_file.count_clips(path, skipping) == 3
+  assert len(list(video_file.clips(path, skipping))) == video_file.survey(path, skipping)[0] == 3
 
 
 def _shorten(path, size):
@@ -169,6 +169,16 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
   np.testing.assert_allclose(
     _reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6
   )
+
+
+def test_what_is_changed_is_said_once_a_folder(tmp_path, caplog):
+  """How many films are turned, not a line for each."""
+  for name in "ab":
+    _write(tmp_path / f"{name}.mp4", 1.0, 8, rotation=90)
+    (tmp_path / f"{name}.txt").write_text("a film")
+  video_folder.scan(tmp_path, SAMPLING)
+  said = [r.getMessage() for r in caplog.records if "container" in r.getMessage()]
+  assert said == [f"{tmp_path}: 2 of 2 videos: turned upright by its container's note"]
 
 
 def test_preparing_again_needs_no_folder_and_says_what_changed(tmp_path, caplog):

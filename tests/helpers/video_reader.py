@@ -3,7 +3,7 @@
 import av
 import numpy as np
 
-from hiar_jax.video.frame_pixels import cover
+from hiar_jax.video.frame_pixels import Look
 from hiar_jax.video.mp4 import read_metadata
 
 
@@ -14,9 +14,9 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
   """
   with av.open(str(path)) as container:
     stream = container.streams.video[0]
-    frames = []
+    frames, look = [], Look()
     for frame in container.decode(stream):
-      frames.append(cover(frame, frame.height, frame.width))
+      frames.append(look.cover(frame, frame.height, frame.width))
     fps = float(stream.average_rate)
   frames = np.stack(frames)
   if scale > 1:
