@@ -12,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.streaming_model import ConditioningFrames, StreamingModel
+from hiar_jax.video import conditioning_files
 
 # First bytes of the formats that are accepted. Not by what Pillow and FFmpeg can open: FFmpeg also
 # reads playlists, which name other files and addresses, and Pillow starts Ghostscript for EPS.
@@ -33,6 +34,8 @@ def read(source: StreamingModel, name: str, content: bytes) -> tuple[Conditionin
   # the last part of a path of either system; it goes into messages and metadata, never into a path
   name = pathlib.PurePath(name.replace("\\", "/")).name[-MAX_NAME:] or "the start"
   # bytes 8-12: RIFF is the container of WebP, but of AVI and WAV too; 4-8: MP4 and MOV
+  if conditioning_files.is_heic(content):
+    raise UserError(f"{name} is a HEIC picture, which is not read here; save it as JPEG")
   if content.startswith(PICTURES) and (content[:4] != b"RIFF" or content[8:12] == b"WEBP"):
     kind, check = "image", check_picture
   elif content.startswith(MATROSKA) or content[4:8] == b"ftyp":

@@ -5,13 +5,14 @@ line on what it changed, '' for nothing.
 """
 
 from collections import deque
+import io
 import os
 import pathlib
 import warnings
 
 import av
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from hiar_jax.errors import UserError
 from hiar_jax.video import video_file
@@ -21,10 +22,14 @@ _VIDEOS = "MP4, WebM or another that FFmpeg reads"
 _SIXTEEN_BIT = 257  # 65535 / 255
 _RATE_TOLERANCE = 1e-3  # frames a second; containers round their rates
 _LEAST_CROP = 0.005  # cropped shares below it would be printed as 0 %
+_SAME_COLOURS = 2  # levels of 255: profiles of sRGB itself differ by rounding
+# Brands of ISO/IEC 23008-12 for pictures in HEVC; mif1 and msf1 do not name the codec.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
 def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, str]:
-  """Reads (uint8 [1 H W 3], changes): rotated by its EXIF orientation, alpha composed over black.
+  """Reads (uint8 [1 H W 3], changes): rotated by its EXIF orientation, in sRGB by its colour
+  profile, alpha composed over black.
 
   Of an animation the first frame is used. Raises UserError where the file is missing, no image,
   empty, cut off, or of a pixel type without a known white.
@@ -43,6 +48,7 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.nda
         image = ImageOps.exif_transpose(stored)
         image.load()  # decodes now, inside the try: Pillow opens lazily
   except Image.UnidentifiedImageError as error:
+    _refuse_heic(path)
     raise UserError(
       f"{path} is not an image; give a {_FORMATS} file (a video is given as --video)"
     ) from error
@@ -65,6 +71,7 @@ def read_video(
   is missing, no video, empty, damaged or cut off.
   """
   path = _existing(path, "video")
+  _refuse_heic(path)  # FFmpeg would show one tile of it
   try:
     # only the last frames are held, but all are decoded: the file is then known to be whole
     kept, total, first = deque(maxlen=last), 0, None
@@ -105,6 +112,44 @@ def _existing(path: str | os.PathLike, kind: str) -> pathlib.Path:
   return path
 
 
+def is_heic(head: bytes) -> bool:
+  """Whether a file with these first bytes, 64 or more, is a picture as iPhones store it."""
+  # a head of AVIF, which Pillow reads, may begin with mif1 and name avif later
+  return head[4:8] == b"ftyp" and head[8:12] in _HEIC and b"avif" not in head[:64]
+
+
+def _refuse_heic(path: pathlib.Path) -> None:
+  with open(path, "rb") as file:
+    if is_heic(file.read(64)):
+      raise UserError(f"{path} is a HEIC picture, which is not read here; save it as JPEG")
+
+
+def _to_srgb(image: Image.Image, changes: list[str]) -> Image.Image:
+  """Converts from the colour profile that the picture names, if any, to sRGB."""
+  content = image.info.get("icc_profile")
+  if not content:
+    return image
+  if image.mode == "P":
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+  try:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+    name = " ".join(ImageCms.getProfileDescription(profile).split())
+    mode = "RGBA" if image.mode == "RGBA" else "RGB"
+    converted = ImageCms.profileToProfile(
+      image, profile, ImageCms.createProfile("sRGB"), outputMode=mode
+    )
+  except (ImageCms.PyCMSError, OSError, ValueError):
+    # damaged, or of other channels than the picture
+    changes.append("its colour profile left out, which cannot be used")
+    return image
+  if image.mode == mode:
+    change = np.asarray(converted, np.int16) - np.asarray(image)
+    if np.abs(change).max() <= _SAME_COLOURS:
+      return image
+  changes.append(f"made sRGB from {name}")
+  return converted
+
+
 def _to_rgb(image: Image.Image, path: pathlib.Path, changes: list[str]) -> Image.Image:
   """Converts any mode to 8-bit RGB; appends visible losses to `changes`."""
   if image.mode == "F":
@@ -117,6 +162,7 @@ def _to_rgb(image: Image.Image, path: pathlib.Path, changes: list[str]) -> Image
     # integers in some versions of Pillow.
     scaled = np.asarray(image).astype(np.float32) / _SIXTEEN_BIT
     image = Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+  image = _to_srgb(image, changes)
   if not image.has_transparency_data:
     return image.convert("RGB")
   image = image.convert("RGBA")

@@ -102,6 +102,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "neither"),
     (b"ffconcat version 1.0\nfile secret.mp4\n", "neither"),
     (PLAYLIST % b"secret.mp4", "neither"),
+    (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is a HEIC picture, .*save it as JPEG"),
     (b"\0\0\0\0ftypisom" + PLAYLIST % b"secret.mp4", "is a damaged video, or none"),
     (picture()[:30], "damaged"),
     (picture()[:-20] + b"x" * 20, "damaged"),
@@ -109,7 +110,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
     (picture("JPEG", (300, 300))[:-300], "damaged"),
     (b"\x1a\x45\xdf\xa3" + bytes(500), "is a damaged video, or none"),
   ],
-  ids=range(14),
+  ids=range(15),
 )
 def test_what_cannot_be_read_is_one_line(content, why):
   with pytest.raises(UserError, match=why) as error:
