@@ -31,13 +31,17 @@ from hiar_jax import peak_memory, plan
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import programs
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.training.experiment import Experiment
 
 
 def compile_ahead(e: Experiment, name: str, path: pathlib.Path) -> dict:
   """Writes a program for the first device here, compiled, and returns its planned bytes."""
-  program = plan.ENTRIES[name].make(programs.on_one_device(e))
+  device = jax.devices()[0]
+  run = AbstractRun(e, pathlib.Path(), make_mesh(MeshConfig(data=1), [device]))
+  program = plan.ENTRIES[name].make(programs.on_one_device(run, device))
   executable = program.lower().compile()
   shapes = jax.tree.map(_described, tuple(program.arguments.values()))
   path.write_bytes(pickle.dumps((serialize_executable.serialize(executable), shapes)))
