@@ -28,9 +28,20 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, row: jax.Array | None = Non
 
 
 def _fused(q: jax.Array, k: jax.Array, v: jax.Array, **lengths) -> jax.Array:
+  shape, n, m = q.shape, q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]
+  if (n % 2 or m % 2) and not lengths:  # JAX refuses odd ones where there is a gradient
+    queries, keys = (jnp.full(shape[:1], size, jnp.int32) for size in (n, m))
+    lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": keys}
   # the partitioner takes the kernel apart where all three are split alike, and refuses it elsewhere
-  flat = (
-    constrained(x.reshape(x.shape[0], -1, *x.shape[3:]), "attention/tokens") for x in (q, k, v)
-  )
-  out = jax.nn.dot_product_attention(*flat, implementation="cudnn", **lengths)
-  return out.reshape(q.shape)
+  flat = (constrained(_even(x), "attention/tokens") for x in (q, k, v))
+  return _kernel(*flat, **lengths)[:, :n].reshape(shape)
+
+
+def _even(x: jax.Array) -> jax.Array:
+  """[b f t a d] -> [b n a d], padded to an even n."""
+  x = x.reshape(x.shape[0], -1, *x.shape[3:])
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+
+def _kernel(q: jax.Array, k: jax.Array, v: jax.Array, **lengths) -> jax.Array:
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **lengths)

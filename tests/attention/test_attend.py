@@ -86,6 +86,24 @@ def test_frames(here, implementation, name):
   np.testing.assert_allclose(out, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("row", [None, MASK[1]], ids=["all", "row"])
+def test_odd_lengths_are_padded_for_cudnn(monkeypatch, row):
+  """JAX refuses them in training."""
+
+  def even_alone(q, k, v, **lengths):
+    assert q.shape[1] % 2 == k.shape[1] % 2 == 0
+    cells = (x[:, :, None] for x in (q, k, v))
+    return by_lengths(*cells, **lengths)[:, :, 0]
+
+  monkeypatch.setattr(cudnn, "_kernel", even_alone)
+  q, k, v = (tiny.random(i, B, frames, 3, A, D) for i, frames in ((1, 3), (2, 5), (3, 5)))
+  seen = np.ones(5, bool) if row is None else row
+  found = cudnn.attend(q, k, v, None if row is None else jnp.asarray(row))
+  visible = np.tile(np.repeat(seen, 3), (9, 1))
+  expected = reference(*(x.reshape(B, -1, A, D) for x in (q, k, v)), visible).reshape(q.shape)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("implementation", ["xla", "blockwise"])
 @pytest.mark.parametrize("name", ["static", "rows"])
 def test_what_is_not_seen_does_not_count_at_all(here, implementation, name):
