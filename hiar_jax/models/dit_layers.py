@@ -172,7 +172,7 @@ class Attention(nn.Module):
       )
     if shared.lengths:  # cells are tokens: [b 1 t a d] -> [b t 1 a d]
       q, k, v = (jnp.swapaxes(part, 1, 2) for part in (q, k, v))
-    y = attend(q, k, v, shared.views, self.config.attention)
+    y = constrained(attend(q, k, v, shared.views, self.config.attention), "activations/heads")
     return self.o(constrained(y.reshape(x.shape), "activations/features")), own
 
   def to_text(self, x, text) -> jax.Array:
@@ -180,7 +180,7 @@ class Attention(nn.Module):
     q = self.heads(self.norm_q(constrained(self.q(x), "activations/features")))
     k = self.heads(self.norm_k(self.k(text)))
     v = self.heads(self.v(text))
-    y = attend_text(q, k, v, self.config.attention)
+    y = constrained(attend_text(q, k, v, self.config.attention), "activations/heads")
     return self.o(constrained(y.reshape(x.shape), "activations/features"))
 
 
