@@ -41,6 +41,7 @@ FILES = [  # config.json is read for each of them
 # what compiles for long, where the other folder's recording of its kind stays
 LONG = {
   ("dit_framewise", "training_rollout_exit1.npz"),
+  ("dit_framewise", "training_rollout_exit2.npz"),
   ("dit_framewise", "training_rollout_exit0.npz"),
   ("dit_small", "dmd.npz"),
   ("dit_framewise", "forward_kl.npz"),
