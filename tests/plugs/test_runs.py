@@ -19,7 +19,7 @@ from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.rollout.noise import block_noise
 from hiar_jax.streaming.layout import Layout, widest
 from hiar_jax.streaming.live_video import LiveVideo
-from hiar_jax.training import pretrained, stages
+from hiar_jax.training import pretrained, stages, updates
 from hiar_jax.training.run import open_run
 from tests.helpers import tiny_run
 from tests.helpers.tiny_stream import take
@@ -48,7 +48,7 @@ def run(trained):
 
 @pytest.fixture(scope="module")
 def initial(run):
-  key, _ = jax.random.split(stages._stage_key(run, "teacher"))
+  key, _ = jax.random.split(updates.stage_key(run.experiment, "teacher"))
   leaves = jax.tree_util.tree_leaves_with_path(run.experiment.dit.init(key))
   return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
 
@@ -96,7 +96,7 @@ def test_a_clips_start_is_in_latent_frames(trained, run):
   encoded = run.encode(batch)
   assert sorted(encoded["start"])[-1] == (max(batch["start"]) + 1) // 2 > 0
   points, captions = tiny_run.trajectories(trained)
-  sample = run.teacher_sampler(stages._stage_key(run, "trajectories"))
+  sample = run.teacher_sampler(updates.stage_key(run.experiment, "trajectories"))
   texts, params = run.texts([text.decode() for text in captions]), pretrained.load_teacher(run)
   again = sample(params, texts, np.arange(8), before)
   np.testing.assert_allclose(again, points, rtol=0, atol=2e-5 * np.abs(points).max())
