@@ -1,6 +1,6 @@
 """What XLA's excess precision does to a network in bfloat16, on one device and on several:
 
-    python -m benchmarks.precision --config=experiments/shapes.py --devices=8
+    python -m benchmarks.precision --config=experiments/shapes.py --config.model.dtype=bfloat16
 
 By default XLA may leave out a rounding to 16 bits between two operations that it joins, and which
 ones it joins depends on shapes, hence on devices. `XLA_FLAGS=--xla_allow_excess_precision=false`

@@ -4,6 +4,9 @@ With mesh.data = -1 and mesh.fsdp = -1, `fsdp` is the smallest number of devices
 state of each stage (weights, averages and moments, and networks that are read alone) takes at most
 half of a device's memory; the other half is for activations. `data` takes the devices that are
 left. So weights are gathered over few devices, on any number of them.
+
+The states are counted from the experiment alone: training.updates defines stages of a run, which
+has its mesh already and may have to read files that are made later (a test compares the two).
 """
 
 from collections.abc import Sequence

@@ -1,13 +1,17 @@
 """Meshes that an experiment may have."""
 
+import math
+import pathlib
+
 import jax
 import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
-from hiar_jax.parallel.mesh import MeshConfig
-from hiar_jax.planning import device_memory
-from hiar_jax.planning.abstract_run import weights_of
+from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.planning import device_memory, programs
+from hiar_jax.planning.abstract_run import AbstractRun, weights_of
+from hiar_jax.planning.stage_steps import STAGES
 from hiar_jax.training import device_mesh
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
@@ -124,6 +128,35 @@ def test_adapters_leave_the_weights_as_they_are():
     parts = device_mesh._states(e)[-1]
     found.append(device_mesh._bytes(parts, MeshConfig(data=1)) / (4 * count))
   assert 3 < found[0] <= 4 and 1 < found[1] < found[0] - 1, found
+
+
+def counted(e: Experiment) -> int:
+  """Bytes of the last stage on one device."""
+  return device_mesh._bytes(device_mesh._states(e)[-1], MeshConfig(data=1))
+
+
+def lowered(e: Experiment) -> int:
+  """What the updates behind the teacher's hold on one device, texts left out."""
+  mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+  run = programs.on_one_device(AbstractRun(e, pathlib.Path(), mesh), mesh.devices.flat[0])
+  text = 4 * math.prod(run.negative.shape)
+  held = []
+  for name in STAGES.keys() - {"teacher"}:
+    if programs.PROGRAMS[name].exists(e):
+      program = programs.PROGRAMS[name].make(run)
+      held.append(program.bytes_of("state") + max(0, program.bytes_of("frozen") - text))
+  return max(held)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("packed", [False, True], ids=["distilled", "packed"])
+def test_what_is_counted_is_what_updates_hold(packed, rank):
+  if packed:
+    config = tiny_packed.make_config(framepack__lora={"rank": rank, "alpha": 4.0})
+  else:
+    config = tiny_run.make_config(distill__critic_lora={"rank": rank})
+  e = build(Experiment, config)
+  assert counted(e) == pytest.approx(lowered(e), rel=1e-3)
 
 
 def test_the_memory_here_is_that_of_the_host():
