@@ -180,9 +180,7 @@ def main() -> None:
     result = measure(config, pathlib.Path(folder), f.max_shard_mb * 10**6, f.height, f.width)
   sizes = {"dim": f.dim, "ffn_dim": f.ffn_dim, "num_heads": f.num_heads, "layers": f.layers}
   found = {"benchmark": "convert", "sizes": sizes, **result}
-  print(
-    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(found))
 
 
 if __name__ == "__main__":

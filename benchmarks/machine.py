@@ -1,6 +1,7 @@
 """Hardware and versions that a benchmark ran on, for its report."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import platform
@@ -51,3 +52,8 @@ def versions() -> dict:
   )
   found = {name: importlib.metadata.version(name) for name in packages}
   return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}
+
+
+def report(found: dict) -> str:
+  """Returns what a benchmark found, and where, as the JSON that it prints."""
+  return json.dumps({**found, "hardware": hardware(), "versions": versions()}, indent=2)

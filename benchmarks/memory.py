@@ -14,7 +14,6 @@ object, bytes of one device:
     ratio         measured / planned
 """
 
-import json
 import pathlib
 import pickle
 import subprocess
@@ -109,9 +108,7 @@ def main() -> None:
     print(name, file=sys.stderr)
     found[name] = compare(e, name)
   report = {"benchmark": "memory", "config": to_json(f.config), "programs": found}
-  print(
-    json.dumps({**report, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(report))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ length. A schedule that keeps a tail needs --nopublished. Prints one JSON object
 `programs` counts what was compiled for all of them.
 """
 
-import json
 import sys
 import time
 
@@ -103,9 +102,7 @@ def main() -> None:
     "histories": histories,
     "programs": run._cache_size(),
   }
-  print(
-    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(found))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ on a CPU), from the same weights and batch. Prints one JSON object, for each set
     update_s           median seconds of an update on one device, without compiling
 """
 
-import json
 import os
 import pathlib
 import statistics
@@ -119,9 +118,7 @@ def main() -> None:
     print(f"xla_allow_excess_precision={excess}", file=sys.stderr)
     found[str(excess).lower()] = compared(*(in_process(excess, n) for n in (1, f.devices)))
   report = {"benchmark": "precision", "config": to_json(f.config), "excess_precision": found}
-  print(
-    json.dumps({**report, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(report))
 
 
 if __name__ == "__main__":

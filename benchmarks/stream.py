@@ -272,9 +272,7 @@ def main() -> None:
     print(f"level x tensor x sequence = {layout}", file=sys.stderr)
     results.append(run_layout(layout))
   found = {"benchmark": "stream", "config": to_json(f.config), "layouts": results}
-  print(
-    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(found))
 
 
 if __name__ == "__main__":

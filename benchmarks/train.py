@@ -15,7 +15,6 @@ training, so updates differ in length. Prints one JSON object:
 """
 
 from collections.abc import Callable, Iterator
-import json
 import pathlib
 import statistics
 import sys
@@ -116,9 +115,7 @@ def main() -> None:
     print(name, file=sys.stderr)
     stages[name] = measure(e, name, f.updates)
   found = {"benchmark": "train", "config": to_json(f.config), "stages": stages}
-  print(
-    json.dumps({**found, "hardware": machine.hardware(), "versions": machine.versions()}, indent=2)
-  )
+  print(machine.report(found))
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ os.environ.setdefault("GLIBC_TUNABLES", "")
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 gc.set_threshold(50_000, 20, 20)
 
-# Programs are compiled once for all workers and for the processes that tests start: a smoke run is
-# four times as fast the second time. The first process makes the folder, the others inherit it.
+# Programs are compiled once for the processes that tests start: a smoke run is four times as fast
+# the second time. The first process makes the folder, the others inherit it.
 PROGRAMS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hiar_jax_programs_")
@@ -41,6 +41,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
+# A worker meets few programs twice; to compress and write them took a twentieth of all time.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Worker processes of grain read absl flags, which only `app.run` parses.

@@ -66,16 +66,20 @@ def make_batch(step: int) -> dict[str, np.ndarray]:
   }
 
 
+@functools.cache
+def shapes_of(model):
+  """What `model.init` would return, as shapes."""
+  return jax.eval_shape(lambda: model.init(jax.random.key(0)))
+
+
 def make_params(seed: int):
   """Random weights, none of them zero: a fresh network's head is, and would hide all that is behind
   it.
   """
-  shapes, rng = (
-    jax.eval_shape(lambda: MODEL.init(jax.random.key(0))),
-    np.random.default_rng(seed),
-  )
+  rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.ndim < 2), jnp.float32), shapes
+    lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape) + (x.ndim < 2), jnp.float32),
+    shapes_of(MODEL),
   )
 
 
