@@ -135,6 +135,12 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
   return flax.traverse_util.unflatten_dict(arrays)
 
 
+@jax.jit
+def _at(stacked: jax.Array, layer: int) -> jax.Array:
+  """Compiled for each shape, where stacked[layer] is for each layer too."""
+  return stacked[layer]
+
+
 def iterate_published(
   params: Mapping[str, Any], rules: Sequence[TensorMapping], what: str
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -164,7 +170,9 @@ def iterate_published(
   # A generator of its own, so that the checks above run at the call and not at the first tensor.
   def generate() -> Iterator[tuple[str, np.ndarray]]:
     for rule in rules:
-      leaf = leaves[rule.path] if rule.layer is None else leaves[rule.path][rule.layer]
+      leaf = leaves[rule.path]
+      if rule.layer is not None:
+        leaf = _at(leaf, rule.layer) if isinstance(leaf, jax.Array) else leaf[rule.layer]
       yield rule.name, _outward(np.asarray(leaf), rule)
 
   return generate()

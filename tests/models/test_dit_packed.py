@@ -30,9 +30,14 @@ def test_an_initial_projection_is_pooling_before_the_patch_embedding(pool, patch
       "bias": jnp.asarray(draw.normal(size=5)),
     }
     x = jnp.asarray(draw.normal(size=(2, pool + 1, 2 * pool * ph, pool * pw, 3)))
-    found = dit_packed.initial_projection(embedding, pool, patch)
-    tokens = dit_packed.cut_kernels(x, (pool, pool * ph, pool * pw)) @ found["kernel"]
-    x = np.asarray(rope.pad_to_kernel(x, (pool, pool * ph, pool * pw)))
+    kernel = pool, pool * ph, pool * pw
+
+    @jax.jit
+    def run(embedding, x):
+      found = dit_packed.initial_projection(embedding, pool, patch)
+      return dit_packed.cut_kernels(x, kernel) @ found["kernel"], rope.pad_to_kernel(x, kernel)
+
+    tokens, x = jax.device_get(run(embedding, x))
     b, f, h, w, c = x.shape
     pooled = x.reshape(b, f // pool, pool, h // pool, pool, w // pool, pool, c).mean((2, 4, 6))
     _, f, h, w, _ = pooled.shape

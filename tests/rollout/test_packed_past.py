@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 
 from hiar_jax.packing import orders
-from hiar_jax.packing.rows import frames_at, sum_at, tables
+from hiar_jax.packing import rows
+from hiar_jax.packing.rows import tables
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed_past
 
+# each operation by itself would be compiled for every length
+extended = jax.jit(packed_past.extended, static_argnums=0)
+frames_at, sum_at = jax.jit(rows.frames_at), jax.jit(rows.sum_at)
 CASES = {  # (schedule, given frames, published indices)
   "tail deleted": ("td_f3k2f1k1_g2", 0, False),
   "section longer than history": ("td_f1k1_g4", 1, False),
@@ -37,7 +41,7 @@ def test_it_shows_what_the_whole_video_shows(case):
   for section, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
     if end > start:
       part = video[:, start:end]
-      latents = packed_past.extended(schedule, past.latents, past.frames, part)
+      latents = extended(schedule, past.latents, past.frames, part)
       past = past.replace(latents=latents, frames=np.int32(end), sections=np.int32(section))
     assert past.latents.shape == size
     if section == 7:

@@ -77,8 +77,9 @@ def test_at_the_start_the_network_is_the_base_bit_for_bit():
 
 def test_merged_is_what_is_applied():
   """x W0 + (alpha / rank) x A B, by hand, of every matrix; nothing else moves."""
-  trained, base = opened(), tiny.params(NETWORK)
-  merged = traverse_util.flatten_dict(ADAPTERS.merged(trained, frozen().base))
+  trained, base = jax.device_get(opened()), tiny.params(NETWORK)
+  merged = jax.device_get(quick_jit(ADAPTERS.merged)(trained, frozen().base))
+  merged = traverse_util.flatten_dict(merged)
   changed = 0
   for path, kernel in traverse_util.flatten_dict(base).items():
     if path[0] in WHOLE:

@@ -135,20 +135,22 @@ def test_what_it_keeps_is_what_a_whole_clip_has(name):
   levels = np.repeat(np.linspace(0, 1, blocks, dtype=np.float32), row.block)
   past = kind(row).empty(NETWORK, row.at(tiny.SIGMAS), tiny.shape(len(levels)), tiny.BATCH)
   assert past.shown.positions.size < len(levels) - row.block  # the last blocks drop some
+  write = quick_jit(lambda past, kv, block: past.write(kv, block))
+  read_by = quick_jit(lambda past, block: past.read((block,))[0][0])
   for n in range(blocks):
     at = n * row.block + np.arange(row.block)
     block = Frames(context[:, at], levels[n * row.block], jnp.asarray(at))
-    (read,), _ = past.read((block,))
-    expected = kind(row).packed(row, n, context[:, : at[0] + 1], jnp.tile(levels, (tiny.BATCH, 1)))
-    there = [group for group in read.packed if group.exists.any()]
+    before = quick_jit(lambda x, n=n: kind(row).packed(row, n, x, np.tile(levels, (tiny.BATCH, 1))))
+    expected = before(context[:, : at[0] + 1])
+    there = [group for group in read_by(past, block).packed if group.exists.any()]
     assert len(there) == len(expected)
     for got, want in zip(there, expected, strict=True):
       for name in ("x", "sigma", "positions", "exists"):
         np.testing.assert_allclose(getattr(got, name), getattr(want, name), atol=1e-6)
       assert got.projection == want.projection and got.text is None
     kv = NETWORK.empty_kv(row.block, tiny.BATCH, tiny.HEIGHT, tiny.WIDTH)
-    past = past.write(kv, block)
-  again = past.write(kv, block)  # encoded again
+    past = write(past, kv, block)
+  again = write(past, kv, block)  # encoded again
   assert int(again.tail.count) == int(past.tail.count) > 0
 
 
@@ -174,12 +176,15 @@ def test_a_stream(name):
   plain_rollout.assert_same(streamed, plain(row, table))
 
 
+@pytest.mark.slow
 def test_a_stream_from_given_frames():
   """What the filling pipe holds is not written over them."""
   row, given, levels = ROWS["hiar"], tiny.video(5, 6), tiny.SIGMAS.size - 1
   table = tiny.noise_table(row, BLOCKS + 4)
   state, tick = stream(row, table)
-  state = ticks.prefill(bound(), state, given, np.repeat(tiny.text()[None], 3, axis=0))
+  prefill = quick_jit(lambda state: ticks.prefill(bound(), state, given, texts))
+  texts = np.repeat(tiny.text()[None], 3, axis=0)
+  state = prefill(state)
   blocks = []
   for _ in range(BLOCKS - 3 + levels - 1):
     state, block = tick(state)

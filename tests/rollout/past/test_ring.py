@@ -49,7 +49,13 @@ def written(row: MethodConfig, blocks: int, *, latents: bool = True) -> Ring:
   frames = (blocks - 1) * row.block + np.arange(row.block)
   past = written(row, blocks - 1, latents=latents)
   kv, x = frame_numbers(frames)
-  return past.write(kv, Frames(x, 0.0, jnp.asarray(frames)))
+  return write(past, kv, Frames(x, 0.0, jnp.asarray(frames)))
+
+
+# compiled once for all blocks of a row
+write = jax.jit(Ring.write)
+blocks_before = jax.jit(Ring.blocks_before)
+kept_latents = jax.jit(Ring.kept_latents)
 
 
 # -- what is kept
@@ -101,7 +107,7 @@ def test_the_blocks_before_a_block_are_all_that_slots_may_hold(row, pending):
   """pending: block n - 1 is not in the ring yet, as where a tick writes it with block n."""
   for n in range(1, BLOCKS):
     past = written(row, n - pending)
-    order, counts = past.blocks_before(n)
+    order, counts = blocks_before(past, n)
     counted = np.asarray(order)[np.asarray(counts)].tolist()
     assert counted == sorted(set(counted))  # oldest first, none twice
     assert set((past.positions[past.positions >= 0] // row.block).tolist()) <= set(counted)
@@ -112,7 +118,7 @@ def test_kept_latents_are_those_of_the_block_and_say_which_are_there(row):
   past = written(row, BLOCKS - 1)
   for n in range(BLOCKS + 2):
     frames = n * row.block + np.arange(row.block)
-    latents, held = past.kept_latents(jnp.asarray(frames))
+    latents, held = kept_latents(past, frames)
     np.testing.assert_array_equal(held, np.isin(frames, past.positions))
     _, expected = frame_numbers(frames)
     assert latents.shape == expected.shape

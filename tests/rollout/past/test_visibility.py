@@ -184,14 +184,14 @@ def test_a_source_read_in_two_parts_is_seen_in_both():
   np.testing.assert_array_equal(mask_of(groups, (2, 4)), np.asarray(expected, bool))
 
 
-@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["static", "traced"])
 @each_row
-def test_frames_that_do_not_exist_are_seen_by_none_that_do(row, convert):
+def test_frames_that_do_not_exist_are_seen_by_none_that_do(row):
+  """Whether which ones these are is known while the program is traced, or not."""
   causal, _ = rule_tables(row)
   exists = np.random.default_rng(3).random(N) < 0.6
   groups = causal_groups(X, 0.5, row)
   parts = np.split(exists, len(groups))
-  groups = [g.replace(exists=convert(part)) for g, part in zip(groups, parts, strict=True)]
+  groups = [g.replace(exists=part) for g, part in zip(groups, parts, strict=True)]
   groups[1] = groups[1].replace(exists=None)  # all are there
   exists[row.block : 2 * row.block] = True
   mask = jax.jit(lambda groups: frame_mask(groups, ()))(tuple(groups))
