@@ -41,8 +41,8 @@ import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-# A worker meets few programs twice; to compress and write them took a twentieth of all time.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+# Here alone: a worker meets hardly a program twice, and what it wrote took a twentieth of all time.
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Worker processes of grain read absl flags, which only `app.run` parses.

@@ -3,6 +3,7 @@ tiles.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -30,19 +31,24 @@ LATENTS = np.random.default_rng(0).normal(size=(1, 7, 6, 8, 16)).astype(np.float
 
 def stream(kind, chunk):
   if kind == "tiny":
-    made = WanCodecConfig(tiny=True).decoder(TINY, taehv.init(TINY, jax.random.key(0)))
+    made = WanCodecConfig(tiny=True).decoder(TINY, random_params(taehv, TINY))
   else:
     codec = WanCodecConfig(tile=4 if kind == "tiled" else 0)
-    made = codec.decoder(VAE, vae.init(VAE, jax.random.key(0)))
+    made = codec.decoder(VAE, random_params(vae, VAE))
   return dataclasses.replace(made, chunk=chunk)
 
 
 def whole(kind, decoder):
   if kind == "tiny":
-    return taehv.decode(decoder.params, LATENTS, TINY, chunk=None)
+    return jax.jit(lambda params: taehv.decode(params, LATENTS, TINY, chunk=None))(decoder.params)
   if kind == "tiled":
     return None
-  return vae.decode(decoder.params, LATENTS, VAE, chunk=None)
+  return jax.jit(lambda params: vae.decode(params, LATENTS, VAE, chunk=None))(decoder.params)
+
+
+@functools.cache
+def random_params(model, config):
+  return jax.jit(model.init, static_argnums=0)(config, jax.random.key(0))
 
 
 @pytest.mark.parametrize("kind", ["vae", "tiny", *slow("tiled")])

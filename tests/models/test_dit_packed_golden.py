@@ -180,6 +180,9 @@ def test_hunyuan_recordings_are_there():
   assert len(HUNYUAN_CASES) >= 2
 
 
+pooled_rotation = jax.jit(rope.pooled_rotation, static_argnums=range(1, 7))
+
+
 @recordings(
   few(HUNYUAN_CASES, *(case for case in HUNYUAN_CASES if case[1] != "hunyuan_padded.npz"))
 )
@@ -193,10 +196,10 @@ def test_golden_hunyuan_packing(folder, name):
   for latents, stem, pool in HUNYUAN:
     x, weight = case[latents], weights[f"{stem}.weight"]
     assert weight.shape[2:] == (pool, 2 * pool, 2 * pool)
-    tokens.append(projected(x, weight, weights[f"{stem}.bias"]))
+    tokens.append(jax.jit(projected)(x, weight, weights[f"{stem}.bias"]))
     indices = case["indices_latents" if latents == "hidden_states" else f"indices_{latents}"]
     grid = x.shape[-2] // 2, x.shape[-1] // 2, sizes["attention_head_dim"]
-    turn = rope.pooled_rotation(jnp.asarray(indices), *grid, pool, split, theta)
+    turn = pooled_rotation(indices, *grid, pool, split, theta)
     assert turn[0].shape[1] == tokens[-1].shape[1]
     turns.append(doubled(turn))
   assert [part.shape[1] for part in tokens] == case["token_counts"].tolist()
@@ -213,21 +216,25 @@ def test_golden_initial_projections(folder, pool):
   case = recorded.read(folder, "initial_projection.npz")
   base, weight, bias = case["weight_1x"], case[f"weight_{pool}x"], case["bias"]
   embedding = {"kernel": jnp.asarray(taps(base)), "bias": jnp.asarray(bias)}
-  found = dit_packed.initial_projection(embedding, pool, PATCH)
+  found = jax.jit(dit_packed.initial_projection, static_argnums=(1, 2))(embedding, pool, PATCH)
   np.testing.assert_array_equal(found["kernel"], taps(weight))
   np.testing.assert_array_equal(found["bias"], bias)
 
   flat = lambda out: np.moveaxis(out, 1, -1).reshape(len(out), -1, out.shape[1])
-  x = jnp.moveaxis(jnp.asarray(case["latents"]), 1, -1)
   kernel = (pool, 2 * pool, 2 * pool)
-  tokens = dit_packed.cut_kernels(x, kernel) @ found["kernel"] + found["bias"].reshape(1, 1, -1)
-  assert_close(tokens, flat(case[f"out_{pool}x"]), f"{pool}x")
 
-  whole = rope.pad_to_kernel(x, kernel)
-  b, f, h, w, c = whole.shape
-  pooled = jax.vmap(lambda clip: rope.pool_patches(clip, pool))(whole)
-  pooled = pooled.reshape(b, f // pool, h // pool, w // pool, c)
-  tokens = projected(jnp.moveaxis(pooled, -1, 1), base, bias)
+  @jax.jit
+  def run(latents, found):
+    x = jnp.moveaxis(latents, 1, -1)
+    tokens = dit_packed.cut_kernels(x, kernel) @ found["kernel"] + found["bias"].reshape(1, 1, -1)
+    whole = rope.pad_to_kernel(x, kernel)
+    b, f, h, w, c = whole.shape
+    pooled = jax.vmap(lambda clip: rope.pool_patches(clip, pool))(whole)
+    pooled = pooled.reshape(b, f // pool, h // pool, w // pool, c)
+    return tokens, projected(jnp.moveaxis(pooled, -1, 1), base, bias)
+
+  packed, tokens = run(case["latents"], found)
+  assert_close(packed, flat(case[f"out_{pool}x"]), f"{pool}x")
   assert_close(tokens, flat(case[f"out_pooled_{pool}x"]), f"pooled {pool}x")
 
 

@@ -4,8 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from hiar_jax.packing import orders
-from hiar_jax.packing import rows
+from hiar_jax.packing import orders, rows
 from hiar_jax.packing.rows import tables
 from hiar_jax.packing.schedule import parse
 from hiar_jax.rollout import packed_past
