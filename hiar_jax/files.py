@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and errors of the disk in one line each."""
 
+import codecs
 from collections.abc import Iterator
 import contextlib
 import errno
@@ -102,6 +103,29 @@ def reading(
       raise
     cause = error.__cause__ or error
     raise Damaged(what, f"{type(cause).__name__}: {str(cause).strip()}", advice) from error
+
+
+def read_text(path: str | os.PathLike, name: str = "") -> str:
+  """Returns the text of a file that people write, every line end as \\n: of UTF-8, or of UTF-16
+  with a byte order mark, as Windows' editors save it.
+
+  name: what errors call it, as 'prompts file'. Raises UserError, with the line, for other text.
+  """
+  content = pathlib.Path(path).read_bytes()
+  encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+  what = f"{name} {os.fspath(path)}".strip()
+  try:
+    text = content.decode(encoding)
+  except UnicodeDecodeError as error:
+    line = content.count(b"\n", 0, error.start) + 1
+    raise UserError(
+      f"{what} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8"
+    ) from error
+  # zero bytes are valid UTF-8, but mean a binary file
+  if "\0" in text:
+    line = text.count("\n", 0, text.index("\0")) + 1
+    raise UserError(f"{what} is not text: line {line} holds a zero byte")
+  return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> pathlib.Path:

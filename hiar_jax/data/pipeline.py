@@ -6,7 +6,6 @@ number of processes that share the work or of reading threads.
 
 from collections.abc import Callable, Mapping, Sequence
 import os
-import pathlib
 from typing import Any
 
 import grain
@@ -92,25 +91,3 @@ def read_starts(directory: str | os.PathLike) -> list[int]:
   """Returns the frame of its video at which each clip of a data set begins, 0 by default."""
   source = tfds_builder.open_source(directory, ("start",))
   return [int(source[i].get("start", 0)) for i in range(len(source))]
-
-
-def read_prompts(path: str | os.PathLike) -> list[str]:
-  """Returns the prompts of a text file, one a line; skips blank lines and lines that start with #.
-
-  Raises:
-    UserError: no such file, not UTF-8 text, or no prompt in it.
-  """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"prompts file {path} does not exist; write one prompt a line into it")
-  try:
-    # Some editors put a byte order mark first; utf-8-sig drops it.
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f"prompts file {path} is not UTF-8 text ({error}); save it as UTF-8, one prompt a line"
-    ) from error
-  prompts = [line for line in lines if line and not line.startswith("#")]
-  if not prompts:
-    raise UserError(f"prompts file {path} holds no prompt; write one a line (# starts a comment)")
-  return prompts

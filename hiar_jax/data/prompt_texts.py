@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from hiar_jax.data import pipeline, tfds_builder
+from hiar_jax.data import tfds_builder
+from hiar_jax.data.prompt_rows import read_prompts
 from hiar_jax.errors import UserError
 
 _PROBED = 64  # prompts whose mean length decides how many records go into a shard
 
 
 def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts: Any) -> None:
-  """Writes the data set of a prompts file (one a line); does nothing if it is complete.
+  """Writes the data set of a prompts file (data.prompt_rows); does nothing if it is complete.
 
   Resumes where it was stopped: prompts that are encoded are not encoded again.
 
@@ -31,7 +32,7 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
   Raises:
     UserError: no prompts, or the directory holds those of another file or encoder.
   """
-  prompts = tuple(pipeline.read_prompts(prompts_file))
+  prompts = tuple(read_prompts(prompts_file))
   digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
   recipe = {
     "kind": "prompt texts",

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 from hiar_jax.config.workdir import to_json
 from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
+from hiar_jax.data.prompt_rows import read_prompts
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
 from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.types import DTYPES
@@ -48,7 +49,7 @@ class DataConfig:
   folder: str = ""
   fps: float = 8.0  # videos are resampled to it
   # of `prompts`
-  prompts: str = ""  # a file, one prompt a line
+  prompts: str = ""  # a file (data.prompt_rows)
   # of clips that are stored as latents (data.latents)
   latent_dtype: str = dataclasses.field(default="float32", metadata={"since": "2026-11"})
 
@@ -249,16 +250,16 @@ class Prompts(Source):
       raise UserError("data.source = 'prompts' needs data.prompts, a file with one prompt a line")
 
   def count(self, directory: pathlib.Path) -> tuple[float, str]:
-    return len(pipeline.read_prompts(self.data.prompts)), "the prompts of data.prompts"
+    return len(read_prompts(self.data.prompts)), "the prompts of data.prompts"
 
   def prepare(self, directory: pathlib.Path, text_encoder) -> None:
     # Encoded first, all at once: the data set then stores the texts beside the prompts.
     encoder = text_encoder()
-    encoder.prepare([*pipeline.read_prompts(self.data.prompts), encoder.negative_prompt])
+    encoder.prepare([*read_prompts(self.data.prompts, say=True), encoder.negative_prompt])
     prompt_texts.prepare(directory, self.data.prompts, encoder)
 
   def captions(self, directory: pathlib.Path) -> list[str]:
-    return pipeline.read_prompts(self.data.prompts)
+    return read_prompts(self.data.prompts)
 
 
 # `data.source` of a config -> class

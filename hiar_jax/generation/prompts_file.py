@@ -1,47 +1,29 @@
-"""A file of prompts, one per video, with optional seed, image or video to start from, output name,
-and for packed models an image or video to end with, a timeline and takes (generation.sections).
+"""A file of prompts (data.prompt_rows), a video each: with optional seed, image or video to start
+from, output name, and for packed models an image or video to end with, a timeline and takes
+(generation.sections).
 
-    prompts.txt     A cat walks on grass
-                    # a comment
-                    seed=7 image=cat.png out=cat.mp4 | The same cat, from a picture
-    prompts.jsonl   {"prompt": "A cat walks on grass", "seed": 7, "image": "cat.png"}
-    prompts.csv     prompt,seed,video
-                    "A cat, then a dog",7,cat.mp4
-
-In .txt, settings stand before a ` | `, quoted where they hold spaces (image="my cat.png"); a line
-without settings is a prompt as it stands. A row without a seed takes the command's seed plus its
-index in the file, counted from 0. Relative paths start at the folder of the file.
+A row without a seed takes the command's seed plus its index in the file, counted from 0. Relative
+paths start at the folder of the file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import csv
+from collections.abc import Mapping, Sequence
 import dataclasses
-import difflib
-import io
-import json
 import numbers
 import os
 import pathlib
 import re
 import sys
 
+from hiar_jax.data.list_file import ListFile
+from hiar_jax.data.prompt_rows import read_rows
 from hiar_jax.errors import UserError
 from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.sections import Takes, read_takes
 from hiar_jax.generation.timeline import Timeline
 
-FIELDS = ("prompt", "seed", "image", "video", "out", "end_image", "end_video", "timeline", "takes")
 # what only a packed model does (generation.sections)
 TOLD = ("end_image", "end_video", "loop", "order", "timeline", "takes")
 MAX_SEED = 2**31 - 1  # seeds become int32 on the device
-
-_SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"  # name=value, name="value" or name='value'
-_SETTINGS = re.compile(rf"\s*(?:{_SETTING}(?:\s+|(?=\|)))+\|")
-# Settings of known names that _SETTINGS does not accept: an error, not the words of a prompt.
-_BROKEN = re.compile(rf"\s*(?:{'|'.join(FIELDS)})=[^|]*\|")
-_EMPTY = '""'  # a prompt without words; nothing at all would read as a missing prompt
-# byte order marks; Windows' editors save text as UTF-16
-_BYTE_ORDER = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,143 +120,33 @@ def read_jobs(path: str | os.PathLike, seed: int = 0) -> list[Job]:
   missing file or image, no prompt, text that is neither UTF-8 nor UTF-16, a broken row, an unknown
   field, a bad seed, or two different videos of one output name.
   """
-  path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(f"prompts file {path} does not exist; write one prompt a line into it")
-  rows = {".jsonl": _json_rows, ".csv": _csv_rows}.get(path.suffix.lower(), _text_rows)
-  jobs = [_job(row, path, line, seed + i) for i, (line, row) in enumerate(rows(_text(path), path))]
-  if not jobs:
-    raise UserError(f"prompts file {path} holds no prompt; write one a line (# starts a comment)")
-  return _distinct(jobs, path)
+  file, rows = read_rows(path)
+  return _distinct([_job(row, file, line, seed + i) for i, (line, row) in enumerate(rows)], file)
 
 
-def _text(path: pathlib.Path) -> io.StringIO:
-  """The file as text with universal newlines."""
-  content = path.read_bytes()
-  encoding = _BYTE_ORDER.get(content[:2], "utf-8-sig")  # -sig: drops a UTF-8 byte order mark
-  try:
-    text = content.decode(encoding)
-  except UnicodeDecodeError as error:
-    line = content.count(b"\n", 0, error.start) + 1
-    raise UserError(
-      f"prompts file {path} is not UTF-8 text (line {line}: {error.reason}); save it as UTF-8"
-    ) from error
-  # zero bytes are valid UTF-8, but mean a binary file
-  if "\0" in text:
-    line = text.count("\n", 0, text.index("\0")) + 1
-    raise UserError(f"prompts file {path} is not text: line {line} holds a zero byte")
-  return io.StringIO(text, newline=None)
-
-
-# A reader of rows yields (line number, {field: value}), prompt None where the row has none.
-
-
-def _text_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-  for number, line in enumerate(text, 1):
-    if not line.strip() or line.lstrip().startswith("#"):
-      continue
-    match = _SETTINGS.match(line)
-    if not match and _BROKEN.match(line):
-      raise _wrong(
-        path, number, "expected name=value settings before the |, in quotes where they hold spaces"
-      )
-    # a repeated group keeps its last match alone, so the settings are found again one by one
-    row = {}
-    for name, value in re.findall(_SETTING, match[0]) if match else ():
-      if name in row:
-        raise _wrong(path, number, f"{name} is given twice")
-      row[name] = value.strip("\"'")
-    if "prompt" in row:
-      raise _wrong(path, number, "the prompt stands after the |, not before it")
-    yield number, {**row, "prompt": _unquote_empty(line[match.end() :] if match else line)}
-
-
-def _json_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-  for number, line in enumerate(text, 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as error:
-      raise _wrong(
-        path, number, f"not JSON ({error.msg} at column {error.colno}); write one object a line"
-      ) from error
-    if not isinstance(row, dict):
-      raise _wrong(
-        path, number, f'expected an object, as {{"prompt": "a cat"}}, got {line.strip()[:40]!r}'
-      )
-    yield number, row
-
-
-def _csv_rows(text: io.StringIO, path: pathlib.Path) -> Iterator[tuple[int, dict]]:
-  reader = csv.DictReader(text, strict=True, skipinitialspace=True)
-  try:
-    names = [name.strip() for name in reader.fieldnames or ()]
-    if names and "prompt" not in names:
-      raise _wrong(
-        path, 1, f"the first line names the columns, one of them prompt; got {', '.join(names)}"
-      )
-    reader.fieldnames = names
-    for row in reader:
-      # DictReader collects what stands beyond the named columns under None
-      if row.pop(None, None) is not None:
-        raise _wrong(
-          path,
-          reader.line_num,
-          f"more than the {len(names)} columns of the first line; quote a prompt that holds commas",
-        )
-      yield reader.line_num, {**row, "prompt": _unquote_empty(row["prompt"])}
-  except csv.Error as error:
-    raise _wrong(path, reader.line_num, f"not CSV ({error})") from error
-
-
-def _job(row: dict, path: pathlib.Path, line: int, seed: int) -> Job:
-  """Checks a row. seed: that of a row without one."""
-  for name in row:
-    if name not in FIELDS:
-      close = difflib.get_close_matches(str(name), FIELDS, n=1)
-      raise _wrong(
-        path,
-        line,
-        f"there is no field {name!r}; "
-        f"{f'did you mean {close[0]!r}?' if close else 'there is ' + ', '.join(FIELDS)}",
-      )
-  given = {name: _string(name, value, path, line) for name, value in row.items() if name != "seed"}
-  if given.get("prompt") is None:
-    raise _wrong(path, line, f"there is no prompt; an empty one is written {_EMPTY}")
+def _job(row: dict, file: ListFile, line: int, seed: int) -> Job:
+  """Makes the job of a row. seed: that of a row without one."""
   names = ("image", "video", "end_image", "end_video")
-  files = {name: _picture(name, given.get(name), path, line) for name in names}
+  files = {name: _picture(name, row.get(name), file, line) for name in names}
   if files["image"] and files["video"]:
-    raise _wrong(path, line, "a video starts from an image or from a video, not from both")
+    raise file.wrong(line, "a video starts from an image or from a video, not from both")
   if files["end_image"] and files["end_video"]:
-    raise _wrong(path, line, "a video ends with an image or with a video, not with both")
-  out = given.get("out") or None
+    raise file.wrong(line, "a video ends with an image or with a video, not with both")
+  out = row.get("out") or None
   if out and not out.endswith(".mp4"):
-    raise _wrong(path, line, f"out = {out!r}: expected a name that ends in .mp4")
-  timeline = given.get("timeline")
+    raise file.wrong(line, f"out = {out!r}: expected a name that ends in .mp4")
+  timeline = row.get("timeline")
   try:
-    timeline = timelines.read(timeline, path.parent) if timeline else None
-    takes = read_takes(given.get("takes"), check_seed)
+    timeline = timelines.read(timeline, file.path.parent) if timeline else None
+    takes = read_takes(row.get("takes"), check_seed)
   except UserError as error:
-    raise _wrong(path, line, str(error)) from error
-  seed = _seed(row.get("seed"), seed, path, line)
+    raise file.wrong(line, str(error)) from error
+  seed = _seed(row.get("seed"), seed, file, line)
   told = dict(timeline=timeline, takes=takes)
-  return Job(given["prompt"], seed, out=out, line=line, **files, **told)
+  return Job(row["prompt"], seed, out=out, line=line, **files, **told)
 
 
-def _unquote_empty(prompt: str | None) -> str | None:
-  """A prompt of .txt or .csv: '""' is the empty one, nothing is None."""
-  prompt = (prompt or "").strip()
-  return "" if prompt == _EMPTY else prompt or None
-
-
-def _string(name: str, value, path: pathlib.Path, line: int) -> str | None:
-  if value is not None and not isinstance(value, str):
-    raise _wrong(path, line, f"{name} = {value!r}: expected text")
-  return value and value.strip()
-
-
-def _seed(value, default: int, path: pathlib.Path, line: int) -> int:
+def _seed(value, default: int, file: ListFile, line: int) -> int:
   if value is None or (isinstance(value, str) and not value.strip()):
     value = default
   # JSON's true is an int of Python, and int() would take "1_0" and digits of other scripts
@@ -282,20 +154,20 @@ def _seed(value, default: int, path: pathlib.Path, line: int) -> int:
   if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value, re.ASCII):
     number = int(value)
   if number is None or not 0 <= number <= MAX_SEED:
-    raise _wrong(path, line, f"seed = {value!r}: expected a whole number from 0 to {MAX_SEED}")
+    raise file.wrong(line, f"seed = {value!r}: expected a whole number from 0 to {MAX_SEED}")
   return number
 
 
-def _picture(name: str, value: str | None, path: pathlib.Path, line: int) -> pathlib.Path | None:
+def _picture(name: str, value: str | None, file: ListFile, line: int) -> pathlib.Path | None:
   if not value:
     return None
-  picture = path.parent / pathlib.Path(value).expanduser()
+  picture = file.path.parent / pathlib.Path(value).expanduser()
   if not picture.is_file():
-    raise _wrong(path, line, f"{name} = {value!r}: there is no file {picture}")
+    raise file.wrong(line, f"{name} = {value!r}: there is no file {picture}")
   return picture
 
 
-def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
+def _distinct(jobs: list[Job], file: ListFile) -> list[Job]:
   """Drops repeated jobs. Raises UserError for different videos of one output name."""
   # A repetition has the same seed too: rows without a seed have different ones.
   first: dict[Job, Job] = {}
@@ -305,13 +177,12 @@ def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
     same = first.get(content)
     if same:
       print(
-        f"{path}, line {job.line}: the same prompt and seed as in line {same.line}; made once",
+        f"{file.path}, line {job.line}: the same prompt and seed as in line {same.line}; made once",
         file=sys.stderr,
       )
       continue
     if job.out in named:
-      raise _wrong(
-        path,
+      raise file.wrong(
         job.line,
         f"out = {job.out!r} is the name of another video already, in line {named[job.out].line}",
       )
@@ -319,7 +190,3 @@ def _distinct(jobs: list[Job], path: pathlib.Path) -> list[Job]:
       named[job.out] = job
     first[content] = job
   return list(first.values())
-
-
-def _wrong(path: pathlib.Path, line: int, message: str) -> UserError:
-  return UserError(f"prompts file {path}, line {line}: {message}")

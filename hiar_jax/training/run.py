@@ -27,7 +27,7 @@ from hiar_jax.config.workdir import (
   save_resolved,
   to_json,
 )
-from hiar_jax.data import pipeline, shapes_world
+from hiar_jax.data import pipeline, prompt_rows, shapes_world
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
@@ -359,7 +359,7 @@ def _check_stages(run: Run) -> None:
         "make more"
       )
   if e.sample.prompts != "held_out":
-    pipeline.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
+    prompt_rows.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
     if e.given and run.source.world is None:
       raise UserError(
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "

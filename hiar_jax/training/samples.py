@@ -11,7 +11,7 @@ import sys
 import numpy as np
 
 from hiar_jax import __version__
-from hiar_jax.data import pipeline, shapes_described, tfds_builder
+from hiar_jax.data import pipeline, prompt_rows, shapes_described, tfds_builder
 from hiar_jax.errors import UserError
 from hiar_jax.progress import Progress
 from hiar_jax.training.run import Run
@@ -32,7 +32,7 @@ def read_prompts(run: Run) -> list[str]:
     if run.source.world is None:
       return list(dict.fromkeys(pipeline.read_captions(run.directory("data"))))[: config.count]
     return list(dict.fromkeys(run.held_out(config.count)))
-  return list(dict.fromkeys(pipeline.read_prompts(config.prompts)))
+  return list(dict.fromkeys(prompt_rows.read_prompts(config.prompts, say=True)))
 
 
 def measured_prompts(run: Run, prompts: list[str]) -> list[str]:

@@ -167,29 +167,3 @@ def test_too_few_clips_or_none(clips, tmp_path):
     _iterator(clips, batch_size=0)
   with pytest.raises(UserError, match="no complete data set"):
     _iterator(tmp_path)
-
-
-def test_prompts_file(tmp_path):
-  path = tmp_path / "prompts.txt"
-  path.write_text(
-    "# mine\n\n a red circle moving left \n\ta blue square  # kept\n", encoding="utf-8-sig"
-  )
-  assert pipeline.read_prompts(path) == ["a red circle moving left", "a blue square  # kept"]
-
-
-@pytest.mark.parametrize(
-  "content, message",
-  [
-    (None, "does not exist"),
-    (b"", "holds no prompt"),
-    (b"# nothing\n\n", "holds no prompt"),
-    (b"\xff\xfe\x00", "UTF-8"),
-  ],
-)
-def test_bad_prompts_file_is_one_clear_line(tmp_path, content, message):
-  path = tmp_path / "prompts.txt"
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(UserError, match=message) as error:
-    pipeline.read_prompts(path)
-  assert "\n" not in str(error.value)
