@@ -1,18 +1,15 @@
 """A folder of real videos as a TFDS data set: any container, codec, size and frame rate that FFmpeg
 reads.
 
-Captions come from `metadata.jsonl` or `metadata.csv` in the folder (columns file, caption) if there
-is one, else from `name.txt` beside `name.mp4`. Files that cannot be used are skipped, each with a
-warning.
+Captions are those of data.captions. Files that cannot be used are skipped, each with a warning;
+what begins with a dot, or has an ending that is none of a video, is left out and counted.
 """
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
-import csv
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import pathlib
 from typing import Any
@@ -24,11 +21,16 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from hiar_jax.data import tfds_builder
+from hiar_jax.data.captions import Captions
 from hiar_jax.errors import UserError
 from hiar_jax.video import video_file
 from hiar_jax.video.video_file import Sampling
 
-_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
+_SUFFIXES = {
+  *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg"),
+  *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
+}
+_TEXTS = {".txt", ".csv", ".jsonl"}
 
 
 def prepare(
@@ -125,28 +127,33 @@ def records(
 
 
 def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, str, int]]:
-  """Decodes every file once and returns (path, caption, number of clips) of the usable ones; logs a
-  warning for each of the others.
+  """Decodes every file once and returns (path, caption, number of clips) of the usable ones, for
+  each of a file's captions; logs a warning for each of the others.
 
   Raises:
     UserError: none can be used; gives the reason for the first.
   """
-  captions = read_captions(folder)
-  videos = (p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+  files, left_out = _files(folder)
+  captions = Captions.read(folder, files)
   # Files that only the metadata names are listed too, so that they are reported as missing.
-  names = sorted({*captions, *(str(path.relative_to(folder)) for path in videos)})
+  names = sorted({*captions.listed, *(name for name in files if _suffix(name) in _SUFFIXES)})
   sources, skipped, changed = [], [], collections.Counter()
   for name in tqdm.tqdm(names, "checking videos", unit="file"):
     try:
-      caption = _caption(folder, name, captions)
+      texts = captions.of(name)
       # Headers are often wrong about lengths: the frames are counted by decoding.
       count, changes = video_file.survey(folder / name, sampling)
       changed.update(changes)
-      sources.append((folder / name, caption, count))
+      if len(texts) > 1:
+        changed["several captions: its clips are there once for each"] += 1
+      sources += [(folder / name, text, count) for text in texts]
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
       skipped.append(f"{name}: {reason}")
       logging.warning("skipped %s", skipped[-1])
+  if left_out:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+    logging.warning("%s: left out: %s", folder, kinds)
   if not sources:
     reason = "no video files there"
     if skipped:
@@ -155,14 +162,14 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
       f"no usable video in {folder} ({reason}); it needs clip.mp4 beside clip.txt, or a "
       "metadata.jsonl"
     )
+  used = len(names) - len(skipped)
   for change, times in changed.items():
-    logging.warning("%s: %d of %d videos: %s", folder, times, len(sources), change)
-  level = logging.WARNING if skipped else logging.INFO
+    logging.warning("%s: %d of %d videos: %s", folder, times, used, change)
   logging.log(
-    level,
+    logging.WARNING if skipped else logging.INFO,
     "%s: %d of %d videos used, %d skipped, %d clips",
     folder,
-    len(sources),
+    used,
     len(names),
     len(skipped),
     sum(clips for _, _, clips in sources),
@@ -170,62 +177,30 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
   return sources
 
 
-def read_captions(folder: pathlib.Path) -> dict[str, str]:
-  """Returns {file: caption} of the folder's metadata.jsonl or metadata.csv; {} without either.
-
-  Raises:
-    UserError: a line that is not JSON, or lacks a column; names the line.
+def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
+  """Returns (videos and texts of a folder, by their paths from it; kind of other files -> how
+  many).
   """
-  captions = {}
-  for path in (folder / "metadata.jsonl", folder / "metadata.csv"):
-    for line, row in enumerate(_rows(path), 1) if path.exists() else ():
-      if not (isinstance(row, dict) and isinstance(row.get("file"), str)):
-        columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise UserError(
-          f"{path}, row {line}: expected the columns file and caption, found {columns}"
-        )
-      captions[os.path.normpath(row["file"])] = str(row.get("caption") or "").strip()
-  return captions
+  files, left_out = [], collections.Counter()
+  for path in folder.rglob("*"):
+    name = path.relative_to(folder)
+    if not path.is_file():
+      continue
+    if any(part.startswith(".") for part in name.parts):
+      left_out["beginning with a dot"] += 1
+    elif _suffix(name) in _SUFFIXES | _TEXTS:
+      files.append(str(name))
+    else:
+      left_out[_suffix(name) or "without an ending"] += 1
+  return files, left_out
 
 
-def _rows(path: pathlib.Path) -> list[Any]:
-  """Parses metadata.csv (rows as dicts by the header) or metadata.jsonl."""
-  try:
-    text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a byte order mark first
-    if path.suffix == ".csv":
-      return list(csv.DictReader(text.splitlines()))
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise UserError(
-      f"{path} cannot be read ({error}); expected UTF-8: one JSON object a line, or CSV"
-    ) from error
-
-
-def _caption(folder: pathlib.Path, name: str, captions: dict[str, str]) -> str:
-  """Returns the caption of a file, from the metadata if there is any, else from the text beside it.
-
-  Raises:
-    Unusable: no such video file, no caption, or one that is not UTF-8.
-  """
-  if not (folder / name).is_file():
-    raise video_file.Unusable("named in the metadata, but not there")
-  text = folder / pathlib.Path(name).with_suffix(".txt")
-  caption = captions.get(name, "")
-  if not captions and text.is_file():
-    try:
-      caption = " ".join(text.read_text(encoding="utf-8-sig").split())
-    except UnicodeDecodeError:
-      raise video_file.Unusable(f"its caption {text.name} is not UTF-8 text") from None
-  if not caption:
-    place = "in the metadata" if captions else f"in {text.name}"
-    raise video_file.Unusable(f"no caption {place}")
-  return caption
+def _suffix(name: str | os.PathLike) -> str:
+  return os.path.splitext(name)[1].lower()
 
 
 def fingerprint(folder: pathlib.Path) -> str:
   """Returns a hash of the names and sizes of the videos and captions of a folder."""
-  suffixes = (*_SUFFIXES, ".txt", ".csv", ".jsonl")
-  files = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
   # Sizes, not contents: a folder of videos may hold terabytes.
-  lines = sorted(f"{p.relative_to(folder)} {p.stat().st_size}" for p in files)
-  return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+  lines = sorted(f"{name} {(folder / name).stat().st_size}" for name in _files(folder)[0])
+  return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -224,24 +224,66 @@ def test_metadata_names_files_and_captions(tmp_path, kind):
   ]
 
 
-@pytest.mark.parametrize(
-  "name, text, message",
-  [
-    (
-      "metadata.jsonl",
-      '{"file": "a.mp4", "caption": "x"}\n{"file_name": "b.mp4"}\n',
-      "row 2: .*found file_name",
-    ),
-    ("metadata.jsonl", '["a.mp4"]\n', "row 1: .*found list"),
-    ("metadata.jsonl", "{file: a}\n", "cannot be read"),
-    ("metadata.csv", "video,caption\na.mp4,x\n", "found video, caption"),
-  ],
-)
-def test_bad_metadata_is_one_clear_line(tmp_path, name, text, message):
-  (tmp_path / name).write_text(text)
-  with pytest.raises(UserError, match=message) as error:
-    _prepare(tmp_path / "data", tmp_path)
-  assert "\n" not in str(error.value)
+def test_a_caption_that_is_no_text_is_named_and_its_film_left_out(tmp_path, caplog):
+  """Half an emoji, as JSON may write it, is found before a data set is written."""
+  folder = tmp_path / "films"
+  folder.mkdir()
+  for name in "ab":
+    _write(folder / f"{name}.mp4", 1.0, 8)
+  rows = ('{"file": "a.mp4", "caption": "a circle \\ud83d"}', '{"file": "b.mp4", "caption": "b"}')
+  (folder / "metadata.jsonl").write_text("\n".join(rows))
+  _prepare(tmp_path / "data", folder)
+  assert [r["caption"].decode() for r in tfds_builder.open_source(tmp_path / "data")] == ["b"]
+  assert "skipped a.mp4: its caption in the metadata holds half a character" in caplog.text
+
+
+def test_every_caption_of_a_film_is_used(tmp_path, caplog):
+  """A film with two captions is there twice, and a stopped run goes on in the middle of it."""
+  _write(tmp_path / "a.mp4", 2.0, 8)
+  _write(tmp_path / "b.mp4", 1.0, 8)
+  (tmp_path / "metadata.csv").write_text(
+    "file,caption\na.mp4,a red circle\nb.mp4,b\na.mp4,something round\na.mp4,a red circle\n"
+  )
+  videos = video_folder.scan(tmp_path, SAMPLING)
+  assert [(path.name, caption, count) for path, caption, count in videos] == [
+    ("a.mp4", "a red circle", 3),
+    ("a.mp4", "something round", 3),
+    ("b.mp4", "b", 1),
+  ]
+  assert "1 of 2 videos: several captions" in caplog.text
+  records = list(video_folder.records(videos, SAMPLING, 2))
+  assert [(r["caption"], int(r["start"])) for r in records] == [
+    ("a red circle", 10),
+    *(("something round", start) for start in (0, 5, 10)),
+    ("b", 0),
+  ]
+
+
+def test_names_as_cameras_and_notebooks_leave_them(tmp_path, caplog):
+  """Endings in capitals and of other containers are used; what is not is said in one line."""
+  _write(tmp_path / "plain.mp4", 1.0, 8)
+  endings = ["MP4", "mpg", "ts", "gif", "3gp", "wmv"]
+  for ending in endings:
+    (tmp_path / f"{ending}.{ending}").write_bytes((tmp_path / "plain.mp4").read_bytes())
+    (tmp_path / f"{ending}.TXT").write_text(ending)
+  for folder in (".Trash", ".ipynb_checkpoints"):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "plain.mp4").write_bytes((tmp_path / "plain.mp4").read_bytes())
+    (tmp_path / folder / "plain.txt").write_text("hidden")
+  (tmp_path / "._plain.mp4").write_bytes(b"Mac")
+  (tmp_path / "plain.txt").write_text("plain")
+  for name in ("notes.md", "more.md", "disc.vob"):
+    (tmp_path / name).write_text("")
+  before = video_folder.fingerprint(tmp_path)
+  videos = video_folder.scan(tmp_path, SAMPLING)
+  assert {path.name: caption for path, caption, _ in videos} == {
+    "plain.mp4": "plain",
+    **{f"{ending}.{ending}": ending for ending in endings},
+  }
+  (said,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+  assert said == f"{tmp_path}: left out: 2 .md, 1 .vob, 5 beginning with a dot"
+  (tmp_path / ".Trash" / "plain.mp4").unlink()  # and changes nothing
+  assert video_folder.fingerprint(tmp_path) == before
 
 
 def test_nothing_usable_is_one_clear_line(tmp_path):
