@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import json
 import pathlib
-import re
 from typing import Any
+import unicodedata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers
 
 from hiar_jax.components.interfaces import TextEncoderConfig
 from hiar_jax.data.prompt_texts import pad
@@ -27,6 +27,18 @@ from hiar_jax.types import Text, Tokens, typed
 
 PAD, UNKNOWN = "<pad>", "<unk>"  # ids 0 and 1
 FILE = "words.json"  # the words, in the order of their ids; the trained network depends on it
+
+# Scripts that set no blanks between words: each letter, with its marks, is a word.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# A word of others: letters and digits, with vowel signs and joiners (Hindi, Persian) in and after.
+_WORDS = pre_tokenizers.Split(
+  Regex(
+    rf"(?=[{_UNSPACED}])[\p{{L}}\p{{N}}]\p{{M}}*"
+    rf"|[\p{{L}}\p{{N}}](?:(?![{_UNSPACED}])[\p{{L}}\p{{M}}\p{{N}}\u200C\u200D])*"
+  ),
+  behavior="removed",
+  invert=True,  # what matches is kept
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,32 +80,23 @@ class WordTable:
 
   @functools.cached_property
   def ids(self) -> dict[str, int]:
-    return {word: i for i, word in enumerate((PAD, UNKNOWN, *self.vocabulary))}
-
-  @functools.cached_property
-  def _tokenizer(self) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel(self.ids, unk_token=UNKNOWN))
-    # the same words as those of `split`, which reads the vocabulary from captions
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\p{L}\p{N}]+"), behavior="removed")
-    tokenizer.enable_truncation(self.length)
-    tokenizer.enable_padding(pad_id=0, pad_token=PAD, length=self.length)
-    return tokenizer
+    # folded: a table of words may be older than the way in which they are folded now
+    return {fold(word): i for i, word in enumerate((PAD, UNKNOWN, *self.vocabulary))}
 
   def prepare(self, prompts: Sequence[str]) -> None:
     pass  # looking up ids costs nothing
 
   def tokens(self, prompts: Sequence[str]) -> np.ndarray:
-    return np.stack([np.asarray(self._tokenizer.encode(p).ids, np.int32) for p in prompts])
+    return pad([self.rows(prompt) for prompt in prompts], self.length)
 
   @functools.cached_property
   def embed(self) -> Callable[[jax.Array], Text]:
-    table = word_table(len(self.ids), self.length, self.dim)
+    table = word_table(2 + len(self.vocabulary), self.length, self.dim)
     return jax.jit(functools.partial(encode, table))
 
   def rows(self, prompt: str) -> np.ndarray:
-    ids = self.tokens([prompt])[0]
-    return ids[: np.count_nonzero(ids)]
+    ids = [self.ids.get(word, self.ids[UNKNOWN]) for word in split(prompt)]
+    return np.asarray(ids[: self.length], np.int32)
 
   def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
     if "text" in record:  # ids [l], stored without their padding
@@ -103,23 +106,39 @@ class WordTable:
   def warnings(self, prompt: str) -> list[str]:
     words = split(prompt)
     unknown = [word for word in dict.fromkeys(words) if word not in self.ids]
+    name = f"prompt {prompt[:60]!r}" + "..." * (len(prompt) > 60)
     warnings = []
+    if prompt.strip() and not words:
+      warnings.append(f"{name}: holds no word; it is read as the empty prompt")
     if len(words) > self.length:
       warnings.append(
-        f"prompt {prompt[:60]!r}...: the model reads {self.length} words; the last "
-        f"{len(words) - self.length} are left out"
+        f"{name}: the model reads {self.length} words; the last {len(words) - self.length} are "
+        "left out"
       )
     if unknown:
-      warnings.append(
-        f"prompt {prompt!r}: the model does not know {', '.join(map(repr, unknown))}; it is made "
-        "without"
-      )
+      more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+      shown = ", ".join(map(repr, unknown[:8])) + more
+      warnings.append(f"{name}: the model does not know {shown}; it is made without")
     return warnings
 
 
+def fold(text: str) -> str:
+  """Returns a text in which the ways to write a word are one: composed characters (NFKC) in lower
+  case, with one sigma.
+  """
+  # Not str.casefold: it turns the German sharp s into two letters, which would move the ids of
+  # runs that know such words. Lower case has two sigmas, one of them for the end of a word.
+  lower = unicodedata.normalize("NFKC", text).lower().replace("ς", "σ")
+  return unicodedata.normalize("NFKC", lower)
+
+
 def split(text: str) -> list[str]:
-  """The words of a text: runs of letters and digits, in lower case."""
-  return re.findall(r"[^\W_]+", text.lower())
+  """The words of a text, folded: runs of letters, their marks and digits; single characters of
+  scripts that set no blanks between words.
+  """
+  # half a character, as of a broken command line, is none
+  whole = fold(text).encode("utf-8", "replace").decode()
+  return [word for word, _ in _WORDS.pre_tokenize_str(whole)]
 
 
 def vocabulary_of(captions: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 all.
 """
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,6 +62,50 @@ def test_the_vocabulary_of_a_text_knows_all_of_it(text):
   made = encoder(12, word_table.vocabulary_of([text]))
   assert made.warnings(text) == [] and 1 not in made.tokens([text])
   assert len(made.rows(text)) == len(word_table.split(text))
+
+
+@pytest.mark.parametrize(
+  "text, words",
+  [
+    ("ΜΑΥΡΟΣ μαυρος, ΚύκλοΣ", ["μαυροσ", "μαυροσ", "κύκλοσ"]),
+    (
+      "gru\u0308ner gr\u00fcner \uff27\uff52\u00fc\uff4e",
+      ["gr\u00fcner", "gr\u00fcner", "gr\u00fcn"],
+    ),
+    ("एक लाल गोला", ["एक", "लाल", "गोला"]),
+    ("红色圆圈 red圈3x", ["红", "色", "圆", "圈", "red", "圈", "3x"]),
+    ("สีแดง", ["สี", "แ", "ด", "ง"]),
+    ("한국어 공", ["한국어", "공"]),
+    ("می\u200cخواهم", ["می\u200cخواهم"]),
+    ("🔴⬅️ \ud83d", []),
+    ("Straße", ["straße"]),  # as runs that know it have it
+  ],
+)
+def test_words_of_any_script(text, words):
+  assert word_table.split(text) == words
+  assert word_table.split(" ".join(words)) == words
+
+
+def test_words_of_plain_captions_are_what_they_were():
+  """Runs from before their words were kept with the data read them again."""
+  text = "".join(map(chr, range(128))) + " A Red_circle, don't x2 Größe naïve Чёрный"
+  assert word_table.split(text) == re.findall(r"[^\W_]+", text.lower())
+
+
+def test_stored_words_of_an_older_split_keep_their_ids():
+  made = encoder(4, ("μαυρος", "a"))
+  np.testing.assert_array_equal(made.tokens(["A ΜΑΥΡΟΣ"])[0], [3, 2, 0, 0])
+
+
+def test_a_prompt_of_signs_is_said_to_hold_no_word():
+  (warning,) = encoder().warnings("🔴⬅️")
+  assert warning == "prompt '🔴⬅️': holds no word; it is read as the empty prompt"
+  assert encoder().warnings("") == [] == encoder().warnings("  ")
+
+
+def test_what_is_said_of_a_long_prompt_is_short():
+  cut, unknown = encoder().warnings(" ".join(f"word{i}" for i in range(10_000)))
+  assert len(cut) < 200 and len(unknown) < 300 and "'word7' and 9992 more" in unknown
 
 
 def test_words_are_kept_with_the_data(tmp_path):
