@@ -182,7 +182,7 @@ class Model(VideoModel):
 
   def texts(self, prompts: Sequence[str]) -> np.ndarray:
     """Returns prompts as the network reads them [n l d]."""
-    return self.run.texts(prompts)
+    return self.prompt_texts(prompts)
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Decodes latents [f h w c] into frames uint8 [F H W 3], or a batch [n f h w c] of them.

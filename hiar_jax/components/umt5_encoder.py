@@ -15,7 +15,6 @@ import functools
 import hashlib
 import os
 import pathlib
-import sys
 import threading
 from typing import Any
 
@@ -81,7 +80,7 @@ class TextCache:
   The tokens of a prompt are its text: UMT5 is too large to run in the training loop.
 
   weights: a directory with umt5/ and tokenizer/. dtype: of weights, activations and result.
-  length: tokens; longer prompts are cut, with a warning. batch: prompts encoded at once.
+  length: tokens; longer prompts are cut (`warnings`). batch: prompts encoded at once.
 
   The text of a prompt does not depend on the prompts beside it. Hosts that share the directory must
   encode different prompts: the temporary name of a file is fixed.
@@ -95,10 +94,6 @@ class TextCache:
   dtype: str = "bfloat16"
   length: int = umt5_tokenizer.LENGTH
   batch: int = 4
-  # prompts whose length was checked: epochs repeat them, a warning is printed once
-  _measured: set[str] = dataclasses.field(
-    default_factory=set, init=False, repr=False, compare=False
-  )
   negative_prompt = umt5_tokenizer.NEGATIVE_PROMPT
 
   def __post_init__(self):
@@ -132,7 +127,13 @@ class TextCache:
     return self.tokens([record["caption"].decode()])[0]
 
   def warnings(self, prompt: str) -> list[str]:
-    return []  # UMT5 has no unknown words; what is cut off is reported where it is encoded
+    (cut,) = self.tokenizer([prompt]).cut  # it has no unknown words
+    if not cut:
+      return []
+    return [
+      f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads {self.length}; "
+      f"the last {cut} are left out"
+    ]
 
   def missing(self, prompts: Sequence[str]) -> list[str]:
     """The prompts that have no file yet, each once."""
@@ -143,18 +144,9 @@ class TextCache:
   def prepare(self, prompts: Sequence[str]) -> None:
     """Encodes the missing prompts, loading the encoder only if there are any.
 
-    Each is written as soon as it is encoded, so a stopped call loses at most a batch. Prompts that
-    are too long are reported on stderr. Raises UserError for a text that is not finite.
+    Each is written as soon as it is encoded, so a stopped call loses at most a batch. Raises
+    UserError for a text that is not finite.
     """
-    new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._measured]
-    self._measured.update(new)
-    for prompt, cut in zip(new, self.tokenizer(new).cut, strict=True):
-      if cut:
-        print(
-          f"prompt {prompt[:60]!r}...: {self.length + cut} tokens, the encoder reads "
-          f"{self.length}; the last {cut} are left out",
-          file=sys.stderr,
-        )
     if not self.missing(prompts):
       return
     with _LOADING:

@@ -1,5 +1,8 @@
 """The data set of a run, and as much of it as a codec or a codebook is fitted on."""
 
+from collections.abc import Sequence
+import sys
+
 import numpy as np
 
 from hiar_jax.data import latents, pipeline, tfds_builder
@@ -14,12 +17,27 @@ def prepare(run: Run) -> None:
   a published codec; or encoded prompts alone.
   """
   e, directory = run.experiment, run.directory("data")
+  made = tfds_builder.is_complete(directory)
   if e.stores_latents:
     _prepare_latents(run)
   elif not e.stages_from:
     run.source.prepare(directory, lambda: run.text_encoder)
     e.text.fit(directory, run.words())
     e.codec.fit(directory, lambda: first_videos(directory))
+  if not made and not e.stages_from:
+    print_unread(run, run.source.captions(directory))
+
+
+def print_unread(run: Run, captions: Sequence[str]) -> None:
+  """Prints one line on captions of which the text encoder does not read all."""
+  unread = {x: said[0] for x in set(captions) if (said := run.text_encoder.warnings(x))}
+  among = [caption for caption in captions if caption in unread]
+  if among:
+    print(
+      f"data: {len(among)} of {len(captions)} captions are not read whole "
+      f"(--config.text.length is {run.experiment.text.length}); the first: {unread[among[0]]}",
+      file=sys.stderr,
+    )
 
 
 def _prepare_latents(run: Run) -> None:

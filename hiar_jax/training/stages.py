@@ -79,8 +79,9 @@ def sample_trajectories(run: Run) -> None:
   if config.pairs:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
-      encoder = run.text_encoder
-      encoder.prepare([*pipeline.read_captions(directory), encoder.negative_prompt])
+      encoder, captions = run.text_encoder, pipeline.read_captions(directory)
+      prepared_data.print_unread(run, captions)
+      encoder.prepare([*captions, encoder.negative_prompt])
     _wait_for_all("trajectories")
     return
   if is_writer():

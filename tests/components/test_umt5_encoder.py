@@ -176,18 +176,17 @@ def test_a_stop_keeps_what_is_done(folder, tmp_path, monkeypatch):
   assert not cache.missing(PROMPTS)
 
 
-def test_long_prompts_are_cut_and_that_is_said_once_a_run(folder, tmp_path, capsys):
+def test_long_prompts_are_cut_and_that_can_be_said(folder, tmp_path, capsys):
+  """By whoever has asked: a command, the data stage or the page."""
   long = "A cat walks on the grass. " * 40
   count = len(small_tokenizer().encode(long.strip()).ids)
-  for _ in range(2):
-    cache = _cache(folder, tmp_path)
-    assert (cache.tokens([long, "moon", long])[0, -1] != 0).any()
-    cache.tokens([long])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt")]
-    assert said == [
-      f"prompt {long[:60]!r}...: {count} tokens, the encoder reads 160; the last {count - 160} "
-      "are left out"
-    ]
+  cache = _cache(folder, tmp_path)
+  assert (cache.tokens([long, "moon", long])[0, -1] != 0).any()
+  assert cache.warnings("moon") == [] and not capsys.readouterr().out
+  assert cache.warnings(long) == [
+    f"prompt {long[:60]!r}...: {count} tokens, the encoder reads 160; the last {count - 160} are "
+    "left out"
+  ]
 
 
 def test_a_traced_step_may_ask(folder, tmp_path, loaded):

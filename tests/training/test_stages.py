@@ -231,6 +231,20 @@ def test_words_that_do_nothing_are_said(with_data, capfd):
   assert "the model reads 12 words; the last 18 are left out" in capfd.readouterr().err
 
 
+def test_captions_that_are_cut_are_counted_once(tmp_path, capfd):
+  """By the data stage that makes the data, for all of them in one line."""
+  run = make_run(tmp_path, text__length=3)
+  for expected in (1, 0):
+    stages.prepare_data(run)
+    lines = [x for x in capfd.readouterr().err.splitlines() if "not read whole" in x]
+    assert len(lines) == expected
+    for line in lines:
+      assert line.startswith(
+        "data: 16 of 16 captions are not read whole (--config.text.length is 3)"
+      )
+      assert "the model reads 3 words; the last " in line
+
+
 def test_file_names_are_short_unique_and_safe():
   taken = set()
   names = [
