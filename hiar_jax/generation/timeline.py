@@ -6,7 +6,7 @@ Entries stand on one line or on many; a comma, a semicolon or a line's end prece
 are written `10s`, `1.5s`, `2m`, `1m30s`, `1h` or `1:30`, from the start of the video. `10s recache:
 ...` also encodes the video so far again, under the new prompt. A line that starts with # is a
 comment. A prompt may hold commas and colons; only a time with a colon behind it starts the next
-entry.
+entry, and a number with a colon behind that is no such time is an error.
 """
 
 from collections.abc import Callable
@@ -16,10 +16,14 @@ import pathlib
 import re
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import read_text
 
 _TIME = r"(?:\d+(?:\.\d+)?\s*(?:h|m(?:in)?|s(?:ec)?)\s*)+|\d+(?::\d\d)+(?:\.\d+)?"
 # the colon after a time stands before a space, a separator or the end, so that `1:30` is one time
 _MARK = re.compile(rf"(?P<time>{_TIME})(?P<flag>\s+\w+)?\s*:(?=[\s,;]|$)")
+# What begins with a number and has a colon behind was meant as a time, also where it is no _MARK.
+# `*+` gives nothing back: of `16:9 film`, which has no colon behind, `16:` is none either.
+_LIKE_MARK = re.compile(r"[-+.]?\d[\w.]*+(?::\d[\w.]*+)*+(?:[^\S\n]+[^,;:\uff1a\n]*)?[:\uff1a]")
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
 _BEFORE = re.compile(r"(?:^|[,;\n])[^\S\n]*\Z")  # what may stand before a time
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
@@ -94,18 +98,13 @@ def read(source: str | os.PathLike, folder: str | os.PathLike = "") -> Timeline:
   `folder` on.
 
   Raises UserError for what `parse` refuses (with line and column), and for a file that is missing
-  or not UTF-8.
+  or no text.
   """
   path, text = pathlib.Path(folder) / source, os.fspath(source)
-  if _MARK.match(text.lstrip()):
+  if _MARK.match(text.lstrip()) or _LIKE_MARK.match(text.lstrip()):
     return parse(text)
   try:
-    # -sig: editors on Windows put a byte order mark first
-    return parse(path.read_text(encoding="utf-8-sig"), f"timeline {path}")
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f"timeline {path} is not UTF-8 text (byte {error.start}: {error.reason}); save it as UTF-8"
-    ) from error
+    return parse(read_text(path, "timeline"), f"timeline {path}")
   except OSError as error:
     raise UserError(
       f"timeline {text[:80]!r}: {error.strerror}; give a file, or a text as '0s: a red circle, "
@@ -119,9 +118,20 @@ def parse(text: str, source: str = "timeline") -> Timeline:
   Raises UserError, with line and column, for text before the first time, an invalid time, an
   unknown word after one, a missing prompt, times that do not grow, and a first time other than 0.
   """
-  # comments become empty lines, so that lines keep their numbers
-  text = "\n".join("" if line.lstrip().startswith("#") else line for line in text.splitlines())
+  # comments become empty lines, so that lines keep their numbers; not splitlines, which cuts at
+  # U+2028 and others too
+  lines = re.split(r"\r\n?|\n", text)
+  text = "\n".join("" if line.lstrip().startswith("#") else line for line in lines)
   marks = [mark for mark in _MARK.finditer(text) if _BEFORE.search(text, 0, mark.start())]
+  read = {mark.start() for mark in marks}
+  for like in _LIKE_MARK.finditer(text):
+    if like.start() not in read and _BEFORE.search(text, 0, like.start()):
+      raise _error(
+        source,
+        _location(text, like.start()),
+        f"{like[0][:40]!r} is no time that can be read; write 10s, 1.5s, 1m30s or 1:30, then a "
+        "colon and a blank",
+      )
   head = text[: marks[0].start()] if marks else text
   if head.strip():
     raise _error(

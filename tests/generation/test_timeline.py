@@ -30,6 +30,11 @@ def told(text):
     ('0s: "", 2m: at 10s: it ends', [(0, "", False), (120, "at 10s: it ends", False)]),
     ("0s: a, 1h: b, 1:00:30: c", [(0, "a", False), (3600, "b", False), (3630, "c", False)]),
     ("0s: eleven,\n.5 of them, 1.5s: b", [(0, "eleven, .5 of them", False), (1.5, "b", False)]),
+    ("0s: a, 16:9 film, 2 dogs", [(0, "a, 16:9 film, 2 dogs", False)]),
+    (
+      "0s: a\u20285s: b\x0b# c\x85\r\n1s: d\r2s: e",
+      [(0, "a 5s: b # c", False), (1, "d", False), (2, "e", False)],
+    ),
   ],
 )
 def test_what_is_read(text, expected):
@@ -73,11 +78,31 @@ def test_what_is_wrong_is_named_with_line_and_column(text, where, what):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "time",
+  [
+    *("5s:b", "5S: b", "5secs: b", "5 seconds: b", "500ms: b", "1m30: b", "1:5: b", "90: b"),
+    *("-5s: b", ".5s: b", "1e3s: b", "5s recache b: c", "5 s\uff1ab", "5\u79d2: b"),
+  ],
+)
+def test_a_time_that_cannot_be_read_is_no_part_of_a_prompt(time):
+  for text, where in (
+    (f"0s: a, {time}", "line 1, column 8"),
+    (f"0s: a\n {time}", "line 2, column 2"),
+  ):
+    with pytest.raises(UserError, match=f"{where}: '.*' is no time that can be read"):
+      timeline.read(text)
+  with pytest.raises(UserError, match="line 1, column 1: .* is no time that can be read"):
+    timeline.read(time)
+
+
 def test_files_and_texts(tmp_path):
   path = tmp_path / "day.txt"
   path.write_text("\ufeff0s: a\n10s: b\n")
   assert timeline.read(path).entries == timeline.read(str(path)).entries
   assert [entry.time for entry in timeline.read("0s: a, 10s: b").entries] == [0, 10]
+  path.write_text("0s: a\n10s: b\n", encoding="utf-16")
+  assert [entry.prompt for entry in timeline.read(path).entries] == ["a", "b"]
   (tmp_path / "latin.txt").write_bytes("0s: größer".encode("latin-1"))
   (tmp_path / "empty.txt").write_text("# nothing\n")
   for name, what in (
