@@ -11,6 +11,7 @@ import zlib
 
 from etils import epath
 
+from hiar_jax.checkpoints import owners
 from hiar_jax.checkpoints.on_disk import CHECKSUMS
 from hiar_jax.errors import Damaged
 from hiar_jax.peak_memory import size
@@ -22,6 +23,8 @@ LIMIT = 128 << 30
 ADVICE = "delete it, and the one before it is used"
 _THREADS = 4
 _PIECE = 8 << 20  # bytes of a file in memory at once, for each thread
+
+owners.allow_nameless()
 
 
 def write(path: epath.Path) -> None:

@@ -20,6 +20,7 @@ from array_record.python import array_record_data_source
 import tensorflow_datasets as tfds
 import tqdm
 
+from hiar_jax.checkpoints import owners
 from hiar_jax.errors import UserError
 from hiar_jax.files import DiskFull, is_disk_full, write_atomic
 
@@ -27,6 +28,8 @@ _RECIPE = "recipe.json"
 # fields of a recipe that are known once the examples have been found (data.parts, video folders)
 OF_PARTS = ("files", "total", "part_size")
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
+
+owners.allow_nameless()
 
 
 class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
