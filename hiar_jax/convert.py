@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints import lock, weights
 from hiar_jax.checkpoints.on_disk import TOKENIZER
 from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.config import command_line as configs
@@ -174,8 +174,9 @@ def main() -> None:
       stage=f.stage or exports.STAGES[0],
       overwrite=f.overwrite,
     )
-  for line in lines:
-    print(line, file=sys.stdout, flush=True)
+  with lock.held(f.out, f"--out={f.out}"):
+    for line in lines:
+      print(line, file=sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ The stages run in order. Each resumes from its newest checkpoint and is skipped 
 so the same command always continues.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -13,7 +14,9 @@ import time
 import jax
 
 from hiar_jax import peak_memory
+from hiar_jax.checkpoints import lock
 from hiar_jax.config import command_line as configs
+from hiar_jax.progress import is_writer
 from hiar_jax.training import stages
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import open_run
@@ -41,8 +44,12 @@ def main(config, workdir: str) -> None:
   # Several hosts, each running this command, find one another before any device is used.
   if os.environ.get("HIAR_DISTRIBUTED"):
     jax.distributed.initialize()
-  run = open_run(config, workdir)
-  with run.writer, jax.set_mesh(run.mesh):
+  with contextlib.ExitStack() as stack:
+    if is_writer():  # the others of the same job write beside it
+      stack.enter_context(lock.held(workdir, f"--workdir={workdir}"))
+    run = open_run(config, workdir)
+    stack.enter_context(run.writer)
+    stack.enter_context(jax.set_mesh(run.mesh))
     for name, stage in (
       # clips with captions, and the codec fitted on them
       ("data", stages.prepare_data),

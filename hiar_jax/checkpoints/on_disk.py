@@ -4,6 +4,9 @@ A name ending in / stands for all files below it. "Atomic" means files.write_ato
 name in the same directory, fsync, rename; a process that dies leaves the old file or the new one.
 A full disk is files.DiskFull everywhere, a damaged file errors.Damaged.
 
+While `train` is at work in a workdir, or `convert` in its --out, a file .lock there names the
+process (checkpoints.lock). It is removed at the end; one that a killed process left locks nothing.
+
 Workdir (--workdir; of several processes one writes, but for checkpoints)
 
     config.json
@@ -98,6 +101,7 @@ tests/checkpoints/test_on_disk.py compares this page with what is really written
 
 CHECKPOINTS = "checkpoints"  # folder of a stage
 CHECKSUMS = "checksums.json"  # file of a checkpoint
+LOCK = ".lock"  # file of a folder that a process writes to
 DAMAGED = ".damaged"  # added to the name of a checkpoint that is set aside
 MODEL = "model.json"  # file of a kind of converted weights
 PARAMS = ("params", "params_")  # the two folders that its numbers alternate between
