@@ -227,7 +227,7 @@ class Videos(Source):
 
   @property
   def recipe(self) -> dict[str, Any]:
-    return video_folder.recipe(self.data.folder, self._sampling)
+    return video_folder.recipe(self._sampling)
 
   def is_made(self, directory: pathlib.Path, recipe: Mapping[str, Any]) -> bool:
     return video_folder.is_made(directory, self.data.folder, recipe)

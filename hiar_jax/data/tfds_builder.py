@@ -27,6 +27,8 @@ from hiar_jax.files import DiskFull, is_disk_full, write_atomic
 _RECIPE = "recipe.json"
 # fields of a recipe that are known once the examples have been found (data.parts, video folders)
 OF_PARTS = ("files", "total", "part_size")
+# of earlier versions: where a folder of videos lay, which may be moved
+_FORMER = ("folder",)
 _SHARD_BYTES = 128 << 20  # TFDS holds one shard's examples in memory while it writes it
 
 owners.allow_nameless()
@@ -93,7 +95,7 @@ def check_recipe(
     return
   wanted = json.loads(json.dumps(recipe))  # tuples -> lists, as in the file
   for field in wanted | found:
-    if field not in ignore and found.get(field) != wanted.get(field):
+    if field not in (*ignore, *_FORMER) and found.get(field) != wanted.get(field):
       raise UserError(
         f"{directory} holds a data set made with {field}={found.get(field)!r}, but this run wants "
         f"{field}={wanted.get(field)!r}; use another directory, or delete it to build the data set "

@@ -55,7 +55,7 @@ def prepare(
       other settings.
   """
   sampling = Sampling(frames, height, width, fps, stride or frames)
-  made_from = recipe(source_folder, sampling)
+  made_from = recipe(sampling)
   if is_made(directory, source_folder, made_from):
     return
   folder = pathlib.Path(source_folder)
@@ -76,13 +76,11 @@ def prepare(
   )
 
 
-def recipe(source_folder: str | os.PathLike, sampling: Sampling) -> dict[str, Any]:
-  """Returns what the clips of a folder are made from, as JSON values; its files aside."""
-  return {
-    "kind": "video folder",
-    "folder": os.path.abspath(source_folder),
-    **dataclasses.asdict(sampling),
-  }
+def recipe(sampling: Sampling) -> dict[str, Any]:
+  """Returns what the clips of a folder are made from, as JSON values; its files aside, which the
+  recipe of a made data set holds. Where the folder lies is no part of it: it may be moved.
+  """
+  return {"kind": "video folder", **dataclasses.asdict(sampling)}
 
 
 def is_made(
@@ -106,7 +104,7 @@ def is_made(
   used = tfds_builder.read_recipe(directory)["files"]
   if folder.is_dir() and used != fingerprint(folder):
     logging.warning(
-      "%s has changed since %s was made from it; delete the latter to use the new files",
+      "%s has changed since %s was made from it; use another --workdir to train on the new files",
       source_folder,
       directory,
     )
@@ -182,10 +180,8 @@ def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
   many).
   """
   files, left_out = [], collections.Counter()
-  for path in folder.rglob("*"):
+  for path in files_below(folder):
     name = path.relative_to(folder)
-    if not path.is_file():
-      continue
     if any(part.startswith(".") for part in name.parts):
       left_out["beginning with a dot"] += 1
     elif _suffix(name) in _SUFFIXES | _TEXTS:
@@ -197,6 +193,28 @@ def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:
 
 def _suffix(name: str | os.PathLike) -> str:
   return os.path.splitext(name)[1].lower()
+
+
+def files_below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields the files of a folder and of those in it, linked ones too.
+
+  A folder that is reached twice, as by a link to one above it, is listed once, by its own name
+  where it lies below `folder`.
+  """
+  top = os.path.realpath(folder)
+  seen = {top}
+  for here, names, files in os.walk(folder, followlinks=True):
+    entered = []
+    for name in sorted(names):
+      path = os.path.join(here, name)
+      real = os.path.realpath(path)
+      # a link to what lies in the tree, or that the tree lies in, leads to what is walked anyway
+      back = os.path.islink(path) and os.path.commonpath((top, real)) in (top, real)
+      if not back and real not in seen:
+        entered.append(name)
+        seen.add(real)
+    names[:] = entered
+    yield from (path for path in (pathlib.Path(here, name) for name in files) if path.is_file())
 
 
 def fingerprint(folder: pathlib.Path) -> str:

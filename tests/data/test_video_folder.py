@@ -203,6 +203,49 @@ def test_preparing_again_needs_no_folder_and_says_what_changed(tmp_path, caplog)
     _prepare(directory, folder, fps=16)
 
 
+def test_a_project_that_is_moved_goes_on(tmp_path, monkeypatch, caplog):
+  """Also one of an earlier version, which wrote where the folder lay."""
+  (tmp_path / "one" / "clips").mkdir(parents=True)
+  _write(tmp_path / "one" / "clips" / "a.mp4").with_suffix(".txt").write_text("a")
+  monkeypatch.chdir(tmp_path / "one")
+  _prepare("data", "clips")
+  recipe = tmp_path / "one" / "data" / "recipe.json"
+  assert str(tmp_path) not in recipe.read_text()
+  recipe.write_text(
+    json.dumps(json.loads(recipe.read_text()) | {"folder": f"{tmp_path}/one/clips"})
+  )
+  (tmp_path / "one").rename(tmp_path / "two")
+  monkeypatch.chdir(tmp_path / "two")
+  _prepare("data", "clips")
+  assert len(tfds_builder.open_source("data")) == 3 and "has changed" not in caplog.text
+
+
+def test_linked_folders_are_used(tmp_path):
+  """On another disk, say; each file once, however many links lead to it, and no loop is entered."""
+  folder, disk = tmp_path / "clips", tmp_path / "disk"
+  (folder / "own").mkdir(parents=True)
+  (disk / "deep").mkdir(parents=True)
+  for path in (folder / "here", folder / "own" / "mine", disk / "there", disk / "deep" / "deeper"):
+    _write(path.with_suffix(".mp4")).with_suffix(".txt").write_text(path.name)
+  for link, target in {
+    folder / "more": disk,
+    folder / "once_more": disk,
+    folder / "again": folder / "own",
+    folder / "own" / "loop": folder,
+    disk / "deep" / "up": disk,
+    folder / "all": tmp_path,
+  }.items():
+    link.symlink_to(target)
+  used = {
+    str(path.relative_to(folder)): text for path, text, _ in video_folder.scan(folder, SAMPLING)
+  }
+  names = {"here": "here", "mine": "own/mine", "there": "more/there", "deeper": "more/deep/deeper"}
+  assert used == {f"{path}.mp4": name for name, path in names.items()}
+  before = video_folder.fingerprint(folder)
+  (disk / "deep" / "deeper.txt").write_text("another caption")
+  assert video_folder.fingerprint(folder) != before
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_metadata_names_files_and_captions(tmp_path, kind):
   folder = tmp_path / "films"
