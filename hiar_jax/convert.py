@@ -30,7 +30,7 @@ from hiar_jax.conversion import layouts
 from hiar_jax.conversion.key_maps import view_published
 from hiar_jax.conversion.layouts import Model
 from hiar_jax.errors import Damaged, UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.files import check_name, write_atomic
 
 DTYPES = ("keep", "bfloat16", "float32")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -158,6 +158,7 @@ def main() -> None:
       raise UserError(f"--{name}={f[name].value} belongs to {direction}; leave it out")
   dtype = None if f.dtype == "keep" else f.dtype
   if f.source is not None:
+    check_name(f.out, f"--out={f.out}")
     lines = convert(
       f.source, f.out, kind=f.kind, entry=f.entry, dtype=dtype, heads=f.heads, overwrite=f.overwrite
     )

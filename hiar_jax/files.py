@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import pathlib
+import re
 import shutil
 
 from hiar_jax.errors import Damaged, UserError
@@ -59,6 +60,25 @@ def check_space(path: str | os.PathLike, needed: int) -> None:
   free = free_space(path)
   if free is not None and free < needed:
     raise DiskFull(path, needed, "nothing was written")
+
+
+def check_name(path: str | os.PathLike, given: str, *, checkpoints: bool = False) -> None:
+  """Raises UserError for a folder whose absolute path Orbax misreads.
+
+  TensorStore takes a backslash for a slash. When a checkpoint is saved, Orbax finds its parts by a
+  pattern, in which [...] stands for one character. given: the flag with its value, which the
+  message begins with. checkpoints: True where training checkpoints will be saved there.
+  """
+  absolute = os.path.abspath(path)
+  for mark, wrong in (
+    ("a backslash", "\\" in absolute),
+    ("brackets [...]", checkpoints and re.search(r"\[[^/]*\]", absolute)),
+  ):
+    if wrong:
+      raise UserError(
+        f"{given}: {absolute} has {mark} in its name, and checkpoints there could not be read "
+        "again; give a folder without"
+      )
 
 
 @contextlib.contextmanager

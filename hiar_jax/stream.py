@@ -27,6 +27,7 @@ from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import nearest
 from hiar_jax.errors import UserError
+from hiar_jax.files import check_name
 from hiar_jax.generation import prompts_file
 from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.conditioning_frames import Conditioning
@@ -196,6 +197,8 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
     raise UserError(f"--out={out}: expected a name that ends in .mp4, or a directory for pictures")
   if path.exists() and options.resume is None and not path.is_dir():
     raise UserError(f"{path} is there already; give another name, or remove it")
+  if save:
+    check_name(save, f"--save={save}", checkpoints=True)
   check(options)
   source = open_source(options)
   # Chunks that are taken are written at once, so the snapshot continues where the file ends.

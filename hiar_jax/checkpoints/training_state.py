@@ -25,7 +25,7 @@ from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.on_disk import DAMAGED
 from hiar_jax.config.workdir import difference, to_json
 from hiar_jax.errors import Damaged, UserError
-from hiar_jax.files import DiskFull, check_space, is_disk_full, reading
+from hiar_jax.files import DiskFull, check_name, check_space, is_disk_full, reading
 from hiar_jax.types import Params, PyTree
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax adds to a step's name until it is complete
@@ -50,6 +50,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
     raises UserError, but for the fields `free`, as in workdir.check_workdir.
     """
+    check_name(directory, f"checkpoints in {os.fspath(directory)}", checkpoints=True)
     self.directory = _path(directory)
     self._config, self._free = to_json(config or {}), free
     self._saving = -1  # the step being written, read by Orbax's thread
@@ -237,6 +238,7 @@ def _opened(
 
 def _path(directory: str | os.PathLike) -> epath.Path:
   text = os.fspath(directory)
+  check_name(text, f"checkpoints in {text}")
   # Orbax needs absolute paths; those of buckets (gs://...) are absolute already.
   return epath.Path(text if "://" in text else os.path.abspath(text))
 

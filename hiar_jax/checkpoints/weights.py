@@ -29,7 +29,7 @@ from hiar_jax.checkpoints.on_disk import MODEL, PARAMS
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import Damaged, UserError, one_of
-from hiar_jax.files import check_space, write_atomic, writing
+from hiar_jax.files import check_name, check_space, write_atomic, writing
 from hiar_jax.models.registry import WEIGHTS
 from hiar_jax.types import Params, PyTree
 
@@ -235,4 +235,5 @@ def config_from_json(kind: str, fields: dict) -> Any:
 
 def _folder(directory: str | os.PathLike, kind: str) -> pathlib.Path:
   one_of(WEIGHTS, kind=kind)
+  check_name(directory, f"weights in {os.fspath(directory)}")
   return pathlib.Path(os.path.abspath(directory)) / kind

@@ -31,6 +31,7 @@ from hiar_jax.data import pipeline, prompt_rows, shapes_world
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
+from hiar_jax.files import check_name
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
@@ -314,6 +315,8 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   read, on all devices present. Raises UserError where configs differ in anything that changes a
   number, or where a later stage could not run.
   """
+  if save:
+    check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
   experiment = build(Experiment, config)
   check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
   if experiment.stages_from:
