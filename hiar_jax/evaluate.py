@@ -31,7 +31,8 @@ from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
 from hiar_jax.training import pretrained, samples
-from hiar_jax.training.run import SHARED_GROUPS, Run, open_run, read_config
+from hiar_jax.training.borrowed import SHARED_GROUPS
+from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
 

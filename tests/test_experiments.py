@@ -137,7 +137,13 @@ def test_what_comes_before_distillation_can_come_from_another_run(chain):
   done = chain.train(workdir, stages_from=chain.straight)
   assert done.returncode == 0, done.stderr
   assert tiny_run.files(chain.straight) == before
-  assert {path.name for path in workdir.iterdir()} == {"config.json", "distill", "logs", "sample"}
+  assert {path.name for path in workdir.iterdir()} == {
+    "config.json",
+    "distill",
+    "logs",
+    "origins",
+    "sample",
+  }
   tiny_run.assert_same_arrays(
     tiny_run.state(workdir, "distill", 6), tiny_run.state(chain.straight, "distill", 6)
   )

@@ -10,7 +10,7 @@ from tests.helpers import old_run, tiny_run
 
 # What the rest of a run's distillation has no business to touch, and where it leaves something new.
 DONE = ("data/", "teacher/", "trajectories/", "causal_init/", "distill/checkpoints/4/")
-NEW = ("data/words.json", "distill/checkpoints/6/", "logs/", "sample/")
+NEW = ("data/words.json", "origins/", "distill/checkpoints/6/", "logs/", "sample/")
 
 pytestmark = pytest.mark.slow  # nine commands, compiled as the recordings were made
 

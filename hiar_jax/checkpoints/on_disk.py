@@ -34,6 +34,11 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
       JSON: the words that a prompt may hold, in the order of their ids.
       components.word_table.WordTableConfig.fit; atomic; no checksum. Read by its open. Runs from
       before it was written read the words from the data.
+    origins/
+      Copies of codec.npz and words.json, which prompts and latents are read by from then on, and
+      weights.json: fingerprints of the published weights that took part. training.origins.Origins,
+      after the data stage; atomic. Read by its check: others than these are refused. Runs from
+      before have none.
     trajectories/recipe.json
       As data/recipe.json, with the noise levels. Read by data.trajectories.read_sigmas too.
     trajectories/<builder>/<config>/<version>/

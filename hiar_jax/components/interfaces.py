@@ -87,6 +87,7 @@ class TextEncoderConfig:
   kind: str
   length: int  # tokens of a prompt
   dim: int  # width of the text
+  fitted_files: ClassVar[tuple[str, ...]] = ()  # what `fit` writes
 
   def fit(self, directory: pathlib.Path, words: tuple[str, ...]) -> None:
     """Writes to the data's directory what is fitted on it; does nothing where that is there.
@@ -118,6 +119,7 @@ class AutoencoderConfig:
 
   kind: str
   fitted: ClassVar[bool]  # on the data's clips, else published
+  fitted_files: ClassVar[tuple[str, ...]] = ()  # what `fit` writes
   channels: int  # of latents
   spatial_factor: int  # pixels per latent, each way
   temporal_factor: int  # frames per latent frame; a video's first one has its own

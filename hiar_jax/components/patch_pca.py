@@ -42,6 +42,7 @@ class PatchPCAConfig(AutoencoderConfig):
   channels: int = 32
   whitening: float = 0.5
   fitted = True
+  fitted_files = (FILE,)
   temporal_factor = 1
 
   def __post_init__(self):

@@ -48,6 +48,7 @@ class WordTableConfig(TextEncoderConfig):
   kind: str = "words"
   length: int = 24
   dim: int = 64
+  fitted_files = (FILE,)
 
   def __post_init__(self):
     at_least(1, length=self.length, dim=self.dim)

@@ -25,6 +25,7 @@ from hiar_jax.conversion import catalog, layouts
 from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
 from hiar_jax.files import check_space, write_atomic, writing
+from hiar_jax.training.borrowed import found_from
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import PyTree
 
@@ -129,7 +130,7 @@ def _parts(
     folder = source / stage
     # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
-      folder = pathlib.Path(experiment.stages_from) / stage
+      folder = pathlib.Path(found_from(source, experiment.stages_from)) / stage
     yield Part("dit", experiment.network_of(stage), load_params(folder / CHECKPOINTS))
   for kind, directory in directories.items():
     yield Part(kind, *weights.open_arrays(directory, kind))

@@ -22,7 +22,6 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import (
   RESOLVED,
   check_workdir,
-  difference,
   read_resolved,
   save_resolved,
   to_json,
@@ -38,26 +37,15 @@ from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
+from hiar_jax.training import borrowed, origins
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
+from hiar_jax.training.origins import Origins
 from hiar_jax.types import Batch
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
 FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
-# The groups that the stages from data to causal_init depend on: those of stages_from must agree.
-SHARED_GROUPS = (
-  "seed",
-  "data",
-  "codec",
-  "text",
-  "model",
-  "student",
-  "teacher",
-  "trajectories",
-  "causal_init",
-  "weights",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +71,7 @@ class Run:
 
   @functools.cached_property
   def _sees_another_past(self) -> bool:
-    """True where causal init learns to read the past of this method, and that of stages_from reads
-    another. Earlier versions took it all the same: a distillation that began so goes on so.
-    """
-    e = self.experiment
-    if not e.stages_from or e.causal_init.shows != "history":
-      return False
-    if (self.workdir / "distill").exists() and not (self.workdir / "causal_init").exists():
-      return False
-    stored = read_resolved(e.stages_from) or {}
-    theirs = build(MethodConfig, stored["history"]) if "history" in stored else e.history
-    # it does not matter to causal init, in which no gradient reaches the past
-    return dataclasses.replace(theirs, gradient=e.history.gradient) != e.history
+    return borrowed.sees_another_past(self.experiment, self.workdir)
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -140,15 +117,24 @@ class Run:
     # where the source does not say, only words that a caption of the data holds are ever learnt
     return self.source.words or vocabulary_of(self.source.captions(self.directory("data")))
 
+  @property
+  def origins(self) -> Origins:
+    """What was fitted on the data, and which published weights take part."""
+    data = self.directory("data")
+    lent = (data.parent / origins.FOLDER,) if self.borrows("data") else ()
+    return Origins(self.experiment, self.workdir, (*lent, data))
+
   @functools.cached_property
   def text_encoder(self) -> TextEncoder:
     """The text encoder, opened when it is first used."""
-    return self.experiment.text.open(self.directory("data"), self.words)
+    config = self.experiment.text
+    return config.open(self.origins.holder(config), self.words)
 
   @functools.cached_property
   def autoencoder(self) -> Autoencoder:
     """The autoencoder, opened when it is first used: the data stage may have to fit it."""
-    return self.experiment.codec.open(self.directory("data"))
+    config = self.experiment.codec
+    return config.open(self.origins.holder(config))
 
   def codec_recipe(self) -> dict[str, Any]:
     """Returns what the latents of a clip depend on beside it, as JSON values."""
@@ -317,16 +303,16 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   """
   if save:
     check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
-  experiment = build(Experiment, config)
+  experiment = borrowed.located(build(Experiment, config), workdir, typed=save)
   check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
   if experiment.stages_from:
-    _check_shared(config, experiment)
+    borrowed.check_shared(config, experiment)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
   run = Run(experiment, pathlib.Path(workdir), mesh)
   if save:
     _check_stages(run)
     if is_writer():
-      save_resolved(config, workdir)
+      save_resolved(borrowed.as_stored(config, experiment, workdir), workdir)
   return run
 
 
@@ -368,29 +354,6 @@ def _check_stages(run: Run) -> None:
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
         "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
       )
-
-
-def _check_shared(config, experiment: Experiment) -> None:
-  """Raises UserError where stages_from was made with another config in SHARED_GROUPS."""
-  stored = read_resolved(experiment.stages_from)
-  if stored is None:
-    raise UserError(
-      f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through "
-      "causal_init"
-    )
-
-  def shared(tree: dict) -> dict:
-    # of the history only the block must agree, since it cuts the clips; whose causal init is taken,
-    # Run.borrows says
-    block = tree.get("history", {}).get("block")
-    return {**{name: tree.get(name) for name in SHARED_GROUPS}, "history": {"block": block}}
-
-  lines = difference(shared(stored), shared(to_json(config)), experiment.free_fields)
-  if lines:
-    raise UserError(
-      f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "
-      f"{'; '.join(lines)}); use the stored values, or leave stages_from empty"
-    )
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:

@@ -37,9 +37,14 @@ def prepare_data(run: Run) -> None:
   published codec (data.latents); or encoded prompts alone (data.sources).
   """
   pretrained.check(run)  # before hours of work
+  run.origins.check()
   if jax.process_index() == 0:
+    run.origins.forget()
     prepared_data.prepare(run)
   _wait_for_all("data")
+  run.origins.check()  # where data/ was deleted, it has been made anew
+  if jax.process_index() == 0:
+    run.origins.keep()
 
 
 # ------------------------------------------------------------------------------------------ teacher

@@ -194,6 +194,7 @@ def test_it_trains_and_makes_videos(trained, place):
     "data",
     "framepack",
     "logs",
+    "origins",
     "sample",
   }
   records = tiny_run.log(trained)
