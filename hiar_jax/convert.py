@@ -181,11 +181,11 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  flags.DEFINE_string(
+  configs.define_path(
     "source", None, "published weights: a folder, or a .safetensors, .pt or .pth file"
   )
-  flags.DEFINE_string("export", None, "weights that this tool made, or a training run's directory")
-  flags.DEFINE_string("out", None, "the directory to write")
+  configs.define_path("export", None, "weights that this tool made, or a training run's directory")
+  configs.define_path("out", None, "the directory to write")
   flags.DEFINE_enum("kind", None, weights.KINDS, "convert or export this part alone")
   flags.DEFINE_string("entry", None, "which weights of a .pt file with several, as generator_ema")
   flags.DEFINE_integer(

@@ -39,14 +39,14 @@ from hiar_jax.video.png import write_png
 # Kinds of rows that are no run's own.
 KINDS = ("data", "codec", "teacher", "causal_init")
 
-_WORKDIRS = flags.DEFINE_list(
-  "workdirs", None, "trained runs; the first one's teacher and their causal inits are measured too"
+_WORKDIRS = configs.define_paths(
+  "workdirs", "trained runs; the first one's teacher and their causal inits are measured too"
 )
-_FROM = flags.DEFINE_list(
-  "from", None, "files of rows, or folders of them, that a table is made from instead of runs"
+_FROM = configs.define_paths(
+  "from", "files of rows, or folders of them, that a table is made from instead of runs"
 )
-_OUT = flags.DEFINE_string("out", None, "directory of the results")
-_ROWS = flags.DEFINE_string("rows", None, "directory of the rows' files; by default OUT/rows")
+_OUT = configs.define_path("out", None, "directory of the results")
+_ROWS = configs.define_path("rows", None, "directory of the rows' files; by default OUT/rows")
 _REFERENCE = flags.DEFINE_string(
   "reference", None, "the row that the others are compared with; by default the first run's"
 )

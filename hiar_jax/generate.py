@@ -122,14 +122,14 @@ def define_flags() -> None:
   """Defines an absl flag for each field of `GenerateOptions`."""
   define_model_flags()
   flags.DEFINE_string("prompt", None, "text of the video")
-  flags.DEFINE_string(
+  configs.define_path(
     "prompts",
     None,
     "a file of prompts: .txt (one a line), .jsonl or .csv, with seeds, starts and names where "
     "wanted",
   )
-  flags.DEFINE_string("image", None, "picture that becomes the first frame")
-  flags.DEFINE_string(
+  configs.define_path("image", None, "picture that becomes the first frame")
+  configs.define_path(
     "video",
     None,
     "video to continue: the most whole blocks at its end are kept, and the new frames follow",
@@ -148,7 +148,7 @@ def define_flags() -> None:
     0,
     prompts_file.MAX_SEED,
   )
-  flags.DEFINE_string("out", None, "the mp4 to write, or with --prompts a directory")
+  configs.define_path("out", None, "the mp4 to write, or with --prompts a directory")
   flags.DEFINE_bool(
     "strict", False, "refuse frame counts that are not whole blocks, instead of rounding up"
   )
@@ -159,8 +159,8 @@ def define_flags() -> None:
 
 def define_section_flags() -> None:
   """Defines the flags of what packed models alone can do (docs/framepack.md)."""
-  flags.DEFINE_string("end_image", None, "packed models: picture that becomes the last frame")
-  flags.DEFINE_string(
+  configs.define_path("end_image", None, "packed models: picture that becomes the last frame")
+  configs.define_path(
     "end_video", None, "packed models: video that follows the new frames, which lead up to it"
   )
   flags.DEFINE_bool("loop", False, "packed models: the end comes back to the start")
@@ -170,7 +170,7 @@ def define_section_flags() -> None:
     "packed models: order of the sections, vanilla, both_ends, inverted or endpoints:0,3,7 (these "
     "first); default: the run's",
   )
-  flags.DEFINE_string(
+  configs.define_path(
     "timeline",
     None,
     "packed models: prompts by the second, added to --prompt, as '0s: at night, 5s: by day', or a "

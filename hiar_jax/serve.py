@@ -193,7 +193,7 @@ def define_flags() -> None:
     0,
   )
   flags.DEFINE_float("max_seconds", 3600.0, "longest video in seconds", 1)
-  flags.DEFINE_string(
+  configs.define_path(
     "out",
     None,
     "directory in which the videos stay; default: a temporary one, each gone with its tab",

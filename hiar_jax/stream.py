@@ -248,13 +248,13 @@ def define_flags() -> None:
   """Defines the command's flags."""
   define_stream_flags()
   flags.DEFINE_string("prompt", None, "text of the video")
-  flags.DEFINE_string(
+  configs.define_path(
     "timeline",
     None,
     "prompts by the second, as '0s: a red circle, 10s: a blue square', or a file of them",
   )
-  flags.DEFINE_string("image", None, "picture that becomes the first frame")
-  flags.DEFINE_string(
+  configs.define_path("image", None, "picture that becomes the first frame")
+  configs.define_path(
     "video",
     None,
     "video to continue: the most whole blocks at its end are kept, and the new frames follow",
@@ -265,11 +265,11 @@ def define_flags() -> None:
     "frames of the video, rounded up to whole blocks; 'endless': until it is stopped",
   )
   flags.DEFINE_integer("seed", 0, "random seed of the noise", 0, prompts_file.MAX_SEED)
-  flags.DEFINE_string(
+  configs.define_path(
     "out", "stream.mp4", "an mp4 that plays while it grows, or a directory for pictures"
   )
-  flags.DEFINE_string("save", None, "directory to save the stream in, so that it can be resumed")
-  flags.DEFINE_string("resume", None, "directory that --save wrote, to resume from")
+  configs.define_path("save", None, "directory to save the stream in, so that it can be resumed")
+  configs.define_path("resume", None, "directory that --save wrote, to resume from")
   flags.DEFINE_integer(
     "prefetch", 2, "blocks that may wait for the decoder, and again for the file", 1
   )

@@ -28,6 +28,7 @@ import tqdm
 from hiar_jax.checkpoints import weights
 from hiar_jax.components import umt5_tokenizer
 from hiar_jax.components.interfaces import NetworkSizes, TextEncoderConfig
+from hiar_jax.config.building import path_field
 from hiar_jax.data.prompt_texts import pad
 from hiar_jax.errors import Damaged, UserError, at_least, one_of
 from hiar_jax.files import write_atomic
@@ -50,8 +51,8 @@ class UMT5TextConfig(TextEncoderConfig):
   """
 
   kind: str = "umt5"
-  weights: str = ""
-  cache: str = ""
+  weights: str = path_field()
+  cache: str = path_field()
   dtype: str = "bfloat16"
   length: int = umt5_tokenizer.LENGTH
   dim: int = 4096

@@ -21,6 +21,7 @@ from hiar_jax.components import patch_pca
 from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.chunked_decoder import ChunkedDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig, NetworkSizes
+from hiar_jax.config.building import path_field
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.models import taehv, vae, vae_tiling
 from hiar_jax.types import DTYPES, Video
@@ -37,7 +38,7 @@ class WanCodecConfig(AutoencoderConfig):
   """
 
   kind: str = "wan"
-  weights: str = ""
+  weights: str = path_field()
   tiny: bool = False
   tile: int = 0
   dtype: str = "float32"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
+import os
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from beartype import BeartypeConf
@@ -63,6 +64,8 @@ def _build(cls: type[T], given: Mapping, name: str) -> T:
   values = {}
   for key, value in given.items():
     kinds = fields[key].metadata.get("kinds")
+    if fields[key].metadata.get("path") and isinstance(value, str):
+      value = os.path.expanduser(value)
     if kinds and isinstance(value, GROUP):
       values[key] = _build_kind(kinds, value, f"{name}.{key}")
     else:
@@ -90,6 +93,13 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
   if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
     raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
   return value
+
+
+def path_field(default: str = "") -> Any:
+  """Returns a dataclass field that holds a path, in which `build` replaces a leading ~ by the home:
+  shells leave it alone behind --flag=. A config that is stored keeps it.
+  """
+  return dataclasses.field(default=default, metadata={"path": True})
 
 
 def of_kinds(kinds: Mapping[str, type], **options: Any) -> Any:

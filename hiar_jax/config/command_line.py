@@ -28,6 +28,8 @@ from hiar_jax.files import DiskFull, is_disk_full
 Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
 
 
+_COMMAS = flags.CsvListSerializer(",")
+
 # ------------------------------------------------------------------------------------- entry points
 
 
@@ -42,7 +44,7 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any], cls: type | None = N
     "--config.KEY=VALUE overrides a number",
     cls,
   )
-  flags.DEFINE_string("workdir", None, "directory of this run; the same command continues it")
+  define_path("workdir", None, "directory of this run; the same command continues it")
 
   def call_main() -> None:
     if flags.FLAGS.config is None:
@@ -52,6 +54,30 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any], cls: type | None = N
     main(flags.FLAGS.config, flags.FLAGS.workdir)
 
   run_flags(call_main)
+
+
+class _PathParser(flags.ArgumentParser):
+  """Replaces a leading ~ by the home: shells leave it alone behind --flag=."""
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(argument)
+
+
+class _PathsParser(flags.ListParser):
+  """The same, for each of several paths."""
+
+  def parse(self, argument: str | list[str]) -> list[str]:
+    return [os.path.expanduser(path) for path in super().parse(argument)]
+
+
+def define_paths(name: str, help_text: str) -> flags.FlagHolder:
+  """Defines a flag that holds paths with commas between them, as define_path."""
+  return flags.DEFINE(_PathsParser(), name, None, help_text, serializer=_COMMAS)
+
+
+def define_path(name: str, default: str | None, help_text: str) -> flags.FlagHolder:
+  """Defines a flag that holds a path, in which ~ is the home."""
+  return flags.DEFINE(_PathParser(), name, default, help_text)
 
 
 def define_config(help_text: str, cls: type | None, default: str | None = None) -> None:
@@ -78,7 +104,7 @@ class _FileParser(ConfigFileFlagParser):
     self.added: list[str] = []
 
   def parse(self, path: str) -> config_dict.ConfigDict:
-    config = super().parse(path)
+    config = super().parse(os.path.expanduser(path))
     if self.cls and isinstance(config, config_dict.ConfigDict):  # else an error that is told later
       self.added = left_out.add(config, self.cls)
     return config
@@ -271,7 +297,7 @@ def _config_arguments(argv: list[str]) -> tuple[str | None, list[tuple[str, str]
 
 def load_config(spec: str) -> config_dict.ConfigDict:
   """Loads the config of a spec FILE[:VARIANT]. Raises UserError with the line where that fails."""
-  name, _, variant = spec.partition(":")
+  name, _, variant = os.path.expanduser(spec).partition(":")
   if not os.path.isfile(name):
     there = [str(path) for path in pathlib.Path(os.path.dirname(name)).glob("*.py")]
     raise UserError(f"--config={spec}: there is no file {name!r}; {nearest(name, there)}")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
+from hiar_jax.config.building import path_field
 from hiar_jax.config.workdir import to_json
 from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
 from hiar_jax.data.prompt_rows import read_prompts
@@ -46,10 +47,10 @@ class DataConfig:
   hidden: int = dataclasses.field(default=0, metadata={"since": "2026-11"})  # frames (WorldConfig)
   clips: int = 4096
   # of `videos`
-  folder: str = ""
+  folder: str = path_field()
   fps: float = 8.0  # videos are resampled to it
   # of `prompts`
-  prompts: str = ""  # a file (data.prompt_rows)
+  prompts: str = path_field()  # a file (data.prompt_rows)
   # of clips that are stored as latents (data.latents)
   latent_dtype: str = dataclasses.field(default="float32", metadata={"since": "2026-11"})
 

@@ -1,11 +1,12 @@
 """The flags that choose a model and change its sizes, shared by generate, stream and serve."""
 
 import dataclasses
+import os
 
 from absl import flags
 from ml_collections import config_dict
 
-from hiar_jax.config.command_line import define_config
+from hiar_jax.config.command_line import define_config, define_path
 from hiar_jax.errors import UserError, one_of
 from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
@@ -44,7 +45,8 @@ class ModelOptions:
     if self.config is not None:
       if self.workdir:
         raise UserError("give either --workdir, a trained run, or --config with --weights")
-      return video_model.from_config(self.config, self.weights, changes, needed=needed)
+      weights = self.weights and os.path.expanduser(self.weights)
+      return video_model.from_config(self.config, weights, changes, needed=needed)
     if not self.workdir:
       raise UserError(
         "--workdir is missing; give the directory of a trained run, as --workdir=runs/shapes (or "
@@ -54,19 +56,19 @@ class ModelOptions:
       raise UserError(
         "--weights needs --config, the config of the model; a --workdir has weights of its own"
       )
-    return video_model.from_workdir(self.workdir, self.stage, changes)
+    return video_model.from_workdir(os.path.expanduser(self.workdir), self.stage, changes)
 
 
 def define_model_flags() -> None:
   """Defines an absl flag for each field of `ModelOptions`."""
   define_config("with --weights: a Python file with get_config(), and a variant", Experiment)
-  flags.DEFINE_string(
+  define_path(
     "weights",
     None,
     "converted weights: a directory with dit/, and vae/, umt5/, tokenizer/ unless the config has "
     "them",
   )
-  flags.DEFINE_string("workdir", None, "directory of a run made by hiar_jax.train")
+  define_path("workdir", None, "directory of a run made by hiar_jax.train")
   flags.DEFINE_enum(
     "stage", None, STAGES, "stage of the run whose weights are used; default: its last one"
   )

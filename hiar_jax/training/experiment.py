@@ -13,7 +13,7 @@ import numpy as np
 from hiar_jax import flow
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
-from hiar_jax.config.building import of_kinds
+from hiar_jax.config.building import of_kinds, path_field
 from hiar_jax.data.sources import SOURCES, DataConfig
 from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.method import MethodConfig
@@ -37,11 +37,11 @@ class WeightsConfig:
 
   # Replaces the teacher stage: the bidirectional model of the student's size, from which the
   # trajectories are sampled and student and critic start.
-  base: str = ""
+  base: str = path_field()
   # The real score of distribution matching, where it is not base.
-  teacher: str = ""
+  teacher: str = path_field()
   # Replaces the causal_init stage.
-  student: str = ""
+  student: str = path_field()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrajectoriesConfig:
   guidance: float = 3.0  # g of flow.classifier_free_guidance
   dtype: str = "float32"  # of the stored points
   # A folder written by generate_ode_pairs.py of HiAR or Self-Forcing, imported instead.
-  pairs: str = ""
+  pairs: str = path_field()
   solver: str = dataclasses.field(default="euler", metadata={"since": "2026-11"})
 
   def __post_init__(self):
@@ -105,7 +105,7 @@ class TrajectoriesConfig:
 class SampleConfig:
   """The videos that the last stage makes."""
 
-  prompts: str = "held_out"  # or a file, one prompt a line
+  prompts: str = path_field("held_out")  # or a file, one prompt a line
   count: int = 8  # of held-out prompts
   length: float = 4.0  # in training lengths
   seed: int = 0
@@ -170,7 +170,7 @@ class Experiment:
   sample: SampleConfig
   mesh: MeshConfig
   log: LogConfig
-  stages_from: str = ""
+  stages_from: str = path_field()
   weights: WeightsConfig = WeightsConfig()
   teacher_model: Any = of_kinds(NETWORKS, default=None)
   framepack: FramePackConfig | None = None
