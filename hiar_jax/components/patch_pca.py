@@ -28,7 +28,7 @@ from hiar_jax.types import Pixels, Video, typed
 from hiar_jax.video.frames import to_float, to_uint8
 
 FILE = "codec.npz"  # in the data's directory
-FIT_NUMBERS = 2**27  # of clips to fit on: float64 copies of them take 3 GiB
+FIT_NUMBERS = 2**27  # of clips to fit on: more no longer change the components
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class PatchPCAConfig(AutoencoderConfig):
   def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
     if not (directory / FILE).exists():
       given = clips()
-      save(directory / FILE, fit(to_float(given[: max(1, FIT_NUMBERS // given[0].size)]), self))
+      save(directory / FILE, fit(given[: max(1, FIT_NUMBERS // given[0].size)], self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
     path = directory / FILE
@@ -106,11 +106,19 @@ def patches(video: jax.Array, patch: int) -> jax.Array:
 
 
 def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
-  """Fits the components to the patches of videos [n f H W 3] in [-1, 1]."""
-  # float64: in float32 the small eigenvalues drown in the covariance's rounding
-  rows = patches(videos, config.patch).reshape(-1, config.patch**2 * 3).astype(np.float64)
-  mean = rows.mean(0)
-  covariance = (rows - mean).T @ (rows - mean) / len(rows)
+  """Fits the components to the patches of videos [n f H W 3], uint8 or in [-1, 1].
+
+  Two passes, clip by clip: memory for the patches of one, whatever their number.
+  """
+
+  def rows(video: np.ndarray) -> np.ndarray:
+    # float64: in float32 the small eigenvalues drown in the covariance's rounding
+    cut = patches(to_float(video)[None], config.patch)
+    return cut.reshape(-1, config.patch**2 * 3).astype(np.float64)
+
+  count = sum(len(rows(video)) for video in videos)
+  mean = sum(rows(video).sum(0) for video in videos) / count
+  covariance = sum((x := rows(video) - mean).T @ x for video in videos) / count
   variances, vectors = np.linalg.eigh(covariance)  # ascending; the columns are the vectors
   variances = variances[::-1][: config.channels]
   basis = vectors[:, ::-1][:, : config.channels]

@@ -9,7 +9,7 @@ from hiar_jax.data import latents, pipeline, tfds_builder
 from hiar_jax.training.run import Run
 
 CLIPS = 1024  # a few million patches: with more, the components no longer change
-BYTES = 1 << 30  # of stored latents
+BYTES = 1 << 30  # of what is read of them
 
 
 def prepare(run: Run) -> None:
@@ -55,9 +55,10 @@ def _prepare_latents(run: Run) -> None:
 
 
 def first_videos(directory) -> np.ndarray:
-  """Returns the first clips of the data, uint8 [n F H W 3]."""
+  """Returns the first clips of the data, uint8 [n F H W 3], as many as BYTES hold."""
   source = tfds_builder.open_source(directory)
-  return np.stack([source[i]["video"] for i in range(min(len(source), CLIPS))])
+  count = max(1, min(len(source), CLIPS, BYTES // source[0]["video"].nbytes))
+  return np.stack([source[i]["video"] for i in range(count)])
 
 
 def spread_latents(directory) -> np.ndarray:

@@ -2,6 +2,8 @@
 inside.
 """
 
+import tracemalloc
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,3 +120,20 @@ def test_bytes_come_back():
 def test_sizes_that_cannot_be(fields, message):
   with pytest.raises(UserError, match=message):
     PatchPCAConfig(**fields)
+
+
+def test_the_memory_of_a_fit_does_not_grow_with_the_clips():
+  """Nor do the numbers depend on how the clips come: it is the covariance of all patches."""
+  config, peaks = PatchPCAConfig(patch=4, channels=7), []
+  video = to_uint8(clips(48, size=32))
+  for count in (12, 48):
+    tracemalloc.start()
+    codec = patch_pca.fit(video[:count], config)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+  assert peaks[1] < 1.5 * peaks[0] and peaks[1] < video[0].nbytes * 8 * 8
+  rows = patch_pca.patches(to_float(video), 4).reshape(-1, 48).astype(np.float64)
+  np.testing.assert_allclose(codec.mean, rows.mean(0), atol=1e-7)
+  shares = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1][:7]
+  through = (rows - rows.mean(0)) @ np.asarray(codec.basis, np.float64)
+  np.testing.assert_allclose(through.var(0), shares, rtol=1e-6)

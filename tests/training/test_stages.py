@@ -13,7 +13,7 @@ import pytest
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
-from hiar_jax.training import loop, samples, stages
+from hiar_jax.training import loop, prepared_data, samples, stages
 from hiar_jax.training.run import Run, open_run, read_config
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import EIGHT, make_run
@@ -143,6 +143,13 @@ def test_data_are_made_once(with_data):
   stages.prepare_data(with_data)
   assert tiny_run.files(with_data.workdir) == before
   assert len(tfds_builder.open_source(with_data.directory("data"))) == 16
+
+
+def test_as_many_clips_are_fitted_on_as_memory_is_given(with_data, monkeypatch):
+  data, clip = with_data.directory("data"), 4 * 16 * 16 * 3  # bytes
+  for given, count in ((1 << 30, 16), (3 * clip + 5, 3), (1, 1)):
+    monkeypatch.setattr(prepared_data, "BYTES", given)
+    assert len(prepared_data.first_videos(data)) == count
 
 
 def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatch):
