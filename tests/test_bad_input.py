@@ -44,6 +44,10 @@ CASES = {
   "--config.data.source=videos "
   "--config.data.folder=/no/where": "data.folder = '/no/where' is not a folder",
   "--config.data.source=videos --config.data.folder={nothing}": "no video files there",
+  "--config.data.size=many": "data.size: expected int | tuple[int, int], got 'many'",
+  "--config.data.size=(16,24)": "data.size = (16, 24): the shapes world is square",
+  "--config.data.size=(16,24,3)": "data.size: expected int | tuple[int, int], got (16, 24, 3)",
+  "--config.teacher.lr=nan": "teacher: lr = nan: expected more than 0, finite",
   "--config.data.difficulty=hard": "difficulty 'hard' is unknown",
   "--config.data.clips=2": "teacher.batch = 4 is more than data.clips = 2",
   "--config.codec.channels=999": "codec.channels = 999: a patch of 8 x 8 pixels has 192 numbers",

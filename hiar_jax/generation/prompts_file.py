@@ -25,7 +25,7 @@ import pathlib
 import re
 import sys
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import MAX_NOISE_SEED, UserError
 from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.sections import Takes, read_takes
 from hiar_jax.generation.timeline import Timeline
@@ -33,7 +33,7 @@ from hiar_jax.generation.timeline import Timeline
 FIELDS = ("prompt", "seed", "image", "video", "out", "end_image", "end_video", "timeline", "takes")
 # what only a packed model does (generation.sections)
 TOLD = ("end_image", "end_video", "loop", "order", "timeline", "takes")
-MAX_SEED = 2**31 - 1  # seeds become int32 on the device
+MAX_SEED = MAX_NOISE_SEED
 
 _SETTING = r"(\w+)=(\"[^\"]*\"|'[^']*'|[^\s|\"']*)"  # name=value, name="value" or name='value'
 _SETTINGS = re.compile(rf"\s*(?:{_SETTING}(?:\s+|(?=\|)))+\|")

@@ -15,7 +15,17 @@ from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
 from hiar_jax.config.building import of_kinds
 from hiar_jax.data.sources import SOURCES, DataConfig
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.data.trajectories import TrajectoryWriter
+from hiar_jax.errors import (
+  MAX_NOISE_SEED,
+  MAX_SEED,
+  UserError,
+  above,
+  at_least,
+  finite,
+  one_of,
+  within,
+)
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.models.registry import NETWORKS
@@ -52,6 +62,7 @@ class StudentConfig:
   shift: float = 5.0  # HiAR's published configs
 
   def __post_init__(self):
+    above(0, shift=self.shift)
     flow.shifted_schedule(self.timesteps, self.shift)  # raises where they do not fall to above 0
 
   @property
@@ -77,8 +88,10 @@ class TrajectoriesConfig:
 
   def __post_init__(self):
     one_of(SOLVERS, solver=self.solver)
+    one_of(TrajectoryWriter.dtypes, dtype=self.dtype)
     at_least(1, count=self.count, batch=self.batch, steps=self.steps)
     at_least(0, shift=self.shift)
+    finite(guidance=self.guidance)
 
   def sigmas(self, student: StudentConfig) -> np.ndarray:
     """Returns the levels [s + 1] of the points: the student's timesteps under `shift`, float64."""
@@ -123,6 +136,10 @@ class SampleConfig:
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, scale=self.scale, steps=self.steps)
+    above(0, length=self.length, fps=self.fps)
+    at_least(0, measure=self.measure)
+    finite(guidance=self.guidance)
+    within(0, MAX_NOISE_SEED, seed=self.seed)
     one_of(ORDERS, order=self.order)
     one_of(SOLVERS, solver=self.solver)
 
@@ -176,6 +193,7 @@ class Experiment:
   framepack: FramePackConfig | None = None
 
   def __post_init__(self):
+    within(0, MAX_SEED, seed=self.seed)
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
     kind(self.history)  # raises for an unknown past
     for network in (self.dit, self.teacher_dit, self.stored_student):

@@ -4,7 +4,6 @@ of texts and pixels.
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
 from typing import Any
@@ -34,9 +33,10 @@ from hiar_jax.errors import UserError
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
-from hiar_jax.parallel.mesh import MeshConfig, check_batch, everywhere, make_mesh, replicated
+from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
+from hiar_jax.training import checks
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import Writer
@@ -128,6 +128,15 @@ class Run:
       source = self.experiment.data.source
       raise UserError(f"this needs the truth of the shapes world, but data.source is {source!r}")
     return world
+
+  def check(self) -> None:
+    """Raises UserError for what a stage would notice only hours later (training.checks)."""
+    e = self.experiment
+    if self.source.captions_only or e.stores_latents:
+      self.text_encoder  # noqa: B018  # raises where weights are missing
+    if e.stores_latents:
+      self.autoencoder.identity  # noqa: B018  # the same
+    checks.check_stages(e, self.mesh, self.source.count(self.directory("data")))
 
   @functools.cached_property
   def writer(self) -> Writer:
@@ -321,50 +330,11 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
   run = Run(experiment, pathlib.Path(workdir), mesh)
   if save:
-    _check_stages(run)
+    run.check()
+    checks.print_notes(experiment)
     if is_writer():
       save_resolved(config, workdir)
   return run
-
-
-def _check_stages(run: Run) -> None:
-  """Raises UserError for what a stage would notice only hours later, when its turn comes."""
-  e = run.experiment
-  # (number of clips or prompts of the data, the field that sets it)
-  clips = run.source.count(run.directory("data"))
-  if run.source.captions_only or e.stores_latents:
-    run.text_encoder  # noqa: B018  # raises where weights are missing
-  if e.stores_latents:
-    run.autoencoder.identity  # noqa: B018  # the same
-  trajectory_count = math.inf if e.trajectories.pairs else e.trajectories.count
-  trajectories = (trajectory_count, "trajectories.count")
-  # stage -> (examples that it can draw a batch from, the field that sets their number)
-  sources = {}
-  if not e.weights.base:
-    sources["teacher"] = clips
-  if e.framepack:
-    sources["framepack"] = clips
-  else:
-    if not e.weights.student:
-      sources["causal_init"] = trajectories
-    # without forward KL, distillation reads prompts alone
-    sources["distill"] = trajectories if e.distill.forward_kl.weight else clips
-  for name, (count, field) in sources.items():
-    training = getattr(e, name)
-    check_batch(training.batch, training.accumulate, run.mesh, name)
-    training.check_average(name)
-    if training.batch > count:
-      raise UserError(
-        f"{name}.batch = {training.batch} is more than {field} = {count}; take a smaller batch or "
-        "make more"
-      )
-  if e.sample.prompts != "held_out":
-    pipeline.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
-    if e.given and run.source.world is None:
-      raise UserError(
-        f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
-        "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
-      )
 
 
 def _check_shared(config, experiment: Experiment) -> None:

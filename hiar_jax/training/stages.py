@@ -40,6 +40,7 @@ def prepare_data(run: Run) -> None:
   if jax.process_index() == 0:
     prepared_data.prepare(run)
   _wait_for_all("data")
+  run.check()  # of a folder the number of clips is known now
 
 
 # ------------------------------------------------------------------------------------------ teacher

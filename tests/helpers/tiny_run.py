@@ -21,6 +21,7 @@ from hiar_jax.checkpoints import training_state
 from hiar_jax.data import tfds_builder
 from hiar_jax.training.log import read_log
 from hiar_jax.training.run import Run, open_run
+from hiar_jax.video.mp4 import write_mp4
 from tests.helpers.forks import Forks
 from tests.helpers.video_reader import read_mp4
 
@@ -228,6 +229,18 @@ import runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0].replace(".", "/") + ".py", run_name="__main__")
 """
+
+
+def write_clips(folder: pathlib.Path, count: int, colours=((200, 60, 60),), size: int = 16) -> None:
+  """`count` videos of one colour each and of one training clip, with captions: `0 0`, `1 0`, ..."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for i in range(count):
+    frame = np.broadcast_to(
+      np.asarray(colours[i * len(colours) // count], np.uint8), (size, size, 3)
+    )
+    name = f"{i:03}"
+    write_mp4(folder / f"{name}.mp4", np.stack([frame] * 4), 8, {})
+    (folder / f"{name}.txt").write_text(f"colour {i * len(colours) // count} clip {i}")
 
 
 # -------------------------------------------------------------------------------- what a run leaves
