@@ -18,8 +18,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   config = config_dict.ConfigDict(
     dict(
       seed=0,
-      # a workdir whose data, teacher and trajectories are reused; its causal init too where the
-      # history is the same, or causal_init.shows is "noisy"
+      # a workdir whose stages are reused, up to the first that depends on a field that differs
       stages_from="",
       data=dict(
         source="shapes",  # or "videos": the clips in `folder`

@@ -31,7 +31,7 @@ from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
 from hiar_jax.training import pretrained, samples
-from hiar_jax.training.run import SHARED_GROUPS, Run, open_run, read_config
+from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
 
@@ -64,6 +64,19 @@ _SEED = flags.DEFINE_integer(
   "seed", 1000, "random seed of the first video; other than those of the sample stage"
 )
 
+# The groups that the stages from data to causal_init depend on.
+SHARED_GROUPS = (
+  "seed",
+  "data",
+  "codec",
+  "text",
+  "model",
+  "student",
+  "teacher",
+  "trajectories",
+  "causal_init",
+  "weights",
+)
 # Groups of a config that a run's videos do not depend on, or that name places on a disk.
 OTHER_GROUPS = ("log", "mesh", "sample", "stages_from")
 # Fields of `sample` that the videos of a packed model depend on.

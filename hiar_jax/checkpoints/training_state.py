@@ -48,7 +48,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
     `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
-    raises UserError, but for the fields `free`, as in workdir.check_workdir.
+    raises UserError, but for the fields `free`, as in workdir.difference.
     """
     self.directory = _path(directory)
     self._config, self._free = to_json(config or {}), free

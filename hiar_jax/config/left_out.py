@@ -107,12 +107,13 @@ def _classes(field: dataclasses.Field, hint: Any, group: Any) -> tuple[type, ...
 
 
 def _plain_type(hint: Any, default: Any) -> type:
-  """Returns the type of which a command's text is read: of a union with None, the default's; of
-  another one object, any literal.
+  """Returns the type of which a command's text is read: of a union without None object, any
+  literal.
   """
   found = get_origin(hint) or hint
-  if found is types.UnionType and sum(kind is not types.NoneType for kind in get_args(hint)) > 1:
-    return object
+  if found is types.UnionType:
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return object if len(kinds) > 1 else _plain_type(kinds[0], default)
   if isinstance(found, type) and found in (bool, int, float, str, tuple):
     return found
   return type(default) if default is not None else str

@@ -16,7 +16,7 @@ def prepare(run: Run) -> None:
   e, directory = run.experiment, run.directory("data")
   if e.stores_latents:
     _prepare_latents(run)
-  elif not e.stages_from:
+  elif not run.borrows("data"):
     run.source.prepare(directory, lambda: run.text_encoder)
     e.text.fit(directory, run.words())
     e.codec.fit(directory, lambda: first_videos(directory))
@@ -25,7 +25,7 @@ def prepare(run: Run) -> None:
 def _prepare_latents(run: Run) -> None:
   e, directory = run.experiment, run.directory("data")
   codec, dtype = run.codec_recipe(), e.data.latent_dtype
-  if e.stages_from:
+  if run.borrows("data"):
     recipe = latents.recipe_of(run.source, codec, dtype)
     tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
     return

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -18,14 +19,7 @@ from hiar_jax import flow
 from hiar_jax.components.interfaces import Autoencoder, TextEncoder
 from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
-from hiar_jax.config.workdir import (
-  RESOLVED,
-  check_workdir,
-  difference,
-  read_resolved,
-  save_resolved,
-  to_json,
-)
+from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved, to_json
 from hiar_jax.data import pipeline, shapes_world
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
@@ -36,36 +30,22 @@ from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
-from hiar_jax.training import checks
+from hiar_jax.training import checks, lineage
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lineage import FREE_GROUPS
 from hiar_jax.training.log import Writer
 from hiar_jax.types import Batch
-
-# The groups that may differ between a workdir's config and the one given: they change no number.
-FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
-# The groups that the stages from data to causal_init depend on: those of stages_from must agree.
-SHARED_GROUPS = (
-  "seed",
-  "data",
-  "codec",
-  "text",
-  "model",
-  "student",
-  "teacher",
-  "trajectories",
-  "causal_init",
-  "weights",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An experiment with its workdir and its devices."""
+  """An experiment with its workdir and its devices. borrowed: stages of stages_from."""
 
   experiment: Experiment
   workdir: pathlib.Path
   mesh: Mesh
+  borrowed: tuple[str, ...] = ()
 
   def directory(self, stage: str) -> pathlib.Path:
     """Returns the directory of a stage's result, in the workdir or in stages_from."""
@@ -74,26 +54,7 @@ class Run:
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    e, own = self.experiment, {"distill", "codebook", "framepack", "sample"}
-    # no other run's student has its projections, or none has seen the past as this method shows it
-    if e.stored_student != e.dit or self._sees_another_past:
-      own.add("causal_init")
-    return bool(e.stages_from) and stage not in own
-
-  @functools.cached_property
-  def _sees_another_past(self) -> bool:
-    """True where causal init learns to read the past of this method, and that of stages_from reads
-    another. Earlier versions took it all the same: a distillation that began so goes on so.
-    """
-    e = self.experiment
-    if not e.stages_from or e.causal_init.shows != "history":
-      return False
-    if (self.workdir / "distill").exists() and not (self.workdir / "causal_init").exists():
-      return False
-    stored = read_resolved(e.stages_from) or {}
-    theirs = build(MethodConfig, stored["history"]) if "history" in stored else e.history
-    # it does not matter to causal init, in which no gradient reaches the past
-    return dataclasses.replace(theirs, gradient=e.history.gradient) != e.history
+    return stage in self.borrowed
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -278,11 +239,14 @@ class Run:
       )
     )
 
-  def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
+  def clips(
+    self, stage: str, batch: int, keys: tuple[str, ...], salt: int, seed: int | None = None
+  ):
     """Returns an iterator over this process's rows of the batches of a stage's data set.
 
     stage: `data` or `trajectories`; batch: global; keys: fields beside the tokens, to which `start`
-    is added where the model embeds places; salt: added to the seed of the order. Raises UserError
+    is added where the model embeds places; salt: added to the seed of the order, by default
+    the experiment's. Raises UserError
     where the batch does not divide by the number of processes.
     """
     if self.experiment.dit.reads_start:
@@ -293,7 +257,7 @@ class Run:
     return pipeline.make_iterator(
       self.directory(stage),
       batch_size=batch // count,
-      seed=self.experiment.seed + salt,
+      seed=(self.experiment.seed if seed is None else seed) + salt,
       tokenize=self.text_encoder.of_record,
       process_index=jax.process_index(),
       process_count=count,
@@ -316,48 +280,35 @@ class Run:
     return [known[i * len(known) // count] for i in range(count)]
 
 
-def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
+def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: bool = False) -> Run:
   """Opens a run after checking its config, also against those of the workdir and of stages_from.
 
   save: True for a run to be trained, whose config is written to the workdir; False for one to be
-  read, on all devices present. Raises UserError where configs differ in anything that changes a
-  number, or where a later stage could not run.
+  read, on all devices present. extend: the stage that was trained last may get more steps, another
+  learning rate and so on (lineage.EXTENDABLE). Raises UserError where configs differ in anything
+  that changes a number of a stage that has begun, or where a later stage could not run.
   """
   experiment = build(Experiment, config)
-  check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
-  if experiment.stages_from:
-    _check_shared(config, experiment)
+  ignore = (*FREE_GROUPS, *experiment.free_fields)
+  change = lineage.change(config, workdir, ignore, extend=extend)
+  taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
-  run = Run(experiment, pathlib.Path(workdir), mesh)
+  run = Run(experiment, pathlib.Path(workdir), mesh, taken.stages)
   if save:
     run.check()
-    checks.print_notes(experiment)
     if is_writer():
-      save_resolved(config, workdir)
+      _begin(run, config, change, taken)
   return run
 
 
-def _check_shared(config, experiment: Experiment) -> None:
-  """Raises UserError where stages_from was made with another config in SHARED_GROUPS."""
-  stored = read_resolved(experiment.stages_from)
-  if stored is None:
-    raise UserError(
-      f"stages_from = {experiment.stages_from!r} holds no run; give a workdir that went through "
-      "causal_init"
-    )
-
-  def shared(tree: dict) -> dict:
-    # of the history only the block must agree, since it cuts the clips; whose causal init is taken,
-    # Run.borrows says
-    block = tree.get("history", {}).get("block")
-    return {**{name: tree.get(name) for name in SHARED_GROUPS}, "history": {"block": block}}
-
-  lines = difference(shared(stored), shared(to_json(config)), experiment.free_fields)
-  if lines:
-    raise UserError(
-      f"stages_from = {experiment.stages_from!r} was made with another config (stored -> given: "
-      f"{'; '.join(lines)}); use the stored values, or leave stages_from empty"
-    )
+def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) -> None:
+  """Writes the config to the workdir; says on stderr what is unusual about it."""
+  checks.print_notes(run.experiment)
+  for said in (taken.note(run.experiment.stages_from), change.note(run.workdir)):
+    if said:
+      print(said, file=sys.stderr)
+  change.begin(run.workdir)
+  save_resolved(config, run.workdir)
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:

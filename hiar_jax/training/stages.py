@@ -16,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from hiar_jax.data import ode_pairs, pipeline
+from hiar_jax.data import ode_pairs, pipeline, tfds_builder
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
@@ -74,9 +74,15 @@ def sample_trajectories(run: Run) -> None:
   """
   e = run.experiment
   config = e.trajectories
-  if e.stages_from or not e.needs_trajectories:
+  if not e.needs_trajectories:
     return
   directory = run.directory("trajectories")
+  if run.borrows("trajectories"):
+    # a borrowed causal init has read them already
+    read = not run.borrows("causal_init") or e.distill.forward_kl.weight
+    if read and not tfds_builder.is_complete(directory):
+      raise loop.not_there(run, "trajectories", directory)
+    return
   if config.pairs:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
@@ -266,7 +272,7 @@ def _frozen(run: Run, stage: Stage) -> list[PyTree]:
 def _train(run: Run, stage: Stage, frozen: Sequence[PyTree] = (), **options) -> None:
   """Runs a stage; options: of loop.run_stage."""
   iterators = {
-    name: run.clips(feed.stage, stage.config.batch, feed.keys, feed.salt)
+    name: run.clips(feed.stage, stage.config.batch, feed.keys, feed.salt, stage.config.seed)
     for name, feed in stage.feeds.items()
   }
   loop.run_stage(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from hiar_jax.errors import UserError, above, at_least, decay, one_of
+from hiar_jax.errors import MAX_SEED, UserError, above, at_least, decay, one_of, within
 from hiar_jax.models.frames import Network
 from hiar_jax.types import Batch, Key, Mean, Params, PyTree
 
@@ -49,6 +49,7 @@ class TrainConfig:
   default of optax's Muon; the rule `adamw` is without.
   ema_decay: from update `ema_start` on; until then the average is a copy of the weights. ema_ramp:
   the decay rises to it.
+  seed: of what the stage draws; None: the experiment's.
   """
 
   steps: int
@@ -66,11 +67,13 @@ class TrainConfig:
   accumulate: int = 1
   rule: str = "adamw"
   muon_lr: float = 0.02  # Keller Jordan's default
+  seed: int | None = dataclasses.field(default=None, metadata={"since": "2026-11"})
 
   def __post_init__(self):
     at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
     above(0, lr=self.lr, muon_lr=self.muon_lr)
     at_least(0, warmup=self.warmup, ema_start=self.ema_start)
+    within(0, MAX_SEED, seed=self.seed or 0)
     at_least(0, clip=self.clip, weight_decay=self.weight_decay)
     decay(b1=self.b1, b2=self.b2, ema_decay=self.ema_decay)
     one_of(OPTIMIZERS, rule=self.rule)

@@ -30,7 +30,8 @@ KEY_OFFSETS = {
 
 
 def stage_key(e: Experiment, stage: str) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(e.seed), KEY_OFFSETS[stage])
+  """Returns the key of what a stage draws."""
+  return jax.random.fold_in(jax.random.key(e.seed_of(stage)), KEY_OFFSETS[stage])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,6 +66,7 @@ def test_a_workdir_keeps_its_config_and_what_may_change_is_free(tmp_path):
   make_run(tmp_path)
   make_run(tmp_path, log__every=7, sample__count=2, mesh__data=8)
   assert read_config(tmp_path).log.every == 7
+  tiny_run.pretend(tmp_path, "teacher", 2)
   with pytest.raises(UserError, match="belongs to another config .*teacher.lr: "):
     make_run(tmp_path, teacher__lr=0.5)
 
@@ -108,9 +109,9 @@ def test_what_a_late_stage_would_trip_over_is_said_at_once(tmp_path, changes, me
 def test_stages_from_must_hold_the_same_config(tmp_path):
   with pytest.raises(UserError, match="holds no run; give a workdir that went through causal_init"):
     make_run(tmp_path / "w", stages_from=str(tmp_path))
-  save_resolved(tiny_run.make_config(**EIGHT, teacher__lr=0.5), tmp_path / "other")
+  save_resolved(tiny_run.make_config(**EIGHT, data__seed=5), tmp_path / "other")
   with pytest.raises(
-    UserError, match=r"made with another config \(stored -> given: teacher.lr: 0.5 -> "
+    UserError, match=r"made with another config \(stored -> given: data.seed: 5 -> 0\)"
   ):
     make_run(tmp_path / "w", stages_from=str(tmp_path / "other"))
   (tmp_path / "foreign").mkdir()
