@@ -77,6 +77,10 @@ SHARED_GROUPS = (
   "causal_init",
   "weights",
 )
+_UNFINISHED = flags.DEFINE_boolean(
+  "unfinished", False, "measure runs at their newest checkpoint, where they are not finished too"
+)
+
 # Groups of a config that a run's videos do not depend on, or that name places on a disk.
 OTHER_GROUPS = ("log", "mesh", "sample", "stages_from")
 # Fields of `sample` that the videos of a packed model depend on.
@@ -118,6 +122,8 @@ def measured(out: pathlib.Path) -> list[Row]:
   names = [run_name(run) for run in runs]
   if len(set(names)) < len(names):
     raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
+  for run in runs:
+    step_of(run, run.experiment.last_stage)  # raises, before hours of work
   prompts = first.held_out(_VIDEOS.value)
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
@@ -154,6 +160,7 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     # bidirectional: its clips have the training length
     sample = first.teacher_sampler(jax.random.key(_SEED.value))
     points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
+    samples.check_finite(points[:, -1], "teacher")
     return first.pixels(points[:, -1])  # [b points f h w c], data last
 
   data, codec = config_of(first, ("data",)), config_of(first, ("data", "codec", "seed"))
@@ -194,8 +201,15 @@ def of_run(run: Run, prompts: list[str], frames: int) -> Planned:
 
 def videos_of(run: Run, stage: str, prompts: list[str], frames: int, name: str) -> np.ndarray:
   """Returns videos by the weights of a stage; frames that a model is given are not among them."""
-  weights = pretrained.load_weights(run, stage)
+  weights = pretrained.load_weights(run, stage, step_of(run, stage))
   return samples.without_given(run, weights, prompts, frames, _SEED.value, name)
+
+
+def step_of(run: Run, stage: str) -> int | None:
+  """Returns the step of a stage's weights. Raises UserError where it is not finished, without
+  --unfinished.
+  """
+  return pretrained.step_of(run, stage, unfinished=_UNFINISHED.value)
 
 
 def config_of(run: Run, groups: Iterable[str]) -> dict:

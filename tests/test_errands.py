@@ -88,8 +88,8 @@ def smoke(tmp_path_factory) -> pathlib.Path:
   """
   config = tiny_run.make_config()
   config.causal_init.shows = "noisy"
-  steps = {"teacher": config.teacher.steps, "causal_init": config.causal_init.steps}
-  workdir = saved_run(tmp_path_factory.mktemp("runs") / "smoke", config, steps)
+  stages = ("teacher", "causal_init")
+  workdir = saved_run(tmp_path_factory.mktemp("runs") / "smoke", config, stages)
   prepare_data(open_run(config, workdir, save=False))
   return workdir
 

@@ -23,6 +23,7 @@ class ModelOptions:
   config: config_dict.ConfigDict | None = None
   weights: str | None = None
   stage: str | None = None
+  step: int | None = None
   height: int | None = None
   width: int | None = None
   dtype: str | None = None
@@ -42,6 +43,8 @@ class ModelOptions:
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}
     )
     if self.config is not None:
+      if self.step is not None:
+        raise UserError(f"--step={self.step} is of a --workdir; converted weights have no steps")
       if self.workdir:
         raise UserError("give either --workdir, a trained run, or --config with --weights")
       return video_model.from_config(self.config, self.weights, changes, needed=needed)
@@ -54,7 +57,9 @@ class ModelOptions:
       raise UserError(
         "--weights needs --config, the config of the model; a --workdir has weights of its own"
       )
-    return video_model.from_workdir(self.workdir, self.stage, changes)
+    return video_model.from_workdir(
+      self.workdir, self.stage, changes, step=self.step, needed=needed
+    )
 
 
 def define_model_flags() -> None:
@@ -69,6 +74,12 @@ def define_model_flags() -> None:
   flags.DEFINE_string("workdir", None, "directory of a run made by hiar_jax.train")
   flags.DEFINE_enum(
     "stage", None, STAGES, "stage of the run whose weights are used; default: its last one"
+  )
+  flags.DEFINE_integer(
+    "step",
+    None,
+    "step of the stage's checkpoint, of a stage that is not finished too; default: its last one",
+    0,
   )
   flags.DEFINE_integer("height", None, "height of the video in pixels; default: the config's", 1)
   flags.DEFINE_integer("width", None, "width of the video in pixels; default: the config's", 1)

@@ -19,15 +19,11 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
 
   clips: (number of clips or prompts of the data, the field that sets it).
   """
-  for name, (count, field) in _sources(e, clips).items():
+  for name in _sources(e, clips):
     training = getattr(e, name)
     check_batch(training.batch, training.accumulate, mesh, name)
     training.check_average(name)
-    if training.batch > count:
-      raise UserError(
-        f"{name}.batch = {training.batch} is more than {field} = {count}; take a smaller batch or "
-        "make more"
-      )
+  check_counts(e, clips)
   if not e.framepack:
     _check_distillation(e)
   if e.sample.prompts != "held_out":
@@ -36,6 +32,16 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
       raise UserError(
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
         "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
+      )
+
+
+def check_counts(e: Experiment, clips: tuple[float, str]) -> None:
+  """Raises UserError where a batch is larger than what it is drawn from; clips: as check_stages."""
+  for name, (count, field) in _sources(e, clips).items():
+    batch = getattr(e, name).batch
+    if batch > count:
+      raise UserError(
+        f"{name}.batch = {batch} is more than {field} = {count}; take a smaller batch or make more"
       )
 
 

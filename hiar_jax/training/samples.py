@@ -13,6 +13,7 @@ import numpy as np
 from hiar_jax import __version__
 from hiar_jax.data import pipeline, shapes_described, tfds_builder
 from hiar_jax.errors import UserError
+from hiar_jax.parallel.mesh import everywhere
 from hiar_jax.progress import Progress
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
@@ -125,11 +126,21 @@ def make_videos(
       rows = np.arange(start, start + batch) % len(prompts)
       chosen = [prompts[i] for i in rows]
       given = true_starts(run, chosen, seeds[rows])
-      latents = generate(params, run.texts(chosen), seeds[rows], *given)
+      latents = everywhere(generate(params, run.texts(chosen), seeds[rows], *given), run.mesh)
+      check_finite(latents, title)
       count = min(batch, len(prompts) - start)
       videos.append(run.pixels(latents)[:count])
       bar.update(start + count)
   return np.concatenate(videos)
+
+
+def check_finite(latents, name: str) -> None:
+  """Raises UserError, with a name, for latents that are not finite: they would be a black video."""
+  if not np.isfinite(np.asarray(latents)).all():
+    raise UserError(
+      f"{name}: the model has made numbers that are not finite; its weights or a text hold such: "
+      "train or convert them anew; or they overflow: compute in float32 (--dtype=float32)"
+    )
 
 
 def without_given(
@@ -172,6 +183,8 @@ def save_videos(
       "seed": str(seed + i),
       "frames": str(len(frames)),
       "workdir": run.workdir.name,
+      "stage": run.experiment.last_stage,
+      "step": str(getattr(run.experiment, run.experiment.last_stage).steps),
       "hiar_jax": __version__,
     }
     path = directory / file_name(prompt, taken)

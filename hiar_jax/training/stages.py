@@ -23,7 +23,7 @@ from hiar_jax.files import write_atomic
 from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training import loop, prepared_data, pretrained, samples, updates
+from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, updates
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState
 from hiar_jax.training.updates import KEY_OFFSETS, Stage, stage_key
@@ -40,7 +40,8 @@ def prepare_data(run: Run) -> None:
   if jax.process_index() == 0:
     prepared_data.prepare(run)
   _wait_for_all("data")
-  run.check()  # of a folder the number of clips is known now
+  # of a folder the number of clips is known now
+  checks.check_counts(run.experiment, run.source.count(run.directory("data")))
 
 
 # ------------------------------------------------------------------------------------------ teacher
