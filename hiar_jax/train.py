@@ -41,14 +41,6 @@ FRAMEPACK = (
 )
 
 
-_EXTEND = flags.DEFINE_boolean(
-  "extend",
-  False,
-  "train the stage that was trained last on from its newest checkpoint, to more steps or with "
-  "another learning rate",
-)
-
-
 def main(config, workdir: str, extend: bool = False) -> None:
   """Runs all stages of the experiment that `config` (a ConfigDict) describes.
 
@@ -87,4 +79,10 @@ def report(stage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-  configs.run(lambda *given: main(*given, extend=_EXTEND.value), Experiment)
+  flags.DEFINE_boolean(
+    "extend",
+    False,
+    "train the stage that was trained last on from its newest checkpoint, to more steps or with "
+    "another learning rate",
+  )
+  configs.run(lambda *given: main(*given, extend=flags.FLAGS.extend), Experiment)

@@ -59,7 +59,9 @@ class PatchPCAConfig(AutoencoderConfig):
   def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
     if not (directory / FILE).exists():
       given = clips()
-      save(directory / FILE, fit(to_float(given[: max(1, FIT_NUMBERS // given[0].size)]), self))
+      count = min(len(given), max(1, FIT_NUMBERS // given[0].size))
+      rows = [i * len(given) // count for i in range(count)]
+      save(directory / FILE, fit(to_float(given[rows]), self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
     path = directory / FILE

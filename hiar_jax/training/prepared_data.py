@@ -19,7 +19,7 @@ def prepare(run: Run) -> None:
   elif not run.borrows("data"):
     run.source.prepare(directory, lambda: run.text_encoder)
     e.text.fit(directory, run.words())
-    e.codec.fit(directory, lambda: first_videos(directory))
+    e.codec.fit(directory, lambda: videos_to_fit(run))
 
 
 def _prepare_latents(run: Run) -> None:
@@ -36,15 +36,18 @@ def _prepare_latents(run: Run) -> None:
   run.text_encoder.prepare([*pipeline.read_captions(directory), run.text_encoder.negative_prompt])
 
 
-def first_videos(directory) -> np.ndarray:
-  """Returns the first clips of the data, uint8 [n F H W 3]."""
-  source = tfds_builder.open_source(directory)
-  return np.stack([source[i]["video"] for i in range(min(len(source), CLIPS))])
+def videos_to_fit(run: Run) -> np.ndarray:
+  """Returns clips of the data, uint8 [n F H W 3], evenly spread over it."""
+  source = tfds_builder.open_source(run.directory("data"))
+  rows = pipeline.spread(range(len(source)), CLIPS)
+  if run.source.world is not None:  # whose clips are drawn alike: any will do, as recorded
+    rows = range(len(rows))
+  return np.stack([source[i]["video"] for i in rows])
 
 
 def spread_latents(directory) -> np.ndarray:
   """Returns latents of clips of the data, float32 [n f h w c], evenly spread over it."""
   source = tfds_builder.open_source(directory, ("latents",))
   count = max(1, min(len(source), CLIPS, BYTES // (4 * source[0]["latents"].size)))
-  rows = [i * len(source) // count for i in range(count)]
+  rows = pipeline.spread(range(len(source)), count)
   return np.stack([source[i]["latents"] for i in rows]).astype(np.float32)

@@ -265,12 +265,12 @@ class Run:
     )
 
   def preview_prompts(self, count: int = 8) -> list[str]:
-    """Returns `count` prompts for previews: held-out ones of the shapes world, else the first
-    captions of the data.
+    """Returns `count` prompts for previews: held-out ones of the shapes world, else captions spread
+    over the data.
     """
     if self.source.world is not None:
       return self.held_out(count)
-    return pipeline.read_captions(self.directory("data"))[:count]
+    return pipeline.spread(pipeline.read_captions(self.directory("data")), count)
 
   def held_out(self, count: int) -> list[str]:
     """Returns `count` prompts that are not in the training data, evenly spaced in their list and

@@ -26,12 +26,13 @@ from hiar_jax.video.png import write_png
 def read_prompts(run: Run) -> list[str]:
   """Returns the distinct prompts of the file, or `count` held-out ones.
 
-  Where the data is no shapes world, `held_out` means the first captions of the data.
+  Where the data is no shapes world, `held_out` means captions spread over the data.
   """
   config = run.experiment.sample
   if config.prompts == "held_out":
     if run.source.world is None:
-      return list(dict.fromkeys(pipeline.read_captions(run.directory("data"))))[: config.count]
+      captions = dict.fromkeys(pipeline.read_captions(run.directory("data")))
+      return pipeline.spread(list(captions), config.count)
     return list(dict.fromkeys(run.held_out(config.count)))
   return list(dict.fromkeys(pipeline.read_prompts(config.prompts)))
 

@@ -122,8 +122,26 @@ def _trajectory_writer(run: Run) -> TrajectoryWriter:
       "teacher_steps": e.teacher.steps,
       # stored points that name none are Euler's
       **({"solver": config.solver} if config.solver != "euler" else {}),
+      # and those that name no order are of the first clips
+      **({"clips": "shuffled"} if _shuffles(run) else {}),
     },
   )
+
+
+def _shuffles(run: Run) -> bool:
+  """True where trajectories are of clips from all over the data: a folder or a file has an order,
+  a generated world has none. Those that an earlier version began go on in their order.
+  """
+  stored = tfds_builder.read_recipe(run.directory("trajectories"))
+  return run.source.world is None and (stored is None or "clips" in stored)
+
+
+def _clip_order(run: Run, count: int) -> np.ndarray:
+  """Returns the numbers of `count` clips in the order in which trajectories take them."""
+  if not _shuffles(run):
+    return np.arange(count)
+  seed = [run.experiment.seed, KEY_OFFSETS["trajectories"]]
+  return np.random.default_rng(seed).permutation(count)
 
 
 def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
@@ -131,6 +149,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   config = run.experiment.trajectories
   captions = pipeline.read_captions(run.directory("data"))
   starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
+  order = _clip_order(run, len(captions))
   params = pretrained.load_teacher(run)
   sample = run.teacher_sampler(stage_key(run.experiment, "trajectories"))
 
@@ -151,10 +170,10 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   parts = -(-config.count // config.batch)
   with apart, Progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
-      # Row i takes the caption of clip i, over again where there are more trajectories than clips.
+      # Row i takes the caption of the i-th clip, over again where there are more rows than clips.
       # Its noise depends on i alone, so parts may be made in any order by any process.
       rows = np.asarray(writer.rows(part))
-      clips = rows % len(captions)
+      clips = order[rows % len(captions)]
       prompts = [captions[i] for i in clips]
       before = run.latent_starts(starts[clips])
       points = sample(params, fill(run.texts(prompts)), fill(rows), fill(before))
@@ -170,7 +189,7 @@ def fit_codebook(run: Run) -> None:
   of the past.
   """
   e, data = run.experiment, run.directory("data")
-  clips, encode = lambda: prepared_data.first_videos(data), run.autoencoder.latents
+  clips, encode = lambda: prepared_data.videos_to_fit(run), run.autoencoder.latents
   if e.stores_latents:
     clips, encode = lambda: prepared_data.spread_latents(data), lambda x: x
   if jax.process_index() == 0:
