@@ -21,7 +21,6 @@ import os
 import pathlib
 
 from absl import flags
-import jax
 import numpy as np
 
 from hiar_jax.config import command_line as configs
@@ -30,6 +29,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
@@ -158,7 +158,7 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
 
   def teacher():
     # bidirectional: its clips have the training length
-    sample = first.teacher_sampler(jax.random.key(_SEED.value))
+    sample = first.teacher_sampler(seed_key(_SEED.value))
     points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
     samples.check_finite(points[:, -1], "teacher")
     return first.pixels(points[:, -1])  # [b points f h w c], data last

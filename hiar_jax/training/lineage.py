@@ -69,14 +69,14 @@ class Borrowed:
   stages: tuple[str, ...] = ()
   lines: tuple[str, ...] = ()
 
-  def note(self, source: str) -> str:
-    """Returns what is to be said of them: nothing where all are taken."""
+  def notes(self, source: str) -> list[str]:
+    """Returns what is to be said of them, a line each: nothing where all are taken."""
     if not self.lines:
-      return ""
-    return (
+      return []
+    return [
       f"stages_from = {source!r}: {', '.join(self.stages)} from there; what comes after is made "
       f"here (stored -> given: {'; '.join(self.lines)})"
-    )
+    ]
 
 
 def borrowed(e: Experiment, workdir: str | os.PathLike) -> Borrowed:
@@ -142,16 +142,26 @@ def _experiment(stored: dict, source: str) -> Experiment:
 class Change:
   """The fields in which a config differs from its workdir's. until: the stage and step from which
   it is trained on with them, as distill-200; '' where no stage that depends on them has begun.
+  sampled: fields of `sample` in which it differs where the samples are made already.
   """
 
   lines: tuple[str, ...]
   until: str = ""
+  sampled: tuple[str, ...] = ()
 
-  def note(self, workdir: pathlib.Path) -> str:
-    """Returns what is to be said of them, nothing of none."""
-    after = f" after {self.until}" if self.until else ""
-    said = f"{workdir} goes on{after} with another config (before -> now): {'; '.join(self.lines)}"
-    return said if self.lines else ""
+  def notes(self, workdir: pathlib.Path) -> list[str]:
+    """Returns what is to be said of them, a line each."""
+    found = []
+    if self.lines:
+      after = f" after {self.until}" if self.until else ""
+      said = f"{workdir} goes on{after} with another config (before -> now): "
+      found.append(said + "; ".join(self.lines))
+    if self.sampled and not self.until:
+      found.append(
+        f"note: the samples are there, as they were made before ({'; '.join(self.sampled)}); "
+        f"remove {workdir / 'sample'} to make others"
+      )
+    return found
 
   def begin(self, workdir: pathlib.Path) -> None:
     """Keeps what describes a run until it is trained on: its config, and the samples of its
@@ -189,7 +199,11 @@ def change(
       f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "
       f"{'; '.join(late)}); use another --workdir, or the stored values{hint}"
     )
-  return Change(tuple(lines), until)
+  sampled = []
+  if stored is not None and (pathlib.Path(workdir) / "sample" / "metrics.json").exists():
+    every = difference(stored, config)
+    sampled = [line for line in every if line.startswith("sample.")]
+  return Change(tuple(lines), until, tuple(sampled))
 
 
 def _is_extension(lines: list[str], stage: str) -> bool:

@@ -30,6 +30,7 @@ from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import checks, lineage
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
@@ -199,7 +200,7 @@ class Run:
   def noise_key(self) -> jax.Array:
     """The key of the noise that videos are made of."""
     # 3 in the seed's fold_in is this noise; those of the stages are in updates.KEY_OFFSETS
-    return jax.random.fold_in(jax.random.key(self.experiment.seed), 3)
+    return jax.random.fold_in(seed_key(self.experiment.seed), 3)
 
   def sections(self) -> packed.SectionSampler:
     """Returns what makes the sections of the packed model."""
@@ -304,9 +305,8 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
 def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) -> None:
   """Writes the config to the workdir; says on stderr what is unusual about it."""
   checks.print_notes(run.experiment)
-  for said in (taken.note(run.experiment.stages_from), change.note(run.workdir)):
-    if said:
-      print(said, file=sys.stderr)
+  for said in taken.notes(run.experiment.stages_from) + change.notes(run.workdir):
+    print(said, file=sys.stderr)
   change.begin(run.workdir)
   save_resolved(config, run.workdir)
 

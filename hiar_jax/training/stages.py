@@ -23,6 +23,7 @@ from hiar_jax.files import write_atomic
 from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, updates
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState
@@ -53,7 +54,7 @@ def train_teacher(run: Run) -> None:
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
   stage = updates.of_teacher(run)
-  sample = run.teacher_sampler(jax.random.key(e.seed))
+  sample = run.teacher_sampler(seed_key(e.seed))
   texts = run.texts(run.preview_prompts())
 
   def preview(state: TrainState) -> np.ndarray:

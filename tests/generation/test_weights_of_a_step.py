@@ -13,6 +13,7 @@ from hiar_jax import generate
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.components import patch_pca
 from hiar_jax.config.workdir import save_resolved
+from hiar_jax.conversion import export
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.training import pretrained, stages
 from hiar_jax.training.run import Run, open_run
@@ -69,6 +70,13 @@ def test_another_stage_is_said(unfinished, capfd):
   model = hiar_jax.load(unfinished, stage="causal_init")
   assert "of causal_init, not of its last stage distill" in capfd.readouterr().err
   assert model.origin == {"workdir": unfinished.name, "stage": "causal_init", "step": "4"}
+
+
+def test_an_export_of_an_unfinished_stage_says_so(unfinished, capfd):
+  for stage, said in {"distill": "weights of step 6 of 9", "causal_init": ""}.items():
+    assert [part.kind for part in export._parts(unfinished, {}, stage)] == ["dit"]
+    err = capfd.readouterr().err
+    assert said in err and (said or not err)
 
 
 def test_no_earlier_checkpoint_stands_for_a_damaged_one(tmp_path):

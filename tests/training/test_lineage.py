@@ -133,6 +133,16 @@ def test_a_finished_run_is_trained_longer_where_that_is_said(finished, capfd):
   assert len([*finished.glob("config.*.json")]) == 1
 
 
+def test_samples_that_are_not_made_again_are_said(finished, capfd):
+  make_run(finished, log__every=7)
+  assert "samples" not in capfd.readouterr().err
+  make_run(finished, sample__length=8.0)
+  said = (
+    "note: the samples are there, as they were made before (sample.length: 4.0 -> 8.0); remove "
+  )
+  assert f"{said}{finished}/sample to make others" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [

@@ -13,7 +13,7 @@ import pytest
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
-from hiar_jax.training import loop, samples, stages
+from hiar_jax.training import loop, samples, stages, updates
 from hiar_jax.training.run import Run, open_run, read_config
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import EIGHT, make_run
@@ -123,6 +123,15 @@ def test_stages_from_must_hold_the_same_config(tmp_path):
   )
   # what comes after causal init may differ
   make_run(tmp_path / "w", stages_from=str(tmp_path / "first"))
+
+
+def test_keys_are_of_one_generator_whatever_the_setting(tmp_path):
+  """Under the others an example's draws depend on its neighbours in the batch."""
+  run = make_run(tmp_path)
+  keys = lambda: [run.noise_key, updates.stage_key(run.experiment, "distill")]
+  usual = keys()
+  with jax.default_prng_impl("unsafe_rbg"):
+    assert keys() == usual and all(jax.random.key_impl(key) == "threefry2x32" for key in keys())
 
 
 def test_a_batch_is_encoded_at_the_loop_s_mouth(with_data):
