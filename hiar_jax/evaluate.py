@@ -25,7 +25,7 @@ import numpy as np
 
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.workdir import to_json
-from hiar_jax.errors import UserError
+from hiar_jax.errors import MAX_NOISE_SEED, UserError, above
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
@@ -57,11 +57,15 @@ _BASELINES = flags.DEFINE_list(
 )
 _NO_BASELINES = flags.DEFINE_boolean("nobaselines", False, "the earlier form of --baselines=")
 _VIDEOS = flags.DEFINE_integer(
-  "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
+  "videos", 54, "videos a row; held-out prompts are repeated with other seeds", 1
 )
 _LENGTH = flags.DEFINE_float("length", 4.0, "training lengths of a video")
 _SEED = flags.DEFINE_integer(
-  "seed", 1000, "random seed of the first video; other than those of the sample stage"
+  "seed",
+  1000,
+  "random seed of the first video; other than those of the sample stage",
+  0,
+  MAX_NOISE_SEED,
 )
 
 # The groups that the stages from data to causal_init depend on.
@@ -108,6 +112,7 @@ def main() -> None:
     )
   if unknown := set(_BASELINES.value) - set(KINDS):
     raise UserError(f"--baselines={','.join(sorted(unknown))}: expected some of {','.join(KINDS)}")
+  above(0, **{"--length": _LENGTH.value})
   out = pathlib.Path(_OUT.value)
   found = row_files.read_all(_FROM.value) if _FROM.value else measured(out)
   print(report.write(found, out, _REFERENCE.value))

@@ -24,6 +24,9 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
     check_batch(training.batch, training.accumulate, mesh, name)
     training.check_average(name)
   check_counts(e, clips)
+  why = e.dit.unavailable_on(mesh.devices.flat[0].platform)
+  if why:
+    raise UserError(f"model.{why}; 'auto' takes what can run")
   if not e.framepack:
     _check_distillation(e)
   if e.sample.prompts != "held_out":

@@ -62,6 +62,7 @@ def test_a_value_that_cannot_be_is_one_line(given):
       {"history__sink": 2, "history__sink_level": "clean"},
       "'clean' is trained at history.level = 'input' alone, not at 'output'",
     ),
+    ({"model__attention": "cudnn"}, "model.attention = 'cudnn' is for GPUs, and the devices here"),
     ({"distill__ema_start": 3}, "distill.ema_start = 3: there are 3 updates to average"),
   ],
 )
