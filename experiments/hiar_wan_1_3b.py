@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
         source="prompts",
         prompts="prompts.txt",  # code: vidprom_filtered_extended.txt, Self-Forcing's
         frames=81,  # section 4.1: 5 seconds, 21 latent frames
-        size=(480, 832),
+        size=config_dict.FieldReference((480, 832), field_type=object),  # or one number
         fps=16.0,  # Wan2.1
       ),
       codec=dict(

@@ -18,13 +18,12 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
   config = config_dict.ConfigDict(
     dict(
       seed=0,
-      # a workdir whose data, teacher and trajectories are reused; its causal init too where the
-      # history is the same, or causal_init.shows is "noisy"
+      # a workdir whose stages are reused, up to the first that depends on a field that differs
       stages_from="",
       data=dict(
         source="shapes",  # or "videos": the clips in `folder`
         frames=9,  # three blocks of three, the shortest clip in which context is used twice
-        size=32,
+        size=config_dict.FieldReference(32, field_type=object),  # or (height, width)
         seed=0,
         difficulty="plain",  # or "textured": two shapes that cross on a texture
         # share of clips from later in a video, where the caption's direction no longer holds; with

@@ -28,7 +28,7 @@ def get_config() -> config_dict.ConfigDict:
       folder="clips",
       # 36 latent frames, four sections: the last one has 27 behind it, more than the schedule's 19
       frames=141,
-      size=(480, 832),
+      size=config_dict.FieldReference((480, 832), field_type=object),  # or one number
       fps=16.0,  # Wan2.1
       latent_dtype="float32",  # of the stored latents; or "bfloat16", half the size
     )

@@ -1,6 +1,7 @@
 """Errors that a user can act on: one line, no traceback."""
 
 from collections.abc import Iterable
+import math
 
 
 class UserError(Exception):
@@ -24,11 +25,45 @@ class Damaged(UserError):
     super().__init__(f"{what} is damaged ({self.reason}); {advice}")
 
 
+MAX_SEED = 2**32 - 1  # of a random key: a larger one would be cut down to another's
+MAX_NOISE_SEED = 2**31 - 1  # of a video: seeds become int32 on the device
+
+
 def at_least(least: float, **values: float) -> None:
-  """Raises UserError, with its name, for the first value below `least`."""
+  """Raises UserError, with its name, for the first value below `least`, or not finite."""
   for name, value in values.items():
-    if value < least:
-      raise UserError(f"{name} = {value}: expected at least {least}")
+    if not least <= value < math.inf:
+      finite = "" if math.isfinite(value) else ", finite"
+      raise UserError(f"{name} = {value}: expected at least {least}{finite}")
+
+
+def above(least: float, **values: float) -> None:
+  """Raises UserError, with its name, for the first value not above `least`, or not finite."""
+  for name, value in values.items():
+    if not least < value < math.inf:
+      finite = "" if math.isfinite(value) else ", finite"
+      raise UserError(f"{name} = {value}: expected more than {least}{finite}")
+
+
+def finite(**values: float) -> None:
+  """Raises UserError, with its name, for the first value that is no finite number."""
+  for name, value in values.items():
+    if not math.isfinite(value):
+      raise UserError(f"{name} = {value}: expected a finite number")
+
+
+def within(low: float, high: float, **values: float) -> None:
+  """Raises UserError, with its name, for the first value outside [low, high]."""
+  for name, value in values.items():
+    if not low <= value <= high:
+      raise UserError(f"{name} = {value}: expected {low} to {high}")
+
+
+def decay(**values: float) -> None:
+  """Raises UserError, with its name, for the first value outside [0, 1)."""
+  for name, value in values.items():
+    if not 0 <= value < 1:
+      raise UserError(f"{name} = {value}: expected at least 0 and less than 1")
 
 
 def one_of(allowed: Iterable[str], **values: str) -> None:

@@ -21,17 +21,16 @@ import os
 import pathlib
 
 from absl import flags
-import jax
 import numpy as np
 
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.workdir import to_json
-from hiar_jax.errors import UserError
+from hiar_jax.errors import MAX_NOISE_SEED, UserError, above
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import pretrained, samples
-from hiar_jax.training.borrowed import SHARED_GROUPS
 from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
@@ -58,11 +57,32 @@ _BASELINES = flags.DEFINE_list(
 )
 _NO_BASELINES = flags.DEFINE_boolean("nobaselines", False, "the earlier form of --baselines=")
 _VIDEOS = flags.DEFINE_integer(
-  "videos", 54, "videos a row; held-out prompts are repeated with other seeds"
+  "videos", 54, "videos a row; held-out prompts are repeated with other seeds", 1
 )
 _LENGTH = flags.DEFINE_float("length", 4.0, "training lengths of a video")
 _SEED = flags.DEFINE_integer(
-  "seed", 1000, "random seed of the first video; other than those of the sample stage"
+  "seed",
+  1000,
+  "random seed of the first video; other than those of the sample stage",
+  0,
+  MAX_NOISE_SEED,
+)
+
+# The groups that the stages from data to causal_init depend on.
+SHARED_GROUPS = (
+  "seed",
+  "data",
+  "codec",
+  "text",
+  "model",
+  "student",
+  "teacher",
+  "trajectories",
+  "causal_init",
+  "weights",
+)
+_UNFINISHED = flags.DEFINE_boolean(
+  "unfinished", False, "measure runs at their newest checkpoint, where they are not finished too"
 )
 
 # Groups of a config that a run's videos do not depend on, or that name places on a disk.
@@ -92,6 +112,7 @@ def main() -> None:
     )
   if unknown := set(_BASELINES.value) - set(KINDS):
     raise UserError(f"--baselines={','.join(sorted(unknown))}: expected some of {','.join(KINDS)}")
+  above(0, **{"--length": _LENGTH.value})
   out = pathlib.Path(_OUT.value)
   found = row_files.read_all(_FROM.value) if _FROM.value else measured(out)
   print(report.write(found, out, _REFERENCE.value))
@@ -106,6 +127,8 @@ def measured(out: pathlib.Path) -> list[Row]:
   names = [run_name(run) for run in runs]
   if len(set(names)) < len(names):
     raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
+  for run in runs:
+    step_of(run, run.experiment.last_stage)  # raises, before hours of work
   prompts = first.held_out(_VIDEOS.value)
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
@@ -140,8 +163,9 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
 
   def teacher():
     # bidirectional: its clips have the training length
-    sample = first.teacher_sampler(jax.random.key(_SEED.value))
+    sample = first.teacher_sampler(seed_key(_SEED.value))
     points = sample(pretrained.load_teacher(first), first.texts(prompts), np.arange(len(prompts)))
+    samples.check_finite(points[:, -1], "teacher")
     return first.pixels(points[:, -1])  # [b points f h w c], data last
 
   data, codec = config_of(first, ("data",)), config_of(first, ("data", "codec", "seed"))
@@ -182,8 +206,15 @@ def of_run(run: Run, prompts: list[str], frames: int) -> Planned:
 
 def videos_of(run: Run, stage: str, prompts: list[str], frames: int, name: str) -> np.ndarray:
   """Returns videos by the weights of a stage; frames that a model is given are not among them."""
-  weights = pretrained.load_weights(run, stage)
+  weights = pretrained.load_weights(run, stage, step_of(run, stage))
   return samples.without_given(run, weights, prompts, frames, _SEED.value, name)
+
+
+def step_of(run: Run, stage: str) -> int | None:
+  """Returns the step of a stage's weights. Raises UserError where it is not finished, without
+  --unfinished.
+  """
+  return pretrained.step_of(run, stage, unfinished=_UNFINISHED.value)
 
 
 def config_of(run: Run, groups: Iterable[str]) -> dict:

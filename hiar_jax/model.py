@@ -16,9 +16,10 @@ from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax import stream as streams
-from hiar_jax.config.building import nearest
+from hiar_jax.config.building import as_fields, nearest
 from hiar_jax.config.command_line import load_config
 from hiar_jax.errors import UserError
+from hiar_jax.generate import GenerateOptions
 from hiar_jax.generation import clips, partial_video, prompts_file
 from hiar_jax.generation.model_options import ModelOptions
 from hiar_jax.generation.sections import check_told
@@ -36,6 +37,7 @@ def load(
   config: str | config_dict.ConfigDict | None = None,
   weights: str | os.PathLike | None = None,
   stage: str | None = None,
+  step: int | None = None,
   height: int | None = None,
   width: int | None = None,
   dtype: str | None = None,
@@ -45,23 +47,25 @@ def load(
   """Opens a model: of a trained run (workdir), or of a config with converted weights.
 
   config: a ConfigDict, or FILE[:VARIANT] as the commands take it. stage: of the run, `distill`,
-  `causal_init` or `framepack`; None: its last one. height and the others replace the config's, as
+  `causal_init` or `framepack`; None: its last one. step: of the stage's checkpoint; None: the last
+  one, of a finished stage. height and the others replace the config's, as
   generation.video_model.ModelChanges has them. Weights are loaded when they are first used.
 
   Raises UserError where there is no such model, or where an option does not suit it.
   """
-  options = ModelOptions(
-    workdir=workdir and os.fspath(workdir),
+  given = dict(
+    workdir=workdir,
     config=load_config(config) if isinstance(config, str) else config,
-    weights=weights and os.fspath(weights),
+    weights=weights,
     stage=stage,
+    step=step,
     height=height,
     width=width,
     dtype=dtype,
     decoder=decoder,
     tile=tile,
   )
-  return Model.of(options.open_model())
+  return Model.of(ModelOptions(**as_fields(ModelOptions, given)).open_model())
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -76,7 +80,8 @@ class Model(VideoModel):
   @staticmethod
   def of(model: VideoModel) -> "Model":
     """Returns the model of a command, to be used more than once."""
-    return Model(model.run, model.weights, model.stage, functools.cache(model.params))
+    once = functools.cache(model.params)
+    return Model(model.run, model.weights, model.stage, once, step=model.step)
 
   def __repr__(self) -> str:
     e = self.experiment
@@ -165,9 +170,14 @@ class Model(VideoModel):
 
   def _plan(self, prompts: Sequence[str], frames, *start, **told) -> list[clips.Clip]:
     """Returns the clips of prompts; start: seeds, image and video."""
+    if not isinstance(prompts, str | Sequence):
+      raise UserError(f"prompt = {prompts!r}: expected text")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
       raise UserError('there is no prompt; give one, as "a red circle moving left"')
+    files = dict(zip(("image", "video"), start[1:], strict=False))
+    checked = {name: value for name, value in {**files, **told}.items() if name != "takes"}
+    as_fields(GenerateOptions, checked)  # raises for wrong types
     jobs = prompts_file.make_jobs(prompts, *start, **told)
     return clips.plan_clips(self, jobs, [None] * len(jobs), frames)
 
@@ -233,7 +243,7 @@ class Model(VideoModel):
     known = [field.name for field in dataclasses.fields(MethodConfig)]
     for name in changes.keys() - set(known):
       raise UserError(f"a method has no {name!r}; {nearest(name, known)}")
-    e = self.experiment
+    e, changes = self.experiment, as_fields(MethodConfig, changes)
     e = dataclasses.replace(e, history=dataclasses.replace(e.history, **changes))
     run = dataclasses.replace(self.run, experiment=e)
     # the same ones: a cached property lies in the instance under its name

@@ -25,7 +25,7 @@ from absl import flags
 
 from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
-from hiar_jax.config.building import nearest
+from hiar_jax.config.building import as_fields, nearest
 from hiar_jax.errors import UserError
 from hiar_jax.files import check_name
 from hiar_jax.generation import prompts_file
@@ -132,7 +132,7 @@ def read_options(options: Mapping[str, Any], without: Collection[str] = ()) -> S
   unknown = sorted(options.keys() - set(known))
   if unknown:
     raise UserError(f"stream has no option {unknown[0]!r}; {nearest(unknown[0], known)}")
-  wanted = StreamOptions(**options)
+  wanted = StreamOptions(**as_fields(StreamOptions, options))
   check(wanted)
   return wanted
 

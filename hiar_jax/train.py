@@ -3,7 +3,11 @@
     python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes
 
 The stages run in order. Each resumes from its newest checkpoint and is skipped when it is finished,
-so the same command always continues.
+so the same command always continues. `--extend` trains the last stage longer, or with another
+learning rate:
+
+    python -m hiar_jax.train --config=experiments/shapes.py --workdir=runs/shapes \
+      --config.distill.steps=400 --extend
 """
 
 import contextlib
@@ -11,6 +15,7 @@ import os
 import sys
 import time
 
+from absl import flags
 import jax
 
 from hiar_jax import peak_memory
@@ -39,15 +44,18 @@ FRAMEPACK = (
 )
 
 
-def main(config, workdir: str) -> None:
-  """Runs all stages of the experiment that `config` (a ConfigDict) describes."""
+def main(config, workdir: str, extend: bool = False) -> None:
+  """Runs all stages of the experiment that `config` (a ConfigDict) describes.
+
+  extend: as open_run's.
+  """
   # Several hosts, each running this command, find one another before any device is used.
   if os.environ.get("HIAR_DISTRIBUTED"):
     jax.distributed.initialize()
   with contextlib.ExitStack() as stack:
     if is_writer():  # the others of the same job write beside it
       stack.enter_context(lock.held(workdir, f"--workdir={workdir}"))
-    run = open_run(config, workdir)
+    run = open_run(config, workdir, extend=extend)
     stack.enter_context(run.writer)
     stack.enter_context(jax.set_mesh(run.mesh))
     for name, stage in (
@@ -78,4 +86,10 @@ def report(stage: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-  configs.run(main, Experiment)
+  flags.DEFINE_boolean(
+    "extend",
+    False,
+    "train the stage that was trained last on from its newest checkpoint, to more steps or with "
+    "another learning rate",
+  )
+  configs.run(lambda *given: main(*given, extend=flags.FLAGS.extend), Experiment)

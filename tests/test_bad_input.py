@@ -44,6 +44,10 @@ CASES = {
   "--config.data.source=videos "
   "--config.data.folder=/no/where": "data.folder = '/no/where' is not a folder",
   "--config.data.source=videos --config.data.folder={nothing}": "no video files there",
+  "--config.data.size=many": "data.size: expected int | tuple[int, int], got 'many'",
+  "--config.data.size=(16,24)": "data.size = (16, 24): the shapes world is square",
+  "--config.data.size=(16,24,3)": "data.size: expected int | tuple[int, int], got (16, 24, 3)",
+  "--config.teacher.lr=nan": "teacher: lr = nan: expected more than 0, finite",
   "--config.data.difficulty=hard": "difficulty 'hard' is unknown",
   "--config.data.clips=2": "teacher.batch = 4 is more than data.clips = 2",
   "--config.codec.channels=999": "codec.channels = 999: a patch of 8 x 8 pixels has 192 numbers",
@@ -68,8 +72,8 @@ CASES = {
   "--config.sample.prompts=/no/prompts.txt": "prompts file /no/prompts.txt does not exist",
   "--config.sample.prompts={empty}": "holds no prompt; write one a line",
   "--config.stages_from={nothing}": "holds no run; give a workdir that went through causal_init",
-  "--config.stages_from={straight} --config.teacher.lr=0.5": "was made with another config "
-  "(stored -> given: teacher.lr: ",
+  "--config.stages_from={straight} --config.data.seed=5": "was made with another config "
+  "(stored -> given: data.seed: 0 -> 5)",
   "--config.stages_from={unfinished}": "its causal_init is not there, not finished or damaged",
 }
 COMMANDS = {  # whole command lines
@@ -154,7 +158,12 @@ def test_a_workdir_of_another_config_names_the_field_and_stays(chain):
   assert (
     "belongs to another config (stored -> given: teacher.lr: " in err
     and "; text.length: 12 -> 9)" in err
+    and "--extend" not in err
   )
+  longer = tiny_run.arguments(chain.straight, "--config.distill.steps=9")
+  [(status, _, err)] = chain.commands([("hiar_jax.train", longer)])
+  assert status == 2 and len(err.splitlines()) == 1
+  assert "distill.steps: 6 -> 9" in err and "--extend trains distill on from its checkpoint" in err
   assert tiny_run.files(chain.straight) == before
 
 

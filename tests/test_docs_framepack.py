@@ -146,7 +146,7 @@ def test_the_drawings_are_those_of_the_orders():
 @pytest.mark.slow
 def test_every_command_runs(place):
   for name in RUNS:
-    saved_run(place / "runs" / name, config(name), {"teacher": 1, "framepack": 1})
+    saved_run(place / "runs" / name, config(name), ("teacher", "framepack"))
   for command in commands():
     wanted = options(command)
     for path in generate.generate(wanted):

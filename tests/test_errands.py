@@ -88,8 +88,8 @@ def smoke(tmp_path_factory) -> pathlib.Path:
   """
   config = tiny_run.make_config()
   config.causal_init.shows = "noisy"
-  steps = {"teacher": config.teacher.steps, "causal_init": config.causal_init.steps}
-  workdir = saved_run(tmp_path_factory.mktemp("runs") / "smoke", config, steps)
+  stages = ("teacher", "causal_init")
+  workdir = saved_run(tmp_path_factory.mktemp("runs") / "smoke", config, stages)
   prepare_data(open_run(config, workdir, save=False))
   return workdir
 
@@ -149,8 +149,8 @@ def test_the_loss_term_is_trained_and_logged(fork, chain, smoke):
 @pytest.mark.slow
 def test_the_context_level_is_trained_and_generated_with(fork, chain, smoke):
   """Beside a run that differs in the level alone."""
-  # the critic's updates alone: they are on rollouts of the student
-  between = arguments("between", smoke, **SHORT, distill__critic_warmup=6)
+  # almost the critic's updates alone: they are on rollouts of the student
+  between = arguments("between", smoke, **SHORT, distill__critic_warmup=2)
   output = [word.replace("runs/between", "runs/output") for word in between]
   runs = train(chain, fork, between, [*output, "--config.history.level=output"])
   ours, theirs = scalars(runs / "between")[0], scalars(runs / "output")[0]

@@ -11,8 +11,11 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
 
     config.json
       JSON: the config after overrides. config.workdir.save_resolved, at every start. Atomic; no
-      checksum. Read by check_workdir (the same command goes on), generate, stream, evaluate and
+      checksum. Read by lineage.change (the same command goes on), generate, stream, evaluate and
       convert --export.
+    config.<stage>-<step>.json, sample.<stage>-<step>/
+      The config, and the samples, until a stage was trained on from that step with another config
+      (train --extend). training.lineage; copied and renamed. For people.
     logs/metrics.jsonl
       A JSON object a line. training.log.Writer appends; an incomplete last line is dropped when a
       run goes on. Read by training.log.read_log.

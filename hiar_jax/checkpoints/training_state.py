@@ -48,7 +48,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
     `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
-    raises UserError, but for the fields `free`, as in workdir.check_workdir.
+    raises UserError, but for the fields `free`, as in workdir.difference.
     """
     check_name(directory, f"checkpoints in {os.fspath(directory)}", checkpoints=True)
     self.directory = _path(directory)
@@ -191,7 +191,8 @@ def load_params(
 
   `abstract` gives shapes, dtypes (weights are cast to them) and shardings; without it the arrays
   are as saved, on the first device. Checks these weights alone for damage, not the whole state.
-  Raises UserError if there is no checkpoint, if it does not fit `abstract`, or if all are damaged.
+  Raises UserError if there is no checkpoint, if it does not fit `abstract`, or if all are damaged;
+  Damaged if the one of `step` is.
   """
   with _opened(directory, step) as (manager, steps):
 
@@ -199,6 +200,13 @@ def load_params(
       tree = _check_tree(manager, step, "params", abstract, cast=True)
       return _read(manager, step, params=ocp.args.StandardRestore(tree))["params"]
 
+    if step is not None:  # no other one will do
+      try:
+        checksums.check(manager.directory / str(step), "params")
+        return read(step)
+      except Damaged as error:
+        advice = "the training command sets it aside and goes on from the one before"
+        raise Damaged(manager.directory / str(step), error.reason, advice) from error
     return _newest(manager, read, steps, "params")[0][1]
 
 
@@ -211,6 +219,13 @@ def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:
 
     # All items are checked: what describes a damaged checkpoint describes none that can be used.
     return _newest(manager, read, steps)[0][1]
+
+
+def steps_in(directory: str | os.PathLike) -> list[int]:
+  """Returns the steps of the complete checkpoints there, in their order; [] without any."""
+  path = _path(directory)
+  names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+  return sorted(int(name) for name in names if name.isdigit())
 
 
 @contextlib.contextmanager

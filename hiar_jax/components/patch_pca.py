@@ -22,7 +22,7 @@ import numpy as np
 
 from hiar_jax.components.block_decoder import FramewiseDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import Damaged, UserError, at_least
 from hiar_jax.files import write_atomic
 from hiar_jax.types import Pixels, Video, typed
 from hiar_jax.video.frames import to_float, to_uint8
@@ -60,7 +60,9 @@ class PatchPCAConfig(AutoencoderConfig):
   def fit(self, directory: pathlib.Path, clips: Callable[[], np.ndarray]) -> None:
     if not (directory / FILE).exists():
       given = clips()
-      save(directory / FILE, fit(given[: max(1, FIT_NUMBERS // given[0].size)], self))
+      count = min(len(given), max(1, FIT_NUMBERS // given[0].size))
+      rows = [i * len(given) // count for i in range(count)]
+      save(directory / FILE, fit(given[rows], self))
 
   def open(self, directory: pathlib.Path) -> "PatchPCA":
     path = directory / FILE
@@ -68,6 +70,8 @@ class PatchPCAConfig(AutoencoderConfig):
       raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
     with np.load(path) as stored:
       arrays = {name: stored[name] for name in stored.files}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+      raise Damaged(path, "numbers that are not finite", "remove it: the data stage fits it anew")
     return PatchPCA(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
 
 

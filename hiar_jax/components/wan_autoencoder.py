@@ -114,6 +114,12 @@ class WanAutoencoder:
   def network(self) -> tuple[Any, Any, Any]:
     """(module, config, params): module is models.vae or models.taehv, which share an interface."""
     config, params = weights.load(self.config.weights, self.config.label)
+    # else every video would be black
+    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params)):
+      raise UserError(
+        f"{self.config.weights}: the weights of {self.config.label} are not finite; convert them "
+        "again from whole files"
+      )
     config = dataclasses.replace(config, dtype=getattr(jnp, self.config.dtype))
     return taehv if self.config.tiny else vae, config, params
 

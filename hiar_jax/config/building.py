@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 import dataclasses
 import difflib
+import numbers
 import os
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -89,8 +90,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     get_origin(h) is tuple or h is tuple for h in (hint, *get_args(hint))
   ):
     value = _deep_tuple(value)
-  # the numeric tower of PEP 484: an int may stand where a float is expected
-  if not is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True)):
+  if not _fits(value, hint):
     raise UserError(f"{name}: expected {_type_name(hint)}, got {value!r}")
   return value
 
@@ -100,6 +100,31 @@ def path_field(default: str = "") -> Any:
   shells leave it alone behind --flag=. A config that is stored keeps it.
   """
   return dataclasses.field(default=default, metadata={"path": True})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  # True is an int of Python, and no number of anybody's
+  if isinstance(value, bool) and not {bool, object, Any} & {hint, *get_args(hint)}:
+    return False
+  # the numeric tower of PEP 484: an int may stand where a float is expected
+  return is_bearable(value, hint, conf=BeartypeConf(is_pep484_tower=True))
+
+
+def as_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns arguments as the fields of a dataclass of that name take them: NumPy's whole numbers as
+  int, paths as text. Raises UserError for one of another type.
+  """
+  hints, values = get_type_hints(cls), {}
+  for name, value in given.items():
+    if isinstance(value, os.PathLike):
+      value = os.fspath(value)
+    elif isinstance(value, numbers.Integral) and not isinstance(value, bool):
+      value = int(value)
+    hint = hints.get(name, object)  # an unknown name is told elsewhere
+    if not _fits(value, hint):
+      raise UserError(f"{name} = {value!r}: expected {_type_name(hint)}")
+    values[name] = value
+  return values
 
 
 def of_kinds(kinds: Mapping[str, type], **options: Any) -> Any:

@@ -7,6 +7,7 @@ annotates them; `drop` takes out again what no override has changed.
 
 from collections.abc import Collection, Iterator
 import dataclasses
+import types
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_collections import config_dict
@@ -106,8 +107,13 @@ def _classes(field: dataclasses.Field, hint: Any, group: Any) -> tuple[type, ...
 
 
 def _plain_type(hint: Any, default: Any) -> type:
-  """Returns the type of which a command's text is read: of a union, the default's."""
+  """Returns the type of which a command's text is read: of a union without None object, any
+  literal.
+  """
   found = get_origin(hint) or hint
+  if found is types.UnionType:
+    kinds = [kind for kind in get_args(hint) if kind is not types.NoneType]
+    return object if len(kinds) > 1 else _plain_type(kinds[0], default)
   if isinstance(found, type) and found in (bool, int, float, str, tuple):
     return found
   return type(default) if default is not None else str

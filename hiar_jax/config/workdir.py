@@ -81,21 +81,3 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
     raise Damaged(
       path, f"it is not JSON: {error}", "restore it, or use another --workdir"
     ) from error
-
-
-def check_workdir(
-  config: Any, workdir: str | os.PathLike, ignore: tuple[str, ...] = ("log",)
-) -> None:
-  """Raises UserError, naming the fields, if the workdir belongs to another config.
-
-  ignore: as in `difference`.
-  """
-  stored = read_resolved(workdir)
-  if stored is None:
-    return
-  differing = difference(stored, config, ignore)
-  if differing:
-    raise UserError(
-      f"--workdir={os.fspath(workdir)} belongs to another config (stored -> given: "
-      f"{'; '.join(differing)}); use another --workdir, or the stored values"
-    )

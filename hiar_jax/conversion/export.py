@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 import jax
@@ -18,15 +19,15 @@ from safetensors.numpy import save_file
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS, TOKENIZER
 from hiar_jax.checkpoints.stored_arrays import Cast
-from hiar_jax.checkpoints.training_state import load_params
+from hiar_jax.checkpoints.training_state import load_params, steps_in
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import read_resolved
 from hiar_jax.conversion import catalog, layouts
 from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
 from hiar_jax.files import check_space, write_atomic, writing
-from hiar_jax.training.borrowed import found_from
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lender import found_from
 from hiar_jax.types import PyTree
 
 LAYOUTS = ("original", "diffusers")
@@ -131,7 +132,12 @@ def _parts(
     # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and experiment.stages_from and stage != "distill":
       folder = pathlib.Path(found_from(source, experiment.stages_from)) / stage
-    yield Part("dit", experiment.network_of(stage), load_params(folder / CHECKPOINTS))
+    there, last = steps_in(folder / CHECKPOINTS), getattr(experiment, stage).steps
+    if there and last not in there:
+      print(f"{stage} is not finished: weights of step {there[-1]} of {last}", file=sys.stderr)
+    step = last if last in there else None  # of an unfinished one the newest that can be read
+    params = load_params(folder / CHECKPOINTS, step=step)
+    yield Part("dit", experiment.network_of(stage), params)
   for kind, directory in directories.items():
     yield Part(kind, *weights.open_arrays(directory, kind))
 

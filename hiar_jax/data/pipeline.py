@@ -77,6 +77,12 @@ def make_iterator(
   return iter(batches.to_iter_dataset(options))
 
 
+def spread(items: Sequence, count: int) -> list:
+  """Returns `count` items, evenly spread; all of them where there are no more."""
+  count = min(count, len(items))
+  return [items[i * len(items) // count] for i in range(count)]
+
+
 def read_captions(directory: str | os.PathLike) -> list[str]:
   """Returns the caption of every record of a data set, in its order.
 

@@ -21,7 +21,7 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.data import pipeline, prompt_texts, shapes_clips, tfds_builder, video_folder
 from hiar_jax.data.prompt_rows import read_prompts
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.errors import MAX_SEED, UserError, above, at_least, one_of, within
 from hiar_jax.types import DTYPES
 from hiar_jax.video.video_file import Sampling
 
@@ -57,6 +57,8 @@ class DataConfig:
   def __post_init__(self):
     one_of(DTYPES, **{"data.latent_dtype": self.latent_dtype})
     at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
+    above(0, fps=self.fps)
+    within(0, MAX_SEED, seed=self.seed)
     one_of(SOURCES, **{"data.source": self.source})
     self.opened.check()
 
@@ -215,6 +217,8 @@ class Videos(Source):
         f"data.folder = {folder!r} is not a folder; give the one that holds the clips and their "
         "captions"
       )
+    if tfds_builder.is_complete(directory):
+      return len(tfds_builder.open_source(directory, ("start",))), "the clips of data.folder"
     return math.inf, "data.clips"  # counted only when the data stage has cut the videos
 
   def prepare(self, directory: pathlib.Path, text_encoder) -> None:

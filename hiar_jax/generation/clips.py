@@ -104,7 +104,7 @@ class Clip:
     recipe = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
     return {
       **metadata,
-      "weights" if model.weights else "workdir": model.name,
+      **model.origin,
       "recipe": recipe,
       "hiar_jax": __version__,
     }
@@ -231,7 +231,7 @@ def new_frames(
     # a default length counts new frames alone: of a run four training lengths, else one
     whole = samples.long_frames(model.run) if model.stage else e.data.frames
     return e.codec.latent_frames(whole) - e.given
-  if not isinstance(frames, numbers.Integral):
+  if not isinstance(frames, numbers.Integral) or isinstance(frames, bool):
     raise UserError(f"frames = {frames!r}: expected a whole number")
   latent, message = lengths.fit_blocks(
     int(frames),
@@ -336,6 +336,7 @@ def iterate_latents(
       texts = texts.reshape(len(rows), -1, *texts.shape[1:])
     made = generate(params, texts, seeds if rows[0].job.takes else seeds[:, 0], *ends)
     for latents, frames in made if watched else [(made, np.ones(made.shape[1], bool))]:
+      samples.check_finite(np.asarray(latents)[: len(batch), frames], batch[0].job.title)
       yield batch, latents, frames
 
 

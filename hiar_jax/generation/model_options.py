@@ -24,6 +24,7 @@ class ModelOptions:
   config: config_dict.ConfigDict | None = None
   weights: str | None = None
   stage: str | None = None
+  step: int | None = None
   height: int | None = None
   width: int | None = None
   dtype: str | None = None
@@ -43,6 +44,8 @@ class ModelOptions:
       **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelChanges)}
     )
     if self.config is not None:
+      if self.step is not None:
+        raise UserError(f"--step={self.step} is of a --workdir; converted weights have no steps")
       if self.workdir:
         raise UserError("give either --workdir, a trained run, or --config with --weights")
       weights = self.weights and os.path.expanduser(self.weights)
@@ -56,7 +59,9 @@ class ModelOptions:
       raise UserError(
         "--weights needs --config, the config of the model; a --workdir has weights of its own"
       )
-    return video_model.from_workdir(os.path.expanduser(self.workdir), self.stage, changes)
+    return video_model.from_workdir(
+      os.path.expanduser(self.workdir), self.stage, changes, step=self.step, needed=needed
+    )
 
 
 def define_model_flags() -> None:
@@ -71,6 +76,12 @@ def define_model_flags() -> None:
   define_path("workdir", None, "directory of a run made by hiar_jax.train")
   flags.DEFINE_enum(
     "stage", None, STAGES, "stage of the run whose weights are used; default: its last one"
+  )
+  flags.DEFINE_integer(
+    "step",
+    None,
+    "step of the stage's checkpoint, of a stage that is not finished too; default: its last one",
+    0,
   )
   flags.DEFINE_integer("height", None, "height of the video in pixels; default: the config's", 1)
   flags.DEFINE_integer("width", None, "width of the video in pixels; default: the config's", 1)

@@ -16,14 +16,14 @@ import sys
 
 from hiar_jax.data.list_file import ListFile
 from hiar_jax.data.prompt_rows import read_rows
-from hiar_jax.errors import UserError
+from hiar_jax.errors import MAX_NOISE_SEED, UserError
 from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.sections import Takes, read_takes
 from hiar_jax.generation.timeline import Timeline
 
 # what only a packed model does (generation.sections)
 TOLD = ("end_image", "end_video", "loop", "order", "timeline", "takes")
-MAX_SEED = 2**31 - 1  # seeds become int32 on the device
+MAX_SEED = MAX_NOISE_SEED
 
 
 @dataclasses.dataclass(frozen=True)

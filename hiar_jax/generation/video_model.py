@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 
 from ml_collections import config_dict
 import numpy as np
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
+from hiar_jax.checkpoints.training_state import steps_in
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import UserError, at_least, one_of
@@ -56,12 +58,13 @@ class VideoModel:
   """A run with the weights to generate with.
 
   weights: a directory of converted weights; '' for those of the run's `stage`. stage: '' where the
-  model is a config's with converted weights.
+  model is a config's with converted weights. step: of the stage's checkpoint; None: its last one.
   """
 
   run: Run
   weights: str
   stage: str
+  step: int | None = dataclasses.field(default=None, kw_only=True)
 
   @property
   def experiment(self) -> Experiment:
@@ -83,6 +86,14 @@ class VideoModel:
   def name(self) -> str:
     """The last folder of the weights or of the workdir, for metadata and messages."""
     return pathlib.Path(self.weights).resolve().name if self.weights else self.run.workdir.name
+
+  @property
+  def origin(self) -> dict[str, str]:
+    """Where the weights come from, for the metadata of videos."""
+    if self.weights:
+      return {"weights": self.name}
+    step = {} if self.step is None else {"step": str(self.step)}
+    return {"workdir": self.name, "stage": self.stage, **step}
 
   @functools.cached_property
   def identity(self) -> str:
@@ -109,16 +120,13 @@ class VideoModel:
     if self.weights:
       content["weights"] = weights.describe(self.weights, e.dit.kind).fingerprint
     else:
-      steps = [
-        path.name
-        for path in (self.run.directory(self.stage) / CHECKPOINTS).glob("*")
-        if path.name.isdigit()
-      ]
+      steps = steps_in(self.run.directory(self.stage) / CHECKPOINTS)[-1:] or [""]
+      step = steps[0] if self.step is None else self.step
       # Weights of a run have no fingerprint: its config without the keys that may be changed
-      # between calls (FREE_GROUPS), and the last step, stand for them.
+      # between calls (FREE_GROUPS), and the step, stand for them.
       config = read_config(self.run.workdir).to_dict()
       trained_with = {key: value for key, value in config.items() if key not in FREE_GROUPS}
-      content["weights"] = [self.stage, max(steps, key=int, default=""), to_json(trained_with)]
+      content["weights"] = [self.stage, str(step), to_json(trained_with)]
     for group, part in (("codec", self.run.autoencoder), ("text", self.run.text_encoder)):
       if part.identity:
         content[group]["weights"] = part.identity
@@ -131,7 +139,7 @@ class VideoModel:
     """
     if self.weights:
       return pretrained.load_published(self.run, self.weights, self.network, self.dtype)
-    return pretrained.load_weights(self.run, self.stage)
+    return pretrained.load_weights(self.run, self.stage, self.step)
 
   def prepare_texts(self, prompts: list[str]) -> None:
     """Encodes the prompts that need an encoder; prints warnings about unknown words to stderr."""
@@ -154,18 +162,30 @@ class VideoModel:
     return self.run.sampler(frames, **sections)
 
 
-def from_workdir(workdir: str, stage: str | None, changes: ModelChanges) -> VideoModel:
+def from_workdir(
+  workdir: str,
+  stage: str | None,
+  changes: ModelChanges,
+  *,
+  step: int | None = None,
+  needed: bool = True,
+) -> VideoModel:
   """Opens a run of hiar_jax.train, to generate with the weights of one of its stages (None: the
-  last one).
+  last one), as they were at a step (None: when it was finished).
 
-  Raises UserError where there is none, or where the changes do not suit it.
+  needed: as from_config's. Raises UserError where there is none, where the stage is not finished
+  and no step is given, or where the changes do not suit it.
   """
   run = open_run(read_config(workdir), workdir, save=False)
   run = dataclasses.replace(run, experiment=_with_changes(run.experiment, changes))
   last = run.experiment.last_stage
   if stage and (stage == "framepack") != (last == "framepack"):
     raise UserError(f"--stage={stage}: the run {workdir} has no such stage; its last is {last}")
-  return VideoModel(run, "", stage or last)
+  stage = stage or last
+  if stage != last:
+    print(f"weights of {workdir}: of {stage}, not of its last stage {last}", file=sys.stderr)
+  wanted = pretrained.step_of(run, stage, step) if needed else step
+  return VideoModel(run, "", stage, step=wanted)
 
 
 def from_config(

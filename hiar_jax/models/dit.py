@@ -25,7 +25,7 @@ from hiar_jax import flow
 from hiar_jax.attention import attend
 from hiar_jax.attention.remat import POLICIES
 from hiar_jax.attention.views import Views
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.errors import UserError, above, at_least, one_of
 from hiar_jax.models import dit_packed, rope
 from hiar_jax.models.dit_layers import (
   KV,
@@ -41,7 +41,7 @@ from hiar_jax.models.dit_layers import (
 from hiar_jax.models.frames import Frames, Out, frame_levels, frame_views
 from hiar_jax.packing.schedule import POOLS
 from hiar_jax.parallel.mesh import Splits
-from hiar_jax.types import Params, Positions, Sigma, Text, Texts, Video, typed
+from hiar_jax.types import DTYPES, Params, Positions, Sigma, Text, Texts, Video, typed
 
 REMATS = ("none", *POLICIES)
 
@@ -107,6 +107,11 @@ class DiTConfig:
     at_least(
       1, dim=self.dim, ffn_dim=self.ffn_dim, num_heads=self.num_heads, num_layers=self.num_layers
     )
+    at_least(1, unroll=self.unroll)
+    above(0, eps=self.eps)
+    one_of(DTYPES, dtype=self.dtype)
+    if self.freq_dim < 2 or self.freq_dim % 2:
+      raise UserError(f"freq_dim = {self.freq_dim}: expected an even number, at least 2")
     if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
       raise UserError(
         f"dim = {self.dim} must split into num_heads = {self.num_heads} heads of even width"

@@ -53,6 +53,7 @@ class MeshConfig:
       raise UserError(
         f"mesh.fsdp = {self.fsdp}: pmap replicates the weights; use fsdp = 1 or mapping = 'jit'"
       )
+    at_least(0, min_shard=self.min_shard)
     at_least(1, tensor=self.tensor, sequence=self.sequence, ring=self.ring)
     if self.mapping == "pmap" and self.within:
       given = ", ".join(f"{name} = {size}" for name, size in self.within.items())

@@ -10,6 +10,13 @@ import jax
 from hiar_jax.types import Key
 
 
+def seed_key(seed: int) -> Key:
+  """Returns the key of a seed, of one generator whatever JAX_DEFAULT_PRNG_IMPL says: under others
+  (rbg, unsafe_rbg) the draws of an example depend on its neighbours, and fold_in may repeat keys.
+  """
+  return jax.random.key(seed, impl="threefry2x32")
+
+
 def example_keys(key: Key, index: jax.Array) -> Key:
   """Returns one key per example [b] from its index in the global batch [b]."""
   return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -14,6 +14,7 @@ reference to it, ends them.
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 import json
+import numbers
 import os
 import weakref
 
@@ -125,8 +126,10 @@ class Stream:
   def change_prompt(self, prompt: str, recache: bool = False) -> int:
     """Sets the prompt of the blocks that enter from now on; returns the number of the first.
 
-    recache: as LiveVideo.change_prompt.
+    recache: as LiveVideo.change_prompt. Raises UserError for a prompt that is no text.
     """
+    if not isinstance(prompt, str):
+      raise UserError(f"prompt = {prompt!r}: expected text")
     result: Future = Future()
     with self._work.condition:
       self._check_open()
@@ -140,7 +143,11 @@ class Stream:
       raise
 
   def extend(self, blocks: int) -> None:
-    """Extends the number of blocks to make; no effect on an endless stream."""
+    """Extends the number of blocks to make; no effect on an endless stream. Raises UserError for no
+    whole number, or less than 0.
+    """
+    if not isinstance(blocks, numbers.Integral) or isinstance(blocks, bool) or blocks < 0:
+      raise UserError(f"blocks = {blocks!r}: expected a whole number, at least 0")
     with self._work.condition:
       if self._work.blocks_wanted is not None:
         self._work.blocks_wanted += blocks

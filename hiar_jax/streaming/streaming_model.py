@@ -218,7 +218,7 @@ class StreamingModel:
       "dtype": e.model.dtype,
       "codec": e.codec.label,
       "start": f"{start.kind} {pathlib.Path(start.path).name}" if start else "",
-      "weights" if self.model.weights else "workdir": self.model.name,
+      **self.model.origin,
       "hiar_jax": __version__,
     }
 

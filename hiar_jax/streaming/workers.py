@@ -12,6 +12,7 @@ from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.generation.timeline import Change
 from hiar_jax.streaming.live_video import LiveVideo
 from hiar_jax.streaming.throughput import ThroughputMeter
+from hiar_jax.training import samples
 from hiar_jax.types import Block, PyTree
 
 
@@ -187,6 +188,7 @@ class Workers:
       decoder, memory = self.decoder, self.memory
       self._set_busy(decoding=True)
       self.condition.notify_all()
+    samples.check_finite(latents, f"block {number}, {prompt!r}")
     frames, memory = decoder(latents, memory)
     with self.condition:
       if not self.closed:

@@ -26,6 +26,7 @@ from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.parallel.rules import Rules, tree_shardings
 from hiar_jax.peak_memory import size
 from hiar_jax.planning import device_memory
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.state import create_state
 from hiar_jax.types import PyTree
@@ -125,7 +126,7 @@ def _created(params: PyTree, optimizer, critic: PyTree = None, critic_optimizer=
   """Returns the shapes of a first state."""
 
   def create(params, critic):
-    return create_state(jax.random.key(0), params, optimizer, critic, critic_optimizer)
+    return create_state(seed_key(0), params, optimizer, critic, critic_optimizer)
 
   return jax.eval_shape(create, params, critic)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import at_least, one_of
+from hiar_jax.errors import UserError, above, at_least, finite, one_of, within
 from hiar_jax.losses import critic as critic_loss
 from hiar_jax.losses import dmd as dmd_loss
 from hiar_jax.losses import forward_kl as fkl_loss
@@ -74,7 +74,14 @@ class DistillConfig(TrainConfig):
   def __post_init__(self):
     super().__post_init__()
     at_least(1, critic_updates=self.critic_updates)
-    at_least(0, critic_lr=self.critic_lr, critic_warmup=self.critic_warmup)
+    at_least(0, critic_warmup=self.critic_warmup)
+    above(0, critic_lr=self.critic_lr, score_shift=self.score_shift)
+    finite(guidance=self.guidance)
+    within(0, 1, score_low=self.score_low, score_high=self.score_high)
+    if self.score_low > self.score_high:
+      raise UserError(
+        f"score_low = {self.score_low}, score_high = {self.score_high}: expected a range, low first"
+      )
 
   def updates_generator(self, step: int) -> bool:
     """Returns True where a generator update comes before critic update `step`."""

@@ -8,14 +8,21 @@ import dataclasses
 from typing import Any
 
 import jax
-import numpy as np
 
-from hiar_jax import flow
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
 from hiar_jax.config.building import of_kinds, path_field
 from hiar_jax.data.sources import SOURCES, DataConfig
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.errors import (
+  MAX_NOISE_SEED,
+  MAX_SEED,
+  UserError,
+  above,
+  at_least,
+  finite,
+  one_of,
+  within,
+)
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network
 from hiar_jax.models.registry import NETWORKS
@@ -28,6 +35,7 @@ from hiar_jax.training.distill import DistillConfig
 from hiar_jax.training.framepack import FramePackConfig
 from hiar_jax.training.lora import Adapters
 from hiar_jax.training.teacher import TeacherConfig
+from hiar_jax.training.trajectories import StudentConfig, TrajectoriesConfig
 from hiar_jax.types import LatentShape
 
 
@@ -42,63 +50,6 @@ class WeightsConfig:
   teacher: str = path_field()
   # Replaces the causal_init stage.
   student: str = path_field()
-
-
-@dataclasses.dataclass(frozen=True)
-class StudentConfig:
-  """The student's noise levels: nominal timesteps, shifted (flow.shifted_schedule)."""
-
-  timesteps: tuple[float, ...] = (1000, 750, 500, 250)  # HiAR, section 4.1
-  shift: float = 5.0  # HiAR's published configs
-
-  def __post_init__(self):
-    flow.shifted_schedule(self.timesteps, self.shift)  # raises where they do not fall to above 0
-
-  @property
-  def sigmas(self) -> np.ndarray:
-    """The levels [s + 1] from 1 to 0, float64."""
-    return flow.shifted_schedule(self.timesteps, self.shift)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrajectoriesConfig:
-  """The teacher's ODE trajectories, of which the points at the student's timesteps are kept."""
-
-  count: int
-  batch: int = 64  # sampled at once
-  steps: int = 48  # HiAR's published script
-  # Of the teacher's schedule; 0: the student's, so that the points lie at the student's own levels.
-  shift: float = 0.0
-  guidance: float = 3.0  # g of flow.classifier_free_guidance
-  dtype: str = "float32"  # of the stored points
-  # A folder written by generate_ode_pairs.py of HiAR or Self-Forcing, imported instead.
-  pairs: str = path_field()
-  solver: str = dataclasses.field(default="euler", metadata={"since": "2026-11"})
-
-  def __post_init__(self):
-    one_of(SOLVERS, solver=self.solver)
-    at_least(1, count=self.count, batch=self.batch, steps=self.steps)
-    at_least(0, shift=self.shift)
-
-  def sigmas(self, student: StudentConfig) -> np.ndarray:
-    """Returns the levels [s + 1] of the points: the student's timesteps under `shift`, float64."""
-    return flow.shifted_schedule(student.timesteps, self.shift or student.shift)
-
-  def kept(self, student: StudentConfig) -> tuple[int, ...]:
-    """Returns the indices of the student's timesteps in the teacher's schedule.
-
-    Raises UserError where the teacher's steps do not include them.
-    """
-    # Both are shifted alike, so they are compared before the shift: t falls from 1 to 0 in equal
-    # steps there. 1e-6 forgives the rounding of 1 - t.
-    nominal = np.asarray((*student.timesteps, 0.0)) / flow.TIMESTEPS
-    index = (1 - nominal) * self.steps
-    if np.abs(index - index.round()).max() > 1e-6:
-      raise UserError(
-        f"trajectories.steps = {self.steps}: the teacher's levels must include the student's "
-        f"timesteps {student.timesteps}; use a multiple of 4 for (1000, 750, 500, 250)"
-      )
-    return tuple(int(i) for i in index.round())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +74,10 @@ class SampleConfig:
 
   def __post_init__(self):
     at_least(1, count=self.count, batch=self.batch, scale=self.scale, steps=self.steps)
+    above(0, length=self.length, fps=self.fps)
+    at_least(0, measure=self.measure)
+    finite(guidance=self.guidance)
+    within(0, MAX_NOISE_SEED, seed=self.seed)
     one_of(ORDERS, order=self.order)
     one_of(SOLVERS, solver=self.solver)
 
@@ -151,8 +106,8 @@ class Experiment:
   """All settings of a run, from data to video, checked against each other.
 
   model: sizes of student, critic and base. teacher_model: those of weights.teacher, where they
-  differ. stages_from: a workdir whose data, teacher and trajectories are used, and its causal init
-  where its method sees the past alike. framepack: trains the teacher on packed context instead of
+  differ. stages_from: a workdir whose stages are used, up to the first that depends on a field that
+  differs (training.lineage). framepack: trains the teacher on packed context instead of
   distilling a causal student.
   """
 
@@ -176,6 +131,7 @@ class Experiment:
   framepack: FramePackConfig | None = None
 
   def __post_init__(self):
+    within(0, MAX_SEED, seed=self.seed)
     self.dit, self.teacher_dit  # noqa: B018  # building them raises where their sizes are wrong
     kind(self.history)  # raises for an unknown past
     for network in (self.dit, self.teacher_dit, self.stored_student):
@@ -297,6 +253,11 @@ class Experiment:
     return tuple(
       f"{group}.{name}" for group in ("model", "teacher_model") for name in self.dit.free
     )
+
+  def seed_of(self, stage: str) -> int:
+    """The seed of what a stage draws: its own, or the experiment's."""
+    own = getattr(getattr(self, stage, None), "seed", None)
+    return self.seed if own is None else own
 
   @property
   def last_stage(self) -> str:

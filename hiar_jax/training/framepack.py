@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.errors import UserError, at_least
+from hiar_jax.errors import UserError, above, at_least, within
 from hiar_jax.losses.flow_matching import sample_sigma
 from hiar_jax.models.frames import Bound, Network, bind
 from hiar_jax.packing.codebook import Codebook, CodebookConfig
@@ -71,7 +71,9 @@ class FramePackConfig(TrainConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    at_least(0, given=self.given, history_noise=self.history_noise)
+    at_least(0, given=self.given)
+    above(0, shift=self.shift)
+    within(0, 1, caption_dropout=self.caption_dropout, history_noise=self.history_noise)
     if self.distilled_guidance:
       if len(self.distilled_guidance) != 2 or not 0 <= min(self.distilled_guidance):
         raise UserError(f"distilled_guidance = {self.distilled_guidance}: expected (low, high)")

@@ -88,11 +88,16 @@ def is_done(run: Run, stage: str, steps: int) -> bool:
   except Damaged:
     pass  # run_stage restores the checkpoint before it, with a warning, and trains on from there
   if run.borrows(stage):
-    raise UserError(
-      f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or "
-      f"damaged ({last}); run the command that made it once more"
-    )
+    raise not_there(run, stage, last)
   return False
+
+
+def not_there(run: Run, stage: str, where: object) -> UserError:
+  """Returns the error for a stage that should come from `stages_from` and cannot."""
+  return UserError(
+    f"stages_from = {run.experiment.stages_from!r}: its {stage} is not there, not finished or "
+    f"damaged ({where}); run the command that made it once more"
+  )
 
 
 def run_stage(

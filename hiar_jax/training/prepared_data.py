@@ -20,11 +20,11 @@ def prepare(run: Run) -> None:
   made = tfds_builder.is_complete(directory)
   if e.stores_latents:
     _prepare_latents(run)
-  elif not e.stages_from:
+  elif not run.borrows("data"):
     run.source.prepare(directory, lambda: run.text_encoder)
     e.text.fit(directory, run.words())
-    e.codec.fit(directory, lambda: first_videos(directory))
-  if not made and not e.stages_from:
+    e.codec.fit(directory, lambda: videos_to_fit(run))
+  if not made and not run.borrows("data"):
     print_unread(run, run.source.captions(directory))
 
 
@@ -43,7 +43,7 @@ def print_unread(run: Run, captions: Sequence[str]) -> None:
 def _prepare_latents(run: Run) -> None:
   e, directory = run.experiment, run.directory("data")
   codec, dtype = run.codec_recipe(), e.data.latent_dtype
-  if e.stages_from:
+  if run.borrows("data"):
     recipe = latents.recipe_of(run.source, codec, dtype)
     tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
     return
@@ -54,16 +54,18 @@ def _prepare_latents(run: Run) -> None:
   run.text_encoder.prepare([*pipeline.read_captions(directory), run.text_encoder.negative_prompt])
 
 
-def first_videos(directory) -> np.ndarray:
-  """Returns the first clips of the data, uint8 [n F H W 3], as many as BYTES hold."""
-  source = tfds_builder.open_source(directory)
-  count = max(1, min(len(source), CLIPS, BYTES // source[0]["video"].nbytes))
-  return np.stack([source[i]["video"] for i in range(count)])
+def videos_to_fit(run: Run) -> np.ndarray:
+  """Returns clips of the data, uint8 [n F H W 3], evenly spread over it, as many as BYTES hold."""
+  source = tfds_builder.open_source(run.directory("data"))
+  rows = pipeline.spread(range(len(source)), min(CLIPS, max(1, BYTES // source[0]["video"].nbytes)))
+  if run.source.world is not None:  # whose clips are drawn alike: any will do, as recorded
+    rows = range(len(rows))
+  return np.stack([source[i]["video"] for i in rows])
 
 
 def spread_latents(directory) -> np.ndarray:
   """Returns latents of clips of the data, float32 [n f h w c], evenly spread over it."""
   source = tfds_builder.open_source(directory, ("latents",))
   count = max(1, min(len(source), CLIPS, BYTES // (4 * source[0]["latents"].size)))
-  rows = [i * len(source) // count for i in range(count)]
+  rows = pipeline.spread(range(len(source)), count)
   return np.stack([source[i]["latents"] for i in rows]).astype(np.float32)

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 import dataclasses
+import sys
 
 import jax
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
-from hiar_jax.checkpoints.training_state import load_params
+from hiar_jax.checkpoints.training_state import load_params, steps_in
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import Network
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
@@ -81,9 +82,39 @@ def _in_place_of(run: Run, stage: str) -> tuple[str, tuple[str, ...]]:
   return directory, ("packing", "guided") * packed.get(stage, False)
 
 
-def load_weights(run: Run, stage: str) -> Params:
+def step_of(
+  run: Run, stage: str, step: int | None = None, *, unfinished: bool = False
+) -> int | None:
+  """Returns the step of the checkpoint that a stage's weights are of: its last one, or `step`, or
+  where `unfinished` the newest; another than the last is said on stderr. None where published
+  weights take its place, or nothing is there.
+
+  Raises UserError where the stage has no such checkpoint.
+  """
+  directory = run.directory(stage) / CHECKPOINTS
+  there, last = steps_in(directory), getattr(run.experiment, stage).steps
+  if _in_place_of(run, stage)[0] or (not there and step is None):
+    return None
+  if step is not None and step not in there:
+    raise UserError(f"--step={step}: the checkpoints in {directory} are of {there or 'no step'}")
+  wanted = last if step is None else step
+  if wanted not in there:
+    if not unfinished:
+      raise UserError(
+        f"{directory}: {stage} is at step {there[-1]} of {last}; the training command goes on with "
+        f"it, --step={there[-1]} takes it as it is (evaluate: --unfinished)"
+      )
+    wanted = there[-1]
+  if wanted != last:
+    print(f"weights of {directory}: step {wanted} of {last}", file=sys.stderr)
+  return wanted
+
+
+def load_weights(run: Run, stage: str, step: int | None = None) -> Params:
   """Loads the averaged weights of a stage, or the published ones in its place, sharded over the
-  mesh.
+  mesh. step: of its checkpoint; None: the last one.
+
+  Raises UserError as step_of.
   """
   e = run.experiment
   network = e.network_of(stage)
@@ -93,7 +124,9 @@ def load_weights(run: Run, stage: str) -> Params:
   shapes = _shapes(network)
   rules = network.sharding_rules
   shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
-  return load_params(run.directory(stage) / CHECKPOINTS, sharded_shapes(shapes, shardings))
+  wanted = step_of(run, stage) if step is None else step
+  directory = run.directory(stage) / CHECKPOINTS
+  return load_params(directory, sharded_shapes(shapes, shardings), wanted)
 
 
 def load_published(

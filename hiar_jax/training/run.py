@@ -4,9 +4,9 @@ of texts and pixels.
 
 import dataclasses
 import functools
-import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
@@ -19,14 +19,8 @@ from hiar_jax import flow
 from hiar_jax.components.interfaces import Autoencoder, TextEncoder
 from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
-from hiar_jax.config.workdir import (
-  RESOLVED,
-  check_workdir,
-  read_resolved,
-  save_resolved,
-  to_json,
-)
-from hiar_jax.data import pipeline, prompt_rows, shapes_world
+from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved
+from hiar_jax.data import pipeline, shapes_world
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
@@ -34,27 +28,27 @@ from hiar_jax.files import check_name
 from hiar_jax.method import Method, MethodConfig
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
-from hiar_jax.parallel.mesh import MeshConfig, check_batch, everywhere, make_mesh, replicated
+from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
-from hiar_jax.training import borrowed, origins
+from hiar_jax.rollout.noise import seed_key
+from hiar_jax.training import checks, lender, lineage, origins
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lineage import FREE_GROUPS
 from hiar_jax.training.log import Writer
 from hiar_jax.training.origins import Origins
 from hiar_jax.types import Batch
 
-# The groups that may differ between a workdir's config and the one given: they change no number.
-FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An experiment with its workdir and its devices."""
+  """An experiment with its workdir and its devices. borrowed: stages of stages_from."""
 
   experiment: Experiment
   workdir: pathlib.Path
   mesh: Mesh
+  borrowed: tuple[str, ...] = ()
 
   def directory(self, stage: str) -> pathlib.Path:
     """Returns the directory of a stage's result, in the workdir or in stages_from."""
@@ -63,15 +57,7 @@ class Run:
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    e, own = self.experiment, {"distill", "codebook", "framepack", "sample"}
-    # no other run's student has its projections, or none has seen the past as this method shows it
-    if e.stored_student != e.dit or self._sees_another_past:
-      own.add("causal_init")
-    return bool(e.stages_from) and stage not in own
-
-  @functools.cached_property
-  def _sees_another_past(self) -> bool:
-    return borrowed.sees_another_past(self.experiment, self.workdir)
+    return stage in self.borrowed
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -106,6 +92,15 @@ class Run:
       source = self.experiment.data.source
       raise UserError(f"this needs the truth of the shapes world, but data.source is {source!r}")
     return world
+
+  def check(self) -> None:
+    """Raises UserError for what a stage would notice only hours later (training.checks)."""
+    e = self.experiment
+    if self.source.captions_only or e.stores_latents:
+      self.text_encoder  # noqa: B018  # raises where weights are missing
+    if e.stores_latents:
+      self.autoencoder.identity  # noqa: B018  # the same
+    checks.check_stages(e, self.mesh, self.source.count(self.directory("data")))
 
   @functools.cached_property
   def writer(self) -> Writer:
@@ -216,7 +211,7 @@ class Run:
   def noise_key(self) -> jax.Array:
     """The key of the noise that videos are made of."""
     # 3 in the seed's fold_in is this noise; those of the stages are in updates.KEY_OFFSETS
-    return jax.random.fold_in(jax.random.key(self.experiment.seed), 3)
+    return jax.random.fold_in(seed_key(self.experiment.seed), 3)
 
   def sections(self) -> packed.SectionSampler:
     """Returns what makes the sections of the packed model."""
@@ -256,11 +251,14 @@ class Run:
       )
     )
 
-  def clips(self, stage: str, batch: int, keys: tuple[str, ...], salt: int):
+  def clips(
+    self, stage: str, batch: int, keys: tuple[str, ...], salt: int, seed: int | None = None
+  ):
     """Returns an iterator over this process's rows of the batches of a stage's data set.
 
     stage: `data` or `trajectories`; batch: global; keys: fields beside the tokens, to which `start`
-    is added where the model embeds places; salt: added to the seed of the order. Raises UserError
+    is added where the model embeds places; salt: added to the seed of the order, by default
+    the experiment's. Raises UserError
     where the batch does not divide by the number of processes.
     """
     if self.experiment.dit.reads_start:
@@ -271,7 +269,7 @@ class Run:
     return pipeline.make_iterator(
       self.directory(stage),
       batch_size=batch // count,
-      seed=self.experiment.seed + salt,
+      seed=(self.experiment.seed if seed is None else seed) + salt,
       tokenize=self.text_encoder.of_record,
       process_index=jax.process_index(),
       process_count=count,
@@ -279,12 +277,12 @@ class Run:
     )
 
   def preview_prompts(self, count: int = 8) -> list[str]:
-    """Returns `count` prompts for previews: held-out ones of the shapes world, else the first
-    captions of the data.
+    """Returns `count` prompts for previews: held-out ones of the shapes world, else captions spread
+    over the data.
     """
     if self.source.world is not None:
       return self.held_out(count)
-    return pipeline.read_captions(self.directory("data"))[:count]
+    return pipeline.spread(pipeline.read_captions(self.directory("data")), count)
 
   def held_out(self, count: int) -> list[str]:
     """Returns `count` prompts that are not in the training data, evenly spaced in their list and
@@ -294,66 +292,36 @@ class Run:
     return [known[i * len(known) // count] for i in range(count)]
 
 
-def open_run(config, workdir: str | os.PathLike, *, save: bool = True) -> Run:
+def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: bool = False) -> Run:
   """Opens a run after checking its config, also against those of the workdir and of stages_from.
 
   save: True for a run to be trained, whose config is written to the workdir; False for one to be
-  read, on all devices present. Raises UserError where configs differ in anything that changes a
-  number, or where a later stage could not run.
+  read, on all devices present. extend: the stage that was trained last may get more steps, another
+  learning rate and so on (lineage.EXTENDABLE). Raises UserError where configs differ in anything
+  that changes a number of a stage that has begun, or where a later stage could not run.
   """
   if save:
     check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
-  experiment = borrowed.located(build(Experiment, config), workdir, typed=save)
-  check_workdir(config, workdir, ignore=(*FREE_GROUPS, *experiment.free_fields))
-  if experiment.stages_from:
-    borrowed.check_shared(config, experiment)
+  experiment = lender.located(build(Experiment, config), workdir, typed=save)
+  ignore = (*FREE_GROUPS, *experiment.free_fields)
+  change = lineage.change(config, workdir, ignore, extend=extend)
+  taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
-  run = Run(experiment, pathlib.Path(workdir), mesh)
+  run = Run(experiment, pathlib.Path(workdir), mesh, taken.stages)
   if save:
-    _check_stages(run)
+    run.check()
     if is_writer():
-      save_resolved(borrowed.as_stored(config, experiment, workdir), workdir)
+      _begin(run, config, change, taken)
   return run
 
 
-def _check_stages(run: Run) -> None:
-  """Raises UserError for what a stage would notice only hours later, when its turn comes."""
-  e = run.experiment
-  # (number of clips or prompts of the data, the field that sets it)
-  clips = run.source.count(run.directory("data"))
-  if run.source.captions_only or e.stores_latents:
-    run.text_encoder  # noqa: B018  # raises where weights are missing
-  if e.stores_latents:
-    run.autoencoder.identity  # noqa: B018  # the same
-  trajectory_count = math.inf if e.trajectories.pairs else e.trajectories.count
-  trajectories = (trajectory_count, "trajectories.count")
-  # stage -> (examples that it can draw a batch from, the field that sets their number)
-  sources = {}
-  if not e.weights.base:
-    sources["teacher"] = clips
-  if e.framepack:
-    sources["framepack"] = clips
-  else:
-    if not e.weights.student:
-      sources["causal_init"] = trajectories
-    # without forward KL, distillation reads prompts alone
-    sources["distill"] = trajectories if e.distill.forward_kl.weight else clips
-  for name, (count, field) in sources.items():
-    training = getattr(e, name)
-    check_batch(training.batch, training.accumulate, run.mesh, name)
-    training.check_average(name)
-    if training.batch > count:
-      raise UserError(
-        f"{name}.batch = {training.batch} is more than {field} = {count}; take a smaller batch or "
-        "make more"
-      )
-  if e.sample.prompts != "held_out":
-    prompt_rows.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
-    if e.given and run.source.world is None:
-      raise UserError(
-        f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
-        "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
-      )
+def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) -> None:
+  """Writes the config to the workdir; says on stderr what is unusual about it."""
+  checks.print_notes(run.experiment)
+  for said in taken.notes(run.experiment.stages_from) + change.notes(run.workdir):
+    print(said, file=sys.stderr)
+  change.begin(run.workdir)
+  save_resolved(lender.as_stored(config, run.experiment, run.workdir), run.workdir)
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:

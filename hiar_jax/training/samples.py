@@ -13,6 +13,7 @@ import numpy as np
 from hiar_jax import __version__
 from hiar_jax.data import pipeline, prompt_rows, shapes_described, tfds_builder
 from hiar_jax.errors import UserError
+from hiar_jax.parallel.mesh import everywhere
 from hiar_jax.progress import Progress
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
@@ -25,12 +26,13 @@ from hiar_jax.video.png import write_png
 def read_prompts(run: Run) -> list[str]:
   """Returns the distinct prompts of the file, or `count` held-out ones.
 
-  Where the data is no shapes world, `held_out` means the first captions of the data.
+  Where the data is no shapes world, `held_out` means captions spread over the data.
   """
   config = run.experiment.sample
   if config.prompts == "held_out":
     if run.source.world is None:
-      return list(dict.fromkeys(pipeline.read_captions(run.directory("data"))))[: config.count]
+      captions = dict.fromkeys(pipeline.read_captions(run.directory("data")))
+      return pipeline.spread(list(captions), config.count)
     return list(dict.fromkeys(run.held_out(config.count)))
   return list(dict.fromkeys(prompt_rows.read_prompts(config.prompts, say=True)))
 
@@ -125,11 +127,21 @@ def make_videos(
       rows = np.arange(start, start + batch) % len(prompts)
       chosen = [prompts[i] for i in rows]
       given = true_starts(run, chosen, seeds[rows])
-      latents = generate(params, run.texts(chosen), seeds[rows], *given)
+      latents = everywhere(generate(params, run.texts(chosen), seeds[rows], *given), run.mesh)
+      check_finite(latents, title)
       count = min(batch, len(prompts) - start)
       videos.append(run.pixels(latents)[:count])
       bar.update(start + count)
   return np.concatenate(videos)
+
+
+def check_finite(latents, name: str) -> None:
+  """Raises UserError, with a name, for latents that are not finite: they would be a black video."""
+  if not np.isfinite(np.asarray(latents)).all():
+    raise UserError(
+      f"{name}: the model has made numbers that are not finite; its weights or a text hold such: "
+      "train or convert them anew; or they overflow: compute in float32 (--dtype=float32)"
+    )
 
 
 def without_given(
@@ -172,6 +184,8 @@ def save_videos(
       "seed": str(seed + i),
       "frames": str(len(frames)),
       "workdir": run.workdir.name,
+      "stage": run.experiment.last_stage,
+      "step": str(getattr(run.experiment, run.experiment.last_stage).steps),
       "hiar_jax": __version__,
     }
     path = directory / file_name(prompt, taken)

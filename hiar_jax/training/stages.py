@@ -16,14 +16,15 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from hiar_jax.data import ode_pairs, pipeline
+from hiar_jax.data import ode_pairs, pipeline, tfds_builder
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
 from hiar_jax.evaluation import shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
-from hiar_jax.training import loop, prepared_data, pretrained, samples, updates
+from hiar_jax.rollout.noise import seed_key
+from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, updates
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState
 from hiar_jax.training.updates import KEY_OFFSETS, Stage, stage_key
@@ -45,6 +46,8 @@ def prepare_data(run: Run) -> None:
   run.origins.check()  # where data/ was deleted, it has been made anew
   if jax.process_index() == 0:
     run.origins.keep()
+  # of a folder the number of clips is known now
+  checks.check_counts(run.experiment, run.source.count(run.directory("data")))
 
 
 # ------------------------------------------------------------------------------------------ teacher
@@ -56,7 +59,7 @@ def train_teacher(run: Run) -> None:
   if e.weights.base or loop.is_done(run, "teacher", e.teacher.steps):
     return
   stage = updates.of_teacher(run)
-  sample = run.teacher_sampler(jax.random.key(e.seed))
+  sample = run.teacher_sampler(seed_key(e.seed))
   texts = run.texts(run.preview_prompts())
 
   def preview(state: TrainState) -> np.ndarray:
@@ -78,9 +81,15 @@ def sample_trajectories(run: Run) -> None:
   """
   e = run.experiment
   config = e.trajectories
-  if e.stages_from or not e.needs_trajectories:
+  if not e.needs_trajectories:
     return
   directory = run.directory("trajectories")
+  if run.borrows("trajectories"):
+    # a borrowed causal init has read them already
+    read = not run.borrows("causal_init") or e.distill.forward_kl.weight
+    if read and not tfds_builder.is_complete(directory):
+      raise loop.not_there(run, "trajectories", directory)
+    return
   if config.pairs:
     if jax.process_index() == 0:
       ode_pairs.prepare(directory, config.pairs, dtype=config.dtype, channels=e.codec.channels)
@@ -120,8 +129,26 @@ def _trajectory_writer(run: Run) -> TrajectoryWriter:
       "teacher_steps": e.teacher.steps,
       # stored points that name none are Euler's
       **({"solver": config.solver} if config.solver != "euler" else {}),
+      # and those that name no order are of the first clips
+      **({"clips": "shuffled"} if _shuffles(run) else {}),
     },
   )
+
+
+def _shuffles(run: Run) -> bool:
+  """True where trajectories are of clips from all over the data: a folder or a file has an order,
+  a generated world has none. Those that an earlier version began go on in their order.
+  """
+  stored = tfds_builder.read_recipe(run.directory("trajectories"))
+  return run.source.world is None and (stored is None or "clips" in stored)
+
+
+def _clip_order(run: Run, count: int) -> np.ndarray:
+  """Returns the numbers of `count` clips in the order in which trajectories take them."""
+  if not _shuffles(run):
+    return np.arange(count)
+  seed = [run.experiment.seed, KEY_OFFSETS["trajectories"]]
+  return np.random.default_rng(seed).permutation(count)
 
 
 def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
@@ -129,6 +156,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   config = run.experiment.trajectories
   captions = pipeline.read_captions(run.directory("data"))
   starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
+  order = _clip_order(run, len(captions))
   params = pretrained.load_teacher(run)
   sample = run.teacher_sampler(stage_key(run.experiment, "trajectories"))
 
@@ -149,10 +177,10 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   parts = -(-config.count // config.batch)
   with apart, Progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
-      # Row i takes the caption of clip i, over again where there are more trajectories than clips.
+      # Row i takes the caption of the i-th clip, over again where there are more rows than clips.
       # Its noise depends on i alone, so parts may be made in any order by any process.
       rows = np.asarray(writer.rows(part))
-      clips = rows % len(captions)
+      clips = order[rows % len(captions)]
       prompts = [captions[i] for i in clips]
       before = run.latent_starts(starts[clips])
       points = sample(params, fill(run.texts(prompts)), fill(rows), fill(before))
@@ -168,7 +196,7 @@ def fit_codebook(run: Run) -> None:
   of the past.
   """
   e, data = run.experiment, run.directory("data")
-  clips, encode = lambda: prepared_data.first_videos(data), run.autoencoder.latents
+  clips, encode = lambda: prepared_data.videos_to_fit(run), run.autoencoder.latents
   if e.stores_latents:
     clips, encode = lambda: prepared_data.spread_latents(data), lambda x: x
   if jax.process_index() == 0:
@@ -271,7 +299,7 @@ def _frozen(run: Run, stage: Stage) -> list[PyTree]:
 def _train(run: Run, stage: Stage, frozen: Sequence[PyTree] = (), **options) -> None:
   """Runs a stage; options: of loop.run_stage."""
   iterators = {
-    name: run.clips(feed.stage, stage.config.batch, feed.keys, feed.salt)
+    name: run.clips(feed.stage, stage.config.batch, feed.keys, feed.salt, stage.config.seed)
     for name, feed in stage.feeds.items()
   }
   loop.run_stage(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from hiar_jax.errors import UserError, at_least, one_of
+from hiar_jax.errors import MAX_SEED, UserError, above, at_least, decay, one_of, within
 from hiar_jax.models.frames import Network
 from hiar_jax.types import Batch, Key, Mean, Params, PyTree
 
@@ -42,13 +42,14 @@ class TrainState:
 class TrainConfig:
   """The training of a network: clipping by global norm, AdamW or Muon, a schedule, and an EMA.
 
-  steps: updates. batch: global examples, taken in `accumulate` equal parts.
+  steps: updates. batch: global examples, taken in `accumulate` equal parts. clip: 0 = none.
   schedule: linear warm-up over `warmup` updates, then `constant`, or `cosine` down to zero.
   rule: `adamw`, or `muon`, which moves the layers' matrices along their orthogonalised momentum at
   `muon_lr` and all other parameters by AdamW at `lr`. Both of these with Nesterov's momentum, the
   default of optax's Muon; the rule `adamw` is without.
   ema_decay: from update `ema_start` on; until then the average is a copy of the weights. ema_ramp:
   the decay rises to it.
+  seed: of what the stage draws; None: the experiment's.
   """
 
   steps: int
@@ -66,10 +67,15 @@ class TrainConfig:
   accumulate: int = 1
   rule: str = "adamw"
   muon_lr: float = 0.02  # Keller Jordan's default
+  seed: int | None = dataclasses.field(default=None, metadata={"since": "2026-11"})
 
   def __post_init__(self):
     at_least(1, steps=self.steps, batch=self.batch, accumulate=self.accumulate)
-    at_least(0, lr=self.lr, warmup=self.warmup, ema_start=self.ema_start)
+    above(0, lr=self.lr, muon_lr=self.muon_lr)
+    at_least(0, warmup=self.warmup, ema_start=self.ema_start)
+    within(0, MAX_SEED, seed=self.seed or 0)
+    at_least(0, clip=self.clip, weight_decay=self.weight_decay)
+    decay(b1=self.b1, b2=self.b2, ema_decay=self.ema_decay)
     one_of(OPTIMIZERS, rule=self.rule)
     one_of(SCHEDULES, schedule=self.schedule)
     if self.batch % self.accumulate:
@@ -119,7 +125,9 @@ class TrainConfig:
         # without momentum the first moment is never read again: half of its memory
         mu_dtype=jnp.bfloat16 if self.b1 == 0 else None,
       )
-    return optax.chain(optax.clip_by_global_norm(self.clip), rule)
+    # both have an empty state, so that a run may go on with the other
+    clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
+    return optax.chain(clip, rule)
 
   def _rate(self, lr: float, steps: int) -> optax.Schedule:
     """Returns the learning rate by update, with peak `lr`."""

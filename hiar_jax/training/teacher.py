@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from hiar_jax.errors import UserError
+from hiar_jax.errors import above, within
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
@@ -36,8 +36,8 @@ class TeacherConfig(TrainConfig):
 
   def __post_init__(self):
     super().__post_init__()
-    if not 0 <= self.openings <= 1:
-      raise UserError(f"openings = {self.openings}: expected a share of the windows, 0 to 1")
+    above(0, shift=self.shift)
+    within(0, 1, caption_dropout=self.caption_dropout, openings=self.openings)
 
 
 def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean = identity):

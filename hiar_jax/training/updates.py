@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.parallel.rules import Rules
+from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import causal_init, distill, framepack, teacher
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
@@ -30,7 +31,8 @@ KEY_OFFSETS = {
 
 
 def stage_key(e: Experiment, stage: str) -> jax.Array:
-  return jax.random.fold_in(jax.random.key(e.seed), KEY_OFFSETS[stage])
+  """Returns the key of what a stage draws."""
+  return jax.random.fold_in(seed_key(e.seed_of(stage)), KEY_OFFSETS[stage])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,6 +58,7 @@ def test_build_reads_back_its_own_json():
       r"^Model\.window needs a field 'frames' \(int\); the config gives sink$",
     ),
     ({"width": 1.5}, r"^Model\.width: expected int, got 1\.5$"),
+    ({"width": True}, r"^Model\.width: expected int, got True$"),
     ({"levels": ("a",)}, r"^Model\.levels: expected tuple\[float, \.\.\.\], got \('a',\)$"),
     (
       {"order": "both"},

@@ -25,6 +25,8 @@ def test_a_table_is_made_from_files(chain, tmp_path):
     [f"--from={tmp_path / 'rows'}", "--workdirs=runs/a", f"--out={tmp_path / 'none'}"],
     [f"--from={tmp_path / 'rows'}"],
     ["--workdirs=runs/a", f"--out={tmp_path / 'none'}", "--baselines=codec,teachers"],
+    ["--workdirs=runs/a", f"--out={tmp_path / 'none'}", "--length=0"],
+    ["--workdirs=runs/a", f"--out={tmp_path / 'none'}", "--videos=0"],
   )
   made, *refused = chain.commands([("hiar_jax.evaluate", list(case)) for case in cases])
   assert made[0] == 0 and made[1] == want + "\n", made
@@ -32,6 +34,7 @@ def test_a_table_is_made_from_files(chain, tmp_path):
     assert (tmp_path / "got" / file).read_bytes() == (tmp_path / "want" / file).read_bytes()
   messages = ("is no row of hiar_jax.evaluate", "and either --workdirs", "give --out=DIR")
   messages += ("--baselines=teachers: expected some of data,codec,teacher,causal_init",)
+  messages += ("--length = 0.0: expected more than 0", "--videos=0: ")
   for (status, _, said), message in zip(refused, messages, strict=True):
     assert status == 2 and message in said and len(said.splitlines()) == 1, said
   assert not (tmp_path / "none").exists()

@@ -25,7 +25,7 @@ from tests.helpers.untrained import (  # noqa: F401
 )
 from tests.helpers.video_reader import read_mp4
 
-STEPS = {"teacher": 1, "framepack": 1}
+STAGES = ("teacher", "framepack")
 BOTH_ENDS, INVERTED = "shapes_framepack_both_ends", "shapes_framepack_inverted"
 
 
@@ -55,7 +55,7 @@ def written(monkeypatch):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  return saved_run(tmp_path_factory.mktemp("both_ends"), tiny_packed.make_config(BOTH_ENDS), STEPS)
+  return saved_run(tmp_path_factory.mktemp("both_ends"), tiny_packed.make_config(BOTH_ENDS), STAGES)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def model(workdir):
 @pytest.fixture(scope="module")
 def inverted(tmp_path_factory):
   config = tiny_packed.make_config(INVERTED)
-  return hiar_jax.load(saved_run(tmp_path_factory.mktemp("inverted"), config, STEPS))
+  return hiar_jax.load(saved_run(tmp_path_factory.mktemp("inverted"), config, STAGES))
 
 
 def test_an_end_frame_is_the_last_one_and_is_seen(model, files):

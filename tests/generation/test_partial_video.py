@@ -27,8 +27,8 @@ FILLED = ["11....11", "1111..11", "11111111"]
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  steps = {"teacher": 1, "framepack": 1}
-  path = saved_run(tmp_path_factory.mktemp("both_ends"), tiny_packed.make_config(BOTH_ENDS), steps)
+  stages = ("teacher", "framepack")
+  path = saved_run(tmp_path_factory.mktemp("both_ends"), tiny_packed.make_config(BOTH_ENDS), stages)
   codec = path / "data" / patch_pca.FILE
   with np.load(codec) as found:
     arrays = dict(found)

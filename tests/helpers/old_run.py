@@ -34,6 +34,9 @@ TAKEN = {"shapes": 4, "wan": 9}  # frames of the streams when they were saved
 STREAMED = {"shapes": 12, "wan": 33}  # and when they have been gone on with
 SCALE = 8  # of all mp4 files: enlarged so much, H.264 hardly changes a pixel
 
+# Of the run: its distillation was stopped at update 4 of 6. Since 2026-11 that has to be said.
+AS_IT_IS = ["--step=4"]
+
 # golden_runs/README.md says what was measured. TOLERANCE: of the largest value of an array.
 # FRAMES: largest and mean difference in levels of 255; where one pixel is rounded otherwise, x264
 # may decide otherwise for a few around it.
@@ -60,7 +63,13 @@ def train(place: pathlib.Path) -> list[str]:
 def make_clip(place: pathlib.Path) -> list[str]:
   """The command that made shapes/clip.mp4."""
   out = ["--frames=4", f"--out={place}/shapes/clip.mp4"]
-  return ["hiar_jax.generate", f"--workdir={place}/shapes/run", f"--prompt={SHOWN}", *out]
+  return [
+    "hiar_jax.generate",
+    f"--workdir={place}/shapes/run",
+    *AS_IT_IS,
+    f"--prompt={SHOWN}",
+    *out,
+  ]
 
 
 def wan(place: pathlib.Path, verb: str) -> list[str]:
@@ -77,14 +86,15 @@ def resume(folder: pathlib.Path, out: str) -> list[str]:
 def uses(place: pathlib.Path) -> dict[str, list[str]]:
   """The commands that only read the run and the weights, by their names here."""
   run, mp4 = place / "shapes", lambda name: f"--out={place}/{name}.mp4"
-  shapes = ["hiar_jax.generate", f"--workdir={run}/run", f"--prompt={CHANGED}", "--frames=8"]
+  shapes = ["hiar_jax.generate", f"--workdir={run}/run", *AS_IT_IS, f"--prompt={CHANGED}"]
+  shapes = [*shapes, "--frames=8"]
   given = [*wan(place, "generate"), f"--prompt={CACHED}", f"--image={place}/wan/start.png"]
   text = [*wan(place, "generate"), f"--prompt={NEW}", "--seed=3", "--frames=9"]
   return {
     "clip": make_clip(place),
     "generate": [*shapes, "--seed=3", mp4("shapes/generated")],
     "continue": [*shapes, f"--video={run}/clip.mp4", mp4("shapes/continued")],
-    "stream": ["hiar_jax.stream", f"--workdir={run}/run", *resume(run, "stream.mp4")],
+    "stream": ["hiar_jax.stream", f"--workdir={run}/run", *AS_IT_IS, *resume(run, "stream.mp4")],
     "weights": [*text, mp4("wan/generated")],
     "picture": [*given, "--frames=13", mp4("wan/picture")],
     "tiny": [*given, "--frames=13", "--decoder=tiny_vae", mp4("wan/tiny")],
@@ -142,7 +152,9 @@ def videos(*paths: pathlib.Path) -> dict[str, Any]:
     f, height, width, _ = frames.shape
     squares = frames.reshape(f, height // SCALE, SCALE, width // SCALE, SCALE, 3)
     found[path.name] = np.rint(squares.mean((2, 4))).astype(np.uint8)
-    found[f"{path.name} says"] = {name: text for name, text in said.items() if name != "hiar_jax"}
+    for name in ("hiar_jax", "stage", "step"):  # the latter two are said since 2026-11
+      said.pop(name, None)
+    found[f"{path.name} says"] = said
   return found
 
 

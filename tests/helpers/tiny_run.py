@@ -18,9 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import training_state
+from hiar_jax.config import left_out
 from hiar_jax.data import tfds_builder
+from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.log import read_log
 from hiar_jax.training.run import Run, open_run
+from hiar_jax.video.mp4 import write_mp4
 from tests.helpers.forks import Forks
 from tests.helpers.video_reader import read_mp4
 
@@ -63,9 +66,10 @@ TINY = {
 def make_config(**changes):
   """The config as a ConfigDict, for tests in this process; names with __ for dots."""
   config = runpy.run_path(str(ROOT / "experiments" / "shapes.py"))["get_config"]("smoke")
-  config.update_from_flattened_dict(
-    {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
-  )
+  added = left_out.add(config, Experiment)  # as the command
+  changes = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+  config.update_from_flattened_dict(changes)
+  left_out.drop(config, Experiment, added, changes)
   return config
 
 
@@ -78,9 +82,9 @@ EIGHT = {
 }
 
 
-def make_run(workdir, **changes) -> Run:
+def make_run(workdir, extend: bool = False, **changes) -> Run:
   """The tiny run, opened in this process on all its devices."""
-  return open_run(make_config(**{**EIGHT, **changes}), workdir)
+  return open_run(make_config(**{**EIGHT, **changes}), workdir, extend=extend)
 
 
 def arguments(
@@ -228,6 +232,25 @@ import runpy, sys
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0].replace(".", "/") + ".py", run_name="__main__")
 """
+
+
+def pretend(workdir: pathlib.Path, stage: str, step: int) -> None:
+  """Makes a file where a stage has its checkpoint."""
+  folder = pathlib.Path(workdir) / stage / "checkpoints" / str(step)
+  folder.mkdir(parents=True)
+  (folder / "state").write_text("")
+
+
+def write_clips(folder: pathlib.Path, count: int, colours=((200, 60, 60),), size: int = 16) -> None:
+  """`count` videos of one colour each and of one training clip, with captions: `0 0`, `1 0`, ..."""
+  folder.mkdir(parents=True, exist_ok=True)
+  for i in range(count):
+    frame = np.broadcast_to(
+      np.asarray(colours[i * len(colours) // count], np.uint8), (size, size, 3)
+    )
+    name = f"{i:03}"
+    write_mp4(folder / f"{name}.mp4", np.stack([frame] * 4), 8, {})
+    (folder / f"{name}.txt").write_text(f"colour {i * len(colours) // count} clip {i}")
 
 
 # -------------------------------------------------------------------------------- what a run leaves

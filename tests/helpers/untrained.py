@@ -78,11 +78,11 @@ def assert_same_pixels(a, b):
   assert a.shape == b.shape and np.abs(a.astype(int) - b).max() <= 1
 
 
-def saved_run(directory: pathlib.Path, config, steps={"teacher": 1, "distill": 1}) -> pathlib.Path:  # noqa: B006
-  """A workdir as training leaves it, with random weights. steps: those of a stage's checkpoint."""
+def saved_run(directory: pathlib.Path, config, stages=("teacher", "distill")) -> pathlib.Path:
+  """A workdir as training leaves it after these stages, with random weights."""
   model = untrained(directory, config)
   save_resolved(config, directory)
-  for stage, step in steps.items():
+  for stage in stages:
     with Checkpoints(model.run.directory(stage) / "checkpoints") as checkpoints:
-      checkpoints.save(step, {"step": np.ones(())}, model.params())
+      checkpoints.save(config[stage].steps, {"step": np.ones(())}, model.params())
   return directory

@@ -72,6 +72,16 @@ def test_a_changed_prompt_is_seen_within_the_levels():
   assert generation.changes == [(first, PROMPTS[1], True)]
 
 
+def test_what_a_stream_cannot_be_asked_for():
+  with open_stream(2) as stream:
+    for blocks in (-5, 1.5, True):
+      with pytest.raises(UserError, match=f"blocks = {blocks}: expected a whole number, at least"):
+        stream.extend(blocks)
+    with pytest.raises(UserError, match="prompt = 5: expected text"):
+      stream.change_prompt(5)
+    assert len(list(stream)) == 2
+
+
 def test_a_timeline_changes_prompts_at_its_blocks():
   changes = timeline.parse("0s: a red circle, 1s: a blue square, 2s recache: a green star").changes(
     lambda block: block * 3 / 8

@@ -172,7 +172,7 @@ def test_the_stage_fits_the_codebook_that_sampling_finds(tmp_path, monkeypatch):
   e = build(Experiment, discrete(framepack__codebook__centroids=3))
   save_resolved(discrete(), tmp_path)
   clips = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 1)).astype(np.uint8)
-  monkeypatch.setattr(prepared_data, "first_videos", lambda directory: clips)
+  monkeypatch.setattr(prepared_data, "videos_to_fit", lambda run: clips)
   encoder = types.SimpleNamespace(identity="", latents=lambda x: np.repeat(x / 64.0, 16, axis=-1))
   same = lambda x: x
   words = types.SimpleNamespace(identity="", negative_prompt="", tokens=same, embed=same)

@@ -13,7 +13,7 @@ import pytest
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import tfds_builder
 from hiar_jax.errors import UserError
-from hiar_jax.training import loop, prepared_data, samples, stages
+from hiar_jax.training import loop, prepared_data, samples, stages, updates
 from hiar_jax.training.run import Run, open_run, read_config
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import EIGHT, make_run
@@ -66,6 +66,7 @@ def test_a_workdir_keeps_its_config_and_what_may_change_is_free(tmp_path):
   make_run(tmp_path)
   make_run(tmp_path, log__every=7, sample__count=2, mesh__data=8)
   assert read_config(tmp_path).log.every == 7
+  tiny_run.pretend(tmp_path, "teacher", 2)
   with pytest.raises(UserError, match="belongs to another config .*teacher.lr: "):
     make_run(tmp_path, teacher__lr=0.5)
 
@@ -108,9 +109,9 @@ def test_what_a_late_stage_would_trip_over_is_said_at_once(tmp_path, changes, me
 def test_stages_from_must_hold_the_same_config(tmp_path):
   with pytest.raises(UserError, match="holds no run; give a workdir that went through causal_init"):
     make_run(tmp_path / "w", stages_from=str(tmp_path))
-  save_resolved(tiny_run.make_config(**EIGHT, teacher__lr=0.5), tmp_path / "other")
+  save_resolved(tiny_run.make_config(**EIGHT, data__seed=5), tmp_path / "other")
   with pytest.raises(
-    UserError, match=r"made with another config \(stored -> given: teacher.lr: 0.5 -> "
+    UserError, match=r"made with another config \(stored -> given: data.seed: 5 -> 0\)"
   ):
     make_run(tmp_path / "w", stages_from=str(tmp_path / "other"))
   (tmp_path / "foreign").mkdir()
@@ -122,6 +123,15 @@ def test_stages_from_must_hold_the_same_config(tmp_path):
   )
   # what comes after causal init may differ
   make_run(tmp_path / "w", stages_from=str(tmp_path / "first"))
+
+
+def test_keys_are_of_one_generator_whatever_the_setting(tmp_path):
+  """Under the others an example's draws depend on its neighbours in the batch."""
+  run = make_run(tmp_path)
+  keys = lambda: [run.noise_key, updates.stage_key(run.experiment, "distill")]
+  usual = keys()
+  with jax.default_prng_impl("unsafe_rbg"):
+    assert keys() == usual and all(jax.random.key_impl(key) == "threefry2x32" for key in keys())
 
 
 def test_a_batch_is_encoded_at_the_loop_s_mouth(with_data):
@@ -146,10 +156,10 @@ def test_data_are_made_once(with_data):
 
 
 def test_as_many_clips_are_fitted_on_as_memory_is_given(with_data, monkeypatch):
-  data, clip = with_data.directory("data"), 4 * 16 * 16 * 3  # bytes
+  clip = 4 * 16 * 16 * 3  # bytes
   for given, count in ((1 << 30, 16), (3 * clip + 5, 3), (1, 1)):
     monkeypatch.setattr(prepared_data, "BYTES", given)
-    assert len(prepared_data.first_videos(data)) == count
+    assert len(prepared_data.videos_to_fit(with_data)) == count
 
 
 def test_processes_read_their_own_rows_of_the_same_batches(with_data, monkeypatch):

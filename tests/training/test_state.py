@@ -25,7 +25,13 @@ def training(**changes) -> TrainConfig:
     ({"steps": 0}, "steps = 0: expected at least 1"),
     ({"batch": 0}, "batch = 0: expected at least 1"),
     ({"accumulate": 0}, "accumulate = 0: expected at least 1"),
-    ({"lr": -1.0}, "lr = -1.0: expected at least 0"),
+    ({"lr": -1.0}, "^lr = -1.0: expected more than 0$"),
+    ({"lr": float("inf")}, "^lr = inf: expected more than 0, finite$"),
+    ({"muon_lr": 0.0}, "^muon_lr = 0.0: expected more than 0$"),
+    ({"clip": -1.0}, "^clip = -1.0: expected at least 0$"),
+    ({"weight_decay": float("nan")}, "^weight_decay = nan: expected at least 0, finite$"),
+    ({"b2": 1.0}, "^b2 = 1.0: expected at least 0 and less than 1$"),
+    ({"ema_decay": -0.1}, "^ema_decay = -0.1: expected at least 0 and less than 1$"),
     ({"warmup": -1}, "warmup = -1: expected at least 0"),
     ({"accumulate": 3}, "batch = 8 cannot be taken in accumulate = 3 equal parts"),
     ({"schedule": "linear"}, "schedule = 'linear': expected one of constant, cosine"),
@@ -78,6 +84,15 @@ def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
   optimizer = training(weight_decay=0.5).optimizer(None)
   update, _ = optimizer.update(zero, optimizer.init(params), params)
   np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+def test_a_clip_of_0_is_none():
+  """And leaves the optimizer's state as it is, so that a run may go on so."""
+  params, gradient = {"w": jnp.zeros(3)}, {"w": jnp.full(3, 400.0)}
+  without, clipped = (training(clip=clip).optimizer(None) for clip in (0.0, 1.0))
+  _, opt_state = without.update(gradient, without.init(params), params)
+  np.testing.assert_allclose(opt_state[1][0].mu["w"], 0.1 * 400, rtol=1e-5)
+  assert jax.tree.structure(without.init(params)) == jax.tree.structure(clipped.init(params))
 
 
 def test_muon_orthogonalises_the_momentum_of_each_layer_s_matrices():
