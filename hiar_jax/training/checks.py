@@ -7,7 +7,7 @@ import sys
 
 from jax.sharding import Mesh
 
-from hiar_jax.data import pipeline
+from hiar_jax.data.prompt_rows import read_prompts
 from hiar_jax.errors import UserError
 from hiar_jax.parallel.mesh import check_batch
 from hiar_jax.progress import is_writer
@@ -30,7 +30,7 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
   if not e.framepack:
     _check_distillation(e)
   if e.sample.prompts != "held_out":
-    pipeline.read_prompts(e.sample.prompts)  # raises where the file is missing or empty
+    read_prompts(e.sample.prompts)  # raises where the file is missing or empty
     if e.given and e.data.opened.world is None:
       raise UserError(
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "

@@ -24,9 +24,9 @@ PROMPT = "a red disc that drifts"
 
 
 def clip(folder, name: str, caption: str, seed: int) -> None:
-  """Four frames of large random patches."""
+  """Eight frames of large random patches, two clips."""
   folder.mkdir(parents=True, exist_ok=True)
-  patches = np.random.default_rng(seed).integers(0, 256, (4, 2, 2, 3), dtype=np.uint8)
+  patches = np.random.default_rng(seed).integers(0, 256, (8, 2, 2, 3), dtype=np.uint8)
   write_mp4(folder / f"{name}.mp4", patches.repeat(8, axis=1).repeat(8, axis=2), fps=8)
   (folder / f"{name}.txt").write_text(caption)
 
