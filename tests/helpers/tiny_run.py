@@ -69,6 +69,8 @@ def make_config(**changes):
   added = left_out.add(config, Experiment)  # as the command
   changes = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
   config.update_from_flattened_dict(changes)
+  replaced = tuple(f"{name}." for name, value in changes.items() if isinstance(value, dict))
+  added = [name for name in added if not name.startswith(replaced)]
   left_out.drop(config, Experiment, added, changes)
   return config
 

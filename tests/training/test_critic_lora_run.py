@@ -97,6 +97,7 @@ def test_what_is_unsuitable_is_said_before_any_stage(lora, said):
 
 def test_a_workdir_keeps_its_rank(tmp_path):
   tiny_run.make_run(tmp_path, distill__critic_lora={"rank": 2})
+  tiny_run.pretend(tmp_path, "distill", 2)
   with pytest.raises(UserError, match=r"distill.critic_lora.rank: 2 -> 3"):
     tiny_run.make_run(tmp_path, distill__critic_lora={"rank": 3})
 

@@ -127,7 +127,7 @@ def test_a_share_of_the_windows_opens_its_clip():
   state = create_state(jax.random.key(0), tiny.params(), optax.sgd(1.0))
   opening = batch() | {"latents": batch()["latents"][:, :2]}
   assert step(state, batch(), NEGATIVE.negative) == step(state, opening, NEGATIVE.negative)
-  with pytest.raises(UserError, match=r"openings = 1.5: expected a share of the windows, 0 to 1"):
+  with pytest.raises(UserError, match=r"openings = 1.5: expected 0 to 1"):
     dataclasses.replace(c, openings=1.5)
 
 

@@ -84,7 +84,8 @@ def config(place, **changes):
 @functools.cache
 def data_stage(place):
   """A workdir after its data stage."""
-  run = open_run(config(place), place / "data_alone", save=False)
+  few = config(place, framepack__batch=4)  # no more than there are clips
+  run = open_run(few, place / "data_alone", save=False)
   stages.prepare_data(run)
   return run
 
@@ -139,9 +140,9 @@ def test_another_vae_under_the_data_is_refused(place, tmp_path):
   """Also under data that another run made; the same weights in another folder are no other VAE."""
   data, folder = data_stage(place).directory("data"), tmp_path / "weights"
   shutil.copytree(place / "weights", folder)
-  c = config(place, codec__weights=str(folder))
-  own = with_data_of(tmp_path / "own", data, c)
-  c = config(place, codec__weights=str(folder), stages_from=str(tmp_path / "own"))
+  few = {"codec__weights": str(folder), "framepack__batch": 4}
+  own = with_data_of(tmp_path / "own", data, config(place, **few))
+  c = config(place, **few, stages_from=str(tmp_path / "own"))
   borrower = open_run(c, tmp_path / "borrower", save=False)
   before = tiny_run.files(data)
   for run in (own, borrower):
