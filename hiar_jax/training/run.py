@@ -317,7 +317,8 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
 
 def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) -> None:
   """Writes the config to the workdir; says on stderr what is unusual about it."""
-  checks.print_notes(run.experiment)
+  if change.lines or read_resolved(run.workdir) is None:  # once
+    checks.print_notes(run.experiment)
   for said in taken.notes(run.experiment.stages_from) + change.notes(run.workdir):
     print(said, file=sys.stderr)
   change.begin(run.workdir)
