@@ -19,7 +19,7 @@ from hiar_jax import flow
 from hiar_jax.components.interfaces import Autoencoder, TextEncoder
 from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
-from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved
+from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved, to_json
 from hiar_jax.data import pipeline, shapes_world
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
