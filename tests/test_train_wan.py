@@ -91,7 +91,8 @@ def test_prompts_become_a_data_set_of_texts(trained, place):
 
 def test_trajectories_start_in_noise_and_carry_their_prompts(trained):
   source = tfds_builder.open_source(trained / "trajectories")
-  assert [source[i]["caption"].decode() for i in range(4)] == PROMPTS
+  # all of them, in an order of the run's seed
+  assert sorted(source[i]["caption"].decode() for i in range(4)) == sorted(PROMPTS)
   points = np.stack([source[i]["trajectory"] for i in range(4)]).astype(np.float32)
   assert points.shape == (4, 5, 6, 2, 4, 16)
   assert abs(points[:, 0].std() - 1) < 0.05 and np.isfinite(points).all()
@@ -166,7 +167,8 @@ def test_hosts_share_the_trajectories(trained, tmp_path, monkeypatch):
     tiny_run.trajectories(tmp_path / name) for name in ("alone", "hosts")
   )
   np.testing.assert_array_equal(alone, shared)
-  assert captions == same and [caption.decode() for caption in captions] == [*PROMPTS, *PROMPTS[:2]]
+  assert captions == same and captions[4:] == captions[:2]
+  assert sorted(caption.decode() for caption in captions[:4]) == sorted(PROMPTS)
 
 
 def test_the_student_starts_from_the_base_and_moves(trained, place):
@@ -186,7 +188,7 @@ def test_it_ends_in_videos_twice_the_training_length(trained):
   videos = sorted((trained / "sample").glob("*.mp4"))
   assert (
     len(videos) == 2
-    and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[:2]
+    and json.loads((trained / "sample" / "metrics.json").read_text())["prompts"] == PROMPTS[::2]
   )
   frames, fps, made = read_mp4(videos[0])
   assert frames.shape == (45, 16, 32, 3) and fps == 16  # 12 latent frames

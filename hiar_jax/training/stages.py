@@ -177,7 +177,7 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   parts = -(-config.count // config.batch)
   with apart, Progress("trajectories", parts, initial=parts - len(missing)) as bar:
     for done, part in enumerate(missing, parts - len(missing) + 1):
-      # Row i takes the caption of the i-th clip, over again where there are more rows than clips.
+      # Row i takes the i-th caption of that order, over again where there are more rows than clips.
       # Its noise depends on i alone, so parts may be made in any order by any process.
       rows = np.asarray(writer.rows(part))
       clips = order[rows % len(captions)]
