@@ -4,10 +4,12 @@ import codecs
 from collections.abc import Iterator
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import pathlib
 import re
+import secrets
 import shutil
 
 from hiar_jax.errors import Damaged, UserError
@@ -166,13 +168,12 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[i
   As write_atomic, for content that need not be in memory at once. needed: its bytes, if known.
   """
   path = pathlib.Path(path)
-  # In the same directory, since a rename is atomic within one file system only. The name is fixed,
-  # so the next try overwrites what a killed one left behind.
-  temporary = path.with_name(f".{path.name}.tmp")
+  temporary = None
   try:
     with writing(path, needed):
       path.parent.mkdir(parents=True, exist_ok=True)
-      file = open(temporary, "w+b")
+      _remove_left(path.parent)
+      temporary, file = _open_temporary(path)
     with file:
       # an OSError of the caller's own code, a full disk aside, is not about this file
       with writing(path, needed, full_disk_alone=True):
@@ -181,8 +182,60 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[i
         file.flush()
         # without fsync a power cut may leave the new name with no content behind it
         os.fsync(file.fileno())
-    with writing(path, needed):
-      os.replace(temporary, path)
+        os.replace(temporary, path)  # while it is locked: nobody takes it for a dead one's
+        temporary = None
   finally:
-    with contextlib.suppress(OSError):  # it is renamed, or could not be created
-      temporary.unlink()
+    if temporary is not None:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+
+
+def _open_temporary(path: pathlib.Path) -> tuple[pathlib.Path, io.BufferedRandom]:
+  """Creates a hidden file beside `path`, in its file system, where a rename is atomic.
+
+  Its name is new, so no other process writes to it and no link of that name is followed. It is
+  locked while it is open.
+  """
+  while True:
+    # names have at most 255 bytes, a letter up to four
+    temporary = path.with_name(f".{secrets.token_hex(8)}.{path.name[-40:]}.tmp")
+    try:
+      number = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    except FileExistsError:
+      continue
+    try:
+      fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      mine = temporary.exists()
+    except BlockingIOError:  # _remove_left of another process came first
+      mine = False
+    except OSError:  # a file system without locks
+      mine = True
+    if mine:
+      return temporary, os.fdopen(number, "w+b")
+    os.close(number)
+
+
+_LEFT = re.compile(r"\.[0-9a-f]{16}\..*\.tmp")
+_seen: set[pathlib.Path] = set()  # folders that this process has looked through
+
+
+def _remove_left(folder: pathlib.Path) -> None:
+  """Removes the temporary files of processes that were killed: those that nobody holds a lock of.
+
+  Once for each folder: some have a file for each frame of a video.
+  """
+  folder = pathlib.Path(os.path.abspath(folder))
+  if folder in _seen:
+    return
+  _seen.add(folder)
+  for path in folder.glob(".*.tmp"):
+    if not _LEFT.fullmatch(path.name):
+      continue
+    # It is in use, another user's, or on a file system without locks: left alone.
+    with contextlib.suppress(OSError):
+      number = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+      try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+      finally:
+        os.close(number)

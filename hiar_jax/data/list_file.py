@@ -66,7 +66,7 @@ class ListFile:
       except json.JSONDecodeError as error:
         what = f"{error.msg} at column {error.colno}"
         raise self.wrong(number, f"not JSON ({what}); write one object a line") from error
-      except ValueError as error:
+      except (ValueError, RecursionError) as error:  # a number of thousands of digits, [[[[...
         raise self.wrong(number, f"not JSON ({error})") from error
       if not isinstance(row, dict):
         got = line.strip()[:40]

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import numbers
+import os
 import pathlib
 import sys
 from typing import NamedTuple
@@ -166,7 +167,13 @@ def output_paths(jobs: list[Job], out: str | None, many: bool) -> list[pathlib.P
     if out and pathlib.Path(out).is_file():
       raise UserError(f"--out={out} is a file; with --prompts it names the directory of the videos")
     names = [job.out or samples.file_name(job.title, taken) for job in jobs]
-    return [pathlib.Path(out or "videos") / name for name in names]
+    paths = [pathlib.Path(out or "videos") / name for name in names]
+    first: dict[str, pathlib.Path] = {}
+    for path in paths:  # two names are one file where one's folder is a link to the other's
+      other = first.setdefault(os.path.realpath(path), path)
+      if other is not path:
+        raise UserError(f"{other} and {path} are one file; give each video a name of its own")
+    return paths
   path = pathlib.Path(out or samples.file_name(jobs[0].title, taken))
   if path.suffix != ".mp4":
     raise UserError(f"--out={path}: expected a name that ends in .mp4")

@@ -11,6 +11,7 @@ import dataclasses
 import numbers
 import os
 import pathlib
+import posixpath
 import re
 import sys
 
@@ -132,9 +133,7 @@ def _job(row: dict, file: ListFile, line: int, seed: int) -> Job:
     raise file.wrong(line, "a video starts from an image or from a video, not from both")
   if files["end_image"] and files["end_video"]:
     raise file.wrong(line, "a video ends with an image or with a video, not with both")
-  out = row.get("out") or None
-  if out and not out.endswith(".mp4"):
-    raise file.wrong(line, f"out = {out!r}: expected a name that ends in .mp4")
+  out = _out(row.get("out"), file, line)
   timeline = row.get("timeline")
   try:
     timeline = timelines.read(timeline, file.path.parent) if timeline else None
@@ -146,15 +145,31 @@ def _job(row: dict, file: ListFile, line: int, seed: int) -> Job:
   return Job(row["prompt"], seed, out=out, line=line, **files, **told)
 
 
+def _out(out: str | None, file: ListFile, line: int) -> str | None:
+  """Returns the name of a row's video, without parts that mean nothing (./a.mp4)."""
+  if not out:
+    return None
+  if not out.endswith(".mp4"):
+    raise file.wrong(line, f"out = {out!r}: expected a name that ends in .mp4")
+  if "\0" in out:
+    raise file.wrong(line, f"out = {out!r} holds a zero byte, which no file name may")
+  # A list may come from somebody else: what it names stays where the command's --out says.
+  if out.startswith("/") or ".." in out.split("/"):
+    raise file.wrong(line, f"out = {out!r} leaves the folder of --out; give a name inside of it")
+  return posixpath.normpath(out)
+
+
 def _seed(value, default: int, file: ListFile, line: int) -> int:
   if value is None or (isinstance(value, str) and not value.strip()):
     value = default
   # JSON's true is an int of Python, and int() would take "1_0" and digits of other scripts
   number = value if isinstance(value, int) and not isinstance(value, bool) else None
-  if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*", value, re.ASCII):
+  # int() refuses a text of thousands of digits
+  if isinstance(value, str) and re.fullmatch(r"\s*\d{1,20}\s*", value, re.ASCII):
     number = int(value)
   if number is None or not 0 <= number <= MAX_SEED:
-    raise file.wrong(line, f"seed = {value!r}: expected a whole number from 0 to {MAX_SEED}")
+    given = repr(value) if len(str(value)) <= 60 else f"{str(value)[:60]!r}..."
+    raise file.wrong(line, f"seed = {given}: expected a whole number from 0 to {MAX_SEED}")
   return number
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file
+from hiar_jax.generation.clips import output_paths
 
 
 def jobs(tmp_path, content, name="prompts.txt", seed=0):
@@ -145,6 +146,26 @@ WRONG = {
     "out=a.mp4 | a\n\nout=a.mp4 | b",
     "line 3: out = 'a.mp4' is the name of another video already, in line 1",
   ),
+  "same file": (
+    "a.txt",
+    "out=v/a.mp4 | a\nout=./v//a.mp4 | b",
+    "line 2: out = 'v/a.mp4' is the name of another video already, in line 1",
+  ),
+  "folder above": ("a.txt", "ok\nout=../a.mp4 | a", "line 2: out = '../a.mp4' leaves the folder"),
+  "and back": ("a.txt", "out=x/../a.mp4 | a", "line 1: out = 'x/../a.mp4' leaves the folder"),
+  "absolute": ("a.csv", "prompt,out\na,/v/a.mp4\n", "line 2: out = '/v/a.mp4' leaves the folder"),
+  "zero byte": (
+    "a.jsonl",
+    '{"prompt": "a", "out": "a\\u0000.mp4"}',
+    r"line 1: out = 'a\x00.mp4' holds a zero byte",
+  ),
+  "many digits": ("a.txt", f"seed={'9' * 5000} | a", f"line 1: seed = '{'9' * 60}'...: expected"),
+  "many digits json": (
+    "a.jsonl",
+    f'{{"prompt": "a", "seed": {"9" * 5000}}}',
+    "line 1: not JSON (Exceeds the limit",
+  ),
+  "deep": ("a.jsonl", "[" * 100_000, "line 1: not JSON (maximum recursion depth exceeded"),
   "no json": (
     "a.jsonl",
     '{"prompt": "a"}\n{"prompt": ',
@@ -176,6 +197,16 @@ def test_what_is_wrong_is_one_line_with_its_place(tmp_path, case):
   with pytest.raises(UserError) as error:
     jobs(tmp_path, content, name)
   assert message in str(error.value) and name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_names_of_one_file(tmp_path):
+  """A folder of --out may be a link to another one."""
+  out = tmp_path / "out"
+  (out / "a").mkdir(parents=True)
+  (out / "b").symlink_to("a")
+  found = jobs(tmp_path, "out=a/x.mp4 | a cat\nout=b/x.mp4 | a dog\n")
+  with pytest.raises(UserError, match=r"a/x\.mp4 and .*b/x\.mp4 are one file"):
+    output_paths(found, str(out), many=True)
 
 
 def test_no_file(tmp_path):
