@@ -6,12 +6,15 @@ anything else is refused, and the error names it. Tensors are views of the memor
 """
 
 from collections import OrderedDict
+import io
 import math
 import os
 import pathlib
 import pickle
+import pickletools
+import reprlib
 import struct
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 
 import ml_dtypes
@@ -42,6 +45,8 @@ _DTYPES = {
 # Local header of a ZIP member, 30 bytes; the last two fields are the lengths of its name and of its
 # extra field, which follow (APPNOTE.TXT, section 4.3.7).
 _LOCAL_HEADER = struct.Struct("<26xHH")
+# Bytes of the largest pickle that is read; that of a DiT with its optimizer has less than 1 MB.
+_LARGEST_PICKLE = 64 * 10**6
 # Exceptions that changed bytes can cause in zipfile, pickle and numpy.
 _DAMAGED = (
   zipfile.BadZipFile,
@@ -62,9 +67,18 @@ def read_torch(path: str | os.PathLike) -> Any:
   """Returns the saved object, with read-only numpy views of the file in place of tensors.
 
   bfloat16 is ml_dtypes' dtype. Raises Damaged, and UserError for a file that was saved by PyTorch
-  before 1.6, or that holds anything but tensors, numbers, strings and plain containers.
+  before 1.6, that holds anything but tensors, numbers, strings and plain containers, or that asks
+  for more memory than there is.
   """
-  path = pathlib.Path(path)
+  try:
+    return _read(pathlib.Path(path))
+  except MemoryError as error:
+    raise UserError(
+      f"{path} asks for more memory than there is; download it again, or free some memory"
+    ) from error
+
+
+def _read(path: pathlib.Path) -> Any:
   if not path.is_file():
     raise UserError(f"there is no file {path}; check the path")
   if not zipfile.is_zipfile(path):
@@ -78,14 +92,44 @@ def read_torch(path: str | os.PathLike) -> Any:
         f"{path} is a ZIP archive, but not one of torch.save (it has {len(pickles)} members "
         "data.pkl, not one)"
       )
-    byteorder = pickles[0].removesuffix("data.pkl") + "byteorder"
-    if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+    root = pickles[0].removesuffix("data.pkl")
+    byteorder = f"{root}byteorder"
+    if byteorder in archive.namelist() and _content(archive, byteorder, 16) != b"little":
       raise UserError(
         f"{path} was saved on a big-endian machine; save it again on a little-endian one"
       )
-    with archive.open(pickles[0]) as file:
-      unpickler = _Unpickler(file, path, archive)
-      return unpickler.resolve(unpickler.load())
+    program = _content(archive, pickles[0], _LARGEST_PICKLE)
+    _check_numbers(program)
+    unpickler = _Unpickler(program, path, archive, root)
+    return unpickler.resolve(unpickler.load())
+
+
+def _uncompressed(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+  """Returns a member's entry. Raises ValueError for a compressed one, KeyError for none."""
+  info = archive.getinfo(name)
+  # torch.save compresses nothing, and a few bytes of a compressed member may be gigabytes
+  if info.compress_type != zipfile.ZIP_STORED:
+    raise ValueError(f"{name} is compressed, which torch.save never does")
+  return info
+
+
+def _content(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+  """Returns a member of at most `most` bytes. Raises ValueError for a larger one."""
+  info = _uncompressed(archive, name)
+  if info.file_size > most:
+    raise ValueError(f"{name} has {info.file_size:,} bytes, expected at most {most:,}")
+  return archive.read(info)
+
+
+def _check_numbers(program: bytes) -> None:
+  """Raises ValueError where a pickle would have the unpickler reserve more than the pickle's size.
+
+  That is a text longer than what follows, or a place in the memo far beyond those in use.
+  """
+  # genops itself refuses texts that are longer than what follows
+  for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+    if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
+      raise ValueError(f"its pickle numbers an object {argument}, of {count} before it")
 
 
 def _not_an_archive(path: pathlib.Path) -> str:
@@ -132,7 +176,7 @@ def _tensor(storage, offset, shape, strides, *_) -> _Tensor:
 
 def _tensor_of_dtype(storage, offset, shape, strides, requires_grad, hooks, dtype, *_) -> _Tensor:
   del requires_grad, hooks
-  return _Tensor(storage[0], _DTYPES[dtype], offset, shape, strides)
+  return _Tensor(storage[0], dtype, offset, shape, strides)
 
 
 def _parameter(tensor, *_) -> _Tensor:
@@ -140,6 +184,8 @@ def _parameter(tensor, *_) -> _Tensor:
 
 
 def _device(*name) -> str:
+  if not all(isinstance(part, str | int) for part in name):
+    raise ValueError("a device that is neither a name nor a number")
   return ":".join(map(str, name))
 
 
@@ -163,14 +209,16 @@ _ALLOWED = {
 class _Unpickler(pickle.Unpickler):
   """Unpickler that resolves the names in _ALLOWED and no others; then reads the tensors.
 
-  file: the archive's pickle.
+  program: the archive's pickle; root: what the names of its members begin with.
   """
 
-  def __init__(self, file: IO[bytes], path: pathlib.Path, archive: zipfile.ZipFile):
-    super().__init__(file, encoding="utf-8")
+  def __init__(self, program: bytes, path: pathlib.Path, archive: zipfile.ZipFile, root: str):
+    super().__init__(io.BytesIO(program), encoding="utf-8")
     self.path = path
     self.archive = archive
-    self.root = file.name.removesuffix("data.pkl")
+    self.root = root
+    # By id. With the value, so that no other object gets its id.
+    self.resolved: dict[int, tuple[Any, Any]] = {}
     self.bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
 
   def find_class(self, module: str, name: str) -> Any:
@@ -187,37 +235,43 @@ class _Unpickler(pickle.Unpickler):
     """Returns a storage: (the name of its member, its dtype)."""
     kind, dtype, key, *_ = pid  # further: device and number of elements
     if kind != "storage":
-      raise pickle.UnpicklingError(f"unknown reference {pid!r}")
+      raise pickle.UnpicklingError(f"unknown reference {reprlib.repr(pid)}")
     return key, dtype
 
   def resolve(self, value: Any) -> Any:
-    """Replaces the tensors in nested containers by arrays."""
+    """Replaces the tensors in nested containers by arrays; what is shared stays shared."""
+    if not isinstance(value, _Tensor | dict | list | tuple):
+      return value
+    # Once each: lists that are twice in the next one would else be resolved 2**depth times.
+    if id(value) not in self.resolved:
+      self.resolved[id(value)] = value, self._resolved(value)
+    return self.resolved[id(value)][1]
+
+  def _resolved(self, value: Any) -> Any:
     if isinstance(value, _Tensor):
       return self._array(value)
     if isinstance(value, dict):
       return {key: self.resolve(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-      return type(value)(self.resolve(item) for item in value)
-    return value
+    return type(value)(self.resolve(item) for item in value)
 
   def _array(self, tensor: _Tensor) -> np.ndarray:
     """Returns the view of the file that a tensor describes. Raises ValueError."""
     # Every field is checked, since as_strided below would read any address.
-    if tensor.dtype not in _DTYPES:
-      raise ValueError(f"a tensor of dtype {tensor.dtype!r}")
+    if not isinstance(tensor.dtype, str) or tensor.dtype not in _DTYPES:
+      raise ValueError(f"a tensor of dtype {reprlib.repr(tensor.dtype)}")
     dtype, shape, strides = np.dtype(tensor.dtype), tuple(tensor.shape), tuple(tensor.strides)
     numbers = (tensor.offset, *shape, *strides)
     if not all(isinstance(n, int) and n >= 0 for n in numbers) or len(shape) != len(strides):
-      raise ValueError(f"a tensor of shape {shape}, strides {strides}, offset {tensor.offset}")
-    info = self.archive.getinfo(f"{self.root}data/{tensor.key}")
-    if info.compress_type == zipfile.ZIP_STORED:
-      # The directory's copy of the header may have an extra field of another length: PyTorch pads
-      # the local one to align the numbers.
-      header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
-      start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
-      storage = self.bytes[start : start + info.file_size]
-    else:
-      storage = np.frombuffer(self.archive.read(info), np.uint8)
+      found = (shape, strides, tensor.offset)
+      raise ValueError(f"a tensor of (shape, strides, offset) {reprlib.repr(found)}")
+    if not isinstance(tensor.key, str):
+      raise ValueError(f"a storage called {reprlib.repr(tensor.key)}")
+    info = _uncompressed(self.archive, f"{self.root}data/{tensor.key}")
+    # The directory's copy of the header may have an extra field of another length: PyTorch pads
+    # the local one to align the numbers.
+    header = self.bytes[info.header_offset : info.header_offset + _LOCAL_HEADER.size].tobytes()
+    start = info.header_offset + _LOCAL_HEADER.size + sum(_LOCAL_HEADER.unpack(header))
+    storage = self.bytes[start : start + info.file_size]
     # Whole elements alone: a view needs a multiple of the item size.
     storage = storage[: len(storage) // dtype.itemsize * dtype.itemsize].view(dtype)
     if not math.prod(shape):
@@ -225,6 +279,12 @@ class _Unpickler(pickle.Unpickler):
     last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if last >= len(storage):
       raise ValueError(f"storage {tensor.key} ends before the tensor that lies in it")
+    # With a stride of 0 one number may be any number of them, and fill the disk when it is written.
+    if math.prod(shape) > len(storage):
+      raise ValueError(
+        f"a tensor of shape {reprlib.repr(shape)} in a storage of {len(storage):,} numbers; one "
+        "that was expanded is to be saved as tensor.contiguous()"
+      )
     steps = [step * dtype.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(storage[tensor.offset :], shape, steps)
 

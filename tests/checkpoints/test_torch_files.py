@@ -7,12 +7,14 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from hiar_jax.checkpoints import torch_files
 from hiar_jax.checkpoints.torch_files import read_torch
 from hiar_jax.errors import UserError
 from tests.helpers import tiny
@@ -63,11 +65,88 @@ def test_nothing_is_copied(tmp_path):
   assert not array.flags.owndata and not array.flags.writeable  # the mapped file
 
 
-def test_compressed_archives_are_read_too(tmp_path):
-  np.testing.assert_array_equal(
-    read_torch(save({"a": tiny.random(0, 9)}, tmp_path / "a.pt", compress=True))["a"],
-    tiny.random(0, 9),
-  )
+def write(path, program, byteorder=b"little", compress=(), storages=()):
+  """An archive of parts as they are; compress: the parts that are."""
+  parts = {"data.pkl": program, "byteorder": byteorder}
+  parts |= {f"data/{key}": content for key, content in enumerate(storages)}
+  with zipfile.ZipFile(path, "w") as archive:
+    for name, content in parts.items():
+      kind = zipfile.ZIP_DEFLATED if name in compress else zipfile.ZIP_STORED
+      archive.writestr(f"a/{name}", content, kind)
+  return path
+
+
+ONE = (  # a tensor of four numbers in storage 0
+  b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\n"
+  b"I4\ntQI0\n(I4\nt(I1\ntI00\n)tR."
+)
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "data/0"])
+def test_compressed_members_are_refused(tmp_path, name):
+  """A few bytes of them may be gigabytes, once for each tensor that lies in one."""
+  assert read_torch(write(tmp_path / "a.pt", ONE, storages=[bytes(16)])).shape == (4,)
+  path = write(tmp_path / "a.pt", ONE, storages=[bytes(16)], compress=[name])
+  with pytest.raises(UserError, match=f"a/{name} is compressed, which torch.save never does"):
+    read_torch(path)
+
+
+def test_parts_that_are_too_large(tmp_path, monkeypatch):
+  with pytest.raises(UserError, match="byteorder has 1,000 bytes, expected at most 16"):
+    read_torch(write(tmp_path / "a.pt", ONE, bytes(1000), storages=[bytes(16)]))
+  monkeypatch.setattr(torch_files, "_LARGEST_PICKLE", 10)
+  with pytest.raises(UserError, match=r"data\.pkl has \d+ bytes, expected at most 10"):
+    read_torch(write(tmp_path / "a.pt", ONE, storages=[bytes(16)]))
+
+
+@pytest.mark.parametrize(
+  "program",
+  [
+    b"\x80\x02]r\xff\xff\xff\xff.",  # place 2**32 - 1 of the memo
+    b"\x80\x02]r\x00\x00\x00\x08.",
+    b"\x80\x02]p999999999\n.",
+    b"\x80\x05\x8e" + struct.pack("<Q", 10**18) + b".",  # bytes
+    b"\x80\x05\x96" + struct.pack("<Q", 10**18) + b".",  # a bytearray
+    b"\x80\x05\x8d" + struct.pack("<Q", 10**18) + b".",  # a text
+  ],
+)
+def test_a_few_bytes_that_ask_for_gigabytes(tmp_path, program):
+  tracemalloc.start()
+  with pytest.raises(UserError, match=r"a\.pt is damaged \(ValueError") as error:
+    read_torch(write(tmp_path / "a.pt", program))
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 10**6 and "\n" not in str(error.value)
+
+
+def test_lists_that_are_twice_in_the_next(tmp_path):
+  nested = []
+  for _ in range(60):
+    nested = [nested, nested]
+  found = read_torch(write(tmp_path / "a.pt", pickle.dumps(nested, 2)))
+  assert found[0] is found[1] and len(found[0]) == 2
+
+
+def test_lists_without_an_end(tmp_path):
+  endless = []
+  endless.append(endless)
+  with pytest.raises(UserError, match="damaged.*RecursionError"):
+    read_torch(write(tmp_path / "a.pt", pickle.dumps(endless, 2)))
+
+
+def test_one_number_as_many(tmp_path):
+  path = save({"a": Slice(tiny.random(0, 4), 0, (2**40,), (0,))}, tmp_path / "a.pt")
+  with pytest.raises(UserError, match=r"of shape \(1099511627776,\) in a storage of 4 numbers"):
+    read_torch(path)
+
+
+def test_lack_of_memory_is_one_line(tmp_path, monkeypatch):
+  def none_left(program):
+    raise MemoryError
+
+  monkeypatch.setattr(torch_files, "_check_numbers", none_left)
+  with pytest.raises(UserError, match=r"a\.pt asks for more memory than there is"):
+    read_torch(write(tmp_path / "a.pt", ONE, storages=[bytes(16)]))
 
 
 class Touch:
@@ -136,7 +215,11 @@ def test_storages_that_are_none(tmp_path, name):
   with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
     archive.writestr("a/data.pkl", program)
     archive.writestr("a/data/0", bytes(16))
-  said = {"object": "a tensor of dtype 'O'", "string": "a tensor of dtype 'S4'"}.get(name, name)
+  said = {
+    "object": "a tensor of dtype 'O'",
+    "string": "a tensor of dtype 'S4'",
+    "unhashable": r"a tensor of dtype \[\]",
+  }.get(name, name)
   with pytest.raises(UserError, match=f"is damaged .*{said}"):
     read_torch(tmp_path / "a.pt")
 

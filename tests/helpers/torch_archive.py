@@ -108,14 +108,9 @@ class _Pickler(pickle.Pickler):
     return NotImplemented
 
 
-def save(
-  value: Any, path: pathlib.Path, *, byteorder: str = "little", compress: bool = False
-) -> pathlib.Path:
+def save(value: Any, path: pathlib.Path, *, byteorder: str = "little") -> pathlib.Path:
   """torch.save(value, path), for arrays, Slices and Parameters in plain containers."""
-  with (
-    zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive,
-    _named_as_torch() as modules,
-  ):
+  with zipfile.ZipFile(path, "w") as archive, _named_as_torch() as modules:
     with archive.open(f"{path.stem}/data.pkl", "w") as file:
       pickler = _Pickler(file, modules)
       pickler.dump(value)
