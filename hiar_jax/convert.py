@@ -7,7 +7,8 @@
 .pth); its --out is a weights directory (see weights.py). --export is a weights directory or a
 training run's directory. Tensors that are missing or left over are errors that list them. Memory:
 a few tensors, or one shard that is written. An interrupted run leaves nothing that passes for
-weights; models that are there already are kept without --overwrite.
+weights; models that are there already are kept without --overwrite, where they are
+those that are asked for.
 """
 
 from collections.abc import Iterator
@@ -65,12 +66,14 @@ def convert(
         f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is "
         "there"
       )
-  done = []
-  for expected, path in found:
-    model = layouts.open_model(path, expected, entry=entry, heads=heads)
+  if kind in (None, "dit"):
+    layouts.check_experts(root)
+  # All are opened before the first is written: what is not supported is said at once.
+  models = [layouts.open_model(path, given, entry=entry, heads=heads) for given, path in found]
+  for model in models:
     yield from model.tensors.notes
     yield _convert_model(model, out, dtype, overwrite)
-    done.append(model.kind)
+  done = [model.kind for model in models]
   if root.is_dir() and kind is None:
     yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
     lacking = layouts.missing(done)
@@ -87,12 +90,6 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
   tree = view_published(
     model.tensors.named, rules, f"{source}: {model.kind} ({model.layout} names)"
   )
-  if weights.exists(out, model.kind) and not overwrite:
-    existing = weights.describe(out, model.kind)
-    return (
-      f"{folder} is there already ({existing.parameters:,} parameters, from {existing.source}); "
-      "kept, --overwrite replaces it"
-    )
   for leaf in jax.tree.leaves(tree):
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise UserError(
@@ -101,11 +98,39 @@ def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -
       )
   if dtype is not None:
     tree = jax.tree.map(lambda leaf: Cast(leaf, dtype), tree)
+  if weights.exists(out, model.kind) and not overwrite:
+    return _kept(model, out, weights.dtypes_of(tree))
   size = sum(leaf.size * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
-  found = weights.save(out, model.kind, model.config, tree, source=source, tensors=len(rules))
+  entry = model.tensors.entry
+  found = weights.save(
+    out, model.kind, model.config, tree, source=source, tensors=len(rules), entry=entry
+  )
   return (
     f"{folder}: {found.parameters:,} parameters in {found.tensors} tensors, {found.dtype}, "
     f"{size / 1e9:.3g} GB, from {source} ({model.layout} names)"
+  )
+
+
+def _kept(model: Model, out: str, dtype: str) -> str:
+  """Returns the line of report on weights that are there already.
+
+  Raises UserError where they are others: of another config, entry or dtype.
+  """
+  folder, there = pathlib.Path(out) / model.kind, weights.describe(out, model.kind)
+  asked = weights.config_to_json(model.config)
+  pairs = {name: (there.config.get(name), value) for name, value in asked.items()}
+  pairs["dtype"] = there.dtype, dtype
+  if there.entry is not None:
+    pairs["entry"] = there.entry or "none", model.tensors.entry or "none"
+  differing = [f"{name} {old}, asked for {new}" for name, (old, new) in pairs.items() if old != new]
+  if differing:
+    raise UserError(
+      f"{folder} is there already, other weights (from {there.source}: {'; '.join(differing)}); "
+      "give another --out, or --overwrite"
+    )
+  return (
+    f"{folder} is there already ({there.parameters:,} parameters, from {there.source}); kept, "
+    "--overwrite replaces it"
   )
 
 

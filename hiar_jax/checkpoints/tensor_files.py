@@ -56,11 +56,14 @@ assert ml_dtypes.bfloat16  # imported for its effect: numpy knows these dtypes b
 
 @dataclasses.dataclass(frozen=True)
 class TensorSet:
-  """Tensors by name, the files that hold them, and remarks for the user on how they were chosen."""
+  """Tensors by name, the files that hold them, remarks for the user on how they were chosen, and
+  the entry of a .pt file that they were ('' where the file is a state dict itself).
+  """
 
   named: Mapping[str, np.ndarray]
   files: tuple[pathlib.Path, ...]
   notes: tuple[str, ...] = ()
+  entry: str = ""
 
 
 def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet:
@@ -75,13 +78,13 @@ def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet
   if not path.is_file():
     there = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(f"there is no file {path}; {nearest(str(path), there)}")
-  files, notes = (path,), ()
+  files, notes, chosen = (path,), (), ""
   if path.name.endswith(".index.json"):
     named, files = _open_index(path)
   elif path.suffix == ".safetensors":
     named = open_safetensors(path)
   elif path.suffix in TORCH:
-    named, notes = pick_entry(read_torch(path), entry, path)
+    named, notes, chosen = pick_entry(read_torch(path), entry, path)
   else:
     raise UserError(f"{path}: expected a name that ends in {', '.join(SUFFIXES)}")
   if entry is not None and path.suffix not in TORCH:
@@ -89,7 +92,7 @@ def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet
       f"--entry={entry} is for .pt files, which may hold several sets of weights; {path.name} "
       "holds one: leave it out"
     )
-  return TensorSet(unwrap(named, path), files, notes)
+  return TensorSet(unwrap(named, path), files, notes, chosen)
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -110,7 +113,11 @@ def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     header = json.loads(file.read(length))
   header.pop("__metadata__", None)
   content = np.asarray(np.memmap(path, np.uint8, mode="r"))[8 + length :]
-  return {name: _view(path, name, content, **entry) for name, entry in header.items()}
+  # the library takes keys beside these three, so they are left out here
+  return {
+    name: _view(path, name, content, entry["dtype"], entry["shape"], entry["data_offsets"])
+    for name, entry in header.items()
+  }
 
 
 def _view(
@@ -124,18 +131,32 @@ def _view(
   if dtype not in _DTYPES:
     raise UserError(f"{path}: {name} has the dtype {dtype}; expected one of {', '.join(_DTYPES)}")
   if not math.prod(shape):  # an empty slice of the file cannot be viewed in another dtype
-    return np.empty(shape, _DTYPES[dtype])
+    try:
+      return np.empty(shape, _DTYPES[dtype])
+    except ValueError as error:  # of (0, 2**62), which holds nothing and is too large all the same
+      raise UserError(
+        f"{path}: {name} has the shape {shape}, which no array has; download it again"
+      ) from error
   return content[slice(*data_offsets)].view(_DTYPES[dtype]).reshape(shape)
 
 
 def _open_index(path: pathlib.Path) -> tuple[dict[str, np.ndarray], tuple[pathlib.Path, ...]]:
   try:
     shard_of = json.loads(path.read_text())["weight_map"]  # {name of a tensor: file name}
+    if not all(isinstance(shard, str) for shard in shard_of.values()):
+      raise TypeError("a file name that is no text")
     shards = sorted(set(shard_of.values()))
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
     raise UserError(
       f"{path} is damaged (no weight_map can be read from it); download it again"
     ) from error
+  for name in shards:
+    # a name of a file beside the index, and one that a file may have
+    if pathlib.PurePath(name).name != name or not name.isprintable() or len(name.encode()) > 255:
+      raise UserError(
+        f"{path} names the file {name[:60]!r}, which is not the name of one beside it; download it "
+        "again"
+      )
   missing = [name for name in shards if not (path.parent / name).is_file()]
   if missing:
     raise UserError(
@@ -188,8 +209,9 @@ def only_set(folder: pathlib.Path, stem: str = "") -> pathlib.Path:
 
 def pick_entry(
   saved: Any, entry: str | None, path: pathlib.Path
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Picks the state dict from an object of torch.save; returns (tensors by name, remarks).
+) -> tuple[dict[str, np.ndarray], tuple[str, ...], str]:
+  """Picks the state dict from an object of torch.save; returns (tensors by name, remarks, the name
+  of the entry, '' where the object is a state dict itself).
 
   Raises UserError if there is none, or no such entry, or several without a preferred one.
   """
@@ -208,9 +230,9 @@ def pick_entry(
       raise UserError(
         f"--entry={entry}: {path} has no such entry; {nearest(entry, map(str, found))}"
       )
-    return _only_arrays(found[entry], path), ()
+    return _only_arrays(found[entry], path), (), entry
   if not found:  # `saved` is a state dict itself
-    return _only_arrays(saved, path), ()
+    return _only_arrays(saved, path), (), ""
   known = [name for name in ENTRIES if name in found]
   if not known and len(found) > 1:
     raise UserError(f"{path} has the entries {', '.join(map(str, found))}; choose one with --entry")
@@ -219,7 +241,7 @@ def pick_entry(
     f"{path.name} has the entries {', '.join(map(str, found))}; taking {chosen} (--entry "
     "chooses another)"
   )
-  return _only_arrays(found[chosen], path), (note,) if len(found) > 1 else ()
+  return _only_arrays(found[chosen], path), (note,) if len(found) > 1 else (), str(chosen)
 
 
 def _only_arrays(state: dict, path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -45,7 +45,8 @@ class Description:
 
   source: names of the published files; tensors: how many published tensors; dtype: of the weights,
   several joined by "+"; fingerprint: an id that changes with any number, shape or dtype; params:
-  the folder that holds them.
+  the folder that holds them; entry: that they were of a .pt file, '' for a file of one set, None
+  where it is not known (weights of older versions).
   """
 
   kind: str
@@ -56,6 +57,7 @@ class Description:
   dtype: str
   fingerprint: str
   params: str = PARAMS[0]
+  entry: str | None = None
 
 
 def exists(directory: str | os.PathLike, kind: str) -> bool:
@@ -154,11 +156,13 @@ def save(
   params: Params,
   source: str = "",
   tensors: int | None = None,
+  entry: str | None = None,
 ) -> Description:
   """Writes or replaces `<directory>/<kind>` from a tree of arrays, or of stacks read row by row.
 
   Needs the memory of a few chunks beyond the tree's own. source: names of the files they came from;
-  tensors: how many published tensors they were (default: the number of leaves). Raises DiskFull if
+  tensors: how many published tensors they were (default: the number of leaves); entry: as
+  Description's. Raises DiskFull if
   they do not fit on the disk, UserError if the folder cannot be made; older weights stay.
   """
   leaves = jax.tree.leaves(params)
@@ -175,11 +179,17 @@ def save(
       parameters=sum(leaf.size for leaf in leaves),
       fingerprint=digest,
       params=name,
-      dtype="+".join(sorted({jnp.dtype(leaf.dtype).name for leaf in leaves})),
+      dtype=dtypes_of(params),
+      entry=entry,
     )
     # Last, and in one step: from here on the new params are the ones that count.
     write_atomic(folder / MODEL, (json.dumps(dataclasses.asdict(found), indent=2) + "\n").encode())
   return found
+
+
+def dtypes_of(params: Params) -> str:
+  """Returns the names of the leaves' dtypes, joined by "+"."""
+  return "+".join(sorted({jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}))
 
 
 @contextlib.contextmanager

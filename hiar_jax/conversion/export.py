@@ -173,8 +173,9 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
   shutil.rmtree(staging, ignore_errors=True)  # left by a process that was killed
   check_space(target.folder, needed)
   try:
-    with writing(target.folder, needed, full_disk_alone=True):
+    with writing(target.folder, needed):
       staging.mkdir(parents=True)
+    with writing(target.folder, needed, full_disk_alone=True):
       size, count = write_shards(staging, target.stem, tensors, plan_shards(sizes, max_shard))
       if config is not None:
         _write_json(staging / "config.json", config)

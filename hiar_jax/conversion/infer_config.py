@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Mapping
 import itertools
+import math
+import re
+import reprlib
 from typing import Any
 
 from hiar_jax.conversion.dit_keys import HELIOS
@@ -46,6 +49,53 @@ _STATED = {
 }
 
 
+# What a value in a config.json must be, by its field here; a whole number above 0 where not named.
+_KINDS = {
+  "eps": "a number above 0",
+  "patch": "three whole numbers above 0",
+  "dim_mult": "a list of whole numbers above 0",
+  "temporal_downsample": "a list of true and false",
+  "latents_mean": "a list of finite numbers",
+  "latents_std": "a list of numbers above 0",
+}
+# Names in a config.json that no field has, and the values with which the models here compute.
+_FIXED = {
+  "dit": {"qk_norm": (True, "rms_norm_across_heads"), "cross_attn_norm": (True,)},
+  "vae": {"is_residual": (False,)},
+  "umt5": {
+    "layer_norm_epsilon": (1e-6,),
+    "relative_attention_max_distance": (128,),
+    "feed_forward_proj": ("gated-gelu",),
+  },
+}
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+  return (
+    isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+  )  # NaN is not below infinity either
+
+
+def _fits(field: str, value: Any) -> bool:
+  """Returns True for a value of the kind that _KINDS names."""
+  match field:
+    case "eps":
+      return _is_number(value) and value > 0
+    case "patch" | "dim_mult":
+      whole = isinstance(value, list) and bool(value) and all(map(_is_whole, value))
+      return whole and (field != "patch" or len(value) == 3)
+    case "temporal_downsample":
+      return isinstance(value, list) and all(isinstance(item, bool) for item in value)
+    case "latents_mean" | "latents_std":
+      numbers = isinstance(value, list) and all(map(_is_number, value))
+      return numbers and (field == "latents_mean" or all(item > 0 for item in value))
+  return _is_whole(value)
+
+
 class _Shapes:
   """Shapes by name. Raises UserError for one that is absent or has another rank.
 
@@ -72,13 +122,23 @@ class _Shapes:
     return self.shapes[name]
 
   def layers(self, stem: str) -> int:
-    """Returns the number of layers, which are numbered from 0 behind `stem.`."""
-    parts = (
+    """Returns the number of layers, which are numbered from 0 behind `stem.`.
+
+    Raises UserError for a gap: one tensor of a layer 999999999 makes no model of a billion.
+    """
+    parts = {
       name.removeprefix(f"{stem}.").split(".")[0]
       for name in self.shapes
       if name.startswith(f"{stem}.")
-    )
-    return 1 + max((int(part) for part in parts if part.isdigit()), default=-1)
+    }
+    numbers = sorted(int(part) for part in parts if re.fullmatch(r"[0-9]{1,18}", part))
+    for layer, number in enumerate(numbers):
+      if layer != number:
+        raise UserError(
+          f"{self.what}: there are tensors of {stem}.{number}, but none of {stem}.{layer}; give "
+          "the complete weights of one model"
+        )
+    return len(numbers)
 
 
 def infer(kind: str, layout: str, shapes: Mapping[str, Shape], what: str) -> dict[str, Any]:
@@ -91,37 +151,75 @@ def infer(kind: str, layout: str, shapes: Mapping[str, Shape], what: str) -> dic
   return rule(_Shapes(shapes, what), layout == "original")
 
 
-def stated(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
+def stated(kind: str, config: Mapping[str, Any], what: str, tensors: int) -> dict[str, Any]:
   """Returns the config fields that a config.json states.
 
-  Raises UserError for a DiT whose input and output channels differ.
+  tensors: how many there are, which bounds the number of layers. Raises UserError for a value of
+  another kind or out of range, one with which the models here do not compute, and a DiT whose input
+  and output channels differ.
   """
+
+  def checked(name: str, field: str = "") -> Any:
+    if not _fits(field, config[name]):
+      raise _wrong(what, name, config[name], _KINDS.get(field, "a whole number above 0"))
+    return config[name]
+
   fields = {}
   for field, names in _STATED.get(kind, {}).items():
-    found = [config[name] for name in names if config.get(name) is not None]
+    found = [checked(name, field) for name in names if config.get(name) is not None]
     if found:
       fields[field] = tuple(found[0]) if isinstance(found[0], list) else found[0]
+  for field in ("num_layers", "num_res_blocks"):
+    if fields.get(field, 0) > tensors:
+      raise UserError(
+        f"{what}: its config.json says {field} = {fields[field]}, and there are {tensors} tensors; "
+        "give the complete weights with their own config.json"
+      )
+  for name, values in _FIXED.get(kind, {}).items():
+    if config.get(name) is not None and config[name] not in values:
+      raise _wrong(what, name, config[name], f"{values[-1]}, as Wan2.1 has")
   # diffusers and transformers state the width per head.
-  if "attention_head_dim" in config and "num_heads" in fields:
-    fields["dim"] = config["attention_head_dim"] * fields["num_heads"]
-  if kind == "umt5" and "d_kv" in config and "num_heads" in fields:
-    fields["dim_attn"] = config["d_kv"] * fields["num_heads"]
+  if config.get("attention_head_dim") is not None and "num_heads" in fields:
+    fields["dim"] = checked("attention_head_dim") * fields["num_heads"]
+  if kind == "umt5" and config.get("d_kv") is not None and "num_heads" in fields:
+    fields["dim_attn"] = checked("d_kv") * fields["num_heads"]
+  if kind == "dit":
+    _check_channels(config, what)
+    _check_rope(config, what)
+  return fields
+
+
+def _wrong(what: str, name: str, value: Any, expected: str) -> UserError:
+  return UserError(
+    f"{what}: its config.json says {name} = {reprlib.repr(value)}; expected {expected}"
+  )
+
+
+def _check_channels(config: Mapping[str, Any], what: str) -> None:
   for in_name, out_name in (("in_dim", "out_dim"), ("in_channels", "out_channels")):
     channels_in, channels_out = config.get(in_name), config.get(out_name)
-    if kind == "dit" and channels_out is not None and channels_in != channels_out:
+    if channels_out is not None and channels_in != channels_out:
       raise UserError(
-        f"{what}: its config.json says {in_name} = {channels_in}, {out_name} = {channels_out}; "
-        "expected the same (a text-to-video model, image-to-video models have more in)"
+        f"{what}: its config.json says {in_name} = {reprlib.repr(channels_in)}, {out_name} = "
+        f"{reprlib.repr(channels_out)}; expected the same (a text-to-video model, image-to-video "
+        "models have more in)"
       )
-  if kind == "dit" and config.get("rope_dim"):  # Helios states what Wan2.1 fixes
-    found = [*config["rope_dim"], config.get("rope_theta", THETA)]
-    expected = [*(2 * pairs for pairs in split_pairs(config["attention_head_dim"])), THETA]
-    if found != expected:
-      raise UserError(
-        f"{what}: its config.json says rope_dim and rope_theta = {found}; expected those of "
-        f"Wan2.1, {expected}"
-      )
-  return fields
+
+
+def _check_rope(config: Mapping[str, Any], what: str) -> None:
+  """Raises UserError where Helios states other positions than those that Wan2.1 fixes."""
+  if not config.get("rope_dim"):
+    return
+  width = config.get("attention_head_dim")
+  if not _is_whole(width):
+    raise _wrong(what, "attention_head_dim", width, "a whole number above 0")
+  found = [config["rope_dim"], config.get("rope_theta", THETA)]
+  expected = [[2 * pairs for pairs in split_pairs(width)], THETA]
+  if [list(found[0]) if isinstance(found[0], list | tuple) else found[0], found[1]] != expected:
+    raise UserError(
+      f"{what}: its config.json says rope_dim and rope_theta = {reprlib.repr(found)}; expected "
+      f"those of Wan2.1, {expected}"
+    )
 
 
 def build(kind: str, fields: Mapping[str, Any], what: str) -> Any:
@@ -171,7 +269,12 @@ def _vae(shape: _Shapes, original: bool) -> dict[str, Any]:
   stem, conv = (
     ("encoder.downsamples", "residual.2") if original else ("encoder.down_blocks", "conv1")
   )
-  dim = shape("encoder.conv1.weight" if original else "encoder.conv_in.weight", 5)[0]
+  dim, channels = shape("encoder.conv1.weight" if original else "encoder.conv_in.weight", 5)[:2]
+  if channels != 3:  # Wan2.2's sees 2 x 2 pixels of three colours
+    raise UserError(
+      f"{shape.what}: an autoencoder of {channels} channels in, as Wan2.2's (of TI2V-5B), which is "
+      "not supported; expected Wan2.1's, of 3 (--kind converts another part alone)"
+    )
   # The encoder is one list of residual blocks and resamplings; each resampling ends a stage. One
   # that has a time_conv halves the frames too.
   stages: list[list[int]] = [[]]  # output widths of the residual blocks, by stage

@@ -50,6 +50,10 @@ CLASSES = {
   "vae": ("_class_name", ("AutoencoderKLWan",)),
   "umt5": ("model_type", ("umt5",)),
 }
+# Folders of the two DiTs of Wan2.2-A14B, for noisy and for nearly clean latents, in both layouts.
+EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+# Wan2.2's autoencoder, which is not supported: found so that it is said.
+NEWER_VAE = "Wan2.2_VAE"
 _ROWS = 4096  # of two tables, compared at once
 
 
@@ -98,11 +102,23 @@ def find_models(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
     for kind, (_, stem) in FOLDERS_AND_STEMS.items()
     if any(path.suffix in tensor_files.SUFFIXES for path in source.glob(f"{stem}*"))
   ]
+  stems += [("vae", path) for path in sorted(source.glob(f"{NEWER_VAE}.*"))[:1]]
   # Files of the DiT's stem alone are ambiguous: in diffusers' layout, the folder of any one model
   # has files of that name. The tensors decide.
   if all(kind == "dit" for kind, _ in stems):
     return [(None, tensor_files.only_set(source))]
   return stems
+
+
+def check_experts(source: pathlib.Path) -> None:
+  """Raises UserError for a source with two DiTs, of which one would be left out without a word."""
+  for both in EXPERTS:
+    if all((source / name).is_dir() for name in both):
+      raise UserError(
+        f"--source={source} has two DiTs, {both[0]}/ and {both[1]}/ (Wan2.2-A14B), and one alone "
+        f"is supported; give its folder, as --source={source / both[0]}, and the other parts with "
+        "--kind"
+      )
 
 
 def open_model(
@@ -132,7 +148,8 @@ def open_model(
     tensors = dataclasses.replace(tensors, named=_untied(tensors.named, path))
   shapes = {name: tuple(array.shape) for name, array in tensors.named.items()}
   sizes = infer_config.infer(kind, layout, shapes, str(path))
-  stated = infer_config.stated(kind, _stated(tensors.files[0].parent, kind), str(path))
+  beside = _stated(tensors.files[0].parent, kind)
+  stated = infer_config.stated(kind, beside, str(path), len(shapes))
   if kind == "dit" and heads is not None:
     stated["num_heads"] = heads
   # Stated fields win: where they contradict the shapes, checking the tensors names the difference.
@@ -148,7 +165,7 @@ def _stated(folder: pathlib.Path, kind: str) -> dict:
     config = json.loads(path.read_text())
     field, values = CLASSES[kind]
     return config if config.get(field) in values else {}
-  except (ValueError, AttributeError) as error:
+  except (ValueError, AttributeError, RecursionError) as error:
     raise UserError(f"{path} is damaged ({error}); download it again") from error
 
 

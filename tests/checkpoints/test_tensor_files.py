@@ -91,6 +91,55 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path):
     open_tensors(tmp_path)
 
 
+@pytest.mark.parametrize("name", [5, None, ["a"]])
+def test_an_index_of_what_is_no_text(tmp_path, name):
+  index = tmp_path / f"{STEM}.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"a": name}}))
+  with pytest.raises(UserError, match="is damaged .no weight_map can be read"):
+    open_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "name", ["a" * 5000, "../a.safetensors", "/a.safetensors", "a\0", "\ud800"]
+)
+def test_an_index_of_what_is_no_file_beside_it(tmp_path, name):
+  save_file(ARRAYS, tmp_path / "a.safetensors")
+  (tmp_path / "sub").mkdir()
+  index = tmp_path / "sub" / f"{STEM}.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": {"a.weight": name}}))
+  with pytest.raises(UserError, match=r"which is not the name of one beside it") as error:
+    open_tensors(index)
+  assert len(str(error.value)) < 1000
+
+
+def test_a_very_deep_index(tmp_path):
+  index = tmp_path / f"{STEM}.safetensors.index.json"
+  index.write_text("[" * 100_000)
+  with pytest.raises(UserError, match="is damaged"):
+    open_tensors(tmp_path)
+
+
+def write_header(path, header, numbers=b""):
+  content = json.dumps(header).encode()
+  path.write_bytes(len(content).to_bytes(8, "little") + content + numbers)
+  return path
+
+
+@pytest.mark.parametrize("extra", ["extra", "path", "content", "name"])
+def test_a_header_with_another_key(tmp_path, extra):
+  """The format's own library takes it."""
+  entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], extra: 1}
+  path = write_header(tmp_path / "a.safetensors", {"a": entry}, np.float32([1, 2]).tobytes())
+  assert open_tensors(path).named["a"].tolist() == [1, 2]
+
+
+def test_a_shape_that_no_array_has(tmp_path):
+  entry = {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}
+  path = write_header(tmp_path / "a.safetensors", {"a": entry})
+  with pytest.raises(UserError, match=r"a has the shape \[0, 4611686018427387904\]"):
+    open_tensors(path)
+
+
 def test_what_the_index_forgets_is_not_lost(tmp_path):
   """It must show up as left over, not disappear."""
   names = shards(tmp_path)

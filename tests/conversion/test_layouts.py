@@ -150,8 +150,7 @@ def test_a_source_that_fails_leaves_nothing(tmp_path):
   path.write_bytes(path.read_bytes()[:-100])
   with pytest.raises(UserError, match=r"Wan2\.1_VAE\.pth is cut off"):
     run(source, tmp_path / "out")
-  # complete before the VAE's turn
-  assert [path.name for path in (tmp_path / "out").iterdir()] == ["dit"]
+  assert not (tmp_path / "out").exists()
 
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -247,6 +246,15 @@ def test_the_config_json_beside_the_tensors_counts(tmp_path):
       "is float16, other layers are float32",
     ),
     (lambda t: t.update({"head.head.bias": np.zeros(16, np.int8)}), "tensors of dtype int8"),
+    (
+      lambda t: t.update({"blocks.999999999.x": np.zeros(3, np.float32)}),
+      r"tensors of blocks\.999999999, but none of blocks\.2;",
+    ),
+    (
+      lambda t: t.update({f"blocks.{'9' * 5000}.x": np.zeros(3, np.float32)}),
+      r"1 left over \(blocks\.9999",
+    ),
+    (lambda t: t.update({"blocks.².x": np.zeros(3, np.float32)}), r"1 left over \(blocks\.²"),
     (lambda t: t.pop("blocks.0.ffn.0.weight"), r"tensor blocks\.0\.ffn\.0\.weight is missing"),
     (
       lambda t: t.update({"patch_embedding.weight": np.zeros((256, 16), np.float32)}),
