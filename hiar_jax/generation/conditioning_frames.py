@@ -14,6 +14,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import conditioning_files, lengths
+from hiar_jax.video.isolated_reader import IsolatedReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +50,17 @@ class Conditioning:
     with open(self.path, "rb") as file:
       return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
-  def read(self, e: Experiment) -> tuple[np.ndarray, str]:
+  def read(self, e: Experiment, reader: IsolatedReader | None = None) -> tuple[np.ndarray, str]:
     """Reads (pixels uint8 [F H W 3] at the experiment's size, a message on what was changed or '').
 
-    F is 1 for an image; of a video it is the most whole blocks. Raises UserError where the file
-    cannot be read, or has less than one block.
+    F is 1 for an image; of a video it is the most whole blocks. reader: reads the file in another
+    process; None: this one does. Raises UserError where the file cannot be read, or has less than
+    one block.
     """
+    files = reader or conditioning_files
     if self.kind == "image":
-      return conditioning_files.read_image(self.path, e.data.height, e.data.width)
-    frames, message = conditioning_files.read_video(
+      return files.read_image(self.path, e.data.height, e.data.width)
+    frames, message = files.read_video(
       self.path, e.data.height, e.data.width, e.sample.fps, self.last
     )
     # A cache is filled block by block, so a video is cut to whole blocks, at its beginning: the new

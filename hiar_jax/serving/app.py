@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import traceback
 from typing import Any
 import urllib.parse
 
@@ -87,6 +88,7 @@ async def _open_queue(app: web.Application, config: ServerConfig):
 
 
 async def _close_sockets(app: web.Application) -> None:
+  app[QUEUE].reader.close()  # the handlers of these sockets may be waiting for it
   sockets = [client.socket for client in app[QUEUE].clients if client.socket is not None]
   farewells = (
     socket.close(code=WSCloseCode.GOING_AWAY, message=b"the server stops") for socket in sockets
@@ -233,6 +235,11 @@ async def _handle_message(queue: SessionQueue, client: Client, message) -> None:
     answer = await _carry_out(queue, client, command, file)
   except UserError as error:
     answer = {"say": "refused", "why": str(error)}
+  except Exception as error:
+    # a bug: the video that is under way goes on, and the server's log says where it was. The text
+    # of the error may name this machine's files.
+    traceback.print_exc()
+    answer = {"say": "refused", "why": f"this failed on the server ({type(error).__name__})"}
   if answer:
     await client.socket.send_json(answer)
   client.news.set()
@@ -311,7 +318,9 @@ async def _start(
   if file is not None:
     name = _text(command, "name")
     async with queue.readers:
-      frames, done = await queue.run_in_thread(uploads.read, queue.config.source, name, file)
+      frames, done = await queue.run_in_thread(
+        uploads.read, queue.config.source, queue.reader, name, file
+      )
     answer = {"say": "given", "done": done}
   await queue.enqueue(client, Request(prompt, seed, seconds, frames))
   return answer

@@ -14,6 +14,7 @@ from typing import Any
 
 from hiar_jax.serving.session import Limits, Request, Session
 from hiar_jax.streaming.streaming_model import StreamingModel
+from hiar_jax.video.isolated_reader import IsolatedReader
 
 CLOSED = "the tab was closed"
 READERS = 2  # uploads that are decoded at once: each may hold a long video's frames in memory
@@ -55,6 +56,7 @@ class SessionQueue:
     self._waiting: collections.deque[Client] = collections.deque()
     self._active: set[Client] = set()  # clients that hold one of the max_generations places
     self.readers = asyncio.Semaphore(READERS)  # held while an upload is read
+    self.reader = IsolatedReader()
     # for each client a tick and an upload to wait for, and two to spare
     self._pool = ThreadPoolExecutor(2 * config.max_clients + 2, thread_name_prefix="queue")
 
@@ -121,6 +123,7 @@ class SessionQueue:
 
   async def close(self) -> None:
     """Removes all clients."""
+    self.reader.close()
     for client in list(self.clients):
       await self.leave(client)
     self._pool.shutdown(wait=False)

@@ -23,6 +23,7 @@ from hiar_jax.streaming.live_video import AnyEngine, LiveVideo, open_engine
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import lengths
+from hiar_jax.video.isolated_reader import IsolatedReader
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,9 @@ class StreamingModel:
     """Returns warnings about words of a prompt that the model does not know, a line each."""
     return self.model.run.text_encoder.warnings(prompt)
 
-  def read_start(self, path: pathlib.Path, kind: str, name: str) -> tuple[ConditioningFrames, str]:
+  def read_start(
+    self, path: pathlib.Path, kind: str, name: str, reader: IsolatedReader
+  ) -> tuple[ConditioningFrames, str]:
     """Returns (conditioning frames of a file, message about their resizing or cropping, or '').
 
     kind: "image" or "video"; of a video the last frames are kept, as many as a window holds. name:
@@ -106,7 +109,7 @@ class StreamingModel:
     e = self.experiment
     k = e.history.block
     window = -(-self.engine.window // k) * k  # rounded up to whole blocks
-    pixels, message = Conditioning(path, kind, e.codec.pixel_frames(window)).read(e)
+    pixels, message = Conditioning(path, kind, e.codec.pixel_frames(window)).read(e, reader)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), message
 
   def open(

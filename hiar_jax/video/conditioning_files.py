@@ -15,10 +15,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from hiar_jax.errors import UserError
-from hiar_jax.video import video_file
+from hiar_jax.video import foreign_files, video_file
 
-_FORMATS = "PNG, JPEG, WebP or another that Pillow reads"
-_VIDEOS = "MP4, WebM or another that FFmpeg reads"
+_FORMATS = "PNG, JPEG, WebP, GIF, BMP, TIFF or AVIF"
+_VIDEOS = "MP4, MOV, WebM, MKV, AVI or MPEG"
 _SIXTEEN_BIT = 257  # 65535 / 255
 _RATE_TOLERANCE = 1e-3  # frames a second; containers round their rates
 _LEAST_CROP = 0.005  # cropped shares below it would be printed as 0 %
@@ -27,12 +27,17 @@ _SAME_COLOURS = 2  # levels of 255: profiles of sRGB itself differ by rounding
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
-def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.ndarray, str]:
+def read_image(
+  path: str | os.PathLike,
+  height: int,
+  width: int,
+  formats: tuple[str, ...] = foreign_files.PICTURES,
+) -> tuple[np.ndarray, str]:
   """Reads (uint8 [1 H W 3], changes): rotated by its EXIF orientation, in sRGB by its colour
   profile, alpha composed over black.
 
-  Of an animation the first frame is used. Raises UserError where the file is missing, no image,
-  empty, cut off, or of a pixel type without a known white.
+  Of an animation the first frame is used. formats: those of Pillow that are read. Raises UserError
+  where the file is missing, no image, empty, cut off, or of a pixel type without a known white.
   """
   path = _existing(path, "image")
   changes = []
@@ -40,13 +45,14 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.nda
     with warnings.catch_warnings():
       # Pillow warns of images of 90 megapixels or more; from twice that it raises
       warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-      with Image.open(path) as stored:
+      with foreign_files.open_picture(path, formats) as stored:
         if getattr(stored, "n_frames", 1) > 1:
           changes.append(f"the first of {stored.n_frames} frames")
         if stored.getexif().get(ExifTags.Base.Orientation, 1) != 1:
           changes.append("turned upright by its EXIF note")
         image = ImageOps.exif_transpose(stored)
         image.load()  # decodes now, inside the try: Pillow opens lazily
+        picture = _cover(_to_rgb(image, path, changes), height, width)
   except Image.UnidentifiedImageError as error:
     _refuse_heic(path)
     raise UserError(
@@ -54,28 +60,31 @@ def read_image(path: str | os.PathLike, height: int, width: int) -> tuple[np.nda
     ) from error
   except Image.DecompressionBombError as error:
     raise UserError(f"{path} has too many pixels ({error}); scale it down first") from error
-  except (OSError, SyntaxError, ValueError, EOFError) as error:
-    # what Pillow's decoders raise on damaged files
+  except foreign_files.Unusable as error:
     raise UserError(f"{path} is a damaged or cut off image ({error}); save it again") from error
-  picture = _cover(_to_rgb(image, path, changes), height, width)
   return np.asarray(picture)[None], _message(path, image.size[::-1], (height, width), changes)
 
 
 def read_video(
-  path: str | os.PathLike, height: int, width: int, fps: float, last: int | None = None
+  path: str | os.PathLike,
+  height: int,
+  width: int,
+  fps: float,
+  last: int | None = None,
+  formats: tuple[str, ...] = foreign_files.VIDEOS,
 ) -> tuple[np.ndarray, str]:
   """Reads (uint8 [F H W 3], changes): the frames on screen at 0, 1/fps, 2/fps, ... seconds.
 
   They are as players show them: upright, of square pixels, progressive, in BT.709, over black.
-  last: the number of frames kept, those at the end; None keeps all. Raises UserError where the file
-  is missing, no video, empty, damaged or cut off.
+  last: the number of frames kept, those at the end; None keeps all. formats: those of FFmpeg that
+  are read. Raises UserError where the file is missing, no video, empty, damaged or cut off.
   """
   path = _existing(path, "video")
   _refuse_heic(path)  # FFmpeg would show one tile of it
   try:
     # only the last frames are held, but all are decoded: the file is then known to be whole
     kept, total, first = deque(maxlen=last), 0, None
-    with av.open(str(path)) as container:
+    with foreign_files.open_video(path, formats) as container:
       film = video_file.Film(container)
       for frame, repeats in film.resampled(fps):
         first = first or frame
@@ -88,7 +97,7 @@ def read_video(
       f"{path} is not a video, or a damaged one; give a {_VIDEOS} file (a picture is given as "
       "--image)"
     ) from error
-  except (video_file.Unusable, av.error.FFmpegError) as error:
+  except (foreign_files.Unusable, av.error.FFmpegError) as error:
     raise UserError(f"{path} cannot be used ({error}); give a {_VIDEOS} file") from error
   if not kept:
     raise UserError(f"{path} shows no frame at {fps:g} frames a second; give a longer video")

@@ -15,6 +15,7 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 from hiar_jax.files import whole_file
+from hiar_jax.video.foreign_files import Unusable, open_video
 from hiar_jax.video.frames import checked_frames
 
 BT709 = 1  # ITU-T H.273: the value of BT.709 as matrix, primaries and transfer function
@@ -79,11 +80,11 @@ def write_mp4(
 def read_metadata(path) -> dict | None:
   """Reads the metadata alone: {} for a file without a JSON comment, None for no video file."""
   try:
-    with av.open(str(path)) as container:
+    with open_video(path) as container:
       if not container.streams.video:
         return None
       comment = container.metadata.get("comment", "")
-  except (av.error.FFmpegError, OSError):
+  except (Unusable, av.error.FFmpegError):
     return None
   try:
     value = json.loads(comment)

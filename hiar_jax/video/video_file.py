@@ -9,6 +9,7 @@ import av
 import numpy as np
 
 from hiar_jax.errors import UserError
+from hiar_jax.video.foreign_files import Unusable, open_video
 from hiar_jax.video.frame_pixels import Look
 
 # A file that decodes to less than this share of its declared frames counts as cut off; containers
@@ -18,10 +19,8 @@ _TRUNCATED = 0.9
 _ROUNDING = 1.1e-3
 # FFmpeg's own decoders, which it prefers, pass over the alpha channel of WebM.
 _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-
-
-class Unusable(Exception):
-  """The file gives no clip; the message says why."""
+# Pixels of a frame. A header may say 64x64 of frames that are 12000x12000; 8K has half of it.
+MAX_FRAME_PIXELS = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +52,7 @@ def survey(path: str | os.PathLike, sampling: Sampling) -> tuple[int, list[str]]
     Unusable: damaged, cut off, without a picture, or too short for one clip.
     av.error.FFmpegError: not a video, or its data cannot be decoded.
   """
-  with av.open(os.fspath(path)) as container:
+  with open_video(path) as container:
     film = Film(container)
     shown = 0
     for frame, repeats in film.resampled(sampling.fps):
@@ -75,7 +74,7 @@ def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
   """
   window: collections.deque[np.ndarray] = collections.deque(maxlen=sampling.frames)
   index = 0
-  with av.open(os.fspath(path)) as container:
+  with open_video(path) as container:
     film = Film(container)
     for frame, repeats in film.resampled(sampling.fps):
       # frames that the resampling skips are decoded, but not resized
@@ -162,7 +161,7 @@ class Film:
     """Yields every shown frame.
 
     Raises:
-      Unusable: no picture, damaged pictures, or fewer frames than the container declares.
+      Unusable: no picture, damaged or huge ones, or fewer frames than the container declares.
     """
     count = hidden = 0
     decode = self._decoder()
@@ -173,6 +172,11 @@ class Film:
       for frame in decode(packet):
         if frame.is_corrupt:
           raise Unusable(f"damaged at frame {count}")
+        if frame.width * frame.height > MAX_FRAME_PIXELS:
+          raise Unusable(
+            f"frame {count} has {frame.width} x {frame.height} pixels, at most "
+            f"{MAX_FRAME_PIXELS // 2**20} million are read"
+          )
         yield frame
         count += 1
     if not count:

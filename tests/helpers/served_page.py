@@ -14,7 +14,6 @@ from hiar_jax.serving.queue import ServerConfig
 from hiar_jax.serving.session import Limits
 from hiar_jax.streaming.producer import Stream
 from hiar_jax.streaming.streaming_model import ConditioningFrames
-from hiar_jax.video import conditioning_files
 from tests.helpers.fake_generation import SIZE, FakeDecoder, FakeGeneration, latents_of
 
 
@@ -48,11 +47,11 @@ class FakeSource:
     )
     return self.streams[-1]
 
-  def read_start(self, path, kind, name):
+  def read_start(self, path, kind, name, reader):
     if kind == "image":
-      pixels, said = conditioning_files.read_image(path, SIZE, SIZE)
+      pixels, said = reader.read_image(path, SIZE, SIZE)
     else:
-      pixels, said = conditioning_files.read_video(path, SIZE, SIZE, self.fps, last=6)
+      pixels, said = reader.read_video(path, SIZE, SIZE, self.fps, last=6)
     return ConditioningFrames(pathlib.Path(name), kind, pixels), said
 
   def warnings(self, prompt):

@@ -3,12 +3,15 @@ may send instead.
 """
 
 import asyncio
+import contextlib
+import errno
 import io
 import json
 import os
 import pathlib
 import tempfile
 import threading
+import time
 
 import av
 import numpy as np
@@ -19,17 +22,19 @@ aiohttp = pytest.importorskip("aiohttp", reason="the page needs the extra [serve
 
 from hiar_jax.errors import UserError
 from hiar_jax.serving import app, uploads
+from hiar_jax.video.isolated_reader import IsolatedReader, Limits
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 from tests.helpers.browser_tab import nothing_left, run, tab  # noqa: F401
 from tests.helpers.served_page import FakeSource, page
 
 PROMPT = "a red circle"
 RED = (220, 30, 30)
+READER = IsolatedReader()
 
 
-def picture(kind="PNG", size=(40, 20), mode="RGB", colour=RED) -> bytes:
+def picture(kind="PNG", size=(40, 20), mode="RGB", colour=RED, **options) -> bytes:
   file = io.BytesIO()
-  Image.new(mode, size, colour).save(file, kind)
+  Image.new(mode, size, colour).save(file, kind, **options)
   return file.getvalue()
 
 
@@ -53,7 +58,7 @@ def nothing_stays(monkeypatch, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_a_picture_is_read(kind):
-  frames, said = uploads.read(FakeSource(), "C:\\cats\\../red cat.png", picture(kind))
+  frames, said = uploads.read(FakeSource(), READER, "C:\\cats\\../red cat.png", picture(kind))
   assert (frames.kind, frames.path, frames.pixels.shape) == (
     "image",
     pathlib.Path("red cat.png"),
@@ -64,7 +69,7 @@ def test_a_picture_is_read(kind):
 
 
 def test_the_end_of_a_video_is_read(tmp_path):
-  frames, said = uploads.read(FakeSource(), "start.mp4", video(tmp_path))
+  frames, said = uploads.read(FakeSource(), READER, "start.mp4", video(tmp_path))
   assert (
     frames.kind == "video" and np.abs(frames.pixels[:, 3, 3, 0] - 10.0 * np.arange(3, 9)).max() <= 2
   )
@@ -84,7 +89,12 @@ def test_a_video_of_another_kind_is_read(tmp_path):
         )
       )
     container.mux(stream.encode())
-  assert uploads.read(FakeSource(), "a.mkv", file.getvalue())[0].pixels.shape == (3, 16, 16, 3)
+  assert uploads.read(FakeSource(), READER, "a.mkv", file.getvalue())[0].pixels.shape == (
+    3,
+    16,
+    16,
+    3,
+  )
 
 
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n%s\n#EXT-X-ENDLIST\n"
@@ -114,7 +124,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
 )
 def test_what_cannot_be_read_is_one_line(content, why):
   with pytest.raises(UserError, match=why) as error:
-    uploads.read(FakeSource(), "cat.png", content)
+    uploads.read(FakeSource(), READER, "cat.png", content)
   said = str(error.value)
   assert (
     said.startswith("cat.png ")
@@ -131,41 +141,37 @@ def test_no_other_file_is_opened_by_way_of_it(tmp_path, monkeypatch):
   monkeypatch.setattr(FakeSource, "read_start", lambda *_: pytest.fail("it was read"))
   for content in (PLAYLIST % secret, b"ffconcat version 1.0\nfile '%s'\n" % secret):
     with pytest.raises(UserError, match="neither"):
-      uploads.read(FakeSource(), "list.mp4", content)
+      uploads.read(FakeSource(), READER, "list.mp4", content)
 
 
 @pytest.mark.parametrize(
-  "limit, most, why",
+  "limits, why",
   [
     (
-      "MAX_FRAMES",
-      8,
+      Limits(frames=8),
       "long.mp4 is too long: of its size 8 frames are read, 120 seconds at most; cut it first",
     ),
-    ("MAX_SECONDS", 1.0, "too long: of its size 3600 frames are read, 1 seconds at most"),
-    ("MAX_VIDEO", 8 * 256, "of its size 8 frames"),
+    (Limits(video_seconds=1.0), "too long: of its size 3600 frames are read, 1 seconds at most"),
+    (Limits(video_pixels=8 * 256), "of its size 8 frames"),
   ],
+  ids=range(3),
 )
-def test_a_video_that_would_take_long_is_refused_unread(tmp_path, monkeypatch, limit, most, why):
-  monkeypatch.setattr(uploads, limit, most)
-  monkeypatch.setattr(FakeSource, "read_start", lambda *_: pytest.fail("it was read"))
+def test_a_video_that_would_take_long_is_refused(tmp_path, limits, why):
   with pytest.raises(UserError, match=why):
-    uploads.read(FakeSource(), "long.mp4", video(tmp_path))
+    uploads.read(FakeSource(), IsolatedReader(limits), "long.mp4", video(tmp_path))
 
 
-def test_a_video_at_the_limit_is_read(tmp_path, monkeypatch):
-  monkeypatch.setattr(uploads, "MAX_FRAMES", 9)
-  monkeypatch.setattr(uploads, "MAX_SECONDS", 9 / 8)
-  assert len(uploads.read(FakeSource(), "a.mp4", video(tmp_path))[0].pixels) == 6
+def test_a_video_at_the_limit_is_read(tmp_path):
+  reader = IsolatedReader(Limits(frames=9, video_seconds=9 / 8))
+  assert len(uploads.read(FakeSource(), reader, "a.mp4", video(tmp_path))[0].pixels) == 6
 
 
-def test_a_picture_of_too_many_pixels_is_refused_unread(monkeypatch):
-  monkeypatch.setattr(FakeSource, "read_start", lambda *_: pytest.fail("it was read"))
+def test_a_picture_of_too_many_pixels_is_refused():
   with pytest.raises(
     UserError,
     match="a.png has 9000 x 9000 pixels, at most 64 million are read; scale it down first",
   ):
-    uploads.read(FakeSource(), "a.png", picture(size=(9000, 9000), mode="1", colour=0))
+    uploads.read(FakeSource(), READER, "a.png", picture(size=(9000, 9000), mode="1", colour=0))
 
 
 # -------------------------------------------------------------------------------------- on the page
@@ -259,11 +265,77 @@ def test_what_cannot_be_started_from_is_answered_and_changes_nothing(tmp_path):
   )
 
 
+def test_a_tag_that_is_not_utf8_is_passed_over(tmp_path):
+  content = write_mp4(
+    tmp_path / "a.mp4", np.zeros((9, 16, 16, 3), np.uint8), 8, {"prompt": "Cafe!!"}
+  ).read_bytes()
+  content = content.replace(b"Cafe!!", b"Caf\xe9!!")
+  assert uploads.read(FakeSource(), READER, "a.mp4", content)[0].pixels.shape == (6, 16, 16, 3)
+
+
+def test_whatever_is_raised_is_answered_and_changes_nothing(tmp_path, monkeypatch):
+  def fail(*_):
+    raise AttributeError("no attribute 'width' in /srv/secret")
+
+  monkeypatch.setattr(uploads, "read", fail)
+
+  async def visit(server):
+    async with tab(server) as one:
+      await one.say(do="start", prompt=PROMPT)
+      await one.until(lambda tab: tab.is_in("running"))
+      await one.hand_in(picture(), prompt=PROMPT)
+      await one.until(lambda tab: "refused" in tab.heard)
+      said = one.heard["refused"]["why"]
+      assert said == "this failed on the server (AttributeError)"
+      frames = one.status["frames"]
+      await one.until(lambda tab: tab.is_in("running") and tab.status["frames"] > frames + 6)
+
+  with page(tmp_path) as server:
+    run(visit(server))
+  assert len(server.source.opened) == 1
+
+
+def test_a_full_disk_is_one_line(monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/start")
+
+  monkeypatch.setattr(pathlib.Path, "write_bytes", full)
+  with pytest.raises(UserError) as error:
+    uploads.read(FakeSource(), READER, "cat.png", picture())
+  assert str(error.value).startswith(
+    "cat.png cannot be read (the disk for temporary files is full); "
+  )
+
+
+def test_a_server_that_stops_ends_what_is_read(tmp_path):
+  """A JPEG that would take its reader long; what was stored of it is gone (nothing_stays)."""
+  content = picture("JPEG", (2000, 2000), progressive=True)
+  last = content.rindex(b"\xff\xda")
+  content = content[:last] + content[last:-2] * 50_000 + content[-2:]
+
+  async def visit(server):
+    async with tab(server) as one:
+      await one.hand_in(content, prompt=PROMPT)
+      while not server.queue.reader._running:
+        await asyncio.sleep(0.01)
+      (process,) = server.queue.reader._running
+      began = time.monotonic()
+      await asyncio.to_thread(stack.close)  # the server stops while the tab is open
+      process.wait(5)
+      assert time.monotonic() - began < 10
+      while os.listdir(tempfile.gettempdir()):  # a thread removes what it stored
+        assert time.monotonic() - began < 10
+        await asyncio.sleep(0.01)
+
+  with contextlib.ExitStack() as stack:
+    run(visit(stack.enter_context(page(tmp_path))))
+
+
 def test_what_is_handed_in_cannot_be_fetched(tmp_path, monkeypatch):
   """Not even while it is read."""
   seen = []
 
-  def look(self, path, kind, name):
+  def look(self, path, kind, name, reader):
     seen.extend([path, path.read_bytes()])
     raise UserError(f"{path} is enough")
 
@@ -303,7 +375,7 @@ def test_two_are_read_at_once_and_no_more(tmp_path, monkeypatch):
   """However many clients hand something in."""
   reading, most, release = [], [], threading.Event()
 
-  def look(self, path, kind, name):
+  def look(self, path, kind, name, reader):
     reading.append(name)
     most.append(len(reading))
     release.wait(60)
