@@ -56,7 +56,7 @@ class SessionQueue:
     self._waiting: collections.deque[Client] = collections.deque()
     self._active: set[Client] = set()  # clients that hold one of the max_generations places
     self.readers = asyncio.Semaphore(READERS)  # held while an upload is read
-    self.reader = IsolatedReader()
+    self.reader = IsolatedReader()  # closed by the application, before it waits for the clients
     # for each client a tick and an upload to wait for, and two to spare
     self._pool = ThreadPoolExecutor(2 * config.max_clients + 2, thread_name_prefix="queue")
 
@@ -123,7 +123,6 @@ class SessionQueue:
 
   async def close(self) -> None:
     """Removes all clients."""
-    self.reader.close()
     for client in list(self.clients):
       await self.leave(client)
     self._pool.shutdown(wait=False)
