@@ -124,9 +124,9 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
   assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.png"]
 
 
-def test_killed_write_leaves_the_old_file_whole(tmp_path):
-  """SIGKILL between the last byte and the rename: the old file stands, and the next write takes its
-  place.
+def test_killed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+  """SIGKILL between the last byte and the rename: the old file stands, and the next process that
+  writes there removes what was left.
   """
   path = write_mp4(tmp_path / "clip.mp4", moving_square(), metadata={"seed": "old"})
   code = (
@@ -138,6 +138,7 @@ def test_killed_write_leaves_the_old_file_whole(tmp_path):
   killed = subprocess.run([sys.executable, "-c", code, str(path)], env=environment, check=False)
   assert killed.returncode == -signal.SIGKILL
   assert read_mp4(path)[2] == {"seed": "old"}
+  monkeypatch.setattr(files, "_seen", set())  # as in another process
   write_mp4(path, moving_square(), metadata={"seed": "new"})
   assert read_mp4(path)[2] == {"seed": "new"} and os.listdir(tmp_path) == ["clip.mp4"]
 
@@ -215,7 +216,7 @@ def test_a_full_disk_is_said_while_a_video_is_written(tmp_path, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_fills_up_while_frames_are_encoded(tmp_path, monkeypatch):
   monkeypatch.setattr(
-    files, "open", lambda name, mode: open("/dev/full", "wb", buffering=0), raising=False
+    files, "_open_temporary", lambda path: (path, open("/dev/full", "wb", buffering=0))
   )
   with pytest.raises(UserError, match="no space left on the disk of .*clip.mp4"):
     write_mp4(
