@@ -86,6 +86,7 @@ def test_a_video_from_a_picture(model, workdir, written, tmp_path):
   np.testing.assert_array_equal(model.generate(PROMPT, **start), written["a.mp4"])
 
 
+@pytest.mark.slow
 def test_wan_is_the_one_that_the_command_writes(wan, written, tmp_path, capfd):
   config, weights = f"{wan}/config.py", f"{wan}/weights"
   start = {"video": f"{wan}/before.mp4", "frames": 37, "seed": SEED}

@@ -14,7 +14,6 @@ from hiar_jax.rollout.noise import block_noise
 from hiar_jax.types import LatentShape
 from tests.helpers import tiny
 from tests.helpers.compiling import quick_jit
-from tests.helpers.slow_cases import slow
 from tests.plugs.network import Groupwise
 from tests.plugs.oracle import Oracle
 
@@ -76,10 +75,9 @@ def oracles_gradient(name: str):
   return quick_jit(jax.grad(loss))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(
-  "name", ["step_first", *slow(*(name for name in ROWS if name != "step_first"))]
-)
+@pytest.mark.parametrize("name", ROWS)
 def test_x0_and_gradient(name, level):
   before, contexts, x0s = walked(name, level)
   expected = np.concatenate(x0s, axis=1)

@@ -71,7 +71,8 @@ def update(case: Case, mesh_config: MeshConfig, devices: int):
 # --------------------------------------------------------------------------------------- the steps
 
 
-@pytest.mark.parametrize("kind", ["critic", *slow("generator")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["critic", "generator"])
 def test_at_the_start_it_is_the_whole_critic(kind):
   """B is zero: both steps measure what they do with the weights themselves."""
   values = []

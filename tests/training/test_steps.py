@@ -65,7 +65,6 @@ KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "gen
 QUICK = {
   "teacher": ("pmap over 2, two parts",),
   "causal init, noisy": ("4 x 2", "2 x 2, a ring of 2"),
-  "critic": ("2 x 2, two parts",),
 }
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
