@@ -31,6 +31,7 @@ from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
 from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import pretrained, samples
+from hiar_jax.training.lineage import BORROWED, DEPENDS
 from hiar_jax.training.run import Run, open_run, read_config
 from hiar_jax.video.contact_sheet import contact_sheet
 from hiar_jax.video.png import write_png
@@ -68,18 +69,14 @@ _SEED = flags.DEFINE_integer(
   MAX_NOISE_SEED,
 )
 
-# The groups that the stages from data to causal_init depend on.
-SHARED_GROUPS = (
-  "seed",
-  "data",
-  "codec",
-  "text",
-  "model",
-  "student",
-  "teacher",
-  "trajectories",
-  "causal_init",
-  "weights",
+# The groups that the stages from data to causal_init depend on; the history is said by its row.
+SHARED_GROUPS = tuple(
+  {
+    name.partition(".")[0]: None
+    for stage in BORROWED
+    for name in DEPENDS[stage]
+    if name != "history"
+  }
 )
 _UNFINISHED = flags.DEFINE_boolean(
   "unfinished", False, "measure runs at their newest checkpoint, where they are not finished too"
