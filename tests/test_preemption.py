@@ -11,6 +11,15 @@ import pytest
 
 from hiar_jax.preemption import Preemption
 
+
+@pytest.fixture(autouse=True)
+def hang_up():
+  """SIGHUP as in a terminal: where the tests run under nohup it is ignored, also by children."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 STOPS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
