@@ -4,7 +4,7 @@ Tensors are views of memory-mapped files: opening reads headers only, and the pa
 read when its numbers are used.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import json
 import math
@@ -48,6 +48,14 @@ WRAPPERS = {
   "model",
   "diffusion_model",
 }
+# How names begin in ComfyUI's file of a whole pipeline: kind -> prefix.
+PIPELINE = {
+  "dit": "model.diffusion_model.",
+  "vae": "first_stage_model.",
+  "umt5": "text_encoders.umt5xxl.transformer.",
+}
+# What ComfyUI keeps among the tensors and is none: the bytes of a tokenizer's file.
+NO_WEIGHT = "spiece_model"
 # State dicts of a file with several, the preferred (those for inference) first.
 ENTRIES = ("generator_ema", "generator", "model_ema", "ema", "model", "state_dict", "module")
 
@@ -66,15 +74,18 @@ class TensorSet:
   entry: str = ""
 
 
-def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet:
+def open_tensors(
+  path: str | os.PathLike, entry: str | None = None, kind: str | None = None
+) -> TensorSet:
   """Opens a file, an index of shards, or a folder; tensor names come without wrappers' parts.
 
-  entry: the state dict to take from a .pt file with several. Raises UserError for what is missing,
-  cut off, damaged or ambiguous.
+  entry: the state dict to take from a .pt file with several. kind: of the model to take from
+  ComfyUI's file of a whole pipeline. Raises UserError for what is missing, cut off, damaged or
+  ambiguous.
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    return open_tensors(only_set(path), entry)
+    return open_tensors(only_set(path), entry, kind)
   if not path.is_file():
     there = [str(p) for p in path.parent.glob("*")] if path.parent.is_dir() else []
     raise UserError(f"there is no file {path}; {nearest(str(path), there)}")
@@ -92,7 +103,22 @@ def open_tensors(path: str | os.PathLike, entry: str | None = None) -> TensorSet
       f"--entry={entry} is for .pt files, which may hold several sets of weights; {path.name} "
       "holds one: leave it out"
     )
+  if kind in kinds_together(named):
+    prefix = PIPELINE[kind]
+    named = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
+  if NO_WEIGHT in named:
+    named = {name: x for name, x in named.items() if name != NO_WEIGHT}
+    notes += (f"{path.name}: {NO_WEIGHT}, a tokenizer's file among the tensors, is left out",)
   return TensorSet(unwrap(named, path), files, notes, chosen)
+
+
+def kinds_together(names: Iterable[str]) -> list[str]:
+  """Returns the kinds of the models in ComfyUI's file of a whole pipeline; [] for other names."""
+  names = list(names)
+  kinds = [
+    kind for kind, prefix in PIPELINE.items() if any(name.startswith(prefix) for name in names)
+  ]
+  return kinds if len(kinds) > 1 else []
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

@@ -82,14 +82,18 @@ def key_map(kind: str, config: Any, layout: str) -> list[TensorMapping]:
 def find_models(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
   """Finds the models of a source: (kind, path), kind None if only the tensors can tell.
 
-  Opens no file. Raises UserError if the source does not exist or holds no weights.
+  Reads no more than names of tensors. Raises UserError if the source does not exist or holds no
+  weights.
   """
   if not source.exists():
     raise UserError(
       f"--source={source}: there is no such file or folder; download it, or check the path"
     )
   if source.is_file():
-    return [(None, source)]
+    together = []
+    if source.suffix == ".safetensors":
+      together = tensor_files.kinds_together(tensor_files.open_safetensors(source))
+    return [(kind, source) for kind in together or (None,)]
   folders = [
     (kind, source / folder)
     for kind, (folder, _) in FOLDERS_AND_STEMS.items()
@@ -129,7 +133,7 @@ def open_model(
   heads: of a DiT, if neither its config.json nor Wan2.1's head width of 128 is right. Raises
   UserError if the tensors are those of another kind, or of no known one.
   """
-  tensors = tensor_files.open_tensors(path, entry)
+  tensors = tensor_files.open_tensors(path, entry, kind)
   found = [model for marker, model in MARKER_TENSORS.items() if marker in tensors.named]
   if not found and kind is None:
     names = ", ".join(sorted(tensors.named)[:3])

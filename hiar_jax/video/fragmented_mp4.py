@@ -12,7 +12,7 @@ is done here:
   on the disk.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 from fractions import Fraction
@@ -27,17 +27,15 @@ from av.video.frame import PictureType
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import writing
+from hiar_jax.files import DiskFull, writing
+from hiar_jax.video import mp4_boxes
 from hiar_jax.video.frames import checked_frames
 from hiar_jax.video.mp4 import BT709, SITING, yuv_frame
 
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
-_CONTAINERS = ("moov", "moof", "traf", "trak", "mdia", "minf", "stbl")  # boxes that hold boxes
-_FREE = b"free"  # free space (8.1.2), which players skip, whole or not
 _NO_LIMIT = 2**31 - 1  # frames between key frames: only the first frame of a fragment is one
 _KEPT = "the video is whole up to its last fragment"
 _TAKEN = "{} is there already; give another name, or remove it"
-_HEADER = 8  # bytes of a box before its content: size uint32, name 4 bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +86,7 @@ class FragmentedMP4(contextlib.AbstractContextManager):
     # the encoder needs the frames' size, so it starts with the first ones
     self._encoder: _Encoder | None = None
     self._fragments: list[Fragment] = []
-    self._head = b""  # of a resumed file
+    self._head = b""
     self._file: io.FileIO | None = None
     with writing(self.path):
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +109,7 @@ class FragmentedMP4(contextlib.AbstractContextManager):
     # Bytes 4 .. 8 are the name of the moof box. With the name `free` the box is skipped; an mdat
     # box without a moof before it is not played. The 4 bytes of the name are written last, after
     # all others were synchronised, and make the fragment valid in one step.
-    start = self._append(content[:4] + _FREE + content[8:])
+    start = self._append(content[:4] + mp4_boxes.FREE + content[8:])
     with writing(self.path, kept=_KEPT):
       os.pwrite(self._file.fileno(), content[4:8], start + 4)
       os.fsync(self._file.fileno())
@@ -120,10 +118,30 @@ class FragmentedMP4(contextlib.AbstractContextManager):
     self.frames += len(frames)
     return fragment
 
-  def __exit__(self, *exc) -> None:
-    """Closes the file, which is complete since its last fragment."""
+  def __exit__(self, kind, error, trace) -> None:
+    """Closes the file, which is complete since its last fragment, with its length and an index:
+    players then show how long it is, and find a moment without reading all of it.
+    """
     if self._file:
-      self._file.close()
+      with self._file:
+        if self._fragments and not isinstance(error, DiskFull):
+          self._append(self._index())
+          self._tell(self.frames / self._rate)
+
+  def _index(self) -> bytes:
+    units = mp4_boxes.timescale(self._head, "mdhd")
+    times = [round(fragment.first / self._rate * units) for fragment in self._fragments]
+    return mp4_boxes.index(times, [fragment.start for fragment in self._fragments])
+
+  def _tell(self, seconds: float) -> None:
+    """Writes the duration into the head; 0: it is not known."""
+    at = mp4_boxes.room(self._head)
+    if at is not None:  # files of before 2026-12 have no room for it
+      box = mp4_boxes.duration(seconds, self._head)
+      with writing(self.path, kept=_KEPT):
+        os.pwrite(self._file.fileno(), box[8:], at + 8)
+        os.pwrite(self._file.fileno(), box[:8], at)
+        os.fsync(self._file.fileno())
 
   def _start(self, size: tuple[int, int]) -> None:
     """Starts the encoder for frames of (height, width), and writes the head of a new file."""
@@ -141,7 +159,8 @@ class FragmentedMP4(contextlib.AbstractContextManager):
           self._file = open(self.path, "xb", buffering=0)
         except FileExistsError as error:
           raise UserError(_TAKEN.format(self.path)) from error
-      self._append(self._encoder.head)
+      self._head = self._encoder.head
+      self._append(self._head)
     # a resumed file keeps its head, so new fragments must decode with its settings
     elif _decoder_settings(self._head) != settings:
       raise UserError(
@@ -180,6 +199,7 @@ class FragmentedMP4(contextlib.AbstractContextManager):
     with writing(self.path, kept=_KEPT), contextlib.ExitStack() as undo:
       self._file = undo.enter_context(open(self.path, "r+b", buffering=0))
       self._head = os.pread(self._file.fileno(), head.end, 0)
+      self._tell(0)
       self._file.truncate(end)
       os.fsync(self._file.fileno())
       undo.pop_all()  # it stays open for what is written
@@ -218,7 +238,7 @@ class _Encoder:
     context.gop_size, context.max_b_frames = _NO_LIMIT, 0
     context.colorspace = context.color_primaries = context.color_trc = BT709
     self._container.start_encoding()
-    self.head = head.getvalue()
+    self.head = mp4_boxes.with_room(head.getvalue())
 
   def fragment(self, frames: np.ndarray, first: int, index: int) -> bytes:
     """Encodes frames uint8 [n H W 3] into a moof and an mdat box.
@@ -242,16 +262,10 @@ class _Encoder:
         packet.stream, packet.duration = stream, 1
         container.mux(packet)
     content = bytearray(file.getvalue())
-    starts: dict[str, int] = {}  # of the first box of each name
-    for name, start, _ in _boxes(content, deep=True):
-      starts.setdefault(name, start)
-    # mdhd (8.4.2): version and flags, two times of 4 bytes (8 in version 1), the timescale
-    header = starts["mdhd"] + _HEADER
-    offset = header + 4 + (16 if content[header] else 8)
-    (timescale,) = struct.unpack_from(">I", content, offset)
+    starts = mp4_boxes.first_starts(content)
     # tfdt (8.8.12) in version 1, which FFmpeg writes: version and flags, the decode time in 8 bytes
-    decode_time = round(first * self._time * timescale)
-    struct.pack_into(">Q", content, starts["tfdt"] + _HEADER + 4, decode_time)
+    decode_time = round(first * self._time * mp4_boxes.timescale(content, "mdhd"))
+    struct.pack_into(">Q", content, starts["tfdt"] + mp4_boxes.HEADER + 4, decode_time)
     return bytes(content[starts["moof"] :])  # without this container's own head
 
 
@@ -268,15 +282,15 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
   found = []
   moof = None  # (start, end) of the last one, until its mdat comes
   frames = 0
-  for name, start, end in _boxes(content):
+  for name, start, end in mp4_boxes.boxes(content):
     if name == "moov":
       found.append(Fragment(0, 0, 0, end))
     elif name == "moof":
       moof = start, end
     elif name == "mdat" and moof and found:
-      inner = _boxes(content, moof[0] + _HEADER, moof[1], deep=True)
+      inner = mp4_boxes.boxes(content, moof[0] + mp4_boxes.HEADER, moof[1], deep=True)
       # trun (8.8.8): version and flags, then the number of samples, which are frames
-      runs = [start + _HEADER + 4 for name, start, _ in inner if name == "trun"]
+      runs = [start + mp4_boxes.HEADER + 4 for name, start, _ in inner if name == "trun"]
       count = sum(struct.unpack_from(">I", content, run)[0] for run in runs)
       found.append(Fragment(frames, count, moof[0], end))
       frames += count
@@ -293,23 +307,3 @@ def _decoder_settings(head: bytes) -> bytes:
   # by its name: it lies within a sample entry of stsd, which is no plain container of boxes
   at = head.index(b"avcC")
   return head[at + 4 : at - 4 + int.from_bytes(head[at - 4 : at])]
-
-
-def _boxes(
-  content: bytes, start: int = 0, end: int | None = None, deep: bool = False
-) -> Iterator[tuple[str, int, int]]:
-  """Yields (name, start, end) of the whole boxes between two offsets, headers included.
-
-  deep: each followed by those inside it.
-  """
-  end = len(content) if end is None else end
-  while start + _HEADER <= end:
-    size, name = struct.unpack_from(">I4s", content, start)
-    # sizes 0 and 1 (to the end of the file, 64 bits) are not written here; cut-off boxes end it too
-    if size < _HEADER or start + size > end:
-      return
-    name = name.decode("latin-1")
-    yield name, start, start + size
-    if deep and name in _CONTAINERS:
-      yield from _boxes(content, start + _HEADER, start + size, deep=True)
-    start += size

@@ -6,8 +6,10 @@ complete, so a path holds a whole file or nothing new.
 
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 import av
@@ -52,7 +54,7 @@ def write_mp4(
   # the first piece ahead of the others: the encoder needs the size, and no file is opened for none
   pieces = iter([frames] if hasattr(frames, "shape") else frames)
   first = checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
-  with whole_file(path) as file, av.open(file, "w", format="mp4") as container:
+  with whole_file(path) as file, _index_first(file) as container:
     container.metadata["comment"] = json.dumps(
       dict(metadata or {}), ensure_ascii=False, sort_keys=True
     )
@@ -75,6 +77,42 @@ def write_mp4(
         container.mux(stream.encode(yuv_frame(frame, height, width, scale)))
     container.mux(stream.encode())  # the frames that x264 holds back for its lookahead
   return path
+
+
+def _index_first(file: io.BufferedRandom) -> av.container.OutputContainer:
+  """Opens a container whose index is moved before the frames when it is closed: a page plays such a
+  file before all of it is there.
+  """
+
+  def again(url, flags, options) -> _Reader:  # FFmpeg moves them by reading what it has written
+    return _Reader(file)
+
+  return av.open(file, "w", format="mp4", options={"movflags": "+faststart"}, io_open=again)
+
+
+class _Reader(io.RawIOBase):
+  """Reads a file that is being written, from a place of its own."""
+
+  def __init__(self, file: io.BufferedRandom):
+    file.flush()
+    self._file, self._at = file, 0
+
+  def readable(self) -> bool:
+    return True
+
+  def seekable(self) -> bool:
+    return True
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    size = os.fstat(self._file.fileno()).st_size
+    self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: size}[whence]
+    return self._at
+
+  def readinto(self, buffer) -> int:
+    self._file.flush()
+    count = os.preadv(self._file.fileno(), [buffer], self._at)
+    self._at += count
+    return count
 
 
 def read_metadata(path) -> dict | None:

@@ -4,6 +4,7 @@ import errno
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from PIL import Image
 import pytest
 
 from hiar_jax.errors import UserError
-from hiar_jax.video import fragmented_mp4
+from hiar_jax.video import fragmented_mp4, mp4_boxes
 from hiar_jax.video.fragmented_mp4 import FragmentedMP4
 from hiar_jax.video.mp4 import read_metadata
 from hiar_jax.video.png import PNGFolder
@@ -72,6 +73,38 @@ def test_fragments_are_what_browsers_want(tmp_path):
     assert times(alone) == pytest.approx([(5 * i + n) * 1001 / 24000 for n in range(5)], abs=1e-3)
 
 
+def told(path):
+  """(the duration in seconds, [(seconds, offset) of each fragment]) as a closed file has them."""
+  content = path.read_bytes()
+  boxes = {name: start for name, start, _ in mp4_boxes.boxes(content, deep=True)}
+  seconds = 0.0
+  if "mehd" in boxes:
+    (units,) = struct.unpack_from(">Q", content, boxes["mehd"] + 12)
+    seconds = units / mp4_boxes.timescale(content, "mvhd")
+  if "mfra" not in boxes:
+    return seconds, []
+  (length,) = struct.unpack(">I", content[-4:])  # how players find it
+  assert len(content) - length == boxes["mfra"]
+  table = boxes["mfra"] + 8
+  (count,) = struct.unpack_from(">I", content, table + 20)
+  entries = [struct.unpack_from(">QQ", content, table + 24 + 19 * i) for i in range(count)]
+  units = mp4_boxes.timescale(content, "mdhd")
+  return seconds, [(time / units, offset) for time, offset in entries]
+
+
+def test_a_closed_file_says_how_long_it_is_and_where_its_fragments_are(tmp_path):
+  """And an open one, or one that is gone on with, does not say what is no longer true."""
+  path, videos = tmp_path / "clip.mp4", pieces(4)
+  made = write(path, videos)
+  assert told(path) == (2.5, [(5 / 8 * i, part.start) for i, part in enumerate(made)])
+  with FragmentedMP4(path, 8, scale=4, keep=10) as file:
+    assert told(path) == (0, [])
+    file.write(videos[2])
+    assert told(path) == (0, [])
+  assert told(path) == (15 / 8, [(5 / 8 * i, part.start) for i, part in enumerate(made[:3])])
+  assert times(path) == [i / 8 for i in range(15)]
+
+
 def test_the_same_frames_are_the_same_bytes(tmp_path):
   for name in "ab":
     write(tmp_path / name, pieces(3))
@@ -122,7 +155,7 @@ def test_a_fragment_is_on_the_disk_before_it_counts_as_one(tmp_path, monkeypatch
       os, "pwrite", lambda *arguments: done.append("pwrite") or pwrite(*arguments)
     )
     file.write(pieces(1)[0])
-  assert done == ["fsync", "pwrite", "fsync"]
+    assert done == ["fsync", "pwrite", "fsync"]
 
 
 def test_a_video_is_gone_on_with(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from hiar_jax import files
 from hiar_jax.errors import UserError
+from hiar_jax.video import mp4_boxes
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 from hiar_jax.video.png import write_png
 from tests.helpers.video_reader import read_mp4
@@ -55,6 +56,13 @@ def test_mp4_is_plain_h264_that_players_know(tmp_path):
     assert float(stream.average_rate) == pytest.approx(24000 / 1001, rel=1e-5)
     assert stream.frames == 12
     assert int(context.colorspace) == 1
+
+
+def test_the_index_comes_before_the_frames(tmp_path):
+  """So that a page plays a file that it has not whole yet."""
+  path = write_mp4(tmp_path / "clip.mp4", np.zeros((40, 64, 64, 3), np.uint8))
+  names = [name for name, *_ in mp4_boxes.boxes(path.read_bytes())]
+  assert [name for name in names if name in ("moov", "mdat")] == ["moov", "mdat"]
 
 
 def test_colours_are_not_shifted_by_the_yuv_matrix(tmp_path):
