@@ -98,7 +98,7 @@ def test_odd_lengths_are_padded_for_cudnn(monkeypatch, row):
   monkeypatch.setattr(cudnn, "_kernel", even_alone)
   q, k, v = (tiny.random(i, B, frames, 3, A, D) for i, frames in ((1, 3), (2, 5), (3, 5)))
   seen = np.ones(5, bool) if row is None else row
-  found = cudnn.attend(q, k, v, None if row is None else jnp.asarray(row))
+  found = quick_jit(cudnn.attend)(q, k, v, row)
   visible = np.tile(np.repeat(seen, 3), (9, 1))
   expected = reference(*(x.reshape(B, -1, A, D) for x in (q, k, v)), visible).reshape(q.shape)
   np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
@@ -195,15 +195,16 @@ def test_nothing_of_queries_times_keys_is_held(monkeypatch, implementation, with
 def test_text():
   k, v = tiny.random(5, B, 3, A, D), tiny.random(6, B, 3, A, D)
   expected = reference(Q.reshape(B, F * T, A, D), k, v, np.ones((F * T, 3), bool)).reshape(Q.shape)
-  np.testing.assert_allclose(attend_text(Q, k, v), expected, rtol=0, atol=2e-6)
+  np.testing.assert_allclose(quick_jit(attend_text)(Q, k, v), expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("implementation", ["blockwise", "cudnn"])
 def test_a_text_for_each_group_of_frames(here, implementation):
   k, v = tiny.random(5, B, F, 3, A, D), tiny.random(6, B, F, 3, A, D)
-  found = attend_text(Q, k, v, implementation)
+  found = quick_jit(lambda q, k, v: attend_text(q, k, v, implementation))(Q, k, v)
+  one = quick_jit(lambda q, k, v: attend_text(q, k, v, "xla"))
   for i in range(F):
-    alone = attend_text(Q[:, i : i + 1], k[:, i], v[:, i], "xla")
+    alone = one(Q[:, i : i + 1], k[:, i], v[:, i])
     np.testing.assert_allclose(found[:, i : i + 1], alone, rtol=0, atol=2e-6)
 
 
@@ -213,14 +214,14 @@ def test_a_text_for_each_group_of_frames(here, implementation):
 def test_gradients_are_those_of_softmax_written_out():
   """Also where logits are far too large for exp."""
   mask, weight = jnp.asarray(np.kron(MASK, np.ones((T, T), bool))), tiny.random(7, B, F * T, A, D)
-  flat = tuple(jnp.asarray(x.reshape(B, -1, A, D)) for x in (50 * Q, K, V))
+  flat = tuple(x.reshape(B, -1, A, D) for x in (50 * Q, K, V))
 
   def plain(q, k, v, mask):
     logits = jnp.einsum("bnad,bmad->banm", q, k) / D**0.5
     return jnp.einsum("banm,bmad->bnad", jax.nn.softmax(jnp.where(mask, logits, -jnp.inf)), v)
 
   gradients = lambda attend: jax.device_get(
-    jax.jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * weight), argnums=(0, 1, 2)))(*flat)
+    quick_jit(jax.grad(lambda *qkv: jnp.sum(attend(*qkv, mask) * weight), argnums=(0, 1, 2)))(*flat)
   )
   for ours, theirs in zip(gradients(softmax_attention), gradients(plain), strict=True):
     assert np.abs(theirs).max() > 0.1
@@ -232,8 +233,8 @@ def test_sixteen_bit_inputs_have_logits_of_float32(attention):
   """Rounded to bfloat16, large logits would be wrong by more than one, and so would be who is
   seen.
   """
-  q, k, v = (jnp.asarray(x.reshape(B, -1, A, D), "bfloat16") for x in (50 * Q, K, V))
-  out = attention(q, k, v)
+  q, k, v = (x.reshape(B, -1, A, D).astype(jnp.bfloat16) for x in (50 * Q, K, V))
+  out = quick_jit(attention)(q, k, v)
   expected = reference(*(np.asarray(x, np.float32) for x in (q, k, v)), np.ones((F * T, P * T)))
   assert out.dtype == jnp.bfloat16
   np.testing.assert_allclose(
@@ -244,14 +245,16 @@ def test_sixteen_bit_inputs_have_logits_of_float32(attention):
 def test_gradients_of_blocks_are_summed_in_float32():
   """Of 64 blocks of keys or queries: bfloat16 sums would be wrong by a tenth of the result."""
   n = 256
-  q, k, v, w = (jnp.asarray(tiny.random(i, 1, n, 1, 8), "bfloat16") for i in range(4))
-  gradients = lambda attend, *inputs: jax.jit(
-    jax.grad(
-      lambda q, k, v: (attend(q, k, v) * inputs[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2)
-    )
-  )(*inputs[:3])
+  q, k, v, w = (tiny.random(i, 1, n, 1, 8).astype(jnp.bfloat16) for i in range(4))
+  gradients = lambda attend, *inputs: jax.device_get(
+    quick_jit(
+      jax.grad(
+        lambda q, k, v: (attend(q, k, v) * inputs[3]).astype(jnp.float32).sum(), argnums=(0, 1, 2)
+      )
+    )(*inputs[:3])
+  )
   found = gradients(functools.partial(blockwise.attend, block=4), q, k, v, w)
-  exact = gradients(softmax_attention, *(x.astype(jnp.float32) for x in (q, k, v, w)))
+  exact = gradients(softmax_attention, *(x.astype(np.float32) for x in (q, k, v, w)))
   for ours, theirs in zip(found, exact, strict=True):
     error = np.sqrt(np.mean((np.asarray(ours, np.float32) - theirs) ** 2) / np.mean(theirs**2))
     assert error < 6e-3, error

@@ -44,12 +44,14 @@ def test_settings_that_cannot_be(changes, message):
 
 def rates(optimizer, steps: int) -> list[float]:
   """The size of each update of AdamW on a constant gradient: its learning rate."""
-  params = {"w": jnp.zeros(1)}
-  opt_state, sizes = optimizer.init(params), []
-  for _ in range(steps):
-    update, opt_state = optimizer.update({"w": jnp.ones(1)}, opt_state, params)
-    sizes.append(-float(update["w"][0]))
-  return sizes
+  params, gradient = {"w": np.zeros(1, np.float32)}, {"w": np.ones(1, np.float32)}
+
+  @quick_jit
+  def updates():
+    move = lambda opt_state, _: optimizer.update(gradient, opt_state, params)[::-1]
+    return jax.lax.scan(move, optimizer.init(params), length=steps)[1]
+
+  return (-np.asarray(updates()["w"])[:, 0]).tolist()
 
 
 def test_the_rate_warms_up_and_stays():
@@ -73,16 +75,17 @@ def test_a_network_beside_the_main_one_has_its_own_rate():
 
 
 def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
-  params = {"a": jnp.ones(3), "b": jnp.full(4, 2.0)}
-  gradient = {"a": jnp.full(3, 300.0), "b": jnp.full(4, -400.0)}
-  optimizer = training(clip=1.0, weight_decay=0.0).optimizer(None)
-  _, opt_state = optimizer.update(gradient, optimizer.init(params), params)
+  full = lambda count, value: np.full(count, value, np.float32)
+  params, zero = {"a": full(3, 1), "b": full(4, 2)}, {"a": full(3, 0), "b": full(4, 0)}
+  gradient = {"a": full(3, 300), "b": full(4, -400)}
+  first = lambda optimizer, gradient: quick_jit(
+    lambda gradient: optimizer.update(gradient, optimizer.init(params), params)
+  )(gradient)
+  _, opt_state = first(training(clip=1.0, weight_decay=0.0).optimizer(None), gradient)
   norm = np.sqrt(3 * 300**2 + 4 * 400**2)
   np.testing.assert_allclose(opt_state[1][0].mu["a"], 0.1 * 300 / norm, rtol=1e-5)
   np.testing.assert_allclose(opt_state[1][0].mu["b"], -0.1 * 400 / norm, rtol=1e-5)
-  zero = jax.tree.map(jnp.zeros_like, params)
-  optimizer = training(weight_decay=0.5).optimizer(None)
-  update, _ = optimizer.update(zero, optimizer.init(params), params)
+  update, _ = first(training(weight_decay=0.5).optimizer(None), zero)
   np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
 
 
@@ -189,23 +192,25 @@ def quadratic(params, part):
 def batch(count: int = 8) -> dict:
   rng = np.random.default_rng(0)
   return {
-    "x": jnp.asarray(rng.normal(size=(count, 3)), jnp.float32),
-    "y": jnp.asarray(rng.normal(size=count), jnp.float32),
+    "x": rng.normal(size=(count, 3)).astype(np.float32),
+    "y": rng.normal(size=count).astype(np.float32),
   }
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])
 def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
-  params, optimizer = {"w": jnp.ones(3)}, optax.sgd(0.1)
-  run = lambda parts: states.apply_gradients(
-    quadratic,
-    params,
-    optimizer.init(params),
-    optimizer,
-    batch(),
-    accumulate=parts,
-    mean=lambda x: x,
-  )
+  params, optimizer = {"w": np.ones(3, np.float32)}, optax.sgd(0.1)
+  run = lambda parts: quick_jit(
+    lambda params: states.apply_gradients(
+      quadratic,
+      params,
+      optimizer.init(params),
+      optimizer,
+      batch(),
+      accumulate=parts,
+      mean=lambda x: x,
+    )
+  )(params)
   (one, _, metrics), (other, _, metrics_parts) = run(1), run(accumulate)
   np.testing.assert_allclose(one["w"], other["w"], rtol=1e-6)
   assert metrics.keys() == metrics_parts.keys() == {"loss", "error", "grad_norm"}
@@ -215,16 +220,18 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(accumulate):
 
 def test_the_mean_over_devices_is_taken_before_the_update():
   """Two devices with half a batch each: their mean is the update of the whole."""
-  params, optimizer, whole = {"w": jnp.ones(3)}, optax.sgd(0.1), batch()
-  expected, _, metrics = states.apply_gradients(
-    quadratic, params, optimizer.init(params), optimizer, whole, mean=lambda x: x
-  )
+  params, optimizer, whole = {"w": np.ones(3, np.float32)}, optax.sgd(0.1), batch()
+  expected, _, metrics = quick_jit(
+    lambda whole: states.apply_gradients(
+      quadratic, params, optimizer.init(params), optimizer, whole, mean=lambda x: x
+    )
+  )(whole)
   halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), whole)
   mean = lambda tree: jax.lax.pmean(tree, "devices")
   step = lambda part: states.apply_gradients(
     quadratic, params, optimizer.init(params), optimizer, part, mean=mean
   )
-  found, _, found_metrics = jax.vmap(step, axis_name="devices")(halves)
+  found, _, found_metrics = jax.device_get(quick_jit(jax.vmap(step, axis_name="devices"))(halves))
   for device in range(2):
     np.testing.assert_allclose(found["w"][device], expected["w"], rtol=1e-6)
     np.testing.assert_allclose(found_metrics["grad_norm"][device], metrics["grad_norm"], rtol=1e-5)

@@ -69,7 +69,7 @@ def test_past_mask_is_the_part_before_the_own_block(row):
     static = visible(row, q, POSITIONS)
     assert isinstance(static, np.ndarray)
     np.testing.assert_array_equal(static, (causal & ~own)[q])
-  traced = jax.vmap(lambda q: visible(row, q, jnp.asarray(POSITIONS)))(jnp.asarray(POSITIONS))
+  traced = jax.jit(jax.vmap(lambda q: visible(row, q, jnp.asarray(POSITIONS))))(POSITIONS)
   np.testing.assert_array_equal(traced, causal & ~own)
 
 
@@ -82,8 +82,9 @@ def test_masks_need_no_order_and_skip_empty_slots():
 
 def test_masks_hold_at_frame_a_million():
   row, shift = MethodConfig(block=3, window=7, sink=1), 999_999
+  traced = jax.jit(lambda q, positions: visible(row, q, positions))
   for q in range(N):
-    far = visible(row, jnp.asarray(q + shift), jnp.asarray(POSITIONS + shift))
+    far = traced(q + shift, POSITIONS + shift)
     near = visible(MethodConfig(block=3, window=6), q, POSITIONS)
     np.testing.assert_array_equal(far, near)
 
@@ -194,7 +195,7 @@ def test_frames_that_do_not_exist_are_seen_by_none_that_do(row):
   groups = [g.replace(exists=part) for g, part in zip(groups, parts, strict=True)]
   groups[1] = groups[1].replace(exists=None)  # all are there
   exists[row.block : 2 * row.block] = True
-  mask = jax.jit(lambda groups: frame_mask(groups, ()))(tuple(groups))
+  mask = np.asarray(jax.jit(lambda groups: frame_mask(groups, ()))(tuple(groups)))
   # what the others see is of no account; they see something
   np.testing.assert_array_equal(mask[exists], (causal & exists)[exists])
   assert mask.any(axis=1).all()
@@ -217,33 +218,42 @@ def brute_force(row: MethodConfig, frames, slots) -> np.ndarray:
 
 @each_row
 def test_a_group_reads_the_slots_that_its_block_sees(row):
+  @jax.jit
+  def mask(slots, frames):
+    ring = Ring(None, slots, None, row.at((1.0, 0.0)))
+    groups, past = ring.read((Frames(X[:, : row.block], 0.5, frames),))
+    assert past == (None,)
+    return frame_mask(groups, (N,))
+
   for n in range(1, N // row.block):
     slots, frames = held_before(row, n), n * row.block + np.arange(row.block)
-    ring = Ring(None, jnp.asarray(slots), None, row.at((1.0, 0.0)))
-    groups, past = ring.read((Frames(X[:, : row.block], 0.5, jnp.asarray(frames)),))
-    assert past == (None,)
     expected = np.block([brute_force(row, frames, slots), np.ones((row.block, row.block), bool)])
-    np.testing.assert_array_equal(mask_of(groups, (N,)), expected)
+    np.testing.assert_array_equal(mask(slots, frames), expected)
 
 
 @pytest.mark.parametrize("there", [None, True, False])
 @each_row
 def test_the_pair_of_one_forward(row, there):
   """[context of block n | noisy block n + 1]: the context as if it were in the past already."""
-  k, masks = row.block, []
+  k = row.block
 
-  def bound(groups, past):
-    masks.append(mask_of(groups, (N,)))
-    return Out((None, None), (None, None))
+  @jax.jit
+  def mask(slots, frames, exists):
+    masks = []
+
+    def bound(groups, past):
+      masks.append(frame_mask(groups, (N,)))
+      return Out((None, None), (None, None))
+
+    context = Frames(X[:, :k], 0.2, frames, exists=exists)
+    noisy = Frames(X[:, :k], 0.5, frames + k)
+    ring = WithoutWrites(None, slots, None, row.at((1.0, 0.0)))
+    write_context_and_denoise(bound, ring, context, noisy)
+    return masks.pop()
 
   for n in range(1, N // k - 1):
     slots = held_before(row, n)
     frames = n * k + np.arange(k)
-    exists = None if there is None else jnp.full(k, there)
-    context = Frames(X[:, :k], 0.2, jnp.asarray(frames), exists=exists)
-    noisy = Frames(X[:, :k], 0.5, jnp.asarray(frames + k))
-    ring = WithoutWrites(None, jnp.asarray(slots), None, row.at((1.0, 0.0)))
-    write_context_and_denoise(bound, ring, context, noisy)
     seen = np.zeros((k, k), bool) if there is False else brute_force(row, frames + k, frames)
     expected = np.block(
       [
@@ -253,7 +263,8 @@ def test_the_pair_of_one_forward(row, there):
     )
     # what a context sees that is not there is of no account
     accounted = slice(k if there is False else 0, None)
-    np.testing.assert_array_equal(masks.pop()[accounted], expected[accounted])
+    found = mask(slots, frames, None if there is None else np.full(k, there))
+    np.testing.assert_array_equal(np.asarray(found)[accounted], expected[accounted])
 
 
 class WithoutWrites(Ring):
