@@ -31,7 +31,7 @@ PROMPTS = [
 
 
 def _params(seed=0):
-  params = quick_jit(functools.partial(umt5.init, CONFIG))(jax.random.key(seed))
+  params = jax.device_get(quick_jit(functools.partial(umt5.init, CONFIG))(jax.random.key(seed)))
   return jax.tree.map(
     lambda leaf: (
       leaf + 0.1 * np.random.default_rng(seed).normal(size=leaf.shape).astype(np.float32)

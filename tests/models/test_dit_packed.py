@@ -3,6 +3,7 @@ and what the network refuses. Recordings: test_dit_packed_golden.py.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ def test_an_initial_projection_is_pooling_before_the_patch_embedding(pool, patch
     _, ph, pw = patch
     draw = np.random.default_rng(0)
     embedding = {
-      "kernel": jnp.asarray(draw.normal(size=(ph * pw * 3, 5))),
-      "bias": jnp.asarray(draw.normal(size=5)),
+      "kernel": draw.normal(size=(ph * pw * 3, 5)),
+      "bias": draw.normal(size=5),
     }
-    x = jnp.asarray(draw.normal(size=(2, pool + 1, 2 * pool * ph, pool * pw, 3)))
+    x = draw.normal(size=(2, pool + 1, 2 * pool * ph, pool * pw, 3))
     kernel = pool, pool * ph, pool * pw
 
     @jax.jit
@@ -42,7 +43,7 @@ def test_an_initial_projection_is_pooling_before_the_patch_embedding(pool, patch
     pooled = x.reshape(b, f // pool, pool, h // pool, pool, w // pool, pool, c).mean((2, 4, 6))
     _, f, h, w, _ = pooled.shape
     patches = pooled.reshape(b, f, h // ph, ph, w // pw, pw, c).transpose(0, 1, 2, 4, 3, 5, 6)
-    expected = patches.reshape(b, -1, ph * pw * c) @ np.asarray(embedding["kernel"])
+    expected = patches.reshape(b, -1, ph * pw * c) @ embedding["kernel"]
     np.testing.assert_allclose(tokens, expected, rtol=0, atol=1e-12)
 
 
@@ -50,7 +51,8 @@ def test_an_initial_projection_is_pooling_before_the_patch_embedding(pool, patch
 def test_pooled_rotations_by_brute_force(pool):
   """The mean over each kernel of cosines and of sines, edges counted again where they repeat."""
   positions, rows, columns, head_dim = np.asarray([7, 8, 9, 40, 41]), 3, 5, 16
-  cos, sin = rope.pooled_rotation(jnp.asarray(positions), rows, columns, head_dim, pool)
+  run = quick_jit(lambda at: rope.pooled_rotation(at, rows, columns, head_dim, pool))
+  cos, sin = jax.device_get(run(positions))
   split = rope.split_pairs(head_dim)
   angles = lambda f, r, c: np.concatenate(
     [at * rope.frequencies(n) for at, n in zip((f, r, c), split, strict=True)]
@@ -88,9 +90,10 @@ def section(history: int = 5, width: int = 4) -> tuple[Frames, ...]:
 PACKED_NAMES = ("packed_k4", "packed_k2", "packed_k1")
 
 
+@functools.cache
 def packed_params():
-  base = {k: v for k, v in tiny.params(dataclasses.replace(PACKED, packing=())).items()}
-  return dit_packed.with_projections(PACKED, base)
+  base = tiny.params(dataclasses.replace(PACKED, packing=()))
+  return jax.device_get(quick_jit(lambda base: dit_packed.with_projections(PACKED, base))(base))
 
 
 def test_parameters_are_the_base_s_and_pooled_embeddings():

@@ -36,7 +36,7 @@ def _params():
   draw = np.random.default_rng(0).normal
   params = jax.tree.map(
     lambda leaf: leaf + 0.05 * draw(size=leaf.shape).astype(np.float32),
-    taehv.init(CONFIG, jax.random.key(0)),
+    jax.device_get(jax.jit(lambda: taehv.init(CONFIG, jax.random.key(0)))()),
   )
   last = params["decoder"]["conv_out"]
   return params | {
@@ -212,7 +212,7 @@ def test_there_and_back_bit_for_bit(dtype):
     for rule in tiny_vae_key_map(CONFIG)
   }
   params = from_published(named, tiny_vae_key_map(CONFIG), "tiny VAE")
-  back = to_published(jax.tree.map(jnp.asarray, params), tiny_vae_key_map(CONFIG), "tiny VAE")
+  back = to_published(jax.device_put(params), tiny_vae_key_map(CONFIG), "tiny VAE")
   assert list(back) == list(named)
   assert all(
     back[name].dtype == array.dtype and back[name].tobytes() == array.tobytes()

@@ -34,7 +34,7 @@ def _params():
   draw = np.random.default_rng(0).normal
   return jax.tree.map(
     lambda leaf: leaf + 0.1 * draw(size=leaf.shape).astype(np.float32),
-    vae.init(CONFIG, jax.random.key(0)),
+    jax.device_get(jit(lambda: vae.init(CONFIG, jax.random.key(0)))()),
   )
 
 

@@ -41,7 +41,8 @@ def _params():
     neighbours[leaf.shape[-4] // 2, leaf.shape[-3] // 2] = 1
     return leaf * neighbours.reshape((1,) * (leaf.ndim - 4) + neighbours.shape)
 
-  return jax.tree_util.tree_map_with_path(calm, vae.init(CONFIG, jax.random.key(0)))
+  params = jax.device_get(jax.jit(lambda: vae.init(CONFIG, jax.random.key(0)))())
+  return jax.tree_util.tree_map_with_path(calm, params)
 
 
 def _without_attention(params):

@@ -82,12 +82,12 @@ def test_where_time_decides_nothing_is_sorted(notation, steps, given):
     plain = jax.tree.map(lambda part: part[0], tables([step])[0])
     chosen = chosen_row(schedule, by_time, x, row_of(notation, steps, at, given))
     assert (plain.tails[0] is None) == (chosen.tails[0] is None)
-    sizes = dict(sigma=np.float32(0.5), patch=tiny.CONFIG.patch)
-    for got, want in zip(
-      groups_of_row(schedule, by_time, x, chosen, noisy, **sizes),
-      groups_of_row(schedule, by_time, x, plain, noisy, **sizes),
-      strict=True,
-    ):
+    groups = quick_jit(
+      lambda row: groups_of_row(
+        schedule, by_time, x, row, noisy, np.float32(0.5), patch=tiny.CONFIG.patch
+      )
+    )
+    for got, want in zip(groups(chosen), groups(plain), strict=True):
       np.testing.assert_array_equal(got.x, want.x)
       np.testing.assert_array_equal(
         np.broadcast_to(got.positions, (tiny.BATCH, got.positions.shape[-1])),

@@ -39,6 +39,9 @@ def batch(frames: int = FRAMES) -> dict:
   return {"latents": tiny.video(1, frames), "text": tiny.text(), "example_id": index}
 
 
+windows = jax.jit(teacher.windows, static_argnums=2, static_argnames="openings")
+
+
 def loss_alone(step):
   """(state, batch, frozen) -> loss: what an update does with the gradient is not compiled."""
   return quick_jit(lambda *given: step(*given)[1]["loss"])
@@ -65,7 +68,8 @@ def test_the_loss_by_hand():
   x = flow.add_noise(x0, eps, sigma)
   (table,) = c.rows(2)
   row = jax.tree.map(lambda part: part[0], table)
-  groups = groups_of_row(c.parsed, c.history, x0, row, x, sigma)
+  groups = quick_jit(lambda *given: groups_of_row(c.parsed, c.history, *given))(x0, row, x, sigma)
+  groups = jax.device_get(groups)
   assert all((group.x == 0).all() for group in groups[:-1])
   forward = quick_jit(lambda params, groups: bind(NETWORK, params, tiny.text())(groups))
   v = forward(tiny.params(NETWORK), groups).velocity[-1]
@@ -108,20 +112,22 @@ def test_the_teacher_is_trained_on_windows_of_clips():
 
 
 def test_windows_begin_anywhere():
-  clips = jnp.arange(4.0).reshape(1, 4, 1, 1, 1) * jnp.ones((64, 1, 1, 1, 1))
-  cut, first = teacher.windows(jax.random.split(jax.random.key(1), 64), clips, 2)
-  assert set(np.asarray(first).tolist()) == {0, 1, 2}
-  np.testing.assert_array_equal(cut[:, :, 0, 0, 0], first[:, None] + jnp.arange(2)[None])
+  clips = np.broadcast_to(
+    np.arange(4.0, dtype=np.float32)[None, :, None, None, None], (64, 4, 1, 1, 1)
+  )
+  cut, first = jax.device_get(windows(jax.random.split(jax.random.key(1), 64), clips, 2))
+  assert set(first.tolist()) == {0, 1, 2}
+  np.testing.assert_array_equal(cut[:, :, 0, 0, 0], first[:, None] + np.arange(2)[None])
 
 
 def test_a_share_of_the_windows_opens_its_clip():
   """The others stay where they were drawn."""
-  keys, clips = jax.random.split(jax.random.key(1), 256), jnp.zeros((256, 40, 1, 1, 1))
-  _, anywhere = teacher.windows(keys, clips, 2)
-  _, half = teacher.windows(keys, clips, 2, openings=0.5)
+  keys, clips = jax.random.split(jax.random.key(1), 256), np.zeros((256, 40, 1, 1, 1), np.float32)
+  drawn = lambda openings: np.asarray(windows(keys, clips, 2, openings=openings)[1])
+  anywhere, half = drawn(0.0), drawn(0.5)
   assert 0.4 < (half == 0).mean() < 0.6
   np.testing.assert_array_equal(half, np.where(half == 0, 0, anywhere))
-  assert not teacher.windows(keys, clips, 2, openings=1.0)[1].any()
+  assert not drawn(1.0).any()
   c = teacher.TeacherConfig(steps=10, batch=2, lr=1e-3, frames=2, openings=1.0)
   step = loss_alone(teacher.make_step(c, tiny.CONFIG, optax.sgd(1.0)))
   state = create_state(jax.random.key(0), tiny.params(), optax.sgd(1.0))
@@ -232,11 +238,17 @@ def test_their_loss_by_hand(name):
   sigma = np.asarray([0.3, 0.8], np.float32)
   shown = clip.copy()
   shown[:, 6:] = np.nan  # the section itself: x0 stands apart
-  x0, eps = clip[:, 6:], example_normal(keys[:, 1], clip[:, 6:].shape[1:])
+  x0 = clip[:, 6:]
   sizes = c.parsed, c.history, shown
-  row = choose(*sizes, jax.tree.map(lambda part: part[0], table))
-  x = flow.add_noise(x0, eps, sigma)
-  groups = groups_of_row(*sizes, row, x, sigma, patch=NETWORK.patch)
+
+  @quick_jit
+  def given(keys, row):
+    eps = example_normal(keys[:, 1], x0.shape[1:])
+    row = choose(*sizes, row)
+    x = flow.add_noise(x0, eps, sigma)
+    return eps, row, groups_of_row(*sizes, row, x, sigma, patch=NETWORK.patch)
+
+  eps, row, groups = jax.device_get(given(keys, jax.tree.map(lambda part: part[0], table)))
   tail = c.packing.partition("_")[0]
   used = np.concatenate(
     [np.broadcast_to(numbers, (2, numbers.shape[-1])) for numbers in row.context], 1
