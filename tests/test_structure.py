@@ -155,10 +155,14 @@ def test_rollouts_take_nouns():
 
 def test_nothing_loads_torch_or_tensorflow():
   """Importing every module, in a fresh process: a person needs neither to train or to generate,
-  and SciPy (half a second of every start) only to fit a codebook.
+  and SciPy (half a second of every start) only to fit a codebook. The package alone loads no JAX
+  before something of it is asked for.
   """
   code = f"""
 import importlib, sys
+import hiar_jax
+assert "jax" not in sys.modules
+hiar_jax.load, hiar_jax.stream
 for name in {sorted(MODULES)!r}:
   importlib.import_module(name)
   heavy = {{"torch", "tensorflow", "scipy"}} & set(sys.modules)

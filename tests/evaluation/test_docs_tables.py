@@ -1,5 +1,6 @@
 """The tables of results on the pages are those that the rows in docs/rows make."""
 
+import functools
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from tests.helpers.slow_cases import slow
 DOCS = tiny_run.ROOT / "docs"
 
 
+@functools.cache
 def made(folder: str) -> list[str]:
   """The lines of the table, without its header."""
   found = rows.read_all([DOCS / "rows" / folder])

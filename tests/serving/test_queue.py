@@ -177,7 +177,7 @@ def test_a_viewer_that_takes_nothing_is_dropped_and_holds_up_nobody(tmp_path):
   source.scale = 1
   with page(
     tmp_path,
-    limits=Limits(idle_timeout=3.0, buffer_seconds=1000.0, heartbeat=1000.0),
+    limits=Limits(idle_timeout=1.5, buffer_seconds=1000.0, heartbeat=1000.0),
     source=source,
   ) as server:
     run(visit(server))
