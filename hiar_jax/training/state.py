@@ -49,6 +49,8 @@ class TrainConfig:
   default of optax's Muon; the rule `adamw` is without.
   ema_decay: from update `ema_start` on; until then the average is a copy of the weights. ema_ramp:
   the decay rises to it.
+  decayed: which parameters weight_decay pulls to zero: `all`, as the published trainings, or
+  `kernels`, not biases, gains and modulation; under Muon, the matrices that it moves.
   seed: of what the stage draws; None: the experiment's.
   """
 
@@ -67,6 +69,7 @@ class TrainConfig:
   accumulate: int = 1
   rule: str = "adamw"
   muon_lr: float = 0.02  # Keller Jordan's default
+  decayed: str = dataclasses.field(default="all", metadata={"since": "2026-11"})
   seed: int | None = dataclasses.field(default=None, metadata={"since": "2026-11"})
 
   def __post_init__(self):
@@ -78,6 +81,7 @@ class TrainConfig:
     decay(b1=self.b1, b2=self.b2, ema_decay=self.ema_decay)
     one_of(OPTIMIZERS, rule=self.rule)
     one_of(SCHEDULES, schedule=self.schedule)
+    one_of(DECAYED, decayed=self.decayed)
     if self.batch % self.accumulate:
       raise UserError(
         f"batch = {self.batch} cannot be taken in accumulate = {self.accumulate} equal parts"
@@ -113,7 +117,7 @@ class TrainConfig:
         adam_b2=self.b2,
         # alike for the matrices and the rest; optax's default is 0 for both
         weight_decay=self.weight_decay,
-        adam_weight_decay=self.weight_decay,
+        adam_weight_decay=self.weight_decay if self.decayed == "all" else 0.0,
         muon_weight_dimension_numbers=functools.partial(_matrices, network),
       )
     else:
@@ -122,6 +126,7 @@ class TrainConfig:
         b1=self.b1,
         b2=self.b2,
         weight_decay=self.weight_decay,
+        mask=DECAYED[self.decayed],
         # without momentum the first moment is never read again: half of its memory
         mu_dtype=jnp.bfloat16 if self.b1 == 0 else None,
       )
@@ -136,6 +141,14 @@ class TrainConfig:
       return optax.warmup_cosine_decay_schedule(0.0, lr, self.warmup, max(steps, self.warmup + 1))
     # a linear schedule of 0 steps stays at its initial value
     return optax.warmup_constant_schedule(0.0 if self.warmup else lr, lr, self.warmup)
+
+
+def _kernels(params: Params) -> PyTree:
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+# `decayed` -> optax's mask
+DECAYED: dict[str, Callable[[Params], PyTree] | None] = {"all": None, "kernels": _kernels}
 
 
 def _matrices(network: Network, params: Params) -> PyTree:

@@ -35,6 +35,7 @@ def training(**changes) -> TrainConfig:
     ({"warmup": -1}, "warmup = -1: expected at least 0"),
     ({"accumulate": 3}, "batch = 8 cannot be taken in accumulate = 3 equal parts"),
     ({"schedule": "linear"}, "schedule = 'linear': expected one of constant, cosine"),
+    ({"decayed": "norms"}, "decayed = 'norms': expected one of all, kernels"),
   ],
 )
 def test_settings_that_cannot_be(changes, message):
@@ -87,6 +88,26 @@ def test_clipping_is_by_the_global_norm_and_decay_pulls_to_zero():
   np.testing.assert_allclose(opt_state[1][0].mu["b"], -0.1 * 400 / norm, rtol=1e-5)
   update, _ = first(training(weight_decay=0.5).optimizer(None), zero)
   np.testing.assert_allclose(update["b"], -0.1 * 0.5 * 2.0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_biases_need_not_decay(rule):
+  params = tiny.params()
+  zero = jax.tree.map(np.zeros_like, params)
+
+  def moved(decayed):
+    config = training(rule=rule, weight_decay=0.5, decayed=decayed)
+    optimizer = config.optimizer(tiny.CONFIG)
+    run = quick_jit(lambda zero: optimizer.update(zero, optimizer.init(params), params)[0])
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(run(zero)))
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, x in leaves if x.any()}
+
+  names = moved("all")
+  assert len(names) == len(jax.tree.leaves(params))
+  kernels = {name for name in names if name.endswith("/kernel")}
+  assert moved("kernels") == {
+    name for name in kernels if rule == "adamw" or name.startswith("layers/")
+  }
 
 
 def test_a_clip_of_0_is_none():
