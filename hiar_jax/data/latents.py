@@ -36,7 +36,8 @@ class LatentWriter(PartWriter):
 
 def recipe_of(source: Any, codec: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """Returns what the latents of a source's clips depend on; arguments as `prepare`."""
-  made_from = source.recipe
+  # how films are cut for data sets of pixels is of no account here
+  made_from = {name: value for name, value in source.recipe.items() if name != "cut"}
   kinds = {"clips": made_from["kind"], "kind": LatentWriter.kind}
   return {**made_from, **kinds, **codec, "dtype": dtype}
 

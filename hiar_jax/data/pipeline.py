@@ -2,6 +2,9 @@
 
 The order is that of the global batch: it depends on the seed and the global batch size, not on the
 number of processes that share the work or of reading threads.
+
+A record of a folder of videos is a piece of film with several windows (data.video_folder). Each
+time that one is read, one of its windows is drawn, by the seed and the place in the order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,17 +42,19 @@ def make_iterator(
     keys: the array features wanted, all by default.
 
   Raises:
-    UserError: no data set, fewer records than the global batch, or a feature that the data set
+    UserError: no data set, fewer clips than the global batch, or a feature that the data set
       lacks.
   """
   source = tfds_builder.open_source(directory)
   global_batch = batch_size * process_count
-  if batch_size < 1 or len(source) < global_batch:
+  clips = len(source) if len(source) >= global_batch else count_clips(directory)
+  if batch_size < 1 or clips < global_batch:
     raise UserError(
-      f"{directory} holds {len(source)} clips, but a batch takes {global_batch}; use batches of 1 "
-      f"to {len(source)} (as --config.teacher.batch, in a new workdir), or write more clips"
+      f"{directory} holds {clips} clips, but a batch takes {global_batch}; use batches of 1 "
+      f"to {clips} (as --config.teacher.batch, in a new workdir), or write more clips"
     )
-  available = [key for key in source[0] if key != "caption"]
+  pieces = WINDOWS in source[0]
+  available = [key for key in source[0] if key not in ("caption", WINDOWS)]
   if missing := [key for key in keys or () if key not in available]:
     raise UserError(f"{directory} has no {', '.join(missing)}; it has {', '.join(available)}")
   rows = slice(process_index * batch_size, (process_index + 1) * batch_size)
@@ -57,7 +62,12 @@ def make_iterator(
   def read(numbers: np.ndarray) -> dict[str, np.ndarray]:
     """Maps the record numbers of a global batch to this process's rows of it."""
     # One call for all records: array_record reads them in parallel.
-    records = source.__getitems__([int(i) for i in numbers[rows]])
+    mine = numbers[rows]
+    if pieces:
+      records = source.__getitems__([int(i) for i in mine[:, 0]])
+      records = [window(record, draw) for record, draw in zip(records, mine[:, 1], strict=True)]
+    else:
+      records = source.__getitems__([int(i) for i in mine])
     batch = {}
     for key in available if keys is None else keys:
       stacked = np.stack([record[key] for record in records])
@@ -70,11 +80,36 @@ def make_iterator(
   # Numbers are shuffled and batched for all processes alike, and only then does each process read
   # its own rows: the global order is independent of the number of processes.
   order = grain.MapDataset.range(len(source)).shuffle(seed=seed32).repeat()
+  if pieces:
+    # the generator is grain's, of the seed and the place in the endless order
+    order = order.random_map(lambda i, rng: np.asarray([i, rng.integers(DRAWS)]), seed=seed32)
   batches = order.batch(global_batch).map(read)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads)
   )
   return iter(batches.to_iter_dataset(options))
+
+
+WINDOWS = "windows"  # the field of a piece of film: how many windows it has
+DRAWS = 2**40  # a number below picks a window, all about as often
+
+
+def window(record: Mapping[str, Any], draw: int) -> dict[str, Any]:
+  """Returns the clip of a record: of a piece of film the window that a number picks, else all."""
+  if WINDOWS not in record:
+    return dict(record)
+  first, frames = int(draw) % int(record[WINDOWS]), (len(record["video"]) + 1) // 2
+  video = record["video"][first : first + frames]
+  rest = {name: value for name, value in record.items() if name != WINDOWS}
+  return {**rest, "video": video, "start": np.int32(record["start"] + first)}
+
+
+def count_clips(directory: str | os.PathLike) -> int:
+  """Returns the number of clips of a data set: of pieces of film, their windows."""
+  source = tfds_builder.open_source(directory, (WINDOWS,))
+  if WINDOWS not in source[0]:
+    return len(source)
+  return sum(int(source[i][WINDOWS]) for i in range(len(source)))
 
 
 def spread(items: Sequence, count: int) -> list:
@@ -93,7 +128,14 @@ def read_captions(directory: str | os.PathLike) -> list[str]:
   return [source[i]["caption"].decode() for i in range(len(source))]
 
 
-def read_starts(directory: str | os.PathLike) -> list[int]:
-  """Returns the frame of its video at which each clip of a data set begins, 0 by default."""
-  source = tfds_builder.open_source(directory, ("start",))
-  return [int(source[i].get("start", 0)) for i in range(len(source))]
+def read_starts(directory: str | os.PathLike, seed: Sequence[int] = (0,)) -> list[int]:
+  """Returns the frame of its video at which each clip of a data set begins, 0 by default; of a
+  piece of film, that of a window drawn by the seed.
+  """
+  source = tfds_builder.open_source(directory, ("start", WINDOWS))
+  draws = np.random.default_rng(seed).integers(DRAWS, size=len(source))
+  records = (source[i] for i in range(len(source)))
+  return [
+    int(record.get("start", 0)) + int(draw) % int(record.get(WINDOWS, 1))
+    for record, draw in zip(records, draws, strict=True)
+  ]

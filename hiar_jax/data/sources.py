@@ -30,9 +30,9 @@ from hiar_jax.video.video_file import Sampling
 class DataConfig:
   """The training data.
 
-  source: `shapes`, clips of the shapes world; `videos`, those of a folder, cut into clips end to
-  end; `prompts`, prompts without videos, for distillation from a teacher that exists. Clips of a
-  published codec are stored as latents.
+  source: `shapes`, clips of the shapes world; `videos`, those of a folder: any window of a film is
+  a clip, drawn anew each epoch; `prompts`, prompts without videos, for distillation from a teacher
+  that exists. Clips of a published codec are stored as latents, and cut from a film end to end.
   """
 
   source: str = "shapes"
@@ -49,6 +49,10 @@ class DataConfig:
   # of `videos`
   folder: str = path_field()
   fps: float = 8.0  # videos are resampled to it
+  # share of each film, its end, that is kept from training, to measure on
+  held_out: float = dataclasses.field(default=0.0, metadata={"since": "2026-11"})
+  # of clips that are stored as latents: frames from the start of one to that of the next; 0: frames
+  stride: int = dataclasses.field(default=0, metadata={"since": "2026-11"})
   # of `prompts`
   prompts: str = path_field()  # a file (data.prompt_rows)
   # of clips that are stored as latents (data.latents)
@@ -58,6 +62,9 @@ class DataConfig:
     one_of(DTYPES, **{"data.latent_dtype": self.latent_dtype})
     at_least(1, clips=self.clips, frames=self.frames, height=self.height, width=self.width)
     above(0, fps=self.fps)
+    at_least(0, stride=self.stride)
+    if not 0 <= self.held_out < 1:
+      raise UserError(f"data.held_out = {self.held_out}: expected a share, at least 0, less than 1")
     within(0, MAX_SEED, seed=self.seed)
     one_of(SOURCES, **{"data.source": self.source})
     self.opened.check()
@@ -202,7 +209,7 @@ class Shapes(Source):
 
 
 class Videos(Source):
-  """The videos of a folder, cut into clips end to end."""
+  """The videos of a folder."""
 
   def check(self) -> None:
     if not self.data.folder:
@@ -218,31 +225,32 @@ class Videos(Source):
         "captions"
       )
     if tfds_builder.is_complete(directory):
-      return len(tfds_builder.open_source(directory, ("start",))), "the clips of data.folder"
+      return pipeline.count_clips(directory), "the clips of data.folder"
     return math.inf, "data.clips"  # counted only when the data stage has cut the videos
 
   def prepare(self, directory: pathlib.Path, text_encoder) -> None:
-    data = self.data
-    video_folder.prepare(directory, data.folder, data.frames, data.height, data.width, data.fps)
+    video_folder.prepare(directory, self.data.folder, self._cut)
 
   @property
-  def _sampling(self) -> Sampling:
+  def _cut(self) -> video_folder.Cut:
     data = self.data
-    return Sampling(data.frames, data.height, data.width, data.fps, data.frames)
+    stride = data.stride or data.frames
+    sampling = Sampling(data.frames, data.height, data.width, data.fps, stride)
+    return video_folder.Cut(sampling, held_out=data.held_out)
 
   @property
   def recipe(self) -> dict[str, Any]:
-    return video_folder.recipe(self._sampling)
+    return video_folder.recipe(self._cut)
 
   def is_made(self, directory: pathlib.Path, recipe: Mapping[str, Any]) -> bool:
     return video_folder.is_made(directory, self.data.folder, recipe)
 
   def find(self) -> Found:
-    folder, sampling = pathlib.Path(self.data.folder), self._sampling
-    videos = video_folder.scan(folder, sampling)
-    read = functools.partial(video_folder.records, videos, sampling)
+    folder, cut = pathlib.Path(self.data.folder), dataclasses.replace(self._cut, pieces=False)
+    films = video_folder.scan(folder, cut)
+    read = functools.partial(video_folder.records, films, cut)
     files = {"files": video_folder.fingerprint(folder)}
-    return Found(sum(count for _, _, count in videos), read, files)
+    return Found(sum(len(film.records) for film in films), read, files)
 
 
 class Prompts(Source):

@@ -9,7 +9,7 @@ import collections
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
-import itertools
+import math
 import os
 import pathlib
 from typing import Any
@@ -31,56 +31,84 @@ _SUFFIXES = {
   *(".mts", ".ogv", ".ts", ".webm", ".wmv"),
 }
 _TEXTS = {".txt", ".csv", ".jsonl"}
+HELD_OUT = "held_out"  # folder of the data set's directory
 
 
-def prepare(
-  directory: str | os.PathLike,
-  source_folder: str | os.PathLike,
-  frames: int,
-  height: int,
-  width: int,
-  fps: float,
-  stride: int | None = None,
-) -> None:
-  """Cuts every usable video of a folder into clips of `frames` frames at `fps`.
+@dataclasses.dataclass(frozen=True)
+class Cut:
+  """How films become records.
 
-  Records are {video uint8 [f, H, W, 3], start int32 [], caption}: the clips of a file in order,
-  files by name.
+  sampling: of the clips. pieces: True for records from which any window may be taken, False for
+  clips. held_out: the share of each film, its end, that is kept from training.
+  """
 
-  stride: frames from the start of a clip to that of the next; default: end to end. Does nothing if
-  the data set is complete; warns if the folder has changed since.
+  sampling: Sampling
+  pieces: bool = True
+  held_out: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CutFilm:
+  """A usable file: its caption, (first frame, windows) of each of its records, and the first frames
+  of its held-out clips.
+  """
+
+  path: pathlib.Path
+  caption: str
+  records: Sequence[tuple[int, int]]
+  held_out: Sequence[int]
+
+
+def prepare(directory: str | os.PathLike, source_folder: str | os.PathLike, cut: Cut) -> None:
+  """Writes pieces of every usable video of a folder, any window of which is a clip.
+
+  A film of N frames has N - F + 1 windows of F frames. They are shared out evenly to pieces of at
+  most F. A record is {video uint8 [2 F - 1, H, W, 3], windows int32 [], start int32 [], caption}:
+  `windows` windows begin at its first frames, the first at frame `start` of the film; what lies
+  behind the last one is its last frame again. Held-out clips are a data set of their own in
+  directory/held_out, {video uint8 [F, H, W, 3], start, caption}.
+
+  Does nothing if the data set is complete; warns if the folder has changed since.
 
   Raises:
     UserError: no such folder, no usable video in it, bad metadata, bad sizes, or a directory of
       other settings.
   """
-  sampling = Sampling(frames, height, width, fps, stride or frames)
-  made_from = recipe(sampling)
+  made_from = recipe(cut)
   if is_made(directory, source_folder, made_from):
     return
   folder = pathlib.Path(source_folder)
-  videos = scan(folder, sampling)
+  films = scan(folder, cut)
   tfds_builder.write_recipe(directory, {**made_from, "files": fingerprint(folder)})
+  held = [dataclasses.replace(x, records=[(at, 1) for at in x.held_out]) for x in films]
+  whole = dataclasses.replace(cut, pieces=False)
+  if any(film.held_out for film in films):
+    _build(pathlib.Path(directory) / HELD_OUT, "video_folder/held_out", held, whole)
+  _build(directory, "video_folder/clips", films, cut)  # last: with it all is complete
+
+
+def _build(directory: str | os.PathLike, name: str, films: Sequence[CutFilm], cut: Cut) -> None:
+  sampling = cut.sampling
+  shape = (2 * sampling.frames - 1 if cut.pieces else sampling.frames, *sampling.size, 3)
+  scalar = tfds_builder.tensor((), np.int32)
   features = {
-    "video": tfds_builder.tensor((frames, height, width, 3), np.uint8),
-    "start": tfds_builder.tensor((), np.int32),
+    "video": tfds_builder.tensor(shape, np.uint8),
+    **({"windows": scalar} if cut.pieces else {}),
+    "start": scalar,
     "caption": tfds.features.Text(),
   }
-  tfds_builder.build(
-    directory,
-    "video_folder/clips",
-    features,
-    records(videos, sampling),
-    count=sum(clips for _, _, clips in videos),
-    example_bytes=frames * height * width * 3,
-  )
+  count = sum(len(film.records) for film in films)
+  made = records(films, cut)
+  tfds_builder.build(directory, name, features, made, count=count, example_bytes=math.prod(shape))
 
 
-def recipe(sampling: Sampling) -> dict[str, Any]:
+def recipe(cut: Cut) -> dict[str, Any]:
   """Returns what the clips of a folder are made from, as JSON values; its files aside, which the
   recipe of a made data set holds. Where the folder lies is no part of it: it may be moved.
   """
-  return {"kind": "video folder", **dataclasses.asdict(sampling)}
+  made_from = {"kind": "video folder", **dataclasses.asdict(cut.sampling)}
+  held_out = {"held_out": cut.held_out} if cut.held_out else {}
+  return {**made_from, "cut": "pieces" if cut.pieces else "clips", **held_out}
 
 
 def is_made(
@@ -92,17 +120,20 @@ def is_made(
   Raises:
     UserError: a directory of another recipe, or no such folder where it is needed.
   """
-  tfds_builder.check_recipe(directory, made_from, ignore=tfds_builder.OF_PARTS)
+  complete = tfds_builder.is_complete(directory)
+  # an earlier version cut films end to end and said nothing of it; what it has made is taken
+  stored = tfds_builder.read_recipe(directory) or {}
+  former = ("cut",) if complete and "cut" not in stored else ()
+  tfds_builder.check_recipe(directory, made_from, ignore=(*tfds_builder.OF_PARTS, *former))
   folder = pathlib.Path(source_folder)
-  if not tfds_builder.is_complete(directory):
+  if not complete:
     if not folder.is_dir():
       raise UserError(
         f"{source_folder} is not a folder; give the folder that holds the videos and their captions"
       )
     return False
   # The folder itself is no longer needed, and may be gone.
-  used = tfds_builder.read_recipe(directory)["files"]
-  if folder.is_dir() and used != fingerprint(folder):
+  if folder.is_dir() and stored["files"] != fingerprint(folder):
     logging.warning(
       "%s has changed since %s was made from it; use another --workdir to train on the new files",
       source_folder,
@@ -111,22 +142,28 @@ def is_made(
   return True
 
 
-def records(
-  videos: Sequence[tuple[pathlib.Path, str, int]], sampling: Sampling, first: int = 0
-) -> Iterator[dict[str, Any]]:
-  """Yields {video, start, caption} of the clips from number `first` on; videos: those of `scan`."""
-  for path, caption, count in videos:
-    if first < count:
-      # a file is only read forwards: clips before the first one are decoded too
-      clips = enumerate(video_file.clips(path, sampling))
-      for number, clip in itertools.islice(clips, first, None):
-        yield {"video": clip, "start": np.int32(number * sampling.stride), "caption": caption}
-    first = max(0, first - count)
+def records(films: Sequence[CutFilm], cut: Cut, first: int = 0) -> Iterator[dict[str, Any]]:
+  """Yields the records of films (`scan`) from number `first` on, as `prepare` stores them."""
+  frames = cut.sampling.frames
+  for film in films:
+    wanted = film.records[first:]
+    first = max(0, first - len(film.records))
+    if not wanted:
+      continue
+    # a file is only read forwards: what lies before its first record is decoded too
+    spans = [(at, windows + frames - 1) for at, windows in wanted]
+    read = video_file.spans(film.path, cut.sampling, spans)
+    for (at, windows), video in zip(wanted, read, strict=True):
+      record = {"video": video, "start": np.int32(at), "caption": film.caption}
+      if cut.pieces:
+        filled = np.arange(2 * frames - 1).clip(max=len(video) - 1)
+        record |= {"video": video[filled], "windows": np.int32(windows)}
+      yield record
 
 
-def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, str, int]]:
-  """Decodes every file once and returns (path, caption, number of clips) of the usable ones, for
-  each of a file's captions; logs a warning for each of the others.
+def scan(folder: pathlib.Path, cut: Cut) -> list[CutFilm]:
+  """Decodes every file once and returns the usable ones, once for each of a file's captions; logs a
+  warning for each of the others.
 
   Raises:
     UserError: none can be used; gives the reason for the first.
@@ -135,16 +172,21 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
   captions = Captions.read(folder, files)
   # Files that only the metadata names are listed too, so that they are reported as missing.
   names = sorted({*captions.listed, *(name for name in files if _suffix(name) in _SUFFIXES)})
-  sources, skipped, changed = [], [], collections.Counter()
+  films, skipped, said = [], [], collections.Counter()
+  still = 0
   for name in tqdm.tqdm(names, "checking videos", unit="file"):
     try:
       texts = captions.of(name)
       # Headers are often wrong about lengths: the frames are counted by decoding.
-      count, changes = video_file.survey(folder / name, sampling)
-      changed.update(changes)
+      moves, changes = video_file.survey(folder / name, cut.sampling)
+      made, held_out, as_before = _cut(moves, cut)
+      still += as_before
+      said.update(changes)
+      if cut.held_out and not held_out:
+        said["too short to hold out a clip: all of it is trained on"] += 1
       if len(texts) > 1:
-        changed["several captions: its clips are there once for each"] += 1
-      sources += [(folder / name, text, count) for text in texts]
+        said["several captions: its clips are there once for each"] += 1
+      films += [CutFilm(folder / name, text, made, held_out) for text in texts]
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
       skipped.append(f"{name}: {reason}")
@@ -152,7 +194,7 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
   if left_out:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
     logging.warning("%s: left out: %s", folder, kinds)
-  if not sources:
+  if not films:
     reason = "no video files there"
     if skipped:
       reason = f"all {len(skipped)} were skipped, the first as {skipped[0]}"
@@ -161,8 +203,12 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
       "metadata.jsonl"
     )
   used = len(names) - len(skipped)
-  for change, times in changed.items():
-    logging.warning("%s: %d of %d videos: %s", folder, times, used, change)
+  for what, times in said.items():
+    logging.warning("%s: %d of %d videos: %s", folder, times, used, what)
+  if still:
+    logging.warning(
+      "%s: %d clips stand still and show what the one before shows: left out", folder, still
+    )
   logging.log(
     logging.WARNING if skipped else logging.INFO,
     "%s: %d of %d videos used, %d skipped, %d clips",
@@ -170,9 +216,28 @@ def scan(folder: pathlib.Path, sampling: Sampling) -> list[tuple[pathlib.Path, s
     used,
     len(names),
     len(skipped),
-    sum(clips for _, _, clips in sources),
+    sum(windows for film in films for _, windows in film.records),
   )
-  return sources
+  return films
+
+
+def _cut(moves: np.ndarray, cut: Cut) -> tuple[list[tuple[int, int]], list[int], int]:
+  """Returns (records, first frames of held-out clips, clips that were left out as still) of a film
+  whose frames move so (video_file.survey); as CutFilm has them.
+  """
+  sampling, total = cut.sampling, len(moves)
+  frames = sampling.frames
+  # at least one clip, and one to train on
+  end = min(total - round(cut.held_out * total), total - frames) if cut.held_out else total
+  end = end if end >= frames else total
+  held_out = list(range(end, total - frames + 1, frames))
+  first, still = video_file.starts(moves[:end], frames, 1 if cut.pieces else sampling.stride)
+  if not cut.pieces:
+    return [(int(at), 1) for at in first], held_out, still
+  runs = np.split(first, np.flatnonzero(np.diff(first) > 1) + 1)
+  # evenly, so that all windows are drawn about as often
+  parts = [part for run in runs for part in np.array_split(run, -(-len(run) // frames))]
+  return [(int(part[0]), len(part)) for part in parts], held_out, still
 
 
 def _files(folder: pathlib.Path) -> tuple[list[str], collections.Counter[str]]:

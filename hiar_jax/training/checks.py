@@ -19,6 +19,8 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
 
   clips: (number of clips or prompts of the data, the field that sets it).
   """
+  if e.data.source == "videos":
+    _check_videos(e)
   for name in _sources(e, clips):
     training = getattr(e, name)
     check_batch(training.batch, training.accumulate, mesh, name)
@@ -36,6 +38,19 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
         "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
       )
+
+
+def _check_videos(e: Experiment) -> None:
+  if e.data.stride and not e.stores_latents:
+    raise UserError(
+      f"data.stride = {e.data.stride}: clips of this codec are any windows of a film; it is for "
+      "those that are stored as latents: leave it at 0"
+    )
+  if e.data.held_out and e.stores_latents:
+    raise UserError(
+      f"data.held_out = {e.data.held_out}: of clips that are stored as latents none are held out; "
+      "leave it at 0, and keep films for that in another folder"
+    )
 
 
 def check_counts(e: Experiment, clips: tuple[float, str]) -> None:

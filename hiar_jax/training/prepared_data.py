@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 
-from hiar_jax.data import latents, pipeline, tfds_builder
+from hiar_jax.data import latents, pipeline, tfds_builder, video_folder
 from hiar_jax.training.run import Run
 
 CLIPS = 1024  # a few million patches: with more, the components no longer change
@@ -55,12 +55,32 @@ def _prepare_latents(run: Run) -> None:
 
 
 def videos_to_fit(run: Run) -> np.ndarray:
-  """Returns clips of the data, uint8 [n F H W 3], evenly spread over it, as many as BYTES hold."""
+  """Returns clips of the data, uint8 [n F H W 3], evenly spread over it, as many as BYTES hold; of
+  a piece of film, a window drawn by the run's seed.
+  """
   source = tfds_builder.open_source(run.directory("data"))
   rows = pipeline.spread(range(len(source)), min(CLIPS, max(1, BYTES // source[0]["video"].nbytes)))
   if run.source.world is not None:  # whose clips are drawn alike: any will do, as recorded
     rows = range(len(rows))
-  return np.stack([source[i]["video"] for i in rows])
+  draws = np.random.default_rng(run.experiment.seed).integers(pipeline.DRAWS, size=len(source))
+  return np.stack([pipeline.window(source[i], draws[i])["video"] for i in rows])
+
+
+def held_out(run: Run, count: int) -> dict[str, np.ndarray]:
+  """Returns up to `count` held-out clips (data.held_out), evenly spread over them: video uint8
+  [n F H W 3], start and caption [n]; {} where there are none.
+  """
+  directory = run.directory("data") / video_folder.HELD_OUT
+  if not tfds_builder.is_complete(directory):
+    return {}
+  source = tfds_builder.open_source(directory)
+  clips = [source[i] for i in pipeline.spread(range(len(source)), count)]
+  captions = np.asarray([clip["caption"].decode() for clip in clips])
+  return {
+    "video": np.stack([clip["video"] for clip in clips]),
+    "start": np.asarray([clip["start"] for clip in clips], np.int32),
+    "caption": captions,
+  }
 
 
 def spread_latents(directory) -> np.ndarray:

@@ -7,7 +7,7 @@ several hosts every process calls every stage; process 0 alone makes the data, w
 wait, and writes what all have computed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import json
 import sys
@@ -24,11 +24,13 @@ from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.rollout.noise import seed_key
-from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, updates
+from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, teacher, updates
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState
 from hiar_jax.training.updates import KEY_OFFSETS, Stage, stage_key
 from hiar_jax.types import Params, PyTree
+
+HELD_OUT_CLIPS = 32  # that the teacher's loss is measured on at every preview
 
 # --------------------------------------------------------------------------------------------- data
 
@@ -61,12 +63,31 @@ def train_teacher(run: Run) -> None:
   stage = updates.of_teacher(run)
   sample = run.teacher_sampler(seed_key(e.seed))
   texts = run.texts(run.preview_prompts())
+  held_out = _held_out_loss(run)
 
   def preview(state: TrainState) -> np.ndarray:
+    if held_out:
+      run.writer.scalars("teacher", int(state.step), {"held_out_loss": held_out(state.ema)})
     # The sampler returns trajectories [b points f h w c]; the last point is the clip.
     return run.pixels(sample(state.ema, texts, np.arange(len(texts)))[:, -1])
 
   _train(run, stage, _frozen(run, stage), preview=preview)
+
+
+def _held_out_loss(run: Run) -> Callable[[Params], jax.Array] | None:
+  """Returns weights -> the loss on held-out clips; None where there are none."""
+  found = prepared_data.held_out(run, HELD_OUT_CLIPS)
+  if not found:
+    return None
+  e, key = run.experiment, stage_key(run.experiment, "teacher")
+  rows = np.arange(HELD_OUT_CLIPS) % len(found["caption"])  # few clips come at several levels
+  given = {"video": found["video"][rows]}
+  given["tokens"] = run.text_encoder.tokens([found["caption"][row] for row in rows])
+  if e.dit.reads_start:
+    given["start"] = found["start"][rows]
+  batch = run.encode(given)
+  loss = jax.jit(lambda params, batch: teacher.held_out_loss(e.teacher, e.dit, params, batch, key))
+  return lambda params: loss(params, batch)
 
 
 # ------------------------------------------------------------------------------------- trajectories
@@ -155,7 +176,8 @@ def _write_parts(run: Run, writer: TrajectoryWriter) -> None:
   """Samples and writes this process's share of the missing parts."""
   config = run.experiment.trajectories
   captions = pipeline.read_captions(run.directory("data"))
-  starts = np.asarray(pipeline.read_starts(run.directory("data")), np.int32)
+  seed = [run.experiment.seed, KEY_OFFSETS["trajectories"]]
+  starts = np.asarray(pipeline.read_starts(run.directory("data"), seed), np.int32)
   order = _clip_order(run, len(captions))
   params = pretrained.load_teacher(run)
   sample = run.teacher_sampler(stage_key(run.experiment, "trajectories"))

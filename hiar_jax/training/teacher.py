@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import above, within
+from hiar_jax.flow import shift_sigma
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
@@ -16,7 +17,7 @@ from hiar_jax.training.state import (
   identity,
   update_ema,
 )
-from hiar_jax.types import Batch, Key, Mean, Text, Video
+from hiar_jax.types import Batch, Key, Mean, Params, Text, Video
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,20 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
     return state, metrics
 
   return step
+
+
+def held_out_loss(
+  config: TeacherConfig, network: Network, params: Params, batch: Batch, key: Key
+) -> jax.Array:
+  """Returns the mean loss of clips that are not trained on, at levels evenly spread over those of
+  training and with noise that depends on the key alone: of one training to the next, and from one
+  update to another, the weights alone differ. batch: {latents, text}, and start, as make_step's.
+  """
+  x0, count = batch["latents"], len(batch["latents"])
+  sigma = shift_sigma((jnp.arange(count) + 0.5) / count, config.shift)
+  eps = example_normal(example_keys(key, jnp.arange(count)), x0.shape[1:])
+  bound = bind(network, params, batch["text"], batch.get("start"))
+  return flow_matching(bound, x0, eps, sigma).mean()
 
 
 def windows(keys: Key, clips: Video, frames: int, openings: float = 0.0) -> tuple[Video, jax.Array]:

@@ -1,8 +1,9 @@
 """Clips of a video file: decoded in order, resampled in time by timestamps, resized and cropped."""
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import itertools
 import os
 
 import av
@@ -44,27 +45,52 @@ class Sampling:
       if value <= 0:
         raise UserError(f"video clips with {name}={value} asked for; it must be positive")
 
+  @property
+  def size(self) -> tuple[int, int]:
+    return self.height, self.width
 
-def survey(path: str | os.PathLike, sampling: Sampling) -> tuple[int, list[str]]:
-  """Decodes the whole file: (number of clips, at least 1; how its pixels are changed, in words).
+
+def survey(path: str | os.PathLike, sampling: Sampling) -> tuple[np.ndarray, list[str]]:
+  """Decodes the whole file: (which of its resampled frames differ from the one before, bool [N];
+  how its pixels are changed, in words).
 
   Raises:
     Unusable: damaged, cut off, without a picture, or too short for one clip.
     av.error.FFmpegError: not a video, or its data cannot be decoded.
   """
+  moves: list[bool] = []
+  before = None
   with open_video(path) as container:
     film = Film(container)
-    shown = 0
-    for frame, repeats in film.resampled(sampling.fps):
-      if not shown:  # one frame tells the look of all
-        film.look.cover(frame, sampling.height, sampling.width)
-      shown += repeats
-  if shown < sampling.frames:
+    for image, repeats in film.images(sampling):
+      if repeats:
+        moves += [before is not None and _differ(before, image)] + [False] * (repeats - 1)
+        before = image
+  if len(moves) < sampling.frames:
     raise Unusable(
-      f"too short: {shown} frames at {sampling.fps:g} frames a second, a clip needs "
+      f"too short: {len(moves)} frames at {sampling.fps:g} frames a second, a clip needs "
       f"{sampling.frames}"
     )
-  return (shown - sampling.frames) // sampling.stride + 1, film.look.changes
+  return np.asarray(moves), film.look.changes
+
+
+def _differ(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether more than rounding is between two images uint8 [H W 3]."""
+  return bool((np.maximum(a, b) - np.minimum(a, b)).max() > 1)
+
+
+def starts(moves: np.ndarray, frames: int, stride: int) -> tuple[np.ndarray, int]:
+  """Returns (first frames of a film's windows of `frames` frames, one every `stride`; how many were
+  left out). moves: of `survey`.
+
+  Of windows in which nothing moves, those that show what the one before them shows are left out: a
+  recording that stands still for an hour is one clip of it, not thousands.
+  """
+  first = np.arange(0, len(moves) - frames + 1, stride)
+  changes = np.concatenate([[0], np.cumsum(moves)])  # changes[i]: of the frames before i
+  as_before = changes[first + frames] == np.roll(changes[first + 1], 1)
+  as_before[0] = False
+  return first[~as_before], int(as_before.sum())
 
 
 def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
@@ -72,18 +98,34 @@ def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
 
   Raises what `survey` raises, but yields nothing for a file too short for one clip.
   """
-  window: collections.deque[np.ndarray] = collections.deque(maxlen=sampling.frames)
-  index = 0
+  return spans(
+    path, sampling, ((at, sampling.frames) for at in itertools.count(0, sampling.stride))
+  )
+
+
+def spans(
+  path: str | os.PathLike, sampling: Sampling, wanted: Iterable[tuple[int, int]]
+) -> Iterator[np.ndarray]:
+  """Yields frames of a file, uint8 [n H W 3], for each (first, n) of `wanted` that lies in it, in
+  one pass. They begin and end in their order. Raises what `survey` raises, but for short files.
+  """
+  wanted = iter(wanted)
+  span = next(wanted, None)
+  kept: collections.deque[np.ndarray] = collections.deque()
+  index = 0  # of the frame behind those that are kept
   with open_video(path) as container:
     film = Film(container)
-    for frame, repeats in film.resampled(sampling.fps):
-      # frames that the resampling skips are decoded, but not resized
-      image = film.look.cover(frame, sampling.height, sampling.width) if repeats else None
+    for image, repeats in film.images(sampling):
       for _ in range(repeats):
-        window.append(image)
+        kept.append(image)
         index += 1
-        if index >= sampling.frames and (index - sampling.frames) % sampling.stride == 0:
-          yield np.stack(window)
+        while span is not None and index == sum(span):
+          yield np.stack(list(kept)[-span[1] :])
+          span = next(wanted, None)
+        while kept and (span is None or index - len(kept) < span[0]):
+          kept.popleft()
+      if span is None:
+        return
 
 
 class Film:
@@ -104,6 +146,14 @@ class Film:
   def rate(self) -> float:
     """The frames per second that it declares; 25 without any, as FFmpeg's default."""
     return float(self._stream.average_rate or self._stream.guessed_rate or 25)
+
+  def images(self, sampling: Sampling) -> Iterator[tuple[np.ndarray | None, int]]:
+    """Yields (image uint8 [H W 3], repeats) as `resampled`; None for a frame that it skips, which
+    is decoded, but not resized.
+    """
+    for frame, repeats in self.resampled(sampling.fps):
+      image = self.look.cover(frame, sampling.height, sampling.width) if repeats else None
+      yield image, repeats
 
   def resampled(self, fps: float) -> Iterator[tuple[av.VideoFrame, int]]:
     """Yields (frame, repeats): how many of the times 0, 1/fps, 2/fps, ... show this frame.

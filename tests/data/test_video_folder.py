@@ -2,6 +2,7 @@
 named.
 """
 
+import dataclasses
 import json
 
 import av
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 
 from hiar_jax.data import tfds_builder, video_folder
+from hiar_jax.data.video_folder import Cut
 from hiar_jax.errors import UserError
 from hiar_jax.video import video_file
 from hiar_jax.video.video_file import Sampling
 
 SAMPLING = Sampling(frames=5, height=32, width=48, fps=8, stride=5)
+CLIPS = Cut(SAMPLING, pieces=False)
 
 
 def _write(
@@ -41,10 +44,9 @@ def _write(
   return path
 
 
-def _prepare(directory, folder, **changes):
-  video_folder.prepare(
-    directory, folder, **{"frames": 5, "height": 32, "width": 48, "fps": 8, **changes}
-  )
+def _prepare(directory, folder, held_out=0.0, **changes):
+  sampling = dataclasses.replace(SAMPLING, **changes)
+  video_folder.prepare(directory, folder, Cut(sampling, held_out=held_out))
 
 
 def _reds(clips):
@@ -61,7 +63,7 @@ def test_frames_are_those_on_screen(tmp_path, fps, size):
   """
   path = _write(tmp_path / "a.mp4", 2.0, fps, size)
   sampling = Sampling(4, 32, 48, 8, 4)
-  assert video_file.survey(path, sampling)[0] == 4
+  assert len(video_file.survey(path, sampling)[0]) == 16
   clips = list(video_file.clips(path, sampling))
   assert len(clips) == 4 and all(c.shape == (4, 32, 48, 3) and c.dtype == np.uint8 for c in clips)
   times = np.floor(np.arange(16) / 8 * fps + 1e-6) / fps
@@ -102,10 +104,11 @@ def test_a_phone_held_upright(tmp_path, rotation, turns):
 def test_stride_overlaps_clips(tmp_path):
   path = _write(tmp_path / "a.mp4", 2.0, 24)
   clips = list(video_file.clips(path, Sampling(5, 32, 48, 8, 2)))
-  assert len(clips) == video_file.survey(path, Sampling(5, 32, 48, 8, 2))[0] == 6
+  moves, _ = video_file.survey(path, Sampling(5, 32, 48, 8, 2))
+  assert len(clips) == 6 and video_file.starts(moves, 5, 2)[0].tolist() == [0, 2, 4, 6, 8, 10]
   np.testing.assert_array_equal(clips[0][2:], clips[1][:3])
   skipping = Sampling(2, 32, 48, 8, 7)
-  assert len(list(video_file.clips(path, skipping))) == video_file.survey(path, skipping)[0] == 3
+  assert len(list(video_file.clips(path, skipping))) == len(video_file.starts(moves, 2, 7)[0]) == 3
 
 
 def _shorten(path, size):
@@ -160,15 +163,16 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
   assert set(reasons) == set(expected)
   for name, reason in expected.items():
     assert reason in reasons[name] and "\n" not in reasons[name]
-  assert "3 of 11 videos used, 8 skipped, 6 clips" in summary
+  assert "3 of 11 videos used, 8 skipped, 24 clips" in summary
   source = tfds_builder.open_source(tmp_path)
   captions = [r["caption"].decode() for r in source]
   assert captions == ["the film deeper/old"] + ["the film good"] * 3 + ["the film tall"] * 2
-  assert [int(r["start"]) for r in source] == [0, 0, 5, 10, 0, 5]
-  assert all(r["video"].shape == (5, 32, 48, 3) for r in source)
-  np.testing.assert_allclose(
-    _reds([source[i]["video"] for i in (1, 2, 3)]), 250 * np.arange(15) / 16, atol=6
-  )
+  assert [(int(r["start"]), int(r["windows"])) for r in source] == [
+    *((0, 4), (0, 4), (4, 4), (8, 4), (0, 4), (4, 4))
+  ]
+  assert all(r["video"].shape == (9, 32, 48, 3) for r in source)
+  reds = _reds([source[i]["video"][:4] for i in (1, 2, 3)])
+  np.testing.assert_allclose(reds, 250 * np.arange(12) / 16, atol=6)
 
 
 def test_what_is_changed_is_said_once_a_folder(tmp_path, caplog):
@@ -176,7 +180,7 @@ def test_what_is_changed_is_said_once_a_folder(tmp_path, caplog):
   for name in "ab":
     _write(tmp_path / f"{name}.mp4", 1.0, 8, rotation=90)
     (tmp_path / f"{name}.txt").write_text("a film")
-  video_folder.scan(tmp_path, SAMPLING)
+  video_folder.scan(tmp_path, CLIPS)
   said = [r.getMessage() for r in caplog.records if "container" in r.getMessage()]
   assert said == [f"{tmp_path}: 2 of 2 videos: turned upright by its container's note"]
 
@@ -237,7 +241,7 @@ def test_linked_folders_are_used(tmp_path):
   }.items():
     link.symlink_to(target)
   used = {
-    str(path.relative_to(folder)): text for path, text, _ in video_folder.scan(folder, SAMPLING)
+    str(film.path.relative_to(folder)): film.caption for film in video_folder.scan(folder, CLIPS)
   }
   names = {"here": "here", "mine": "own/mine", "there": "more/there", "deeper": "more/deep/deeper"}
   assert used == {f"{path}.mp4": name for name, path in names.items()}
@@ -287,14 +291,14 @@ def test_every_caption_of_a_film_is_used(tmp_path, caplog):
   (tmp_path / "metadata.csv").write_text(
     "file,caption\na.mp4,a red circle\nb.mp4,b\na.mp4,something round\na.mp4,a red circle\n"
   )
-  videos = video_folder.scan(tmp_path, SAMPLING)
-  assert [(path.name, caption, count) for path, caption, count in videos] == [
+  films = video_folder.scan(tmp_path, CLIPS)
+  assert [(film.path.name, film.caption, len(film.records)) for film in films] == [
     ("a.mp4", "a red circle", 3),
     ("a.mp4", "something round", 3),
     ("b.mp4", "b", 1),
   ]
   assert "1 of 2 videos: several captions" in caplog.text
-  records = list(video_folder.records(videos, SAMPLING, 2))
+  records = list(video_folder.records(films, CLIPS, 2))
   assert [(r["caption"], int(r["start"])) for r in records] == [
     ("a red circle", 10),
     *(("something round", start) for start in (0, 5, 10)),
@@ -318,8 +322,8 @@ def test_names_as_cameras_and_notebooks_leave_them(tmp_path, caplog):
   for name in ("notes.md", "more.md", "disc.vob"):
     (tmp_path / name).write_text("")
   before = video_folder.fingerprint(tmp_path)
-  videos = video_folder.scan(tmp_path, SAMPLING)
-  assert {path.name: caption for path, caption, _ in videos} == {
+  films = video_folder.scan(tmp_path, CLIPS)
+  assert {film.path.name: film.caption for film in films} == {
     "plain.mp4": "plain",
     **{f"{ending}.{ending}": ending for ending in endings},
   }

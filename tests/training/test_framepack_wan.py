@@ -97,8 +97,9 @@ def test_clips_become_latents_of_the_vae(place):
   assert [source[i]["caption"].decode() for i in range(len(source))] == CAPTIONS
   assert [int(source[i]["start"]) for i in range(4)] == [0, 0, 21, 0]
   sampling = Sampling(21, 16, 32, 16.0, 21)
-  videos = video_folder.scan(place / "clips", sampling)
-  pixels = np.stack([clip["video"] for clip in video_folder.records(videos, sampling)])
+  cut = video_folder.Cut(sampling, pieces=False)
+  films = video_folder.scan(place / "clips", cut)
+  pixels = np.stack([clip["video"] for clip in video_folder.records(films, cut)])
   for i in range(4):
     found = source[i]["latents"]
     assert found.shape == (6, 2, 4, 16) and found.dtype == np.float32
