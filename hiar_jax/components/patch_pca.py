@@ -6,7 +6,7 @@ A frame is cut into patches of `patch` x `patch` pixels, p = patch * patch * 3 n
 
 `basis` [p c] holds the c leading principal components, `scale` [c] brings the latents to about the
 variance of the noise. Linear and frozen; one latent frame per frame. It takes the role of Wan's
-VAE.
+VAE. Lapped, patches are cut from filtered frames, and overlap (components.lapped_transform).
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hiar_jax.components import lapped_transform
 from hiar_jax.components.block_decoder import FramewiseDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig
 from hiar_jax.errors import Damaged, UserError, at_least
@@ -34,19 +35,23 @@ FIT_NUMBERS = 2**27  # of clips to fit on: more no longer change the components
 @dataclasses.dataclass(frozen=True)
 class PatchPCAConfig(AutoencoderConfig):
   """patch: pixels a side; channels: components kept; whitening: from 0 to 1, the latents' variances
-  are the components' to the power 1 - whitening (0 keeps their ratios, 1 makes them equal).
+  are the components' to the power 1 - whitening (0 keeps their ratios, 1 makes them equal). lapped:
+  no seams between patches, for real footage.
   """
 
   kind: str = "patches"
   patch: int = 8
   channels: int = 32
   whitening: float = 0.5
+  lapped: bool = dataclasses.field(default=False, metadata={"since": "2026-11"})
   fitted = True
   fitted_files = (FILE,)
   temporal_factor = 1
 
   def __post_init__(self):
     at_least(1, patch=self.patch, channels=self.channels)
+    if self.lapped:
+      lapped_transform.check(self.patch)
     if self.channels > self.patch**2 * 3:
       raise UserError(
         f"codec.channels = {self.channels}: a patch of {self.patch} x {self.patch} pixels has "
@@ -72,7 +77,9 @@ class PatchPCAConfig(AutoencoderConfig):
       arrays = {name: stored[name] for name in stored.files}
     if not all(np.isfinite(array).all() for array in arrays.values()):
       raise Damaged(path, "numbers that are not finite", "remove it: the data stage fits it anew")
-    return PatchPCA(arrays["mean"], arrays["basis"], arrays["scale"], patch=int(arrays["patch"]))
+    lapped = bool(arrays.get("lapped", False))  # earlier files do not say
+    numbers = (arrays[name] for name in ("mean", "basis", "scale"))
+    return PatchPCA(*numbers, patch=int(arrays["patch"]), lapped=lapped)
 
 
 @flax.struct.dataclass
@@ -83,6 +90,7 @@ class PatchPCA:
   basis: jax.Array
   scale: jax.Array
   patch: int = flax.struct.field(pytree_node=False, default=8)
+  lapped: bool = flax.struct.field(pytree_node=False, default=False)
   identity = ""  # the run's config says on what it is fitted
 
   @functools.cached_property
@@ -117,7 +125,10 @@ def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
 
   def rows(video: np.ndarray) -> np.ndarray:
     # float64: in float32 the small eigenvalues drown in the covariance's rounding
-    cut = patches(to_float(video)[None], config.patch)
+    frames = to_float(video)[None]
+    if config.lapped:
+      frames = lapped_transform.forward(frames, config.patch)
+    cut = patches(frames, config.patch)
     return cut.reshape(-1, config.patch**2 * 3).astype(np.float64)
 
   count = sum(len(rows(video)) for video in videos)
@@ -132,12 +143,15 @@ def fit(videos: np.ndarray, config: PatchPCAConfig) -> PatchPCA:
   scale = np.maximum(variances, 1e-8) ** (config.whitening / 2)
   # mean variance of a latent number: 1
   scale = scale * np.sqrt(max((variances / scale**2).mean(), 1e-6))
-  return PatchPCA(*(jnp.asarray(x, jnp.float32) for x in (mean, basis, scale)), patch=config.patch)
+  numbers = (jnp.asarray(x, jnp.float32) for x in (mean, basis, scale))
+  return PatchPCA(*numbers, patch=config.patch, lapped=config.lapped)
 
 
 @typed
 def encode(codec: PatchPCA, video: Pixels) -> Video:
   """Encodes pixels [b f H W 3] in [-1, 1] into latents [b f h w c]."""
+  if codec.lapped:
+    video = lapped_transform.forward(video, codec.patch)
   centred = patches(video, codec.patch) - codec.mean.reshape(1, 1, 1, 1, -1)
   return centred @ codec.basis / codec.scale.reshape(1, 1, 1, 1, -1)
 
@@ -150,7 +164,8 @@ def decode(codec: PatchPCA, latents: Video) -> Pixels:
   rows = rows + codec.mean.reshape(1, 1, 1, 1, -1)
   # the inverse of `patches`: [b f h w i j c] -> [b f h i w j c]
   grid = rows.reshape(b, f, h, w, codec.patch, codec.patch, 3).transpose(0, 1, 2, 4, 3, 5, 6)
-  return grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
+  video = grid.reshape(b, f, h * codec.patch, w * codec.patch, 3)
+  return lapped_transform.inverse(video, codec.patch) if codec.lapped else video
 
 
 _decode = jax.jit(decode)
@@ -164,5 +179,7 @@ def to_unit(video: jax.Array) -> jax.Array:
 def save(path: pathlib.Path, codec: PatchPCA) -> None:
   """Writes an .npz file, atomically."""
   buffer = io.BytesIO()
-  np.savez(buffer, mean=codec.mean, basis=codec.basis, scale=codec.scale, patch=codec.patch)
+  numbers = {"mean": codec.mean, "basis": codec.basis, "scale": codec.scale}
+  lapped = {"lapped": True} if codec.lapped else {}
+  np.savez(buffer, **numbers, patch=codec.patch, **lapped)
   write_atomic(path, buffer.getvalue())
