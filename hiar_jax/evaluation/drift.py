@@ -28,13 +28,18 @@ def sharpness(frames) -> np.ndarray:
   """Variance of the 4-neighbour Laplacian of each frame's luma (0..255): [..., f, H, W, 3] ->
   [..., f].
   """
-  # Rec. 601 luma and mirrored borders, as OpenCV's cvtColor and Laplacian do by default.
-  luma = 255.0 * (_unit(frames) @ np.asarray([0.299, 0.587, 0.114], np.float32))
-  padded = np.pad(luma, [(0, 0)] * (luma.ndim - 2) + [(1, 1), (1, 1)], mode="reflect")
+  # mirrored borders, as OpenCV's Laplacian has by default
+  grey = luma(frames)
+  padded = np.pad(grey, [(0, 0)] * (grey.ndim - 2) + [(1, 1), (1, 1)], mode="reflect")
   neighbours = (
     padded[..., :-2, 1:-1] + padded[..., 2:, 1:-1] + padded[..., 1:-1, :-2] + padded[..., 1:-1, 2:]
   )
-  return (neighbours - 4.0 * luma).var((-2, -1))
+  return (neighbours - 4.0 * grey).var((-2, -1))
+
+
+def luma(frames) -> np.ndarray:
+  """Rec. 601 luma in [0, 255], as OpenCV's cvtColor: [..., H, W, 3] -> [..., H, W]."""
+  return 255.0 * (_unit(frames) @ np.asarray([0.299, 0.587, 0.114], np.float32))
 
 
 def frame_difference(frames) -> np.ndarray:

@@ -18,13 +18,22 @@ import numpy as np
 
 from hiar_jax.data import ode_pairs, pipeline, tfds_builder
 from hiar_jax.data.trajectories import TrajectoryWriter, check_sigmas
-from hiar_jax.evaluation import shapes_truth
+from hiar_jax.evaluation import footage, shapes_truth
 from hiar_jax.files import write_atomic
 from hiar_jax.parallel.mapping import NO_MESH
 from hiar_jax.parallel.rules import leaf_sharding
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.rollout.noise import seed_key
-from hiar_jax.training import checks, loop, prepared_data, pretrained, samples, teacher, updates
+from hiar_jax.training import (
+  checks,
+  loop,
+  own_footage,
+  prepared_data,
+  pretrained,
+  samples,
+  teacher,
+  updates,
+)
 from hiar_jax.training.run import Run
 from hiar_jax.training.state import TrainState
 from hiar_jax.training.updates import KEY_OFFSETS, Stage, stage_key
@@ -273,7 +282,8 @@ def distill_student(run: Run) -> None:
 
 def make_samples(run: Run) -> None:
   """Writes <workdir>/sample: long videos of the trained model, an mp4 per prompt, a contact
-  sheet, and metrics.json, which holds measurements where the truth is known.
+  sheet, and metrics.json, which holds measurements: against the truth where it is known, else
+  against the footage that was trained on.
 
   Skipped where metrics.json, the last file to be written, exists.
   """
@@ -297,12 +307,15 @@ def make_samples(run: Run) -> None:
     made = videos[:, samples.given_pixels(run) :]
     metrics = shapes_truth.measure(made, measured, run.world, run.experiment.data.frames)
   else:
-    metrics = {"prompts": prompts, "frames": frames}
+    measures = own_footage.measure(run, videos[:, samples.given_pixels(run) :], prompts)
+    metrics = {"prompts": prompts, "frames": frames, **measures}
   saved = dict(zip(prompts, videos[: len(prompts)], strict=True))
   samples.save_videos(run, directory, saved, config.seed)
   write_atomic(metrics_file, (json.dumps(metrics, indent=2) + "\n").encode())
   if measured:
     print(samples.shapes_line(metrics), file=sys.stderr)
+  elif measures:
+    print(footage.line(metrics), file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- shared parts
