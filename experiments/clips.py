@@ -19,6 +19,6 @@ def get_config(variant: str = "main"):
     c.teacher.update(steps=1000, batch=8)
     c.trajectories.update(count=96, batch=16)
     c.causal_init.update(steps=300, batch=8)
-    c.distill.update(steps=100, batch=8)
+    c.distill.update(steps=120, batch=8, ema_start=10)
   c.sample.update(count=6, batch=6)
   return c

@@ -175,7 +175,10 @@ def small(name: str) -> dict:
 def reader(tmp_path):
   """A folder with the experiments, small, the rows of the docs, and clips."""
   (tmp_path / "experiments").mkdir()
-  for path in sorted((ROOT / "experiments").glob("shapes*.py")):
+  for path in [
+    *sorted((ROOT / "experiments").glob("shapes*.py")),
+    ROOT / "experiments" / "clips.py",
+  ]:
     text = SMALL.format(path=path, sizes=small(path.stem))
     (tmp_path / "experiments" / path.name).write_text(text)
   clips = tmp_path / "clips"

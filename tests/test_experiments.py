@@ -111,6 +111,24 @@ def test_a_rival_differs_in_its_own_lines_alone(name, variant):
   assert rival.distill.forward_kl.weight == 0
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_own_clips_are_trained_as_shapes_are(variant):
+  """With another source, a lapped code, and as many updates as fit: the method and the network are
+  the same.
+  """
+  first, clips = (
+    load(tiny_run.ROOT / "experiments" / f"{stem}.py", variant) for stem in ("shapes", "clips")
+  )
+  experiment = build(Experiment, clips)
+  assert experiment.data.source == "videos" and experiment.codec.lapped
+  assert experiment.data.height % experiment.codec.patch == 0
+  differing = {line.partition(":")[0].partition(".")[0] for line in difference(first, clips)}
+  stages = {"teacher", "trajectories", "causal_init", "distill"} if variant == "main" else set()
+  assert differing <= {"data", "codec", "sample", *stages}
+  for stage in ("teacher", "causal_init", "distill"):
+    getattr(experiment, stage).check_average(stage)
+
+
 @pytest.mark.parametrize(
   ("variant", "remembers"), [("main", True), ("window", False), ("long", True)]
 )

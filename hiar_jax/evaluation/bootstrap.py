@@ -136,7 +136,8 @@ def _passage(row: Row, weights: np.ndarray) -> Tree:
 def _weights(row: Row, resamples: int, seed: int) -> np.ndarray:
   """Returns how often each video is drawn, [resamples, n]."""
   prompts, which = np.unique(row.prompts, return_inverse=True)
-  return draw(len(prompts), resamples, seed)[:, which]
+  # as floats: products of integers with them would be converted each time, and are ten times slower
+  return draw(len(prompts), resamples, seed)[:, which].astype(float)
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -277,12 +277,13 @@ class Run:
     )
 
   def preview_prompts(self, count: int = 8) -> list[str]:
-    """Returns `count` prompts for previews: held-out ones of the shapes world, else captions spread
-    over the data.
+    """Returns up to `count` prompts for previews: held-out ones of the shapes world, else captions
+    spread over the data, each once.
     """
     if self.source.world is not None:
       return self.held_out(count)
-    return pipeline.spread(pipeline.read_captions(self.directory("data")), count)
+    captions = dict.fromkeys(pipeline.read_captions(self.directory("data")))
+    return pipeline.spread(list(captions), count)
 
   def held_out(self, count: int) -> list[str]:
     """Returns `count` prompts that are not in the training data, evenly spaced in their list and

@@ -4,7 +4,6 @@ status 2.
 
 import json
 import pathlib
-import subprocess
 import sys
 
 from ml_collections import ConfigDict
@@ -380,9 +379,9 @@ def test_options_work_by_their_old_names_and_say_so(capsys):
   assert capsys.readouterr().err.count("is now called") == 2
 
 
-def test_a_field_of_the_default_file_that_is_not_there_is_one_line():
+def test_a_field_of_the_default_file_that_is_not_there_is_one_line(job):
   """Of a command that takes a config of its own where none is given."""
-  command = [sys.executable, "-m", "benchmarks.train", "--config.distill.latent=1"]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-  assert done.returncode == 2 and done.stderr.count("\n") == 1
-  assert "experiments/shapes.py has no such key; did you mean" in done.stderr
+  code = "import runpy; runpy.run_module('benchmarks.train', run_name='__main__')"
+  status, _, err = job("--config.distill.latent=1", code=code)
+  assert status == 2 and err.count("\n") == 1, err
+  assert "experiments/shapes.py has no such key; did you mean" in err

@@ -54,6 +54,7 @@ LONG = {
   ("dit_small", "rollout_step_first.npz"),
   ("dit_framewise", "rollout_step_first_clean_context.npz"),
   ("dit_framewise", "rollout_step_first_window3_sink1.npz"),
+  ("dit_framewise", "training_rollout_exit3.npz"),
   # streamed in tests/rollout
   ("dit_framewise", "continuation_step_first.npz"),
   ("dit_framewise", "rollout_step_first.npz"),

@@ -67,7 +67,7 @@ def test_goes_on_with_the_same_frames_on_another_layout(running, layout):
   assert_same(found, expected)
 
 
-@pytest.mark.parametrize("layout", [Layout(1, 2), *slow(Layout(4))], ids=str)
+@pytest.mark.parametrize("layout", slow(Layout(1, 2), Layout(4)), ids=str)
 def test_a_packed_history_goes_on_on_another_layout(tmp_path, layout):
   model = parts(PACKED, dataclasses.replace(CONFIG, packing=(2,)))
   generation = LiveVideo(quick_engine(model, TickOptions(layout=ONE)), "a red circle", seed=5)

@@ -64,7 +64,7 @@ PLACES = {
 KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
 QUICK = {
   "teacher": ("pmap over 2, two parts",),
-  "causal init, noisy": ("4 x 2", "2 x 2, a ring of 2"),
+  "causal init, noisy": ("2 x 2, a ring of 2",),
 }
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
@@ -101,7 +101,7 @@ def test_the_update_is_that_of_one_device(kind, place):
       )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", few(KINDS, *(kind for kind in KINDS if kind != "generator")))
 def test_an_update_moves_its_own_network_alone(kind):
   before = jax.jit(make_case(kind).create)()
   after, metrics = on_one_device(kind)

@@ -1,0 +1,1 @@
+"""Broken files, fed to everything that reads what people hand in."""

@@ -1,0 +1,70 @@
+"""Reads broken things, one after another, in a process that may die of one.
+
+It gets a line of JSON, [kind, seed, number], and answers with one: {outcome, seconds, mib, what}.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import io
+import json
+import pathlib
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+
+import numpy as np
+
+from benchmarks.fuzz.mutations import Dice
+from hiar_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """make: writes what is right into a folder, once. broken: copies it, broken, to another folder,
+  and returns what its reader takes. read: of that.
+  """
+
+  make: Callable[[pathlib.Path], None]
+  broken: Callable[[pathlib.Path, pathlib.Path, Dice], object]
+  read: Callable[[object], None]
+
+
+def read_case(kind: Kind, right: pathlib.Path, dice: Dice) -> dict:
+  """Reads one broken thing. outcome: `read`, `refused`, or `fault` with its traceback in `what`."""
+  place = pathlib.Path(tempfile.mkdtemp(prefix="fuzz_"))
+  start, what = time.monotonic(), ""
+  try:
+    given = kind.broken(right, place, dice)
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+      warnings.simplefilter("ignore")
+      kind.read(given)
+    outcome = "read"
+  except UserError as error:
+    outcome, what = "refused", str(error)
+    if not what.strip() or len(what) > 5000:
+      outcome = "fault"
+  except BaseException:
+    outcome, what = "fault", traceback.format_exc()
+  finally:
+    shutil.rmtree(place, ignore_errors=True)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+  return {"outcome": outcome, "seconds": time.monotonic() - start, "mib": peak, "what": what}
+
+
+def serve(kinds: Mapping[str, Kind]) -> None:
+  """Answers on stdout what stdin asks for."""
+  rights: dict[str, pathlib.Path] = {}
+  with tempfile.TemporaryDirectory(prefix="fuzz_right_") as folder:
+    for line in sys.stdin:
+      name, seed, number = json.loads(line)
+      if name not in rights:
+        rights[name] = pathlib.Path(folder) / name
+        rights[name].mkdir()
+        kinds[name].make(rights[name])
+      dice = np.random.default_rng([seed, sorted(kinds).index(name), number])
+      print(json.dumps(read_case(kinds[name], rights[name], dice)), flush=True)
