@@ -105,6 +105,7 @@ def test_without_frames_it_is_the_commands_length(model):
   assert len(model.generate(PROMPT)) == 16  # four training lengths
 
 
+@pytest.mark.slow
 def test_a_stream_shares_the_weights(workdir, monkeypatch):
   loads = []
   params = VideoModel.params

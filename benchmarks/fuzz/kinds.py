@@ -106,9 +106,7 @@ def read_picture(path: pathlib.Path) -> None:
 
 # ------------------------------------------------------------------------------------------- texts
 
-PROMPTS = (
-  "# list\na red circle moving left\nseed=7 image=a.png out=b.mp4 | a dog, running: fast\n\n"
-)
+PROMPTS = "# list\na red circle moving left\nseed=7 out=b.mp4 | a dog, running: fast\n\n"
 ROWS = '{"prompt": "a cat", "seed": 3}\n{"prompt": "a dog", "out": "b.mp4"}\n'
 TABLE = 'prompt,seed,out\n"a cat, sitting",3,a.mp4\na dog,,\n'
 TIMES = "0s: a red circle moving left, 10s: a blue square\n1m30s recache: a green star; 2:30: a dog"

@@ -105,6 +105,11 @@ class TextEncoderConfig:
     """
     raise NotImplementedError
 
+  @property
+  def published(self) -> tuple[str, str]:
+    """The directory of its converted weights and their kind; ("", "") where it is fitted."""
+    return "", ""
+
   def with_weights(self, directory: str) -> "TextEncoderConfig":
     """Returns the config with the weights of a directory of converted ones, if it has them."""
     return self
@@ -146,6 +151,11 @@ class AutoencoderConfig:
   def open(self, directory: pathlib.Path) -> Autoencoder:
     """Returns the autoencoder; as TextEncoderConfig.open."""
     raise NotImplementedError
+
+  @property
+  def published(self) -> tuple[str, str]:
+    """The directory of its converted weights and their kind; ("", "") where it is fitted."""
+    return "", ""
 
   def with_weights(self, directory: str) -> "AutoencoderConfig":
     """As TextEncoderConfig.with_weights. Raises UserError where the codec is fitted by a run."""

@@ -65,6 +65,10 @@ class UMT5TextConfig(TextEncoderConfig):
     cache = self.cache or str(pathlib.Path(self.weights) / "texts")
     return TextCache(self.weights, cache, dtype=self.dtype, length=self.length)
 
+  @property
+  def published(self) -> tuple[str, str]:
+    return self.weights, "umt5"
+
   def with_weights(self, directory: str) -> "UMT5TextConfig":
     found = directory and weights.exists(directory, "umt5")
     return dataclasses.replace(self, weights=directory) if found else self

@@ -63,6 +63,10 @@ class WanCodecConfig(AutoencoderConfig):
   def open(self, directory) -> "WanAutoencoder":
     return WanAutoencoder(self)
 
+  @property
+  def published(self) -> tuple[str, str]:
+    return self.weights, self.label
+
   def with_weights(self, directory: str) -> "WanCodecConfig":
     found = directory and weights.exists(directory, self.label)
     return dataclasses.replace(self, weights=directory) if found else self

@@ -215,7 +215,26 @@ def from_config(
   # a run without a workdir: nothing is read from it or written to it. The experiment's mesh is that
   # of its training; here weights and videos are split over the devices that there are.
   run = Run(experiment, pathlib.Path(), make_mesh(MeshConfig(data=1, fsdp=-1)))
-  return VideoModel(run, os.fspath(directory), "")
+  model = VideoModel(run, os.fspath(directory), "")
+  if needed:
+    pretrained.check_sizes(run, model.weights, model.network)  # before any text is encoded
+    _tell_base(experiment, model.weights)
+  return model
+
+
+def _tell_base(e: Experiment, directory: str) -> None:
+  """Says on stderr that weights are those of the config's base model where they are: the natural
+  slip, `weights/wan_1_3b` for `weights/hiar`.
+  """
+  base, kind = os.path.expanduser(e.weights.base), e.dit.kind
+  if e.framepack or not base or not weights.exists(base, kind):
+    return
+  if weights.describe(base, kind).fingerprint == weights.describe(directory, kind).fingerprint:
+    print(
+      f"note: {directory} holds the weights of the config's base model (weights.base = {base}), "
+      "which is bidirectional; block by block its videos are no good: give those of a student",
+      file=sys.stderr,
+    )
 
 
 def _with_changes(e: Experiment, changes: ModelChanges) -> Experiment:

@@ -114,6 +114,8 @@ class Origins:
       "weights.base": (e.weights.base, e.dit.kind),
       "weights.teacher": (e.weights.teacher, e.teacher_dit.kind),
       "weights.student": (e.weights.student, e.stored_student.kind),
+      "codec.weights": e.codec.published,
+      "text.weights": e.text.published,
     }
     return {
       name: weights.describe(directory, kind).fingerprint

@@ -67,7 +67,7 @@ def check(run: Run) -> None:
   for stage in ("teacher", "causal_init"):
     directory, free = _in_place_of(run, stage)
     if directory:
-      _check_sizes(run, directory, run.experiment.network_of(stage), free)
+      check_sizes(run, directory, run.experiment.network_of(stage), free)
 
 
 def _in_place_of(run: Run, stage: str) -> tuple[str, tuple[str, ...]]:
@@ -141,7 +141,7 @@ def load_published(
 
   free: sizes that may be others. Raises UserError where they have other sizes than `expected`.
   """
-  _check_sizes(run, directory, expected, free)
+  check_sizes(run, directory, expected, free)
 
   def shardings(shapes):
     min_shard = run.experiment.mesh.min_shard
@@ -150,7 +150,7 @@ def load_published(
   return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]
 
 
-def _check_sizes(run: Run, directory: str, expected: Network, free: tuple[str, ...]) -> None:
+def check_sizes(run: Run, directory: str, expected: Network, free: tuple[str, ...] = ()) -> None:
   """Raises UserError where weights are missing, or of other sizes than `expected` and not free."""
   found = weights.read_config(directory, expected.kind)
   sizes = [name for name in expected.sizes if name not in free]

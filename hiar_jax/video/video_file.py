@@ -3,7 +3,6 @@
 import collections
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
-import itertools
 import os
 
 import av
@@ -91,16 +90,6 @@ def starts(moves: np.ndarray, frames: int, stride: int) -> tuple[np.ndarray, int
   as_before = changes[first + frames] == np.roll(changes[first + 1], 1)
   as_before[0] = False
   return first[~as_before], int(as_before.sum())
-
-
-def clips(path: str | os.PathLike, sampling: Sampling) -> Iterator[np.ndarray]:
-  """Yields the clips of a file, uint8 [f H W 3] each, in one pass.
-
-  Raises what `survey` raises, but yields nothing for a file too short for one clip.
-  """
-  return spans(
-    path, sampling, ((at, sampling.frames) for at in itertools.count(0, sampling.stride))
-  )
 
 
 def spans(

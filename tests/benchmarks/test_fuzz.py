@@ -39,7 +39,7 @@ def test_what_is_right_is_read(rights, tmp_path):
 
 
 CASES = [(name, number) for name in sorted(KINDS) for number in range(40)]
-QUICK = [(name, n) for name, n in CASES if n < 8 and name not in ("run", "upload", "weights")]
+QUICK = [(name, n) for name, n in CASES if n < 4 and name not in ("run", "upload", "weights")]
 
 
 @pytest.mark.parametrize(("name", "number"), few(CASES, *QUICK))

@@ -380,8 +380,8 @@ def test_options_work_by_their_old_names_and_say_so(capsys):
 
 
 def test_a_field_of_the_default_file_that_is_not_there_is_one_line(job):
-  """Of a command that takes a config of its own where none is given."""
-  code = "import runpy; runpy.run_module('benchmarks.train', run_name='__main__')"
-  status, _, err = job("--config.distill.latent=1", code=code)
+  """Of a command that takes a config of its own where none is given, from the package's folder."""
+  code = f"import os, runpy; os.chdir({str(ROOT)!r}); runpy.run_module('benchmarks.train', "
+  status, _, err = job("--config.distill.latent=1", code=f"{code}run_name='__main__')")
   assert status == 2 and err.count("\n") == 1, err
   assert "experiments/shapes.py has no such key; did you mean" in err

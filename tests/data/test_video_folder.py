@@ -14,6 +14,7 @@ from hiar_jax.data.video_folder import Cut
 from hiar_jax.errors import UserError
 from hiar_jax.video import video_file
 from hiar_jax.video.video_file import Sampling
+from tests.helpers.video_reader import clips
 
 SAMPLING = Sampling(frames=5, height=32, width=48, fps=8, stride=5)
 CLIPS = Cut(SAMPLING, pieces=False)
@@ -64,12 +65,12 @@ def test_frames_are_those_on_screen(tmp_path, fps, size):
   path = _write(tmp_path / "a.mp4", 2.0, fps, size)
   sampling = Sampling(4, 32, 48, 8, 4)
   assert len(video_file.survey(path, sampling)[0]) == 16
-  clips = list(video_file.clips(path, sampling))
-  assert len(clips) == 4 and all(c.shape == (4, 32, 48, 3) and c.dtype == np.uint8 for c in clips)
+  found = list(clips(path, sampling))
+  assert len(found) == 4 and all(c.shape == (4, 32, 48, 3) and c.dtype == np.uint8 for c in found)
   times = np.floor(np.arange(16) / 8 * fps + 1e-6) / fps
-  np.testing.assert_allclose(_reds(clips), 250 * times / 2, atol=6)
+  np.testing.assert_allclose(_reds(found), 250 * times / 2, atol=6)
   # The crop is centred: the halves still meet in the middle.
-  frame = clips[-1][-1].astype(int)
+  frame = found[-1][-1].astype(int)
   assert (frame[:, :20, 1] > 150).all() and (frame[:, 28:, 1] < 60).all()
   assert (frame[:12, :, 2] > 150).all() and (frame[20:, :, 2] < 60).all()
 
@@ -85,8 +86,8 @@ def test_uneven_timestamps(tmp_path):
       frame.pts = tick
       container.mux(stream.encode(frame))
     container.mux(stream.encode())
-  clips = list(video_file.clips(path, Sampling(15, 48, 64, 10, 15)))
-  np.testing.assert_allclose(clips[0][:, 5, 5, 0], [0, 40] + [80] * 10 + [120, 160, 200], atol=4)
+  found = list(clips(path, Sampling(15, 48, 64, 10, 15)))
+  np.testing.assert_allclose(found[0][:, 5, 5, 0], [0, 40] + [80] * 10 + [120, 160, 200], atol=4)
 
 
 @pytest.mark.parametrize("rotation, turns", [(90, 1), (-90, -1), (180, 2)])
@@ -94,21 +95,19 @@ def test_a_phone_held_upright(tmp_path, rotation, turns):
   """The container says how far to turn the picture, counterclockwise, in degrees."""
   path = _write(tmp_path / "a.mp4", 1.0, 8, (64, 48), rotation=rotation)
   height, width = (64, 48) if rotation % 180 else (48, 64)
-  clip = next(video_file.clips(path, Sampling(5, height, width, 8, 5)))
-  flat = next(
-    video_file.clips(_write(tmp_path / "b.mp4", 1.0, 8, (64, 48)), Sampling(5, 48, 64, 8, 5))
-  )
+  clip = next(clips(path, Sampling(5, height, width, 8, 5)))
+  flat = next(clips(_write(tmp_path / "b.mp4", 1.0, 8, (64, 48)), Sampling(5, 48, 64, 8, 5)))
   np.testing.assert_allclose(clip.astype(int), np.rot90(flat, turns, axes=(1, 2)), atol=3)
 
 
 def test_stride_overlaps_clips(tmp_path):
   path = _write(tmp_path / "a.mp4", 2.0, 24)
-  clips = list(video_file.clips(path, Sampling(5, 32, 48, 8, 2)))
+  found = list(clips(path, Sampling(5, 32, 48, 8, 2)))
   moves, _ = video_file.survey(path, Sampling(5, 32, 48, 8, 2))
-  assert len(clips) == 6 and video_file.starts(moves, 5, 2)[0].tolist() == [0, 2, 4, 6, 8, 10]
-  np.testing.assert_array_equal(clips[0][2:], clips[1][:3])
+  assert len(found) == 6 and video_file.starts(moves, 5, 2)[0].tolist() == [0, 2, 4, 6, 8, 10]
+  np.testing.assert_array_equal(found[0][2:], found[1][:3])
   skipping = Sampling(2, 32, 48, 8, 7)
-  assert len(list(video_file.clips(path, skipping))) == len(video_file.starts(moves, 2, 7)[0]) == 3
+  assert len(list(clips(path, skipping))) == len(video_file.starts(moves, 2, 7)[0]) == 3
 
 
 def _shorten(path, size):

@@ -66,6 +66,7 @@ def test_it_fills_up_to_the_video_that_generate_makes(model, video):
   check(steps, video)
 
 
+@pytest.mark.slow
 def test_given_ends_are_there_from_the_start(model, tmp_path):
   """And in Python one may stop at any step."""
   Image.fromarray(np.full((16, 16, 3), (250, 10, 10), np.uint8)).save(tmp_path / "red.png")

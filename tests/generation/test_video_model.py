@@ -13,6 +13,7 @@ import pytest
 
 from hiar_jax.checkpoints import weights
 from hiar_jax.components.wan_autoencoder import WanAutoencoder
+from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, video_model
 from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.prompts_file import Job
@@ -59,6 +60,34 @@ def test_what_is_given_is_kept_and_shown(model, place, kind, name, given):
   assert latents.shape == (1, given + 3, 2, 4, 16)
   np.testing.assert_array_equal(latents[:, :given], expected)
   assert np.abs(np.asarray(made(*args, expected + 1))[:, given:] - latents[:, given:]).max() > 1e-3
+
+
+def test_a_base_model_in_a_students_place_is_said(place, tmp_path, capsys):
+  """`--weights=weights/wan_1_3b` for `weights/hiar`; by the numbers, wherever they lie."""
+  config = runpy.run_path(str(place / "config.py"))["get_config"]()
+  opened = lambda: video_model.from_config(
+    config, str(place / "weights"), video_model.ModelChanges()
+  )
+  for base, said in ((place / "weights", True), (tmp_path / "nowhere", False)):
+    config.weights.base = str(base)
+    opened()
+    assert ("which is bidirectional" in capsys.readouterr().err) == said
+  weights.save(tmp_path / "other", "dit", *other_weights(place))
+  config.weights.base = str(tmp_path / "other")
+  opened()
+  assert capsys.readouterr().err == ""
+
+
+def other_weights(place):
+  config, params = weights.load(place / "weights", "dit")
+  return config, jax.tree.map(lambda leaf: np.asarray(leaf) + 1, params)
+
+
+def test_a_model_of_another_size_is_refused_before_anything_is_encoded(place):
+  config = runpy.run_path(str(place / "config.py"))["get_config"]()
+  config.model.num_layers += 1
+  with pytest.raises(UserError, match="holds another model than the config describes: num_layers"):
+    video_model.from_config(config, str(place / "weights"), video_model.ModelChanges())
 
 
 def test_pictures_of_a_size_are_encoded_by_one_program(model):

@@ -1,8 +1,12 @@
 """The frames of a video file, as a player shows them."""
 
+from collections.abc import Iterator
+import itertools
+
 import av
 import numpy as np
 
+from hiar_jax.video import video_file
 from hiar_jax.video.frame_pixels import Look
 from hiar_jax.video.mp4 import read_metadata
 
@@ -26,3 +30,9 @@ def read_mp4(path, *, scale: int = 1) -> tuple[np.ndarray, float, dict[str, str]
     squares = frames[:, : h * scale, : w * scale].reshape(f, h, scale, w, scale, 3)
     frames = np.rint(squares.mean((2, 4))).astype(np.uint8)
   return frames, fps, read_metadata(path)
+
+
+def clips(path, sampling: video_file.Sampling) -> Iterator[np.ndarray]:
+  """The clips of a file, uint8 [f H W 3] each, one every `stride`."""
+  starts = itertools.count(0, sampling.stride)
+  return video_file.spans(path, sampling, ((at, sampling.frames) for at in starts))

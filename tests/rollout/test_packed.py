@@ -182,7 +182,7 @@ def plain(schedule, steps, given, published, behind=0, loop=False, **how):
   return video
 
 
-QUICK = ("both ends", "from an image to a video", "compressed behind")
+QUICK = ("both ends", "from an image to a video")
 
 
 @pytest.mark.parametrize("case", few(CASES, *QUICK))

@@ -85,6 +85,7 @@ def test_the_rivals_go_through_the_same_step(name):
   )
 
 
+@pytest.mark.slow
 def test_without_forward_kl_no_trajectories_are_needed():
   batch = {name: make_batch(0)[name] for name in ("text", "example_id")}
 

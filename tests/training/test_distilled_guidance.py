@@ -148,6 +148,7 @@ def test_the_loss_by_hand():
   np.testing.assert_allclose(metrics["loss"], plain["loss"] + error, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_gets_no_gradient():
   """The scale's layers, which the plain loss does not reach, learn from the guided velocity."""
   params = tiny.params(GUIDED)

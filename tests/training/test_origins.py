@@ -143,23 +143,29 @@ def test_who_borrows_the_data_keeps_what_it_was_trained_with(place):
   assert_same(seen(open_run(config, place / "second", save=False)), before)
 
 
-@pytest.mark.parametrize("name", ["base", "teacher", "student"])
-def test_weights_that_are_converted_anew_are_refused(tmp_path, name):
-  weights.save(tmp_path / "weights", "dit", CONFIG, PARAMS)
+@pytest.mark.parametrize(
+  ("name", "kind"),
+  [
+    *(("weights.base", "dit"), ("weights.teacher", "dit"), ("weights.student", "dit")),
+    *(("codec.weights", "vae"), ("text.weights", "umt5")),
+  ],
+)
+def test_weights_that_are_converted_anew_are_refused(tmp_path, name, kind):
+  weights.save(tmp_path / "weights", kind, CONFIG, PARAMS)
   config = wan_framepack.get_config()
-  config.weights = {"base": str(tmp_path / "none"), name: str(tmp_path / "weights")}
+  config.weights = {"base": str(tmp_path / "none"), "teacher": "", "student": ""}
+  group, field = name.split(".")
+  config[group][field] = str(tmp_path / "weights")
   origins = Origins(build(Experiment, config), tmp_path / "run", (tmp_path / "run" / "data",))
   origins.keep()
   kept = json.loads((tmp_path / "run" / "origins" / "weights.json").read_text())
-  assert list(kept) == [f"weights.{name}"]
-  weights.save(tmp_path / "weights", "dit", CONFIG, {**PARAMS, "gain": np.float32(2.5)})
+  assert list(kept) == [name]
+  weights.save(tmp_path / "weights", kind, CONFIG, {**PARAMS, "gain": np.float32(2.5)})
   origins.check()  # nothing hangs on them yet
   (tmp_path / "run" / "trajectories").mkdir()
-  with pytest.raises(
-    UserError, match=f"weights.{name}: these are other weights .*{kept.popitem()[1]}"
-  ):
+  with pytest.raises(UserError, match=f"{name}: these are other weights .*{kept.popitem()[1]}"):
     origins.check()
-  weights.save(tmp_path / "weights", "dit", CONFIG, PARAMS)
+  weights.save(tmp_path / "weights", kind, CONFIG, PARAMS)
   origins.check()
   shutil.rmtree(tmp_path / "weights")
   origins.check()  # a finished run may do without

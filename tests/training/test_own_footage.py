@@ -82,7 +82,7 @@ def test_short_videos_are_not_measured(run):
 
 def test_the_teacher_logs_the_loss_of_held_out_clips(run, monkeypatch):
   """At each preview, of the same clips, levels and noise: it changes with the weights alone."""
-  params = jax.device_get(run.experiment.dit.init(jax.random.key(0)))
+  params = jax.device_get(jax.jit(run.experiment.dit.init)(jax.random.key(0)))
   opened = jax.tree.map(lambda x: x + np.float32(0.1), params)
 
   def previews(run, stage, frozen, preview):

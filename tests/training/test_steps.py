@@ -101,7 +101,7 @@ def test_the_update_is_that_of_one_device(kind, place):
       )
 
 
-@pytest.mark.parametrize("kind", few(KINDS, *(kind for kind in KINDS if kind != "generator")))
+@pytest.mark.parametrize("kind", few(KINDS, *KINDS[:3]))
 def test_an_update_moves_its_own_network_alone(kind):
   before = jax.jit(make_case(kind).create)()
   after, metrics = on_one_device(kind)

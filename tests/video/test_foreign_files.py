@@ -10,6 +10,7 @@ import pytest
 from hiar_jax.data import video_folder
 from hiar_jax.errors import UserError
 from hiar_jax.video import conditioning_files, foreign_files, mp4, video_file
+from tests.helpers.video_reader import clips
 
 SAMPLING = video_file.Sampling(3, 16, 16, 8, 3)
 CUT = video_folder.Cut(SAMPLING)
@@ -30,7 +31,7 @@ def test_tags_that_are_not_utf8_are_passed_over(tmp_path):
   path = altered(tmp_path / "cafe.mp4", b"Cafe!!", b"Caf\xe9!!")
   assert conditioning_files.read_video(path, 16, 16, 8)[0].shape == (5, 16, 16, 3)
   assert len(video_file.survey(path, SAMPLING)[0]) >= 3
-  assert len(list(video_file.clips(path, SAMPLING))) == 1
+  assert len(list(clips(path, SAMPLING))) == 1
   assert mp4.read_metadata(path) == {"title": "Caf\ufffd!!"}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hiar_jax.video import conditioning_files, frame_pixels, mp4, video_file
+from tests.helpers.video_reader import clips
 
 # ITU-T H.273: the weights of red and blue in luma, by the number of the matrix
 MATRICES = {1: (0.2126, 0.0722), 5: (0.299, 0.114), 9: (0.2627, 0.0593)}  # BT.709, 601, 2020
@@ -90,7 +91,7 @@ def test_pixels_are_made_square(tmp_path, suffix, aspect):
   side = 48 * max(wide * aspect, high)
   ratio = f"{aspect.numerator}:{aspect.denominator}"
   assert said.startswith(f"a.{suffix}: {side}x{side}, its pixels of {ratio} made square")
-  clip = next(video_file.clips(path, video_file.Sampling(5, 96, 96, 8, 5)))
+  clip = next(clips(path, video_file.Sampling(5, 96, 96, 8, 5)))
   np.testing.assert_array_equal(clip[4], frames[4])
 
 
