@@ -134,6 +134,7 @@ def test_latents_there_and_back(model):
   np.testing.assert_allclose(model.encode(pixels), model.run.encode(batch)["latents"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_method_with_changes(model):
   changed = model.with_method(level="clean", window=6)
   assert isinstance(changed.method, method.Method)

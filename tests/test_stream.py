@@ -40,8 +40,6 @@ def made(chain, tmp_path_factory):
   to.
   """
   out, workdir = tmp_path_factory.mktemp("stream"), chain.straight
-  (out / "day.txt").write_text("# two things\n" + DAY.replace(", ", "\n"))
-  Image.fromarray(np.full((20, 20, 3), (200, 40, 40), np.uint8)).save(out / "start.png")
   run, before = f"--workdir={workdir}", tiny_run.files(workdir)
   prompt, saved = f"--prompt={PROMPT}", out / "saved"
   commands = {
@@ -58,19 +56,27 @@ def made(chain, tmp_path_factory):
       "stream",
       [run, f"--resume={saved}", "--frames=12", f"--out={out}/parts.mp4", "--level_devices=2"],
     ),
-    "day": (
-      "stream",
-      [run, f"--timeline={out}/day.txt", "--frames=16", "--seed=5", f"--out={out}/day"],
-    ),
-    "picture": (
-      "stream",
-      [run, prompt, f"--image={out}/start.png", "--frames=5", f"--out={out}/picture.mp4"],
-    ),
   }
   cases = [(f"hiar_jax.{module}", command) for module, command in commands.values()]
   results = dict(zip(commands, chain.commands(cases, devices=2), strict=True))
   assert tiny_run.files(workdir) == before  # a run is read and not touched
   return results, out
+
+
+@pytest.fixture(scope="module")
+def started(chain, made):
+  """A video of timed prompts, as pictures, and one that starts from a picture."""
+  _, out = made
+  (out / "day.txt").write_text("# two things\n" + DAY.replace(", ", "\n"))
+  Image.fromarray(np.full((20, 20, 3), (200, 40, 40), np.uint8)).save(out / "start.png")
+  run, prompt = f"--workdir={chain.straight}", f"--prompt={PROMPT}"
+  commands = [
+    [run, f"--timeline={out}/day.txt", "--frames=16", "--seed=5", f"--out={out}/day"],
+    [run, prompt, f"--image={out}/start.png", "--frames=5", f"--out={out}/picture.mp4"],
+  ]
+  for status, _, err in chain.commands([("hiar_jax.stream", x) for x in commands], devices=2):
+    assert status == 0 and "Traceback" not in err, err
+  return out
 
 
 def test_every_command_ends_well(made):
@@ -109,8 +115,9 @@ def test_saved_and_gone_on_with_on_another_layout(made):
   ]
 
 
-def test_a_timeline_into_pictures(made):
-  _, out = made
+@pytest.mark.slow
+def test_a_timeline_into_pictures(started):
+  out = started
   names = sorted(os.listdir(out / "day"))
   assert names == [f"{i:06d}.png" for i in range(16)]
   frames = np.stack([np.asarray(Image.open(out / "day" / name)) for name in names]).astype(int)
@@ -118,8 +125,9 @@ def test_a_timeline_into_pictures(made):
   assert np.abs(frames[:8] - same[:8]).mean() < 4  # before the change it is the same video
 
 
-def test_a_picture_comes_first(made):
-  _, out = made
+@pytest.mark.slow
+def test_a_picture_comes_first(started):
+  out = started
   frames = read_mp4(out / "picture.mp4", scale=8)[0]
   assert len(frames) == 5 and [
     fragment.frames for fragment in fragmented_mp4.scan(out / "picture.mp4")[1:]

@@ -17,7 +17,6 @@ import pytest
 from hiar_jax.data import tfds_builder
 from tests.helpers import tiny_run
 from tests.helpers.disk_page import differences
-from tests.helpers.slow_cases import few
 from tests.helpers.tiny_run import assert_same_run, files, log
 from tests.helpers.video_reader import read_mp4
 
@@ -124,7 +123,8 @@ ALL_KILLS = {
 }
 
 
-@pytest.mark.parametrize("kills", few(ALL_KILLS, "once"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", ALL_KILLS)
 def test_sigkill_anywhere_and_the_same_command_goes_on(chain, kills):
   workdir = chain.directory / f"killed_{kills}"
   if kills == "once":

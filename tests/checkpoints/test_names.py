@@ -62,6 +62,7 @@ def test_training_says_so_at_once(tmp_path, name):
   assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_conversion_and_streams_say_so_at_once(tmp_path):
   command = [sys.executable, "-W", "ignore", "-m", "hiar_jax.convert", "--source=none.safetensors"]
   command.append(f"--out={tmp_path}/back\\slash")

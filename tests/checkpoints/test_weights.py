@@ -295,7 +295,8 @@ print(json.dumps(results))
 """
 
 
-@pytest.mark.parametrize("there", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [True, False])
 def test_a_kill_at_any_step_leaves_the_old_or_the_new(tmp_path, there):
   if there:
     weights.save(tmp_path / "old", "dit", CONFIG, {"a": np.ones((3, 2), np.float32)})

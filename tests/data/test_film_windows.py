@@ -142,7 +142,7 @@ def test_starts_are_those_of_drawn_windows(data):
 
 def test_the_end_of_each_film_is_held_out(tmp_path, folder, caplog):
   video_folder.prepare(tmp_path, folder, Cut(SAMPLING, held_out=0.4))
-  trained = [clip for batch in batches(tmp_path, 60) for clip in clips_of(batch)]
+  trained = [clip for batch in batches(tmp_path, 30) for clip in clips_of(batch)]
   last = {name: max(max(frames) for film, _, frames in trained if film == name) for name in "abc"}
   # of 11 frames 4, of 23 frames 9; four are one clip, which is trained on
   assert last == {"a": 6, "b": 3, "c": 13}

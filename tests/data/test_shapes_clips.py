@@ -161,6 +161,7 @@ def test_killed_before_it_got_its_name(tmp_path):
   assert _files(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_full_disk_is_one_clear_line_and_leaves_nothing_half_made(tmp_path):
   code = f"""
 import resource

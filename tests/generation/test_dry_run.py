@@ -112,6 +112,7 @@ def test_a_picture_and_a_continuation():
   assert result(program)[4] == frame[2]
 
 
+@pytest.mark.slow
 def test_what_packed_models_are_told():
   """A text and a seed for each section, frames behind them, a loop."""
   run = run_of(tiny_packed.make_config("shapes_framepack_both_ends"))
@@ -160,6 +161,7 @@ def wan(monkeypatch):
   return make
 
 
+@pytest.mark.slow
 def test_a_frame_is_decoded_over_the_devices_that_divide_its_width(wan):
   whole, spread, tiled = (programs.decoder(run) for run in (wan(), wan(4), wan(4, tile=8)))
   assert (whole.mesh.size, spread.mesh.size, tiled.mesh.size) == (1, 4, 1)

@@ -107,6 +107,7 @@ def test_a_video_goes_on_from_all_of_its_frames(untold, files):
   assert said == ""
 
 
+@pytest.mark.slow
 def test_loops_and_takes(model):
   """A section drawn anew leaves those before it as they are, to the bit, and its seed of before
   brings it back; a loop's sections see what they come back to.

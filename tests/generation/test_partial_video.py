@@ -78,6 +78,7 @@ def test_given_ends_are_there_from_the_start(model, tmp_path):
   np.testing.assert_array_equal(frames, steps[0][0])
 
 
+@pytest.mark.slow
 def test_the_command_shows_what_is_there(workdir, video, tmp_path, monkeypatch):
   """Beside the file of each prompt; nothing of it is left but the steps' sheet."""
   shown, sheets, written = {}, [], {}

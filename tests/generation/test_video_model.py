@@ -90,6 +90,7 @@ def test_a_model_of_another_size_is_refused_before_anything_is_encoded(place):
     video_model.from_config(config, str(place / "weights"), video_model.ModelChanges())
 
 
+@pytest.mark.slow
 def test_pictures_of_a_size_are_encoded_by_one_program(model):
   """A file of prompts may hold a hundred of them.
 

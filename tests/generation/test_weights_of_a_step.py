@@ -52,6 +52,7 @@ def test_weights_of_an_unfinished_stage_are_refused(unfinished):
     hiar_jax.load(unfinished, step=7)
 
 
+@pytest.mark.slow
 def test_they_are_taken_where_that_is_said_and_the_file_says_so_too(unfinished, capfd, tmp_path):
   out = tmp_path / "a.mp4"
   options = dict(workdir=str(unfinished), prompt=PROMPT, frames=4, out=str(out))

@@ -127,6 +127,7 @@ def test_a_stream_can_be_left_and_taken_up(way):
   np.testing.assert_array_equal(straight, resumed)
 
 
+@pytest.mark.slow
 def test_scan_needs_no_more_memory_for_a_longer_video():
   """Beside the result, which is held up to three times over while it is put together."""
 

@@ -22,6 +22,7 @@ from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.planning.targets import Target
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_packed, tiny_run
+from tests.helpers.slow_cases import slow
 
 ROOT = tiny_run.ROOT
 SPLIT = {"mesh__data": 2, "mesh__fsdp": 4, "mesh__min_shard": 64}
@@ -69,7 +70,7 @@ def test_a_plan_chooses_the_mesh_by_the_memory_of_its_chip(monkeypatch, tmp_path
 # ------------------------------------------------------------------------------------- the programs
 
 
-@pytest.mark.parametrize("name", ["teacher", "causal_init", "critic", "generator"])
+@pytest.mark.parametrize("name", ["teacher", "causal_init", *slow("critic", "generator")])
 def test_an_update_is_lowered_as_training_does(name):
   """The state is given up, and split over the devices where it is large; the batch is split too."""
   program = made(distilled(), name)
@@ -145,6 +146,7 @@ def test_a_row_says_what_a_program_holds(row):
   assert json.loads(json.dumps(row)) == row
 
 
+@pytest.mark.slow
 def test_operations_do_not_depend_on_the_devices(row):
   """Nor on the mesh; a batch twice as large takes twice as many, but for an optimizer's own."""
   assert row["flops"] == operations(distilled())
@@ -174,6 +176,7 @@ def test_the_exit_level_counts_its_mean():
   assert made(e, "causal_init").turns == 1
 
 
+@pytest.mark.slow
 def test_a_row_is_made_once(row, cache, monkeypatch):
   def never(*arguments, **options):
     raise AssertionError("compiled again")

@@ -219,7 +219,7 @@ def test_sorted_history_reaches_back():
     assert bool(np.abs(change).max() > 1e-4) == reads
 
 
-@pytest.mark.parametrize("case", ["inverted", *slow("both ends")])
+@pytest.mark.parametrize("case", slow("inverted", "both ends"))
 def test_discretised_history_equals_a_plain_loop(case):
   """What sections read is centroids, given frames too; what they make is not."""
   arguments = CASES[case]

@@ -155,7 +155,7 @@ def test_a_clean_sink_is_made_first():
 
 @pytest.mark.parametrize(
   ("ticks", "recache", "entered"),
-  [(1, False, 1), (2, False, 2), (3, True, 2), (4, False, 2), (5, True, 2), (6, True, 3)],
+  [*slow((1, False, 1)), (2, False, 2), (3, True, 2), (4, False, 2), (5, True, 2), (6, True, 3)],
 )
 def test_prompts_change_while_a_clean_sink_is_made(ticks, recache, entered):
   """A sink of two blocks: they have left after 5 ticks, and what follows enters only then."""

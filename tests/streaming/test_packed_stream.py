@@ -58,6 +58,7 @@ def test_it_is_the_video_that_generate_makes(source):
   np.testing.assert_array_equal(frames(chunks), made_by_generate(source.model, 10))
 
 
+@pytest.mark.slow
 def test_prompts_by_the_second(source):
   with source.open(timeline=timeline.parse(DAY), seed=SEED, frames=8) as stream:
     chunks = list(stream)
@@ -122,7 +123,7 @@ def test_the_page_shows_it(source, tmp_path):
     session.close()
 
 
-@pytest.mark.parametrize("name", ["the video's first frame", *slow("the mean of older frames")])
+@pytest.mark.parametrize("name", slow("the video's first frame", "the mean of older frames"))
 def test_what_lies_further_back(tmp_path, name):
   """Rounding may differ where the mean is a running one."""
   config = tiny_packed.make_config(framepack__packing=SCHEDULES[name], sample__steps=1)

@@ -110,6 +110,7 @@ def test_other_weights_of_the_real_score_are_no_base():
   assert at() and at(base="a") and at(base="a", teacher="a") and not at(base="a", teacher="b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["critic", "generator"])
 def test_a_plan_shows_the_smaller_state(name):
   made = [

@@ -120,6 +120,7 @@ def updated(c, params, ema=None, loss_alone=False):
   return run(state, batch(), framepack.Frozen(NEGATIVE))
 
 
+@pytest.mark.slow
 def test_the_loss_by_hand():
   """The plain one, and the distance to the guided velocity of the average without the scale."""
   c, params = config(), tiny.params(GUIDED)

@@ -120,6 +120,7 @@ def test_windows_begin_anywhere():
   np.testing.assert_array_equal(cut[:, :, 0, 0, 0], first[:, None] + np.arange(2)[None])
 
 
+@pytest.mark.slow
 def test_a_share_of_the_windows_opens_its_clip():
   """The others stay where they were drawn."""
   keys, clips = jax.random.split(jax.random.key(1), 256), np.zeros((256, 40, 1, 1, 1), np.float32)
@@ -137,6 +138,7 @@ def test_a_share_of_the_windows_opens_its_clip():
     dataclasses.replace(c, openings=1.5)
 
 
+@pytest.mark.slow
 def test_discretised_history_is_read_and_not_learnt():
   """One section with two frames behind it: as if the clip had centroids there, and itself after;
   history_noise comes on top of both.
@@ -167,6 +169,7 @@ def test_rows_are_the_steps_of_all_orders():
   assert one.context[-1].tolist() == [[-1]] * 4 + [[6]] * 2
 
 
+@pytest.mark.slow
 def test_what_is_trained():
   """The packed projections get a gradient, and so do the parameters that the teacher had."""
   before, after, _ = jax.device_get(run(config()))

@@ -35,6 +35,7 @@ def test_clips_are_the_given_frame_and_whole_sections():
     build(Experiment, tiny_packed.make_config("shapes_framepack_inverted", data__frames=8))
 
 
+@pytest.mark.slow
 def test_videos_start_from_true_frames(model):
   """Each from that of its prompt and seed, whatever else is in the batch."""
   run = model.run

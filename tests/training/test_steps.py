@@ -62,10 +62,7 @@ PLACES = {
   "pmap over 2, two parts": (MeshConfig(mapping="pmap"), 2, 2),
 }
 KINDS = ("teacher", "causal init, noisy", "causal init, history", "critic", "generator")
-QUICK = {
-  "teacher": ("pmap over 2, two parts",),
-  "causal init, noisy": ("2 x 2, a ring of 2",),
-}
+QUICK = {"causal init, noisy": ("2 x 2, a ring of 2",)}
 GRID = [
   pytest.param(kind, place, marks=() if place in QUICK.get(kind, ()) else pytest.mark.slow)
   for kind in KINDS
