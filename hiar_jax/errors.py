@@ -3,13 +3,23 @@
 from collections.abc import Iterable
 import math
 
+LONGEST = 2000  # letters of a message
+
 
 class UserError(Exception):
   """Bad input; the message names what was given, what was expected, and a remedy.
 
   Entry points print it as one line and exit with status 2 (config.command_line.run). Any other
-  exception that escapes is a bug and keeps its traceback.
+  exception that escapes is a bug and keeps its traceback. Of a message that quotes megabytes of
+  what was given, the middle is left out.
   """
+
+  def __init__(self, message: object = ""):
+    text = str(message)
+    if len(text) > LONGEST:
+      left_out = len(text) - LONGEST
+      text = f"{text[: LONGEST // 2]} ... ({left_out} letters) ... {text[-(LONGEST // 2) :]}"
+    super().__init__(text)
 
 
 class Damaged(UserError):

@@ -18,6 +18,7 @@ import pathlib
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -73,7 +74,9 @@ class Reader:
     return answer
 
   def _start(self) -> None:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    # whatever a process that is killed leaves lies here
+    self._folder = tempfile.TemporaryDirectory(prefix="fuzz_")
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "TMPDIR": self._folder.name}
     self._process = subprocess.Popen(
       [sys.executable, "-m", self._module],
       cwd=ROOT,
@@ -98,6 +101,7 @@ class Reader:
       self._process.kill()
       self._process.communicate()
       self._process = None
+      self._folder.cleanup()
 
 
 def fuzz(

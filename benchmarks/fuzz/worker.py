@@ -20,7 +20,7 @@ import warnings
 import numpy as np
 
 from benchmarks.fuzz.mutations import Dice
-from hiar_jax.errors import UserError
+from hiar_jax.errors import LONGEST, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +40,17 @@ def read_case(kind: Kind, right: pathlib.Path, dice: Dice) -> dict:
   start, what = time.monotonic(), ""
   try:
     given = kind.broken(right, place, dice)
-    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    said = io.StringIO()  # stdout is for the answers
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(contextlib.redirect_stderr(said))
+      stack.enter_context(contextlib.redirect_stdout(said))
+      stack.enter_context(warnings.catch_warnings())
       warnings.simplefilter("ignore")
       kind.read(given)
     outcome = "read"
   except UserError as error:
     outcome, what = "refused", str(error)
-    if not what.strip() or len(what) > 5000:
+    if not what.strip() or len(what) > LONGEST + 100:
       outcome = "fault"
   except BaseException:
     outcome, what = "fault", traceback.format_exc()

@@ -24,7 +24,7 @@ from hiar_jax.components import lapped_transform
 from hiar_jax.components.block_decoder import FramewiseDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig
 from hiar_jax.errors import Damaged, UserError, at_least
-from hiar_jax.files import write_atomic
+from hiar_jax.files import reading, write_atomic
 from hiar_jax.types import Pixels, Video, typed
 from hiar_jax.video.frames import to_float, to_uint8
 
@@ -73,13 +73,21 @@ class PatchPCAConfig(AutoencoderConfig):
     path = directory / FILE
     if not path.exists():
       raise UserError(f"{path} is missing: the data stage fits it; run the training command first")
-    with np.load(path) as stored:
+    advice = "remove it: the data stage fits it anew"
+    # read whole: numpy leaves a file open that is no archive
+    with reading(path, advice), np.load(io.BytesIO(path.read_bytes())) as stored:
       arrays = {name: stored[name] for name in stored.files}
-    if not all(np.isfinite(array).all() for array in arrays.values()):
-      raise Damaged(path, "numbers that are not finite", "remove it: the data stage fits it anew")
-    lapped = bool(arrays.get("lapped", False))  # earlier files do not say
-    numbers = (arrays[name] for name in ("mean", "basis", "scale"))
-    return PatchPCA(*numbers, patch=int(arrays["patch"]), lapped=lapped)
+      numbers = [np.asarray(arrays[name], np.float32) for name in ("mean", "basis", "scale")]
+      patch, lapped = (
+        int(arrays["patch"]),
+        bool(arrays.get("lapped", False)),
+      )  # new: not always there
+    p, c = 3 * patch**2, numbers[2].size
+    if [array.shape for array in numbers] != [(p,), (p, c), (c,)]:
+      raise Damaged(path, f"shapes that are not those of patches of {patch}", advice)
+    if not all(np.isfinite(array).all() for array in numbers):
+      raise Damaged(path, "numbers that are not finite", advice)
+    return PatchPCA(*numbers, patch=patch, lapped=lapped)
 
 
 @flax.struct.dataclass

@@ -18,14 +18,22 @@ import re
 from hiar_jax.errors import UserError
 from hiar_jax.files import read_text
 
-_TIME = r"(?:\d+(?:\.\d+)?\s*(?:h|m(?:in)?|s(?:ec)?)\s*)+|\d+(?::\d\d)+(?:\.\d+)?"
+# Nothing is given back (`++`, `*+`), and nothing begins but behind a separator: each letter is read
+# a few times, whatever the text.
+_BEFORE = r"(?:^|(?<=[,;]))[^\S\n]*+"  # what may stand before a time
+_TIME = r"(?:\d++(?:\.\d++)?\s*+(?:h|m(?:in)?|s(?:ec)?)\s*+)++|\d++(?::\d\d)++(?:\.\d++)?"
 # the colon after a time stands before a space, a separator or the end, so that `1:30` is one time
-_MARK = re.compile(rf"(?P<time>{_TIME})(?P<flag>\s+\w+)?\s*:(?=[\s,;]|$)")
+_MARK = re.compile(
+  rf"{_BEFORE}(?P<time>{_TIME})\s*+(?:(?<=\s)(?P<flag>\w++))?\s*+:(?=[\s,;]|$)", re.MULTILINE
+)
 # What begins with a number and has a colon behind was meant as a time, also where it is no _MARK.
-# `*+` gives nothing back: of `16:9 film`, which has no colon behind, `16:` is none either.
-_LIKE_MARK = re.compile(r"[-+.]?\d[\w.]*+(?::\d[\w.]*+)*+(?:[^\S\n]+[^,;:\uff1a\n]*)?[:\uff1a]")
+# Of `16:9 film`, which has no colon behind, `16:` is none either.
+_LIKE_MARK = re.compile(
+  rf"{_BEFORE}(?P<like>[-+.]?\d[\w.]*+(?::\d[\w.]*+)*+"
+  r"(?:[^\S\n]++[^,;:\uff1a\n]*+)?[:\uff1a])",
+  re.MULTILINE,
+)
 _UNIT = re.compile(r"(\d+(?:\.\d+)?)\s*([hms])")
-_BEFORE = re.compile(r"(?:^|[,;\n])[^\S\n]*\Z")  # what may stand before a time
 _SECONDS = {"h": 3600, "m": 60, "s": 1}
 
 
@@ -122,17 +130,17 @@ def parse(text: str, source: str = "timeline") -> Timeline:
   # U+2028 and others too
   lines = re.split(r"\r\n?|\n", text)
   text = "\n".join("" if line.lstrip().startswith("#") else line for line in lines)
-  marks = [mark for mark in _MARK.finditer(text) if _BEFORE.search(text, 0, mark.start())]
-  read = {mark.start() for mark in marks}
+  marks = list(_MARK.finditer(text))
+  read = {mark.start("time") for mark in marks}
   for like in _LIKE_MARK.finditer(text):
-    if like.start() not in read and _BEFORE.search(text, 0, like.start()):
+    if like.start("like") not in read:
       raise _error(
         source,
-        _location(text, like.start()),
-        f"{like[0][:40]!r} is no time that can be read; write 10s, 1.5s, 1m30s or 1:30, then a "
-        "colon and a blank",
+        _location(text, like.start("like")),
+        f"{like['like'][:40]!r} is no time that can be read; write 10s, 1.5s, 1m30s or 1:30, then "
+        "a colon and a blank",
       )
-  head = text[: marks[0].start()] if marks else text
+  head = text[: marks[0].start("time")] if marks else text
   if head.strip():
     raise _error(
       source,
@@ -144,7 +152,9 @@ def parse(text: str, source: str = "timeline") -> Timeline:
     raise UserError(f"{source} holds no prompt; write '0s: a red circle' into it")
   entries: list[Entry] = []
   # each prompt ends where the next time begins
-  for mark, end in zip(marks, [*(mark.start() for mark in marks[1:]), len(text)], strict=True):
+  for mark, end in zip(
+    marks, [*(mark.start("time") for mark in marks[1:]), len(text)], strict=True
+  ):
     entry = _entry(text, mark, end, source)
     if not entries and entry.time != 0:
       raise _error(
@@ -165,12 +175,12 @@ def parse(text: str, source: str = "timeline") -> Timeline:
 
 def _entry(text: str, mark: re.Match, end: int, source: str) -> Entry:
   """Returns the entry of a matched time, whose prompt reaches up to the offset `end`."""
-  at = _location(text, mark.start())
-  flag = (mark["flag"] or "").strip()
+  at = _location(text, mark.start("time"))
+  flag = mark["flag"] or ""
   if flag not in ("", "recache"):
     raise _error(
       source,
-      _location(text, mark.start("flag") + 1),
+      _location(text, mark.start("flag")),
       f"expected 'recache' or a colon after the time, got {flag!r}",
     )
   prompt = " ".join(text[mark.end() : end].rstrip().rstrip(",;").split())

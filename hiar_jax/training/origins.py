@@ -19,7 +19,7 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.errors import UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.files import reading, write_atomic
 from hiar_jax.training.experiment import Experiment
 
 FOLDER = "origins"  # of a workdir
@@ -130,7 +130,7 @@ def _same(a: pathlib.Path, b: pathlib.Path) -> bool:
     return True
   if a.suffix != ".npz":
     return False
-  with np.load(a) as first, np.load(b) as second:
+  with reading(f"{a} or {b}", "remove what is damaged"), np.load(a) as first, np.load(b) as second:
     return first.files == second.files and all(
       first[name].shape == second[name].shape
       and np.abs(first[name] - second[name]).max() <= ROUNDING * np.abs(first[name]).max()

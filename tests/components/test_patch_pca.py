@@ -137,3 +137,35 @@ def test_the_memory_of_a_fit_does_not_grow_with_the_clips():
   shares = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1][:7]
   through = (rows - rows.mean(0)) @ np.asarray(codec.basis, np.float64)
   np.testing.assert_allclose(through.var(0), shares, rtol=1e-6)
+
+
+DAMAGED = {
+  "empty": lambda data: b"",
+  "no archive": lambda data: b"a codec",
+  "cut off": lambda data: data[: len(data) // 2],
+  "a number changed": lambda data: data.replace(data[200:204], b"\0\1\2\3", 1),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_is_one_line(tmp_path, kind):
+  config = PatchPCAConfig(patch=4, channels=7)
+  path = tmp_path / patch_pca.FILE
+  patch_pca.save(path, patch_pca.fit(clips(), config))
+  path.write_bytes(DAMAGED[kind](path.read_bytes()))
+  with pytest.raises(UserError, match=r"codec.npz is damaged .*; remove it: the data stage fits"):
+    config.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mean", "basis", "scale", "patch"])
+def test_arrays_that_do_not_fit_are_damage(tmp_path, name):
+  config = PatchPCAConfig(patch=4, channels=7)
+  path = tmp_path / patch_pca.FILE
+  patch_pca.save(path, patch_pca.fit(clips(), config))
+  with np.load(path) as stored:
+    arrays = dict(stored)
+  for change in (arrays[name][..., None], None):
+    changed = {k: v for k, v in arrays.items() if k != name}
+    np.savez(path, **changed, **({} if change is None else {name: change}))
+    with pytest.raises(UserError, match="codec.npz is damaged"):
+      config.open(tmp_path)

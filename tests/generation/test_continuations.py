@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from hiar_jax import generate
-from hiar_jax.video import conditioning_files, mp4
+from hiar_jax.components import patch_pca
+from hiar_jax.training.run import open_run
+from hiar_jax.video import mp4
 from tests.helpers import tiny_run
 from tests.helpers.untrained import PROMPT, compiles_quickly, saved_run  # noqa: F401
 from tests.helpers.video_reader import read_mp4
@@ -24,9 +26,14 @@ def film() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-  """(videos by round, as they are read; the first frames after as many writings alone)."""
-  place = tmp_path_factory.mktemp("chain")
-  workdir = saved_run(place / "run", tiny_run.make_config())
+  """(videos by round, as they are read; passed(frames, times): what passes through the codec and a
+  file make of frames by themselves).
+  """
+  place, config = tmp_path_factory.mktemp("chain"), tiny_run.make_config()
+  workdir = saved_run(place / "run", config)
+  run = open_run(config, workdir, save=False)
+  codec = patch_pca.fit(film()[None], run.experiment.codec)
+  patch_pca.save(run.directory("data") / patch_pca.FILE, codec)
   path = mp4.write_mp4(place / "0.mp4", film(), 8, scale=SCALE)
   videos = [read_mp4(path, scale=SCALE)[0]]
   for k in range(1, ROUNDS + 1):
@@ -35,11 +42,15 @@ def chain(tmp_path_factory):
     told = generate.GenerateOptions(workdir=str(workdir), out=str(path), **options)
     generate.generate(told)
     videos.append(read_mp4(path, scale=SCALE)[0])
-  alone = film()
-  for k in range(ROUNDS + 1):
-    path = mp4.write_mp4(place / f"alone_{k}.mp4", alone, 8, scale=SCALE)
-    alone, _ = conditioning_files.read_video(path, 16, 16, 8)
-  return videos, alone
+
+  def passed(frames, times):
+    for _ in range(times):
+      frames = run.pixels(run.autoencoder.latents(frames[None]))[0]
+      again = mp4.write_mp4(place / "alone.mp4", frames, 8, scale=SCALE)
+      frames = read_mp4(again, scale=SCALE)[0]
+    return frames
+
+  return videos, passed
 
 
 def change(a, b) -> np.ndarray:
@@ -49,26 +60,25 @@ def change(a, b) -> np.ndarray:
 @pytest.mark.slow
 def test_twenty_continuations_change_what_they_keep_as_little_as_writing_it_does(chain):
   """20 generations of a file, each kept as it is: the mean change of the first frames is at most
-  that of writing and reading them as often, and no colour moves.
+  what the codec and H.264 lose by themselves as often, and no colour moves further.
   """
-  videos, alone = chain
+  videos, passed = chain
   assert [len(video) for video in videos] == [FIRST + MORE * k for k in range(ROUNDS + 1)]
-  after = change(videos[-1][:FIRST], film())
-  written = np.abs(change(alone, film())).mean()
-  assert np.abs(after).mean() <= written + 0.2, (np.abs(after).mean(), written)
-  assert np.abs(after.mean((0, 1, 2))).max() <= 1, after.mean((0, 1, 2))
+  after, lost = change(videos[-1][:FIRST], film()), change(passed(videos[0], ROUNDS), film())
+  assert np.abs(after).mean() <= np.abs(lost).mean() + 0.1, np.abs((after, lost)).mean((1, 2, 3, 4))
+  colours = after.mean((0, 1, 2)) - lost.mean((0, 1, 2))
+  assert np.abs(colours).max() <= 0.5, colours
 
 
 @pytest.mark.slow
 def test_no_round_leaves_a_step_at_its_seam(chain):
-  """Frames of one age beside those of another: what each round made has kept its brightness, the
-  oldest as the latest, so that where two meet nothing has moved apart.
+  """Frames of one age beside those of another: what each round made is as bright as the codec and
+  H.264 leave it by themselves, the oldest as the latest, so that where two meet nothing has moved
+  apart.
   """
-  videos, _ = chain
-  shifts = []
-  for k in range(1, ROUNDS + 1):
+  videos, passed = chain
+  for k in (1, 2, 7, 13, 19):
     made = slice(FIRST + MORE * (k - 1), FIRST + MORE * k)
-    shifts.append(change(videos[-1][made], videos[k][made]).mean())
-  shifts = np.asarray([change(videos[-1][:FIRST], film()).mean(), *shifts])
-  assert np.abs(shifts).max() <= 1, shifts
-  assert np.abs(np.diff(shifts)).max() <= 0.7, shifts
+    alone = passed(videos[k][made], ROUNDS - k)
+    apart = change(videos[-1][made], alone).mean((0, 1, 2))
+    assert np.abs(apart).max() <= 1, (k, apart)  # alone, H.264 codes them a little otherwise

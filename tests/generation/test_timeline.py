@@ -2,6 +2,9 @@
 wrong.
 """
 
+import contextlib
+import time
+
 import pytest
 
 from hiar_jax.errors import UserError
@@ -150,3 +153,15 @@ def test_what_is_past_is_left_out():
 def test_what_begins_where_the_new_blocks_do_replaces_what_is_past():
   entries = timeline.parse("0s: a, 0.1s: b, 0.5625s: c")
   assert [(c.block, c.prompt) for c in entries.changes(blocks_of_12_frames, 1)] == [(1, "c")]
+
+
+@pytest.mark.parametrize(
+  "part", ["9", "1 ", "1s ", " ", "1:", "1:30 ", "1.5.", "1h2", "a1 ", ", 1 ", "1s x "], ids=repr
+)
+def test_no_text_takes_long(part):
+  """A third of a million letters are read or refused at once: quadratic, they would take hours."""
+  for text in (part * (300_000 // len(part)), "0s: a, " + part * (300_000 // len(part))):
+    start = time.monotonic()
+    with contextlib.suppress(UserError):
+      timeline.parse(text)
+    assert time.monotonic() - start < 10
