@@ -80,6 +80,7 @@ def whole(model):
   return generated(model, 3)
 
 
+@pytest.mark.slow
 def test_it_is_the_video_that_generate_makes(source, whole):
   assert isinstance(source.decoder, CausalDecoder) and source.decoder.device == jax.devices()[2]
   with source.open(PROMPT, seed=SEED, frames=33) as stream:

@@ -164,7 +164,7 @@ def read_config_values(changes) -> None:
       at = at[group]
     try:
       at[last] = value
-    except TypeError as error:  # the config's own: it knows the field's type
+    except (TypeError, OverflowError) as error:  # the config's own: it knows the field's type
       raise UserError(str(error)) from error
   build(Experiment, config)
 

@@ -88,6 +88,7 @@ def test_a_second_training_is_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.slow
 def test_a_second_conversion_is_one_line(tmp_path):
   command = [sys.executable, "-W", "ignore", "-m", "hiar_jax.convert", "--source=none.safetensors"]
   environment = {**os.environ, "PYTHONPATH": str(tiny_run.ROOT)}

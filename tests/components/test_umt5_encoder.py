@@ -138,6 +138,7 @@ def test_bfloat16(folder, tmp_path, loaded):
   assert 0.002 < rms(text.astype(np.float32) - exact) / rms(exact) < 0.05
 
 
+@pytest.mark.slow
 def test_other_encoders_have_other_texts(folder, tmp_path, loaded):
   """Weights, tokenizer, dtype or length: each changes the numbers, none may be mixed up with
   another.

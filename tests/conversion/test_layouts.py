@@ -334,6 +334,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- command line
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, tmp_path_factory):
   source, out = original_folder(tmp_path / "source"), tmp_path / "out"
   (tmp_path / "empty").mkdir()

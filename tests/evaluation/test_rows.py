@@ -36,6 +36,7 @@ def test_a_file_holds_the_row(world, tmp_path):
   assert json.loads(first)["settings"]["seed"] == 1000
 
 
+@pytest.mark.slow
 def test_the_table_of_files_is_the_table_of_runs(tmp_path):
   made = table()
   written = [rows.write(tmp_path / "rows", each) for each in reversed(made)]

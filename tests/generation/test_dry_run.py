@@ -192,6 +192,7 @@ def test_the_published_sizes_are_said_before_anything_is_compiled():
   ]
 
 
+@pytest.mark.slow
 def test_a_shape_has_a_row(capsys):
   """Two clips of one shape are one batch; a run's weights are float32 whatever it computes in."""
   model = opened(tiny_run.make_config(model__dtype="bfloat16"))

@@ -123,6 +123,7 @@ def test_loops_and_takes(model):
   assert (loop[2:] != first[2:]).any()
 
 
+@pytest.mark.slow
 def test_timed_prompts_are_added_to_the_prompt(model, monkeypatch):
   heard = []
   texts = type(model.run).texts
@@ -143,6 +144,7 @@ def test_several_videos_keep_their_own(model, files):
   assert_same_pixels(many[1], model.generate(prompts[1], seed=SEED + 1, **told))
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_same_and_says_how(model, workdir, files, tmp_path, capfd, written):
   told = dict(frames=7, seed=SEED, end_image=f"{files}/red.png", timeline="0s: in red", takes="1:8")
   out = tmp_path / "a.mp4"

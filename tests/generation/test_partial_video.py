@@ -60,6 +60,7 @@ def check(steps: list[tuple[np.ndarray, np.ndarray]], video: np.ndarray) -> None
   assert steps[-1][1].all()
 
 
+@pytest.mark.slow
 def test_it_fills_up_to_the_video_that_generate_makes(model, video):
   steps = list(model.watch(PROMPT, frames=8, seed=SEED))
   assert [as_text(made) for _, made in steps] == FILLED

@@ -305,6 +305,7 @@ def command(*arguments: str, timeout: int = 3600) -> subprocess.CompletedProcess
   )
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_in_one_line():
   done = command("--config=experiments/shapes.py", "--on=v5p:four", "--program=critic")
   assert done.returncode == 2 and done.stdout == ""

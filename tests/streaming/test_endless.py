@@ -83,6 +83,7 @@ def assert_as_freshly_built(row: MethodConfig, seen, sink: np.ndarray) -> None:
 
 
 @each_row
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [20, FAR])
 def test_far_on_numbers_are_those_of_a_fresh_window(row, block):
   generation = LiveVideo(engine(row), "a", seed=6)

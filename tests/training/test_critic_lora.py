@@ -85,6 +85,7 @@ def test_at_the_start_it_is_the_whole_critic(kind):
   assert kind == "generator" or found["grad_norm"] < whole["grad_norm"]
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained_and_the_loss_falls():
   """On the same draws. The base is an argument, and the student is let alone."""
   case = adapted("critic", start())

@@ -90,6 +90,7 @@ def data_stage(place):
   return run
 
 
+@pytest.mark.slow
 def test_clips_become_latents_of_the_vae(place):
   """Those of each clip alone, as the folder has it; texts are encoded too."""
   run = data_stage(place)
