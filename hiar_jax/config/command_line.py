@@ -29,7 +29,6 @@ Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
 
 
 _COMMAS = flags.CsvListSerializer(",")
-MOST_DIGITS = 300  # of a whole number that is a float64
 
 # ------------------------------------------------------------------------------------- entry points
 
@@ -209,11 +208,7 @@ def _parse(argv: list[str]) -> list[str]:
         # ml_collections reads config files by a method that importlib deprecates.
         warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
         rest = flags.FLAGS(argv)
-    # ArithmeticError: a whole number that is too large for a float
-    except (
-      *(ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError),
-      flags.Error,
-    ) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError, flags.Error) as error:
       raise _explain(argv, error) from error
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
@@ -266,9 +261,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
         return UserError(
           f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}"
         )
-      named = isinstance(error, flags.IllegalFlagValueError)
-      huge = isinstance(error, ArithmeticError) and len(text) > MOST_DIGITS
-      if huge or (named and f"config.{key}={text}" in str(error)):
+      if isinstance(error, flags.IllegalFlagValueError) and f"config.{key}={text}" in str(error):
         return UserError(f"--config.{key}={text}: expected {_kind(config, key)}")
   elif overrides:
     return UserError(

@@ -385,9 +385,3 @@ def test_a_field_of_the_default_file_that_is_not_there_is_one_line(job):
   status, _, err = job("--config.distill.latent=1", code=f"{code}run_name='__main__')")
   assert status == 2 and err.count("\n") == 1, err
   assert "experiments/shapes.py has no such key; did you mean" in err
-
-
-def test_a_number_that_no_float_holds_is_one_line(job):
-  status, _, err = job("--config=shapes.py", f"--config.distill.lr={'9' * 400}")
-  assert status == 2 and len(err.splitlines()) == 1, err
-  assert "error: --config.distill.lr=999" in err and "expected float" in err
