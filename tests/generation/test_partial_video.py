@@ -9,6 +9,7 @@ from hiar_jax import generate
 from hiar_jax.components import patch_pca
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips, partial_video
+from hiar_jax.model import Model
 from hiar_jax.video.mp4 import read_metadata
 from tests.helpers import tiny_packed, tiny_run
 from tests.helpers.untrained import (  # noqa: F401
@@ -134,7 +135,7 @@ def test_the_command_shows_what_is_there(workdir, video, tmp_path, monkeypatch):
 
 
 def test_a_causal_model_is_refused_in_one_line(tmp_path):
-  model = hiar_jax.model.Model.of(untrained(tmp_path, tiny_run.make_config()))
+  model = Model.of(untrained(tmp_path, tiny_run.make_config()))
   message = "--partial: this model is causal.*hiar_jax.stream shows a video while it is made"
   with pytest.raises(UserError, match=message) as e:
     model.watch(PROMPT)
