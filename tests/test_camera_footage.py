@@ -151,7 +151,8 @@ def test_every_film_is_used_or_named_with_its_reason(tmp_path):
     assert f"{count} of {len(USED)} videos: {change}" in done.stderr, change
   assert f"1 of {len(USED)} videos: its pixels of 2:1 made square" in done.stderr
   _, captions = tiny_run.trajectories(tmp_path / "w")
-  assert set(captions) <= {f"footage {name}" for name in USED} and len(set(captions)) > 3
+  captions = {caption.decode() for caption in captions}
+  assert captions <= {f"footage {name}" for name in USED} and len(captions) > 3
   measured = json.loads((tmp_path / "w" / "sample" / "metrics.json").read_text())
   assert measured["codec"]["clips"] == "held out" and np.isfinite(measured["motion"]["total"])
 
