@@ -78,10 +78,8 @@ class PatchPCAConfig(AutoencoderConfig):
     with reading(path, advice), np.load(io.BytesIO(path.read_bytes())) as stored:
       arrays = {name: stored[name] for name in stored.files}
       numbers = [np.asarray(arrays[name], np.float32) for name in ("mean", "basis", "scale")]
-      patch, lapped = (
-        int(arrays["patch"]),
-        bool(arrays.get("lapped", False)),
-      )  # new: not always there
+      patch = int(arrays["patch"])
+      lapped = bool(arrays.get("lapped", False))  # earlier files do not say
     p, c = 3 * patch**2, numbers[2].size
     if [array.shape for array in numbers] != [(p,), (p, c), (c,)]:
       raise Damaged(path, f"shapes that are not those of patches of {patch}", advice)

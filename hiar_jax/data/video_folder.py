@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from absl import logging
@@ -82,6 +83,8 @@ def prepare(directory: str | os.PathLike, source_folder: str | os.PathLike, cut:
   tfds_builder.write_recipe(directory, {**made_from, "files": fingerprint(folder)})
   held = [dataclasses.replace(x, records=[(at, 1) for at in x.held_out]) for x in films]
   whole = dataclasses.replace(cut, pieces=False)
+  # what a run that was stopped has left may be of other files
+  shutil.rmtree(pathlib.Path(directory) / HELD_OUT, ignore_errors=True)
   if any(film.held_out for film in films):
     _build(pathlib.Path(directory) / HELD_OUT, "video_folder/held_out", held, whole)
   _build(directory, "video_folder/clips", films, cut)  # last: with it all is complete

@@ -94,7 +94,7 @@ def _held_out_loss(run: Run) -> Callable[[Params], jax.Array] | None:
   given["tokens"] = run.text_encoder.tokens([found["caption"][row] for row in rows])
   if e.dit.reads_start:
     given["start"] = found["start"][rows]
-  batch = run.encode(given)
+  batch = jax.device_get(run.encode(given))  # the same on every host, for the devices of all
   loss = jax.jit(lambda params, batch: teacher.held_out_loss(e.teacher, e.dit, params, batch, key))
   return lambda params: loss(params, batch)
 
