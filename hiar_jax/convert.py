@@ -53,32 +53,34 @@ def convert(
   """Converts the models of a source into the weights directory `out`; yields lines of report.
 
   kind: one model alone; entry: the state dict of a .pt file with several; dtype: a cast (default:
-  as published); heads: of the DiT (default: from its config.json or its width). Raises UserError if
-  a model is not exactly a known one, or a file is missing, cut off or damaged.
+  as published); heads: of the DiT (default: from its config.json or its width). The lock of `out`
+  is held from the first step to the last, an error, or close(). Raises UserError if a model is not
+  exactly a known one, a file is missing, cut off or damaged, or `out` is written to already.
   """
-  root = pathlib.Path(source)
-  found = layouts.find_models(root)
-  if kind is not None:
-    # Kind None: only the tensors can tell, so open_model checks it against `kind`.
-    found = [(kind, path) for found_kind, path in found if found_kind in (None, kind)]
-    if not found:
-      raise UserError(
-        f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what is "
-        "there"
-      )
-  if kind in (None, "dit"):
-    layouts.check_experts(root)
-  # All are opened before the first is written: what is not supported is said at once.
-  models = [layouts.open_model(path, given, entry=entry, heads=heads) for given, path in found]
-  for model in models:
-    yield from model.tensors.notes
-    yield _convert_model(model, out, dtype, overwrite)
-  done = [model.kind for model in models]
-  if root.is_dir() and kind is None:
-    yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
-    lacking = layouts.missing(done)
-    if lacking and len(found) > 1:  # a folder of one model is not meant to be complete
-      yield f"{source} has no {' and no '.join(lacking)}, which generating a video needs"
+  with lock.held(out, f"--out={out}"):
+    root = pathlib.Path(source)
+    found = layouts.find_models(root)
+    if kind is not None:
+      # Kind None: only the tensors can tell, so open_model checks it against `kind`.
+      found = [(kind, path) for found_kind, path in found if found_kind in (None, kind)]
+      if not found:
+        raise UserError(
+          f"--kind={kind}: {source} holds nothing of that kind; leave --kind out to convert what "
+          "is there"
+        )
+    if kind in (None, "dit"):
+      layouts.check_experts(root)
+    # All are opened before the first is written: what is not supported is said at once.
+    models = [layouts.open_model(path, given, entry=entry, heads=heads) for given, path in found]
+    for model in models:
+      yield from model.tensors.notes
+      yield _convert_model(model, out, dtype, overwrite)
+    done = [model.kind for model in models]
+    if root.is_dir() and kind is None:
+      yield from _copy_tokenizer(root, pathlib.Path(out), overwrite)
+      lacking = layouts.missing(done)
+      if lacking and len(found) > 1:  # a folder of one model is not meant to be complete
+        yield f"{source} has no {' and no '.join(lacking)}, which generating a video needs"
 
 
 def _convert_model(model: Model, out: str, dtype: str | None, overwrite: bool) -> str:
@@ -200,9 +202,8 @@ def main() -> None:
       stage=f.stage or exports.STAGES[0],
       overwrite=f.overwrite,
     )
-  with lock.held(f.out, f"--out={f.out}"):
-    for line in lines:
-      print(line, file=sys.stdout, flush=True)
+  for line in lines:
+    print(line, file=sys.stdout, flush=True)
 
 
 if __name__ == "__main__":

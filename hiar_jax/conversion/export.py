@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from hiar_jax.checkpoints import weights
+from hiar_jax.checkpoints import lock, weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS, TOKENIZER
 from hiar_jax.checkpoints.stored_arrays import Cast
 from hiar_jax.checkpoints.training_state import load_params, steps_in
@@ -77,32 +77,34 @@ def export(
 
   kind: one model alone; max_shard: bytes of the largest file. A run's model is written together
   with the autoencoder, text encoder and tokenizer that it was trained with. Each part is complete
-  or absent. Raises UserError if there is nothing to write, a model has parts that Wan2.1 lacks, or
-  the files exist already.
+  or absent. The lock of `out` is held from the first step to the last, an error, or close(). Raises
+  UserError if there is nothing to write, a model has parts that Wan2.1 lacks, the files exist
+  already, or `out` is written to already.
   """
-  directories = _directories(source)
-  parts = [part for part in _parts(source, directories, stage) if kind in (None, part.kind)]
-  if not parts:
-    raise UserError(
-      f"--export={source} holds nothing{f' of kind {kind!r}' if kind else ''} to write; check the "
-      "path"
-    )
-  targets = {part.kind: _target(part.kind, layout, out) for part in parts}
-  # All targets are checked before the first is written.
-  for part in parts:
-    target = targets[part.kind]
-    if target is None:
-      yield f"{part.kind}: {layout} has no place for it; left out"
-      continue
-    if target.taken and not overwrite:
-      raise UserError(f"{target.taken[0]} is there already; give another --out, or --overwrite")
-  written = []
-  for part in parts:
-    if targets[part.kind] is not None:
-      yield _write_part(part, layout, targets[part.kind], dtype, max_shard)
-      written.append(part.kind)
-  if kind is None:
-    yield from _companions(directories.get("umt5", source) / TOKENIZER, layout, out, written)
+  with lock.held(out, f"--out={out}"):
+    directories = _directories(source)
+    parts = [part for part in _parts(source, directories, stage) if kind in (None, part.kind)]
+    if not parts:
+      raise UserError(
+        f"--export={source} holds nothing{f' of kind {kind!r}' if kind else ''} to write; check "
+        "the path"
+      )
+    targets = {part.kind: _target(part.kind, layout, out) for part in parts}
+    # All targets are checked before the first is written.
+    for part in parts:
+      target = targets[part.kind]
+      if target is None:
+        yield f"{part.kind}: {layout} has no place for it; left out"
+        continue
+      if target.taken and not overwrite:
+        raise UserError(f"{target.taken[0]} is there already; give another --out, or --overwrite")
+    written = []
+    for part in parts:
+      if targets[part.kind] is not None:
+        yield _write_part(part, layout, targets[part.kind], dtype, max_shard)
+        written.append(part.kind)
+    if kind is None:
+      yield from _companions(directories.get("umt5", source) / TOKENIZER, layout, out, written)
 
 
 def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -9,11 +9,15 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.numpy import save_file
 
 from hiar_jax import train
 from hiar_jax.checkpoints import lock
+from hiar_jax.conversion.export import export
+from hiar_jax.convert import convert
 from hiar_jax.errors import UserError
 from tests.helpers import tiny_run
+from tests.helpers.published_files import tensors
 
 HOLDER = """
 import sys, time
@@ -86,6 +90,41 @@ def test_a_second_training_is_one_line(tmp_path):
     with pytest.raises(UserError, match=f"--workdir={tmp_path} is in use: process {os.getpid()} "):
       train.main(tiny_run.make_config(), str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def tiny_vae(folder) -> str:
+  """A published file of one small model."""
+  save_file(tensors("tiny_vae"), folder / "taew2_1.safetensors")
+  return str(folder / "taew2_1.safetensors")
+
+
+def converting(source, out):
+  return convert(source, str(out))
+
+
+def exporting(source, out):
+  weights = out.parent / "weights"
+  for _ in convert(source, str(weights)):
+    pass
+  return export(weights, "original", out)
+
+
+@pytest.mark.parametrize("start", [converting, exporting])
+def test_one_conversion_at_a_time_from_python_too(tmp_path, start):
+  """From the first step of the generator to its end, close() or an error."""
+  out, source = tmp_path / "out", tiny_vae(tmp_path)
+  first, second = start(source, out), start(source, out)
+  next(first)  # a line of report, and it is not at its end
+  said = f"--out={out} is in use: process {os.getpid()} on "
+  with pytest.raises(UserError, match=re.escape(said)):
+    next(second)
+  assert (out / ".lock").exists()
+  first.close()
+  assert out.is_dir() and not (out / ".lock").exists()
+  with pytest.raises(UserError, match="check the path|give another --out"):
+    next(start("none" if start is converting else source, out))
+  with lock.held(out, "--out"):
+    pass
 
 
 @pytest.mark.slow

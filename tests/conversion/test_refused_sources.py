@@ -139,5 +139,9 @@ def test_an_export_to_where_no_folder_can_be(tmp_path):
   save_file(tensors("vae"), tmp_path / "a.safetensors")
   run(tmp_path / "a.safetensors", tmp_path / "out")
   (tmp_path / "file").write_bytes(b"x")
-  with pytest.raises(UserError, match=r"file/vae: cannot be written \(Not a directory\)"):
+  with pytest.raises(UserError, match=r"file: cannot be written \(File exists\)"):
     list(export(tmp_path / "out", "diffusers", tmp_path / "file"))
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "file").rename(tmp_path / "folder" / "vae")
+  with pytest.raises(UserError, match=r"folder/vae: cannot be written \(Not a directory\)"):
+    list(export(tmp_path / "out", "diffusers", tmp_path / "folder"))
