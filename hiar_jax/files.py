@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import re
+import resource
 import secrets
 import shutil
 
@@ -17,36 +18,67 @@ from hiar_jax.peak_memory import size
 
 
 class DiskFull(UserError):
-  """A full disk or an exhausted quota, noticed while `path` is written, or just before."""
+  """A full disk, an exhausted quota or the limit on a file's size, noticed while `path` is written,
+  or just before.
+  """
 
   def __init__(
     self,
     path: str | os.PathLike | None,
     needed: int | None = None,
     kept: str = "nothing is left half written",
+    error: BaseException | None = None,
   ):
-    """needed: bytes that are to be written, if known; kept: what survives."""
+    """needed: bytes that are to be written, if known; kept: what survives; error: what told it."""
+    kept = f"{kept}; " if kept else ""
+    if _is_too_large(error):
+      super().__init__(_too_large(path, kept))
+      return
     where = ""
     if path is not None:
       free = free_space(path)
       figures = [f"{size(needed)} needed"] if needed is not None else []
       figures += [f"{size(free)} free"] if free is not None else []
       where = f" of {os.fspath(path)}" + (f" ({', '.join(figures)})" if figures else "")
-    kept = f"{kept}; " if kept else ""
     super().__init__(
       f"no space left on the disk{where}; {kept}free some space and run the same command"
     )
 
 
+def _too_large(path: str | os.PathLike | None, kept: str) -> str:
+  where = "" if path is None else f"{os.fspath(path)}: "
+  most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+  if most == resource.RLIM_INFINITY:
+    return f"{where}the disk takes no files of this size; {kept}choose another place"
+  return (
+    f"{where}this process may write files of at most {size(most)} (ulimit -f); {kept}raise that "
+    "limit and run the same command"
+  )
+
+
 def is_disk_full(error: BaseException | None) -> bool:
-  """Returns True if the error, or one that caused it, is a full disk or an exhausted quota."""
+  """Returns True if the error, or one that caused it, is a full disk, an exhausted quota, or the
+  limit on a file's size.
+  """
+  return any(
+    isinstance(one, DiskFull)
+    or getattr(one, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    or "No space left" in str(one)  # TensorStore and safetensors set no errno
+    for one in _causes(error)
+  ) or _is_too_large(error)
+
+
+def _is_too_large(error: BaseException | None) -> bool:
+  return any(
+    getattr(one, "errno", None) == errno.EFBIG or "File too large" in str(one)
+    for one in _causes(error)
+  )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
   while error is not None:
-    if isinstance(error, DiskFull) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-      return True
-    if "No space left" in str(error):  # TensorStore and safetensors set no errno
-      return True
+    yield error
     error = error.__cause__ or error.__context__
-  return False
 
 
 def free_space(path: str | os.PathLike) -> int | None:
@@ -100,7 +132,7 @@ def writing(
     raise  # explained already, where more was known
   except Exception as error:
     if is_disk_full(error):
-      raise DiskFull(path, needed, kept) from error
+      raise DiskFull(path, needed, kept, error) from error
     if full_disk_alone or not isinstance(error, OSError):
       raise
     raise UserError(
@@ -174,7 +206,7 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[i
       path.parent.mkdir(parents=True, exist_ok=True)
       _remove_left(path.parent)
       temporary, file = _open_temporary(path)
-    with file:
+    try:
       # an OSError of the caller's own code, a full disk aside, is not about this file
       with writing(path, needed, full_disk_alone=True):
         yield file
@@ -184,6 +216,9 @@ def whole_file(path: str | os.PathLike, needed: int | None = None) -> Iterator[i
         os.fsync(file.fileno())
         os.replace(temporary, path)  # while it is locked: nobody takes it for a dead one's
         temporary = None
+    finally:
+      with contextlib.suppress(OSError):  # what it still holds is of a write that failed
+        file.close()
   finally:
     if temporary is not None:
       with contextlib.suppress(OSError):

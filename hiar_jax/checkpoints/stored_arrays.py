@@ -101,8 +101,10 @@ class _Writer(ocp.type_handlers.NumpyHandler):
     try:
       self.sums += await asyncio.gather(*tasks)
     finally:
-      for task in tasks:  # after the first failure; a task that is done ignores it
-        task.cancel()
+      # after the first failure no chunk is begun, and those that are being written end: whoever
+      # catches it removes the folder, in which they would make files anew
+      budget.close()
+      await asyncio.gather(*tasks, return_exceptions=True)
     return []  # no futures: everything is on disk already
 
 
@@ -114,6 +116,7 @@ class _Budget:
     self.left = limit
     self.queue = asyncio.Lock()
     self.freed = asyncio.Event()
+    self.closed = False
 
   @contextlib.asynccontextmanager
   async def take(self, size: int) -> AsyncIterator[None]:
@@ -123,12 +126,18 @@ class _Budget:
       while self.left < size:
         self.freed.clear()
         await self.freed.wait()
+      if self.closed:
+        raise asyncio.CancelledError
       self.left -= size
     try:
       yield
     finally:
       self.left += size
       self.freed.set()
+
+  def close(self) -> None:
+    """Grants no more: who waits, or asks from now on, is cancelled."""
+    self.closed = True
 
 
 async def _write_leaf(path: os.PathLike, leaf: Cast, budget: _Budget) -> list[int]:

@@ -29,6 +29,7 @@ from hiar_jax.files import DiskFull, check_name, check_space, is_disk_full, read
 from hiar_jax.types import Params, PyTree
 
 _TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax adds to a step's name until it is complete
+_removed: set[str] = set()  # such folders, in which nothing can be written any more
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -55,6 +56,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._config, self._free = to_json(config or {}), free
     self._saving = -1  # the step being written, read by Orbax's thread
     self._needed: int | None = None  # its bytes in memory, where this process writes them all
+    self._failed = False
     logging.getLogger("absl").addFilter(_hide_disk_full)
     _hide_late_writes()
     with self._disk_errors():
@@ -70,7 +72,10 @@ class Checkpoints(contextlib.AbstractContextManager):
     try:
       self.wait()
     finally:
-      self._manager.close()
+      with self._disk_errors():  # a save may have failed in several threads
+        self._manager.close()
+      if self._failed:
+        self._remove_half_written()
 
   def latest_step(self) -> int | None:
     """Returns the newest step that was written completely, even if damaged since."""
@@ -175,13 +180,18 @@ class Checkpoints(contextlib.AbstractContextManager):
     except Exception as error:
       if not is_disk_full(error):
         raise
+      self._failed = True
       # The manager has dropped the checkpoints that the failed one was to replace from its list.
       self._manager.reload()
-      if self._needed is not None:  # no other process is at work on what was half written
-        for path in self.directory.glob(f"{self._saving}{_TEMPORARY}*"):
-          shutil.rmtree(path, ignore_errors=True)
+      self._remove_half_written()  # and when all threads have ended, once more
       kept = f"the last complete checkpoint is {self.latest_step()}"
-      raise DiskFull(self.directory, self._needed, kept) from error
+      raise DiskFull(self.directory, self._needed, kept, error) from error
+
+  def _remove_half_written(self) -> None:
+    if self._needed is not None:  # no other process is at work on it
+      for path in self.directory.glob(f"{self._saving}{_TEMPORARY}*"):
+        _removed.add(str(path))
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_params(
@@ -354,8 +364,11 @@ def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _hide_disk_full(record: logging.LogRecord) -> bool:
-  """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line."""
-  return not (record.exc_info and is_disk_full(record.exc_info[1]))
+  """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line, and
+  of threads that find removed what was half written.
+  """
+  error = record.exc_info and record.exc_info[1]
+  return not (error and (is_disk_full(error) or any(path in str(error) for path in _removed)))
 
 
 def _hide_late_writes() -> None:

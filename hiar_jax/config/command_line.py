@@ -125,7 +125,7 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
     except Exception as error:
       if not is_disk_full(error):  # which is no bug, wherever it is noticed
         raise
-      _fail(DiskFull(getattr(error, "filename", None), kept=""))
+      _fail(DiskFull(getattr(error, "filename", None), kept="", error=error))
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
       sys.exit(130)  # 128 + SIGINT, as a shell reports it

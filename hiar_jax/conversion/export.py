@@ -3,6 +3,7 @@ with the config files that other tools read.
 """
 
 from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
 import json
 import math
@@ -184,6 +185,8 @@ def _write_part(part: Part, layout: str, target: Target, dtype: str | None, max_
       _swap(staging, target, target.folder / f".{part.kind}.old")
   finally:
     shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not empty
+      target.folder.rmdir()
   shards = f" in {count} shards" if count > 1 else ""
   return f"{part.kind}: {len(rules)} tensors, {size / 1e9:.3g} GB{shards} -> {target.folder}"
 

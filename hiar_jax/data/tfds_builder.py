@@ -152,7 +152,7 @@ def build(
   except (OSError, RuntimeError) as error:
     if is_disk_full(error):
       needed = count * example_bytes
-      raise DiskFull(directory, needed, "no data set is left half made") from error
+      raise DiskFull(directory, needed, "no data set is left half made", error) from error
     # array_record reports a failed write as a RuntimeError that names its source file.
     if isinstance(error, RuntimeError) and "array_record" not in str(error):
       raise

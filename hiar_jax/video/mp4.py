@@ -4,7 +4,7 @@ A file is written under a hidden temporary name in the same directory and rename
 complete, so a path holds a whole file or nothing new.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 import io
 import itertools
@@ -84,16 +84,46 @@ def _index_first(file: io.BufferedRandom) -> av.container.OutputContainer:
   file before all of it is there.
   """
 
-  def again(url, flags, options) -> _Reader:  # FFmpeg moves them by reading what it has written
-    return _Reader(file)
+  sink = _Sink(file)
 
-  return av.open(file, "w", format="mp4", options={"movflags": "+faststart"}, io_open=again)
+  def again(url, flags, options) -> _Reader:  # FFmpeg moves them by reading what it has written
+    return _Reader(sink)
+
+  return av.open(sink, "w", format="mp4", options={"movflags": "+faststart"}, io_open=again)
+
+
+class _Sink:
+  """The file as FFmpeg writes it, which goes on after something has failed: of what fails then it
+  would print the traceback. The first error is raised where the frame was given.
+  """
+
+  def __init__(self, file: io.BufferedRandom):
+    self._file, self._failed = file, False
+    self.tell, self.fileno = file.tell, file.fileno
+
+  def write(self, content) -> int:
+    return self._unless_failed(self._file.write, content, instead=len(content))
+
+  def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+    return self._unless_failed(self._file.seek, offset, whence, instead=offset)
+
+  def flush(self) -> None:
+    self._unless_failed(self._file.flush, instead=None)
+
+  def _unless_failed(self, do: Callable, *given, instead: int | None) -> int | None:
+    if self._failed:
+      return instead
+    try:
+      return do(*given)
+    except OSError:
+      self._failed = True
+      raise
 
 
 class _Reader(io.RawIOBase):
   """Reads a file that is being written, from a place of its own."""
 
-  def __init__(self, file: io.BufferedRandom):
+  def __init__(self, file: _Sink):
     file.flush()
     self._file, self._at = file, 0
 
