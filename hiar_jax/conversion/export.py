@@ -28,7 +28,8 @@ from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
 from hiar_jax.files import check_space, write_atomic, writing
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.lender import found_from
+from hiar_jax.training.lender import located
+from hiar_jax.training.lineage import borrowed, place_of
 from hiar_jax.types import PyTree
 
 LAYOUTS = ("original", "diffusers")
@@ -130,11 +131,11 @@ def _parts(
 ) -> Iterator[Part]:
   stored = read_resolved(source)
   if stored is not None:
-    experiment = build(Experiment, stored)
+    experiment = located(build(Experiment, stored), source, typed=False)
     folder = source / stage
     # A run may borrow its earlier stages from another run.
-    if not folder.is_dir() and experiment.stages_from and stage != "distill":
-      folder = pathlib.Path(found_from(source, experiment.stages_from)) / stage
+    if not folder.is_dir() and stage != "distill":
+      folder = place_of(experiment, source, borrowed(experiment, source), stage)
     there, last = steps_in(folder / CHECKPOINTS), getattr(experiment, stage).steps
     if there and last not in there:
       print(f"{stage} is not finished: weights of step {there[-1]} of {last}", file=sys.stderr)

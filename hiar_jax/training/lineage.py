@@ -14,6 +14,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import RESOLVED, difference, read_resolved, to_json
 from hiar_jax.errors import UserError
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lender import located
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
 FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
@@ -64,10 +65,15 @@ def is_made(workdir: pathlib.Path, stage: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Borrowed:
-  """The stages that a run takes from stages_from; lines: in what the next one differs."""
+  """The stages that a run takes from stages_from; lines: in what the next one differs.
+
+  lender: the experiment of that run; theirs: the stages that it has from another one itself.
+  """
 
   stages: tuple[str, ...] = ()
   lines: tuple[str, ...] = ()
+  lender: Experiment | None = None
+  theirs: "Borrowed | None" = None
 
   def notes(self, source: str) -> list[str]:
     """Returns what is to be said of them, a line each: nothing where all are taken."""
@@ -79,26 +85,68 @@ class Borrowed:
     ]
 
 
-def borrowed(e: Experiment, workdir: str | os.PathLike) -> Borrowed:
+def borrowed(
+  e: Experiment, workdir: str | os.PathLike, borrowers: tuple[str, ...] = ()
+) -> Borrowed:
   """Returns the stages of stages_from up to the first that depends on a field that differs.
 
-  Raises UserError where no stage is the same, or where one was taken from there that no longer is.
+  borrowers: the workdirs through which this one was come to. Raises UserError where no stage is the
+  same, where one was taken from there that no longer is, or where runs take stages in a circle.
   """
   if not e.stages_from:
     return Borrowed()
-  stored, workdir, taken = read_resolved(e.stages_from), pathlib.Path(workdir), []
+  stored, workdir = read_resolved(e.stages_from), pathlib.Path(workdir)
   if stored is None:
     raise UserError(
       f"stages_from = {e.stages_from!r} holds no run; give a workdir that went through causal_init"
     )
-  theirs = _experiment(stored, e.stages_from)
-  lines = difference(to_json(theirs), to_json(e), (*FREE_GROUPS, *e.free_fields))
+  lender = located(_experiment(stored, e.stages_from), e.stages_from, typed=False)
+  borrowers = (*borrowers, os.path.realpath(workdir))
+  if os.path.realpath(e.stages_from) in borrowers:
+    raise UserError(
+      f"stages_from = {e.stages_from!r} takes its own stages from {workdir}, round in a circle; "
+      "give the run that made them"
+    )
+  stages, lines = _same(e, workdir, lender)
+  return Borrowed(stages, lines, lender, _behind(lender, e.stages_from, stages, borrowers))
+
+
+def _behind(
+  e: Experiment, workdir: str, stages: Sequence[str], borrowers: tuple[str, ...]
+) -> Borrowed:
+  """Returns what of the stages a lender has from another run itself: those that lie not there."""
+  absent = [stage for stage in stages if not is_made(pathlib.Path(workdir), stage)]
+  if not absent:
+    return Borrowed()
+  try:
+    found = borrowed(e, workdir, borrowers)
+  except UserError as error:
+    raise UserError(f"stages_from = {workdir!r} takes stages of another run: {error}") from error
+  kept = tuple(stage for stage in found.stages if stage in absent)
+  return dataclasses.replace(found, stages=kept)
+
+
+def place_of(
+  e: Experiment, workdir: str | os.PathLike, taken: Borrowed, stage: str
+) -> pathlib.Path:
+  """Returns the directory of a stage's result: the workdir's, or that of the run that made it."""
+  if stage in taken.stages:
+    return place_of(taken.lender, e.stages_from, taken.theirs, stage)
+  return pathlib.Path(workdir) / stage
+
+
+def _same(
+  e: Experiment, workdir: pathlib.Path, lender: Experiment
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+  """Returns the stages that are the same in both, and the lines in which the next one differs."""
+  taken: list[str] = []
+  lines = difference(to_json(lender), to_json(e), (*FREE_GROUPS, *e.free_fields))
   replaced = {"teacher": e.weights.base, "causal_init": e.weights.student}
   order = BORROWED[: 2 if e.framepack else None]
   for stage in order:
     differs = [line for line in lines if first_stage(line.split(":")[0]) == stage]
     if stage == "causal_init":
-      differs = _of_causal_init(e, theirs, differs)
+      differs = _of_causal_init(e, lender, differs)
     later = [*order[len(taken) + 1 :], e.last_stage]
     here = (workdir / stage).exists() or replaced.get(stage)
     was_taken = not here and any((workdir / x).exists() for x in later)
@@ -110,9 +158,9 @@ def borrowed(e: Experiment, workdir: str | os.PathLike) -> Borrowed:
         f"{'; '.join(differs)}); use the stored values, or leave stages_from empty"
       )
     if differs and not was_taken:
-      return Borrowed(tuple(taken), tuple(differs))
+      return tuple(taken), tuple(differs)
     taken.append(stage)
-  return Borrowed(tuple(taken))
+  return tuple(taken), ()
 
 
 def _of_causal_init(e: Experiment, theirs: Experiment, lines: list[str]) -> list[str]:

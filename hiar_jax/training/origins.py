@@ -9,6 +9,7 @@ a run that has been trained are refused: the ids of words, the latents or the te
 others than those that it has learnt from.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import json
 import pathlib
@@ -21,6 +22,7 @@ from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.errors import UserError
 from hiar_jax.files import reading, write_atomic
 from hiar_jax.training.experiment import Experiment
+from hiar_jax.training.lineage import first_stage
 
 FOLDER = "origins"  # of a workdir
 WEIGHTS = "weights.json"
@@ -53,16 +55,16 @@ class Origins:
         return directory
     return self.made[-1]
 
-  def check(self) -> None:
+  def check(self, lent: Sequence[str] | None = None) -> None:
     """Raises UserError where the run has been trained with other words, another codec or other
-    weights than those of now.
+    weights than those of now. lent: only weights that these stages depend on; None: all.
     """
     if not self._trained or not (self.kept / WEIGHTS).exists():  # earlier versions kept nothing
       return
     advice = "use another --workdir, or what it was trained with"
     before, now = json.loads((self.kept / WEIGHTS).read_text()), self._fingerprints()
     for name in before.keys() & now.keys():
-      if before[name] != now[name]:
+      if before[name] != now[name] and (lent is None or first_stage(name) in lent):
         raise UserError(
           f"{name}: these are other weights than those that {self.workdir} was trained with "
           f"(fingerprint {before[name]}, now {now[name]}); {advice}"

@@ -2,6 +2,7 @@
 of texts and pixels.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import os
@@ -43,21 +44,32 @@ from hiar_jax.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """An experiment with its workdir and its devices. borrowed: stages of stages_from."""
+  """An experiment with its workdir and its devices. taken: stages of stages_from."""
 
   experiment: Experiment
   workdir: pathlib.Path
   mesh: Mesh
-  borrowed: tuple[str, ...] = ()
+  taken: lineage.Borrowed = lineage.Borrowed()
 
   def directory(self, stage: str) -> pathlib.Path:
-    """Returns the directory of a stage's result, in the workdir or in stages_from."""
-    root = self.experiment.stages_from if self.borrows(stage) else self.workdir
-    return pathlib.Path(root) / stage
+    """Returns the directory of a stage's result, in the workdir or in that of the run that made
+    it.
+    """
+    return lineage.place_of(self.experiment, self.workdir, self.taken, stage)
 
   def borrows(self, stage: str) -> bool:
     """Returns True where a stage's result is read from another workdir (stages_from)."""
-    return stage in self.borrowed
+    return stage in self.taken.stages
+
+  @property
+  def lender(self) -> "Run | None":
+    """The run that stages_from names, which may have stages of another one itself; None where
+    nothing is taken from there.
+    """
+    if not self.taken.stages:
+      return None
+    workdir = pathlib.Path(self.experiment.stages_from)
+    return Run(self.taken.lender, workdir, self.mesh, self.taken.theirs)
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -118,6 +130,17 @@ class Run:
     data = self.directory("data")
     lent = (data.parent / origins.FOLDER,) if self.borrows("data") else ()
     return Origins(self.experiment, self.workdir, (*lent, data))
+
+  def check_origins(self, lent: Sequence[str] | None = None) -> None:
+    """Raises UserError where this run, or one that made a stage of it, has been trained with other
+    words, another codec or other weights than those of now.
+
+    lent: the stages that another run takes from this one; None: it is to be trained.
+    """
+    if self.lender:
+      self.lender.check_origins([x for x in self.taken.stages if lent is None or x in lent])
+    if lent is None or not all(self.borrows(stage) for stage in lent):
+      self.origins.check(lent)
 
   @functools.cached_property
   def text_encoder(self) -> TextEncoder:
@@ -308,7 +331,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
   change = lineage.change(config, workdir, ignore, extend=extend)
   taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
-  run = Run(experiment, pathlib.Path(workdir), mesh, taken.stages)
+  run = Run(experiment, pathlib.Path(workdir), mesh, taken)
   if save:
     run.check()
     if is_writer():

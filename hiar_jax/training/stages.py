@@ -49,7 +49,7 @@ def prepare_data(run: Run) -> None:
   published codec (data.latents); or encoded prompts alone (data.sources).
   """
   pretrained.check(run)  # before hours of work
-  run.origins.check()
+  run.check_origins()
   if jax.process_index() == 0:
     run.origins.forget()
     prepared_data.prepare(run)

@@ -291,6 +291,23 @@ def test_a_stage_that_has_not_run(tmp_path):
     run(tmp_path / "run", "original", tmp_path / "out", stage="causal_init")
 
 
+def test_a_stage_that_was_made_by_another_run(tmp_path, monkeypatch):
+  """Behind two borrowers, from any folder; and one that would be another is not taken."""
+  _, params = trained(tmp_path / "first")
+  (tmp_path / "first" / "distill").rename(tmp_path / "first" / "teacher")
+  for name, lender in (("second", "../first"), ("third", "../second")):
+    save_resolved(
+      tiny_run.make_config(model__place_embedding=False, stages_from=lender), tmp_path / name
+    )
+  monkeypatch.chdir("/")
+  run(tmp_path / "third", "original", tmp_path / "out", stage="teacher", kind="dit")
+  found = load_file(tmp_path / "out" / NAMES["original"]["dit"])
+  np.testing.assert_array_equal(found["head.modulation"], params["head_modulation"])
+  trained(tmp_path / "first", teacher__lr=0.5)
+  with pytest.raises(UserError, match="there are no checkpoints in .*second/teacher"):
+    run(tmp_path / "second", "original", tmp_path / "other", stage="teacher")
+
+
 def test_a_model_with_parts_that_wan_lacks(tmp_path):
   params = {**tiny.params(), "extra": {"kernel": tiny.random(0, 2, 2)}}
   weights.save(tmp_path / "weights", "dit", tiny.CONFIG, params)

@@ -37,7 +37,7 @@ ALL = ("data", "teacher", "trajectories", "causal_init")
 def test_what_comes_before_the_first_difference_is_borrowed(tmp_path, capfd, changes, borrowed):
   save_resolved(tiny_run.make_config(**EIGHT), tmp_path / "first")
   run = make_run(tmp_path / "second", stages_from=str(tmp_path / "first"), **changes)
-  assert run.borrowed == borrowed
+  assert run.taken.stages == borrowed
   for stage in ALL:
     place = tmp_path / ("first" if stage in borrowed else "second")
     assert run.directory(stage) == place / stage
@@ -56,7 +56,7 @@ def test_what_was_borrowed_must_stay_what_it_is(tmp_path):
   changes = {"stages_from": str(tmp_path / "first"), "causal_init__steps": 9}
   make_run(tmp_path / "second", **changes)
   pretend(tmp_path / "second", "causal_init", 9)
-  assert make_run(tmp_path / "second", **changes).borrowed == ALL[:3]
+  assert make_run(tmp_path / "second", **changes).taken.stages == ALL[:3]
   save_resolved(tiny_run.make_config(**EIGHT, teacher__lr=0.5), tmp_path / "first")
   with pytest.raises(UserError, match="was made with another config .*teacher.lr: 0.5 -> "):
     make_run(tmp_path / "second", **changes)
@@ -68,7 +68,7 @@ def test_a_default_that_is_written_down_is_no_difference(tmp_path):
     config.teacher.openings = 0.0
     del config.history.order
   save_resolved(config, tmp_path / "first")
-  assert make_run(tmp_path / "second", stages_from=str(tmp_path / "first")).borrowed == ALL
+  assert make_run(tmp_path / "second", stages_from=str(tmp_path / "first")).taken.stages == ALL
 
 
 def test_a_stage_draws_by_a_seed_of_its_own(tmp_path):

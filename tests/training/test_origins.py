@@ -143,14 +143,38 @@ def test_who_borrows_the_data_keeps_what_it_was_trained_with(place):
   assert_same(seen(open_run(config, place / "second", save=False)), before)
 
 
+def test_who_made_a_stage_must_have_been_trained_with_the_data_of_now(place):
+  """The causal init of `second` was trained with words that the data of `run` no longer has."""
+  prepare(place, "second", stages_from=str(place / "run"), causal_init__steps=3)
+  tiny_run.pretend(place / "second", "causal_init", 3)
+  clip(place / "clips", "d", "above a red disc", 9)
+  shutil.rmtree(place / "run" / "data")
+  prepare(place)  # it is not trained yet
+  given = {"stages_from": str(place / "second")}
+  with pytest.raises(UserError, match="words.json is not the one that .*second was trained with"):
+    prepare(place, "third", causal_init__steps=3, **given)
+  prepare(place, "fourth", causal_init__steps=4, **given)  # of it nothing is taken
+  assert open_own(place, "fourth").text_encoder.vocabulary[1] == "above"
+  train(place)
+  clip(place / "clips", "e", "beneath a red disc", 9)
+  shutil.rmtree(place / "run" / "data")
+  with pytest.raises(UserError, match="words.json is not the one that .*run was trained with"):
+    prepare(place)
+  with pytest.raises(UserError, match="words.json is not the one that .*run was trained with"):
+    prepare(place, "fifth", stages_from=str(place / "run"))
+
+
 @pytest.mark.parametrize(
-  ("name", "kind"),
+  ("name", "kind", "stage"),
   [
-    *(("weights.base", "dit"), ("weights.teacher", "dit"), ("weights.student", "dit")),
-    *(("codec.weights", "vae"), ("text.weights", "umt5")),
+    ("weights.base", "dit", "teacher"),
+    ("weights.teacher", "dit", "distill"),
+    ("weights.student", "dit", "causal_init"),
+    ("codec.weights", "vae", "data"),
+    ("text.weights", "umt5", "data"),
   ],
 )
-def test_weights_that_are_converted_anew_are_refused(tmp_path, name, kind):
+def test_weights_that_are_converted_anew_are_refused(tmp_path, name, kind, stage):
   weights.save(tmp_path / "weights", kind, CONFIG, PARAMS)
   config = wan_framepack.get_config()
   config.weights = {"base": str(tmp_path / "none"), "teacher": "", "student": ""}
@@ -165,6 +189,9 @@ def test_weights_that_are_converted_anew_are_refused(tmp_path, name, kind):
   (tmp_path / "run" / "trajectories").mkdir()
   with pytest.raises(UserError, match=f"{name}: these are other weights .*{kept.popitem()[1]}"):
     origins.check()
+  with pytest.raises(UserError, match=f"{name}: these are other weights"):
+    origins.check((stage,))
+  origins.check(tuple({"data", "teacher", "causal_init"} - {stage}))  # of which others are taken
   weights.save(tmp_path / "weights", kind, CONFIG, PARAMS)
   origins.check()
   shutil.rmtree(tmp_path / "weights")
