@@ -28,8 +28,8 @@ from hiar_jax.conversion.key_maps import iterate_published
 from hiar_jax.errors import UserError
 from hiar_jax.files import check_space, write_atomic, writing
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.lender import located
 from hiar_jax.training.lineage import borrowed, place_of
+from hiar_jax.training.places import located
 from hiar_jax.types import PyTree
 
 LAYOUTS = ("original", "diffusers")
@@ -115,7 +115,7 @@ def _directories(source: pathlib.Path) -> dict[str, pathlib.Path]:
   if stored is None:
     named = dict.fromkeys(weights.KINDS, source)
   else:
-    experiment = build(Experiment, stored)
+    experiment = build(Experiment, located(stored, source, typed=False))
     # Some components have no field `weights`; an empty one names no directory.
     groups = {"vae": experiment.codec, "umt5": experiment.text}
     named = {
@@ -131,7 +131,7 @@ def _parts(
 ) -> Iterator[Part]:
   stored = read_resolved(source)
   if stored is not None:
-    experiment = located(build(Experiment, stored), source, typed=False)
+    experiment = build(Experiment, located(stored, source, typed=False))
     folder = source / stage
     # A run may borrow its earlier stages from another run.
     if not folder.is_dir() and stage != "distill":

@@ -14,7 +14,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import RESOLVED, difference, read_resolved, to_json
 from hiar_jax.errors import UserError
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.lender import located
+from hiar_jax.training.places import agreed, located
 
 # The groups that may differ between a workdir's config and the one given: they change no number.
 FREE_GROUPS = ("log", "sample", "mesh", "stages_from")
@@ -100,7 +100,7 @@ def borrowed(
     raise UserError(
       f"stages_from = {e.stages_from!r} holds no run; give a workdir that went through causal_init"
     )
-  lender = located(_experiment(stored, e.stages_from), e.stages_from, typed=False)
+  lender = _experiment(located(stored, e.stages_from, typed=False), e.stages_from)
   borrowers = (*borrowers, os.path.realpath(workdir))
   if os.path.realpath(e.stages_from) in borrowers:
     raise UserError(
@@ -140,7 +140,8 @@ def _same(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Returns the stages that are the same in both, and the lines in which the next one differs."""
   taken: list[str] = []
-  lines = difference(to_json(lender), to_json(e), (*FREE_GROUPS, *e.free_fields))
+  theirs = agreed(lender, e.stages_from, e, workdir)
+  lines = difference(theirs, to_json(e), (*FREE_GROUPS, *e.free_fields))
   replaced = {"teacher": e.weights.base, "causal_init": e.weights.student}
   order = BORROWED[: 2 if e.framepack else None]
   for stage in order:
@@ -222,14 +223,21 @@ class Change:
 
 
 def change(
-  config: Any, workdir: str | os.PathLike, ignore: Sequence[str], *, extend: bool = False
+  config: Any,
+  workdir: str | os.PathLike,
+  ignore: Sequence[str],
+  *,
+  extend: bool = False,
+  typed: bool = True,
 ) -> Change:
   """Returns in what a config differs from its workdir's.
 
   ignore: as in workdir.difference. extend: the stage that was trained last may be trained on with
-  other values of EXTENDABLE. Raises UserError where a stage that has begun depends on a field.
+  other values of EXTENDABLE. typed: as in places.located. Raises UserError where a stage that has
+  begun depends on a field.
   """
   stored = read_resolved(workdir)
+  stored = None if stored is None else agreed(stored, workdir, config, workdir, typed)
   lines = [] if stored is None else difference(stored, config, tuple(ignore))
   made = [stage for stage in DEPENDS if is_made(pathlib.Path(workdir), stage)]
   order, until = list(DEPENDS), ""

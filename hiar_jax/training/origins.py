@@ -12,6 +12,7 @@ others than those that it has learnt from.
 from collections.abc import Sequence
 import dataclasses
 import json
+import os
 import pathlib
 
 import numpy as np
@@ -19,10 +20,12 @@ import numpy as np
 from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
+from hiar_jax.config.workdir import read_resolved
 from hiar_jax.errors import UserError
 from hiar_jax.files import reading, write_atomic
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.lineage import first_stage
+from hiar_jax.training.places import lost
 
 FOLDER = "origins"  # of a workdir
 WEIGHTS = "weights.json"
@@ -124,6 +127,16 @@ class Origins:
       for name, (directory, kind) in given.items()
       if directory and weights.exists(directory, kind)
     }
+
+
+def moved(workdir: str | os.PathLike) -> set[str]:
+  """Returns the fields of published weights that are no longer where a workdir's config says, and
+  are told by their fingerprints.
+  """
+  kept, stored = pathlib.Path(workdir) / FOLDER / WEIGHTS, read_resolved(workdir)
+  if stored is None or not kept.exists():
+    return set()
+  return json.loads(kept.read_text()).keys() & lost(stored, workdir)
 
 
 def _same(a: pathlib.Path, b: pathlib.Path) -> bool:

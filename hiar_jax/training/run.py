@@ -33,7 +33,7 @@ from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
 from hiar_jax.rollout.noise import seed_key
-from hiar_jax.training import checks, lender, lineage, origins
+from hiar_jax.training import checks, lineage, origins, places
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.lineage import FREE_GROUPS
@@ -326,9 +326,9 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
   """
   if save:
     check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
-  experiment = lender.located(build(Experiment, config), workdir, typed=save)
-  ignore = (*FREE_GROUPS, *experiment.free_fields)
-  change = lineage.change(config, workdir, ignore, extend=extend)
+  experiment = build(Experiment, places.located(config, workdir, typed=save))
+  ignore = (*FREE_GROUPS, *experiment.free_fields, *origins.moved(workdir))
+  change = lineage.change(config, workdir, ignore, extend=extend, typed=save)
   taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
   run = Run(experiment, pathlib.Path(workdir), mesh, taken)
@@ -346,7 +346,8 @@ def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) ->
   for said in taken.notes(run.experiment.stages_from) + change.notes(run.workdir):
     print(said, file=sys.stderr)
   change.begin(run.workdir)
-  save_resolved(lender.as_stored(config, run.experiment, run.workdir), run.workdir)
+  before = read_resolved(run.workdir)
+  save_resolved(places.as_stored(config, run.workdir, before), run.workdir)
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:
