@@ -12,11 +12,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from benchmarks.fuzz import mutations, worker
+from benchmarks.fuzz import mutations, weights, worker
 from benchmarks.fuzz.mutations import Dice
 from benchmarks.fuzz.worker import Kind
-from hiar_jax import convert
-from hiar_jax.checkpoints import weights
 from hiar_jax.config.building import build, walk
 from hiar_jax.config.command_line import load_config
 from hiar_jax.config.workdir import save_resolved
@@ -217,40 +215,6 @@ def read_run(directory: pathlib.Path) -> None:
   pretrained.load_weights(run, "distill")
 
 
-def make_weights(folder: pathlib.Path) -> None:
-  """Weights in a published layout, of a model of few numbers."""
-  from safetensors.numpy import save_file
-
-  from hiar_jax.conversion.taehv_keys import tiny_vae_key_map
-  from hiar_jax.models.taehv import TinyVAEConfig
-
-  small = TinyVAEConfig(
-    z_dim=16,
-    encoder_width=4,
-    decoder_widths=(8, 4),
-    blocks=1,
-    temporal_downsample=(True,),
-    temporal_upsample=(True,),
-  )
-  dice = np.random.default_rng(0)
-  named = {
-    rule.name: dice.normal(size=rule.shape).astype(np.float32) for rule in tiny_vae_key_map(small)
-  }
-  save_file(named, folder / "taew2_1.safetensors")
-
-
-def read_weights(path: pathlib.Path) -> None:
-  out = path.parent / "out"
-  try:
-    list(convert.convert(str(path), str(out)))
-    weights.load(out, "tiny_vae")
-  except UserError:
-    left = [x for x in out.rglob("*")] if out.exists() else []
-    if any(x.is_file() for x in left):
-      raise AssertionError(f"half written: {left}") from None
-    raise
-
-
 KINDS = {
   "upload": Kind(make_videos, broken_file, read_upload),
   "video": Kind(make_videos, broken_file, read_video),
@@ -262,7 +226,9 @@ KINDS = {
   "captions": Kind(texts(("metadata.jsonl", METADATA)), broken_text, read_captions),
   "config": Kind(texts(), broken_config, read_config_values),
   "run": Kind(make_run, broken_run, read_run),
-  "weights": Kind(make_weights, broken_file, read_weights),
+  "shards": Kind(weights.make_shards, weights.broken_shards, weights.read),
+  "torch": Kind(weights.make_torch, weights.broken_torch, weights.read),
+  "weights": Kind(weights.make, broken_file, weights.read),
 }
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ _DAMAGED = (
   AttributeError,
   ImportError,
   LookupError,
-  RecursionError,
+  OSError,  # of a place before the file's first byte
+  RuntimeError,  # of an encrypted member, of another ZIP, of containers that are too deep
   TypeError,
   ValueError,
   struct.error,

@@ -261,6 +261,25 @@ def test_files_cut_off_at_any_length(tmp_path):
       read_torch(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize(
+  ("record", "at", "value", "said"),
+  [
+    (b"PK\x01\x02", 6, b"\x63", "zip file version 9.9"),
+    (b"PK\x01\x02", 8, b"\x01", "is encrypted"),
+    (b"PK\x01\x02", 8, b"\x20", "compressed patched data"),
+    (b"PK\x05\x06", 16, struct.pack("<I", 2**31), "Invalid argument"),
+  ],
+)
+def test_a_directory_that_is_none_of_torch_save(tmp_path, record, at, value, said):
+  """The version, the flags, and where the directory begins."""
+  content = bytearray(save({"a": tiny.random(0, 8)}, tmp_path / "a.pt").read_bytes())
+  place = content.index(record) + at
+  content[place : place + len(value)] = value
+  (tmp_path / "a.pt").write_bytes(content)
+  with pytest.raises(UserError, match=f"a.pt is damaged .*{said}"):
+    read_torch(tmp_path / "a.pt")
+
+
 def test_a_storage_that_is_shorter_than_its_tensor(tmp_path):
   path = save({"a": tiny.random(0, 8)}, tmp_path / "a.pt")
   short = io.BytesIO()
