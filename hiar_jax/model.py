@@ -170,11 +170,7 @@ class Model(VideoModel):
 
   def _plan(self, prompts: Sequence[str], frames, *start, **told) -> list[clips.Clip]:
     """Returns the clips of prompts; start: seeds, image and video."""
-    if not isinstance(prompts, str | Sequence):
-      raise UserError(f"prompt = {prompts!r}: expected text")
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-      raise UserError('there is no prompt; give one, as "a red circle moving left"')
+    prompts = _texts(prompts)
     files = dict(zip(("image", "video"), start[1:], strict=False))
     checked = {name: value for name, value in {**files, **told}.items() if name != "takes"}
     as_fields(GenerateOptions, checked)  # raises for wrong types
@@ -190,9 +186,9 @@ class Model(VideoModel):
 
   # -------------------------------------------------------------------- texts, pixels and latents
 
-  def texts(self, prompts: Sequence[str]) -> np.ndarray:
-    """Returns prompts as the network reads them [n l d]."""
-    return self.prompt_texts(prompts)
+  def texts(self, prompts: str | Sequence[str]) -> np.ndarray:
+    """Returns prompts as the network reads them [n l d]. Raises UserError for what is no text."""
+    return self.prompt_texts(_texts(prompts))
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Decodes latents [f h w c] into frames uint8 [F H W 3], or a batch [n f h w c] of them.
@@ -271,6 +267,17 @@ class Model(VideoModel):
   @functools.cached_property
   def _streaming(self) -> dict[TickOptions, StreamingModel]:
     return {}
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+  """Returns prompts as a list. Raises UserError for none, and for what is no text."""
+  found = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Sequence) else prompts
+  for prompt in found:
+    if not isinstance(prompt, str):
+      raise UserError(f"prompt = {prompt!r}: expected text")
+  if not found:
+    raise UserError('there is no prompt; give one, as "a red circle moving left"')
+  return list(found)
 
 
 def _comma(size: tuple[int, ...]) -> str:

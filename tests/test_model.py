@@ -135,6 +135,10 @@ def test_latents_there_and_back(model):
 
 
 @pytest.mark.slow
+def test_texts_of_one_prompt(model):
+  np.testing.assert_array_equal(model.texts(PROMPT), model.texts([PROMPT]))
+
+
 def test_a_method_with_changes(model):
   changed = model.with_method(level="clean", window=6)
   assert isinstance(changed.method, method.Method)
@@ -181,6 +185,18 @@ REFUSED = {
   "seeds": (lambda m: m.generate(["a"], seed=[1, 2]), "2 seeds for 1 prompts: give one each"),
   "no prompt": (lambda m: m.generate([]), "there is no prompt"),
   "no text": (lambda m: m.generate([3]), "prompt = 3: expected text"),
+  "texts of a number": (lambda m: m.texts(5), "prompt = 5: expected text"),
+  "texts of numbers": (lambda m: m.texts([PROMPT, 5]), "prompt = 5: expected text"),
+  "no texts": (lambda m: m.texts([]), "there is no prompt"),
+  "takes of a number": (lambda m: m.generate("a", takes=5), "takes = 5: expected section:seed"),
+  "takes of numbers": (lambda m: m.generate("a", takes=np.arange(3)), "expected section:seed"),
+  "takes of texts": (lambda m: m.generate("a", takes={"0": 1}), "section '0' is no whole number"),
+  "a name that is too long": (lambda m: m.generate("a", image="a" * 999), "a does not exist"),
+  "a name with a zero byte": (lambda m: m.generate("a", timeline="a\0b"), "zero|null byte; give"),
+  "more than any video": (
+    lambda m: m.generate("a", frames=2**70),
+    "expected at most 2,147,483,647",
+  ),
   "two starts": (lambda m: m.generate("a", image="b", video="c"), "starts from one of them"),
   "no file": (lambda m: m.generate("a", image="nowhere.png"), "nowhere.png"),
   "no option": (lambda m: m.stream("a", sed=1), "stream has no option 'sed'; did you mean 'seed'"),
@@ -223,6 +239,12 @@ def test_frames_that_no_wan_video_has(wan):
 LOADS = {
   "nothing": ({}, "--workdir is missing"),
   "no run": ({"workdir": "nowhere"}, "nowhere holds no run"),
+  "a name that is too long": ({"workdir": "a" * 999}, "a holds no run"),
+  "a name with a zero byte": ({"workdir": "a\0b"}, "b holds no run"),
+  "weights of a long name": (
+    {"config": "{wan}/config.py", "weights": "a" * 300},
+    "a, which should",
+  ),
   "both": ({"workdir": "a", "config": "{wan}/config.py"}, "give either --workdir"),
   "no config": ({"weights": "{wan}/weights", "workdir": "a"}, "--weights needs --config"),
   "no file": ({"config": "{wan}/confg.py"}, "there is no file .*did you mean"),

@@ -6,35 +6,27 @@ A reader may return, or raise UserError; whatever else happens is a finding.
 
 from collections.abc import Callable
 import pathlib
-import shutil
 
 import av
 import numpy as np
 from PIL import Image
 
-from benchmarks.fuzz import mutations, weights, worker
+from benchmarks.fuzz import models, mutations, weights, worker
+from benchmarks.fuzz.models import one_of
 from benchmarks.fuzz.mutations import Dice
 from benchmarks.fuzz.worker import Kind
 from hiar_jax.config.building import build, walk
 from hiar_jax.config.command_line import load_config
-from hiar_jax.config.workdir import save_resolved
 from hiar_jax.data import prompt_rows, video_folder
 from hiar_jax.data.captions import Captions
 from hiar_jax.errors import UserError
 from hiar_jax.generation import prompts_file, timeline
-from hiar_jax.training import pretrained
 from hiar_jax.training.experiment import Experiment
-from hiar_jax.training.run import open_run, read_config
 from hiar_jax.video import conditioning_files, mp4, video_file
 from hiar_jax.video.isolated_reader import IsolatedReader, Limits
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = 16
-
-
-def one_of(folder: pathlib.Path, dice: Dice) -> pathlib.Path:
-  files = sorted(path for path in folder.rglob("*") if path.is_file())
-  return files[dice.integers(len(files))]
 
 
 # ------------------------------------------------------------------------------ videos and pictures
@@ -167,54 +159,6 @@ def read_config_values(changes) -> None:
   build(Experiment, config)
 
 
-# ----------------------------------------------------------------------------- runs and checkpoints
-
-
-def make_run(folder: pathlib.Path) -> None:
-  """A run with weights, as training leaves it."""
-  config = load_config(f"{ROOT}/experiments/shapes.py:smoke")
-  config.model.update(dim=16, ffn_dim=16, num_layers=1, num_heads=1, freq_dim=16)
-  config.codec.channels = 8
-  directory = folder / "run"
-  save_resolved(config, directory)
-  run = open_run(config, directory, save=False)
-  from hiar_jax.checkpoints.training_state import Checkpoints
-  from hiar_jax.components import patch_pca
-
-  run.experiment.codec.fit(
-    run.directory("data"), lambda: frames(8)[None].repeat(2, 0).repeat(2, 2).repeat(2, 3)
-  )
-  assert (run.directory("data") / patch_pca.FILE).exists()
-  import jax
-
-  params = run.experiment.dit.init(jax.random.key(0))
-  with Checkpoints(run.directory("distill") / "checkpoints") as checkpoints:
-    checkpoints.save(config.distill.steps, {"step": np.ones(())}, params)
-
-
-def broken_run(right: pathlib.Path, place: pathlib.Path, dice: Dice) -> pathlib.Path:
-  shutil.copytree(right / "run", place / "run")
-  for _ in range(int(dice.integers(1, 3))):
-    path = one_of(place / "run", dice)
-    kind = int(dice.integers(4))
-    if kind == 0:
-      path.unlink()
-    elif kind == 1:
-      path.write_bytes(b"")
-    elif kind == 2 and path.suffix == ".json":
-      path.write_bytes(mutations.rewritten(path.read_text(errors="replace"), dice))
-    else:
-      path.write_bytes(mutations.mutated(path.read_bytes(), dice))
-  return place / "run"
-
-
-def read_run(directory: pathlib.Path) -> None:
-  """As generate and stream open it."""
-  run = open_run(read_config(str(directory)), directory, save=False)
-  run.autoencoder  # noqa: B018
-  pretrained.load_weights(run, "distill")
-
-
 KINDS = {
   "upload": Kind(make_videos, broken_file, read_upload),
   "video": Kind(make_videos, broken_file, read_video),
@@ -225,8 +169,10 @@ KINDS = {
   "timeline": Kind(texts(("a.txt", TIMES)), broken_text, read_timeline),
   "captions": Kind(texts(("metadata.jsonl", METADATA)), broken_text, read_captions),
   "config": Kind(texts(), broken_config, read_config_values),
-  "run": Kind(make_run, broken_run, read_run),
+  "python": Kind(models.make_door, models.broken_call, models.call),
+  "run": Kind(models.make_run, models.broken_run, models.read_run),
   "shards": Kind(weights.make_shards, weights.broken_shards, weights.read),
+  "stream": Kind(models.make_stream, models.broken_stream, models.read_stream),
   "torch": Kind(weights.make_torch, weights.broken_torch, weights.read),
   "weights": Kind(weights.make, broken_file, weights.read),
 }

@@ -25,7 +25,7 @@ def held(folder: str | os.PathLike, given: str) -> Iterator[None]:
     UserError: another process holds it; names its number, its machine and since when.
   """
   folder = pathlib.Path(os.path.abspath(folder))
-  made = [path for path in (folder, *folder.parents) if not path.exists()]
+  made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
   path = folder / LOCK
   try:
     with writing(folder):

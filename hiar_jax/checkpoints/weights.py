@@ -62,17 +62,17 @@ class Description:
 
 def exists(directory: str | os.PathLike, kind: str) -> bool:
   """Returns True if the directory holds complete weights of this kind."""
-  return (_folder(directory, kind) / MODEL).is_file()
+  return os.path.isfile(_folder(directory, kind) / MODEL)
 
 
 def describe(directory: str | os.PathLike, kind: str) -> Description:
   """Reads model.json. Raises UserError if weights are missing, of another kind, or damaged."""
   folder = _folder(directory, kind)
   path = folder / MODEL
-  if not path.is_file():
+  if not os.path.isfile(path):
     there = ", ".join(name for name in KINDS if exists(directory, name)) or "nothing"
     missing = f"{directory} holds no weights of kind {kind!r} (there is {there})"
-    if not folder.parent.is_dir():
+    if not os.path.isdir(folder.parent):
       missing = f"there is no directory {directory}, which should hold weights"
     raise UserError(f"{missing}; {ADVICE}{directory}")
   try:

@@ -73,10 +73,10 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
   Raises Damaged where the file is not JSON.
   """
   path = pathlib.Path(workdir) / RESOLVED
+  if not os.path.isfile(path):  # False for names that no folder has too
+    return None
   try:
     return json.loads(path.read_text())
-  except FileNotFoundError:
-    return None
   except (json.JSONDecodeError, UnicodeDecodeError) as error:
     raise Damaged(
       path, f"it is not JSON: {error}", "restore it, or use another --workdir"

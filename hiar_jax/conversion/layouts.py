@@ -8,6 +8,7 @@ shards, or a single file. Sizes follow from the tensors' shapes; what shapes do 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
+import os
 import pathlib
 from typing import Any
 
@@ -85,7 +86,7 @@ def find_models(source: pathlib.Path) -> list[tuple[str | None, pathlib.Path]]:
   Reads no more than names of tensors. Raises UserError if the source does not exist or holds no
   weights.
   """
-  if not source.exists():
+  if not os.path.exists(source):  # a Path raises for names that no file has
     raise UserError(
       f"--source={source}: there is no such file or folder; download it, or check the path"
     )

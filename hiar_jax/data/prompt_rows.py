@@ -41,7 +41,7 @@ def read_rows(path: str | os.PathLike) -> tuple[ListFile, list[tuple[int, dict[s
   nor UTF-16, a broken row, an unknown field, or a value that is no text.
   """
   file = ListFile(pathlib.Path(path), "prompts file", ("prompt",), '{"prompt": "a cat"}')
-  if not file.path.is_file():
+  if not os.path.isfile(file.path):
     raise UserError(f"prompts file {path} does not exist; write one prompt a line into it")
   suffix = file.path.suffix.lower()
   if suffix == ".json":

@@ -177,7 +177,7 @@ def _picture(name: str, value: str | None, file: ListFile, line: int) -> pathlib
   if not value:
     return None
   picture = file.path.parent / pathlib.Path(value).expanduser()
-  if not picture.is_file():
+  if not os.path.isfile(picture):
     raise file.wrong(line, f"{name} = {value!r}: there is no file {picture}")
   return picture
 

@@ -7,6 +7,7 @@ counted from 0 in the video's time, whatever their order.
 
 from collections.abc import Callable, Mapping, Sequence
 import math
+import numbers
 import re
 
 from hiar_jax.errors import UserError
@@ -21,18 +22,22 @@ _TAKE = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
 def read_takes(takes: str | Mapping[int, int] | None, check_seed: Callable[[int], int]) -> Takes:
   """Returns the takes of a text `2:5, 4:1` (section 2 with seed 5, ...) or of {section: seed}.
 
-  Raises UserError for another text, a section given twice, and as check_seed.
+  Raises UserError for anything else, a section given twice, and as check_seed.
   """
-  if not takes:
+  if takes is None or (isinstance(takes, str | Mapping) and not takes):
     return ()
   if isinstance(takes, str):
     matches = [_TAKE.fullmatch(part) for part in takes.split(",")]
     if not all(matches):
       raise UserError(f"takes = {takes!r}: expected section:seed, as 2:5 or 2:5,4:1")
     found = [(int(match[1]), int(match[2])) for match in matches]
-  else:
+  elif isinstance(takes, Mapping):
     found = list(takes.items())
+  else:
+    raise UserError(f"takes = {takes!r}: expected section:seed, as 2:5, or {{section: seed}}")
   for section, seed in found:
+    if not isinstance(section, numbers.Integral) or isinstance(section, bool):
+      raise UserError(f"takes = {takes!r}: section {section!r} is no whole number")
     check_seed(seed)
     if [number for number, _ in found].count(section) > 1:
       raise UserError(f"takes = {takes!r}: section {section} is given twice")

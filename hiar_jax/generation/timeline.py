@@ -113,9 +113,10 @@ def read(source: str | os.PathLike, folder: str | os.PathLike = "") -> Timeline:
     return parse(text)
   try:
     return parse(read_text(path, "timeline"), f"timeline {path}")
-  except OSError as error:
+  except (OSError, ValueError) as error:  # of a name that no file has, as one with a zero byte
+    reason = getattr(error, "strerror", None) or error
     raise UserError(
-      f"timeline {text[:80]!r}: {error.strerror}; give a file, or a text as '0s: a red circle, "
+      f"timeline {text[:80]!r}: {reason}; give a file, or a text as '0s: a red circle, "
       "10s: a blue square'"
     ) from error
 

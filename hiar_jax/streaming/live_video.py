@@ -12,13 +12,17 @@ A new prompt holds from the next block that enters: blocks in flight keep theirs
 """
 
 import dataclasses
+from operator import index
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import reading
+from hiar_jax.generation.prompts_file import check_seed
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.streaming import snapshot
 from hiar_jax.streaming.compiled_tick import CompiledPipeline, Engine, StreamParts, TickOptions
@@ -229,23 +233,17 @@ class LiveVideo:
     UserError where nothing is saved, or it is damaged, or of another model, window or sink.
     """
     metadata = snapshot.read_metadata(directory, model.identity)
-    model = open_engine(model, TickOptions(layout=layout, **metadata["options"]))
+    with reading(directory, snapshot.ADVICE, TypeError):  # of an option that there is not
+      options = TickOptions(layout=layout, **metadata["options"])
+    model = open_engine(model, options)
     snapshot.check_options(directory, metadata, model.saved_options)
     self = cls.__new__(cls)  # without __init__, which would start a pipeline
     self.engine = model
-    self.seed = metadata["seed"]
-    self.prompt = metadata["prompt"]
-    self.given_frames = metadata["given_frames"]
-    self._block = metadata["block"]
-    self._first = metadata["first"]
-    self._prompts = {int(block): prompt for block, prompt in metadata["prompts"]}
-    self._recache_from = set(metadata["anew"])
-    # set before the arrays are read: whether there is a head decides which pipeline's they are
-    head = metadata["head"]
-    self._head = None if head is None else []
-    text = jax.ShapeDtypeStruct(
-      tuple(metadata["text"]["shape"]), metadata["text"]["dtype"], sharding=model.whole
-    )
+    with reading(directory, snapshot.ADVICE):
+      # set before the arrays are read: whether there is a head decides which pipeline's they are
+      head = self._take(metadata)
+      shape, dtype = metadata["text"]["shape"], jnp.dtype(metadata["text"]["dtype"])
+      text = jax.ShapeDtypeStruct(tuple(map(index, shape)), dtype, sharding=model.whole)
     abstract = {"pipe": self._programs.abstract(text), "text": text}
     if head:
       # the blocks of the head lie one behind another in time: [b (blocks k) h w c]
@@ -260,3 +258,26 @@ class LiveVideo:
       latents = np.split(np.asarray(arrays["head"]), len(head), axis=1)
       self._head = list(zip(latents, head, strict=True))
     return self
+
+  def _take(self, metadata: dict[str, Any]) -> list[str] | None:
+    """Sets what a snapshot's metadata says of the video; returns the prompts of its head. Raises
+    errors of any kind where it is damaged.
+    """
+    self.seed = check_seed(metadata["seed"])
+    self.prompt = _text(metadata["prompt"])
+    self.given_frames = index(metadata["given_frames"])
+    self._block, self._first = index(metadata["block"]), index(metadata["first"])
+    self._prompts = {index(block): _text(prompt) for block, prompt in metadata["prompts"]}
+    self._recache_from = {index(block) for block in metadata["anew"]}
+    head = metadata["head"]
+    if head is not None and self.engine.head is None:
+      raise ValueError("a clean sink is being made, and this model has none")
+    self._head = None if head is None else []
+    self.in_flight  # noqa: B018  # each block has a prompt
+    return None if head is None else [_text(prompt) for prompt in head]
+
+
+def _text(value: Any) -> str:
+  if not isinstance(value, str):
+    raise TypeError(f"{value!r} for a prompt")
+  return value

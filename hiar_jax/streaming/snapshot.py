@@ -17,11 +17,13 @@ import numpy as np
 from hiar_jax.checkpoints import training_state
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
+from hiar_jax.files import reading
 from hiar_jax.rollout.packed_past import PackedPast
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.pipeline import PipelineState
 from hiar_jax.types import PyTree
 
+ADVICE = "resume another one, or start a new video"
 # Snapshots keep the names of the first version, so that old ones can be resumed:
 # option -> (name on disk, {value: value on disk})
 ON_DISK = {"sink_positions": ("sink_place", {"absolute": "true", "relative": "carried"})}
@@ -53,21 +55,22 @@ def read_metadata(directory: str | os.PathLike, identity: str) -> dict[str, Any]
   Raises UserError where no generation is saved, or one of another model than `identity`.
   """
   path = pathlib.Path(directory)
-  if not path.is_dir() or not any(entry.name.isdigit() for entry in path.iterdir()):
+  if not os.path.isdir(path) or not any(entry.name.isdigit() for entry in path.iterdir()):
     raise UserError(f"{directory} holds no saved generation; check the path")
   found = training_state.load_config(directory)
-  if not {"identity", "options", "prompts", "block"} <= found.keys():
+  if not isinstance(found, dict) or not {"identity", "options", "prompts", "block"} <= found.keys():
     raise UserError(f"{directory} holds a checkpoint, but not of a generation; check the path")
   if found["identity"] != identity:
     raise UserError(
       f"{directory} was saved by another model ({found['identity']}; this one is {identity}): "
       "its weights, sizes, levels, history or text encoder differ; give the model that made it"
     )
-  options = dict(found["options"])
-  for name, (on_disk, values) in ON_DISK.items():
-    if on_disk in options:
-      value_of = {stored: value for value, stored in values.items()}
-      options[name] = value_of[options.pop(on_disk)]
+  with reading(directory, ADVICE):
+    options = dict(found["options"])
+    for name, (on_disk, values) in ON_DISK.items():
+      if on_disk in options:
+        value_of = {stored: value for value, stored in values.items()}
+        options[name] = value_of[options.pop(on_disk)]
   return {**found, "options": options}
 
 
@@ -147,9 +150,9 @@ def check_options(
   to continue it.
   """
   differences = [
-    f"{name} = {saved}, here {here[name]}"
+    f"{name} = {saved}, here {here.get(name)}"
     for name, saved in metadata["options"].items()
-    if here[name] != saved
+    if name not in here or here[name] != saved
   ]
   if differences:
     raise UserError(

@@ -111,11 +111,10 @@ def read_video(
 
 def _existing(path: str | os.PathLike, kind: str) -> pathlib.Path:
   path = pathlib.Path(path)
-  if not path.is_file():
-    raise UserError(
-      f"{kind} {path} {'is a directory' if path.is_dir() else 'does not exist'}; give the path of "
-      "a file"
-    )
+  # os.path's answer: a Path raises for names that no file has
+  if not os.path.isfile(path):
+    what = "is a directory" if os.path.isdir(path) else "does not exist"
+    raise UserError(f"{kind} {path} {what}; give the path of a file")
   if not path.stat().st_size:
     raise UserError(f"{kind} {path} is empty; give another file, or save it again")
   return path

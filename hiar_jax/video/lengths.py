@@ -8,6 +8,7 @@ from collections.abc import Callable
 from hiar_jax.errors import UserError
 
 Frames = Callable[[int], int]  # latent frames -> pixel frames
+MOST = 2**31 - 1  # frames of a video: their numbers are int32 on the device
 
 
 def check_sides(height: int, width: int, multiple: int = 16) -> None:
@@ -44,8 +45,8 @@ def fit_blocks(
   the video ends with. The message names the count that is made instead of `frames`, '' where both
   are equal.
 
-  Raises UserError where `frames` is below 1 or not more than the conditioning has; if `strict`,
-  also where `frames` is not reached exactly, with the nearest counts.
+  Raises UserError where `frames` is below 1, above MOST or not more than the conditioning has; if
+  `strict`, also where `frames` is not reached exactly, with the nearest counts.
   """
   # not pixel_frames(0), which is negative for Wan2.1
   conditioning = behind + (pixel_frames(given) if given else 0)
@@ -55,6 +56,8 @@ def fit_blocks(
     if counts != [block, 2 * block, 3 * block]:
       made += f" latent frames, they have {', '.join(map(str, counts))}, ... frames"
     raise UserError(f"frames = {frames}: expected at least 1; {made}")
+  if frames > MOST:
+    raise UserError(f"frames = {frames}: expected at most {MOST:,}")
   if frames <= conditioning:
     after = pixel_frames(given + block) + behind
     has = "frames are" if behind else "start has"

@@ -135,6 +135,14 @@ def test_a_config_json_that_is_very_deep(tmp_path):
     layouts.open_model(source)
 
 
+def test_names_that_no_file_has(tmp_path):
+  with pytest.raises(UserError, match="there is no such file or folder"):
+    run("a" * 999, tmp_path / "out")
+  save_file(tensors("vae"), tmp_path / "a.safetensors")
+  with pytest.raises(UserError, match="a: cannot be written .File name too long."):
+    run(tmp_path / "a.safetensors", tmp_path / ("a" * 999))
+
+
 def test_an_export_to_where_no_folder_can_be(tmp_path):
   save_file(tensors("vae"), tmp_path / "a.safetensors")
   run(tmp_path / "a.safetensors", tmp_path / "out")

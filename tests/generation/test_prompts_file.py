@@ -134,6 +134,7 @@ WRONG = {
   "fraction": ("a.jsonl", '{"prompt": "a", "seed": 1.5}', "line 1: seed = 1.5: expected"),
   "truth": ("a.jsonl", '{"prompt": "a", "seed": true}', "line 1: seed = True: expected"),
   "large": ("a.txt", "seed=2147483648 | a", "line 1: seed = '2147483648': expected"),
+  "a picture of a long name": ("a.txt", f"image={'a' * 300} | a", "line 1: image = 'aaaaa"),
   "no picture": ("a.txt", "image=cat.png | a", "line 1: image = 'cat.png': there is no file "),
   "both": (
     "a.txt",

@@ -4,12 +4,15 @@ is one line.
 
 import dataclasses
 import functools
+import json
 import shutil
 
+from etils import epath
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hiar_jax.checkpoints import checksums
 from hiar_jax.checkpoints.training_state import Checkpoints
 from hiar_jax.errors import UserError
 from hiar_jax.streaming.compiled_tick import TickOptions
@@ -148,14 +151,48 @@ def test_other_options_are_refused(running):
 
 
 def test_where_nothing_is_saved(tmp_path, running):
-  with pytest.raises(UserError, match="holds no saved generation"):
-    LiveVideo.restore(tmp_path / "nothing", engine())
+  for name in ("nothing", "a" * 300):
+    with pytest.raises(UserError, match="holds no saved generation"):
+      LiveVideo.restore(tmp_path / name, engine())
   with pytest.raises(UserError, match="holds no saved generation"):
     LiveVideo.restore(tmp_path, engine())
   with Checkpoints(tmp_path / "training", config={"a": 1}) as checkpoints:
     checkpoints.save(1, {"x": jnp.ones(1)}, {"x": jnp.ones(1)})
   with pytest.raises(UserError, match="a checkpoint, but not of a generation"):
     LiveVideo.restore(tmp_path / "training", engine())
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"first": ...}, "is damaged .*first"),
+    ({"seed": "x"}, "seed = 'x': expected a whole number"),
+    ({"prompt": 5}, "is damaged .*5 for a prompt"),
+    ({"prompts": [[1, "a"]]}, "is damaged .KeyError"),  # others are in flight
+    ({"prompts": 3}, "is damaged .TypeError"),
+    ({"anew": ["x"]}, "is damaged .TypeError"),
+    ({"head": [3]}, "is damaged .*a clean sink is being made, and this model has none"),
+    ({"block": 0.5}, "is damaged .TypeError"),
+    ({"text": {"shape": [1, 3, 8], "dtype": "x"}}, "is damaged .TypeError"),
+    ({"options": 5}, "is damaged .TypeError"),
+    (
+      {"options": {"windw": 9}},
+      "is damaged .*windw|saved with other options .windw = 9, here None",
+    ),
+    ({"options": {"sink_place": "x"}}, "is damaged .KeyError"),
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("model", [engine, parts], ids=["engine", "parts"])
+def test_metadata_that_no_stream_saves(running, tmp_path, model, change, said):
+  shutil.copytree(running[0], tmp_path / "g")
+  (step,) = (tmp_path / "g").iterdir()
+  path = step / "config" / "metadata"
+  metadata = {**json.loads(path.read_text()), **change}
+  path.write_text(json.dumps({name: x for name, x in metadata.items() if x is not ...}))
+  checksums.write(epath.Path(step))
+  with pytest.raises(UserError, match=said):
+    LiveVideo.restore(tmp_path / "g", model())
 
 
 def test_a_damaged_one_is_one_line(running, tmp_path):
