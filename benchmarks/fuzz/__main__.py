@@ -4,11 +4,12 @@
     python -m benchmarks.fuzz --seed=0 --kinds=run --case=17
 
 Uploads, videos, pictures, lists of prompts, timelines, captions, values of a config, runs with
-their checkpoints, and weights: bytes are flipped, cut, doubled and spliced, numbers in headers
-replaced, texts filled with what texts should not hold. Each case is drawn by (seed, kind, number)
-and may be read, or refused in one line. A traceback, a dead process, more than a minute, or memory
-that grows by more than a GiB is a finding: it is printed with the command that repeats it, and the
-status is 1.
+their checkpoints, streams that were saved, weights in one file, in shards and of torch.save: bytes
+are flipped, cut, doubled and spliced, numbers in headers replaced, texts filled with what texts
+should not hold; and functions are called with arguments of odd types and values. Each case is drawn
+by (seed, kind, number) and may be read, or refused in one line. A traceback, a dead process, more
+than a minute, or memory that grows by more than a GiB is a finding: it is printed with the command
+that repeats it, and the status is 1.
 """
 
 import argparse

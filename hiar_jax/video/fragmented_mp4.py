@@ -27,7 +27,7 @@ from av.video.frame import PictureType
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import DiskFull, writing
+from hiar_jax.files import DiskFull, reading, writing
 from hiar_jax.video import mp4_boxes
 from hiar_jax.video.frames import checked_frames
 from hiar_jax.video.mp4 import BT709, SITING, yuv_frame
@@ -279,6 +279,22 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
   """
   with writing(path):  # it is read to be gone on with
     content = pathlib.Path(path).read_bytes()
+  with reading(path, "give a video that a stream wrote", (LookupError, ValueError, struct.error)):
+    found = _fragments(content)
+    if found:
+      head = content[: found[0].end]
+      # what goes on with it reads these
+      mp4_boxes.room(head), mp4_boxes.duration(1, head), mp4_boxes.timescale(head, "mdhd")
+      _decoder_settings(head)
+  if not found:
+    raise UserError(
+      f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote"
+    )
+  return found
+
+
+def _fragments(content: bytes) -> list[Fragment]:
+  """Returns the head and the whole fragments of a file's content; [] for one without a head."""
   found = []
   moof = None  # (start, end) of the last one, until its mdat comes
   frames = 0
@@ -295,10 +311,6 @@ def scan(path: str | os.PathLike) -> list[Fragment]:
       found.append(Fragment(frames, count, moof[0], end))
       frames += count
       moof = None
-  if not found:
-    raise UserError(
-      f"{path} is no fragmented MP4 (it has no head); give a video that a stream wrote"
-    )
   return found
 
 

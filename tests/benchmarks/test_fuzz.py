@@ -1,10 +1,13 @@
 """The fuzzer: it notices what it is for, repeats a case, and a few cases of every kind pass."""
 
+import pathlib
+import shutil
+
 import numpy as np
 import pytest
 
 from benchmarks.fuzz import __main__ as harness
-from benchmarks.fuzz import mutations, worker
+from benchmarks.fuzz import models, mutations, weights, worker
 from benchmarks.fuzz.kinds import KINDS
 from hiar_jax.errors import UserError
 from tests.helpers.slow_cases import few
@@ -38,8 +41,35 @@ def test_what_is_right_is_read(rights, tmp_path):
     KINDS["config"].read([("teacher.lr", -0.5)])
 
 
+def test_weights_that_are_right_are_read(rights, tmp_path):
+  weights.read(rights("shards"))
+  for name in ("taew2_1.pth", "generator.pt"):
+    weights.read(pathlib.Path(shutil.copy(rights("torch") / name, tmp_path / name)))
+    shutil.rmtree(tmp_path / "out")
+  with pytest.raises(UserError, match="in the format of PyTorch before 1.6"):
+    weights.read(rights("torch") / "legacy.pt")
+
+
+@pytest.mark.slow
+def test_a_call_that_is_right_returns(rights):
+  for name, arguments in models.DOOR.items():
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if name == "watch":  # of packed models alone
+      with pytest.raises(UserError, match="this model is causal"):
+        models.call((rights("python") / "run", name, given))
+    else:
+      models.call((rights("python") / "run", name, given))
+
+
+@pytest.mark.slow
+def test_a_stream_that_is_right_is_resumed(rights, tmp_path):
+  shutil.copytree(rights("stream") / "made", tmp_path / "made")
+  models.read_stream((rights("stream") / "run", tmp_path / "made"))
+
+
 CASES = [(name, number) for name in sorted(KINDS) for number in range(40)]
-QUICK = [(name, n) for name, n in CASES if n < 4 and name not in ("run", "upload", "weights")]
+SLOW = ("python", "run", "shards", "stream", "torch", "upload", "weights")
+QUICK = [(name, n) for name, n in CASES if n < 4 and name not in SLOW]
 
 
 @pytest.mark.parametrize(("name", "number"), few(CASES, *QUICK))

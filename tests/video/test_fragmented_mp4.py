@@ -187,6 +187,19 @@ def test_what_cannot_be_gone_on_with_is_left_alone(tmp_path, keep, size, what):
   assert (tmp_path / "clip.mp4").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", [b"mdhd", b"mvhd", b"mvex", b"avcC"])
+def test_a_head_that_is_damaged_is_one_line(tmp_path, name):
+  """Before anything of the file is changed."""
+  path = tmp_path / "clip.mp4"
+  with FragmentedMP4(path, 8) as file:
+    file.write(pieces(1)[0])
+  path.write_bytes(path.read_bytes().replace(name, b"what"))
+  before = path.read_bytes()
+  with pytest.raises(UserError, match="clip.mp4 is damaged .*give a video that a stream wrote"):
+    FragmentedMP4(path, 8, keep=5)
+  assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("call", ["pread", "fsync"])
 def test_a_disk_that_refuses_the_cut_is_one_line(tmp_path, monkeypatch, call):
   path = tmp_path / "clip.mp4"
