@@ -242,8 +242,7 @@ class LiveVideo:
     with reading(directory, snapshot.ADVICE):
       # set before the arrays are read: whether there is a head decides which pipeline's they are
       head = self._take(metadata)
-      shape, dtype = metadata["text"]["shape"], jnp.dtype(metadata["text"]["dtype"])
-      text = jax.ShapeDtypeStruct(tuple(map(index, shape)), dtype, sharding=model.whole)
+      text = _abstract_text(metadata["text"], model.whole)
     abstract = {"pipe": self._programs.abstract(text), "text": text}
     if head:
       # the blocks of the head lie one behind another in time: [b (blocks k) h w c]
@@ -275,6 +274,14 @@ class LiveVideo:
     self._head = None if head is None else []
     self.in_flight  # noqa: B018  # each block has a prompt
     return None if head is None else [_text(prompt) for prompt in head]
+
+
+def _abstract_text(stored: dict[str, Any], sharding: jax.sharding.Sharding):
+  """Returns the shape and dtype of a text [1 l d] as a snapshot's metadata has them."""
+  shape, dtype = tuple(map(index, stored["shape"])), jnp.dtype(stored["dtype"])
+  if len(shape) != 3 or shape[0] != 1 or min(shape) < 1 or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f"a text of {dtype} {shape}")
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _text(value: Any) -> str:

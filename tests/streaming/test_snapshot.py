@@ -174,6 +174,12 @@ def test_where_nothing_is_saved(tmp_path, running):
     ({"head": [3]}, "is damaged .*a clean sink is being made, and this model has none"),
     ({"block": 0.5}, "is damaged .TypeError"),
     ({"text": {"shape": [1, 3, 8], "dtype": "x"}}, "is damaged .TypeError"),
+    ({"text": {"shape": [], "dtype": "float32"}}, r"is damaged .*a text of float32 \(\)"),
+    (
+      {"text": {"shape": [1, -3, 8], "dtype": "float32"}},
+      r"is damaged .*a text of float32 \(1, -3",
+    ),
+    ({"text": {"shape": [1, 3, 8], "dtype": "S5"}}, r"is damaged .*a text of"),
     ({"options": 5}, "is damaged .TypeError"),
     (
       {"options": {"windw": 9}},
