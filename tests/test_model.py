@@ -195,7 +195,7 @@ REFUSED = {
   "a name with a zero byte": (lambda m: m.generate("a", timeline="a\0b"), "zero|null byte; give"),
   "more than any video": (
     lambda m: m.generate("a", frames=2**70),
-    "expected at most 2,147,483,647",
+    "expected at most 1,000,000,000,000,000",
   ),
   "two starts": (lambda m: m.generate("a", image="b", video="c"), "starts from one of them"),
   "no file": (lambda m: m.generate("a", image="nowhere.png"), "nowhere.png"),

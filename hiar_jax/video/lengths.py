@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hiar_jax.errors import UserError
 
 Frames = Callable[[int], int]  # latent frames -> pixel frames
-MOST = 2**31 - 1  # frames of a video: their numbers are int32 on the device
+MOST = 10**15  # frames of a video: no machine makes as many
 
 
 def check_sides(height: int, width: int, multiple: int = 16) -> None:
