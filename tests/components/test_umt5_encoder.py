@@ -98,6 +98,17 @@ def test_the_encoder_is_loaded_for_new_prompts_alone_and_freed(folder, tmp_path,
   assert len(loaded) == 2 and len(_files(tmp_path)) == 5
 
 
+def test_what_is_cut_off_a_prompt_is_said(folder, tmp_path, loaded):
+  """The stream's page and the commands print these lines; nothing is encoded for them."""
+  cache = _cache(folder, tmp_path, length=12)
+  tokens = umt5_tokenizer.Tokenizer(folder, 1000)(["A dog runs " * 15])
+  count = int(tokens.mask.sum())
+  (line,) = cache.warnings("A dog runs " * 15)
+  assert line.startswith("prompt 'A dog runs A dog") and len(line) < 200
+  assert line.endswith(f"{count} tokens, the encoder reads 12; the last {count - 12} are left out")
+  assert cache.warnings("A cat") == [] and not loaded
+
+
 def test_a_prompt_does_not_depend_on_the_others(folder, tmp_path):
   together = _cache(folder, tmp_path / "together").tokens(PROMPTS)
   for prompt, text in zip(PROMPTS, together, strict=True):
