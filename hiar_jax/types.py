@@ -24,7 +24,7 @@ from typing import Any
 
 from beartype import beartype
 import jax
-from jaxtyping import Bool, Float, Int, jaxtyped
+from jaxtyping import Float, Int, jaxtyped
 import numpy as np
 
 typed = jaxtyped(typechecker=beartype)
@@ -45,7 +45,6 @@ Text = Float[Array, "b l d"]  # encoded prompt
 Texts = Float[Array, "b g l d"]  # one for each of g equal groups of a clip's frames
 Tokens = Int[Array, "b l"]  # token ids of a prompt
 Positions = Int[Array, "f"]  # frame indices
-FrameMask = Bool[Array, "q p"]  # True: the frame of the row may attend to the frame of the column
 
 Batch = dict[str, Any]
 Mean = Callable[[PyTree], PyTree]  # averages over devices (identity unless mapped by pmap)

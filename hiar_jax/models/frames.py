@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from hiar_jax.attention.views import Views, dense_mask, simplified, view
+from hiar_jax.attention.views import Views, simplified, view
 from hiar_jax.parallel.mesh import Splits
 from hiar_jax.parallel.rules import Rules
-from hiar_jax.types import Array, Block, FrameMask, Params, Text
+from hiar_jax.types import Array, Block, Params, Text
 
 PROJECTION = "patch_embedding"  # one frame a token
 
@@ -233,14 +233,6 @@ def seen_frames(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> lis
       sources.append(seen if there is None else seen & there)
     found.append(sources)
   return found
-
-
-def frame_mask(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> FrameMask | None:
-  """Returns `frame_views` as one mask [f, p + f]; None: everything."""
-  mask = dense_mask(
-    frame_views(groups, past_frames), sum(past_frames) + sum(g.x.shape[1] for g in groups)
-  )
-  return None if mask is None else jnp.asarray(mask)
 
 
 def _check_read(read: Read, sizes: list[int], past_frames: tuple[int, ...]) -> None:

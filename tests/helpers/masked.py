@@ -1,11 +1,14 @@
-"""A DiT called with a mask over all its frames, as its Linen module takes it: around groups."""
+"""What groups see as one mask over all frames, and a DiT called with such a mask, as its Linen
+module takes it: around groups.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from hiar_jax import flow
-from hiar_jax.attention.views import View
+from hiar_jax.attention.views import View, dense_mask
 from hiar_jax.models.dit import DiT, DiTConfig
+from hiar_jax.models.frames import Frames, frame_views
 
 
 def views_of(mask) -> tuple[View, ...]:
@@ -14,6 +17,13 @@ def views_of(mask) -> tuple[View, ...]:
     return ()
   everything = ((0, mask.shape[1]),)
   return tuple(View((i, i + 1), everything, jnp.asarray(row)) for i, row in enumerate(mask))
+
+
+def frame_mask(groups: tuple[Frames, ...], past_frames: tuple[int, ...]) -> jax.Array | None:
+  """What the groups see of [past | all groups] as one mask [f, p + f]; None: everything."""
+  frames = sum(past_frames) + sum(g.x.shape[1] for g in groups)
+  mask = dense_mask(frame_views(groups, past_frames), frames)
+  return None if mask is None else jnp.asarray(mask)
 
 
 def bind(config: DiTConfig, params, text, start: jax.Array | None = None):

@@ -11,7 +11,7 @@ import numpy as np
 
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit, frames
-from hiar_jax.models.frames import Out, frame_mask
+from hiar_jax.models.frames import Out
 from hiar_jax.types import LatentShape
 from tests.helpers import masked
 from tests.helpers.compiling import quick_jit
@@ -123,7 +123,7 @@ class Toy:
       for s in [g.sigma]
     ]
     positions = jnp.concatenate([g.positions for g in groups])
-    mask = frame_mask(groups, tuple(kv.v.shape[2] for kv in past))
+    mask = masked.frame_mask(groups, tuple(kv.v.shape[2] for kv in past))
     kept = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *past) if past else None
     v, kv = toy_forward(params)(x, jnp.concatenate(sigma, axis=1), positions, mask, kept)
     ends = np.cumsum([g.x.shape[1] for g in groups])

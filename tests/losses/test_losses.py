@@ -11,8 +11,9 @@ import pytest
 from hiar_jax import flow
 from hiar_jax.losses import critic, dmd, flow_matching, forward_kl, trajectory
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Bound, Out, bind, frame_mask
+from hiar_jax.models.frames import Bound, Out, bind
 from tests.helpers import tiny
+from tests.helpers.masked import frame_mask
 
 X, EPS = tiny.video(1, 4), tiny.video(2, 4)
 SIGMA = jnp.asarray([0.3, 0.8])

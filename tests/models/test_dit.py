@@ -12,7 +12,7 @@ import pytest
 from hiar_jax.errors import UserError
 from hiar_jax.method import MethodConfig
 from hiar_jax.models import dit
-from hiar_jax.models.frames import Frames, frame_mask
+from hiar_jax.models.frames import Frames
 from hiar_jax.planning import flops
 from hiar_jax.rollout.past.clip_groups import causal_groups
 from tests.helpers import masked, tiny
@@ -229,7 +229,7 @@ def test_a_cache_equals_one_forward():
 
   v, own = quick_jit(cached)(tiny.params(), tiny.video(1, FRAMES), LEVELS, tiny.text())
   groups = causal_groups(tiny.video(1, FRAMES), 0.0, MethodConfig(block=1, window=0))
-  expected = velocity(mask=np.asarray(frame_mask(groups, ())))
+  expected = velocity(mask=np.asarray(masked.frame_mask(groups, ())))
   np.testing.assert_allclose(v, expected[:, 2:], rtol=0, atol=1e-5 * np.abs(expected).max())
   tokens = tiny.CONFIG.tokens(tiny.HEIGHT, tiny.WIDTH)
   assert own.k.shape == own.v.shape == (2, tiny.BATCH, 1, tokens, 2, 8)

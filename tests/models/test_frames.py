@@ -9,7 +9,7 @@ import pytest
 
 from hiar_jax.errors import UserError
 from hiar_jax.models import dit, frames
-from hiar_jax.models.frames import Frames, Read, frame_mask, whole_clip
+from hiar_jax.models.frames import Frames, Read, whole_clip
 from tests.helpers import masked, tiny
 from tests.helpers.compiling import quick_jit
 from tests.helpers.slow_cases import few
@@ -132,10 +132,10 @@ def assert_near(found, expected) -> None:
 def test_reads_are_a_mask(name):
   """Known where they are numpy's, and the same where they are known at run time alone."""
   case = CASES[name]
-  for make in (frame_mask, jax.jit(frame_mask, static_argnums=1)):
+  for make in (masked.frame_mask, jax.jit(masked.frame_mask, static_argnums=1)):
     mask = make(case.groups, case.past)
     if mask is not None and case.mask is None:  # only a traced mask of ones may be left
-      assert make is not frame_mask and np.asarray(mask).all()
+      assert make is not masked.frame_mask and np.asarray(mask).all()
     elif case.mask is None:
       assert mask is None
     else:
@@ -295,4 +295,4 @@ def test_a_text_that_is_not_there_is_refused():
 def test_reads_of_what_is_not_there_are_refused(read, match):
   """As a mask they would be dropped in silence."""
   with pytest.raises(ValueError, match=match):
-    frame_mask((group(0, 2), group(2, 2, reads=(read,))), (3,))
+    masked.frame_mask((group(0, 2), group(2, 2, reads=(read,))), (3,))

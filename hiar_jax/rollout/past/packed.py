@@ -135,12 +135,6 @@ class PackedRing(Ring):
   def pools(method: MethodConfig) -> tuple[int, ...]:
     return tuple(sorted({group.pool for group in schedule_of(method).before[:-1]}))
 
-  @staticmethod
-  def packed_tokens(method: MethodConfig, rows: int, columns: int) -> int:
-    schedule = schedule_of(method)
-    window = method.window * rows * columns  # the window's past frames, and the block
-    return schedule.tokens(rows, columns) - window
-
   @classmethod
   def empty(
     cls, network: Network, method: Method, shape: LatentShape, batch: int, latents: bool = False

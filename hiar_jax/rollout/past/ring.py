@@ -50,12 +50,6 @@ class Ring:
     del method
     return ()
 
-  @staticmethod
-  def packed_tokens(method: MethodConfig, rows: int, columns: int) -> int:
-    """Returns the tokens of a block's packed history, for frames of rows x columns patches."""
-    del method, rows, columns
-    return 0
-
   @classmethod
   def empty(
     cls, network: Network, method: Method, shape: LatentShape, batch: int, latents: bool = False

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Frames, Out, Read, frame_mask
+from hiar_jax.models.frames import Frames, Out, Read
 from hiar_jax.rollout.blocks import write_context_and_denoise
 from hiar_jax.rollout.past.clip_groups import block_groups, causal_groups, clip_reads
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.rollout.past.visibility import visible
 from tests.helpers import tiny
+from tests.helpers.masked import frame_mask
 from tests.helpers.plain_rollout import sees
 
 ROWS = [
