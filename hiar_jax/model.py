@@ -76,6 +76,11 @@ class Model(VideoModel):
   """
 
   load_once: Callable[[], Params]
+  # kept between calls: by their arguments, and by their options
+  _samplers: dict[tuple, Callable] = dataclasses.field(default_factory=dict, init=False)
+  _streaming: dict[TickOptions, StreamingModel] = dataclasses.field(
+    default_factory=dict, init=False
+  )
 
   @staticmethod
   def of(model: VideoModel) -> "Model":
@@ -188,7 +193,7 @@ class Model(VideoModel):
 
   def texts(self, prompts: str | Sequence[str]) -> np.ndarray:
     """Returns prompts as the network reads them [n l d]. Raises UserError for what is no text."""
-    return self.prompt_texts(_texts(prompts))
+    return super().texts(_texts(prompts))
 
   def decode(self, latents: np.ndarray) -> np.ndarray:
     """Decodes latents [f h w c] into frames uint8 [F H W 3], or a batch [n f h w c] of them.
@@ -259,14 +264,6 @@ class Model(VideoModel):
     if wanted not in self._samplers:
       self._samplers[wanted] = super().sampler(frames, **sections)
     return self._samplers[wanted]
-
-  @functools.cached_property
-  def _samplers(self) -> dict[tuple, Callable]:
-    return {}
-
-  @functools.cached_property
-  def _streaming(self) -> dict[TickOptions, StreamingModel]:
-    return {}
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

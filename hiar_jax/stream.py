@@ -79,8 +79,7 @@ class StreamOptions(ModelOptions):
     """The file that the video starts from. Raises UserError for two of them."""
     if self.image and self.video:
       raise UserError("give either image or video: a stream starts from one of them")
-    path = self.image or self.video
-    return Conditioning(pathlib.Path(path), "image" if self.image else "video") if path else None
+    return Conditioning.of(self.image, self.video)
 
   @property
   def length(self) -> int | None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from hiar_jax import __version__
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.prompts_file import Job
 from hiar_jax.generation.sections import check_sections, check_told, prompts_of, seeds_of
 from hiar_jax.generation.video_model import VideoModel
@@ -201,13 +201,14 @@ def plan_clips(
   fitted: dict[tuple, int] = {}  # new_frames prints a message: called once for each length
   for job, path in zip(jobs, paths, strict=True):
     check_told(e, job.told)
-    start, end = Conditioning.from_job(job), Conditioning.end_of(job)
+    start = Conditioning.of(job.image, job.video)
+    end = Conditioning.of(job.end_image, job.end_video, is_end=True)
     counts = []
     for conditioning in (start, end):
       # All files are read here, before hours of work, and again when their batch is generated:
       # the pixels of a long list need not fit into memory.
       pixels, message = conditioning.read(e) if conditioning else ([], "")
-      counts.append(latent_frames(pixels, e) if conditioning else 0)
+      counts.append(e.codec.latent_frames(len(pixels)) if conditioning else 0)
       if message not in messages:
         print(message, file=sys.stderr)
       messages.add(message)
@@ -262,10 +263,6 @@ class Made(NamedTuple):
   latents: np.ndarray
   frames: np.ndarray
 
-  @property
-  def is_whole(self) -> bool:
-    return bool(self.frames.all())
-
 
 def write_clips(
   model: VideoModel, clips: list[Clip], watch: Callable[[Made], None] | None = None
@@ -278,7 +275,7 @@ def write_clips(
   config, done = model.experiment.sample, 0
   with Progress("generate", len(clips)) as bar:
     for made in make_clips(model, clips, watched=watch is not None):
-      if made.is_whole:
+      if made.frames.all():
         pieces = shown(model, made.clip, made.latents)  # decoded while they are written
         path, metadata = made.clip.path, made.clip.provenance(model)
         write_mp4(path, pieces, config.fps, metadata, scale=config.scale)

@@ -6,12 +6,12 @@ whole latent frames.
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video import conditioning_files, lengths
 from hiar_jax.video.isolated_reader import IsolatedReader
@@ -31,18 +31,12 @@ class Conditioning:
   is_end: bool = False
 
   @staticmethod
-  def end_of(job: Job) -> "Conditioning | None":
-    """What a job's video ends with, None where that is new."""
-    if job.end_image:
-      return Conditioning(job.end_image, "image", is_end=True)
-    return Conditioning(job.end_video, "video", is_end=True) if job.end_video else None
-
-  @staticmethod
-  def from_job(job: Job) -> "Conditioning | None":
-    """The conditioning of a job, None where it has neither image nor video."""
-    if job.image:
-      return Conditioning(job.image, "image")
-    return Conditioning(job.video, "video") if job.video else None
+  def of(
+    image: str | os.PathLike | None, video: str | os.PathLike | None, *, is_end: bool = False
+  ) -> "Conditioning | None":
+    """The conditioning of an image or of a video, None where there is neither."""
+    path, kind = (image, "image") if image else (video, "video")
+    return Conditioning(pathlib.Path(path), kind, is_end=is_end) if path else None
 
   @property
   def digest(self) -> str:
@@ -80,8 +74,3 @@ class Conditioning:
       cropped = f"its {side} {kept} of {len(frames)} frames, which are whole {whole}"
       message = f"{message}, {cropped}" if message else f"{self.path.name}: {cropped}"
     return frames[:kept] if self.is_end else frames[-kept:], message
-
-
-def latent_frames(pixels: np.ndarray, e: Experiment) -> int:
-  """The number of latent frames of the pixels [F H W 3] that `Conditioning.read` returned."""
-  return e.codec.latent_frames(len(pixels))

@@ -42,16 +42,12 @@ class PartialVideos:
     steps = self._known.setdefault(clip.path, [])
     steps.append(known)
     partial = clip.path.with_suffix(".partial.mp4")
-    if made.is_whole:
+    if made.frames.all():
       del self._known[clip.path]
       partial.unlink(missing_ok=True)
     else:
       write_mp4(partial, frames, config.fps, clip.provenance(self.model), scale=config.scale)
-    write_png(clip.path.with_suffix(".steps.png"), self._sheet(clip.job.title, frames, steps))
-
-  def _sheet(self, title: str, frames: np.ndarray, steps: list[np.ndarray]) -> np.ndarray:
-    rows = {
-      f"step {n}: {known.sum()} of {len(known)} frames": known for n, known in enumerate(steps, 1)
-    }
+    rows = {f"step {n}: {k.sum()} of {len(k)} frames": k for n, k in enumerate(steps, 1)}
     # what is made stays as it is: each row is the last one, less what came later
-    return contact_sheet(dict.fromkeys(rows, frames), columns=15, title=title, made=rows)
+    sheet = contact_sheet(dict.fromkeys(rows, frames), columns=15, title=clip.job.title, made=rows)
+    write_png(clip.path.with_suffix(".steps.png"), sheet)

@@ -148,7 +148,7 @@ class VideoModel:
     for prompt in prompts:
       samples.print_warnings(self.run, prompt)
 
-  def prompt_texts(self, prompts: Sequence[str]) -> np.ndarray:
+  def texts(self, prompts: Sequence[str]) -> np.ndarray:
     """Returns prompts as the network reads them [n l d], prepared as by prepare_texts."""
     self.prepare_texts(list(prompts))
     return self.run.texts(list(prompts))

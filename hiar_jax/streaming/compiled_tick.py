@@ -63,7 +63,7 @@ class StreamParts:
       # as the sampler's: a stream is the video that generate makes of the same seed
       key=model.run.noise_key,
       size=(e.latent.height, e.latent.width),
-      texts=model.prompt_texts,
+      texts=model.texts,
       identity=model.identity,
     )
 

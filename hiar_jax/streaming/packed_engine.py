@@ -95,7 +95,7 @@ class PackedEngine:
   def of(model: VideoModel, options: TickOptions) -> "PackedEngine":
     """Loads a model. Raises UserError, before that, as `check`."""
     check(model.experiment, options)
-    return PackedEngine(model.run.sections(), model.params(), model.prompt_texts, model.identity)
+    return PackedEngine(model.run.sections(), model.params(), model.texts, model.identity)
 
   @functools.cached_property
   def main(self) -> "PackedPipeline":

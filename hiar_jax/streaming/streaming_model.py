@@ -13,7 +13,7 @@ import numpy as np
 from hiar_jax import __version__
 from hiar_jax.components.interfaces import BlockDecoder
 from hiar_jax.errors import UserError
-from hiar_jax.generation.conditioning_frames import Conditioning, latent_frames
+from hiar_jax.generation.conditioning_frames import Conditioning
 from hiar_jax.generation.sections import check_sections
 from hiar_jax.generation.timeline import Timeline
 from hiar_jax.generation.video_model import VideoModel
@@ -139,7 +139,7 @@ class StreamingModel:
       pixels, message = start.read(self.experiment)
       if message:
         print(message, file=sys.stderr)
-      before = latent_frames(pixels, self.experiment)
+      before = self.experiment.codec.latent_frames(len(pixels))
     self.check(before)
     if start is not None:
       latents = np.asarray(self.model.run.autoencoder.latents(pixels[None]))

@@ -8,9 +8,7 @@ import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
-from hiar_jax.generation import conditioning_frames
 from hiar_jax.generation.conditioning_frames import Conditioning
-from hiar_jax.generation.prompts_file import Job
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.video.mp4 import write_mp4
 from tests.helpers import tiny_run
@@ -42,7 +40,7 @@ def test_of_a_video_that_comes_last_the_beginning_is_kept(experiment, tmp_path):
 def test_of_a_video_the_end_is_kept(experiment, tmp_path, frames, first, kept, latent):
   """It goes on from there: what does not fill a block is left out at its beginning."""
   pixels, said = Conditioning(count_up(tmp_path / "a.mp4", frames), "video").read(experiment)
-  assert len(pixels) == kept and conditioning_frames.latent_frames(pixels, experiment) == latent
+  assert len(pixels) == kept and experiment.codec.latent_frames(len(pixels)) == latent
   assert np.abs(pixels[:, 9, 9, 0] - 10.0 * np.arange(first, frames)).max() <= 2
   assert said == (
     f"a.mp4: its last {kept} of {frames} frames, which are whole blocks" if kept < frames else ""
@@ -66,7 +64,7 @@ def test_an_image_is_one_frame(experiment, tmp_path):
   assert (
     pixels.shape == (1, 32, 48, 3)
     and said == ""
-    and conditioning_frames.latent_frames(pixels, experiment) == 1
+    and experiment.codec.latent_frames(len(pixels)) == 1
   )
 
 
@@ -79,10 +77,11 @@ def test_too_short_a_video(experiment, tmp_path):
     Conditioning(count_up(tmp_path / "a.mp4", 8), "video").read(experiment)
 
 
-def test_of_a_job(tmp_path):
-  assert Conditioning.from_job(Job("a", 0)) is None
-  assert Conditioning.from_job(Job("a", 0, image=tmp_path)) == Conditioning(tmp_path, "image")
-  assert Conditioning.from_job(Job("a", 0, video=tmp_path)) == Conditioning(tmp_path, "video")
+def test_of_an_image_or_a_video(tmp_path):
+  assert Conditioning.of(None, None) is None
+  assert Conditioning.of(tmp_path, None) == Conditioning(tmp_path, "image")
+  assert Conditioning.of(None, str(tmp_path)) == Conditioning(tmp_path, "video")
+  assert Conditioning.of(None, tmp_path, is_end=True).is_end
 
 
 def test_the_digest_is_of_the_content(tmp_path):
