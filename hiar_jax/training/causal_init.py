@@ -12,13 +12,7 @@ from hiar_jax.losses import trajectory as losses
 from hiar_jax.method import MethodConfig
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.training.state import (
-  TrainConfig,
-  TrainState,
-  apply_gradients,
-  identity,
-  update_ema,
-)
+from hiar_jax.training.state import TrainConfig, TrainState, averaged_update, identity
 from hiar_jax.types import Batch, Mean
 
 SHOWS = ("noisy", "history")
@@ -78,11 +72,6 @@ def make_step(
       loss = losses.trajectory_with_history(bound, points, levels, sigmas, method, eps)
       return loss.mean(), {}
 
-    params, opt_state, metrics = apply_gradients(
-      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
-    )
-    ema = update_ema(state.ema, params, state.step, config)
-    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-    return state, metrics
+    return averaged_update(config, state, loss, optimizer, batch, mean=mean)
 
   return step

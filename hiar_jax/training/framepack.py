@@ -24,13 +24,7 @@ from hiar_jax.packing.schedule import Schedule, parse
 from hiar_jax.packing.similarity import choose
 from hiar_jax.rollout.noise import example_keys, example_normal
 from hiar_jax.training.lora import Adapters, LoRAConfig
-from hiar_jax.training.state import (
-  TrainConfig,
-  TrainState,
-  apply_gradients,
-  identity,
-  update_ema,
-)
+from hiar_jax.training.state import TrainConfig, TrainState, averaged_update, identity
 from hiar_jax.types import Batch, Key, Mean, Params, Text, Video
 
 
@@ -182,12 +176,7 @@ def make_step(
       plain, distilled = losses
       return (plain + distilled).mean(), {"distilled_guidance": distilled.mean()}
 
-    params, opt_state, metrics = apply_gradients(
-      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
-    )
-    ema = update_ema(state.ema, params, state.step, config)
-    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-    return state, metrics
+    return averaged_update(config, state, loss, optimizer, batch, mean=mean)
 
   return step
 

@@ -244,3 +244,17 @@ def apply_gradients(
   updates, opt_state = optimizer.update(grads, opt_state, params)
   params = optax.apply_updates(params, updates)
   return params, opt_state, {**metrics, "grad_norm": optax.tree.norm(grads)}  # before clipping
+
+
+def averaged_update(
+  config: TrainConfig, state: TrainState, loss: Loss, optimizer, batch: Batch, *, mean: Mean
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Returns (state, metrics) after one update of the network and of its average; arguments as
+  apply_gradients.
+  """
+  params, opt_state, metrics = apply_gradients(
+    loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
+  )
+  ema = update_ema(state.ema, params, state.step, config)
+  state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
+  return state, metrics

@@ -10,13 +10,7 @@ from hiar_jax.flow import shift_sigma
 from hiar_jax.losses.flow_matching import flow_matching, sample_sigma
 from hiar_jax.models.frames import Network, bind
 from hiar_jax.rollout.noise import example_keys, example_normal
-from hiar_jax.training.state import (
-  TrainConfig,
-  TrainState,
-  apply_gradients,
-  identity,
-  update_ema,
-)
+from hiar_jax.training.state import TrainConfig, TrainState, averaged_update, identity
 from hiar_jax.types import Batch, Key, Mean, Params, Text, Video
 
 
@@ -68,12 +62,7 @@ def make_step(config: TeacherConfig, network: Network, optimizer, *, mean: Mean 
       bound = bind(network, params, text, start)
       return flow_matching(bound, x0, eps, sigma).mean(), {}
 
-    params, opt_state, metrics = apply_gradients(
-      loss, state.params, state.opt_state, optimizer, batch, accumulate=config.accumulate, mean=mean
-    )
-    ema = update_ema(state.ema, params, state.step, config)
-    state = state.replace(step=state.step + 1, params=params, ema=ema, opt_state=opt_state)
-    return state, metrics
+    return averaged_update(config, state, loss, optimizer, batch, mean=mean)
 
   return step
 
