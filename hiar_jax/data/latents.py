@@ -26,13 +26,6 @@ class LatentWriter(PartWriter):
   dtypes = DTYPES
   not_finite = "check the autoencoder's weights"
 
-  def check_part(self, index: int, latents: np.ndarray) -> None:
-    expected = len(self.rows(index))
-    if latents.ndim != 5 or len(latents) != expected:
-      raise ValueError(
-        f"part {index} needs latents ({expected},) + [f, h, w, c], got {latents.shape}"
-      )
-
 
 def recipe_of(source: Any, codec: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """Returns what the latents of a source's clips depend on; arguments as `prepare`."""

@@ -40,6 +40,7 @@ class PartWriter:
   kind: ClassVar[str]
   dtypes: ClassVar[tuple[str, ...]]
   not_finite: ClassVar[str]
+  axes: tuple[int, ...] = ()  # the sizes of a record's axes before [f h w c]
 
   def __init__(
     self,
@@ -89,10 +90,6 @@ class PartWriter:
       i for i in range(process_index, self.parts, process_count) if not self._part(i).exists()
     ]
 
-  def check_part(self, index: int, latents: np.ndarray) -> None:
-    """Raises ValueError where an array does not have the shape of part `index` (a caller's bug)."""
-    raise NotImplementedError
-
   def write_part(
     self,
     index: int,
@@ -111,7 +108,9 @@ class PartWriter:
       ValueError: shapes that don't fit the part (a bug of the caller).
       UserError: values that are not finite in the storage dtype.
     """
-    self.check_part(index, latents)
+    expected = (len(self.rows(index)), *self.axes)
+    if latents.ndim != len(expected) + 4 or latents.shape[: len(expected)] != expected:
+      raise ValueError(f"part {index} needs latents {expected} + [f, h, w, c], got {latents.shape}")
     if len(captions) != len(self.rows(index)):
       raise ValueError(f"part {index} needs {len(self.rows(index))} captions, got {len(captions)}")
     with np.errstate(over="ignore"):  # float16 overflows above 65504: reported as an error below

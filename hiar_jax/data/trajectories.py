@@ -37,12 +37,8 @@ class TrajectoryWriter(PartWriter):
     recipe: dict[str, Any] | None = None,
   ):
     self.sigmas = [float(s) for s in sigmas]
+    self.axes = (len(self.sigmas),)
     super().__init__(directory, total, part_size, dtype, {"sigmas": self.sigmas, **(recipe or {})})
-
-  def check_part(self, index: int, latents: np.ndarray) -> None:
-    expected = (len(self.rows(index)), len(self.sigmas))
-    if latents.ndim != 6 or latents.shape[:2] != expected:
-      raise ValueError(f"part {index} needs latents {expected} + [f, h, w, c], got {latents.shape}")
 
 
 def read_sigmas(directory: str | os.PathLike) -> list[float]:
