@@ -21,8 +21,9 @@ from hiar_jax.components import patch_pca
 from hiar_jax.config.workdir import to_json
 from hiar_jax.generation.video_model import VideoModel
 from hiar_jax.models import umt5, vae_tiling
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
-from hiar_jax.planning.abstract_run import integers, shape, weights_of
+from hiar_jax.planning.abstract_run import integers, shape
 from hiar_jax.planning.stage_steps import step_of
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.training.experiment import Experiment
@@ -140,7 +141,7 @@ for name, make, reads, exists in (
 @program("teacher/preview", *WALK, exists=trains_teacher)
 def teacher_preview(run):
   walk = run.teacher_sampler(jax.random.key(run.experiment.seed))
-  weights = weights_of(run.experiment.dit)
+  weights = abstract_weights(run.experiment.dit)
   return walk.lower(weights, run.prompts(PREVIEWED), integers(PREVIEWED))
 
 
@@ -148,7 +149,7 @@ def teacher_preview(run):
 def trajectories_walk(run):
   e, size = run.experiment, run.experiment.trajectories.batch
   walk = run.teacher_sampler(stage_key(e, 2))
-  return walk.lower(weights_of(e.dit), run.prompts(size), integers(size), integers(size))
+  return walk.lower(abstract_weights(e.dit), run.prompts(size), integers(size), integers(size))
 
 
 # --------------------------------------------------------------------------------------- generation
@@ -164,12 +165,12 @@ def from_start(run: FullSize, frames: int, size: int) -> Lowered:
   e = run.experiment
   start = [run.latents(size, e.given)] if e.given else []
   generate = run.sampler(frames - e.given)
-  return generate.lower(weights_of(sampled(e)), run.prompts(size), integers(size), *start)
+  return generate.lower(abstract_weights(sampled(e)), run.prompts(size), integers(size), *start)
 
 
 @program("student/preview", *STUDENT, "sample")
 def preview(run):
-  return from_start(run, run.train_frames, PREVIEWED)
+  return from_start(run, run.experiment.latent.frames, PREVIEWED)
 
 
 @program("sample/generate", *STUDENT, "sample")
@@ -179,12 +180,12 @@ def sample_generate(run):
 
 def weights_in_use(e: Experiment):
   """Of the small worlds those of a run; of Wan converted ones, in the dtype of the products."""
-  return weights_of(sampled(e), e.model.dtype if is_wan(e) else "float32")
+  return abstract_weights(sampled(e), e.model.dtype if is_wan(e) else "float32")
 
 
 def generate(run: FullSize, given: int) -> Lowered:
   """One video, as long as it is without --frames."""
-  frames = run.train_frames if is_wan(run.experiment) else run.long_frames
+  frames = run.experiment.latent.frames if is_wan(run.experiment) else run.long_frames
   made = VideoModel(run, "", "").sampler(frames - run.experiment.given)
   start = [run.latents(1, given)] if given else []
   return made.lower(weights_in_use(run.experiment), run.prompts(1), integers(1), *start)
@@ -254,7 +255,7 @@ def codec_encode(run):
 
 @program("codec/decode", *SIZES, exists=is_small)
 def codec_decode(run):
-  latents = run.latents(PREVIEWED, run.train_frames)
+  latents = run.latents(PREVIEWED, run.experiment.latent.frames)
   return jax.jit(patch_pca.decode).lower(run.autoencoder, latents)
 
 
@@ -275,7 +276,7 @@ def autoencoder(run: FullSize, what: str, **changes) -> Lowered:
   tiling = codec.tiling
   decode = functools.partial(vae_tiling.decode, tiling=tiling) if tiling else module.decode
   decode = functools.partial(decode, config=config)
-  return jax.jit(decode).lower(weights, run.latents(1, run.train_frames))
+  return jax.jit(decode).lower(weights, run.latents(1, run.experiment.latent.frames))
 
 
 for name, changes in {"vae": {}, "vae_tiled": {"tile": TILE}, "tiny_vae": {"tiny": True}}.items():

@@ -40,9 +40,6 @@ class TextEncoder(Protocol):
   def rows(self, prompt: str) -> np.ndarray:
     """Returns the tokens of a prompt without padding, as a data set stores them: [l] or [l d]."""
 
-  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    """Returns the tokens of a data set's record: those that it stores, else its caption's."""
-
   def warnings(self, prompt: str) -> list[str]:
     """Returns what the encoder does not know or read of a prompt, one line each."""
 

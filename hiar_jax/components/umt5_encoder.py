@@ -7,7 +7,7 @@ fingerprint of weights, tokenizer, dtype and length, <prompt> one of the cleaned
 weights or settings never read each other's texts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -16,7 +16,6 @@ import hashlib
 import os
 import pathlib
 import threading
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +124,6 @@ class TextCache:
   @jax.jit
   def embed(tokens) -> Text:
     return tokens.astype(jnp.float32)
-
-  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    if "text" in record:  # [l d], stored without its padding
-      return pad([record["text"]], self.length)[0]
-    return self.tokens([record["caption"].decode()])[0]
 
   def warnings(self, prompt: str) -> list[str]:
     (cut,) = self.tokenizer([prompt]).cut  # it has no unknown words

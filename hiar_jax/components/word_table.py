@@ -6,12 +6,11 @@ The vector of a token is that of its word plus that of its position in the promp
 directions; their meaning is learnt by the DiT's cross-attention. It takes the role of UMT5.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
 import unicodedata
 
 import jax
@@ -98,11 +97,6 @@ class WordTable:
   def rows(self, prompt: str) -> np.ndarray:
     ids = [self.ids.get(word, self.ids[UNKNOWN]) for word in split(prompt)]
     return np.asarray(ids[: self.length], np.int32)
-
-  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    if "text" in record:  # ids [l], stored without their padding
-      return pad([record["text"]], self.length)[0]
-    return self.tokens([record["caption"].decode()])[0]
 
   def warnings(self, prompt: str) -> list[str]:
     words = split(prompt)

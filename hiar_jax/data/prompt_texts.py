@@ -4,7 +4,7 @@ A record is {text [l, d], caption}, in the order of the prompts file and the enc
 the tokens of the prompt, without padding. `pad` gives texts one length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import hashlib
 import json
 import os
@@ -78,3 +78,12 @@ def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:
       )
     padded[i, : len(row)] = row
   return padded
+
+
+def tokens_of(record: Mapping[str, Any], texts: Any, length: int) -> np.ndarray:
+  """Returns the tokens of a data set's record: those that it stores, [l] or [l d], else its
+  caption's. texts: a TextEncoder; length: of its tokens.
+  """
+  if "text" in record:  # stored without its padding
+    return pad([record["text"]], length)[0]
+  return texts.tokens([record["caption"].decode()])[0]

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from hiar_jax.generation.clips import Clip, alike
 from hiar_jax.generation.video_model import VideoModel
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.packing.orders import steps_of
 from hiar_jax.packing.schedule import Group
 from hiar_jax.peak_memory import size
 from hiar_jax.planning import compiled, programs, table, targets
-from hiar_jax.planning.abstract_run import AbstractRun, integers, shape, weights_of
+from hiar_jax.planning.abstract_run import AbstractRun, integers, shape
 from hiar_jax.planning.programs import Program
 from hiar_jax.training.experiment import Experiment
 
@@ -26,7 +27,7 @@ def lines(model: VideoModel, clips: list[Clip]) -> Iterator[str]:
   """
   e, target = model.experiment, targets.parse(targets.HERE)
   run = AbstractRun(e, model.run.workdir, model.run.mesh)
-  networks = {"DiT": (weights_of(model.network), model.dtype)}
+  networks = {"DiT": (abstract_weights(model.network), model.dtype)}
   for name, (tree, dtype) in {**networks, **e.codec.networks(), **e.text.networks()}.items():
     count = sum(leaf.size for leaf in jax.tree.leaves(tree))
     held = size(count * jnp.dtype(dtype).itemsize)

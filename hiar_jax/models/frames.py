@@ -13,6 +13,7 @@ what is read; how (a mask, a slice, a kernel) is the network's matter. So one ne
 """
 
 import dataclasses
+import functools
 from typing import Any, Protocol
 
 import flax.struct
@@ -144,6 +145,13 @@ class Network(Protocol):
     """Returns parameters with the packed projections that they lack, which begin as average pooling
     before the patch embedding, and the guidance embedding, which begins as zero.
     """
+
+
+@functools.cache
+def abstract_weights(network: Network, dtype: str = "float32") -> Params:
+  """Returns the shapes of a network's weights."""
+  shapes = jax.eval_shape(network.init, jax.random.key(0))
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 
 @flax.struct.dataclass

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hiar_jax.models.frames import Network
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.training.run import Run
-from hiar_jax.types import PyTree
 
 shape = jax.ShapeDtypeStruct
 
@@ -81,18 +79,6 @@ class AbstractRun(Run):
   def latents(self, size: int, frames: int) -> jax.ShapeDtypeStruct:
     return shape((size, *self.experiment.latent.block(frames)), np.float32)
 
-  @property
-  def train_frames(self) -> int:
-    """Latent frames of a clip."""
-    return self.experiment.latent.frames
-
 
 def integers(*sizes: int) -> jax.ShapeDtypeStruct:
   return shape(sizes, np.int32)
-
-
-@functools.cache
-def weights_of(network: Network, dtype: str = "float32") -> PyTree:
-  """Returns the shapes of a network's weights."""
-  shapes = jax.eval_shape(network.init, jax.random.key(0))
-  return jax.tree.map(lambda leaf: shape(leaf.shape, dtype), shapes)

@@ -8,11 +8,12 @@ import jax
 from jax.sharding import Mesh
 
 from hiar_jax.errors import UserError
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, check_batch, make_mesh, replicated
 from hiar_jax.parallel.rules import Rules, leaf_sharding, sharded_shapes, tree_shardings
 from hiar_jax.planning import flops
-from hiar_jax.planning.abstract_run import AbstractRun, integers, weights_of
+from hiar_jax.planning.abstract_run import AbstractRun, integers
 from hiar_jax.planning.stage_steps import StageStep, step_of
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.types import PyTree
@@ -104,7 +105,7 @@ def trajectories(run: AbstractRun) -> Program:
   check_batch(size, 1, run.mesh, "trajectories")
   rows = leaf_sharding("batch/rows", run.mesh)
   arguments = {
-    "weights": by_rules(weights_of(e.dit), run.mesh, e.dit.sharding_rules, e.mesh.min_shard),
+    "weights": by_rules(abstract_weights(e.dit), run.mesh, e.dit.sharding_rules, e.mesh.min_shard),
     "batch": at([run.prompts(size), integers(size), integers(size)], rows),
   }
   walk = run.teacher_sampler(run.noise_key)
@@ -119,7 +120,9 @@ def sampler(run: AbstractRun, dtype: str, frames: int, rows: list[PyTree], **sec
   """
   e, mesh, clips = run.experiment, run.mesh, rows[0].shape[0]
   network = e.packed_dit if e.framepack else e.stored_student
-  weights = by_rules(weights_of(network, dtype), mesh, network.sharding_rules, e.mesh.min_shard)
+  weights = by_rules(
+    abstract_weights(network, dtype), mesh, network.sharding_rules, e.mesh.min_shard
+  )
   rows = at(rows, leaf_sharding("batch/rows", mesh, shape=(clips,)))
   function = _with_list(run.sampler(frames, **sections))
   return Program(function, {"weights": weights, "batch": rows}, mesh, clips)
@@ -130,7 +133,7 @@ def generate(run: AbstractRun) -> Program:
   e = run.experiment
   start = [run.latents(1, e.given)] if e.given else []
   rows = [run.prompts(1), integers(1), *start]
-  return sampler(run, e.model.dtype, run.train_frames - e.given, rows)
+  return sampler(run, e.model.dtype, e.latent.frames - e.given, rows)
 
 
 def _with_list(function: Callable) -> Callable:

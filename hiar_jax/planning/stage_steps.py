@@ -5,7 +5,8 @@ import dataclasses
 
 import jax
 
-from hiar_jax.planning.abstract_run import AbstractRun, weights_of
+from hiar_jax.models.frames import abstract_weights
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.training import updates
 from hiar_jax.training.pretrained import frozen_of
 from hiar_jax.types import PyTree
@@ -45,12 +46,12 @@ def step_of(run: AbstractRun, name: str) -> StageStep:
   batch, *others = (run.batch(stage.config.batch, *stage.feeds[f].keys) for f in update.feeds)
   frozen = None
   if update.frozen:
-    weights = (weights_of(*frozen_of(e, read)) for read in update.reads)
+    weights = (abstract_weights(*frozen_of(e, read)) for read in update.reads)
     frozen = jax.eval_shape(update.frozen, run.negative, *weights)
   return StageStep(
     stage,
     update,
-    starts=tuple(weights_of(e.network_of(start)) for start in stage.starts),
+    starts=tuple(abstract_weights(e.network_of(start)) for start in stage.starts),
     batch=batch | dict(zip(update.feeds[1:], others, strict=True)),
     frozen=frozen,
   )

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
-from hiar_jax.planning.abstract_run import AbstractRun, weights_of
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.planning.programs import Entry, Program, at
 from hiar_jax.streaming.compiled_tick import Engine, StreamParts, TickOptions
 from hiar_jax.streaming.layout import Layout
@@ -20,7 +21,7 @@ def tick(run: AbstractRun) -> Program:
   nothing = StreamParts(e.student_dit, e.history, sigmas, {}, run.noise_key, size, run.texts, "")
   layout = Layout(level=levels if len(devices) >= levels else 1)
   engine = Engine(nothing, TickOptions(layout=layout), devices)
-  weights = weights_of(e.stored_student, e.model.dtype)
+  weights = abstract_weights(e.stored_student, e.model.dtype)
   shardings = tree_shardings(weights, engine.mesh, e.student_dit.sharding_rules)
   text = at(run.prompts(1), engine.whole)
   recache = jax.ShapeDtypeStruct((), np.bool_, sharding=engine.whole)

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 import numpy as np
 
 from hiar_jax.errors import UserError
-from hiar_jax.models.frames import Network
+from hiar_jax.models.frames import Network, abstract_weights
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.parallel.rules import Rules, tree_shardings
 from hiar_jax.peak_memory import size
@@ -88,15 +88,15 @@ def _states(e: Experiment) -> list[Parts]:
 def _distillation(e: Experiment) -> Parts:
   config, adapters = e.distill, e.critic_adapters
   optimizers = config.generator_optimizer(e.student_dit), config.critic_optimizer(adapters or e.dit)
-  critic = _weights(e.dit)
+  critic = abstract_weights(e.dit)
   if adapters:
     critic = jax.eval_shape(adapters.start, jax.random.key(0), critic)
-  params = _weights(e.stored_student)
+  params = abstract_weights(e.stored_student)
   rules = (adapters or e.stored_student).sharding_rules
   frozen = [e.teacher_dit] + ([e.dit] if adapters and not e.one_score else [])
   return [
     (_created(params, optimizers[0], critic, optimizers[1]), rules),
-    *((_weights(network, network.dtype), network.sharding_rules) for network in frozen),
+    *((abstract_weights(network, network.dtype), network.sharding_rules) for network in frozen),
   ]
 
 
@@ -105,7 +105,7 @@ def _packed(e: Experiment) -> Parts:
   optimizer = e.framepack.optimizer(adapters or network)
   if not adapters:
     return [_state(network, optimizer)]
-  base = _weights(network)
+  base = abstract_weights(network)
   trained = jax.eval_shape(adapters.start, jax.random.key(0), base)
   return [
     (_created(trained, optimizer), adapters.sharding_rules),
@@ -113,13 +113,8 @@ def _packed(e: Experiment) -> Parts:
   ]
 
 
-def _weights(network: Network, dtype: str = "float32") -> PyTree:
-  shapes = jax.eval_shape(network.init, jax.random.key(0))
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-
-
 def _state(network: Network, optimizer: Any) -> tuple[PyTree, Rules]:
-  return _created(_weights(network), optimizer), network.sharding_rules
+  return _created(abstract_weights(network), optimizer), network.sharding_rules
 
 
 def _created(params: PyTree, optimizer, critic: PyTree = None, critic_optimizer=None) -> PyTree:

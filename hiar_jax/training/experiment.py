@@ -7,8 +7,6 @@ runs, with their sources, are in experiments/.
 import dataclasses
 from typing import Any
 
-import jax
-
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
 from hiar_jax.components.registry import AUTOENCODERS, TEXT_ENCODERS
 from hiar_jax.config.building import of_kinds, path_field
@@ -24,7 +22,7 @@ from hiar_jax.errors import (
   within,
 )
 from hiar_jax.method import MethodConfig
-from hiar_jax.models.frames import Network
+from hiar_jax.models.frames import Network, abstract_weights
 from hiar_jax.models.registry import NETWORKS
 from hiar_jax.packing.orders import ORDERS
 from hiar_jax.parallel.mesh import MeshConfig
@@ -277,10 +275,8 @@ class Experiment:
     """
     if not self.framepack.lora.rank:
       return None
-    known, made = (
-      jax.eval_shape(network.init, jax.random.key(0)) for network in (self.dit, self.packed_dit)
-    )
-    return Adapters(self.packed_dit, self.framepack.lora, tuple(sorted(made.keys() - known.keys())))
+    known, made = (abstract_weights(network).keys() for network in (self.dit, self.packed_dit))
+    return Adapters(self.packed_dit, self.framepack.lora, tuple(sorted(made - known)))
 
   @property
   def critic_adapters(self) -> Adapters | None:

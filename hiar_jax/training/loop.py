@@ -21,7 +21,7 @@ from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import put_batch
-from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
+from hiar_jax.parallel.rules import sharded_shapes
 from hiar_jax.preemption import Preemption
 from hiar_jax.progress import Progress, is_writer
 from hiar_jax.training.pretrained import Start
@@ -120,7 +120,9 @@ def run_stage(
   UserError where a metric is not finite.
   """
   log, mesh, name, last = run.experiment.log, run.experiment.mesh, stage.name, stage.config.steps
-  shapes, shardings = _abstract(run, stage, starts)
+  # known before there is any array, so that no device ever holds an unsharded state
+  shapes = jax.eval_shape(stage.create, *(start.shapes for start in starts))
+  shardings = run.shardings(shapes, stage.rules)
   steps = [map_step(u.make_step, shardings, run.mesh, mesh.mapping) for u in stage.updates]
   frozen = frozen or [None] * len(steps)
   iterators.latest = {update.name: {} for update in stage.updates if update.due}
@@ -187,15 +189,6 @@ def _created(create: Callable, starts: Sequence[Start], shardings: PyTree) -> Tr
     warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
     donated = tuple(range(len(trees)))
     return jax.jit(create, out_shardings=shardings, donate_argnums=donated)(*trees)
-
-
-def _abstract(run: Run, stage: Stage, starts: Sequence[Start]) -> tuple[PyTree, PyTree]:
-  """Returns the shapes of the first state and their shardings: known before there is any array, so
-  that no device ever holds an unsharded state.
-  """
-  shapes = jax.eval_shape(stage.create, *(start.shapes for start in starts))
-  min_shard = run.experiment.mesh.min_shard
-  return shapes, tree_shardings(shapes, run.mesh, stage.rules, min_shard=min_shard)
 
 
 def _report(run: Run, stage: str, bar: Progress, pending: tuple[int, Mapping] | None) -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from hiar_jax.errors import UserError, at_least
-from hiar_jax.models.frames import Network
+from hiar_jax.models.frames import Network, abstract_weights
 from hiar_jax.parallel.rules import Rules
 from hiar_jax.types import Key, Params
 
@@ -54,11 +54,6 @@ class Adapters:
   network: Network
   config: LoRAConfig
   whole: tuple[str, ...] = ()
-
-  @property
-  def shapes(self) -> Params:
-    """The network's parameters, of shapes alone."""
-    return jax.eval_shape(self.network.init, jax.random.key(0))
 
   def start(self, key: Key, params: Params) -> Params:
     """Returns the trained tree before the first update, of the network's parameters.
@@ -119,7 +114,7 @@ class Adapters:
     """Raises UserError, before any weights are there, for `modules` that name nothing, and for a
     rank that is more than a matrix has.
     """
-    params, rank = self.shapes, self.config.rank
+    params, rank = abstract_weights(self.network), self.config.rank
     self._check_names(params)
     rows, columns = min((x.shape[-2:] for _, x in self._matrices(params)), key=min)
     if rank > min(rows, columns):

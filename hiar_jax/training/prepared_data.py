@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 
+from hiar_jax.config.workdir import to_json
 from hiar_jax.data import latents, pipeline, tfds_builder, video_folder
 from hiar_jax.training.run import Run
 
@@ -42,7 +43,10 @@ def print_unread(run: Run, captions: Sequence[str]) -> None:
 
 def _prepare_latents(run: Run) -> None:
   e, directory = run.experiment, run.directory("data")
-  codec, dtype = run.codec_recipe(), e.data.latent_dtype
+  # what latents depend on beside the clips; the directory of weights may be moved: what is in them
+  # is what counts
+  settings = {f"codec_{k}": v for k, v in to_json(e.codec).items() if k != "weights"}
+  codec, dtype = {"codec": run.autoencoder.identity, **settings}, e.data.latent_dtype
   if run.borrows("data"):
     recipe = latents.recipe_of(run.source, codec, dtype)
     tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)

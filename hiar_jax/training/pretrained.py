@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import sys
 
 import jax
@@ -10,8 +11,8 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
 from hiar_jax.checkpoints.training_state import load_params, steps_in
 from hiar_jax.errors import UserError
-from hiar_jax.models.frames import Network
-from hiar_jax.parallel.rules import sharded_shapes, tree_shardings
+from hiar_jax.models.frames import Network, abstract_weights
+from hiar_jax.parallel.rules import sharded_shapes
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import Run
 from hiar_jax.types import Params
@@ -29,11 +30,8 @@ class Start:
 
 def start_of(run: Run, stage: str) -> Start:
   """Returns the weights of a stage, or the published ones in its place, as a start."""
-  return Start(_shapes(run.experiment.network_of(stage)), lambda: load_weights(run, stage))
-
-
-def _shapes(network: Network) -> Params:
-  return jax.eval_shape(lambda: network.init(jax.random.key(0)))
+  shapes = abstract_weights(run.experiment.network_of(stage))
+  return Start(shapes, lambda: load_weights(run, stage))
 
 
 def load_teacher(run: Run) -> Params:
@@ -116,14 +114,12 @@ def load_weights(run: Run, stage: str, step: int | None = None) -> Params:
 
   Raises UserError as step_of.
   """
-  e = run.experiment
-  network = e.network_of(stage)
+  network = run.experiment.network_of(stage)
   directory, free = _in_place_of(run, stage)
   if directory:
     return load_published(run, directory, network, free=free)
-  shapes = _shapes(network)
-  rules = network.sharding_rules
-  shardings = tree_shardings(shapes, run.mesh, rules, min_shard=e.mesh.min_shard)
+  shapes = abstract_weights(network)
+  shardings = run.shardings(shapes, network.sharding_rules)
   wanted = step_of(run, stage) if step is None else step
   directory = run.directory(stage) / CHECKPOINTS
   return load_params(directory, sharded_shapes(shapes, shardings), wanted)
@@ -142,12 +138,8 @@ def load_published(
   free: sizes that may be others. Raises UserError where they have other sizes than `expected`.
   """
   check_sizes(run, directory, expected, free)
-
-  def shardings(shapes):
-    min_shard = run.experiment.mesh.min_shard
-    return tree_shardings(shapes, run.mesh, expected.sharding_rules, min_shard=min_shard)
-
-  return weights.load(directory, expected.kind, dtype=dtype, sharding=shardings)[1]
+  sharding = functools.partial(run.shardings, rules=expected.sharding_rules)
+  return weights.load(directory, expected.kind, dtype=dtype, sharding=sharding)[1]
 
 
 def check_sizes(run: Run, directory: str, expected: Network, free: tuple[str, ...] = ()) -> None:

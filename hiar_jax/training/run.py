@@ -8,7 +8,6 @@ import functools
 import os
 import pathlib
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,9 @@ from hiar_jax import flow
 from hiar_jax.components.interfaces import Autoencoder, TextEncoder
 from hiar_jax.components.word_table import vocabulary_of
 from hiar_jax.config.building import build
-from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved, to_json
+from hiar_jax.config.workdir import RESOLVED, read_resolved, save_resolved
 from hiar_jax.data import pipeline, shapes_world
+from hiar_jax.data.prompt_texts import tokens_of
 from hiar_jax.data.sources import Source
 from hiar_jax.data.trajectories import read_sigmas
 from hiar_jax.errors import UserError
@@ -30,6 +30,7 @@ from hiar_jax.method import Method, MethodConfig
 from hiar_jax.packing.codebook import Codebook
 from hiar_jax.packing.orders import steps_of
 from hiar_jax.parallel.mesh import MeshConfig, everywhere, make_mesh, replicated
+from hiar_jax.parallel.rules import Rules, tree_shardings
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
 from hiar_jax.rollout.noise import seed_key
@@ -39,7 +40,7 @@ from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.lineage import FREE_GROUPS
 from hiar_jax.training.log import Writer
 from hiar_jax.training.origins import Origins
-from hiar_jax.types import Batch
+from hiar_jax.types import Batch, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Run:
       return None
     workdir = pathlib.Path(self.experiment.stages_from)
     return Run(self.taken.lender, workdir, self.mesh, self.taken.theirs)
+
+  def shardings(self, shapes: PyTree, rules: Rules) -> PyTree:
+    """Returns how a tree of these shapes lies on the mesh (parallel.rules)."""
+    return tree_shardings(shapes, self.mesh, rules, min_shard=self.experiment.mesh.min_shard)
 
   @property
   def sigmas(self) -> np.ndarray:
@@ -153,14 +158,6 @@ class Run:
     """The autoencoder, opened when it is first used: the data stage may have to fit it."""
     config = self.experiment.codec
     return config.open(self.origins.holder(config))
-
-  def codec_recipe(self) -> dict[str, Any]:
-    """Returns what the latents of a clip depend on beside it, as JSON values."""
-    # the directory of weights may be moved: what is in them is what counts
-    settings = {
-      f"codec_{k}": v for k, v in to_json(self.experiment.codec).items() if k != "weights"
-    }
-    return {"codec": self.autoencoder.identity, **settings}
 
   @functools.cached_property
   def codebook(self) -> Codebook | None:
@@ -289,11 +286,12 @@ class Run:
     count = jax.process_count()
     if batch % count:
       raise UserError(f"a batch of {batch} cannot be split over {count} processes")
+    texts, length = self.text_encoder, self.experiment.text.length
     return pipeline.make_iterator(
       self.directory(stage),
       batch_size=batch // count,
       seed=(self.experiment.seed if seed is None else seed) + salt,
-      tokenize=self.text_encoder.of_record,
+      tokenize=lambda record: tokens_of(record, texts, length),
       process_index=jax.process_index(),
       process_count=count,
       keys=keys,

@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.rules import Rules
 from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import causal_init, distill, framepack, teacher
@@ -151,8 +152,9 @@ def of_distillation(run: Run) -> Stage:
 
   def create(student: Params, *weights: Params) -> TrainState:
     if adapters:
+      shapes = abstract_weights(adapters.network)
       # `steps`: no update draws from its fold_in
-      weights = (adapters.start(jax.random.fold_in(key, config.steps), adapters.shapes),)
+      weights = (adapters.start(jax.random.fold_in(key, config.steps), shapes),)
     student = _with_packed_past(e, student)
     return create_state(key, student, optimizers[0], *weights, optimizers[1])
 

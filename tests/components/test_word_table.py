@@ -10,6 +10,7 @@ import pytest
 
 from hiar_jax.components import word_table
 from hiar_jax.components.word_table import WordTable
+from hiar_jax.data.prompt_texts import tokens_of
 
 VOCABULARY = ("a", "red", "circle", "moving", "left")
 
@@ -122,8 +123,8 @@ def test_words_are_kept_with_the_data(tmp_path):
 def test_a_record_may_hold_its_ids():
   made = encoder(4)
   stored = {"text": made.rows("a red"), "caption": b"left"}
-  np.testing.assert_array_equal(made.of_record(stored), [2, 3, 0, 0])
-  np.testing.assert_array_equal(made.of_record({"caption": b"left"}), [6, 0, 0, 0])
+  np.testing.assert_array_equal(tokens_of(stored, made, 4), [2, 3, 0, 0])
+  np.testing.assert_array_equal(tokens_of({"caption": b"left"}, made, 4), [6, 0, 0, 0])
 
 
 def test_the_vocabulary_is_sorted_and_without_repeats():

@@ -199,7 +199,7 @@ def test_a_shape_has_a_row(capsys):
   *said, note = dry_run.lines(model, [clip(4), clip(4), clip(2)])
   heads = [line for line in said if line.startswith("generate on here")]
   assert [line.splitlines()[0][-7:] for line in heads] == ["2 clips", " 1 clip"]
-  held = sum(leaf.size * 4 for leaf in jax.tree.leaves(dry_run.weights_of(model.network)))
+  held = sum(leaf.size * 4 for leaf in jax.tree.leaves(dry_run.abstract_weights(model.network)))
   assert f"weights {dry_run.size(held)}" in heads[0] and dry_run.size(held) in said[0]
   assert "FLOPs: " in heads[0] and "compiled in" in heads[0]
   assert "a CPU computes bfloat16 in float32" in note

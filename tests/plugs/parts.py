@@ -3,12 +3,11 @@
 The codec is not linear and takes two frames a latent frame; the text encoder reads letters.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,9 +161,6 @@ class Letters:
   def rows(self, prompt: str) -> np.ndarray:
     # find: -1 for an unknown letter
     return np.asarray([self.known.find(x) + 2 for x in prompt.lower()[: self.length]], np.int32)
-
-  def of_record(self, record: Mapping[str, Any]) -> np.ndarray:
-    return self.tokens([record["caption"].decode()])[0]
 
   def warnings(self, prompt: str) -> list[str]:
     unknown = sorted(set(prompt.lower()) - set(self.known))

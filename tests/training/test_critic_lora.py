@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from hiar_jax.parallel.rules import tree_shardings
@@ -29,7 +30,7 @@ ADAPTERS = Adapters(MODEL, LoRAConfig(rank=2, alpha=4.0))
 
 
 def start():
-  return ADAPTERS.start(jax.random.key(3), ADAPTERS.shapes)
+  return ADAPTERS.start(jax.random.key(3), abstract_weights(MODEL))
 
 
 def opened():

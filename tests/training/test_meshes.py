@@ -8,9 +8,10 @@ import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
+from hiar_jax.models.frames import abstract_weights
 from hiar_jax.parallel.mesh import MeshConfig, make_mesh
 from hiar_jax.planning import device_memory, programs
-from hiar_jax.planning.abstract_run import AbstractRun, weights_of
+from hiar_jax.planning.abstract_run import AbstractRun
 from hiar_jax.planning.stage_steps import STAGES
 from hiar_jax.training import device_mesh
 from hiar_jax.training.device_mesh import open_mesh
@@ -65,7 +66,7 @@ def state_bytes(e: Experiment) -> int:
   which the first has 16 bits here (b1 = 0), the same of the critic but for an average, and the
   teacher.
   """
-  count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(e.dit)))
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_weights(e.dit)))
   return count * ((4 + 4 + 2 + 4) + (4 + 2 + 4) + 4)
 
 
@@ -108,9 +109,9 @@ def test_a_critic_of_adapters_needs_less():
     for e in (both_open(), both_open(distill__critic_lora={"rank": 2}))
   )
   network = both_open().dit
-  count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(network)))
+  count = sum(leaf.size for leaf in jax.tree.leaves(abstract_weights(network)))
   start = Adapters(network, LoRAConfig(rank=2)).start
-  adapters = jax.eval_shape(start, jax.random.key(0), weights_of(network))
+  adapters = jax.eval_shape(start, jax.random.key(0), abstract_weights(network))
   few = sum(leaf.size for leaf in jax.tree.leaves(adapters))
   # weights, AdamW's second moment, and the first in 16 bits; counters are the rest
   assert whole - adapted == pytest.approx((4 + 4 + 2) * (count - few), rel=0.01)
@@ -123,7 +124,7 @@ def test_adapters_leave_the_weights_as_they_are():
     if rank:
       config.framepack.lora = {"rank": rank, "alpha": 4.0}
     e = build(Experiment, config)
-    count = sum(leaf.size for leaf in jax.tree.leaves(weights_of(e.packed_dit)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_weights(e.packed_dit)))
     parts = device_mesh._states(e)[-1]
     found.append(device_mesh._bytes(parts, MeshConfig(data=1)) / (4 * count))
   assert 3 < found[0] <= 4 and 1 < found[1] < found[0] - 1, found
