@@ -155,9 +155,6 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
   first = runs[0]
   clips, captions = shapes_truth.true_clips(first.world, frames=frames)
 
-  def through_the_codec():
-    return first.pixels(first.autoencoder.latents(clips))
-
   def teacher():
     # bidirectional: its clips have the training length
     sample = first.teacher_sampler(seed_key(_SEED.value))
@@ -165,11 +162,18 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     samples.check_finite(points[:, -1], "teacher")
     return first.pixels(points[:, -1])  # [b points f h w c], data last
 
+  pixels = first.experiment.codec.spatial_factor
   data, codec = config_of(first, ("data",)), config_of(first, ("data", "codec", "seed"))
   groups = config_of(first, [name for name in SHARED_GROUPS if name != "causal_init"])
   planned = [
     Planned("true clips", "data", captions, data, lambda: clips),
-    Planned(codec_name(first), "codec", captions, codec, through_the_codec),
+    Planned(
+      f"true clips through the codec of {pixels} x {pixels} pixels",
+      "codec",
+      captions,
+      codec,
+      lambda: first.pixels(first.autoencoder.latents(clips)),
+    ),
     Planned("teacher, training length", "teacher", prompts, groups, teacher),
   ]
   # Causal students of the same method share a row, of the first one's weights.
@@ -180,12 +184,6 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     config = config_of(run, (*SHARED_GROUPS, "history"))
     planned.append(Planned(name, "causal_init", prompts, config, make))
   return planned
-
-
-def codec_name(run: Run) -> str:
-  """Returns the name of the row of true clips that pass through the run's codec."""
-  pixels = run.experiment.codec.spatial_factor
-  return f"true clips through the codec of {pixels} x {pixels} pixels"
 
 
 def of_run(run: Run, prompts: list[str], frames: int) -> Planned:

@@ -245,15 +245,14 @@ class _Unpickler(pickle.Unpickler):
       return value
     # Once each: lists that are twice in the next one would else be resolved 2**depth times.
     if id(value) not in self.resolved:
-      self.resolved[id(value)] = value, self._resolved(value)
+      if isinstance(value, _Tensor):
+        found = self._array(value)
+      elif isinstance(value, dict):
+        found = {key: self.resolve(item) for key, item in value.items()}
+      else:
+        found = type(value)(self.resolve(item) for item in value)
+      self.resolved[id(value)] = value, found
     return self.resolved[id(value)][1]
-
-  def _resolved(self, value: Any) -> Any:
-    if isinstance(value, _Tensor):
-      return self._array(value)
-    if isinstance(value, dict):
-      return {key: self.resolve(item) for key, item in value.items()}
-    return type(value)(self.resolve(item) for item in value)
 
   def _array(self, tensor: _Tensor) -> np.ndarray:
     """Returns the view of the file that a tensor describes. Raises ValueError."""

@@ -4,7 +4,7 @@ Every frame is compared with its nearest true rendering (`shapes_fit`). A shape 
 if that rendering explains it: squared error at most UNRECOGNISABLE of the squared difference that
 the shape makes to the image. An empty frame scores 1 there, a red shape faded by 50 % 0.25, noise
 far more than 1; true clips stay under 0.001, and under 0.1 when blurred by a pixel on the plain
-world (`data_reference` measures it, also through a codec). An unrecognised shape counts as wrong in
+world (evaluate measures it, also through a codec). An unrecognised shape counts as wrong in
 colour and in form.
 
 A shape that another, or the screen, hides by more than 50 % is not judged in those frames; one
@@ -13,7 +13,7 @@ true one) is missing, and counts as wrong. Whether a shape comes back from behin
 was is measured in `shapes_passage`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 
 import numpy as np
@@ -167,21 +167,6 @@ def relative_error(relative: np.ndarray) -> dict[str, float | None]:
   return {
     f"q{q}": float(np.percentile(relative, q)) if relative.size else None for q in (50, 90, 99, 100)
   }
-
-
-def data_reference(
-  world: WorldConfig,
-  codec_roundtrip: Callable[[np.ndarray], np.ndarray] | None = None,
-  **options,
-) -> dict:
-  """Returns `measure` of true clips: the scores of a perfect model. options: of `true_clips`.
-
-  codec_roundtrip: encodes and decodes videos uint8 [n, f, H, W, 3]; with it, the result shows the
-  loss of the codec. "relative_error" of the result shows the margin between true clips and
-  UNRECOGNISABLE.
-  """
-  videos, captions = true_clips(world, **options)
-  return measure(codec_roundtrip(videos) if codec_roundtrip else videos, captions, world)
 
 
 def true_clips(

@@ -6,7 +6,7 @@ times that the caller says. Of branches the one that moves most counts.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 import re
@@ -200,7 +200,8 @@ def _group(line: str, devices: int) -> Sequence[int]:
   if pairs := re.search(r"source_target_pairs=\{\{([\d,]+)\}", line):
     # a ring or a shift: who takes part is told by those that differ
     every = re.search(r"source_target_pairs=\{(\{.*?\})\}", line)[1]
-    return max(_pairs(every), key=lambda pair: pair[0] != pair[1], default=_numbers(pairs[1]))
+    shifts = map(_numbers, re.findall(r"\{([\d,]+)\}", every))
+    return max(shifts, key=lambda pair: pair[0] != pair[1], default=_numbers(pairs[1]))
   if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
     shape, source = _numbers(iota[1]), _numbers(iota[2])
     ids = np.arange(math.prod(source)).reshape(source)
@@ -232,10 +233,6 @@ def _group_of_mesh(sizes: str, order: str | None, turned: str | None, axes: str)
     shape += [before, size, length // (before * size)]
     taken += [0, slice(None) if name in parts else 0, 0]
   return ids.reshape(shape)[tuple(taken)].ravel().tolist()
-
-
-def _pairs(text: str) -> Iterator[list[int]]:
-  return (_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", text))
 
 
 def _numbers(text: str) -> list[int]:

@@ -32,7 +32,9 @@ def _of_jaxpr(jaxpr: core.Jaxpr, turns: float) -> float:
 def _of_equation(equation, turns: float) -> float:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
-    return _of_product(equation)
+    (contracted, _), _ = params["dimension_numbers"]
+    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
   if name == "conv_general_dilated":
     kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
     features = params["dimension_numbers"].rhs_spec[0]
@@ -46,12 +48,6 @@ def _of_equation(equation, turns: float) -> float:
   if "pallas" in name or "cudnn" in name:
     raise ValueError(f"{name}: a kernel cannot be counted; count the blockwise form")
   return sum(_of_jaxpr(inner, turns) for inner in _inner(params))
-
-
-def _of_product(equation) -> float:
-  (contracted, _), _ = equation.params["dimension_numbers"]
-  left = equation.invars[0].aval.shape
-  return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
 
 
 def _inner(params: dict) -> list[core.Jaxpr]:

@@ -21,6 +21,7 @@ from hiar_jax.planning import chips, device_memory
 from hiar_jax.planning.chips import CHIPS, Chip
 
 HERE = "here"
+EXAMPLES = "v5p:4x4x4, v6e:16x16, v5e:4x4, tpu7x:4x4x4, h100:8x8, h200:1x8"
 EXTRAS = {"tpu": "plan-tpu", "gpu": "plan-gpu"}  # of setup.py
 _COMPILERS = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}
 _SMALLEST = {3: "2x2x1", 2: "2x2"}  # slices, by their dimensions
@@ -59,9 +60,9 @@ def parse(name: str) -> Target:
     return Target(name, CHIPS.get(found), devices, _version(devices[0].platform), len(devices))
   chip, _, sizes = name.partition(":")
   if chip not in CHIPS:
-    raise UserError(f"--on={name}: unknown chip {chip!r}; expected {HERE}, or one of {_examples()}")
+    raise UserError(f"--on={name}: unknown chip {chip!r}; expected {HERE}, or one of {EXAMPLES}")
   if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", sizes):
-    raise UserError(f"--on={name}: expected sizes behind the chip, as in {_examples()}")
+    raise UserError(f"--on={name}: expected sizes behind the chip, as in {EXAMPLES}")
   numbers = [int(size) for size in sizes.split("x")]
   platform = CHIPS[chip].platform
   if platform == "gpu" and len(numbers) != 2:
@@ -78,10 +79,6 @@ def parse(name: str) -> Target:
     ) from error
   host = numbers[1] if platform == "gpu" else len(devices)
   return Target(name, CHIPS[chip], devices, _version(platform), host)
-
-
-def _examples() -> str:
-  return "v5p:4x4x4, v6e:16x16, v5e:4x4, tpu7x:4x4x4, h100:8x8, h200:1x8"
 
 
 def _tpus(chip: str, sizes: str, numbers: list[int]) -> tuple[jax.Device, ...]:

@@ -24,16 +24,10 @@ from hiar_jax.video.png import write_png
 
 
 def read_prompts(run: Run) -> list[str]:
-  """Returns the distinct prompts of the file, or `count` held-out ones.
-
-  Where the data is no shapes world, `held_out` means captions spread over the data.
-  """
+  """Returns the distinct prompts of the file, or up to `count` as Run.preview_prompts."""
   config = run.experiment.sample
   if config.prompts == "held_out":
-    if run.source.world is None:
-      captions = dict.fromkeys(pipeline.read_captions(run.directory("data")))
-      return pipeline.spread(list(captions), config.count)
-    return list(dict.fromkeys(run.held_out(config.count)))
+    return list(dict.fromkeys(run.preview_prompts(config.count)))
   return list(dict.fromkeys(prompt_rows.read_prompts(config.prompts, say=True)))
 
 

@@ -67,6 +67,12 @@ def swapped(clips):
   return np.concatenate([clips[:, :MIDDLE], np.stack(other)[:, MIDDLE:]], 1)
 
 
+def of_true_clips(world, **options):
+  """The scores of a perfect model."""
+  videos, captions = shapes_truth.true_clips(world, **options)
+  return shapes_truth.measure(videos, captions, world)
+
+
 def degrade(videos):
   """As a small model does it: faded, blurred and noisy; float in [-1, 1]."""
   x = videos / 127.5 - 1
@@ -239,20 +245,18 @@ def test_the_line_of_a_run_says_it(clips):
   gone[:, MIDDLE:] = GROUND
   line = shapes_line(shapes_truth.measure(gone, CAPTIONS, WORLD))
   assert line.endswith("; came back 0.0%, same colour - (by chance -), after - frames unseen")
-  assert "came back" not in shapes_line(
-    shapes_truth.data_reference(WorldConfig(), clips=1, frames=5)
-  )
+  assert "came back" not in shapes_line(of_true_clips(WorldConfig(), clips=1, frames=5))
 
 
 def test_a_passage_is_that_of_a_world_with_a_screen_alone():
   world = WorldConfig()
-  result = shapes_truth.data_reference(world, clips=1, frames=5)
+  result = of_true_clips(world, clips=1, frames=5)
   assert "passage" not in result
   assert "came back" not in report.format_table({"data": result})
 
 
 def test_the_reference_is_of_clips_that_pass():
-  result = shapes_truth.data_reference(WORLD, clips=4, frames=WORLD.frames)
+  result = of_true_clips(WORLD, clips=4, frames=WORLD.frames)
   assert (result["passage"]["returned"], result["passage"]["agree"]) == (1, 1)
   shown = {tuple(DIRECTIONS[p["prompt"].split()[-1]]) for p in result["prompts"]}
   assert len(shown) > 1 and not any(

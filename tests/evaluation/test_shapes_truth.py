@@ -321,17 +321,18 @@ def test_what_a_prompt_does_not_say_is_not_judged(clips):
 
 
 @pytest.mark.parametrize("config", [PLAIN, TEXTURED, WorldConfig(size=48)])
-def test_data_reference_is_perfect(config):
-  result = shapes_truth.data_reference(config, clips=2, frames=18, seed=3)
+def test_true_clips_are_perfect(config):
+  clips, captions = shapes_truth.true_clips(config, clips=2, frames=18, seed=3)
+  result = shapes_truth.measure(clips, captions, config)
   assert_perfect_but(result, "motion_ratio")
   assert result["motion_ratio"]["total"] == pytest.approx(1, abs=0.1)
   assert result["relative_error"]["q100"] < 0.001
 
 
-def test_data_reference_through_a_codec_measures_the_codec():
+def test_true_clips_through_a_codec_measure_the_codec():
   noise = np.random.default_rng(0).normal(0, 0.05, (2, 9, 32, 32, 3))
-  roundtrip = lambda videos: videos / 127.5 - 1 + noise
-  result = shapes_truth.data_reference(PLAIN, roundtrip, clips=2, frames=9)
+  clips, captions = shapes_truth.true_clips(PLAIN, clips=2, frames=9)
+  result = shapes_truth.measure(clips / 127.5 - 1 + noise, captions, PLAIN)
   assert result["error"]["total"] == pytest.approx(0.05**2, rel=0.05)
   assert_perfect_but(result, "error", "motion_ratio")
 
