@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from benchmarks import needed_flops
 from benchmarks.card.programs import Program, normal
 from benchmarks.card.sizes import Sizes
+from hiar_jax import flow
 from hiar_jax.method import Method
 from hiar_jax.models.dit import DiTConfig
 from hiar_jax.models.frames import Bound, Frames, Read, bind, whole_clip
@@ -16,7 +17,7 @@ from hiar_jax.rollout.blocks import write_context_and_denoise
 from hiar_jax.rollout.past.ring import Ring
 from hiar_jax.types import LatentShape, Params
 
-SIGMAS = (1.0, 0.9375, 0.8333333, 0.625, 0.0)  # timesteps 1000, 750, 500, 250 at shift 5
+SIGMAS = tuple(flow.shifted_schedule((1000, 750, 500, 250), 5.0).tolist())
 
 
 def network(sizes: Sizes, attention: str, who: str = "student", **changes) -> DiTConfig:
