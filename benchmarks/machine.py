@@ -1,5 +1,6 @@
 """Hardware and versions that a benchmark ran on, for its report."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -39,7 +40,9 @@ def peak_bytes() -> int:
 
 
 def versions() -> dict:
-  """Returns the versions of Python and of the packages that decide speed and memory."""
+  """Returns the versions of Python and of the packages that decide speed and memory, of those that
+  are installed: benchmarks.card needs few of them.
+  """
   packages = (
     "jax",
     "jaxlib",
@@ -50,8 +53,11 @@ def versions() -> dict:
     "tensorstore",
     "safetensors",
   )
-  found = {name: importlib.metadata.version(name) for name in packages}
-  return {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__, **found}
+  found = {"python": platform.python_version(), "hiar_jax": hiar_jax.__version__}
+  for name in packages:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
 
 
 def report(found: dict) -> str:

@@ -8,10 +8,10 @@
     decoders    Wan2.1's VAE and TAEHV
     updates     training updates of one clip, up to the published generator's with a 14B teacher
 
-It needs jax, flax, optax and beartype, no data and no weights. A part is a process of its own, so
-that one which fails or outlasts --seconds (for all parts together) leaves the others; so is a
-program within a part: what failed stands under "error", in its place. Prints a line a program and
-writes one JSON object, anew after each part:
+It needs jax, flax, optax, jaxtyping and beartype, no data and no weights. A part is a process of
+its own, so that one which fails or outlasts --seconds (for all parts together) leaves the others;
+so is a program within a part: what failed stands under "error", in its place. Prints a line a
+program and writes one JSON object, anew after each part:
 
     compile_s     compiling alone, of programs that were compiled side by side
     run_s         median of the runs after the first, each waited for

@@ -1,6 +1,7 @@
 """benchmarks.card, rehearsed at its small size: what a card will run must not fail there first."""
 
 import dataclasses
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import machine
 from benchmarks.card import __main__ as card
 from benchmarks.card import attention, programs
 from benchmarks.card.sizes import SIZES
@@ -52,6 +54,20 @@ def test_a_donated_state_is_followed():
   count = dataclasses.replace(count, check=lambda out: last.append(float(out[0])) or {})
   dict(programs.run([count], seconds=60))
   assert last == [4.0]  # the first run and three timed ones
+
+
+def test_a_package_that_is_lacking_is_no_error(monkeypatch):
+  """safetensors comes with none of those that the card's programs need."""
+  version = importlib.metadata.version
+
+  def lacking(name):
+    if name == "safetensors":
+      raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+  monkeypatch.setattr(importlib.metadata, "version", lacking)
+  found = machine.versions()
+  assert found["jax"] == jax.__version__ and "safetensors" not in found
 
 
 def in_one(q, k, v, query_seq_lengths=None, key_value_seq_lengths=None):
