@@ -31,6 +31,7 @@ from benchmarks.train import drawn
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
+from hiar_jax.errors import UserError
 from hiar_jax.models.frames import bind, whole_clip
 from hiar_jax.parallel.mapping import map_step
 from hiar_jax.parallel.mesh import make_mesh, put_batch
@@ -42,7 +43,12 @@ from hiar_jax.types import Params
 
 
 def compute(e: Experiment, devices: int, updates: int) -> dict[str, np.ndarray]:
-  """Returns velocities, weights before and after the updates, and the seconds of each update."""
+  """Returns velocities, weights before and after the updates, and the seconds of each update.
+
+  Raises UserError where there are fewer devices.
+  """
+  if jax.device_count() < devices:
+    raise UserError(f"--devices={devices}: there are {jax.device_count()}")
   mesh, times = make_mesh(e.mesh, jax.devices()[:devices]), []
   found = step_of(AbstractRun(e, pathlib.Path(), mesh), "causal_init")
   with jax.set_mesh(mesh):
@@ -95,13 +101,13 @@ def in_process(excess: bool, devices: int) -> dict[str, np.ndarray]:
   """Returns what `compute` finds in a process of its own, with the flags of this one."""
   said = os.environ.get("XLA_FLAGS", "")
   said += f" --xla_allow_excess_precision={str(excess).lower()}"
-  if jax.default_backend() == "cpu":
-    said += f" --xla_force_host_platform_device_count={devices}"
+  # on a CPU they are virtual ones
+  settings = {"XLA_FLAGS": said.strip(), "JAX_NUM_CPU_DEVICES": str(devices)}
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, "found.npz")
     mine = [f"--devices={devices}", f"--write={path}"]
     command = [sys.executable, "-m", "benchmarks.precision", *sys.argv[1:], *mine]
-    subprocess.run(command, env={**os.environ, "XLA_FLAGS": said.strip()}, check=True)
+    subprocess.run(command, env=os.environ | settings, check=True)
     with np.load(path) as found:
       return dict(found)
 
