@@ -1,12 +1,8 @@
 """The benchmark of the conversion, at a size of which the numbers say nothing."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.helpers import tiny_run
+from tests.helpers.benchmark_reports import report_of
 
 SIZES = [
   "--dim=256",
@@ -21,16 +17,7 @@ SIZES = [
 
 @pytest.mark.slow
 def test_it_measures_the_command_and_the_forward(tmp_path):
-  command = [sys.executable, "-m", "benchmarks.convert", *SIZES, f"--directory={tmp_path}"]
-  done = subprocess.run(
-    command,
-    cwd=tiny_run.ROOT,
-    env=tiny_run.environment(),
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
+  found = report_of("convert", *SIZES, f"--directory={tmp_path}")
   assert found["tensors"] == 69 and found["dtype"] == "bfloat16" and found["shards"] > 1
   assert found["bytes"] > 2 * found["parameters"] and found["largest_shard_bytes"] < found["bytes"]
   assert found["forward"]["tokens"] == 3 * 2 and found["forward"]["latents"] == [1, 3, 2, 4, 16]

@@ -1,37 +1,22 @@
 """The benchmark of packed history, at sizes of which the times say nothing."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from benchmarks import needed_flops
 from benchmarks.packing import TEXT, network
 from hiar_jax.packing.schedule import parse
-from tests.helpers import tiny_run
+from tests.helpers.benchmark_reports import report_of
 
 
 @pytest.mark.slow
 def test_cost_does_not_grow_with_the_history():
-  command = [
-    sys.executable,
-    "-m",
-    "benchmarks.packing",
+  found = report_of(
+    "packing",
     "--schedule=f1k1_x_td_f4k4f1k1_g2",
     "--histories=3",
     "--histories=300",
     "--repeats=1",
-  ]
-  done = subprocess.run(
-    command,
-    cwd=tiny_run.ROOT,
-    env=tiny_run.environment(),
-    capture_output=True,
-    text=True,
   )
-  assert done.returncode == 0, done.stderr
-  found = json.loads(done.stdout)
   short, long = found["histories"]["3"], found["histories"]["300"]
   assert short["tokens"] == long["tokens"] == 96 + 2 * 3 + 96 + 2 * 96
   assert short["tokens_480p"] == long["tokens_480p"] < long["unpacked_480p"] == 302 * 1560

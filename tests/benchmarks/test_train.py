@@ -1,32 +1,13 @@
 """The benchmark of training updates, at a size of which the numbers say nothing."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.helpers import tiny_run
+from tests.helpers.benchmark_reports import report_of
 
 
 @pytest.mark.slow
 def test_every_stage_is_timed():
-  command = [
-    sys.executable,
-    "-m",
-    "benchmarks.train",
-    "--config=experiments/shapes.py:smoke",
-    "--updates=3",
-  ]
-  done = subprocess.run(
-    command,
-    cwd=tiny_run.ROOT,
-    env=tiny_run.environment(),
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0 and "not finite" not in done.stderr, done.stderr
-  found = json.loads(done.stdout)
+  found = report_of("train", "--config=experiments/shapes.py:smoke", "--updates=3")
   assert list(found["stages"]) == ["teacher", "causal_init", "critic", "generator"]
   for stage in found["stages"].values():
     assert (
