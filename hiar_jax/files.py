@@ -16,6 +16,8 @@ import shutil
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.peak_memory import size
 
+LONGEST_NAME = 255  # bytes, of the file systems of Linux and macOS
+
 
 class DiskFull(UserError):
   """A full disk, an exhausted quota or the limit on a file's size, noticed while `path` is written,
@@ -94,6 +96,22 @@ def check_space(path: str | os.PathLike, needed: int) -> None:
   free = free_space(path)
   if free is not None and free < needed:
     raise DiskFull(path, needed, "nothing was written")
+
+
+def expanded(path: str) -> str:
+  """Returns a path that was typed with a leading ~ replaced by the home: shells leave it alone
+  behind --flag=. Raises UserError for names that no file can have.
+  """
+  for name in path.split("/"):
+    count = len(name.encode(errors="replace"))  # a byte that is no text is one letter here
+    if count > LONGEST_NAME:
+      raise UserError(
+        f"{name[:40]}...: a name of {count} bytes; a file's has at most {LONGEST_NAME}, give a "
+        "shorter one"
+      )
+  if "\0" in path:
+    raise UserError(f"{path!r}: a zero byte, which no file's name has; leave it out")
+  return os.path.expanduser(path)
 
 
 def check_name(path: str | os.PathLike, given: str, *, checkpoints: bool = False) -> None:

@@ -12,6 +12,7 @@ from beartype.door import is_bearable
 from ml_collections import config_dict
 
 from hiar_jax.errors import UserError
+from hiar_jax.files import expanded
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ def _build(cls: type[T], given: Mapping, name: str) -> T:
   for key, value in given.items():
     kinds = fields[key].metadata.get("kinds")
     if fields[key].metadata.get("path") and isinstance(value, str):
-      value = os.path.expanduser(value)
+      value = expanded(value)
     if kinds and isinstance(value, GROUP):
       values[key] = _build_kind(kinds, value, f"{name}.{key}")
     else:

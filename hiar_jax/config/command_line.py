@@ -22,7 +22,7 @@ from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 from hiar_jax.config import left_out
 from hiar_jax.config.building import nearest, walk
 from hiar_jax.errors import UserError
-from hiar_jax.files import DiskFull, is_disk_full
+from hiar_jax.files import DiskFull, expanded, is_disk_full
 
 # Earlier names of a tool's flags -> their present names, or (name, {earlier value: present value}).
 Renamed = Mapping[str, str | tuple[str, Mapping[str, str]]]
@@ -57,17 +57,17 @@ def run(main: Callable[[config_dict.ConfigDict, str], Any], cls: type | None = N
 
 
 class _PathParser(flags.ArgumentParser):
-  """Replaces a leading ~ by the home: shells leave it alone behind --flag=."""
+  """Replaces a leading ~ by the home, and refuses names that no file can have (files.expanded)."""
 
   def parse(self, argument: str) -> str:
-    return os.path.expanduser(argument)
+    return expanded(argument)
 
 
 class _PathsParser(flags.ListParser):
   """The same, for each of several paths."""
 
   def parse(self, argument: str | list[str]) -> list[str]:
-    return [os.path.expanduser(path) for path in super().parse(argument)]
+    return [expanded(path) for path in super().parse(argument)]
 
 
 def define_paths(name: str, help_text: str) -> flags.FlagHolder:

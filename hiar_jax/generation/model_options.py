@@ -1,13 +1,13 @@
 """The flags that choose a model and change its sizes, shared by generate, stream and serve."""
 
 import dataclasses
-import os
 
 from absl import flags
 from ml_collections import config_dict
 
 from hiar_jax.config.command_line import define_config, define_path
 from hiar_jax.errors import UserError, one_of
+from hiar_jax.files import expanded
 from hiar_jax.generation import video_model
 from hiar_jax.generation.video_model import ModelChanges, VideoModel
 from hiar_jax.training.experiment import Experiment
@@ -48,7 +48,7 @@ class ModelOptions:
         raise UserError(f"--step={self.step} is of a --workdir; converted weights have no steps")
       if self.workdir:
         raise UserError("give either --workdir, a trained run, or --config with --weights")
-      weights = self.weights and os.path.expanduser(self.weights)
+      weights = self.weights and expanded(self.weights)
       return video_model.from_config(self.config, weights, changes, needed=needed)
     if not self.workdir:
       raise UserError(
@@ -60,7 +60,7 @@ class ModelOptions:
         "--weights needs --config, the config of the model; a --workdir has weights of its own"
       )
     return video_model.from_workdir(
-      os.path.expanduser(self.workdir), self.stage, changes, step=self.step, needed=needed
+      expanded(self.workdir), self.stage, changes, step=self.step, needed=needed
     )
 
 

@@ -47,6 +47,26 @@ def test_flags(home, monkeypatch):
   assert values.out == "a~b" and values.runs == []
 
 
+@pytest.mark.parametrize(
+  "path, said",
+  [
+    ("a/" + "b" * 256 + "/c", "bbb...: a name of 256 bytes; a file's has at most 255"),
+    ("é" * 128, "a name of 256 bytes"),
+    ("a\0.mp4", "'a\\\\x00.mp4': a zero byte"),
+  ],
+)
+def test_names_that_no_file_has(path, said):
+  values = flags.FlagValues()
+  flags.DEFINE(command_line._PathParser(), "out", None, "", flag_values=values)
+  flags.DEFINE(command_line._PathsParser(), "runs", None, "", flag_values=values)
+  for given in (f"--out={path}", f"--runs=b,{path}"):
+    with pytest.raises(UserError, match=said):
+      values(["command", given])
+  with pytest.raises(UserError, match=said):
+    build(Experiment, tiny_run.make_config(stages_from=path))
+  values(["command", f"--out={'b' * 255}"])
+
+
 def test_every_flag_that_holds_a_path_is_defined_as_one():
   for file in PACKAGE.rglob("*.py"):
     calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
