@@ -124,8 +124,9 @@ def measured(out: pathlib.Path) -> list[Row]:
   names = [run_name(run) for run in runs]
   if len(set(names)) < len(names):
     raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
-  for run in runs:
-    step_of(run, run.experiment.last_stage)  # raises, before hours of work
+  for run in runs:  # both raise, before hours of work
+    run.world  # noqa: B018
+    step_of(run, run.experiment.last_stage)
   prompts = first.held_out(_VIDEOS.value)
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))

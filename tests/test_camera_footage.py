@@ -112,7 +112,7 @@ SKIPPED = {
   "only_sound.mp4": "no video stream",
   "short.mp4": "too short: 2 frames at 8 frames a second, a clip needs 4",
   "empty.mov": "",
-  "no_caption.mp4": "no caption in no_caption.txt",
+  "no_caption.mp4": "no caption: there is no no_caption.txt beside it",
 }
 CHANGED = {
   "turned upright by its container's note": 1,

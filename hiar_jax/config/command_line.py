@@ -128,7 +128,11 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
       _fail(DiskFull(getattr(error, "filename", None), kept="", error=error))
     except KeyboardInterrupt:
       print("interrupted", file=sys.stderr)
-      sys.exit(130)  # 128 + SIGINT, as a shell reports it
+      sys.stdout.flush()
+      sys.stderr.flush()
+      # 128 + SIGINT, as a shell reports it. Not sys.exit: a thread that compiles would go on while
+      # the interpreter ends under it, and crash.
+      os._exit(130)
 
   use_huge_pages()  # before anything else: it may start the process once more
   # --help lists the flags of all modules of this package; absl's default is the main module's alone

@@ -44,9 +44,9 @@ class Captions:
     found, place = self.listed.get(name, []), "in the metadata"
     if not self.listed:
       text = self.texts.get(os.path.splitext(name)[0])
-      found, place = [], f"in {pathlib.Path(name).stem}.txt"
-      if text:
-        found, place = [self._read(text)], f"in {pathlib.Path(text).name}"
+      if text is None:
+        raise Unusable(f"no caption: there is no {pathlib.Path(name).stem}.txt beside it")
+      found, place = [self._read(text)], f"in {pathlib.Path(text).name}"
     if not any(found):
       raise Unusable(f"no caption {place}")
     if not all(map(is_whole, found)):

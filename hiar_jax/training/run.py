@@ -107,7 +107,10 @@ class Run:
     world = self.source.world
     if world is None:
       source = self.experiment.data.source
-      raise UserError(f"this needs the truth of the shapes world, but data.source is {source!r}")
+      raise UserError(
+        f"this needs the truth of the shapes world, but data.source is {source!r}; a run's own "
+        "sample/metrics.json says how its videos compare with the footage (docs/own_clips.md)"
+      )
     return world
 
   def check(self) -> None:

@@ -77,15 +77,16 @@ def test_bad_metadata_is_one_clear_line(tmp_path, case):
 
 def test_texts_beside_the_films(tmp_path):
   texts = {"a.TXT": b"capitals", "b.txt": b"small", "b.TXT": b"not this", "c.txt": b"\xff"}
-  texts["d.txt"] = "UTF 16".encode("utf-16")
+  texts |= {"d.txt": "UTF 16".encode("utf-16"), "e.txt": b" \n"}
   for name, text in texts.items():
     (tmp_path / name).write_bytes(text)
-  for name in "abcde":
+  for name in "abcdef":
     (tmp_path / f"{name}.mp4").touch()
   captions = Captions.read(tmp_path, texts)
   found = [captions.of(f"{name}.mp4") for name in "abd"]
   assert found == [["capitals"], ["small"], ["UTF 16"]]
-  for name, reason in (("c", "c.txt is not UTF-8 text"), ("e", "no caption in e.txt")):
+  reasons = {"c": "c.txt is not UTF-8 text", "e": "no caption in e.txt", "f": "there is no f.txt"}
+  for name, reason in reasons.items():
     with pytest.raises(Unusable, match=reason):
       captions.of(f"{name}.mp4")
 

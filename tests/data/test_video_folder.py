@@ -156,7 +156,7 @@ def test_good_files_are_kept_and_bad_ones_named(tmp_path, mixed, caplog):
     "noise.mp4": "Invalid data",
     "empty.mp4": "Invalid data",
     "short.mp4": "too short: 4 frames at 8",
-    "silent.mp4": "no caption in silent.txt",
+    "silent.mp4": "no caption: there is no silent.txt beside it",
     "blank.mp4": "no caption in blank.txt",
   }
   assert set(reasons) == set(expected)
