@@ -239,11 +239,14 @@ def test_frames_that_no_wan_video_has(wan):
 LOADS = {
   "nothing": ({}, "--workdir is missing"),
   "no run": ({"workdir": "nowhere"}, "nowhere holds no run"),
-  "a name that is too long": ({"workdir": "a" * 999}, "a holds no run"),
-  "a name with a zero byte": ({"workdir": "a\0b"}, "b holds no run"),
+  "a name that is too long": (
+    {"workdir": "a" * 999},
+    "a name of 999 bytes; a file's has at most 255",
+  ),
+  "a name with a zero byte": ({"workdir": "a\0b"}, "a zero byte, which no file's name has"),
   "weights of a long name": (
     {"config": "{wan}/config.py", "weights": "a" * 300},
-    "a, which should",
+    "a name of 300 bytes; a file's has at most 255",
   ),
   "both": ({"workdir": "a", "config": "{wan}/config.py"}, "give either --workdir"),
   "no config": ({"weights": "{wan}/weights", "workdir": "a"}, "--weights needs --config"),

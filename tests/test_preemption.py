@@ -106,3 +106,27 @@ def test_a_closed_terminal_does_not_keep_it_from_saving(tmp_path):
   process.send_signal(signal.SIGHUP)
   assert process.wait(60) == 0
   assert (tmp_path / "out").read_text() == "saved"
+
+
+INTERRUPTED = """
+import threading, time
+from hiar_jax.config import command_line
+
+def late():
+  time.sleep(1)
+  print("late", flush=True)
+
+def main():
+  print("begun")
+  threading.Thread(target=late).start()
+  raise KeyboardInterrupt
+
+command_line.run_flags(main)
+"""
+
+
+def test_ctrl_c_waits_for_no_thread():
+  """One that compiles would crash with the interpreter's end, or hold it up."""
+  command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "interrupted\n")

@@ -4,7 +4,6 @@ status 2.
 
 import json
 import pathlib
-import subprocess
 import sys
 
 from ml_collections import ConfigDict
@@ -173,30 +172,6 @@ def test_bad_input_is_one_line_and_status_2(job, case):
 def test_a_bug_keeps_its_traceback(job):
   status, _, err = job("--config=shapes.py", "--workdir=bug")
   assert status == 1 and "Traceback" in err and "ValueError: a bug" in err
-
-
-INTERRUPTED = """
-import threading, time
-from hiar_jax.config import command_line
-
-def late():
-  time.sleep(1)
-  print("late", flush=True)
-
-def main():
-  print("begun")
-  threading.Thread(target=late).start()
-  raise KeyboardInterrupt
-
-command_line.run_flags(main)
-"""
-
-
-def test_ctrl_c_waits_for_no_thread():
-  """One that compiles would crash with the interpreter's end, or hold it up."""
-  command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
-  done = subprocess.run(command, capture_output=True, text=True)
-  assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "interrupted\n")
 
 
 def test_notes_of_libraries_are_shown_on_request(job):
