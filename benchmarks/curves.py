@@ -53,3 +53,4 @@ if __name__ == "__main__":
   parser.add_argument("--out", type=pathlib.Path, required=True, help="the picture, .png")
   arguments = parser.parse_args()
   draw(arguments.workdir, arguments.out)
+  print(arguments.out)

@@ -24,11 +24,22 @@ class Progress(contextlib.AbstractContextManager):
   """
 
   FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+  ENDLESS = "{desc}: {n_fmt} [{elapsed}, {rate_fmt}{postfix}]"
 
-  def __init__(self, stage: str, total: int, initial: int = 0, seconds: float = 20.0):
+  def __init__(
+    self,
+    stage: str,
+    total: int | None,
+    initial: int = 0,
+    seconds: float = 20.0,
+    unit: str = "step",
+  ):
+    """total: the last step; None where there is none."""
     self.stage = stage
     self.total = total
     self.initial = initial
+    self._unit = unit
+    self._format = self.ENDLESS if total is None else self.FORMAT
     self.step = initial
     self._seconds = seconds
     self._values: dict[str, str] = {}
@@ -42,10 +53,10 @@ class Progress(contextlib.AbstractContextManager):
         desc=stage,
         total=total,
         initial=initial,
-        unit="step",
+        unit=unit,
         dynamic_ncols=True,
         file=sys.stderr,
-        bar_format=self.FORMAT.replace("{n_fmt}", "{percentage:3.0f}%|{bar}| {n_fmt}"),
+        bar_format=self._format.replace("{n_fmt}/", "{percentage:3.0f}%|{bar}| {n_fmt}/"),
       )
 
   def __exit__(self, *exc) -> None:
@@ -54,6 +65,13 @@ class Progress(contextlib.AbstractContextManager):
       self._bar.close()
     elif self.step > self.initial and self._printed_step != self.step:
       self._print()
+
+  def wait_for(self, what: str) -> None:
+    """Shows what the first step waits for, as minutes of compilation."""
+    if self._bar is not None:
+      self._bar.set_postfix_str(what)
+    elif is_writer():
+      print(f"{self.stage}: {what}", file=sys.stderr, flush=True)
 
   def update(self, step: int, **values: Any) -> None:
     """Shows that `step` steps are done.
@@ -82,8 +100,8 @@ class Progress(contextlib.AbstractContextManager):
       elapsed=self._printed_at - self._started,
       initial=self.initial,
       prefix=self.stage,
-      unit="step",
+      unit=self._unit,
       postfix=", ".join(self._values.values()),
-      bar_format=self.FORMAT,
+      bar_format=self._format,
     )
     print(line, file=sys.stderr, flush=True)

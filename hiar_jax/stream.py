@@ -206,7 +206,7 @@ def write(options: StreamOptions, out: str, save: str | None = None) -> pathlib.
     _open_out(path, running, source, options) as file,
     Preemption() as stop,
   ):
-    with Progress("stream", options.length, running.taken) as bar:
+    with Progress("stream", options.length, running.taken, unit="frame") as bar:
       for chunk in running:
         file.write(chunk.frames)
         bar.update(running.taken, block=chunk.block, seconds=round(chunk.time, 1))

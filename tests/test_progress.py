@@ -27,3 +27,19 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch):
     bar.update(60, loss=0.25)
   last = terminal.getvalue().split("\r")[-1]
   assert "60%" in last and "60/100" in last and "loss=0.25" in last
+
+
+def test_without_an_end_it_counts(monkeypatch, capsys):
+  with Progress("stream", None, unit="frame") as bar:
+    bar.wait_for("compiling")
+    bar.update(12)
+  first, last = capsys.readouterr().err.splitlines()
+  assert first == "stream: compiling" and last.startswith("stream: 12 [00:00, ")
+  assert "frame/s" in last and "?" not in last.split(", ")[0]
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with Progress("stream", None) as bar:
+    bar.wait_for("compiling")
+    bar.update(12)
+  assert "compiling" in terminal.getvalue() and "/?" not in terminal.getvalue()

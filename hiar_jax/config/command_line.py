@@ -6,6 +6,7 @@ status 2.
 """
 
 from collections.abc import Callable, Mapping
+import difflib
 import os
 import pathlib
 import re
@@ -262,9 +263,7 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
             f"--config.{key}: the config {spec} has no group {group!r}, so nothing in it can be "
             "set; add the group in a config file of your own"
           )
-        return UserError(
-          f"--config.{key}: the config {spec} has no such key; {nearest(key, names)}"
-        )
+        return UserError(f"--config.{key}: the config {spec} has no such key; {_hint(key, names)}")
       if isinstance(error, flags.IllegalFlagValueError) and f"config.{key}={text}" in str(error):
         return UserError(f"--config.{key}={text}: expected {_kind(config, key)}")
   elif overrides:
@@ -272,6 +271,21 @@ def _explain(argv: list[str], error: Exception | None) -> UserError:
       f"--config.{overrides[0][0]} overrides a config, but --config is missing or comes after it"
     )
   return UserError(str(error).replace("FATAL Flags parsing error:", "").strip())
+
+
+def _hint(key: str, names: Mapping[str, Any]) -> str:
+  """Returns what a key that there is not may have been: one close to it, one of that name in
+  another group, or what its group has.
+  """
+  group, _, name = key.rpartition(".")
+  if not group or group not in names:
+    return nearest(key, names)
+  inside = sorted(x[len(group) + 1 :] for x in names if x.rpartition(".")[0] == group)
+  close = difflib.get_close_matches(name, inside, n=1)
+  elsewhere = [x for x in names if x.rpartition(".")[2] == name]
+  if close or elsewhere:
+    return f"did you mean {f'{group}.{close[0]}' if close else elsewhere[0]!r}?"
+  return f"{group} has {', '.join(inside)}"
 
 
 def _kind(config: config_dict.ConfigDict, key: str) -> str:

@@ -33,11 +33,10 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
     UserError: no prompts, or the directory holds those of another file or encoder.
   """
   prompts = tuple(read_prompts(prompts_file))
-  digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
   recipe = {
     "kind": "prompt texts",
     "prompts": len(prompts),
-    "digest": digest,
+    "digest": digest(prompts),
     "encoder": texts.identity,
   }
   tfds_builder.check_recipe(directory, recipe)
@@ -61,6 +60,11 @@ def prepare(directory: str | os.PathLike, prompts_file: str | os.PathLike, texts
     count=len(prompts),
     example_bytes=int(np.mean([text.nbytes for text in probed])),
   )
+
+
+def digest(prompts: Sequence[str]) -> str:
+  """Returns what tells a list of prompts from others."""
+  return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def pad(rows: Sequence[np.ndarray], length: int) -> np.ndarray:

@@ -158,6 +158,12 @@ class Source:
     tfds_builder.check_recipe(directory, recipe, ignore=tfds_builder.OF_PARTS)
     return tfds_builder.is_complete(directory)
 
+  def renamed(self, directory: pathlib.Path) -> tuple[str, ...]:
+    """Returns the fields that may differ from those that the data set in `directory` was made with,
+    because it tells by what they lead to that this is the same.
+    """
+    return ()
+
   def find(self) -> Found:
     """Finds the clips, for a data set that is not of pixels. Raises UserError where none are."""
     return Found(self.data.clips, self._records)
@@ -245,6 +251,12 @@ class Videos(Source):
   def is_made(self, directory: pathlib.Path, recipe: Mapping[str, Any]) -> bool:
     return video_folder.is_made(directory, self.data.folder, recipe)
 
+  def renamed(self, directory: pathlib.Path) -> tuple[str, ...]:
+    folder, recipe = pathlib.Path(self.data.folder), tfds_builder.read_recipe(directory) or {}
+    # the same folder, moved or mounted elsewhere
+    same = folder.is_dir() and video_folder.fingerprint(folder) == recipe.get("files")
+    return ("data.folder",) if same else ()
+
   def find(self) -> Found:
     folder, cut = pathlib.Path(self.data.folder), dataclasses.replace(self._cut, pieces=False)
     films = video_folder.scan(folder, cut)
@@ -270,6 +282,11 @@ class Prompts(Source):
     encoder = text_encoder()
     encoder.prepare([*read_prompts(self.data.prompts, say=True), encoder.negative_prompt])
     prompt_texts.prepare(directory, self.data.prompts, encoder)
+
+  def renamed(self, directory: pathlib.Path) -> tuple[str, ...]:
+    path, recipe = self.data.prompts, tfds_builder.read_recipe(directory) or {}
+    same = os.path.isfile(path) and prompt_texts.digest(read_prompts(path)) == recipe.get("digest")
+    return ("data.prompts",) if same else ()
 
   def captions(self, directory: pathlib.Path) -> list[str]:
     return read_prompts(self.data.prompts)

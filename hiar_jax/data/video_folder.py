@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 from absl import logging
@@ -193,7 +194,8 @@ def scan(folder: pathlib.Path, cut: Cut) -> list[CutFilm]:
     except (video_file.Unusable, av.error.FFmpegError) as error:
       reason = error.strerror if isinstance(error, av.error.FFmpegError) else str(error)
       skipped.append(f"{name}: {reason}")
-      logging.warning("skipped %s", skipped[-1])
+  for why in skipped:  # only now: lines would break the bar
+    logging.warning("skipped %s", why)
   if left_out:
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
     logging.warning("%s: left out: %s", folder, kinds)
@@ -212,14 +214,10 @@ def scan(folder: pathlib.Path, cut: Cut) -> list[CutFilm]:
     logging.warning(
       "%s: %d clips stand still and show what the one before shows: left out", folder, still
     )
-  logging.log(
-    logging.WARNING if skipped else logging.INFO,
-    "%s: %d of %d videos used, %d skipped, %d clips",
-    folder,
-    used,
-    len(names),
-    len(skipped),
-    sum(windows for film in films for _, windows in film.records),
+  clips = sum(windows for film in films for _, windows in film.records)
+  print(
+    f"{folder}: {used} of {len(names)} videos used, {len(skipped)} skipped, {clips} clips",
+    file=sys.stderr,
   )
   return films
 

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import sys
 from typing import Any
 
 from hiar_jax.checkpoints.on_disk import CHECKPOINTS
@@ -141,7 +142,8 @@ def _same(
   """Returns the stages that are the same in both, and the lines in which the next one differs."""
   taken: list[str] = []
   theirs = agreed(lender, e.stages_from, e, workdir)
-  lines = difference(theirs, to_json(e), (*FREE_GROUPS, *e.free_fields))
+  renamed = e.data.opened.renamed(pathlib.Path(e.stages_from) / "data")
+  lines = difference(theirs, to_json(e), (*FREE_GROUPS, *e.free_fields, *renamed))
   replaced = {"teacher": e.weights.base, "causal_init": e.weights.student}
   order = BORROWED[: 2 if e.framepack else None]
   for stage in order:
@@ -217,9 +219,12 @@ class Change:
     weights.
     """
     if self.until:
-      shutil.copyfile(workdir / RESOLVED, workdir / f"config.{self.until}.json")
+      kept = [workdir / f"config.{self.until}.json", workdir / f"sample.{self.until}"]
+      shutil.copyfile(workdir / RESOLVED, kept[0])
       if (workdir / "sample").exists():
-        (workdir / "sample").rename(workdir / f"sample.{self.until}")
+        (workdir / "sample").rename(kept[1])
+      there = ", ".join(str(path) for path in kept if path.exists())
+      print(f"kept of before: {there}", file=sys.stderr)
 
 
 def change(

@@ -135,6 +135,7 @@ def run_stage(
       print_parameters(name, shapes.params)
     pending, before, stopping = None, None, False
     with Preemption() as stop, Progress(name, last, initial=step) as bar:
+      bar.wait_for("compiling the first update")
       while step < last and not stopping:
         for update, mapped, read in zip(stage.updates, steps, frozen, strict=True):
           if update.due is None or update.due(step):

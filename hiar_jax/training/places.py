@@ -1,5 +1,5 @@
 """Places outside of a workdir that its config names: the run that it takes stages from (which of
-them: training.lineage), and converted weights.
+them: training.lineage), converted weights, films, prompts and their embeddings.
 
 Relative paths are stored relative to the workdir, so that both may be moved, and used from any
 folder. Earlier versions stored what was typed in the folder of the command, most often one above
@@ -11,18 +11,29 @@ import os
 from typing import Any
 
 from hiar_jax.config.workdir import RESOLVED, to_json
+from hiar_jax.data.tfds_builder import read_recipe
 
 
 def _holds_run(place: str) -> bool:
   return os.path.isfile(os.path.join(place, RESOLVED))
 
 
+def _holds_files(place: str) -> bool:
+  """True for a folder of films or pairs, False for what a stage has made of one: a workdir has
+  `data` and `trajectories` of its own.
+  """
+  return os.path.isdir(place) and read_recipe(place) is None
+
+
 # A field of a config -> whether a place holds what it means.
 FIELDS: Mapping[str, Callable[[str], bool]] = {
   "stages_from": _holds_run,
   **dict.fromkeys(("weights.base", "weights.teacher", "weights.student"), os.path.isdir),
-  **dict.fromkeys(("codec.weights", "text.weights"), os.path.isdir),
+  **dict.fromkeys(("codec.weights", "text.weights", "text.cache"), os.path.isdir),
+  **dict.fromkeys(("data.folder", "trajectories.pairs"), _holds_files),
+  **dict.fromkeys(("data.prompts", "sample.prompts"), os.path.isfile),
 }
+NO_PATHS = {"sample.prompts": "held_out"}  # what a field holds where it names no place
 
 
 def located(config: Any, workdir: str | os.PathLike, typed: bool) -> dict:
@@ -84,7 +95,8 @@ def _paths(config: dict) -> Iterator[tuple[str, dict, str]]:
     group = config
     for key in groups:
       group = group.get(key) if isinstance(group, dict) else None
-    if isinstance(group, dict) and isinstance(group.get(name), str) and group[name]:
+    given = group.get(name) if isinstance(group, dict) else None
+    if isinstance(given, str) and given not in ("", NO_PATHS.get(field)):
       yield field, group, name
 
 

@@ -328,7 +328,8 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
   if save:
     check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
   experiment = build(Experiment, places.located(config, workdir, typed=save))
-  ignore = (*FREE_GROUPS, *experiment.free_fields, *origins.moved(workdir))
+  renamed = experiment.data.opened.renamed(pathlib.Path(workdir) / "data")
+  ignore = (*FREE_GROUPS, *experiment.free_fields, *origins.moved(workdir), *renamed)
   change = lineage.change(config, workdir, ignore, extend=extend, typed=save)
   taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())

@@ -104,6 +104,14 @@ BAD_INPUT = {
     [*GOOD, "--config.distil.lr", "1"],
     "--config.distil.lr: the config shapes.py has no such key",
   ),
+  "a key that is like none of its group": (
+    [*GOOD, "--config.distill.num=1"],
+    "--config.distill.num: the config shapes.py has no such key; distill has ema, lr",
+  ),
+  "a key of another group": (
+    [*GOOD, "--config.distill.width=1"],
+    "--config.distill.width: the config shapes.py has no such key; did you mean 'width'?",
+  ),
   "a float for an int": ([*GOOD, "--config.width=1.5"], "--config.width=1.5: expected int, as 8"),
   "a word for a float": (
     [*GOOD, "--config.distill.lr=fast"],
@@ -384,4 +392,4 @@ def test_a_field_of_the_default_file_that_is_not_there_is_one_line(job):
   code = f"import os, runpy; os.chdir({str(ROOT)!r}); runpy.run_module('benchmarks.train', "
   status, _, err = job("--config.distill.latent=1", code=f"{code}run_name='__main__')")
   assert status == 2 and err.count("\n") == 1, err
-  assert "experiments/shapes.py has no such key; did you mean" in err
+  assert "experiments/shapes.py has no such key; distill has accumulate, " in err

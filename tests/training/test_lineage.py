@@ -121,7 +121,10 @@ def test_a_finished_run_is_trained_longer_where_that_is_said(finished, capfd):
     make_run(finished, **longer)
   capfd.readouterr()
   make_run(finished, extend=True, **longer)
-  assert "goes on after distill-6 with another config (before -> now): " in capfd.readouterr().err
+  said = capfd.readouterr().err
+  assert "goes on after distill-6 with another config (before -> now): " in said
+  kept = [finished / name for name in ("config.distill-6.json", "sample.distill-6")]
+  assert f"kept of before: {kept[0]}, {kept[1]}\n" in said
   assert read_config(finished).distill.steps == 9
   # what describes the run until then is kept, and samples will be made anew
   assert json.loads((finished / "config.distill-6.json").read_text())["distill"]["steps"] == 6

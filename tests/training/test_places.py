@@ -1,5 +1,5 @@
-"""Weights that a config names by a relative path are the same from any folder, also after they were
-moved with the run. The run that another takes stages from: test_borrowed.py.
+"""What a config names by a relative path is the same from any folder, also after it was moved with
+the run: weights, films, prompts. The run that another takes stages from: test_borrowed.py.
 """
 
 import json
@@ -12,6 +12,8 @@ from hiar_jax.checkpoints import weights
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.conversion import export
+from hiar_jax.data import prompt_texts, tfds_builder, video_folder
+from hiar_jax.data.sources import DataConfig
 from hiar_jax.errors import UserError
 from hiar_jax.training import places
 from hiar_jax.training.experiment import Experiment
@@ -140,3 +142,78 @@ def test_a_home_stays_one(project, monkeypatch):
   make_run("runs/a", weights__base="~/weights/x")
   assert stored("runs/a")["base"] == "~/weights/x"
   assert read("runs/a")[0] == str(project / "weights/x")
+
+
+# ------------------------------------------------------------------------------- films and prompts
+
+
+@pytest.fixture
+def films(project):
+  """A folder of films, named as a run names what it makes of them."""
+  (project / "data").mkdir()
+  for name in ("a.mp4", "b.mp4"):
+    (project / "data" / name).write_bytes(name.encode())
+  (project / "prompts.txt").write_text("a cat\n")
+  return {"data__source": "videos", "data__folder": "data", "sample__prompts": "prompts.txt"}
+
+
+def made(workdir, folder) -> None:
+  """As if the data stage had gone through the folder."""
+  cut = {**build(Experiment, read_config(workdir)).data.opened.recipe}
+  tfds_builder.write_recipe(
+    pathlib.Path(workdir) / "data", {**cut, "files": video_folder.fingerprint(folder)}
+  )
+  pretend(workdir, "teacher", 2)
+
+
+def test_films_and_prompts_are_found_from_any_folder(project, films, monkeypatch):
+  make_run("runs/a", **films)
+  made("runs/a", project / "data")
+  found = json.loads((project / "runs/a/config.json").read_text())
+  assert found["data"]["folder"] == "../../data"
+  assert found["sample"]["prompts"] == "../../prompts.txt"
+  monkeypatch.chdir("/")
+  for e in (
+    open_run(read_config(project / "runs/a"), project / "runs/a", save=False).experiment,
+    make_run(project / "runs/a", **films).experiment,  # the command as it was, from elsewhere
+  ):
+    assert [e.data.folder, e.sample.prompts] == [str(project / x) for x in ("data", "prompts.txt")]
+
+
+def test_films_that_an_earlier_version_stored(project, films):
+  save_resolved(make_config(**EIGHT, **films), "runs/a")  # data: not the run's own
+  made("runs/a", project / "data")
+  assert make_run("runs/a", **films).experiment.data.folder == "data"
+  assert json.loads((project / "runs/a/config.json").read_text())["data"]["folder"] == "data"
+
+
+def test_held_out_is_no_file(project, films):
+  (project / "held_out").write_text("a cat\n")
+  make_run("runs/a")
+  assert json.loads((project / "runs/a/config.json").read_text())["sample"]["prompts"] == "held_out"
+
+
+def test_films_that_were_moved_are_told_by_what_they_are(project, films):
+  make_run("runs/a", **films)
+  made("runs/a", project / "data")
+  (project / "data").rename(project / "films")
+  moved = {**films, "data__folder": str(project / "films")}
+  assert make_run("runs/a", **moved).experiment.data.folder == str(project / "films")
+  # a borrower may name them as it likes too
+  assert make_run("runs/b", stages_from="runs/a", **{**films, "data__folder": "films"}).borrows(
+    "data"
+  )
+  (project / "others").mkdir()
+  (project / "others" / "a.mp4").write_bytes(b"another film")
+  with pytest.raises(UserError, match="another config .*data.folder"):
+    make_run("runs/a", **{**films, "data__folder": "others"})
+
+
+def test_prompts_that_were_moved_are_told_by_what_they_are(tmp_path):
+  (tmp_path / "a.txt").write_text("a cat\n")
+  source = build(DataConfig, {"source": "prompts", "prompts": str(tmp_path / "a.txt")}).opened
+  assert source.renamed(tmp_path / "data") == ()
+  tfds_builder.write_recipe(tmp_path / "data", {"digest": prompt_texts.digest(["a cat"])})
+  assert source.renamed(tmp_path / "data") == ("data.prompts",)
+  (tmp_path / "a.txt").write_text("a dog\n")
+  assert source.renamed(tmp_path / "data") == ()
