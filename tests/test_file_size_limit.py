@@ -1,10 +1,13 @@
 """`ulimit -f`, the limit on the size of a file: one line, and nothing half written."""
 
 import contextlib
+import gc
 import os
 import resource
 import subprocess
 import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -123,12 +126,33 @@ def test_a_checkpoint(tmp_path, size, capfd, caplog):
   with limited(size), pytest.raises(DiskFull, match=said), Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(2, state, big)
     checkpoints.wait()
+  gc.collect()  # asyncio says of tasks that are collected what became of them
   assert "Traceback" not in capfd.readouterr().err + caplog.text
   assert tiny_run.files(tmp_path) == before
   with Checkpoints(tmp_path) as checkpoints:
     step, found = checkpoints.restore(make())
   assert step == 1
   assert_same(found, state)
+
+
+def test_writes_that_end_late_leave_nothing(tmp_path):
+  """As those of other threads do after the first one has failed."""
+  late, stop = tmp_path / "2.orbax-checkpoint-tmp" / "state" / "late", time.monotonic() + 1.5
+
+  def write() -> None:
+    while time.monotonic() < stop:
+      with contextlib.suppress(OSError):
+        late.mkdir(parents=True, exist_ok=True)
+        (late / "part").write_bytes(b"late")
+
+  big = {"w": list(jax.random.normal(jax.random.key(0), (4, 64, 256)))}
+  with limited(3000), pytest.raises(DiskFull), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(2, make(), big)
+    thread = threading.Thread(target=write)
+    thread.start()
+    checkpoints.wait()
+  thread.join()
+  assert not [*tmp_path.glob("2*")]
 
 
 def command(module: str, blocks: int, *arguments: str) -> subprocess.CompletedProcess:

@@ -9,9 +9,7 @@ changes (on_disk.py describes the files).
 
 from collections.abc import Callable, Iterator
 import contextlib
-import logging
 import os
-import shutil
 import sys
 from typing import Any
 
@@ -21,15 +19,12 @@ import jax
 from jax.experimental import multihost_utils
 import orbax.checkpoint as ocp
 
-from hiar_jax.checkpoints import checksums
+from hiar_jax.checkpoints import checksums, half_written
 from hiar_jax.checkpoints.on_disk import DAMAGED
 from hiar_jax.config.workdir import difference, to_json
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import DiskFull, check_name, check_space, is_disk_full, reading
 from hiar_jax.types import Params, PyTree
-
-_TEMPORARY = ".orbax-checkpoint-tmp"  # what Orbax adds to a step's name until it is complete
-_removed: set[str] = set()  # such folders, in which nothing can be written any more
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -57,8 +52,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     self._saving = -1  # the step being written, read by Orbax's thread
     self._needed: int | None = None  # its bytes in memory, where this process writes them all
     self._failed = False
-    logging.getLogger("absl").addFilter(_hide_disk_full)
-    _hide_late_writes()
+    half_written.hide_tracebacks()
     with self._disk_errors():
       self._manager = _manager(
         self.directory,
@@ -74,8 +68,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     finally:
       with self._disk_errors():  # a save may have failed in several threads
         self._manager.close()
-      if self._failed:
-        self._remove_half_written()
+      if self._failed and self._needed is not None:
+        half_written.remove_late(self.directory, self._saving)
 
   def latest_step(self) -> int | None:
     """Returns the newest step that was written completely, even if damaged since."""
@@ -169,7 +163,9 @@ class Checkpoints(contextlib.AbstractContextManager):
     # Orbax's thread calls this when all items are written, before it renames their directory.
     if jax.process_index() == 0:
       for path in self.directory.iterdir():
-        if path.name == str(self._saving) or path.name.startswith(f"{self._saving}{_TEMPORARY}"):
+        if path.name == str(self._saving) or path.name.startswith(
+          f"{self._saving}{half_written.TEMPORARY}"
+        ):
           checksums.write(path)
 
   @contextlib.contextmanager
@@ -178,20 +174,16 @@ class Checkpoints(contextlib.AbstractContextManager):
     try:
       yield
     except Exception as error:
-      if not is_disk_full(error):
+      # where several writes fail, the later ones may find removed what the first one left
+      if not (is_disk_full(error) or half_written.found_removed(error)):
         raise
       self._failed = True
       # The manager has dropped the checkpoints that the failed one was to replace from its list.
       self._manager.reload()
-      self._remove_half_written()  # and when all threads have ended, once more
+      if self._needed is not None:  # no other process is at work on it
+        half_written.remove(self.directory, self._saving)
       kept = f"the last complete checkpoint is {self.latest_step()}"
       raise DiskFull(self.directory, self._needed, kept, error) from error
-
-  def _remove_half_written(self) -> None:
-    if self._needed is not None:  # no other process is at work on it
-      for path in self.directory.glob(f"{self._saving}{_TEMPORARY}*"):
-        _removed.add(str(path))
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_params(
@@ -361,30 +353,3 @@ def _leaves(tree: PyTree) -> dict[str, tuple[tuple[int, ...], str]]:
         leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
       leaves[path] = (tuple(leaf.shape), str(leaf.dtype))
   return leaves
-
-
-def _hide_disk_full(record: logging.LogRecord) -> bool:
-  """Log filter against the tracebacks of a full disk, which `_disk_errors` reports in one line, and
-  of threads that find removed what was half written.
-  """
-  error = record.exc_info and record.exc_info[1]
-  return not (error and (is_disk_full(error) or any(path in str(error) for path in _removed)))
-
-
-def _hide_late_writes() -> None:
-  """Hides the tracebacks of the writes that end after another one has failed.
-
-  Orbax raises the first failure and closes the event loop to which the other writes report. Their
-  threads can raise nothing, so Python prints a traceback for each.
-  """
-  shown = sys.unraisablehook
-  if getattr(shown, "hides_late_writes", False):
-    return
-
-  def hook(unraisable) -> None:
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-      shown(unraisable)
-
-  hook.hides_late_writes = True
-  sys.unraisablehook = hook
