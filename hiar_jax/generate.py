@@ -170,7 +170,7 @@ def define_section_flags() -> None:
     "packed models: order of the sections, vanilla, both_ends, inverted or endpoints:0,3,7 (these "
     "first); default: the run's",
   )
-  configs.define_path(
+  flags.DEFINE_string(  # a text, or a path: timeline.read tells them apart
     "timeline",
     None,
     "packed models: prompts by the second, added to --prompt, as '0s: at night, 5s: by day', or a "

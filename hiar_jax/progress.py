@@ -47,6 +47,8 @@ class Progress(contextlib.AbstractContextManager):
     # of the last plain line: its time and its step
     self._printed_at: float = self._started
     self._printed_step: int | None = None
+    # time and step of the first update, which compilation comes before
+    self._first: tuple[float, int] | None = None
     self._bar = None
     if is_writer() and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
@@ -80,6 +82,7 @@ class Progress(contextlib.AbstractContextManager):
     """
     done = step - self.step
     self.step = step
+    self._first = self._first or (time.monotonic(), step)
     for name, value in values.items():
       text = value if isinstance(value, str) else f"{float(value):.4g}"
       self._values[name] = f"{name}={text}"
@@ -94,11 +97,14 @@ class Progress(contextlib.AbstractContextManager):
       return
     self._printed_at = time.monotonic()
     self._printed_step = self.step
+    first_at, first = self._first
     line = tqdm.tqdm.format_meter(
       n=self.step,
       total=self.total,
       elapsed=self._printed_at - self._started,
       initial=self.initial,
+      # without what was compiled, where there is more to go by
+      rate=(self.step - first) / (self._printed_at - first_at) if self.step > first else None,
       prefix=self.stage,
       unit=self._unit,
       postfix=", ".join(self._values.values()),

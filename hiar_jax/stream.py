@@ -247,7 +247,7 @@ def define_flags() -> None:
   """Defines the command's flags."""
   define_stream_flags()
   flags.DEFINE_string("prompt", None, "text of the video")
-  configs.define_path(
+  flags.DEFINE_string(  # a text, or a path: timeline.read tells them apart
     "timeline",
     None,
     "prompts by the second, as '0s: a red circle, 10s: a blue square', or a file of them",

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from hiar_jax.video.conditioning_files import read_video
 from tests.helpers import tiny_run
 from tests.video.test_frame_pixels import flat_frame, hdr_signal, planes_of
 from tests.video.test_video_file import B_FRAMES, trim
@@ -168,3 +169,10 @@ def test_the_same_folder_is_read_at_once(tmp_path, caplog):
   films = video_folder.scan(folder, video_folder.Cut(Sampling(4, 16, 16, 8, 4)))
   assert {film.caption for film in films} == {f"footage {name}" for name in USED}
   assert all(film.records for film in films)
+
+
+def test_a_continuation_says_that_it_has_no_sound(tmp_path):
+  for sound in (True, False):
+    write(tmp_path / "film.mp4", "libx264", "yuv420p", sound=sound)
+    _, message = read_video(tmp_path / "film.mp4", 48, 64, RATE)
+    assert ("without its sound" in message) == sound

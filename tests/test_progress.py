@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 from hiar_jax.progress import Progress
 
@@ -43,3 +44,14 @@ def test_without_an_end_it_counts(monkeypatch, capsys):
     bar.wait_for("compiling")
     bar.update(12)
   assert "compiling" in terminal.getvalue() and "/?" not in terminal.getvalue()
+
+
+def test_what_is_compiled_is_no_part_of_the_speed(monkeypatch, capsys):
+  clock = [0.0]
+  monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+  with Progress("teacher", 100, initial=10) as bar:
+    for step, now in ((11, 100.0), (12, 102.0), (20, 118.0)):
+      clock[0] = now
+      bar.update(step)
+  *_, last = capsys.readouterr().err.splitlines()
+  assert last == "teacher: 20/100 [01:58<02:40,  2.00s/step]"  # 80 of 2 s are left

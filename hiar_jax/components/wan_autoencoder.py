@@ -10,6 +10,7 @@ with F = 1 + 4 (f - 1), H = 8 h, W = 8 w.
 from collections.abc import Iterator
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import jax
@@ -22,11 +23,13 @@ from hiar_jax.components.block_decoder import CausalDecoder
 from hiar_jax.components.chunked_decoder import ChunkedDecoder
 from hiar_jax.components.interfaces import AutoencoderConfig, NetworkSizes
 from hiar_jax.config.building import path_field
-from hiar_jax.errors import UserError, one_of
+from hiar_jax.errors import UserError, at_least, one_of
 from hiar_jax.models import taehv, vae, vae_tiling
+from hiar_jax.progress import is_writer
 from hiar_jax.types import DTYPES, Video
 
 LEAST_TILE = 4  # latents a side; 25 % of it, the overlap of neighbours, is then 1
+SEAMLESS_TILE = 16  # below it neighbours overlap by less than 32 pixels, and seams are seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class WanCodecConfig(AutoencoderConfig):
 
   def __post_init__(self):
     one_of(DTYPES, **{"codec.dtype": self.dtype})
+    if self.tile:
+      at_least(LEAST_TILE, **{"codec.tile": self.tile})
 
   @property
   def label(self) -> str:
@@ -61,6 +66,12 @@ class WanCodecConfig(AutoencoderConfig):
     return vae_tiling.Tiling(self.tile, self.tile // 4) if self.tile and not self.tiny else None
 
   def open(self, directory) -> "WanAutoencoder":
+    if self.tiling and self.tile < SEAMLESS_TILE and is_writer():
+      print(
+        f"note: tiles of {self.tile} latents a side ({8 * self.tile} pixels) may show seams; "
+        f"{SEAMLESS_TILE} and more do not",
+        file=sys.stderr,
+      )
     return WanAutoencoder(self)
 
   @property

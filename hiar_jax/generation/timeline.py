@@ -108,7 +108,8 @@ def read(source: str | os.PathLike, folder: str | os.PathLike = "") -> Timeline:
   Raises UserError for what `parse` refuses (with line and column), and for a file that is missing
   or no text.
   """
-  path, text = pathlib.Path(folder) / source, os.fspath(source)
+  text = os.fspath(source)
+  path = pathlib.Path(folder) / os.path.expanduser(text)
   if _MARK.match(text.lstrip()) or _LIKE_MARK.match(text.lstrip()):
     return parse(text)
   try:

@@ -86,6 +86,7 @@ def read_video(
     kept, total, first = deque(maxlen=last), 0, None
     with foreign_files.open_video(path, formats) as container:
       film = video_file.Film(container)
+      sound = bool(container.streams.audio)
       for frame, repeats in film.resampled(fps):
         first = first or frame
         if repeats:
@@ -106,6 +107,8 @@ def read_video(
     changes.append(f"resampled from {rate:g} to {fps:g} frames a second")
   if len(kept) < total:
     changes.append(f"the last {len(kept)} of {total} frames")
+  if sound:
+    changes.append("without its sound")
   return np.stack(kept), _message(path, size, (height, width), changes)
 
 

@@ -116,3 +116,12 @@ def test_a_piece_is_decoded_when_it_is_asked_for():
 def test_bad_chunk():
   with pytest.raises(UserError, match="chunk = 0: expected at least 1"):
     stream("tiny", 0)
+
+
+def test_small_tiles_are_said_and_smaller_ones_refused(capsys):
+  WanCodecConfig(tile=16).open("")
+  assert capsys.readouterr().err == ""
+  WanCodecConfig(tile=4).open("")
+  assert "note: tiles of 4 latents a side (32 pixels) may show seams" in capsys.readouterr().err
+  with pytest.raises(UserError, match=r"codec.tile = 3: expected at least 4"):
+    WanCodecConfig(tile=3)

@@ -99,11 +99,13 @@ def test_a_time_that_cannot_be_read_is_no_part_of_a_prompt(time):
     timeline.read(time)
 
 
-def test_files_and_texts(tmp_path):
+def test_files_and_texts(tmp_path, monkeypatch):
   path = tmp_path / "day.txt"
   path.write_text("\ufeff0s: a\n10s: b\n")
   assert timeline.read(path).entries == timeline.read(str(path)).entries
   assert [entry.time for entry in timeline.read("0s: a, 10s: b").entries] == [0, 10]
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert timeline.read(f"~/{path.name}").entries == timeline.read(path).entries
   path.write_text("0s: a\n10s: b\n", encoding="utf-16")
   assert [entry.prompt for entry in timeline.read(path).entries] == ["a", "b"]
   (tmp_path / "latin.txt").write_bytes("0s: größer".encode("latin-1"))
