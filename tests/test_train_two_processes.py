@@ -17,21 +17,25 @@ import jax
 jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("127.0.0.1:{port}", num_processes=2, process_id=int(sys.argv[1]))
-sys.argv = ["train", "--config={root}/experiments/{name}.py:smoke", "--workdir={workdir}"]
+sys.argv = ["train", "--config={root}/experiments/{name}.py:smoke", "--workdir={workdir}", *{mesh}]
 runpy.run_module("hiar_jax.train", run_name="__main__")
 """
 
 
+CHOSEN = ["--config.mesh.data=-1", "--config.mesh.fsdp=-1"]  # each counts its memory; one decides
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("name", "trained_last"), [("shapes", "distill"), ("shapes_framepack_discrete", "framepack")]
+  ("name", "trained_last", "mesh"),
+  [("shapes", "distill", CHOSEN), ("shapes_framepack_discrete", "framepack", [])],
 )
-def test_every_stage_on_two_processes(tmp_path, name, trained_last):
+def test_every_stage_on_two_processes(tmp_path, name, trained_last, mesh):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   workdir = tmp_path / "run"
-  code = PROCESS.format(root=tiny_run.ROOT, name=name, port=port, workdir=workdir)
+  code = PROCESS.format(root=tiny_run.ROOT, name=name, port=port, workdir=workdir, mesh=mesh)
   processes = []
   for i in range(2):
     with open(tmp_path / f"{i}.txt", "w") as err:
