@@ -1,7 +1,13 @@
 """Errors that a user can act on: one line, no traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+import functools
 import math
+import re
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 LONGEST = 2000  # letters of a message
 
@@ -33,6 +39,22 @@ class Damaged(UserError):
     """what: the path; reason: a text, or the error, of which the first line is shown."""
     self.reason = (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
     super().__init__(f"{what} is damaged ({self.reason}); {advice}")
+
+
+def without_flags(function: Callable[P, R]) -> Callable[P, R]:
+  """For functions of Python whose options are a command's: what their errors call --prompt is
+  `prompt`.
+  """
+
+  @functools.wraps(function)
+  def call(*args: P.args, **kwargs: P.kwargs) -> R:
+    try:
+      return function(*args, **kwargs)
+    except UserError as error:
+      error.args = (re.sub(r"(?<![\w-])--(?=[a-z_]+\b)", "", str(error)),)
+      raise
+
+  return call
 
 
 MAX_SEED = 2**32 - 1  # of a random key: a larger one would be cut down to another's

@@ -18,7 +18,7 @@ import numpy as np
 from hiar_jax import stream as streams
 from hiar_jax.config.building import as_fields, nearest
 from hiar_jax.config.command_line import load_config
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, without_flags
 from hiar_jax.generate import GenerateOptions
 from hiar_jax.generation import clips, partial_video, prompts_file
 from hiar_jax.generation.model_options import ModelOptions
@@ -31,6 +31,7 @@ from hiar_jax.streaming.streaming_model import StreamingModel
 from hiar_jax.types import Params
 
 
+@without_flags
 def load(
   workdir: str | os.PathLike | None = None,
   *,
@@ -95,6 +96,7 @@ class Model(VideoModel):
 
   # ----------------------------------------------------------------------------------- videos
 
+  @without_flags
   def generate(
     self,
     prompts: str | Sequence[str],
@@ -132,6 +134,7 @@ class Model(VideoModel):
       ]
     return videos[0] if one else videos
 
+  @without_flags
   def watch(
     self, prompt: str, frames: int | None = None, seed: int = 0, image=None, video=None, **told
   ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -158,6 +161,7 @@ class Model(VideoModel):
 
     return steps()
 
+  @without_flags
   def sample_latents(
     self,
     prompts: Sequence[str],
@@ -182,6 +186,7 @@ class Model(VideoModel):
     jobs = prompts_file.make_jobs(prompts, *start, **told)
     return clips.plan_clips(self, jobs, [None] * len(jobs), frames)
 
+  @without_flags
   def stream(self, prompt: str | None = None, **options) -> Stream:
     """Opens a stream of this model: hiar_jax.stream, without the options that choose a model."""
     fields = [field.name for field in dataclasses.fields(ModelOptions)]

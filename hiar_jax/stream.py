@@ -26,7 +26,7 @@ from absl import flags
 from hiar_jax import peak_memory
 from hiar_jax.config import command_line as configs
 from hiar_jax.config.building import as_fields, nearest
-from hiar_jax.errors import UserError
+from hiar_jax.errors import UserError, without_flags
 from hiar_jax.files import check_name
 from hiar_jax.generation import prompts_file
 from hiar_jax.generation import timeline as timelines
@@ -110,6 +110,7 @@ class StreamOptions(ModelOptions):
     )
 
 
+@without_flags
 def stream(**options) -> Stream:
   """Returns an iterator of chunks: frames uint8 [n H W 3], block, prompt, time. The options are the
   fields of StreamOptions, as the command's flags.
