@@ -114,16 +114,25 @@ def expanded(path: str) -> str:
   return os.path.expanduser(path)
 
 
+def is_whole(text: str) -> bool:
+  """Returns False where a text holds a lone surrogate, which UTF-8 does not: JSON may write half an
+  emoji as \\ud83d, and of a command line or a file's name each byte that is not UTF-8 is one.
+  """
+  return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def check_name(path: str | os.PathLike, given: str, *, checkpoints: bool = False) -> None:
   """Raises UserError for a folder whose absolute path Orbax misreads.
 
-  TensorStore takes a backslash for a slash. When a checkpoint is saved, Orbax finds its parts by a
-  pattern, in which [...] stands for one character. given: the flag with its value, which the
-  message begins with. checkpoints: True where training checkpoints will be saved there.
+  TensorStore takes a backslash for a slash, and UTF-8 alone. When a checkpoint is saved, Orbax
+  finds its parts by a pattern, in which [...] stands for one character. given: the flag with its
+  value, which the message begins with. checkpoints: True where training checkpoints will be saved
+  there.
   """
   absolute = os.path.abspath(path)
   for mark, wrong in (
     ("a backslash", "\\" in absolute),
+    ("a byte that is not UTF-8", not is_whole(absolute)),
     ("brackets [...]", checkpoints and re.search(r"\[[^/]*\]", absolute)),
   ):
     if wrong:

@@ -141,6 +141,8 @@ def check(options: StreamOptions) -> None:
   """Raises UserError for all that is wrong with options, before anything is loaded."""
   options.length, options.start, options.engine  # noqa: B018  (each raises for its own options)
   prompts_file.check_seed(options.seed)
+  if options.prompt is not None:
+    prompts_file.check_prompt(options.prompt)
   if options.timeline is not None:
     timelines.read(options.timeline)
   if options.resume is None and (options.prompt is None) == (options.timeline is None):

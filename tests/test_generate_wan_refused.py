@@ -40,6 +40,7 @@ def refused(place, tmp_path_factory):
     "weights of a run": ["--workdir=runs/x", there, prompt],
     "a small world": ["--config=experiments/shapes.py", there, prompt],
     "no prompt": [config, there],
+    "no UTF-8": [config, f"--weights={out}/nowhere", "--prompt=\udcff\udcfe"],
     "both starts": [
       config,
       there,
@@ -70,6 +71,7 @@ REFUSED = {
   "weights of a run": "--weights needs --config",
   "a small world": "codec.kind = 'patches' is fitted by a run: give --workdir",
   "no prompt": "give either --prompt=",
+  "no UTF-8": r"prompt = '\udcff\udcfe' holds half a character, or a byte that is not UTF-8",
   "both starts": "give either --image or --video",
   "odd size": "--height=20: the sides of a video are multiples of 16; the nearest size is 16x32",
   "strict": "frames = 20 is not whole blocks of 3 latent frames; the nearest counts are 9 and 21",

@@ -187,6 +187,11 @@ REFUSED = {
   "no text": (lambda m: m.generate([3]), "prompt = 3: expected text"),
   "texts of a number": (lambda m: m.texts(5), "prompt = 5: expected text"),
   "texts of numbers": (lambda m: m.texts([PROMPT, 5]), "prompt = 5: expected text"),
+  "no UTF-8": (
+    lambda m: m.generate("a\udcff"),
+    r"prompt = 'a.udcff' holds .*not UTF-8; give it as",
+  ),
+  "no UTF-8 to stream": (lambda m: m.stream("a\udcff"), r"prompt = 'a.udcff' holds half a char"),
   "no texts": (lambda m: m.texts([]), "there is no prompt"),
   "takes of a number": (lambda m: m.generate("a", takes=5), "takes = 5: expected section:seed"),
   "takes of numbers": (lambda m: m.generate("a", takes=np.arange(3)), "expected section:seed"),

@@ -135,6 +135,9 @@ def run_flags(main: Callable[[], Any], renamed: Renamed = {}) -> None:  # noqa: 
       # the interpreter ends under it, and crash.
       os._exit(130)
 
+  sys.stdout.reconfigure(
+    errors="surrogateescape"
+  )  # names of files as they were given, in any bytes
   use_huge_pages()  # before anything else: it may start the process once more
   # --help lists the flags of all modules of this package; absl's default is the main module's alone
   for module, defined in flags.FLAGS.flags_by_module_dict().items():

@@ -7,9 +7,9 @@ import dataclasses
 import os
 import pathlib
 
-from hiar_jax.data.list_file import ListFile, is_whole
+from hiar_jax.data.list_file import ListFile
 from hiar_jax.errors import UserError
-from hiar_jax.files import read_text
+from hiar_jax.files import is_whole, read_text
 from hiar_jax.video.video_file import Unusable
 
 METADATA = ("metadata.jsonl", "metadata.csv")

@@ -11,7 +11,7 @@ import pathlib
 from typing import Any
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import read_text
+from hiar_jax.files import is_whole, read_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,6 @@ class ListFile:
         start = reader.line_num + 1
     except csv.Error as error:
       raise self.wrong(start, f'not CSV ({error}); close each quote, write "" in one') from error
-
-
-def is_whole(text: str) -> bool:
-  """Returns False where a text holds a lone surrogate: JSON may write half an emoji as \\ud83d."""
-  return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

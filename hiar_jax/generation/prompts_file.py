@@ -18,6 +18,7 @@ import sys
 from hiar_jax.data.list_file import ListFile
 from hiar_jax.data.prompt_rows import read_rows
 from hiar_jax.errors import MAX_NOISE_SEED, UserError
+from hiar_jax.files import is_whole
 from hiar_jax.generation import timeline as timelines
 from hiar_jax.generation.sections import Takes, read_takes
 from hiar_jax.generation.timeline import Timeline
@@ -83,8 +84,7 @@ def make_jobs(
   two starts or ends, and a timeline or takes that cannot be read.
   """
   for prompt in prompts:
-    if not isinstance(prompt, str):
-      raise UserError(f"prompt = {prompt!r}: expected text")
+    check_prompt(prompt)
   if image and video:
     raise UserError("give either --image or --video: a video starts from one of them")
   if len([end for end in (end_image, end_video, loop) if end]) > 1:
@@ -103,6 +103,17 @@ def make_jobs(
     Job(prompt, check_seed(seed), **files, **told)
     for prompt, seed in zip(prompts, seeds, strict=True)
   ]
+
+
+def check_prompt(prompt: str) -> None:
+  """Raises UserError for what is no text, or none that UTF-8 holds."""
+  if not isinstance(prompt, str):
+    raise UserError(f"prompt = {prompt!r}: expected text")
+  if not is_whole(prompt):
+    raise UserError(
+      f"prompt = {prompt[:60]!r} holds half a character, or a byte that is not UTF-8; give it as "
+      "UTF-8 text"
+    )
 
 
 def check_seed(seed: int) -> int:

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 from fractions import Fraction
 import io
-import json
 import os
 import pathlib
 import struct
@@ -30,7 +29,7 @@ from hiar_jax.errors import UserError
 from hiar_jax.files import DiskFull, reading, writing
 from hiar_jax.video import mp4_boxes
 from hiar_jax.video.frames import checked_frames
-from hiar_jax.video.mp4 import BT709, SITING, yuv_frame
+from hiar_jax.video.mp4 import BT709, SITING, comment, yuv_frame
 
 _MOVFLAGS = "frag_keyframe+empty_moov+default_base_moof"
 _NO_LIMIT = 2**31 - 1  # frames between key frames: only the first frame of a fragment is one
@@ -226,9 +225,7 @@ class _Encoder:
     # This container writes the head and owns the encoder. Its packets are muxed into other
     # containers, one a fragment.
     self._container = av.open(head, "w", format="mp4", options={"movflags": _MOVFLAGS})
-    self._container.metadata["comment"] = json.dumps(
-      dict(metadata), ensure_ascii=False, sort_keys=True
-    )
+    self._container.metadata["comment"] = comment(metadata)
     # zerolatency: a frame is encoded when it is given; one thread: equal bytes on every machine
     options = {"crf": str(crf), "tune": "zerolatency", "threads": "1", **siting}
     self._stream = self._container.add_stream("libx264", rate=rate, options=options)

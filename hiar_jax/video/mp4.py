@@ -55,9 +55,7 @@ def write_mp4(
   pieces = iter([frames] if hasattr(frames, "shape") else frames)
   first = checked_frames(path, next(pieces, np.zeros((0, 0, 0, 3), np.uint8)))
   with whole_file(path) as file, _index_first(file) as container:
-    container.metadata["comment"] = json.dumps(
-      dict(metadata or {}), ensure_ascii=False, sort_keys=True
-    )
+    container.metadata["comment"] = comment(metadata or {})
     # 1001: the denominator of the NTSC rates, as 30000/1001
     rate = Fraction(fps).limit_denominator(1001)
     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), **SITING})
@@ -143,6 +141,14 @@ class _Reader(io.RawIOBase):
     count = os.preadv(self._file.fileno(), [buffer], self._at)
     self._at += count
     return count
+
+
+def comment(metadata: Mapping[str, str]) -> str:
+  """Returns metadata as the text of a container's comment; names of files may hold bytes that are
+  not UTF-8, which become question marks.
+  """
+  text = json.dumps(dict(metadata), ensure_ascii=False, sort_keys=True)
+  return text.encode(errors="replace").decode()
 
 
 def read_metadata(path) -> dict | None:

@@ -54,6 +54,21 @@ def test_weights_may_have_brackets_but_no_backslash(tmp_path):
       use(tmp_path / "w\\1", "dit")
 
 
+def test_a_name_that_is_not_utf8(tmp_path):
+  """Here Orbax writes nothing, and of what lay there before it would say that it is damaged."""
+  folder, said = tmp_path / "caf\udce9", "has a byte that is not UTF-8 in its name"
+  with pytest.raises(UserError, match=said):
+    save(folder)
+  with pytest.raises(UserError, match=f"--workdir=.* {said}"):
+    train.main(tiny_run.make_config(), str(folder))
+  assert list(tmp_path.iterdir()) == []
+  save(tmp_path / "run")
+  (tmp_path / "run").rename(folder)
+  for use in (load_params, lambda path: weights.describe(path, "dit")):
+    with pytest.raises(UserError, match=said):
+      use(folder)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_training_says_so_at_once(tmp_path, name):
   with pytest.raises(UserError, match="--workdir=.* has ") as line:

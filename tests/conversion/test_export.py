@@ -4,6 +4,7 @@ also from a training run.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from hiar_jax.config.building import build
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.conversion.export import export
 from hiar_jax.convert import convert, parse_bytes
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import DiskFull
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny, tiny_run
@@ -147,6 +148,17 @@ def test_what_is_there_is_not_overwritten_unasked(converted, tmp_path):
     "config.json",
     "diffusion_pytorch_model.safetensors",
   ]
+
+
+def test_damaged_weights_are_one_line(converted, tmp_path):
+  shutil.copytree(converted, tmp_path / "weights")
+  chunk = tmp_path / "weights/vae/params/quant.kernel/c/0/0"
+  content = bytearray(chunk.read_bytes())
+  content[len(content) // 2] ^= 4
+  chunk.write_bytes(content)
+  with pytest.raises(Damaged, match=r"params/quant\.kernel is damaged .*convert again") as error:
+    run(tmp_path / "weights", "diffusers", tmp_path / "out", kind="vae")
+  assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("last", range(1, 9))

@@ -14,6 +14,7 @@ import pytest
 from hiar_jax import files
 from hiar_jax.errors import UserError
 from hiar_jax.video import mp4_boxes
+from hiar_jax.video.fragmented_mp4 import FragmentedMP4
 from hiar_jax.video.mp4 import read_metadata, write_mp4
 from hiar_jax.video.png import write_png
 from tests.helpers.video_reader import read_mp4
@@ -231,6 +232,15 @@ def test_a_disk_that_fills_up_while_frames_are_encoded(tmp_path, monkeypatch):
       tmp_path / "clip.mp4",
       np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8),
     )
+
+
+def test_names_that_are_not_utf8_come_with_question_marks(tmp_path):
+  said = {"prompt": "a réd square", "start": "image caf\udce9.png"}
+  path = write_mp4(tmp_path / "clip.mp4", moving_square(), metadata=said)
+  with FragmentedMP4(tmp_path / "stream.mp4", 8, said) as file:
+    file.write(moving_square())
+  for written in (path, file.path):
+    assert read_metadata(written) == {"prompt": "a réd square", "start": "image caf?.png"}
 
 
 def test_where_no_file_can_be_written(tmp_path):
