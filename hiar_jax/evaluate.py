@@ -29,6 +29,7 @@ from hiar_jax.errors import MAX_NOISE_SEED, UserError, above
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
 from hiar_jax.evaluation.rows import Row
+from hiar_jax.files import writing
 from hiar_jax.rollout.noise import seed_key
 from hiar_jax.training import pretrained, samples
 from hiar_jax.training.lineage import BORROWED, DEPENDS
@@ -133,8 +134,11 @@ def measured(out: pathlib.Path) -> list[Row]:
   frames = samples.round_to_blocks(first, given + made) - given
   kinds = () if _NO_BASELINES.value else _BASELINES.value
   planned = [part for part in baselines(runs, prompts, frames) if part.kind in kinds]
+  directory = pathlib.Path(_ROWS.value or out / "rows")
+  for folder in (out, directory):  # before hours of work too
+    with writing(folder):
+      folder.mkdir(parents=True, exist_ok=True)
   for part in planned + [of_run(run, prompts, frames) for run in runs]:
-    directory = _ROWS.value or out / "rows"
     row_files.check_free(directory, part.name, part.config)
     videos = part.make()
     world, train_frames = first.world, first.experiment.data.frames

@@ -87,6 +87,12 @@ COMMANDS = {  # whole command lines
   "--workdir={new} --config=experiments/shape.py": "there is no file 'experiments/shape.py'; did "
   "you mean 'experiments/shapes.py'?",
   "--workdir={new}": "--config is missing",
+  "--config=experiments/shapes.py:smoke --workdir=/dev/null/x": "/dev/null/x: cannot be written "
+  "(Not a directory); choose another place",
+  "--config=experiments/shapes.py:smoke "
+  "--workdir={empty}": "empty.txt: cannot be written (File exists); choose another place",
+  "--config=experiments/shapes.py:smoke --workdir=/proc/x": "/proc/x: cannot be written (No such "
+  "file or directory); choose another place",
   "--config=experiments/shapes.py:smoke": "--workdir is missing",
 }
 ON_EIGHT = {
@@ -121,7 +127,7 @@ def said(chain, tmp_path_factory):
     ]
     results |= dict(zip(cases, chain.commands(commands, devices=devices), strict=True))
     claimed |= {case for case, workdir in workdirs.items() if workdir.exists()}
-  whole = [("hiar_jax.train", case.format(new=out / "w").split()) for case in COMMANDS]
+  whole = [("hiar_jax.train", case.format(new=out / "w", **names).split()) for case in COMMANDS]
   results |= dict(zip(COMMANDS, chain.commands(whole), strict=True))
   return results, claimed
 
@@ -283,6 +289,17 @@ def test_a_loss_that_is_no_number_keeps_the_checkpoint_before(chain):
   assert saved and all(
     np.isfinite(x).all() for x in tiny_run.state(workdir, "causal_init", max(saved)).values()
   )
+
+
+def test_a_table_that_cannot_be_written_is_refused_before_a_video_is_made(chain, tmp_path):
+  given = [f"--workdirs={chain.straight}", f"--rows={tmp_path}/rows", "--videos=2"]
+  given += ["--length=1", "--baselines=data"]
+  places = ("/dev/null/x", str(chain.straight / "config.json"))
+  made = chain.commands([("hiar_jax.evaluate", [*given, f"--out={out}"]) for out in places])
+  for (status, said, err), out in zip(made, places, strict=True):
+    assert (status, said, err.count("\n")) == (2, "", 1), err
+    assert f"error: {out}: cannot be written" in err
+  assert not (tmp_path / "rows").exists()
 
 
 def write_clip(path, seconds: float, fps: int, size: tuple[int, int], caption: str) -> None:

@@ -14,7 +14,9 @@ import time
 import numpy as np
 import pytest
 
+from hiar_jax import train
 from hiar_jax.data import tfds_builder
+from hiar_jax.errors import UserError
 from tests.helpers import tiny_run
 from tests.helpers.disk_page import differences
 from tests.helpers.tiny_run import assert_same_run, files, log
@@ -40,6 +42,19 @@ def test_every_stage_leaves_its_result(chain):
   assert measured["settings"]["frames"] == 16 and len(measured["prompts"]) == 3
   assert list((workdir / "logs").glob("events.*"))
   assert differences("Workdir", files(workdir)) == (set(), set())
+
+
+def test_a_platform_without_a_device_is_one_line(monkeypatch, tmp_path):
+  """As launch/gpu_node.sh where there is no GPU; JAX has no words for it."""
+
+  def none():
+    raise AssertionError
+
+  monkeypatch.setattr(train.jax, "devices", none)
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  with pytest.raises(UserError, match="no device .there is none for JAX_PLATFORMS=cuda.; install"):
+    train.main(tiny_run.make_config(), str(tmp_path / "w"))
+  assert not (tmp_path / "w").exists()
 
 
 def test_trajectories_are_those_of_the_clips(chain):

@@ -14,7 +14,6 @@ import runpy
 import sys
 import traceback
 from typing import Any
-import warnings
 
 from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
@@ -92,7 +91,7 @@ def define_config(help_text: str, cls: type | None, default: str | None = None) 
 
 
 class _FileParser(ConfigFileFlagParser):
-  """Loads a config file, and adds the fields that it leaves out.
+  """Loads a config file (load_config), and adds the fields that it leaves out.
 
   default: the file of a command without --config. added: the keys of those fields, in the config
   that was loaded last.
@@ -105,8 +104,9 @@ class _FileParser(ConfigFileFlagParser):
     self.added: list[str] = []
 
   def parse(self, path: str) -> config_dict.ConfigDict:
-    config = super().parse(os.path.expanduser(path))
-    if self.cls and isinstance(config, config_dict.ConfigDict):  # else an error that is told later
+    config = load_config(path)
+    config.lock()
+    if self.cls:
       self.added = left_out.add(config, self.cls)
     return config
 
@@ -212,18 +212,12 @@ def _parse(argv: list[str]) -> list[str]:
     argv = [argv[0], f"--config={parser.default}", *argv[1:]]
   try:
     try:
-      with warnings.catch_warnings():
-        # ml_collections reads config files by a method that importlib deprecates.
-        warnings.filterwarnings("ignore", r"the load_module\(\) method", DeprecationWarning)
-        rest = flags.FLAGS(argv)
+      rest = flags.FLAGS(argv)
     except (AttributeError, LookupError, OSError, TypeError, ValueError, flags.Error) as error:
       raise _explain(argv, error) from error
     if len(rest) > 1:
       raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      # ml_collections hides a file that cannot be read until the first access.
-      if not isinstance(flags.FLAGS.config, config_dict.ConfigDict):
-        raise _explain(argv, None)
       _drop_left_out()
     if flags.FLAGS["verbosity"].using_default_value:
       # app.run would set INFO, at which Orbax logs many lines for each save
@@ -245,7 +239,7 @@ def _drop_left_out() -> None:
 # ---------------------------------------------------------------------- what was wrong, in one line
 
 
-def _explain(argv: list[str], error: Exception | None) -> UserError:
+def _explain(argv: list[str], error: Exception) -> UserError:
   """Returns an error that names the wrong part: the file, its variant, a key, a value or a flag.
 
   ml_collections reports most of them alike, so the config is loaded here once more and each
@@ -323,7 +317,10 @@ def load_config(spec: str) -> config_dict.ConfigDict:
     there = [str(path) for path in pathlib.Path(os.path.dirname(name)).glob("*.py")]
     raise UserError(f"--config={spec}: there is no file {name!r}; {nearest(name, there)}")
   try:
-    config = runpy.run_path(name)["get_config"](*([variant] if ":" in spec else []))
+    defined = runpy.run_path(name)
+    if "get_config" not in defined:
+      raise UserError(f"--config={spec}: {name} has no function get_config(), which returns one")
+    config = defined["get_config"](*([variant] if ":" in spec else []))
   except UserError:
     raise
   except Exception as error:  # any kind: the file is code of the user
@@ -334,17 +331,28 @@ def load_config(spec: str) -> config_dict.ConfigDict:
       raise UserError(
         f"--config={spec}: there is no variant {variant!r}; {nearest(variant, table)}"
       ) from error
-    # the last line of the file itself, not of a library that it calls
-    lines = [
-      frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name
-    ]
-    where = f"{name}:{lines[-1]}" if lines else name
-    text = str(error.args[0] if error.args else "")
-    if "\\n" in text:  # ml_collections' own advice comes quoted, in one KeyError after another
-      text = text.replace("\\'", "").replace("\\n", "; ").strip("'")
-    raise UserError(f"--config={spec}: {where}: {type(error).__name__}: {text}") from error
+    raise UserError(f"--config={spec}: {_place(error, name)}: {_in_words(error)}") from error
   if not isinstance(config, config_dict.ConfigDict):
-    raise UserError(
-      f"--config={spec}: get_config() returned {type(config).__name__}, expected a ConfigDict"
-    )
+    kind = "None" if config is None else type(config).__name__
+    raise UserError(f"--config={spec}: get_config() returned {kind}, expected a ConfigDict")
   return config
+
+
+def _place(error: Exception, name: str) -> str:
+  """Returns where in the file `name` an error arose: the last line of the file itself, not of a
+  library that it calls.
+  """
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == name]
+  if isinstance(error, SyntaxError) and error.filename == name:  # nothing of it has run
+    lines = [error.lineno]
+  return f"{name}:{lines[-1]}" if lines and lines[-1] else name
+
+
+def _in_words(error: Exception) -> str:
+  """Returns an error as 'Kind: message'."""
+  # the first argument of these is a number, or leaves the file out
+  text = str(error if isinstance(error, OSError | SyntaxError) else [*error.args, ""][0])
+  if "\\n" in text:  # ml_collections' own advice comes quoted, in one KeyError after another
+    text = text.replace("\\'", "").replace("\\n", "; ").strip("'")
+  return f"{type(error).__name__}: {text}" if text else type(error).__name__

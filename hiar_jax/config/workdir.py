@@ -11,6 +11,7 @@ from hiar_jax.config.building import GROUP, walk
 from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import write_atomic
 
+_ADVICE = "restore it, or use another --workdir"
 RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
 
 
@@ -70,14 +71,15 @@ def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
 def read_resolved(workdir: str | os.PathLike) -> dict | None:
   """Reads the config that a workdir was made with; None if it holds none.
 
-  Raises Damaged where the file is not JSON.
+  Raises Damaged where the file is no object of JSON.
   """
   path = pathlib.Path(workdir) / RESOLVED
   if not os.path.isfile(path):  # False for names that no folder has too
     return None
   try:
-    return json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise Damaged(
-      path, f"it is not JSON: {error}", "restore it, or use another --workdir"
-    ) from error
+    stored = json.loads(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise Damaged(path, f"it is not JSON: {error}", _ADVICE) from error
+  if not isinstance(stored, dict):
+    raise Damaged(path, f"expected an object, got {type(stored).__name__}", _ADVICE)
+  return stored

@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from hiar_jax.checkpoints import owners
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 from hiar_jax.files import DiskFull, is_disk_full, write_atomic
 
 _RECIPE = "recipe.json"
@@ -104,9 +104,18 @@ def check_recipe(
 
 
 def read_recipe(directory: str | os.PathLike) -> dict[str, Any] | None:
-  """Returns the recipe in a directory, None if there is none yet."""
+  """Returns the recipe in a directory, None if there is none yet. Raises Damaged."""
   path = pathlib.Path(directory) / _RECIPE
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  advice = f"restore it, or delete {directory} to build the data set again"
+  try:
+    recipe = json.loads(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise Damaged(path, f"it is not JSON: {error}", advice) from error
+  if not isinstance(recipe, dict):
+    raise Damaged(path, f"expected an object, got {type(recipe).__name__}", advice)
+  return recipe
 
 
 def write_recipe(directory: str | os.PathLike, recipe: dict[str, Any]) -> None:

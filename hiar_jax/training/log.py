@@ -36,7 +36,7 @@ class Writer:
     self._jsonl = self._board = None
     if is_writer():
       self.path.parent.mkdir(parents=True, exist_ok=True)
-      _drop(self.path, lambda record: False)  # only an incomplete last line, left by a kill
+      _drop(self.path, lambda record: False)  # only what is damaged, as the last line by a kill
       self._jsonl = open(self.path, "a", encoding="utf-8")
 
   def __enter__(self) -> "Writer":
@@ -126,10 +126,11 @@ def film_strip(clips: np.ndarray, columns: int = 8) -> np.ndarray:
 
 
 def read_log(path: str | os.PathLike, stage: str | None = None) -> list[dict]:
-  """Reads the records of a `metrics.jsonl` (of one stage, if given) in the order written."""
-  with open(path, encoding="utf-8") as file:
-    records = [json.loads(line) for line in file]
-  return [record for record in records if stage is None or record["stage"] == stage]
+  """Reads the records of a `metrics.jsonl` (of one stage, if given) in the order written; damaged
+  lines are named and left out.
+  """
+  records = _records(pathlib.Path(path))
+  return [record for _, record in records if stage is None or record["stage"] == stage]
 
 
 def _number(value: Any) -> int | float | None:
@@ -138,12 +139,29 @@ def _number(value: Any) -> int | float | None:
   return value if isinstance(value, int) or math.isfinite(value) else None
 
 
+def _records(path: pathlib.Path) -> list[tuple[bytes, dict]]:
+  """Returns the file's lines, each with its record, without an incomplete last one; names others
+  that hold no record on stderr, and leaves them out.
+  """
+  found = []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+    try:
+      record = json.loads(line)
+      stage, step = record["stage"], record["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+      stage = step = None
+    whole = line.endswith(b"\n")
+    if whole and isinstance(stage, str) and isinstance(step, int):
+      found.append((line, record))
+    elif whole:
+      print(f"{path}, line {number} is damaged, and left out", file=sys.stderr)
+  return found
+
+
 def _drop(path: pathlib.Path, unwanted: Callable[[dict], bool]) -> None:
-  """Rewrites the file without unwanted records and without an incomplete last line, if any."""
+  """Rewrites the file without unwanted records and what is no record, if there are any."""
   if not path.exists():
     return
-  lines = path.read_bytes().splitlines(keepends=True)
-  whole = [line for line in lines if line.endswith(b"\n")]
-  kept = [line for line in whole if not unwanted(json.loads(line))]
-  if kept != lines:
-    write_atomic(path, b"".join(kept))
+  kept = b"".join(line for line, record in _records(path) if not unwanted(record))
+  if kept != path.read_bytes():
+    write_atomic(path, kept)

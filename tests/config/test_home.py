@@ -3,7 +3,6 @@
 import ast
 import os
 import pathlib
-import warnings
 
 from absl import flags
 import pytest
@@ -93,8 +92,7 @@ def test_a_timeline_may_be_longer_than_a_name(command):
 def test_config_files(home):
   (home / "mine.py").write_text((tiny_run.ROOT / "experiments" / "shapes.py").read_text())
   assert command_line.load_config("~/mine.py:smoke").data.source == "shapes"
-  with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # of ml_collections
-    config = command_line._FileParser(Experiment, None).parse("~/mine.py:smoke")
+  config = command_line._FileParser(Experiment, None).parse("~/mine.py:smoke")
   assert config.data.source == "shapes"
 
 

@@ -45,6 +45,21 @@ def test_a_damaged_config_file_is_named(tmp_path):
     read_resolved(tmp_path)
 
 
+@pytest.mark.parametrize(
+  "content, said",
+  [
+    ("[1, 2]", "expected an object, got list"),
+    ("null", "expected an object, got NoneType"),
+    ("[" * 100_000, "it is not JSON: maximum recursion"),
+    ('{"width": ' + "9" * 5000 + "}", "it is not JSON: Exceeds the limit"),
+  ],
+)
+def test_json_that_is_no_config_is_damage_too(tmp_path, content, said):
+  (tmp_path / "config.json").write_text(content)
+  with pytest.raises(Damaged, match=rf"config\.json is damaged \({said}"):
+    read_resolved(tmp_path)
+
+
 def test_what_json_cannot_hold_is_refused():
   with pytest.raises(UserError, match="a config holds numbers, .* got set"):
     to_json(ConfigDict({"names": {"a"}}))

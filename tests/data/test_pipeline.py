@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from hiar_jax.data import pipeline, shapes_clips, trajectories
+from hiar_jax.data import pipeline, shapes_clips, tfds_builder, trajectories
 from hiar_jax.data.shapes_world import VOCABULARY, WorldConfig
-from hiar_jax.errors import UserError
+from hiar_jax.errors import Damaged, UserError
 
 CLIPS = 23
 
@@ -34,6 +34,17 @@ def numbers(clips):
   table = {clip["position"].tobytes(): i for i, clip in enumerate(made)}
   assert len(table) == CLIPS
   return lambda batch: [table[p.tobytes()] for p in batch["position"]]
+
+
+@pytest.mark.parametrize("content", [b"[1", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_damaged_recipe_is_one_line(tmp_path, content):
+  (tmp_path / "recipe.json").write_bytes(content)
+  for use in (tfds_builder.read_recipe, lambda path: tfds_builder.check_recipe(path, {"seed": 0})):
+    with pytest.raises(
+      Damaged, match=r"recipe\.json is damaged .*; restore it, or delete"
+    ) as error:
+      use(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def _iterator(directory, **changes):

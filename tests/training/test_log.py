@@ -72,6 +72,22 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
   assert [record["step"] for record in read_log(path)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+  "line", [b'{"stage": "in', b"[1]", b"3", b'{"step": 2}', b"\xff\0", b"", b"[" * 10**5]
+)
+def test_a_damaged_line_is_named_and_dropped(tmp_path, line, capsys):
+  path = write(tmp_path, "init", [1])
+  path.write_bytes(path.read_bytes() + line + b"\n")
+  with open(path, "ab") as file:
+    file.write(path.read_bytes().splitlines(keepends=True)[0].replace(b'"step": 1', b'"step": 2'))
+  assert [record["step"] for record in read_log(path)] == [1, 2]
+  assert capsys.readouterr().err == f"{path}, line 2 is damaged, and left out\n"
+  write(tmp_path, "init", [3])
+  assert capsys.readouterr().err.count("line 2 is damaged") == 1
+  assert [record["step"] for record in read_log(path)] == [1, 2, 3]
+  assert capsys.readouterr().err == ""
+
+
 def test_tensorboard_gets_scalars_and_clips(tmp_path):
   with Writer(tmp_path) as writer:
     writer.scalars("init", 1, {"loss": 0.5})
