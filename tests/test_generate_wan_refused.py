@@ -8,7 +8,7 @@ import pytest
 from hiar_jax.checkpoints import weights
 from hiar_jax.models import dit
 from hiar_jax.video.mp4 import write_mp4
-from tests.helpers import tiny_wan
+from tests.helpers import published_files, tiny_wan, torch_archive
 from tests.helpers.tiny_wan import DIT, random_like
 
 
@@ -22,6 +22,8 @@ def refused(place, tmp_path_factory):
   out = tmp_path_factory.mktemp("refused")
   larger = dataclasses.replace(DIT, num_layers=3)
   weights.save(out / "larger", "dit", larger, random_like(larger, dit.DiTConfig.init, 0, 0.1))
+  published_files.diffusers_folder(out / "Tiny-Diffusers")
+  torch_archive.save(published_files.tensors("dit"), out / "self forcing.pt")
   (out / "text.txt").write_text("no picture")
   (out / "prompts.txt").write_text("a\nimage=nowhere.png | b\n")
   write_mp4(out / "short.mp4", np.zeros((8, 16, 32, 3), np.uint8), 16)
@@ -29,6 +31,9 @@ def refused(place, tmp_path_factory):
   cases = {
     "no weights": [config, prompt],
     "missing weights": [config, f"--weights={out}/nowhere", prompt],
+    "a download": [config, f"--weights={out}/Tiny-Diffusers", prompt],
+    "a file": [config, f"--weights={out}/self forcing.pt", prompt],
+    "a missing file": [config, f"--weights={out}/nowhere.safetensors", prompt],
     "another model": [
       config,
       f"--weights={out}/larger",
@@ -66,6 +71,13 @@ def refused(place, tmp_path_factory):
 REFUSED = {
   "no weights": "--weights is missing; give a directory of converted weights",
   "missing weights": "hiar_jax.convert",
+  "a download": "Tiny-Diffusers is published weights, not converted ones; python -m "
+  "hiar_jax.convert --source={out}/Tiny-Diffusers --out=weights/Tiny-Diffusers makes these, then give "
+  "weights/Tiny-Diffusers",
+  "a file": "self forcing.pt is published weights, not converted ones; python -m hiar_jax.convert "
+  "--source='{out}/self forcing.pt' --out='weights/self forcing' makes these",
+  "a missing file": "nowhere.safetensors is not there; expected a directory of converted weights; "
+  "convert published weights with python -m hiar_jax.convert --source=FILES --out=weights/nowhere",
   "another model": "holds another model than the config describes: num_layers 3, not 2",
   "both sources": "give either --workdir, a trained run, or --config with --weights",
   "weights of a run": "--weights needs --config",
@@ -93,5 +105,5 @@ def test_what_cannot_be_done_is_one_line(refused, name):
   status, printed, err = results[name]
   lines = [line for line in err.splitlines() if line.startswith("error: ")]
   assert status == 2 and printed == "" and len(lines) == 1 and "Traceback" not in err, err
-  assert REFUSED[name] in lines[0], err
+  assert REFUSED[name].replace("{out}", str(out)) in lines[0], err
   assert not (out / "x.mp4").exists() and not [*out.rglob("*.tmp")]

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shlex
 import shutil
 from typing import Any
 
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 
 from hiar_jax.checkpoints import stored_arrays
 from hiar_jax.checkpoints.on_disk import MODEL, PARAMS
+from hiar_jax.checkpoints.tensor_files import SUFFIXES
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import to_json
 from hiar_jax.errors import Damaged, UserError, one_of
@@ -34,7 +36,6 @@ from hiar_jax.models.registry import WEIGHTS
 from hiar_jax.types import Params, PyTree
 
 KINDS = tuple(WEIGHTS)
-ADVICE = "convert published weights with python -m hiar_jax.convert --source=FILES --out="
 
 Placement = jax.sharding.Sharding | Callable[[PyTree], PyTree]
 
@@ -70,11 +71,7 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
   folder = _folder(directory, kind)
   path = folder / MODEL
   if not os.path.isfile(path):
-    there = ", ".join(name for name in KINDS if exists(directory, name)) or "nothing"
-    missing = f"{directory} holds no weights of kind {kind!r} (there is {there})"
-    if not os.path.isdir(folder.parent):
-      missing = f"there is no directory {directory}, which should hold weights"
-    raise UserError(f"{missing}; {ADVICE}{directory}")
+    raise _missing(directory, kind)
   try:
     found = build(Description, json.loads(path.read_text()))
   except (UserError, ValueError, AttributeError) as error:
@@ -87,6 +84,45 @@ def describe(directory: str | os.PathLike, kind: str) -> Description:
   if found.params not in PARAMS or not (folder / found.params).is_dir():
     raise Damaged(folder, f"there is no {found.params}", "delete it and convert again")
   return found
+
+
+def _missing(directory: str | os.PathLike, kind: str) -> UserError:
+  """Returns the error of a directory without weights of a kind: it may be published weights, from
+  which they are made.
+  """
+  there = pathlib.Path(directory)
+  made = pathlib.Path("weights") / (
+    there.stem if there.suffix in SUFFIXES else there.absolute().name
+  )
+  if os.path.abspath(made) == os.path.abspath(there):
+    made = made.with_name(f"{made.name}_converted")
+  source, out = shlex.quote(os.fspath(directory)), shlex.quote(str(made))
+  kinds = ", ".join(name for name in KINDS if exists(directory, name))
+  if not kinds and _is_published(there):
+    return UserError(
+      f"{directory} is published weights, not converted ones; python -m hiar_jax.convert "
+      f"--source={source} --out={out} makes these, then give {made}"
+    )
+  if there.suffix in SUFFIXES or os.path.isfile(there):  # no name of a directory
+    is_there = "is no directory" if os.path.isfile(there) else "is not there"
+    said = f"{directory} {is_there}; expected a directory of converted weights"
+  elif os.path.isdir(there):
+    said = f"{directory} holds no weights of kind {kind!r} (there is {kinds or 'nothing'})"
+    out = source
+  else:
+    said, out = f"there is no directory {directory}, which should hold weights", source
+  advice = f"convert published weights with python -m hiar_jax.convert --source=FILES --out={out}"
+  return UserError(f"{said}; {advice}")
+
+
+def _is_published(path: pathlib.Path) -> bool:
+  """Returns True for a file of tensors, and for a folder of a download."""
+  if path.is_dir():
+    marks = ("model_index.json", "transformer")
+    return any((path / name).exists() for name in marks) or any(
+      inside.suffix in SUFFIXES for inside in path.iterdir()
+    )
+  return path.is_file() and path.suffix in SUFFIXES
 
 
 def read_config(directory: str | os.PathLike, kind: str, default: Any = None) -> Any:

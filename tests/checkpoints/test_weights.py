@@ -165,6 +165,18 @@ def test_a_config_from_another_version(saved):
     weights.load(saved, "dit")
 
 
+def test_a_download_is_never_where_to_convert_to(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  download = tmp_path / "weights" / "wan"
+  (download / "transformer").mkdir(parents=True)
+  for given in ("weights/wan", download, "weights/../weights/wan/"):
+    with pytest.raises(UserError, match="--source=.*wan/? --out=weights/wan_converted makes these"):
+      weights.describe(given, "dit")
+  (tmp_path / "notes.txt").write_text("")
+  with pytest.raises(UserError, match="notes.txt is no directory; .*--out=weights/notes.txt"):
+    weights.describe("notes.txt", "dit")
+
+
 @pytest.mark.parametrize("damage", ["bit", "cut", "lost", "metadata", "params"])
 def test_damaged_weights(saved, damage):
   chunk = chunks(saved)[0]
