@@ -5,10 +5,10 @@
 
 --source is a folder in Wan2.1's original layout or in diffusers', or one file (.safetensors, .pt,
 .pth); its --out is a weights directory (see weights.py). --export is a weights directory or a
-training run's directory. Tensors that are missing or left over are errors that list them. Memory:
-a few tensors, or one shard that is written. An interrupted run leaves nothing that passes for
-weights; models that are there already are kept without --overwrite, where they are
-those that are asked for.
+training run's directory. Tensors that are missing or left over are errors that list them;
+of a whole pipeline (ComfyUI's), parts of no known model are said and left out. Memory: a few
+tensors, or one shard that is written. An interrupted run leaves nothing that passes for weights;
+models that are there already are kept without --overwrite, where they are those asked for.
 """
 
 from collections.abc import Iterator
@@ -72,8 +72,10 @@ def convert(
       layouts.check_experts(root)
     # All are opened before the first is written: what is not supported is said at once.
     models = [layouts.open_model(path, given, entry=entry, heads=heads) for given, path in found]
+    said: set[str] = set()  # of a file with several models
     for model in models:
-      yield from model.tensors.notes
+      yield from (note for note in model.tensors.notes if note not in said)
+      said.update(model.tensors.notes)
       yield _convert_model(model, out, dtype, overwrite)
     done = [model.kind for model in models]
     if root.is_dir() and kind is None:

@@ -72,8 +72,8 @@ REFUSED = {
   "no weights": "--weights is missing; give a directory of converted weights",
   "missing weights": "hiar_jax.convert",
   "a download": "Tiny-Diffusers is published weights, not converted ones; python -m "
-  "hiar_jax.convert --source={out}/Tiny-Diffusers --out=weights/Tiny-Diffusers makes these, then give "
-  "weights/Tiny-Diffusers",
+  "hiar_jax.convert --source={out}/Tiny-Diffusers --out=weights/Tiny-Diffusers makes these, then "
+  "give weights/Tiny-Diffusers",
   "a file": "self forcing.pt is published weights, not converted ones; python -m hiar_jax.convert "
   "--source='{out}/self forcing.pt' --out='weights/self forcing' makes these",
   "a missing file": "nowhere.safetensors is not there; expected a directory of converted weights; "

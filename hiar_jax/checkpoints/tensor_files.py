@@ -54,6 +54,8 @@ PIPELINE = {
   "vae": "first_stage_model.",
   "umt5": "text_encoders.umt5xxl.transformer.",
 }
+# Those that a file of one model alone has too; the DiT's are wrappers' parts.
+ALONE = ("vae", "umt5")
 # What ComfyUI keeps among the tensors and is none: the bytes of a tokenizer's file.
 NO_WEIGHT = "spiece_model"
 # State dicts of a file with several, the preferred (those for inference) first.
@@ -103,8 +105,12 @@ def open_tensors(
       f"--entry={entry} is for .pt files, which may hold several sets of weights; {path.name} "
       "holds one: leave it out"
     )
-  if kind in kinds_together(named):
+  together = kinds_together(named)
+  if kind is None and len(together) == 1:
+    (kind,) = together
+  if kind in together:
     prefix = PIPELINE[kind]
+    notes += _other_parts(named, path)
     named = {name.removeprefix(prefix): x for name, x in named.items() if name.startswith(prefix)}
   if NO_WEIGHT in named:
     named = {name: x for name, x in named.items() if name != NO_WEIGHT}
@@ -113,12 +119,23 @@ def open_tensors(
 
 
 def kinds_together(names: Iterable[str]) -> list[str]:
-  """Returns the kinds of the models in ComfyUI's file of a whole pipeline; [] for other names."""
+  """Returns the kinds of the models in ComfyUI's file of a whole pipeline, or of one part under its
+  prefix; [] for other names.
+  """
   names = list(names)
   kinds = [
     kind for kind, prefix in PIPELINE.items() if any(name.startswith(prefix) for name in names)
   ]
-  return kinds if len(kinds) > 1 else []
+  return kinds if len(kinds) > 1 or (kinds and kinds[0] in ALONE) else []
+
+
+def _other_parts(names: Iterable[str], path: pathlib.Path) -> tuple[str, ...]:
+  """Returns a remark on the tensors of a pipeline that are under no prefix known here, if any."""
+  others = sorted(name for name in names if not name.startswith(tuple(PIPELINE.values())))
+  if not others:
+    return ()
+  first = others[0] + (", ..." if len(others) > 1 else "")
+  return (f"{path.name}: {len(others)} tensors of no model known here ({first}) are left out",)
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:

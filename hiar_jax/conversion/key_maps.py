@@ -105,8 +105,8 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
   problems = [f"{len(names)} {problem} ({_some(names)})" for problem, names in unfit if names]
   if problems:
     raise UserError(
-      f"{what}: the tensors do not fit the config: {'; '.join(problems)}. Use these weights' "
-      "config."
+      f"{what}: the tensors are not those of a model that is known here: {'; '.join(problems)}. "
+      "Give the complete weights of one model, and no other config.json beside them."
     )
   arrays: dict[tuple[str, ...], Any] = {}  # by path
   # Layers are collected by row first: rules may come in any order.
@@ -116,7 +116,7 @@ def view_published(named: Mapping[str, Any], rules: Sequence[TensorMapping], wha
     if tuple(published.shape) != rule.shape:
       raise UserError(
         f"{what}: {rule.name} has shape {tuple(published.shape)}, the config asks for "
-        f"{rule.shape}. Use the config of these weights."
+        f"{rule.shape}. Give the complete weights of one model, with its own config.json."
       )
     array = _inward(np.asarray(published), rule.kind)
     if rule.layer is None:

@@ -5,7 +5,7 @@ shards, or a single file. Sizes follow from the tensors' shapes; what shapes do 
 (heads, epsilon, the statistics of latents) is read from a config.json beside them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -55,6 +55,8 @@ CLASSES = {
 EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 # Wan2.2's autoencoder, which is not supported: found so that it is said.
 NEWER_VAE = "Wan2.2_VAE"
+# Last parts of the names of tensors that only scaled (quantised) weights have, as ComfyUI's.
+SCALES = {"scaled_fp8", "scale_weight", "scale_input", "weight_scale", "input_scale", "comfy_quant"}
 _ROWS = 4096  # of two tables, compared at once
 
 
@@ -135,6 +137,7 @@ def open_model(
   UserError if the tensors are those of another kind, or of no known one.
   """
   tensors = tensor_files.open_tensors(path, entry, kind)
+  _check_not_scaled(tensors.named, path)
   found = [model for marker, model in MARKER_TENSORS.items() if marker in tensors.named]
   if not found and kind is None:
     names = ", ".join(sorted(tensors.named)[:3])
@@ -159,6 +162,16 @@ def open_model(
     stated["num_heads"] = heads
   # Stated fields win: where they contradict the shapes, checking the tensors names the difference.
   return Model(kind, layout, infer_config.build(kind, {**sizes, **stated}, str(path)), tensors)
+
+
+def _check_not_scaled(names: Iterable[str], path: pathlib.Path) -> None:
+  """Raises UserError for quantised weights, whose numbers mean nothing without their scales."""
+  scales = sorted(name for name in names if name.rpartition(".")[2] in SCALES)
+  if scales:
+    raise UserError(
+      f"{path}: fp8-scaled weights ({len(scales)} tensors of scales, as {scales[0]}), which are "
+      "not read; give the same weights in bfloat16, float16 or float32"
+    )
 
 
 def _stated(folder: pathlib.Path, kind: str) -> dict:
