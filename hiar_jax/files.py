@@ -38,10 +38,9 @@ class DiskFull(UserError):
       return
     where = ""
     if path is not None:
-      free = free_space(path)
       figures = [f"{size(needed)} needed"] if needed is not None else []
-      figures += [f"{size(free)} free"] if free is not None else []
-      where = f" of {os.fspath(path)}" + (f" ({', '.join(figures)})" if figures else "")
+      figures.append(f"{size(free_space(path))} free")
+      where = f" of {os.fspath(path)} ({', '.join(figures)})"
     super().__init__(
       f"no space left on the disk{where}; {kept}free some space and run the same command"
     )
@@ -83,18 +82,15 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     error = error.__cause__ or error.__context__
 
 
-def free_space(path: str | os.PathLike) -> int | None:
-  """Returns the bytes left on the disk of a path, which need not exist; None for a bucket."""
-  if "://" in os.fspath(path):
-    return None
+def free_space(path: str | os.PathLike) -> int:
+  """Returns the bytes left on the disk of a path, which need not exist."""
   absolute = pathlib.Path(path).absolute()
   return shutil.disk_usage(next(p for p in (absolute, *absolute.parents) if p.exists())).free
 
 
 def check_space(path: str | os.PathLike, needed: int) -> None:
   """Raises DiskFull if the disk of `path` has less than `needed` bytes left."""
-  free = free_space(path)
-  if free is not None and free < needed:
+  if free_space(path) < needed:
     raise DiskFull(path, needed, "nothing was written")
 
 
@@ -122,13 +118,18 @@ def is_whole(text: str) -> bool:
 
 
 def check_name(path: str | os.PathLike, given: str, *, checkpoints: bool = False) -> None:
-  """Raises UserError for a folder whose absolute path Orbax misreads.
+  """Raises UserError for an address (gs://...), and a folder whose absolute path Orbax misreads.
 
   TensorStore takes a backslash for a slash, and UTF-8 alone. When a checkpoint is saved, Orbax
   finds its parts by a pattern, in which [...] stands for one character. given: the flag with its
   value, which the message begins with. checkpoints: True where training checkpoints will be saved
   there.
   """
+  if "://" in os.fspath(path):
+    raise UserError(
+      f"{given}: expected a folder, not an address; mount the bucket (gcsfuse BUCKET /mnt/BUCKET) "
+      "and give a folder in it, as /mnt/BUCKET/runs"
+    )
   absolute = os.path.abspath(path)
   for mark, wrong in (
     ("a backslash", "\\" in absolute),

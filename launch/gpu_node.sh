@@ -4,13 +4,17 @@
 #   launch/gpu_node.sh --config=experiments/hiar_wan_1_3b.py --workdir=/shared/runs/hiar \
 #     [--config.KEY=VALUE ...] [--dry-run]
 #   srun --nodes=4 --ntasks-per-node=1 launch/gpu_node.sh ...
-# PYTHON picks the interpreter. Needs: pip install 'hiar_jax[cuda]', and a workdir that every node
-# sees.
+# Relative paths are those of the folder that it is called in. PYTHON picks the interpreter. Needs:
+# pip install 'hiar_jax[cuda]', and a workdir that every node sees.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 
 arguments=() dry=
 for argument in "$@"; do
+  # experiments/NAME.py is the checkout's, from any folder that has none of that name
+  file=${argument#--config=}
+  [[ $argument == --config=* && ! -e ${file%%:*} && -f $root/${file%%:*} ]] &&
+    argument=--config=$root/$file
   [[ $argument == --dry-run ]] && dry=yes || arguments+=("$argument")
 done
 if ((${#arguments[@]} == 0)); then
@@ -20,6 +24,7 @@ if ((${#arguments[@]} == 0)); then
 fi
 
 environment=(
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # the package of this checkout
   JAX_PLATFORMS=cuda # fail where no GPU is found, instead of training on the CPU
   TF_CPP_MIN_LOG_LEVEL=1
   # the rest is NCCL's and the video decoder's

@@ -3,12 +3,16 @@
 # stopped run.
 #   launch/local.sh --config=experiments/shapes.py --workdir=runs/shapes \
 #     [--config.KEY=VALUE ...] [--dry-run]
-# PYTHON picks the interpreter.
+# Relative paths are those of the folder that it is called in. PYTHON picks the interpreter.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+root=$(cd "$(dirname "$0")/.." && pwd)
 
 arguments=() dry=
 for argument in "$@"; do
+  # experiments/NAME.py is the checkout's, from any folder that has none of that name
+  file=${argument#--config=}
+  [[ $argument == --config=* && ! -e ${file%%:*} && -f $root/${file%%:*} ]] &&
+    argument=--config=$root/$file
   [[ $argument == --dry-run ]] && dry=yes || arguments+=("$argument")
 done
 if ((${#arguments[@]} == 0)); then
@@ -18,6 +22,7 @@ if ((${#arguments[@]} == 0)); then
 fi
 
 environment=(
+  PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # the package of this checkout
   TF_CPP_MIN_LOG_LEVEL=1 # XLA's notes are no news
 )
 command=(env "${environment[@]}" "${PYTHON:-python}" -m hiar_jax.train "${arguments[@]}")

@@ -24,7 +24,7 @@ ARGUMENTS = [
 POD = {"TPU_NAME": "pod", "ZONE": "zone-a"}
 
 
-def launch(script, *arguments, **environment):
+def launch(script, *arguments, folder=None, **environment):
   clean = {
     key: value
     for key, value in os.environ.items()
@@ -35,6 +35,7 @@ def launch(script, *arguments, **environment):
     capture_output=True,
     text=True,
     env={**clean, **environment},
+    cwd=folder,
     timeout=60,
   )
 
@@ -103,6 +104,36 @@ def test_local_runs_what_the_dry_run_prints(tmp_path):
   assert result.stdout.splitlines() == ["-m", "hiar_jax.train", *ARGUMENTS]
 
 
+@pytest.mark.parametrize("script", ["local.sh", "gpu_node.sh"])
+def test_paths_are_those_of_the_callers_folder(tmp_path, script):
+  """With an interpreter that says where it is called, and with what."""
+  tell = tmp_path / "tell.sh"
+  tell.write_text('#!/bin/sh\npwd; for argument in "$@"; do echo "$argument"; done\n')
+  tell.chmod(0o755)
+  (tmp_path / "mine.py").write_text("")
+  for config, found in (
+    ("mine.py:smoke", "mine.py:smoke"),
+    ("experiments/shapes.py:smoke", f"{LAUNCH.parent}/experiments/shapes.py:smoke"),
+    ("experiments/none.py", "experiments/none.py"),
+  ):
+    given = [f"--config={config}", "--workdir=runs/a run"]
+    result = launch(script, *given, PYTHON=str(tell), folder=tmp_path)
+    assert result.stdout.splitlines() == [
+      str(tmp_path),
+      "-m",
+      "hiar_jax.train",
+      f"--config={found}",
+      "--workdir=runs/a run",
+    ]
+
+
+@pytest.mark.parametrize("script", ["local.sh", "gpu_node.sh"])
+def test_the_package_is_that_of_the_checkout(tmp_path, script):
+  assert f"PYTHONPATH={LAUNCH.parent}" in dry_run(script)
+  result = launch(script, "--config=", "--workdir=w", PYTHON=sys.executable, folder=tmp_path)
+  assert result.returncode == 2 and "--config=: there is no file ''" in result.stderr
+
+
 def test_a_node_uses_its_gpus_and_slurm_makes_one_job_of_many():
   words = dry_run("gpu_node.sh", PYTHON=sys.executable, XLA_FLAGS="--mine=1")
   assert "JAX_PLATFORMS=cuda" in words and "HIAR_DISTRIBUTED=1" not in words
@@ -120,6 +151,14 @@ def test_a_pod_runs_the_same_line_on_every_host():
   assert there[:3] == ["cd", "~/hiar_jax", "&&"]
   assert "HIAR_DISTRIBUTED=1" in there
   assert there[-6:] == ["python3", "-m", "hiar_jax.train", *ARGUMENTS]
+
+
+@pytest.mark.parametrize(
+  "directory, there", [("/my dir/x", r"/my\ dir/x"), ("~/my dir", r"~/my\ dir"), ("a;b", r"a\;b")]
+)
+def test_the_checkout_of_a_pod_may_have_any_name(directory, there):
+  words = dry_run("tpu_pod.sh", **POD, DIRECTORY=directory)
+  assert words[-1].startswith(f"--command=cd {there} && env ")
 
 
 def test_a_pod_needs_a_name_and_a_zone():

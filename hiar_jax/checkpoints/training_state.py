@@ -256,8 +256,7 @@ def _opened(
 def _path(directory: str | os.PathLike) -> epath.Path:
   text = os.fspath(directory)
   check_name(text, f"checkpoints in {text}")
-  # Orbax needs absolute paths; those of buckets (gs://...) are absolute already.
-  return epath.Path(text if "://" in text else os.path.abspath(text))
+  return epath.Path(os.path.abspath(text))  # Orbax needs absolute paths
 
 
 def _manager(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hiar_jax.config.building import GROUP, walk
 from hiar_jax.errors import Damaged, UserError
-from hiar_jax.files import write_atomic
+from hiar_jax.files import check_name, write_atomic
 
 _ADVICE = "restore it, or use another --workdir"
 RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
@@ -71,8 +71,9 @@ def save_resolved(config: Any, workdir: str | os.PathLike) -> None:
 def read_resolved(workdir: str | os.PathLike) -> dict | None:
   """Reads the config that a workdir was made with; None if it holds none.
 
-  Raises Damaged where the file is no object of JSON.
+  Raises Damaged where the file is no object of JSON, UserError as files.check_name.
   """
+  check_name(workdir, os.fspath(workdir))
   path = pathlib.Path(workdir) / RESOLVED
   if not os.path.isfile(path):  # False for names that no folder has too
     return None

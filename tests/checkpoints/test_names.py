@@ -11,6 +11,8 @@ from hiar_jax import stream, train
 from hiar_jax.checkpoints import stored_arrays, training_state, weights
 from hiar_jax.checkpoints.training_state import Checkpoints, load_params
 from hiar_jax.errors import UserError
+from hiar_jax.generation.model_options import ModelOptions
+from hiar_jax.training.run import open_run
 from tests.helpers import tiny_run
 
 REFUSED = {"lr=1e-3,b[16]": "brackets", "r[0:10]": "brackets", "back\\slash": "a backslash"}
@@ -67,6 +69,23 @@ def test_a_name_that_is_not_utf8(tmp_path):
   for use in (load_params, lambda path: weights.describe(path, "dit")):
     with pytest.raises(UserError, match=said):
       use(folder)
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  bucket = "gs://bucket/runs/a"
+  for use in (
+    save,
+    load_params,
+    lambda path: train.main(tiny_run.make_config(), path),
+    lambda path: weights.describe(path, "dit"),
+    lambda path: ModelOptions(workdir=path).open_model(),
+    lambda path: open_run(tiny_run.make_config(stages_from=path), tmp_path / "w"),
+  ):
+    with pytest.raises(UserError, match=f"{bucket}: expected a folder.* mount the bucket") as error:
+      use(bucket)
+    assert "\n" not in str(error.value)
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", REFUSED)
