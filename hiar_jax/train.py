@@ -21,7 +21,7 @@ import jax
 from hiar_jax import peak_memory
 from hiar_jax.checkpoints import lock
 from hiar_jax.config import command_line as configs
-from hiar_jax.errors import UserError
+from hiar_jax.parallel.mesh import all_devices
 from hiar_jax.progress import is_writer
 from hiar_jax.training import stages
 from hiar_jax.training.experiment import Experiment
@@ -53,7 +53,7 @@ def main(config, workdir: str, extend: bool = False) -> None:
   # Several hosts, each running this command, find one another before any device is used.
   if os.environ.get("HIAR_DISTRIBUTED"):
     jax.distributed.initialize()
-  check_devices()
+  all_devices()  # raises where there is none of the platform that is asked for
   with contextlib.ExitStack() as stack:
     if is_writer():  # the others of the same job write beside it
       stack.enter_context(lock.held(workdir, f"--workdir={workdir}"))
@@ -72,19 +72,6 @@ def main(config, workdir: str, extend: bool = False) -> None:
       started = time.monotonic()
       stage(run)
       report(name, time.monotonic() - started)
-
-
-def check_devices() -> None:
-  """Raises UserError where JAX finds no device of the platform that it is told to use."""
-  try:
-    jax.devices()
-  except (AssertionError, RuntimeError) as error:  # the first without a word
-    platforms = os.environ.get("JAX_PLATFORMS", "")
-    said = " ".join(str(error).split()) or f"there is none for JAX_PLATFORMS={platforms}"
-    raise UserError(
-      f"JAX finds no device ({said}); install JAX for it (launch/setup.sh cuda), check the driver "
-      "(nvidia-smi), or leave JAX_PLATFORMS out (launch/local.sh) to train on what is there"
-    ) from error
 
 
 def after_teacher(experiment: Experiment) -> tuple:

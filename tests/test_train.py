@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_platform_without_a_device_is_one_line(monkeypatch, tmp_path):
   def none():
     raise AssertionError
 
-  monkeypatch.setattr(train.jax, "devices", none)
+  monkeypatch.setattr(jax, "devices", none)
   monkeypatch.setenv("JAX_PLATFORMS", "cuda")
   with pytest.raises(UserError, match="no device .there is none for JAX_PLATFORMS=cuda.; install"):
     train.main(tiny_run.make_config(), str(tmp_path / "w"))

@@ -16,7 +16,7 @@ import pathlib
 import re
 
 from hiar_jax.errors import UserError
-from hiar_jax.files import read_text
+from hiar_jax.files import is_whole, read_text
 
 # Nothing is given back (`++`, `*+`), and nothing begins but behind a separator: each letter is read
 # a few times, whatever the text.
@@ -111,6 +111,10 @@ def read(source: str | os.PathLike, folder: str | os.PathLike = "") -> Timeline:
   text = os.fspath(source)
   path = pathlib.Path(folder) / os.path.expanduser(text)
   if _MARK.match(text.lstrip()) or _LIKE_MARK.match(text.lstrip()):
+    if not is_whole(text):
+      raise UserError(
+        f"timeline {text[:80]!r} holds a byte that is not UTF-8; give it as UTF-8 text"
+      )
     return parse(text)
   try:
     return parse(read_text(path, "timeline"), f"timeline {path}")

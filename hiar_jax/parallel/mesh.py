@@ -10,6 +10,7 @@ give the update that one device gives.
 from collections.abc import Mapping
 import dataclasses
 import math
+import os
 
 import jax
 from jax.experimental import mesh_utils
@@ -78,13 +79,28 @@ class MeshConfig:
         raise UserError(f"mesh.{' x '.join(axes)} = {size} does not divide {what}")
 
 
+def all_devices() -> list[jax.Device]:
+  """Returns the devices of all processes. Raises UserError where JAX finds none of the platform
+  that it is told to use.
+  """
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError) as error:  # the first without a word
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    said = " ".join(str(error).split()) or f"there is none for JAX_PLATFORMS={platforms}"
+    raise UserError(
+      f"JAX finds no device ({said}); install JAX for it (launch/setup.sh cuda), check the driver "
+      "(nvidia-smi), or leave JAX_PLATFORMS out (launch/local.sh) for what is there"
+    ) from error
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
   """Returns a (data, fsdp) mesh over all devices, or the given ones; with axes ring, tensor and
   sequence behind these where they are larger than 1.
 
   Raises UserError where the sizes do not multiply to the number of devices.
   """
-  devices = jax.devices() if devices is None else devices
+  devices = all_devices() if devices is None else devices
   count = len(devices)
   sizes = [config.data, config.fsdp]
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):

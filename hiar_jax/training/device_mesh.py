@@ -22,7 +22,7 @@ import numpy as np
 
 from hiar_jax.errors import UserError
 from hiar_jax.models.frames import Network, abstract_weights
-from hiar_jax.parallel.mesh import MeshConfig, make_mesh
+from hiar_jax.parallel.mesh import MeshConfig, all_devices, make_mesh
 from hiar_jax.parallel.rules import Rules, tree_shardings
 from hiar_jax.peak_memory import size
 from hiar_jax.planning import device_memory
@@ -40,7 +40,7 @@ def open_mesh(
   """Returns the mesh of a run over all devices, or the given ones. memory: bytes of each; None: as
   they are counted here. Raises UserError as make_mesh.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  devices = all_devices() if devices is None else list(devices)
   config = e.mesh
   if config.data == config.fsdp == -1:
     if memory is None:

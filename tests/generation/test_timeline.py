@@ -104,6 +104,8 @@ def test_files_and_texts(tmp_path, monkeypatch):
   path.write_text("\ufeff0s: a\n10s: b\n")
   assert timeline.read(path).entries == timeline.read(str(path)).entries
   assert [entry.time for entry in timeline.read("0s: a, 10s: b").entries] == [0, 10]
+  with pytest.raises(UserError, match="holds a byte that is not UTF-8"):
+    timeline.read("0s: a \udcff")
   monkeypatch.setenv("HOME", str(tmp_path))
   assert timeline.read(f"~/{path.name}").entries == timeline.read(path).entries
   path.write_text("0s: a\n10s: b\n", encoding="utf-16")
