@@ -4,9 +4,10 @@
       --workdirs=runs/shapes,runs/self_forcing,runs/self_aligned,runs/no_forward_kl
 
 Rows: true clips, true clips through the codec, the teacher (at its training length), the causal
-init of each method, and each run's student; same held-out prompts, same seeds. Writes
-metrics.json, table.md, fifths.png and a contact sheet per row, and for each row a small file of
-what every video measures (to OUT/rows, or --rows). Such files alone make the same tables:
+init of each method, and each run's student, all of one world and clip length; same held-out
+prompts, same seeds. Writes metrics.json, table.md, fifths.png and a contact sheet per row, and for
+each row a small file of what every video measures (to OUT/rows, or --rows). Such files alone make
+the same tables:
 
     python -m hiar_jax.evaluate --from=runs/compare/rows --out=runs/table
 
@@ -24,7 +25,7 @@ from absl import flags
 import numpy as np
 
 from hiar_jax.config import command_line as configs
-from hiar_jax.config.workdir import to_json
+from hiar_jax.config.workdir import difference, to_json
 from hiar_jax.errors import MAX_NOISE_SEED, UserError, above
 from hiar_jax.evaluation import report, shapes_truth
 from hiar_jax.evaluation import rows as row_files
@@ -122,16 +123,13 @@ def measured(out: pathlib.Path) -> list[Row]:
   """
   runs = [open_run(read_config(workdir), workdir, save=False) for workdir in _WORKDIRS.value]
   first, found = runs[0], []
-  names = [run_name(run) for run in runs]
-  if len(set(names)) < len(names):
-    raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
-  for run in runs:  # both raise, before hours of work
-    run.world  # noqa: B018
-    step_of(run, run.experiment.last_stage)
-  prompts = first.held_out(_VIDEOS.value)
   given = samples.given_pixels(first)
   made = round(_LENGTH.value * (first.experiment.data.frames - given))
   frames = samples.round_to_blocks(first, given + made) - given
+  check_together(runs, frames)  # before hours of work
+  for run in runs:
+    step_of(run, run.experiment.last_stage)  # raises too
+  prompts = first.held_out(_VIDEOS.value)
   kinds = () if _NO_BASELINES.value else _BASELINES.value
   planned = [part for part in baselines(runs, prompts, frames) if part.kind in kinds]
   directory = pathlib.Path(_ROWS.value or out / "rows")
@@ -153,9 +151,35 @@ def measured(out: pathlib.Path) -> list[Row]:
   return row_files.in_order(found)
 
 
+def check_together(runs: list[Run], frames: int) -> None:
+  """Raises UserError for runs that no one table can hold: of one name, without a truth or with
+  different ones, or that cannot make videos of `frames` new frames.
+  """
+  names = [run_name(run) for run in runs]
+  if len(set(names)) < len(names):
+    raise UserError(f"--workdirs: runs of one name ({'; '.join(names)}); rename a folder")
+  # which clips were trained on is no matter of the truth
+  first, *others = [dataclasses.replace(run.world, later=0.0) for run in runs]
+  apart = "measure it in a sitting of its own (another --rows and --out)"
+  for name, world, run in zip(names[1:], others, runs[1:], strict=True):
+    lines = difference(*map(dataclasses.asdict, (first, world)))
+    if lines:
+      raise UserError(
+        f"--workdirs: {name!r} has other clips to be measured against than {names[0]!r} "
+        f"(data, {names[0]} -> {name}: {'; '.join(lines)}); {apart}"
+      )
+    start = samples.given_pixels(run)
+    try:
+      samples.round_to_blocks(run, start + frames, strict=True)
+    except UserError as error:
+      raise UserError(
+        f"--workdirs: {name!r}: {error}; take another --length, or {apart}"
+      ) from error
+
+
 def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]:
   """Returns true clips, the same through the codec, the first run's teacher, and the causal init of
-  each method.
+  each method (causal_inits).
   """
   first = runs[0]
   clips, captions = shapes_truth.true_clips(first.world, frames=frames)
@@ -181,14 +205,32 @@ def baselines(runs: list[Run], prompts: list[str], frames: int) -> list[Planned]
     ),
     Planned("teacher, training length", "teacher", prompts, groups, teacher),
   ]
-  # Causal students of the same method share a row, of the first one's weights.
-  students = [run for run in runs if run.experiment.framepack is None]
-  methods = {f"causal init, {row_label(run)}": run for run in reversed(students)}
-  for name, run in reversed(methods.items()):
+  for name, run in causal_inits(runs).items():
     make = functools.partial(videos_of, run, "causal_init", prompts, frames, name)
     config = config_of(run, (*SHARED_GROUPS, "history"))
     planned.append(Planned(name, "causal_init", prompts, config, make))
   return planned
+
+
+def causal_inits(runs: list[Run]) -> dict[str, Run]:
+  """Returns the rows of causal inits -> the first run with each: those of the same weights that
+  make videos by the same method share one. Where methods of one label do not, rows have the run's
+  name too.
+  """
+  found: dict[tuple, Run] = {}
+  for run in runs:
+    e = run.experiment
+    if e.framepack is None:
+      place = os.path.realpath(e.weights.student or run.directory("causal_init"))
+      # the gradient is of the training after it
+      method = dataclasses.replace(run.method, gradient="detached")
+      found.setdefault((place, method, e.seed), run)
+  labels = [row_label(run) for run in found.values()]
+  named = [
+    f"causal init{'' if labels.count(label) == 1 else f' of {run.workdir.name}'}, {label}"
+    for label, run in zip(labels, found.values(), strict=True)
+  ]
+  return dict(zip(named, found.values(), strict=True))
 
 
 def of_run(run: Run, prompts: list[str], frames: int) -> Planned:
