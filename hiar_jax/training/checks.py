@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from hiar_jax.data.prompt_rows import read_prompts
 from hiar_jax.errors import UserError
+from hiar_jax.evaluation import drift
 from hiar_jax.parallel.mesh import check_batch
 from hiar_jax.progress import is_writer
 from hiar_jax.training.experiment import Experiment
@@ -31,6 +32,7 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
     raise UserError(f"model.{why}; 'auto' takes what can run")
   if not e.framepack:
     _check_distillation(e)
+  _check_measured(e)
   if e.sample.prompts != "held_out":
     read_prompts(e.sample.prompts)  # raises where the file is missing or empty
     if e.given and e.data.opened.world is None:
@@ -38,6 +40,24 @@ def check_stages(e: Experiment, mesh: Mesh, clips: tuple[float, str]) -> None:
         f"sample.prompts = {e.sample.prompts!r}: a video starts from framepack.given = {e.given} "
         "frames, which prompts of a file do not have; expected 'held_out', the captions of clips"
       )
+
+
+def _check_measured(e: Experiment) -> None:
+  """Raises UserError for videos that are too short to be measured against the truth."""
+  if e.data.opened.world is None:
+    return
+  block, given = e.history.block, e.codec.pixel_frames(e.given) if e.given else 0
+  frames = [
+    e.codec.pixel_frames(e.given + blocks * block) - given for blocks in range(drift.SEGMENTS + 1)
+  ]
+  made = frames[min(-(-e.sample_frames // block), drift.SEGMENTS)]
+  if made < drift.SEGMENTS:
+    fewer = sum(count < drift.SEGMENTS for count in frames) - 1  # blocks: one more are enough
+    shortest = math.floor(100 * fewer * block / (e.latent.frames - e.given) + 1e-9) / 100 + 0.01
+    raise UserError(
+      f"sample.length = {e.sample.length}: videos of {made} frames, and measuring takes "
+      f"{drift.SEGMENTS}; give at least {shortest:.2f}"
+    )
 
 
 def _check_videos(e: Experiment) -> None:

@@ -5,6 +5,7 @@ runs, with their sources, are in experiments/.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from hiar_jax.components.interfaces import AutoencoderConfig, TextEncoderConfig
@@ -299,6 +300,12 @@ class Experiment:
     codec, data = self.codec, self.data
     height, width = data.height // codec.spatial_factor, data.width // codec.spatial_factor
     return LatentShape(codec.latent_frames(data.frames), height, width, codec.channels)
+
+  @property
+  def sample_frames(self) -> int:
+    """The latent frames of a video of sample.length, beside given ones; not in whole blocks yet."""
+    # 1e-9: a product such as 1.1 * 10 may lie just above its whole number
+    return math.ceil(self.sample.length * (self.latent.frames - self.given) - 1e-9)
 
   @property
   def teacher_latent(self) -> LatentShape:

@@ -3,7 +3,6 @@ a contact sheet).
 """
 
 from collections.abc import Sequence
-import math
 import pathlib
 import re
 import sys
@@ -43,9 +42,7 @@ def measured_prompts(run: Run, prompts: list[str]) -> list[str]:
 def long_frames(run: Run) -> int:
   """Returns the frames of a video of `length` training lengths in whole blocks, and given ones."""
   e = run.experiment
-  # 1e-9: a product such as 1.1 * 10 may lie just above its whole number
-  latent = math.ceil(e.sample.length * (e.latent.frames - e.given) - 1e-9)
-  return round_to_blocks(run, e.codec.pixel_frames(e.given + latent))
+  return round_to_blocks(run, e.codec.pixel_frames(e.given + e.sample_frames))
 
 
 def round_to_blocks(run: Run, frames: int, strict: bool = False) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from hiar_jax.config.building import build
 from hiar_jax.errors import UserError
-from hiar_jax.training import stages
+from hiar_jax.training import samples, stages
 from hiar_jax.training.experiment import Experiment
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import EIGHT, make_run
@@ -72,6 +72,33 @@ def test_what_alone_training_cannot_do(tmp_path, changes, message):
   with pytest.raises(UserError, match=re.escape(message)):
     make_run(tmp_path / "w", **changes)
   assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+  ("changes", "made", "shortest"),
+  [
+    ({}, 2, 1.01),  # of clips of four frames, in blocks of two
+    ({"history__block": 4}, 4, 1.01),
+    ({"data__frames": 18, "history__block": 3}, 3, 0.17),
+    ({"data__frames": 18, "history__block": 6, "history__window": 6}, None, None),
+  ],
+)
+def test_videos_too_short_to_be_measured(tmp_path, changes, made, shortest):
+  """Before the first stage, with the shortest length that is not."""
+  changes = {"history__window": 4, **changes}
+  short = {**changes, "sample__length": 0.1}
+  if made:
+    said = f"videos of {made} frames, and measuring takes 5; give at least {shortest}"
+    with pytest.raises(UserError, match=f"^sample.length = 0.1: {said}$"):
+      make_run(tmp_path / "w", **short)
+    assert not (tmp_path / "w").exists()
+    with pytest.raises(UserError, match="measuring takes 5"):
+      make_run(tmp_path / "w", **changes, sample__length=shortest - 0.01)
+  run = make_run(tmp_path / "w", **changes, sample__length=shortest or 0.1)
+  assert samples.long_frames(run) >= 5
+  # without a truth nothing is measured that takes as many
+  films = {"data__source": "videos", "data__folder": str(tmp_path)}
+  assert samples.long_frames(make_run(tmp_path / "x", **short, **films)) == (made or 6)
 
 
 def test_a_warm_up_that_never_ends_is_said(tmp_path, capfd):
