@@ -200,6 +200,11 @@ class Change:
   until: str = ""
   sampled: tuple[str, ...] = ()
 
+  @property
+  def keeps_samples(self) -> bool:
+    """True where samples stay that were made with other fields."""
+    return bool(self.sampled) and not self.until
+
   def notes(self, workdir: pathlib.Path) -> list[str]:
     """Returns what is to be said of them, a line each."""
     found = []
@@ -207,7 +212,7 @@ class Change:
       after = f" after {self.until}" if self.until else ""
       said = f"{workdir} goes on{after} with another config (before -> now): "
       found.append(said + "; ".join(self.lines))
-    if self.sampled and not self.until:
+    if self.keeps_samples:
       found.append(
         f"note: the samples are there, as they were made before ({'; '.join(self.sampled)}); "
         f"remove {workdir / 'sample'} to make others"

@@ -349,7 +349,10 @@ def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) ->
     print(said, file=sys.stderr)
   change.begin(run.workdir)
   before = read_resolved(run.workdir)
-  save_resolved(places.as_stored(config, run.workdir, before), run.workdir)
+  stored = places.as_stored(config, run.workdir, before)
+  if change.keeps_samples:
+    stored["sample"] = before["sample"]  # describes those that are there
+  save_resolved(stored, run.workdir)
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:

@@ -139,11 +139,17 @@ def test_a_finished_run_is_trained_longer_where_that_is_said(finished, capfd):
 def test_samples_that_are_not_made_again_are_said(finished, capfd):
   make_run(finished, log__every=7)
   assert "samples" not in capfd.readouterr().err
-  make_run(finished, sample__length=8.0)
   said = (
     "note: the samples are there, as they were made before (sample.length: 4.0 -> 8.0); remove "
   )
-  assert f"{said}{finished}/sample to make others" in capfd.readouterr().err
+  for _ in range(2):  # at every start
+    make_run(finished, sample__length=8.0, log__every=9)
+    assert f"{said}{finished}/sample to make others" in capfd.readouterr().err
+    stored = read_config(finished)
+    assert stored.sample.length == 4.0 and stored.log.every == 9
+  shutil.rmtree(finished / "sample")
+  make_run(finished, sample__length=8.0)
+  assert "samples" not in capfd.readouterr().err and read_config(finished).sample.length == 8.0
 
 
 @pytest.mark.parametrize(
