@@ -44,11 +44,11 @@ class Checkpoints(contextlib.AbstractContextManager):
     """Opens or creates `directory`, keeping the newest `keep` checkpoints.
 
     `config` (ConfigDict, dataclass or dict) describes the model; restoring under a different one
-    raises UserError, but for the fields `free`, as in workdir.difference.
+    raises UserError, but for the fields `free`, as in workdir.difference. None compares nothing.
     """
     check_name(directory, f"checkpoints in {os.fspath(directory)}", checkpoints=True)
     self.directory = _path(directory)
-    self._config, self._free = to_json(config or {}), free
+    self._config, self._free = None if config is None else to_json(config), free
     self._saving = -1  # the step being written, read by Orbax's thread
     self._needed: int | None = None  # its bytes in memory, where this process writes them all
     self._failed = False
@@ -88,7 +88,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     items = {
       "state": ocp.args.StandardSave(state),
       "params": ocp.args.StandardSave(params),
-      "config": ocp.args.JsonSave(self._config),
+      "config": ocp.args.JsonSave(self._config or {}),
     }
     if iterator is not None:
       items["data"] = grain.checkpoint.CheckpointSave(iterator)
@@ -118,7 +118,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def read(step: int) -> PyTree:
       # The config first: its differences explain more than the shapes that follow from them.
       stored = _read(self._manager, step, config=ocp.args.JsonRestore())["config"]
-      differences = difference(stored, self._config, self._free)
+      given = stored if self._config is None else self._config
+      differences = difference(stored, given, self._free)
       if differences:
         raise UserError(
           f"checkpoint {self.directory / str(step)} was saved with another config "

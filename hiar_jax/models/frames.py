@@ -186,6 +186,7 @@ def bind(network: Network, params: Params, text: Text, start=None, guidance=None
   """Returns the network bound to one text [b l d] for all groups. start: see Network.apply;
   guidance: see Bound.
   """
+  start = start if start is None else jnp.asarray(start)
   return Bound(network, params, jnp.asarray(text)[None], start, guidance)
 
 

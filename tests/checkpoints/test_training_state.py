@@ -50,6 +50,14 @@ def test_fields_that_are_free_may_differ(tmp_path):
       checkpoints.restore(make())
 
 
+def test_without_a_config_none_is_compared(tmp_path):
+  (state, _) = save_steps(tmp_path, 1)
+  with Checkpoints(tmp_path) as checkpoints:
+    step, restored = checkpoints.restore(make())
+  assert step == 1
+  assert_same(restored, state)
+
+
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
   """State (typed key, optax state, None leaf) and data iterator: four steps, or two, a restart and
   two.

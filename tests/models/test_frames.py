@@ -189,6 +189,13 @@ def test_clips_may_start_anywhere():
   assert np.abs(expected - by_mask(case, config)[0]).max() > 1e-2
 
 
+def test_starts_may_be_of_numpy():
+  config, x = dataclasses.replace(tiny.CONFIG, place_embedding=True), tiny.video(0, 3)
+  made = frames.bind(config, tiny.params(config), tiny.text(), np.asarray([0, 5]))
+  velocity = jax.eval_shape(lambda: made(whole_clip(x, LEVELS[:, 0])).velocity[0])
+  assert velocity.shape == x.shape and np.asarray(made.start).tolist() == [0, 5]
+
+
 def test_a_whole_clip():
   expected = apply(bound(), (group(0, 3, LEVELS[:, 0]),), ()).velocity[0]
   run = quick_jit(lambda b, x, sigma: b(whole_clip(x, sigma)).velocity[0])
