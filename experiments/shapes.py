@@ -155,7 +155,7 @@ def get_config(variant: str = "main") -> config_dict.ConfigDict:
       log=dict(
         every=20,
         preview_every=1000,
-        checkpoint_every=250,
+        checkpoint_every=100,  # distillation has 200 updates: a kill loses half of them at most
         keep=2,
       ),
     )

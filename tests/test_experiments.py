@@ -45,6 +45,10 @@ def test_it_builds(path, variant):
   # passes once
   planned = experiment.sample.order == "both_ends" or experiment.data.hidden
   assert experiment.sample.length >= 4 or planned
+  # a kill loses no whole stage
+  stages = ("framepack",) if experiment.framepack else ("causal_init", "distill")
+  for stage in ("teacher", *stages):
+    assert getattr(experiment, stage).steps >= 2 * experiment.log.checkpoint_every, stage
 
 
 FORK = """

@@ -197,20 +197,32 @@ def load_params(
   Raises UserError if there is no checkpoint, if it does not fit `abstract`, or if all are damaged;
   Damaged if the one of `step` is.
   """
+  return _load(directory, "params", abstract, step)
+
+
+def load_state(directory: str | os.PathLike, step: int | None = None) -> dict:
+  """Returns the training state of the newest checkpoint (or of `step`) as saved, a nested dict of
+  arrays on the first device: `params`, the weights in training; `ema`, their average; `critic`, of
+  distillation; and the optimizers'. Raises as load_params.
+  """
+  return _load(directory, "state", None, step)
+
+
+def _load(directory: str | os.PathLike, item: str, abstract: PyTree, step: int | None) -> PyTree:
   with _opened(directory, step) as (manager, steps):
 
-    def read(step: int) -> Params:
-      tree = _check_tree(manager, step, "params", abstract, cast=True)
-      return _read(manager, step, params=ocp.args.StandardRestore(tree))["params"]
+    def read(step: int) -> PyTree:
+      tree = _check_tree(manager, step, item, abstract, cast=True)
+      return _read(manager, step, **{item: ocp.args.StandardRestore(tree)})[item]
 
     if step is not None:  # no other one will do
       try:
-        checksums.check(manager.directory / str(step), "params")
+        checksums.check(manager.directory / str(step), item)
         return read(step)
       except Damaged as error:
         advice = "the training command sets it aside and goes on from the one before"
         raise Damaged(manager.directory / str(step), error.reason, advice) from error
-    return _newest(manager, read, steps, "params")[0][1]
+    return _newest(manager, read, steps, item)[0][1]
 
 
 def load_config(directory: str | os.PathLike, step: int | None = None) -> dict:

@@ -58,6 +58,19 @@ def test_without_a_config_none_is_compared(tmp_path):
   assert_same(restored, state)
 
 
+def test_the_whole_state_is_read_as_it_is(tmp_path):
+  """The weights that are not averaged; and the folder stays as it is."""
+  states = save_steps(tmp_path, 2)
+  before = sorted(tmp_path.rglob("*"))
+  for step, state in ((None, states[1]), (1, states[0])):
+    found = training_state.load_state(tmp_path, step)
+    assert_same(found["params"], state.params)
+    assert int(found["step"]) == int(state.step)
+  assert sorted(tmp_path.rglob("*")) == before
+  with pytest.raises(UserError, match="there is no checkpoint of step 7"):
+    training_state.load_state(tmp_path, 7)
+
+
 def test_a_resumed_run_equals_a_straight_one(tmp_path):
   """State (typed key, optax state, None leaf) and data iterator: four steps, or two, a restart and
   two.

@@ -15,7 +15,6 @@ import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from hiar_jax.checkpoints import training_state
 from hiar_jax.config import left_out
@@ -261,10 +260,7 @@ def write_clips(folder: pathlib.Path, count: int, colours=((200, 60, 60),), size
 def state(workdir, stage: str, step: int) -> dict[str, np.ndarray]:
   """Every array of a checkpoint's `state`, by its path."""
   directory = pathlib.Path(workdir) / stage / "checkpoints"
-  with training_state._opened(directory, step) as (manager, _):
-    tree = training_state._check_tree(manager, step, "state", None)
-    tree = training_state._read(manager, step, state=ocp.args.StandardRestore(tree))["state"]
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  leaves = jax.tree_util.tree_leaves_with_path(training_state.load_state(directory, step))
   return {
     jax.tree_util.keystr(path, simple=True, separator="/"): numbers(leaf) for path, leaf in leaves
   }

@@ -84,5 +84,7 @@ def saved_run(directory: pathlib.Path, config, stages=("teacher", "distill")) ->
   save_resolved(config, directory)
   for stage in stages:
     with Checkpoints(model.run.directory(stage) / "checkpoints") as checkpoints:
-      checkpoints.save(config[stage].steps, {"step": np.ones(())}, model.params())
+      state = {"step": np.ones(()), "params": model.params()}
+      state |= {"critic": model.params()} if stage == "distill" else {}
+      checkpoints.save(config[stage].steps, state, model.params())
   return directory
