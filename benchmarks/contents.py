@@ -2,7 +2,8 @@
 
 A thing is a file, an array store or a data set; what is in it is a dict of leaves. Left out is what
 differs between two runs of one program: the times of log records and of checkpoints, the random
-names of an array store's files, and with them their checksums; and what commands print to stderr.
+names of an array store's files, and with them their checksums; what commands print to stderr, and
+the record of their starts.
 
     checkpoints, weights       every array of an OCDBT store, or of a directory of zarr arrays
     data sets (TFDS)           every feature of every record
@@ -30,7 +31,7 @@ ZARR3 = "zarr.json"
 DATA_SET = "dataset_info.json"
 ORBAX_JSON = ("_METADATA", "_CHECKPOINT_METADATA", "_sharding")
 TIMES = ("init_timestamp_nsecs", "commit_timestamp_nsecs")  # of a checkpoint, by Orbax
-IGNORED = ("checksums.json", "commit_success.txt", "*.stderr", "__pycache__")
+IGNORED = ("checksums.json", "commit_success.txt", "starts.jsonl", "*.stderr", "__pycache__")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,10 @@ Workdir (--workdir; of several processes one writes, but for checkpoints)
     logs/metrics.jsonl
       A JSON object a line. training.log.Writer appends; an incomplete last line is dropped when a
       run goes on. Read by training.log.read_log.
+    logs/starts.jsonl
+      A JSON object for each start of `train`: time, command, versions, revision of the checkout,
+      devices. training.starts.keep; atomic. For people: nothing compares it. Runs from before it
+      was written have none.
     logs/samples/<stage>-<step>.png
       Previews. training.log.Writer; atomic. For people.
     logs/events.out.tfevents.<host>

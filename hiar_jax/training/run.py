@@ -34,7 +34,7 @@ from hiar_jax.parallel.rules import Rules, tree_shardings
 from hiar_jax.progress import is_writer
 from hiar_jax.rollout import packed, sample, teacher_sampler
 from hiar_jax.rollout.noise import seed_key
-from hiar_jax.training import checks, lineage, origins, places
+from hiar_jax.training import checks, lineage, origins, places, starts
 from hiar_jax.training.device_mesh import open_mesh
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.lineage import FREE_GROUPS
@@ -342,7 +342,7 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
 
 
 def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) -> None:
-  """Writes the config to the workdir; says on stderr what is unusual about it."""
+  """Writes the config and a record of this start to the workdir; says on stderr what is unusual."""
   if change.lines or read_resolved(run.workdir) is None:  # once
     checks.print_notes(run.experiment)
   for said in taken.notes(run.experiment.stages_from) + change.notes(run.workdir):
@@ -353,6 +353,7 @@ def _begin(run: Run, config, change: lineage.Change, taken: lineage.Borrowed) ->
   if change.keeps_samples:
     stored["sample"] = before["sample"]  # describes those that are there
   save_resolved(stored, run.workdir)
+  starts.keep(run.workdir, run.mesh)
 
 
 def read_config(workdir: str) -> config_dict.ConfigDict:

@@ -42,8 +42,8 @@ def test_what_an_earlier_version_wrote():
   assert differences("Weights", below("wan/weights/")) == (set(), set())
   assert differences("Checkpoint", below("shapes/run/teacher/checkpoints/")) == (set(), set())
   assert differences("Checkpoint", below("shapes/saved/")) == (set(), {"<step>/data/"})
-  # stopped before its last stage, without TensorBoard's files, and before words and origins were
-  # written
+  # stopped before its last stage, without TensorBoard's files, and before words, origins and starts
+  # were written
   absent = {"sample/<prompt>.mp4", "sample/contact_sheet.png", "sample/metrics.json"}
-  absent |= {"data/words.json", "origins/", "logs/events.out.tfevents.<host>"}
+  absent |= {"data/words.json", "origins/", "logs/events.out.tfevents.<host>", "logs/starts.jsonl"}
   assert differences("Workdir", below("shapes/run/")) == (set(), absent)

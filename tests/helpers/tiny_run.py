@@ -325,3 +325,9 @@ def files(workdir) -> dict[str, tuple[int, int]]:
   root = pathlib.Path(workdir)
   found = sorted(p for p in root.rglob("*") if p.is_file())
   return {str(p.relative_to(root)): (p.stat().st_size, p.stat().st_mtime_ns) for p in found}
+
+
+def kept(workdir) -> dict[str, tuple[int, int]]:
+  """The same, without what every start writes."""
+  started = ("config.json", "logs/starts.jsonl")
+  return {path: facts for path, facts in files(workdir).items() if path not in started}

@@ -241,7 +241,7 @@ def test_smoke_goes_through_every_stage_and_command(chain, tmp_path):
   assert [record["stage"] for record in tiny_run.log(workdir)][-1] == "framepack"
   assert {path.name for path in workdir.iterdir()} >= {"teacher", "framepack", "sample"}
   assert not (workdir / "distill").exists() and not (workdir / "trajectories").exists()
-  kept = lambda: {k: v for k, v in tiny_run.files(workdir).items() if k != "config.json"}
+  kept = lambda: tiny_run.kept(workdir)
   before = kept()
   done = chain.python(*train, f"--workdir={workdir}")
   assert done.returncode == 0 and kept() == before
@@ -276,7 +276,7 @@ def test_discretised_history_goes_through_every_stage_and_command(chain, tmp_pat
   done = chain.python(*train, f"--workdir={workdir}")
   assert done.returncode == 0, done.stderr
   path = workdir / "codebook" / "codebook.npz"
-  kept = lambda: {k: v for k, v in tiny_run.files(workdir).items() if k != "config.json"}
+  kept = lambda: tiny_run.kept(workdir)
   before = kept()
   done = chain.python(*train, f"--workdir={workdir}")
   assert done.returncode == 0 and kept() == before and "codebook/codebook.npz" in before

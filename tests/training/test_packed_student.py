@@ -57,7 +57,7 @@ def test_smoke_goes_through_every_stage_and_command(chain, tmp_path):
   train = ("-m", "hiar_jax.train", f"--config={CONFIG}", f"--workdir={workdir}")
   done = chain.python(*train)
   assert done.returncode == 0, done.stderr
-  kept = lambda: {k: v for k, v in tiny_run.files(workdir).items() if k != "config.json"}
+  kept = lambda: tiny_run.kept(workdir)
   before = kept()
   done = chain.python(*train)
   assert done.returncode == 0 and kept() == before
