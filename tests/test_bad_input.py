@@ -152,6 +152,13 @@ def test_it_is_one_line_that_says_what_to_do(said, given):
     assert given not in claimed  # so that the corrected command may have the same workdir
 
 
+def test_help_lists_the_flags(chain):
+  [(_, out, err)] = chain.commands([("hiar_jax.train", ["--help"])])
+  for flag in ("--config: config file", "--workdir: directory", "--[no]extend: train the stage"):
+    assert f"\n  {flag}" in out, out
+  assert err == ""
+
+
 def test_a_workdir_of_another_config_names_the_field_and_stays(chain):
   before = tiny_run.files(chain.straight)
   [(status, _, err)] = chain.commands(

@@ -1,6 +1,7 @@
 """`hiar_jax.load`: the pixels that the commands write, from Python, with weights loaded once."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -12,6 +13,7 @@ from hiar_jax.config.command_line import load_config
 from hiar_jax.errors import UserError
 from hiar_jax.generation import clips
 from hiar_jax.generation.video_model import VideoModel
+from hiar_jax.training.run import open_run, read_config
 from tests.helpers import tiny_run, tiny_wan
 from tests.helpers.untrained import (  # noqa: F401
   PROMPT,
@@ -59,6 +61,16 @@ def test_a_video_is_the_one_that_the_command_writes(model, workdir, written, tmp
   assert video.dtype == np.uint8 and video.shape == (8, 16, 16, 3)
   np.testing.assert_array_equal(video, written["a.mp4"])
   assert (video != model.generate(PROMPT, frames=8, seed=SEED + 1)).any()
+
+
+def test_a_run_that_was_copied_without_its_data(model, workdir, written, tmp_path):
+  copy = shutil.copytree(workdir, tmp_path / "copy")
+  open_run(read_config(copy), copy, save=False).origins.keep()  # as its data stage does
+  shutil.rmtree(copy / "data")
+  options = {"workdir": str(copy), "prompt": PROMPT, "frames": 8, "seed": SEED}
+  generate.generate(generate.GenerateOptions(**options, out=f"{tmp_path}/a.mp4"))
+  np.testing.assert_array_equal(written["a.mp4"], model.generate(PROMPT, frames=8, seed=SEED))
+  assert not (copy / "data").exists()
 
 
 @pytest.mark.slow

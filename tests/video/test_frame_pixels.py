@@ -5,6 +5,7 @@ import struct
 
 import av
 import numpy as np
+from PIL import Image
 import pytest
 
 from hiar_jax.video import conditioning_files, frame_pixels, mp4, video_file
@@ -161,6 +162,25 @@ def test_transparency_is_black(tmp_path, name, codec, form, options):
     write(tmp_path / f"opaque_{name}", codec, form, opaque, options), 48, 64, 8
   )
   assert said == ""
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_transparency_of_gifs_is_black(tmp_path, hidden):
+  """As a film and as a picture."""
+  pictures = [np.full((48, 64, 4), (200, 100, shade, 255), np.uint8) for shade in (60, 90)]
+  for picture in pictures:
+    picture[:, 40:, 3] = 0 if hidden else 255
+  first, *later = map(Image.fromarray, pictures)
+  path = tmp_path / "a.gif"
+  first.save(path, save_all=True, append_images=later, duration=500, disposal=2)
+  film, said = conditioning_files.read_video(path, 48, 64, 8)
+  picture, said_of_picture = conditioning_files.read_image(path, 48, 64)
+  assert len(film) == 8
+  for line in (said, said_of_picture):
+    assert ("transparency shown on black" in line) == hidden, line
+  for frame in (film[0], film[7], picture[0]):
+    shown = (0, 0, 0) if hidden else frame[24, 10]
+    assert frame[24, 10, 0] > 180 and frame[24, 54].tolist() == [*shown]
 
 
 @pytest.mark.parametrize(
