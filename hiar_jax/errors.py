@@ -9,6 +9,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# a command to type, as it is, up to the end of its clause; or what makes a flag of a name
+_FLAG = re.compile(r"(python -m [^;]*)|(?<![\w-])--(?=[a-z_]+\b)")
+
 LONGEST = 2000  # letters of a message
 
 
@@ -43,7 +46,7 @@ class Damaged(UserError):
 
 def without_flags(function: Callable[P, R]) -> Callable[P, R]:
   """For functions of Python whose options are a command's: what their errors call --prompt is
-  `prompt`.
+  `prompt`, but in commands that they say.
   """
 
   @functools.wraps(function)
@@ -51,7 +54,7 @@ def without_flags(function: Callable[P, R]) -> Callable[P, R]:
     try:
       return function(*args, **kwargs)
     except UserError as error:
-      error.args = (re.sub(r"(?<![\w-])--(?=[a-z_]+\b)", "", str(error)),)
+      error.args = (_FLAG.sub(lambda found: found[1] or "", str(error)),)
       raise
 
   return call

@@ -8,12 +8,10 @@ from absl import flags
 import pytest
 
 from experiments import hiar_wan_1_3b, wan_framepack
-from hiar_jax import generate, stream
 from hiar_jax.config import command_line
 from hiar_jax.config.building import build
 from hiar_jax.config.workdir import save_resolved
 from hiar_jax.errors import UserError
-from hiar_jax.generation import timeline
 from hiar_jax.generation.model_options import ModelOptions
 from hiar_jax.training.experiment import Experiment
 from hiar_jax.training.run import open_run, read_config
@@ -73,20 +71,8 @@ def test_every_flag_that_holds_a_path_is_defined_as_one():
     calls = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call))
     plain = {x.args[0].value for x in calls if ast.unparse(x.func) == "flags.DEFINE_string"}
     assert plain <= NO_PATHS, f"{file}: {plain - NO_PATHS}"
-
-
-@pytest.mark.parametrize("command", [generate, stream])
-def test_a_timeline_may_be_longer_than_a_name(command):
-  before = set(flags.FLAGS)
-  text = ", ".join(f"{second}s: a red circle" for second in range(50))
-  try:
-    command.define_flags()
-    flags.FLAGS(["command", f"--timeline={text}"])
-    assert len(timeline.read(flags.FLAGS.timeline).entries) == 50
-  finally:
-    flags.FLAGS.unparse_flags()
-    for name in set(flags.FLAGS) - before:
-      delattr(flags.FLAGS, name)
+    if file.name in ("generate.py", "stream.py"):
+      assert "timeline" in plain, "its texts may be longer than a name"
 
 
 def test_config_files(home):

@@ -136,7 +136,7 @@ def test_the_command_shows_what_is_there(workdir, video, tmp_path, monkeypatch):
 
 def test_a_causal_model_is_refused_in_one_line(tmp_path):
   model = Model.of(untrained(tmp_path, tiny_run.make_config()))
-  message = "--partial: this model is causal.*hiar_jax.stream shows a video while it is made"
+  message = "partial: this model is causal.*hiar_jax.stream shows a video while it is made"
   with pytest.raises(UserError, match=message) as e:
     model.watch(PROMPT)
   assert "\n" not in str(e.value)

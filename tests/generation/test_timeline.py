@@ -106,6 +106,8 @@ def test_files_and_texts(tmp_path, monkeypatch):
   assert [entry.time for entry in timeline.read("0s: a, 10s: b").entries] == [0, 10]
   with pytest.raises(UserError, match="holds a byte that is not UTF-8"):
     timeline.read("0s: a \udcff")
+  longer_than_a_name = ", ".join(f"{second}s: a red circle" for second in range(50))
+  assert len(timeline.read(longer_than_a_name).entries) == 50
   monkeypatch.setenv("HOME", str(tmp_path))
   assert timeline.read(f"~/{path.name}").entries == timeline.read(path).entries
   path.write_text("0s: a\n10s: b\n", encoding="utf-16")
