@@ -2,8 +2,9 @@
 config may still be changed in a workdir, and how a stage is trained longer (--extend).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -142,8 +143,8 @@ def _same(
   """Returns the stages that are the same in both, and the lines in which the next one differs."""
   taken: list[str] = []
   theirs = agreed(lender, e.stages_from, e, workdir)
-  renamed = e.data.opened.renamed(pathlib.Path(e.stages_from) / "data")
-  lines = difference(theirs, to_json(e), (*FREE_GROUPS, *e.free_fields, *renamed))
+  renamed = functools.partial(e.data.opened.renamed, pathlib.Path(e.stages_from) / "data")
+  lines = _unlike(theirs, to_json(e), (*FREE_GROUPS, *e.free_fields), renamed)
   replaced = {"teacher": e.weights.base, "causal_init": e.weights.student}
   order = BORROWED[: 2 if e.framepack else None]
   for stage in order:
@@ -237,18 +238,19 @@ def change(
   workdir: str | os.PathLike,
   ignore: Sequence[str],
   *,
+  renamed: Callable[[], Sequence[str]] = tuple,
   extend: bool = False,
   typed: bool = True,
 ) -> Change:
   """Returns in what a config differs from its workdir's.
 
-  ignore: as in workdir.difference. extend: the stage that was trained last may be trained on with
-  other values of EXTENDABLE. typed: as in places.located. Raises UserError where a stage that has
-  begun depends on a field.
+  ignore: as in workdir.difference. renamed: returns fields that name the same data otherwise.
+  extend: the stage that was trained last may be trained on with other values of EXTENDABLE. typed:
+  as in places.located. Raises UserError where a stage that has begun depends on a field.
   """
   stored = read_resolved(workdir)
   stored = None if stored is None else agreed(stored, workdir, config, workdir, typed)
-  lines = [] if stored is None else difference(stored, config, tuple(ignore))
+  lines = [] if stored is None else _unlike(stored, config, tuple(ignore), renamed)
   made = [stage for stage in DEPENDS if is_made(pathlib.Path(workdir), stage)]
   order, until = list(DEPENDS), ""
   late = [
@@ -270,6 +272,17 @@ def change(
     every = difference(stored, config)
     sampled = [line for line in every if line.startswith("sample.")]
   return Change(tuple(lines), until, tuple(sampled))
+
+
+def _unlike(
+  stored: Any, given: Any, ignore: tuple[str, ...], renamed: Callable[[], Sequence[str]]
+) -> list[str]:
+  """Returns workdir.difference without fields that name the same data otherwise. They are asked for
+  only where fields of the data differ: that reads the names of all films.
+  """
+  lines = difference(stored, given, ignore)
+  same = renamed() if any(line.startswith("data.") for line in lines) else ()
+  return [line for line in lines if line.split(":")[0] not in same]
 
 
 def _is_extension(lines: list[str], stage: str) -> bool:

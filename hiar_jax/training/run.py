@@ -328,9 +328,9 @@ def open_run(config, workdir: str | os.PathLike, *, save: bool = True, extend: b
   if save:
     check_name(workdir, f"--workdir={os.fspath(workdir)}", checkpoints=True)
   experiment = build(Experiment, places.located(config, workdir, typed=save))
-  renamed = experiment.data.opened.renamed(pathlib.Path(workdir) / "data")
-  ignore = (*FREE_GROUPS, *experiment.free_fields, *origins.moved(workdir), *renamed)
-  change = lineage.change(config, workdir, ignore, extend=extend, typed=save)
+  renamed = functools.partial(experiment.data.opened.renamed, pathlib.Path(workdir) / "data")
+  ignore = (*FREE_GROUPS, *experiment.free_fields, *origins.moved(workdir))
+  change = lineage.change(config, workdir, ignore, renamed=renamed, extend=extend, typed=save)
   taken = lineage.borrowed(experiment, workdir)
   mesh = open_mesh(experiment) if save else make_mesh(MeshConfig())
   run = Run(experiment, pathlib.Path(workdir), mesh, taken)
