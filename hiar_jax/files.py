@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import io
+import json
 import os
 import pathlib
 import re
@@ -185,6 +186,17 @@ def reading(
       raise
     cause = error.__cause__ or error
     raise Damaged(what, f"{type(cause).__name__}: {str(cause).strip()}", advice) from error
+
+
+def read_object(path: pathlib.Path, advice: str) -> dict:
+  """Reads the object of a JSON file. Raises Damaged, with the advice, where it holds none."""
+  try:
+    found = json.loads(path.read_text())
+  except (ValueError, RecursionError) as error:
+    raise Damaged(path, f"it is not JSON: {error}", advice) from error
+  if not isinstance(found, dict):
+    raise Damaged(path, f"expected an object, got {type(found).__name__}", advice)
+  return found
 
 
 def read_text(path: str | os.PathLike, name: str = "") -> str:

@@ -8,10 +8,9 @@ import pathlib
 from typing import Any
 
 from hiar_jax.config.building import GROUP, walk
-from hiar_jax.errors import Damaged, UserError
-from hiar_jax.files import check_name, write_atomic
+from hiar_jax.errors import UserError
+from hiar_jax.files import check_name, read_object, write_atomic
 
-_ADVICE = "restore it, or use another --workdir"
 RESOLVED = "config.json"  # in every workdir: the config that made it, after overrides
 
 
@@ -77,10 +76,4 @@ def read_resolved(workdir: str | os.PathLike) -> dict | None:
   path = pathlib.Path(workdir) / RESOLVED
   if not os.path.isfile(path):  # False for names that no folder has too
     return None
-  try:
-    stored = json.loads(path.read_text())
-  except (ValueError, RecursionError) as error:
-    raise Damaged(path, f"it is not JSON: {error}", _ADVICE) from error
-  if not isinstance(stored, dict):
-    raise Damaged(path, f"expected an object, got {type(stored).__name__}", _ADVICE)
-  return stored
+  return read_object(path, "restore it, or use another --workdir")

@@ -21,8 +21,8 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from hiar_jax.checkpoints import owners
-from hiar_jax.errors import Damaged, UserError
-from hiar_jax.files import DiskFull, is_disk_full, write_atomic
+from hiar_jax.errors import UserError
+from hiar_jax.files import DiskFull, is_disk_full, read_object, write_atomic
 
 _RECIPE = "recipe.json"
 # fields of a recipe that are known once the examples have been found (data.parts, video folders)
@@ -108,14 +108,7 @@ def read_recipe(directory: str | os.PathLike) -> dict[str, Any] | None:
   path = pathlib.Path(directory) / _RECIPE
   if not path.exists():
     return None
-  advice = f"restore it, or delete {directory} to build the data set again"
-  try:
-    recipe = json.loads(path.read_text())
-  except (ValueError, RecursionError) as error:
-    raise Damaged(path, f"it is not JSON: {error}", advice) from error
-  if not isinstance(recipe, dict):
-    raise Damaged(path, f"expected an object, got {type(recipe).__name__}", advice)
-  return recipe
+  return read_object(path, f"restore it, or delete {directory} to build the data set again")
 
 
 def write_recipe(directory: str | os.PathLike, recipe: dict[str, Any]) -> None:
