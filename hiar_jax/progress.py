@@ -98,13 +98,14 @@ class Progress(contextlib.AbstractContextManager):
     self._printed_at = time.monotonic()
     self._printed_step = self.step
     first_at, first = self._first
+    since = self._printed_at - first_at
     line = tqdm.tqdm.format_meter(
       n=self.step,
       total=self.total,
       elapsed=self._printed_at - self._started,
       initial=self.initial,
       # without what was compiled, where there is more to go by
-      rate=(self.step - first) / (self._printed_at - first_at) if self.step > first else None,
+      rate=(self.step - first) / since if self.step > first and since else None,
       prefix=self.stage,
       unit=self._unit,
       postfix=", ".join(self._values.values()),

@@ -55,3 +55,7 @@ def test_what_is_compiled_is_no_part_of_the_speed(monkeypatch, capsys):
       bar.update(step)
   *_, last = capsys.readouterr().err.splitlines()
   assert last == "teacher: 20/100 [01:58<02:40,  2.00s/step]"  # 80 of 2 s are left
+  with Progress("teacher", 100) as bar:  # a clock that stands still
+    bar.update(1)
+    bar.update(2)
+  assert capsys.readouterr().err.startswith("teacher: 2/100 ")
